@@ -1,0 +1,1 @@
+"""Frozen text encoders and the condition that they hand to a model."""
