@@ -1,0 +1,43 @@
+"""Packaging. `pip install -e .` needs no compiler, no CUDA and no Triton; kernels and rarer needs are extras."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "cuda": ["mamba-ssm>=2.3", "causal-conv1d>=1.5"],
+    "audio": ["torchaudio>=2.6", "torchcodec"],
+    "data": ["tinysoundfont>=0.3.6", "pretty_midi>=0.2.11"],
+    "eval": ["librosa>=0.11", "matplotlib>=3.9"],
+    "web": ["gradio>=5"],
+    "track": ["wandb", "trackio"],
+    "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "librosa>=0.11", "matplotlib>=3.9"],
+}
+
+setup(
+    name="ssmttm",
+    version="0.1.0",
+    description="Text-to-music models with state-space backbones: train, compress, evaluate, sample",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["ssmttm*", "data_prep*"]), "ssmttm.configs"],
+    package_dir={"ssmttm.configs": "configs"},
+    package_data={"ssmttm": ["assets/**/*"], "ssmttm.configs": ["**/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=2",
+        "einops>=0.8",
+        "transformers>=5",
+        "diffusers>=0.36",
+        "accelerate>=1.10",
+        "safetensors>=0.5",
+        "huggingface_hub>=1",
+        "hydra-core>=1.3",
+        "soundfile>=0.13",
+        "soxr>=0.5",
+        "pyloudnorm>=0.1.1",
+        "pyarrow>=18",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ssmttm = ssmttm.cli:entry"]},
+)
