@@ -1,0 +1,217 @@
+"""The one interface of every codec: waveform <-> codes <-> latents, whole or streamed."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmttm.errors import UserError
+
+
+class CodecOutput(NamedTuple):
+    """What a training forward of a codec gives.
+
+    Attributes:
+        audio: reconstruction, float [B, 1, S], as long as the input.
+        codes: int64 [B, K, T].
+        losses: scalars `codebook` and `commitment` (DAC, arXiv 2306.06546, section 3.2).
+    """
+
+    audio: Tensor
+    codes: Tensor
+    losses: dict[str, Tensor]
+
+
+class Codec(nn.Module, ABC):
+    """A neural audio codec of one channel.
+
+    The latents of a codec are its codebook vectors, stacked over the codebooks (DAC's "projected latents", C = K times
+    the codebook's width): looking them up again gives the same codes, which the sum over codebooks would not.
+
+    Attributes:
+        context: frames of history and of look-ahead that one decoded frame depends on; None if unbounded.
+        similarity: how a latent finds its codebook entry.
+    """
+
+    name: str
+    sample_rate: int
+    hop_length: int
+    n_codebooks: int
+    codebook_size: int
+    context: tuple[int, int] | None
+    similarity: Literal["cosine", "euclidean"]
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second."""
+        return self.sample_rate / self.hop_length
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        return self.codebook_vectors().shape[0] * self.codebook_vectors().shape[2]
+
+    @property
+    def look_ahead_ms(self) -> float | None:
+        """Audio that a streamed frame waits for, in milliseconds; None if the codec cannot stream."""
+        return None if self.context is None else 1000 * self.context[1] / self.frame_rate
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of the weights (names and float32 values)."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.weights().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict without what only training needs."""
+        return self.state_dict()
+
+    @abstractmethod
+    def codebook_vectors(self) -> Tensor:
+        """The codebooks, float [K, V, c]."""
+
+    @abstractmethod
+    def _encode(self, wav: Tensor) -> Tensor:
+        """[B, 1, T * hop] -> codes [B, K, T]."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, K, T] -> [B, 1, T * hop]."""
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """Codes of a waveform.
+
+        Args:
+            wav: float [B, 1, S] at `sample_rate`, any S >= 1.
+
+        Returns:
+            int64 [B, K, T], T = ceil(S / hop_length).
+
+        Raises:
+            UserError: the waveform has another shape or type, or is not finite.
+        """
+        self.check_wav(wav)
+        return self._encode(self.pad(wav))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Waveform of codes.
+
+        Args:
+            codes: integers [B, K, T] in [0, codebook_size).
+
+        Returns:
+            float [B, 1, T * hop_length].
+
+        Raises:
+            UserError: the codes have another shape or range.
+        """
+        self._check_codes(codes)
+        return self._decode(codes.long())
+
+    def to_latents(self, codes: Tensor) -> Tensor:
+        """Codebook vectors of codes [B, K, T], stacked over the codebooks: [B, C, T]."""
+        self._check_codes(codes)
+        books = self.codebook_vectors()
+        rows = [books[k][codes[:, k].long()] for k in range(codes.shape[1])]  # K x [B, T, c]
+        return torch.cat(rows, dim=-1).transpose(1, 2)
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Nearest codes of latents [B, C, T], codebook by codebook: int64 [B, K, T]."""
+        books = self.codebook_vectors()
+        if latents.dim() != 3 or latents.shape[1] != self.latent_channels:
+            raise UserError(f"latents must be [batch, {self.latent_channels}, frames], not {list(latents.shape)}")
+        parts = latents.transpose(1, 2).float().chunk(len(books), dim=-1)
+        return torch.stack([nearest(part, book, self.similarity) for part, book in zip(parts, books, strict=True)], dim=1)
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode codes as they come; the pieces joined equal `decode` of all codes joined.
+
+        Each piece is decoded with the frames around it that it depends on (`context`), so a frame is given out once its
+        look-ahead has come. A codec whose history is unbounded (`context` None) gives one piece at the end.
+
+        Args:
+            chunks: codes [B, K, t], any t >= 0 each.
+
+        Yields:
+            float [B, 1, s], s a multiple of `hop_length`.
+        """
+        if self.context is None:
+            yield from (self.decode(codes) for codes in _joined(chunks))
+            return
+        history, look_ahead = self.context
+        held: Tensor | None = None  # codes still needed
+        first = 0  # how many of them are already given out
+        for chunk in chunks:
+            self._check_codes(chunk)
+            held = chunk if held is None else torch.cat([held, chunk], dim=-1)
+            ready = held.shape[-1] - look_ahead
+            if ready > first:
+                yield self.decode(held)[..., first * self.hop_length : ready * self.hop_length]
+                drop = max(0, ready - history)
+                held, first = held[..., drop:], ready - drop
+        if held is not None and held.shape[-1] > first:
+            yield self.decode(held)[..., first * self.hop_length :]
+
+    def pad(self, wav: Tensor) -> Tensor:
+        """Pad the waveform with zeros to whole frames: [B, 1, S] -> [B, 1, ceil(S / hop) * hop]."""
+        return F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
+
+    def check_wav(self, wav: Tensor) -> None:
+        """Raise UserError unless the waveform is a finite float [B, 1, S], S >= 1."""
+        if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[-1] < 1:
+            raise UserError(
+                f"codec {self.name} takes a mono waveform [batch, 1, samples], not {list(wav.shape)}: mix it down first"
+            )
+        if not wav.is_floating_point():
+            raise UserError(f"codec {self.name} takes a float waveform in [-1, 1], not {wav.dtype}: convert it first")
+        if not torch.isfinite(wav).all():
+            raise UserError(f"codec {self.name}: the waveform holds NaN or infinite samples: repair or drop that audio")
+
+    def check_sample_rate(self, sample_rate: int) -> None:
+        """Raise UserError if audio of another rate is about to be encoded."""
+        if sample_rate != self.sample_rate:
+            raise UserError(
+                f"codec {self.name} works at {self.sample_rate} Hz, the audio is at {sample_rate} Hz: resample it"
+            )
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.dim() != 3 or codes.shape[1] != self.n_codebooks or codes.is_floating_point():
+            raise UserError(
+                f"codec {self.name} takes integer codes [batch, {self.n_codebooks}, frames], "
+                f"not {codes.dtype} {list(codes.shape)}"
+            )
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
+            raise UserError(
+                f"codec {self.name}: codes must lie in [0, {self.codebook_size}), got {int(codes.min())} to "
+                f"{int(codes.max())}: a special token was left in"
+            )
+
+
+def nearest(vectors: Tensor, book: Tensor, similarity: str) -> Tensor:
+    """Index of the codebook entry nearest to each vector.
+
+    Args:
+        vectors: [..., c].
+        book: [V, c].
+        similarity: "cosine" (DAC, arXiv 2306.06546) or "euclidean".
+
+    Returns:
+        int64 [...].
+    """
+    if similarity == "cosine":
+        return (vectors @ F.normalize(book, dim=-1).T).argmax(dim=-1)
+    return (2 * vectors @ book.T - book.square().sum(dim=-1)).argmax(dim=-1)
+
+
+def _joined(chunks: Iterable[Tensor]) -> list[Tensor]:
+    parts = list(chunks)
+    return [torch.cat(parts, dim=-1)] if parts else []

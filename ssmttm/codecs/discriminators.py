@@ -1,0 +1,68 @@
+"""Multi-resolution complex-STFT discriminator, small enough for a CPU."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class Judgement(NamedTuple):
+    """What one resolution says: logits [B, 1, T', F'] (high = real) and each layer's features."""
+
+    logits: Tensor
+    features: list[Tensor]
+
+
+class STFTDiscriminator(nn.Module):
+    """2-D convolutions over a complex spectrogram (EnCodec, arXiv 2210.13438, section 3.4; strided sooner to be cheap).
+
+    Args:
+        window: STFT window in samples; the hop is half of it.
+        channels: of every hidden layer.
+    """
+
+    window: Tensor
+
+    def __init__(self, window: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+        shapes = [((3, 9), (1, 4)), ((3, 9), (1, 2)), ((3, 9), (2, 2)), ((3, 3), (1, 1))]  # kernel, stride in time, frequency
+        self.layers = nn.ModuleList(
+            _conv(channels if i else 2, channels, kernel, stride) for i, (kernel, stride) in enumerate(shapes)
+        )
+        self.judge = _conv(channels, 1, (3, 3), (1, 1))
+
+    def forward(self, wav: Tensor) -> Judgement:
+        """wav [B, 1, S] -> a judgement."""
+        n = len(self.window)
+        spectrum = torch.stft(wav[:, 0].float(), n, n // 2, window=self.window, normalized=True, return_complex=True)
+        x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, 2, T, F]
+        features = []
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2)
+            features.append(x)
+        return Judgement(self.judge(x), features)
+
+
+class MultiResolutionDiscriminator(nn.Module):
+    """One `STFTDiscriminator` a window.
+
+    Args:
+        windows: in samples.
+        channels: width of the hidden layers.
+    """
+
+    def __init__(self, windows: tuple[int, ...] = (2048, 1024, 512), channels: int = 24) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(STFTDiscriminator(window, channels) for window in windows)
+
+    def forward(self, wav: Tensor) -> list[Judgement]:
+        """wav [B, 1, S], S > half the longest window -> one judgement a resolution."""
+        return [scale(wav) for scale in self.scales]
+
+
+def _conv(width: int, channels: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Module:
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    return weight_norm(nn.Conv2d(width, channels, kernel, stride, padding))

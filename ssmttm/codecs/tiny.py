@@ -1,0 +1,168 @@
+"""TinyCodec: a spectral codec that trains and decodes on a CPU."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssmttm.codecs.base import Codec, CodecOutput
+from ssmttm.codecs.quantiser import ResidualQuantiser
+from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, spectral_features
+from ssmttm.errors import UserError
+
+MODEL_TYPE = "ssmttm_tiny_codec"
+_TRAINING_ONLY = ("quantiser.usage", "quantiser.seeded")
+
+
+@dataclass(frozen=True)
+class TinyCodecConfig:
+    """Sizes of a TinyCodec.
+
+    Attributes:
+        sample_rate: in Hz.
+        hop_length: samples a code frame; the STFT hops by half of it.
+        window: STFT window in samples, an even multiple of half the hop.
+        encoder_blocks: ConvNeXt blocks of the encoder at twice the frame rate, and at the frame rate.
+        decoder_blocks: the same for the decoder, in the order frame rate, twice the frame rate.
+        decoder_look_ahead: future taps in each decoder block, at the frame rate and at twice the frame rate.
+        quantiser_dropout: share of training items that keep only their first few codebooks.
+    """
+
+    sample_rate: int = 24000
+    hop_length: int = 960
+    window: int = 1920
+    n_codebooks: int = 8
+    codebook_size: int = 1024
+    codebook_dim: int = 8
+    encoder_width: int = 256
+    encoder_blocks: tuple[int, int] = (2, 3)
+    decoder_width: int = 384
+    decoder_blocks: tuple[int, int] = (4, 3)
+    decoder_look_ahead: tuple[int, int] = (1, 0)
+    expansion: int = 2
+    kernel: int = 7
+    quantiser_dropout: float = 0.25
+
+    def __post_init__(self) -> None:
+        for field in ("encoder_blocks", "decoder_blocks", "decoder_look_ahead"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.hop_length % 2 or self.window % self.hop_length or self.window < 2 * self.hop_length:
+            raise UserError(
+                f"codec: hop_length {self.hop_length} must be even, window {self.window} a multiple of it, at least twice"
+            )
+        if max(self.decoder_look_ahead) >= self.kernel or self.kernel % 2 == 0:
+            raise UserError(f"codec: kernel {self.kernel} must be odd, above decoder_look_ahead {self.decoder_look_ahead}")
+
+
+class TinyCodec(Codec):
+    """STFT -> ConvNeXt -> residual quantiser -> ConvNeXt -> inverse STFT, at the frame rate and twice it.
+
+    After Vocos (arXiv 2306.00814) for the decoder and DAC (arXiv 2306.06546) for the quantiser. The encoder sees both
+    ways; the decoder's look-ahead is bounded (`look_ahead_ms`), so it streams.
+    """
+
+    similarity = "cosine"
+
+    def __init__(self, config: TinyCodecConfig | None = None, name: str = "tiny") -> None:
+        super().__init__()
+        self.config = c = config or TinyCodecConfig()
+        self.name = name
+        self.sample_rate, self.hop_length = c.sample_rate, c.hop_length
+        self.n_codebooks, self.codebook_size = c.n_codebooks, c.codebook_size
+        self.stft = STFT(c.window, c.hop_length // 2)
+        both_ways = c.kernel // 2
+        self.embed = nn.Linear(3 * (c.window // 2 + 1), c.encoder_width)
+        self.encoder_fine = Stack(c.encoder_blocks[0], c.encoder_width, c.expansion, c.kernel, both_ways)
+        self.down = nn.Linear(2 * c.encoder_width, c.encoder_width)  # stride-2 convolution of two taps
+        self.encoder_coarse = Stack(c.encoder_blocks[1], c.encoder_width, c.expansion, c.kernel, both_ways)
+        self.quantiser = ResidualQuantiser(
+            c.encoder_width, c.n_codebooks, c.codebook_size, c.codebook_dim, c.quantiser_dropout
+        )
+        self.widen = nn.Linear(c.encoder_width, c.decoder_width)
+        ahead_coarse, ahead_fine = c.decoder_look_ahead
+        self.decoder_coarse = Stack(c.decoder_blocks[0], c.decoder_width, c.expansion, c.kernel, ahead_coarse)
+        self.up = nn.Linear(c.decoder_width, 2 * c.decoder_width)  # transposed convolution of two taps, stride 2
+        self.decoder_fine = Stack(c.decoder_blocks[1], c.decoder_width, c.expansion, c.kernel, ahead_fine)
+        self.head = InverseSTFTHead(c.decoder_width, self.stft)
+        self.context = _decoder_context(c)
+
+    def forward(self, wav: Tensor) -> CodecOutput:
+        """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
+        z, codes, losses = self.quantiser(self._analyse(self.pad(wav)))
+        return CodecOutput(self._synthesise(z)[..., : wav.shape[-1]], codes, losses)
+
+    @torch.no_grad()
+    def revive_dead_codes(self, wav: Tensor) -> Tensor:
+        """Re-seed unused codebook entries from what the encoder makes of a training batch [B, 1, S].
+
+        Call it every 50 steps or so. Returns how many were re-seeded, int64 [K]; see `ResidualQuantiser.revive`.
+        """
+        return self.quantiser.revive(self._analyse(self.pad(wav)))
+
+    def codebook_vectors(self) -> Tensor:
+        return self.quantiser.codebooks
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in _TRAINING_ONLY}
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        return self.quantiser.encode(self._analyse(wav))
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self._synthesise(self.quantiser.decode(codes))
+
+    def _analyse(self, wav: Tensor) -> Tensor:
+        x = self.encoder_fine(self.embed(spectral_features(self.stft(wav[:, 0].float()))))  # [B, 2T, D]
+        x = self.down(x.unflatten(1, (-1, 2)).flatten(2))  # [B, T, D]
+        return self.encoder_coarse(x)
+
+    def _synthesise(self, z: Tensor) -> Tensor:
+        x = self.decoder_coarse(self.widen(z))  # [B, T, D]
+        x = self.up(x).unflatten(2, (2, -1)).flatten(1, 2)  # [B, 2T, D]
+        return self.head(self.decoder_fine(x))[:, None]
+
+    def save(self, folder: Path | str, half: bool = True) -> None:
+        """Write config.json and model.safetensors (float16 if `half`) into a folder; `load` gives float32 back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        dtype = torch.float16 if half else torch.float32
+        weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path | str, name: str | None = None) -> "TinyCodec":
+        """Read what `save` wrote, in eval mode. A folder that lacks it or does not fit raises UserError."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            config.pop("model_type", None)
+            codec = cls(TinyCodecConfig(**config), name or folder.name)
+            weights = load_file(folder / "model.safetensors")
+        except FileNotFoundError as error:
+            raise UserError(f"codec folder {folder} lacks config.json or model.safetensors") from error
+        except (TypeError, json.JSONDecodeError, SafetensorError) as error:
+            raise UserError(f"codec folder {folder} cannot be read: {error}") from error
+        expected = codec.weights()
+        wrong = [k for k in expected.keys() | weights.keys() if k not in weights or k not in expected
+                 or weights[k].shape != expected[k].shape]  # fmt: skip
+        if wrong:
+            raise UserError(f"codec folder {folder}: weights do not fit config.json at {', '.join(sorted(wrong)[:3])}")
+        codec.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+        codec.quantiser.seeded.fill_(True)
+        return codec.eval()
+
+
+def _decoder_context(c: TinyCodecConfig) -> tuple[int, int]:
+    """Code frames of history and look-ahead that the audio of one code frame depends on."""
+    overlap = math.ceil((c.window - c.hop_length // 2) / c.hop_length)  # neighbours in the inverse STFT, fine frames
+    (coarse, fine), (ahead_coarse, ahead_fine) = c.decoder_blocks, c.decoder_look_ahead
+    back = coarse * (c.kernel - 1 - ahead_coarse) + math.ceil((fine * (c.kernel - 1 - ahead_fine) + overlap) / 2)
+    return back, coarse * ahead_coarse + math.ceil((fine * ahead_fine + overlap) / 2)
