@@ -1,0 +1,135 @@
+"""Files on disk: written aside, fsynced and renamed; safetensors written in a stream and read by memory map.
+
+The safetensors layout is `8-byte little-endian header length, JSON header, raw tensors`. Reading it here, and not
+through the safetensors package, gives numpy memory maps: a crop of a shard touches only its own pages.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ssmttm.errors import UserError
+
+_CODES = {"uint8": "U8", "uint16": "U16", "int64": "I64", "float16": "F16", "float32": "F32"}
+_DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
+_CHUNK = 1 << 24
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: fsynced and renamed onto it at the end, removed on any error.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; nothing half-written is left.
+    """
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full while writing {path}: free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        raise
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as one safetensors file, whole or not at all; a memory-mapped array is streamed.
+
+    Args:
+        tensors: name -> array of uint8, uint16, int64, float16 or float32.
+        metadata: strings kept in the header.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps every tensor aligned
+    position = 0
+    for name, array in ordered:
+        span = [position, position + array.nbytes]
+        header[name] = {"dtype": _CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": span}
+        position = span[1]
+    text = json.dumps(header, ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, array in ordered:
+            _write_array(file, array)
+
+
+def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
+    """The tensors' entries, the metadata and the position of the first data byte of a safetensors file.
+
+    Raises:
+        UserError: the file is missing, cut short or no safetensors file.
+    """
+    advice = "restore it from a copy, or prepare the store again"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, 1 << 30):
+                raise UserError(f"{path} is cut short or damaged ({size} bytes): {advice}")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: {advice}") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is cut short or damaged (its header cannot be read): {advice}") from error
+    if size != end:
+        raise UserError(f"{path} is cut short or damaged ({size} bytes where {end} belong): {advice}")
+    return header, metadata, 8 + length
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Memory-map every tensor of a safetensors file, read-only. Errors as `read_header`."""
+    header, _, start = read_header(path)
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{path} holds {name!r} as {entry['dtype']}, which a store never does")
+        first, last = entry["data_offsets"]
+        tensors[name] = raw[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8)
+    for first in range(0, len(flat), _CHUNK):
+        file.write(flat[first : first + _CHUNK].data)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,165 @@
+"""Deterministic loaders: the batch at position n is a pure function of (seed, n, world size, rank).
+
+There is no iterator state. Sample p of a run is `permutation(seed, p // N)(p % N)`; every random choice about it comes
+from hash(seed, epoch, id). So a run resumes exactly at any batch, and the global batch is the same for any number of
+ranks: rank r takes the r-th contiguous slice. Nothing is dropped: an epoch may end inside a batch.
+
+Shapes: b items of this rank, K codebooks, T frames, S samples.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import soundfile as sf
+import torch
+
+from ssmttm.data.permutation import Permutation, mix
+from ssmttm.data.prefetch import prefetched
+from ssmttm.data.store import Store
+from ssmttm.errors import UserError
+from ssmttm.text.condition import TextCondition
+
+
+class _Loader(ABC):
+    """The order of samples, shared by both loaders."""
+
+    def __init__(self, store: Store, split: str, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world_size} processes")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside the world of {world_size}")
+        self.store, self.split, self.batch_size, self.seed = store, split, batch_size, seed
+        self._rows = store.indices(split)
+        self._share = batch_size // world_size
+        self._first = rank * self._share
+
+    def __len__(self) -> int:
+        """Items of an epoch."""
+        return len(self._rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that begin within one epoch."""
+        return -(-len(self._rows) // self.batch_size)
+
+    def sample(self, n: int) -> list[tuple[int, int]]:
+        """(epoch, row of the store) of each item of this rank's share of batch n."""
+        first = n * self.batch_size + self._first
+        positions = np.arange(first, first + self._share)  # [b]
+        epochs, within = np.divmod(positions, len(self._rows))
+        order = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            order[chosen] = Permutation(len(self._rows), self.seed, int(epoch), "order")(within[chosen])
+        return [(int(epoch), int(row)) for epoch, row in zip(epochs, self._rows[order], strict=True)]
+
+    def iterate(self, start: int = 0, prefetch: int = 2) -> Iterator[dict[str, Any]]:
+        """Batches start, start + 1, ... without end, made up to `prefetch` ahead in a thread. Close it when done."""
+        return prefetched(self.batch, start, prefetch)
+
+    @abstractmethod
+    def batch(self, n: int) -> dict[str, Any]:
+        """Batch n of this rank."""
+
+
+class CodesLoader(_Loader):
+    """Crops of cached codes with their text condition.
+
+    Args:
+        store: a store with codes and text embeddings.
+        split: train, valid or test.
+        batch_size: items of the global batch, over all ranks.
+        frames: T; a longer segment is cropped at random, a shorter one padded with code 0 under `frame_mask` False.
+        seed: of order, crops, caption choice and dropout.
+        rank, world_size: this process and how many there are.
+        caption_dropout: chance that an item's caption is replaced by the empty one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        batch_size: int,
+        frames: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        caption_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(store, split, batch_size, seed, rank, world_size)
+        if frames < 1:
+            raise UserError(f"a batch needs at least one frame, not {frames}")
+        if not 0.0 <= caption_dropout <= 1.0:
+            raise UserError(f"caption_dropout is a chance between 0 and 1, not {caption_dropout}")
+        self.frames, self.caption_dropout = frames, caption_dropout
+        self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
+
+    def batch(self, n: int) -> dict[str, Any]:
+        """Batch n: codes int64 [b, K, T], frame_mask bool [b, T], text TextCondition, ids list[str]."""
+        sample = self.sample(n)
+        ids = self.store.ids(np.array([row for _, row in sample]))
+        codes = np.zeros((len(sample), self.n_codebooks, self.frames), np.int64)  # [b, K, T]
+        mask = np.zeros((len(sample), self.frames), bool)  # [b, T]
+        texts = []
+        for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
+            whole = self.store.codes(row)  # [K, frames]
+            length = min(self.frames, whole.shape[1])
+            first = mix(self.seed, epoch, segment_id, "crop") % (whole.shape[1] - length + 1)
+            codes[item, :, :length] = whole[:, first : first + length]
+            mask[item, :length] = True
+            texts.append(torch.from_numpy(self.store.text(self._caption(epoch, row, segment_id)).astype(np.float32)))
+        text = TextCondition.stack(texts)
+        return {"codes": torch.from_numpy(codes), "frame_mask": torch.from_numpy(mask), "text": text, "ids": ids}
+
+    def _caption(self, epoch: int, row: int, segment_id: str) -> str:
+        if mix(self.seed, epoch, segment_id, "dropout") < self.caption_dropout * 2.0**64:
+            return ""
+        captions = self.store.captions(row)
+        return captions[mix(self.seed, epoch, segment_id, "caption") % len(captions)]
+
+
+class AudioLoader(_Loader):
+    """Random crops of the store's audio files, mixed down to mono; only the crop is decoded.
+
+    Args:
+        store: a store that keeps its audio.
+        samples: S; a shorter file is padded with zeros at its end.
+        others: as `CodesLoader`.
+    """
+
+    def __init__(
+        self, store: Store, split: str, batch_size: int, samples: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(store, split, batch_size, seed, rank, world_size)
+        if samples < 1:
+            raise UserError(f"a batch needs at least one sample, not {samples}")
+        self.samples = samples
+        self.sample_rate: int = store.info["sample_rate"]
+
+    def batch(self, n: int) -> dict[str, Any]:
+        """Batch n: audio float32 [b, 1, S], ids list[str]."""
+        sample = self.sample(n)
+        ids = self.store.ids(np.array([row for _, row in sample]))
+        audio = np.zeros((len(sample), 1, self.samples), np.float32)  # [b, 1, S]
+        for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
+            crop = self._crop(row, mix(self.seed, epoch, segment_id, "crop"))
+            audio[item, 0, : len(crop)] = crop
+        return {"audio": torch.from_numpy(audio), "ids": ids}
+
+    def _crop(self, row: int, choice: int) -> np.ndarray:
+        path = self.store.audio_path(row)
+        try:
+            with sf.SoundFile(path) as file:
+                if file.samplerate != self.sample_rate:
+                    rates = f"{file.samplerate} Hz, its store {self.sample_rate} Hz"
+                    raise UserError(f"{path} has {rates}: prepare the store again")
+                length = min(self.samples, file.frames)
+                file.seek(choice % (file.frames - length + 1))
+                crop = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
+        except (sf.SoundFileError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): restore it or prepare the store again") from error
+        if len(crop) != length:
+            raise UserError(f"{path} is cut short: restore it or prepare the store again")
+        return crop.mean(axis=1)

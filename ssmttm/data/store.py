@@ -1,0 +1,241 @@
+"""The store: a corpus on disk as a Parquet manifest, memory-mapped code shards and text embeddings.
+
+    manifest.parquet            one row a segment (SCHEMA)
+    audio/*.flac                the segments' sound, where the store keeps it
+    shards/00000.safetensors    `codes` uint16 [K, T_total], `offsets` int64 [n+1]
+    text/ENCODER.safetensors    `hashes` uint8 [n, 16] sorted, `offsets` int64 [n+1], `embeddings` float16 [tokens, E]
+    store.json                  codec, text encoder, counts, sizes and sha256 of the files; written last
+
+Shapes: K codebooks, T frames, L text tokens, E embedding width. Nothing is pickled.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ssmttm.data.files import file_sha256, map_tensors
+from ssmttm.errors import UserError
+
+FORMAT = "ssmttm-store"
+VERSION = 1
+_OPEN_SHARDS = 256
+_AGAIN = "restore it from a copy, or prepare the store again"
+SPLITS = ("train", "valid", "test")
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("shard", pa.int32()),  # -1: no codes
+        pa.field("offset", pa.int64()),  # first frame within the shard
+        pa.field("frames", pa.int32()),
+        pa.field("captions", pa.list_(pa.string())),
+        pa.field("tags", pa.list_(pa.string())),
+        pa.field("split", pa.string()),
+        pa.field("licence", pa.string()),  # SPDX id
+        pa.field("licence_url", pa.string()),
+        pa.field("title", pa.string()),
+        pa.field("author", pa.string()),
+        pa.field("source_url", pa.string()),
+        pa.field("modifications", pa.string()),
+        pa.field("content_hash", pa.string()),
+        pa.field("duration", pa.float64()),  # seconds
+        pa.field("audio", pa.string()),  # path inside the store, or null
+        pa.field("truth", pa.string()),  # JSON, or null
+    ]
+)
+
+
+class CodecLike(Protocol):
+    """What the store needs to know of a codec."""
+
+    name: str
+    fingerprint: str
+
+
+def caption_hash(caption: str) -> bytes:
+    """The key of a caption's embedding: the first 16 bytes of its sha256."""
+    return hashlib.sha256(caption.encode()).digest()[:16]
+
+
+def open_store(path: str | Path) -> "Store":
+    """Open a store folder for reading.
+
+    Raises:
+        UserError: no such folder, not a store, unfinished, of a version this program does not know, or with a file that
+            is missing or cut short.
+    """
+    return Store(Path(path))
+
+
+class Store:
+    """A finished store, read-only. Built by `open_store`.
+
+    Attributes:
+        path: the folder.
+        info: store.json.
+        manifest: the Parquet table.
+        fingerprint: 16 hex digits over every file of the store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info = _read_info(path)
+        for name, entry in self.info["files"].items():
+            _check_size(path / name, entry["bytes"])
+        self.fingerprint = hashlib.sha256((path / "store.json").read_bytes()).hexdigest()[:16]
+        try:
+            self.manifest = pq.read_table(path / "manifest.parquet")
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path / 'manifest.parquet'} cannot be read ({error}): prepare the store again") from error
+        self._shard = self.manifest["shard"].to_numpy()
+        self._offset = self.manifest["offset"].to_numpy()
+        self._frames = self.manifest["frames"].to_numpy()
+        self._codes: dict[int, np.ndarray] = {}
+        self._text: _TextTable | None = None
+
+    def __len__(self) -> int:
+        return self.manifest.num_rows
+
+    def indices(self, split: str) -> np.ndarray:
+        """Rows of a split (train, valid or test), int64 [n]. Raises UserError if there are none."""
+        if split not in SPLITS:
+            raise UserError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+        rows = np.flatnonzero(pc.equal(self.manifest["split"], split).to_numpy())
+        if len(rows) == 0:
+            counts = ", ".join(f"{name} {count}" for name, count in self.info["counts"].items())
+            raise UserError(f"{self.path} has no {split} segments ({counts}): prepare more data")
+        return rows
+
+    def ids(self, rows: np.ndarray) -> list[str]:
+        """Segment ids of rows."""
+        return self.manifest["id"].take(pa.array(rows)).to_pylist()
+
+    def codes(self, row: int) -> np.ndarray:
+        """The codes of one segment, uint16 [K, frames], a view of the memory-mapped shard."""
+        shard = int(self._shard[row])
+        if shard < 0:
+            raise UserError(_audio_only(self.path))
+        if shard not in self._codes:
+            if len(self._codes) >= _OPEN_SHARDS:
+                self._codes.clear()  # every map holds a file descriptor
+            self._codes[shard] = map_tensors(self.path / shard_name(shard))["codes"]
+        offset = int(self._offset[row])
+        return self._codes[shard][:, offset : offset + int(self._frames[row])]
+
+    def captions(self, row: int) -> list[str]:
+        """The captions of one segment; never empty: a segment without words has the empty caption."""
+        return self.manifest["captions"][int(row)].as_py() or [""]
+
+    def text(self, caption: str) -> np.ndarray:
+        """The embedding of a caption that the store holds (the empty one always), float16 [L, E].
+
+        Raises:
+            UserError: the store was prepared without a text encoder.
+            KeyError: the store does not hold this caption.
+        """
+        if self._text is None:
+            if self.info["text"] is None:
+                raise UserError(f"{self.path} holds no text embeddings: prepare it with `--text minilm`")
+            self._text = _TextTable(self.path / text_name(self.info["text"]["name"]))
+        return self._text[caption]
+
+    def truth(self, row: int) -> dict[str, Any] | None:
+        """What is known of the segment for certain (tempo, key, instruments), or None."""
+        text = self.manifest["truth"][int(row)].as_py()
+        return None if text is None else json.loads(text)
+
+    def audio_path(self, row: int) -> Path:
+        """The segment's audio file. Raises UserError if the store keeps no audio."""
+        name = self.manifest["audio"][int(row)].as_py()
+        if name is None:
+            raise UserError(f"{self.path} keeps no audio: prepare it from audio files again")
+        return self.path / name
+
+    def require_codec(self, codec: CodecLike) -> None:
+        """Raises UserError unless the codes were made by this very codec."""
+        made = self.info["codec"]
+        if made is None:
+            raise UserError(_audio_only(self.path))
+        if made["fingerprint"] != codec.fingerprint:
+            raise UserError(
+                f"{self.path} was encoded by codec {made['name']!r} ({made['fingerprint']}), but the codec in use is "
+                f"{codec.name!r} ({codec.fingerprint}): use that codec, or encode the store again with "
+                f"`python -m data_prep pack --root {self.path} --out NEW --codec {codec.name}`"
+            )
+
+    def verify(self) -> None:
+        """Read every file listed in store.json and compare its sha256. Raises UserError on the first damaged one."""
+        for name, entry in self.info["files"].items():
+            if file_sha256(self.path / name) != entry["sha256"]:
+                raise UserError(f"{self.path / name} is damaged (its sha256 differs): {_AGAIN}")
+
+
+def shard_name(shard: int) -> str:
+    """Path of a shard inside the store."""
+    return f"shards/{shard:05d}.safetensors"
+
+
+def text_name(encoder: str) -> str:
+    """Path of an encoder's embeddings inside the store."""
+    return f"text/{encoder.strip('/').replace('/', '-')}.safetensors"
+
+
+class _TextTable:
+    """Embeddings by caption: binary search over the sorted hashes."""
+
+    def __init__(self, path: Path) -> None:
+        tensors = map_tensors(path)
+        self._path = path
+        self._hashes, self._offsets, self._embeddings = tensors["hashes"], tensors["offsets"], tensors["embeddings"]
+        self._prefix = np.ascontiguousarray(self._hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+
+    def find(self, caption: str) -> int | None:
+        key = caption_hash(caption)
+        index = int(np.searchsorted(self._prefix, int.from_bytes(key[:8], "big")))
+        while index < len(self._prefix) and self._hashes[index, :8].tobytes() == key[:8]:
+            if self._hashes[index].tobytes() == key:
+                return index
+            index += 1
+        return None
+
+    def __getitem__(self, caption: str) -> np.ndarray:
+        index = self.find(caption)
+        if index is None:
+            raise KeyError(f"no embedding of the caption {caption!r} in {self._path}")
+        return self._embeddings[self._offsets[index] : self._offsets[index + 1]]
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"no store at {path}: make one, see `python -m data_prep --help`")
+    file = path / "store.json"
+    if not file.is_file():
+        if (path / "prep.json").is_file():
+            raise UserError(f"the store {path} is unfinished: run the same `python -m data_prep` command again")
+        raise UserError(f"{path} is not a store (it has no store.json): make one, see `python -m data_prep --help`")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        kind, version = info["format"], info["version"]
+        if kind == FORMAT and version == VERSION and not {"files", "counts", "codec", "text"} <= info.keys():
+            raise ValueError("keys are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged or no store's: prepare the store again") from error
+    if kind != FORMAT or version != VERSION:
+        raise UserError(f"{file} is of {kind!r} version {version!r}; this program reads {FORMAT!r} version {VERSION}")
+    return info
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {_AGAIN}")
+    if path.stat().st_size != size:
+        raise UserError(f"{path} is cut short or changed ({path.stat().st_size} bytes where {size} belong): {_AGAIN}")
+
+
+def _audio_only(path: Path) -> str:
+    return f"{path} holds audio only: encode it with `python -m data_prep pack --root {path}`"

@@ -1,0 +1,208 @@
+"""The store on disk: what is written is read back, and anything wrong with it is said in one line."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ssmttm.data import StoreWriter, open_store
+from ssmttm.data.files import map_tensors, write_tensors, written_aside
+from ssmttm.data.store import caption_hash, shard_name, text_name
+from ssmttm.errors import UserError
+
+CODEC = {
+    "name": "fake", "fingerprint": "f" * 16, "sample_rate": 8000, "frame_rate": 25.0,
+    "n_codebooks": 3, "codebook_size": 64,
+}  # fmt: skip
+TEXT = {"name": "some/encoder", "fingerprint": "e" * 16, "dim": 5}
+
+
+class OtherCodec:
+    name, fingerprint = "other", "0" * 16
+
+
+def row(index: int, split: str = "train", **more) -> dict:
+    known = {"id": f"seg-{index}", "split": split, "licence": "CC0-1.0", "duration": 2.0}
+    return {**known, "captions": [f"song {index}"], **more}
+
+
+def some_codes(index: int) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 64, (3, 20 + index))
+
+
+def write_text_table(path, captions: list[str]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    table = {text: rng.standard_normal((1 + i % 4, 5)).astype(np.float16) for i, text in enumerate(captions)}
+    ordered = sorted(table, key=caption_hash)
+    hashes = np.frombuffer(b"".join(map(caption_hash, ordered)), np.uint8).reshape(-1, 16)
+    offsets = np.cumsum([0, *(len(table[text]) for text in ordered)]).astype(np.int64)
+    embeddings = np.concatenate([table[text] for text in ordered])
+    tensors = {"hashes": hashes, "offsets": offsets, "embeddings": embeddings}
+    write_tensors(path / text_name(TEXT["name"]), tensors)
+    return table
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A finished store of 10 segments in three shards."""
+    writer = StoreWriter(tmp_path / "s", {"source": "test"}, CODEC, 8000, shard_segments=4)
+    for index in range(10):
+        truth = {"tempo": 120} if index == 3 else None
+        writer.add(row(index, "valid" if index == 9 else "train", truth=truth), some_codes(index))
+    table = write_text_table(tmp_path / "s", ["", *(f"song {i}" for i in range(10))])
+    return writer.finish(TEXT), table
+
+
+def test_roundtrip(made):
+    store, table = made
+    assert len(store) == 10 and list(store.indices("valid")) == [9] and len(store.indices("train")) == 9
+    for index in range(10):
+        assert store.codes(index).dtype == np.uint16
+        np.testing.assert_array_equal(store.codes(index), some_codes(index))
+    for caption, embedding in table.items():
+        np.testing.assert_array_equal(store.text(caption), embedding)
+    assert store.truth(3) == {"tempo": 120} and store.truth(4) is None
+    assert store.info["counts"] == {"train": 9, "valid": 1, "test": 0}
+    store.verify()
+    with pytest.raises(KeyError, match="no embedding of the caption 'never said'"):
+        store.text("never said")
+    with pytest.raises(UserError, match="no test segments"):
+        store.indices("test")
+
+
+def test_codes_are_a_view_of_the_file(made):
+    store, _ = made
+    base = store.codes(0)
+    while not isinstance(base, np.memmap):
+        base = base.base
+    assert base.filename and not store.codes(0).flags.writeable
+
+
+def test_files_are_plain_safetensors(made):
+    store, _ = made
+    tensors = load_file(store.path / shard_name(0))
+    assert tensors["codes"].shape == (3, 20 + 21 + 22 + 23) and list(tensors["offsets"]) == [0, 20, 41, 63, 86]
+    assert not [path for path in store.path.rglob("*") if path.suffix in (".pkl", ".pt", ".npy", ".npz")]
+
+
+def test_captions_whose_hashes_share_a_beginning(tmp_path, monkeypatch):
+    start = b"\x00" * 8
+    keys = {"a": start + b"\x01" * 8, "b": start + b"\x02" * 8, "c": b"\xff" * 16, "d": start + b"\x03" * 8}
+    monkeypatch.setattr("ssmttm.data.store.caption_hash", keys.__getitem__)
+    from ssmttm.data.store import _TextTable
+
+    hashes = np.frombuffer(keys["a"] + keys["b"] + keys["c"], np.uint8).reshape(3, 16)
+    embeddings = np.arange(6, dtype=np.float16).reshape(6, 1)
+    tensors = {"hashes": hashes, "offsets": np.array([0, 1, 3, 6]), "embeddings": embeddings}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    table = _TextTable(tmp_path / "t.safetensors")
+    assert [table.find(key) for key in "abcd"] == [0, 1, 2, None]
+    assert table["b"][:, 0].tolist() == [1, 2]
+
+
+def test_same_content_same_fingerprint_and_other_content_another(tmp_path):
+    def build(name: str, licence: str):
+        writer = StoreWriter(tmp_path / name, {"source": "test"}, CODEC, 8000)
+        writer.add(row(0) | {"licence": licence}, some_codes(0))
+        return writer.finish()
+
+    assert build("a", "CC0-1.0").fingerprint == build("b", "CC0-1.0").fingerprint
+    assert build("c", "CC-BY-4.0").fingerprint != build("a2", "CC0-1.0").fingerprint
+
+
+def test_a_stopped_run_goes_on_without_encoding_again(tmp_path):
+    writer = StoreWriter(tmp_path / "s", {"source": "test"}, CODEC, 8000, shard_segments=2)
+    for index in range(5):
+        writer.add(row(index), some_codes(index))  # two shards on disk, the fifth segment lost
+    with pytest.raises(UserError, match="unfinished"):
+        open_store(tmp_path / "s")
+    again = StoreWriter(tmp_path / "s", {"source": "test"}, CODEC, 8000, shard_segments=2)
+    assert [f"seg-{index}" in again for index in range(5)] == [True, True, True, True, False]
+    for index in range(5):
+        again.add(row(index), some_codes(index) if index == 4 else None)
+    store = again.finish()
+    for index in range(5):
+        np.testing.assert_array_equal(store.codes(index), some_codes(index))
+
+
+def test_other_settings_are_refused(made):
+    store, _ = made
+    with pytest.raises(UserError, match=r"other settings .source 'test' -> 'folder'"):
+        StoreWriter(store.path, {"source": "folder"}, CODEC, 8000)
+    assert open_store(store.path).fingerprint == store.fingerprint
+
+
+def test_other_codec_is_refused_by_name(made):
+    store, _ = made
+    with pytest.raises(UserError, match=r"'fake' \(ffffffffffffffff\).*'other' \(0000000000000000\)"):
+        store.require_codec(OtherCodec())
+
+
+def test_not_a_store(tmp_path):
+    with pytest.raises(UserError, match="no store at"):
+        open_store(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a store"):
+        open_store(tmp_path)
+    (tmp_path / "store.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged or no store's"):
+        open_store(tmp_path)
+    (tmp_path / "store.json").write_text('{"format": "ssmttm-store", "version": 99}')
+    with pytest.raises(UserError, match="version 99"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", shard_name(1), text_name(TEXT["name"])])
+def test_a_missing_or_short_file_is_named(made, name):
+    store, _ = made
+    file = store.path / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    with pytest.raises(UserError, match="cut short") as caught:
+        open_store(store.path)
+    assert file.name in str(caught.value)
+    file.unlink()
+    with pytest.raises(UserError, match="missing"):
+        open_store(store.path)
+
+
+def test_verify_finds_a_flipped_bit(made):
+    store, _ = made
+    file = store.path / shard_name(2)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        open_store(store.path).verify()
+
+
+def test_damaged_headers(tmp_path):
+    for name, data in {"empty": b"", "huge": b"\xff" * 64, "text": b"hello, no safetensors file at all"}.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="cut short or damaged"):
+            map_tensors(path)
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(UserError, match="BF16"):
+        map_tensors(path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(UserError, match="disk is full"), written_aside(path) as aside:
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_bad_rows_are_bugs(tmp_path):
+    writer = StoreWriter(tmp_path / "s", {}, CODEC, 8000)
+    with pytest.raises(ValueError, match=r"missing .'licence'"):
+        writer.add(row(0) | {"licence": None}, some_codes(0))
+    with pytest.raises(ValueError, match="needs codes"):
+        writer.add(row(1), np.zeros((2, 5), int))
+    writer.add(row(2), some_codes(2))
+    with pytest.raises(ValueError, match="twice"):
+        writer.add(row(2), some_codes(2))
