@@ -130,7 +130,8 @@ class Codec(nn.Module, ABC):
         if latents.dim() != 3 or latents.shape[1] != self.latent_channels:
             raise UserError(f"latents must be [batch, {self.latent_channels}, frames], not {list(latents.shape)}")
         parts = latents.transpose(1, 2).float().chunk(len(books), dim=-1)
-        return torch.stack([nearest(part, book, self.similarity) for part, book in zip(parts, books, strict=True)], dim=1)
+        pairs = zip(parts, books, strict=True)
+        return torch.stack([nearest(part, book, self.similarity) for part, book in pairs], dim=1)
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode codes as they come; the pieces joined equal `decode` of all codes joined.

@@ -28,7 +28,7 @@ class STFTDiscriminator(nn.Module):
     def __init__(self, window: int, channels: int) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(window), persistent=False)
-        shapes = [((3, 9), (1, 4)), ((3, 9), (1, 2)), ((3, 9), (2, 2)), ((3, 3), (1, 1))]  # kernel, stride in time, frequency
+        shapes = [((3, 9), (1, 4)), ((3, 9), (1, 2)), ((3, 9), (2, 2)), ((3, 3), (1, 1))]  # kernel, stride over [T, F]
         self.layers = nn.ModuleList(
             _conv(channels if i else 2, channels, kernel, stride) for i, (kernel, stride) in enumerate(shapes)
         )

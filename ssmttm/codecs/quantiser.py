@@ -11,9 +11,9 @@ class ResidualQuantiser(nn.Module):
     """K codebooks of V entries in a narrow space, looked up by cosine, each on what the ones before it left over.
 
     The codebooks learn from the codebook loss alone (no moving averages). They are seeded from the first training
-    batch; entries that go unused are re-seeded by `revive`. `usage` and `seeded` are buffers, so that a resumed run goes on
-    exactly. Every parameter gets a gradient (perhaps zero) in every training step: a codebook that quantiser dropout
-    skips is masked, not left out, so DistributedDataParallel needs no `find_unused_parameters`.
+    batch; entries that go unused are re-seeded by `revive`. `usage` and `seeded` are buffers, so that a resumed run
+    goes on exactly. Every parameter gets a gradient (perhaps zero) in every training step: a codebook that quantiser
+    dropout skips is masked, not left out, so DistributedDataParallel needs no `find_unused_parameters`.
 
     Args:
         width: D of what is quantised.
@@ -44,7 +44,6 @@ class ResidualQuantiser(nn.Module):
         Returns:
             The quantised z [B, T, D], codes int64 [B, K, T], losses `codebook` and `commitment` (mean over codebooks).
         """
-        z = z.float()
         if self.training and not self.seeded:
             self._seed(z)
         active = self._active(z)  # [K, B]
@@ -68,7 +67,7 @@ class ResidualQuantiser(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """z [B, T, D] -> codes int64 [B, K, T]."""
-        residual, codes = z.float(), []
+        residual, codes = z, []
         for k in range(len(self.codebooks)):
             index = nearest(self.project_in[k](residual), self.codebooks[k], "cosine")
             residual = residual - self.project_out[k](self.codebooks[k][index])
@@ -94,7 +93,7 @@ class ResidualQuantiser(nn.Module):
         """
         _all_reduce(self.usage)
         dead = self.usage < min_share * self.usage.float().mean(dim=1, keepdim=True).clamp_min(1e-6)  # [K, V]
-        self._reseed(z.float(), dead)
+        self._reseed(z, dead)
         self.usage.zero_()
         return dead.sum(dim=1)
 

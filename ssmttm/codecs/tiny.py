@@ -54,10 +54,10 @@ class TinyCodecConfig:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.hop_length % 2 or self.window % self.hop_length or self.window < 2 * self.hop_length:
             raise UserError(
-                f"codec: hop_length {self.hop_length} must be even, window {self.window} a multiple of it, at least twice"
+                f"codec: hop_length {self.hop_length} must be even, window {self.window} a multiple of it (2 or more)"
             )
         if max(self.decoder_look_ahead) >= self.kernel or self.kernel % 2 == 0:
-            raise UserError(f"codec: kernel {self.kernel} must be odd, above decoder_look_ahead {self.decoder_look_ahead}")
+            raise UserError(f"codec: kernel {self.kernel} must be odd and above the look-ahead")
 
 
 class TinyCodec(Codec):
@@ -81,6 +81,7 @@ class TinyCodec(Codec):
         self.encoder_fine = Stack(c.encoder_blocks[0], c.encoder_width, c.expansion, c.kernel, both_ways)
         self.down = nn.Linear(2 * c.encoder_width, c.encoder_width)  # stride-2 convolution of two taps
         self.encoder_coarse = Stack(c.encoder_blocks[1], c.encoder_width, c.expansion, c.kernel, both_ways)
+        self.encoder_norm = nn.LayerNorm(c.encoder_width)
         self.quantiser = ResidualQuantiser(
             c.encoder_width, c.n_codebooks, c.codebook_size, c.codebook_dim, c.quantiser_dropout
         )
@@ -94,7 +95,9 @@ class TinyCodec(Codec):
 
     def forward(self, wav: Tensor) -> CodecOutput:
         """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
-        z, codes, losses = self.quantiser(self._analyse(self.pad(wav)))
+        z = self._analyse(self.pad(wav))
+        with torch.autocast(z.device.type, enabled=False):
+            z, codes, losses = self.quantiser(z.float())
         return CodecOutput(self._synthesise(z)[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
@@ -103,7 +106,7 @@ class TinyCodec(Codec):
 
         Call it every 50 steps or so. Returns how many were re-seeded, int64 [K]; see `ResidualQuantiser.revive`.
         """
-        return self.quantiser.revive(self._analyse(self.pad(wav)))
+        return self.quantiser.revive(self._analyse(self.pad(wav)).float())
 
     def codebook_vectors(self) -> Tensor:
         return self.quantiser.codebooks
@@ -120,7 +123,7 @@ class TinyCodec(Codec):
     def _analyse(self, wav: Tensor) -> Tensor:
         x = self.encoder_fine(self.embed(spectral_features(self.stft(wav[:, 0].float()))))  # [B, 2T, D]
         x = self.down(x.unflatten(1, (-1, 2)).flatten(2))  # [B, T, D]
-        return self.encoder_coarse(x)
+        return self.encoder_norm(self.encoder_coarse(x))
 
     def _synthesise(self, z: Tensor) -> Tensor:
         x = self.decoder_coarse(self.widen(z))  # [B, T, D]
