@@ -1,0 +1,54 @@
+"""Pure functions that shape logits before a token is drawn, and the draw itself.
+
+Shapes: `[..., V]` logits of any leading shape over V codes of a codebook.
+"""
+
+import torch
+from torch import Tensor
+
+
+def without_special(logits: Tensor, codebook_size: int) -> Tensor:
+    """Keep real codes only, `[..., V']` -> `[..., V]`: the special token, where a model predicts it, is the last."""
+    return logits[..., :codebook_size]
+
+
+def temperature(logits: Tensor, value: float) -> Tensor:
+    """Divide by `value` > 0: below 1 sharpens the distribution, above 1 flattens it."""
+    return logits if value == 1.0 else logits / value
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Send all but the `k` largest to -inf; 0 keeps all. Values equal to the k-th are kept with it."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    smallest_kept = logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus sampling (arXiv 1904.09751): keep the likeliest codes that reach probability `p`; 1 keeps all."""
+    if p >= 1.0:
+        return logits
+    ordered = logits.sort(dim=-1, descending=True).values
+    mass_before = ordered.softmax(-1, dtype=torch.float64).cumsum(-1).roll(1, -1)
+    mass_before[..., 0] = 0.0
+    last_kept = (mass_before < p).sum(-1, keepdim=True) - 1
+    return logits.masked_fill(logits < ordered.gather(-1, last_kept), -torch.inf)
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one code for each row by inverting its cumulative distribution.
+
+    The distribution stands in code order and in float64: rounding differences between batch shapes then move a draw
+    only if its uniform lies within them of a boundary (sorting by probability would also swap near-equal codes).
+
+    Args:
+        logits: [..., V], -inf for codes that must not be drawn.
+        uniforms: [...] float64 in [0, 1).
+
+    Returns:
+        [...] int64 codes, each of non-zero probability.
+    """
+    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    targets = uniforms.unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
