@@ -1,0 +1,28 @@
+"""The built-in corpus: music composed and rendered by this package, with known ground truth, released as CC0-1.0.
+
+A piece is a pure function of (seed, index); its audio is rendered offline from a General MIDI soundfont and its captions
+are written from the ground truth, so that a model can be trained and measured with no download.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .captions import describe
+    from .composer import compose
+    from .corpus import produce, segments
+    from .score import Piece
+    from .synth import render
+
+__all__ = ["Piece", "compose", "describe", "produce", "render", "segments"]
+
+_HOMES = {"Piece": "score", "compose": "composer", "describe": "captions", "produce": "corpus", "render": "synth",
+          "segments": "corpus"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the asked-for function's module on first use, so that importing the package stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,98 @@
+"""The accompaniment: chords, bass, drums and pad, each from a one-bar pattern laid over the harmony."""
+
+from random import Random
+
+from .score import TICKS, Metre, Note
+from .theory import Chord, Key, voice
+
+DRUM_KEYS = {"k": 36, "s": 38, "r": 37, "p": 44, "h": 42, "o": 46, "i": 51, "c": 49, "q": 39, "t": 45, "m": 70, "w": 76,
+             "b": 56, "g": 63}
+_DRUM_VELOCITY = {"x": 100, "o": 62}
+
+
+def _runs(pattern: str) -> list[tuple[int, int, str]]:
+    """The events of a pattern as (step, length in steps, character); `-` prolongs, `.` rests."""
+    cells = pattern.replace(" ", "")
+    events: list[tuple[int, int, str]] = []
+    for step, cell in enumerate(cells):
+        if cell == "-" and events:
+            first, length, char = events[-1]
+            events[-1] = (first, length + 1, char)
+        elif cell not in "-.":
+            events.append((step, 1, cell))
+    return events
+
+
+def voicings(chords: list[Chord], key: Key, low: int) -> list[tuple[int, ...]]:
+    """A voicing of each chord with smooth voice leading, in the octaves above `low` (a MIDI key)."""
+    voiced: list[tuple[int, ...]] = []
+    for chord in chords:
+        voiced.append(voice(chord, key, voiced[-1] if voiced else (), low))
+    return voiced
+
+
+def play_chords(voiced: list[tuple[int, ...]], pattern: str, metre: Metre, accent: int) -> list[Note]:
+    """A chord pattern over the voicings, one a bar."""
+    notes: list[Note] = []
+    for bar, pitches in enumerate(voiced):
+        ladder = (*pitches, pitches[0] + 12, pitches[1] + 12)
+        for step, length, char in _runs(pattern):
+            chosen = {"C": pitches, "L": pitches[:1], "U": pitches[1:]}.get(char) or (ladder[int(char)],)
+            start = bar * metre.bar + step * metre.step
+            velocity = accent + (8 if step * metre.step % TICKS == 0 else 0) - (6 if len(chosen) > 1 else 0)
+            notes += [Note(start, length * metre.step, pitch, velocity) for pitch in chosen]
+    return notes
+
+
+def hold_chords(voiced: list[tuple[int, ...]], metre: Metre) -> list[Note]:
+    """A sustained pad, one chord a bar."""
+    return [Note(bar * metre.bar, metre.bar, pitch, 70) for bar, pitches in enumerate(voiced) for pitch in pitches[:3]]
+
+
+def play_bass(chords: list[Chord], key: Key, pattern: str, metre: Metre, low: int, high: int) -> list[Note]:
+    """A bass pattern: roots near the bottom of the range, `n` a diatonic step below or above the next root."""
+    notes: list[Note] = []
+    for bar, chord in enumerate(chords):
+        root, third, fifth, *_ = (low + (pitch_class - low) % 12 for pitch_class in chord.pitch_classes(key))
+        following = chords[min(bar + 1, len(chords) - 1)].root
+        approach = low + (key.pitch((following + (1 if following <= chord.root else -1)) % 7) - low) % 12
+        tones = {"1": root, "3": third, "5": fifth, "8": root + 12 if root + 12 <= high + 4 else root, "n": approach}
+        for step, length, char in _runs(pattern):
+            start = bar * metre.bar + step * metre.step
+            notes.append(Note(start, length * metre.step, tones[char], 96 if step == 0 else 84))
+    return notes
+
+
+def play_drums(rng: Random, pattern: str, metre: Metre, n_bars: int, section_starts: set[int]) -> list[Note]:
+    """A drum pattern, with a fill before and a cymbal on the first beat of a section."""
+    voices = [line.split() for line in pattern.split("|")]
+    notes: list[Note] = []
+    for bar in range(n_bars):
+        fill = bar + 1 in section_starts and bar and rng.random() < 0.6
+        start = bar * metre.bar
+        for letter, cells in voices:
+            for step, cell in enumerate(cells):
+                tick = step * metre.step
+                replaced = fill and letter in "st" and tick >= metre.bar - TICKS
+                if cell in _DRUM_VELOCITY and not replaced:
+                    notes.append(Note(start + tick, metre.step, DRUM_KEYS[letter], _DRUM_VELOCITY[cell]))
+        if fill:
+            last_beat = start + metre.bar - TICKS
+            keys = (38, 38, 45, 43) if any(letter == "s" for letter, _ in voices) else (45, 45, 43, 41)
+            ticks = (0, 4, 8) if metre.compound else (0, 6, 9)
+            notes += [Note(last_beat + t, 3, key, 84) for t, key in zip(ticks, keys, strict=False)]
+        if bar in section_starts and any(letter in "ks" for letter, _ in voices):
+            notes.append(Note(start, TICKS, DRUM_KEYS["c"], 76))
+    return notes
+
+
+def swing(notes: list[Note]) -> list[Note]:
+    """Long-short eighths: the second half of each beat moves to its last third; ends of notes move alike."""
+    warp = {3: 4, 6: 8, 9: 10}
+    swung = []
+    for note in notes:
+        end = note.start + note.duration
+        start = note.start - note.start % TICKS + warp.get(note.start % TICKS, note.start % TICKS)
+        end = end - end % TICKS + warp.get(end % TICKS, end % TICKS)
+        swung.append(Note(start, end - start, note.pitch, note.velocity))
+    return swung

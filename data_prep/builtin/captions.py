@@ -1,0 +1,137 @@
+"""Captions from ground truth: varied English in which everything said is so."""
+
+from random import Random
+from typing import Any
+
+from .words import BACKING_WORDS, DENSITY, FAMILY_WORDS, INSTRUMENTS, METRE_WORDS, MOODS, STYLE_NOUNS, TEMPO
+
+# Slots: np (article, adjectives, style noun), key, lead ("on a flute"), player ("a flute"), solo ("flute"), bpm, metre,
+# backing, style, tempo, mood, feel. An adjective is never given twice in one caption: `np` holds those not used elsewhere.
+_CORE = (
+    "{np} {key} on {player}", "{np} {key} {lead}", "{np} {lead}, {key}", "{np} {key}, {bpm}, {lead}",
+    "{np} for {solo} {key}", "{np} {lead}", "{np} {key} for {solo}, {bpm}",
+)
+_DETAIL = (
+    "{np} {key} {lead}, {backing}", "{np} {bpm} {metre}, {key}, {lead}, {backing}",
+    "{Player} carries the melody of {np} {key}, {backing}", "{np} {metre} {bpm}. {Player} leads, {backing}. The piece is {key}",
+    "{Np} {key}. {Player} takes the lead {backing}", "An instrumental: {np} {lead}, {key}, {backing}",
+    "{np} with {player} playing the tune, {backing}, {bpm}", "{np} {key} at a {tempo} tempo of {beats} with {player} in front",
+)
+_SPOKEN = (
+    "The melody of this {tempo} {style} is played by {player} {key}", "This is {np} {lead}", "Music {key}: {np} with {player}",
+    "{Player} plays {np} {key}", "{np}, {feel}, {lead}", "I would like {np} {key} {lead}", "Play {np} {lead} {bpm}",
+    "Imagine {np} {key} with {player} singing out the tune", "{mood} {tempo} music {key} {lead}",
+    "{Player} over {backers}: {np} {key}", "{np} {lead}; the mood is {mood} and the tempo {tempo}",
+    "Instrumental: {style} {key}, {tempo}, {lead}",
+)
+_TERSE = (
+    "{tempo} {style}, {solo}", "{solo} {style}, {plainkey}", "{tempo} {solo} music {key}", "{mood} {solo} melody", "{style} with {player}",
+       "{plainkey} {style}, {beats}", "{solo}, {tempo}, {plainkey}", "{mood} {tempo} {style}", "{solo} {style} {key}",
+    "{tempo} {solo} {style} {bpm}",
+)
+
+
+def _article(phrase: str) -> str:
+    """The phrase with "a" or "an" before it."""
+    first = phrase.split()[0].lower()
+    vowel = (first[0] in "aeiou" and not first.startswith(("eu", "uni", "one"))) or first[:2] == "8-"
+    return f"{'an' if vowel else 'a'} {phrase}"
+
+
+def _join(items: list[str]) -> str:
+    """Items as an English list."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _spell(rng: Random, tonic: str) -> str:
+    """A tonic's name, now and then with its accidental as a word."""
+    if len(tonic) == 1:
+        return tonic
+    word = "sharp" if tonic[1] == "#" else "flat"
+    return rng.choice((tonic, tonic, f"{tonic[0]} {word}", f"{tonic[0]}-{word}"))
+
+
+def _key_phrases(rng: Random, truth: dict[str, Any]) -> tuple[str, str]:
+    """The key as a phrase ("in a minor key") and as bare words ("D minor")."""
+    mode, tonic = truth["mode"], _spell(rng, truth["key"])
+    named = f"in {tonic} {mode}"
+    if mode in ("major", "minor"):
+        return rng.choice((named, named, named, f"in a {mode} key", f"in the key of {tonic} {mode}")), rng.choice(
+            (f"{tonic} {mode}", f"{mode} key"))
+    return rng.choice((named, named, named, f"in the {mode} mode", f"in {mode} mode on {tonic}")), rng.choice(
+        (f"{tonic} {mode}", f"{mode} mode", mode))
+
+
+def _backers(rng: Random, truth: dict[str, Any]) -> list[str]:
+    """The accompanying players, in words."""
+    others = [i for i in truth["instruments"] if i["role"] != "lead"]
+    return [rng.choice(BACKING_WORDS.get(i["name"], (i["name"],))) for i in others]
+
+
+def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
+    """Words for the slots of one caption."""
+    lead = truth["lead"]
+    pool = INSTRUMENTS[lead["name"]]
+    solo = rng.choice(FAMILY_WORDS[lead["family"]]) if rng.random() < 0.12 else rng.choice(pool)
+    plural = solo.endswith("s") and not solo.endswith(("brass", "ss"))
+    player = solo if plural else _article(solo)
+    key, plainkey = _key_phrases(rng, truth)
+    tempo, mood = rng.choice(TEMPO[truth["tempo_class"]]), rng.choice((truth["mood"], *MOODS.get(truth["mood"], ())))
+    style = rng.choice(STYLE_NOUNS[truth["style"]])
+    beats = rng.choice((f"{truth['bpm']} bpm", f"{truth['bpm']} bpm", f"{truth['bpm']} BPM", f"{truth['bpm']} beats per minute"))
+    feel = rng.choice(DENSITY[truth["density"]])
+    adjectives = [word for word, used, chance in ((tempo, "{tempo}" in template, 0.85), (mood, "{mood}" in template, 0.6))
+                  if not used and rng.random() < chance]
+    rng.shuffle(adjectives)
+    if "{feel}" not in template and truth["density"] != "moderate" and rng.random() < 0.2:
+        adjectives.insert(0, "sparse" if truth["density"] == "sparse" else rng.choice(("dense", "busy")))
+    np = _article(" ".join([", ".join(adjectives), style]).strip())
+    backers = _backers(rng, truth)
+    band = _join(backers)
+    backing = rng.choice((f"accompanied by {band}", f"over {band}", f"backed by {band}", f"with {band}"))
+    if not truth["drums"] and rng.random() < 0.3:
+        backing = rng.choice((f"{backing} and no drums", f"{backing}, without drums"))
+    return {
+        "np": np, "key": key, "plainkey": plainkey, "solo": solo, "player": player, "tempo": tempo, "mood": mood, "style": style,
+        "beats": beats, "bpm": rng.choice((f"at {beats}", f"at {beats}", f"at a tempo of {beats}")), "feel": feel,
+        "metre": rng.choice(METRE_WORDS[truth["metre"]]), "backing": backing, "backers": band,
+        "lead": rng.choice((f"played on {player}", f"on {player}", f"led by {player}", "in front",
+                            f"featuring {player}", f"with {_article(solo + ' melody')}")),
+    }
+
+
+def _write(rng: Random, truth: dict[str, Any], template: str) -> str:
+    """One caption from a template."""
+    slots = _slots(rng, truth, template)
+    slots |= {name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("np", "player")}
+    text = template.format(**slots)
+    return text[0].upper() + text[1:] + rng.choice((".", ".", "")) if rng.random() < 0.7 else text
+
+
+def _tags(rng: Random, truth: dict[str, Any]) -> str:
+    """A comma-separated tag list."""
+    tags = [truth["style"], rng.choice(INSTRUMENTS[truth["lead"]["name"]]), _key_phrases(rng, truth)[1],
+            rng.choice(TEMPO[truth["tempo_class"]]), truth["mood"]]
+    extra = [f"{truth['bpm']} bpm", truth["metre"], "drums" if truth["drums"] else "no drums", "instrumental"]
+    tags += rng.sample(extra, rng.randint(1, 3))
+    rng.shuffle(tags)
+    return ", ".join(tags)
+
+
+def tags(truth: dict[str, Any]) -> list[str]:
+    """The ground truth as plain tags."""
+    return [truth["style"], truth["lead"]["name"], truth["lead"]["family"], f"{truth['key']} {truth['mode']}", truth["mode"],
+            truth["tempo_class"], f"{truth['bpm']} bpm", truth["metre"], truth["mood"], truth["density"],
+            "drums" if truth["drums"] else "no drums"]
+
+
+def describe(truth: dict[str, Any], rng_seed: int | str) -> list[str]:
+    """Four to six captions of one segment: a plain one, a detailed one, spoken and terse ones, and a tag list.
+
+    The same `rng_seed` gives the same captions.
+    """
+    rng = Random(f"caption {rng_seed}")
+    templates = [rng.choice(_CORE), rng.choice(_DETAIL), rng.choice(_TERSE), rng.choice(_SPOKEN)]
+    templates += [rng.choice(_CORE)] if rng.random() < 0.5 else []
+    captions = [_write(rng, truth, template) for template in templates]
+    return list(dict.fromkeys([*captions, _tags(rng, truth)]))

@@ -1,0 +1,174 @@
+"""Composition: draw a plan, lay out the form, write the parts, and return the piece with its ground truth."""
+
+from dataclasses import dataclass
+from random import Random
+
+from . import arrange
+from .harmony import Section, harmonise, plan_form
+from .instruments import BACKING, LEADS, Instrument
+from .melody import Tone, Voice, draw_motif, vary, write_phrase
+from .score import METRES, TICKS, Metre, Note, Piece, Track
+from .styles import STYLES, Style
+from .theory import MODES, Chord, Key, is_bright, tonic_name
+
+VERSION = 1  # part of the seed: a change of the music is a new corpus
+DURATION = 40.0  # seconds a piece: two segments
+_LAST_ONSET = 38.6  # seconds: nothing starts later, so that the end can ring
+TEMPO_CLASSES = {"slow": (50, 89), "medium": (90, 130), "fast": (131, 180)}
+_METRE_WEIGHTS = {"4/4": 0.52, "3/4": 0.26, "6/8": 0.22}
+_MOODS: dict[tuple[bool, str], tuple[str, ...]] = {
+    (True, "slow"): ("peaceful", "tender", "dreamy", "warm", "romantic", "serene"),
+    (True, "medium"): ("cheerful", "relaxed", "hopeful", "bright", "carefree", "friendly"),
+    (True, "fast"): ("happy", "joyful", "energetic", "playful", "triumphant", "lively"),
+    (False, "slow"): ("sad", "melancholic", "mysterious", "sombre", "nostalgic", "lonely"),
+    (False, "medium"): ("wistful", "dark", "brooding", "bittersweet", "pensive", "moody"),
+    (False, "fast"): ("tense", "urgent", "dramatic", "restless", "fierce", "stormy"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is decided before a note is written."""
+
+    style: Style
+    metre: Metre
+    tempo_class: str
+    bpm: int
+    key: Key
+    density: str
+    mood: str
+    lead: Instrument
+    chords: Instrument
+    bass: Instrument
+    drums: bool
+    pad: bool
+
+
+def tempo_class(bpm: int) -> str:
+    """slow (below 90), medium (90 to 130) or fast (above 130)."""
+    return next(name for name, (_, high) in TEMPO_CLASSES.items() if bpm <= high)
+
+
+def draw_plan(rng: Random) -> Plan:
+    """A plan. Lead family, mode, tonic, tempo class and density are drawn independently of one another and of the style."""
+    family = rng.choice(list(LEADS))
+    lead = rng.choice(LEADS[family])
+    key = Key(rng.randrange(12), rng.choice(list(MODES)))
+    density = rng.choice(("sparse", "moderate", "dense"))
+    pace = rng.choice(list(TEMPO_CLASSES))
+    metre = METRES[rng.choices(list(_METRE_WEIGHTS), list(_METRE_WEIGHTS.values()))[0]]
+    slowest, quickest = TEMPO_CLASSES[pace]
+
+    def tempi(style: Style) -> range:
+        return range(max(slowest, style.tempo[0]), min(quickest, style.tempo[1]) + 1)
+
+    styles = [style for style in STYLES.values() if metre.name in style.grooves and len(tempi(style)) >= 5]
+    style = rng.choices(styles, [style.grooves[metre.name].weight for style in styles])[0]
+    backing = [BACKING[name] for name in style.players if BACKING[name].family != family]
+    basses = [BACKING[name] for name in style.basses if not (family == "strings" and name == "cello")
+              and not (family == "brass" and name == "tuba")]
+    own = style.moods if style.moods and rng.random() < 0.3 else ()
+    groove = style.grooves[metre.name]
+    chords = rng.choice(backing or [BACKING["piano"], BACKING["strings"]])
+    return Plan(style, metre, pace, rng.choice(tempi(style)), key, density,
+                rng.choice(own or _MOODS[is_bright(key.mode), pace]), lead, chords, rng.choice(basses or [BACKING["acoustic bass"]]),
+                drums=bool(groove.drums) and rng.random() < style.drums,
+                pad=chords.family not in ("pad", "strings", "synth") and family not in ("strings", "synth")
+                and rng.random() < style.pad)
+
+
+def _lead_part(rng: Random, plan: Plan, sections: list[Section], chords: list[Chord]) -> list[Tone]:
+    """The melody over the whole form: sections of one letter share their tune, primed ones vary it."""
+    metre = plan.metre
+    low = plan.key.degree_near(plan.lead.low) + 1
+    voice = Voice(plan.key, low, min(plan.key.degree_near(plan.lead.high), low + 11))
+    motifs = [draw_motif(rng, metre, plan.density, plan.bpm) for _ in range(4)]
+    pairs = {"A": (motifs[0], motifs[1]), "B": (motifs[2], motifs[1]), "C": (motifs[3], motifs[0].inverted())}
+    memory: dict[tuple[str, bool], list[Tone]] = {}
+    part: list[Tone] = []
+    for section in sections:
+        letter = section.label[:1]
+        span = chords[section.first_bar : section.first_bar + section.n_bars]
+        if section.label in ("intro", "end"):
+            continue
+        tones = memory.get((letter, section.closed))
+        if tones is None:
+            tones = write_phrase(rng, voice, span, metre, pairs.get(letter, pairs["A"]), section.closed)
+            other = memory.get((letter, not section.closed))
+            if other is not None:  # the same phrase with another cadence
+                cut = (section.n_bars - 2) * metre.bar
+                tones = [t for t in other if t.start < cut] + [t for t in tones if t.start >= cut]
+            memory[letter, section.closed] = tones
+        if "'" in section.label:
+            tones = vary(rng, tones, voice, 12 if metre.compound else 6)
+        part += [Tone(t.start + section.first_bar * metre.bar, t.duration, t.degree) for t in tones]
+    end = sections[-1].first_bar * metre.bar
+    part.append(Tone(end, metre.bar, voice.chord_tone(part[-1].degree, Chord(0)) if part[-1].degree % 7 else part[-1].degree))
+    return part
+
+
+def _play_lead(rng: Random, plan: Plan, part: list[Tone]) -> list[Note]:
+    """The melody as notes: metrical accents, the instrument's articulation, a breath after long notes."""
+    notes = []
+    for tone in part:
+        accent = 10 if tone.start % plan.metre.bar == 0 else 5 if tone.start % TICKS == 0 else 0
+        length = max(1, round(tone.duration * plan.lead.legato)) - (1 if tone.duration >= 2 * TICKS else 0)
+        notes.append(Note(tone.start, length, plan.key.pitch(tone.degree), min(120, 92 + accent + rng.randint(-4, 4))))
+    return notes
+
+
+def _finish(notes: list[Note], last: int, end: int) -> tuple[Note, ...]:
+    """Drop what starts after the last beat, and let what starts on it ring to the end."""
+    kept = (n if n.start < last else Note(n.start, end - n.start, n.pitch, n.velocity) for n in notes if n.start <= last)
+    return tuple(sorted((Note(n.start, min(n.duration, end - n.start), n.pitch, n.velocity) for n in kept),
+                        key=lambda n: (n.start, n.pitch)))
+
+
+def compose(seed: int, index: int) -> Piece:
+    """Compose piece `index` of corpus `seed`: a pure function of the two (and of this package's version)."""
+    rng = Random(f"ssmttm builtin {VERSION} {seed} {index}")
+    plan = draw_plan(rng)
+    metre, groove = plan.metre, plan.style.grooves[plan.metre.name]
+    beat = 60.0 / plan.bpm
+    n_bars = int(_LAST_ONSET / (beat * metre.beats)) + 1
+    last = (n_bars - 1) * metre.bar
+    if (n_bars - 1) * metre.beats * beat < _LAST_ONSET - 2.6:  # a long last bar: the end falls on its second half
+        last += metre.beats // 2 * TICKS
+    end = round((DURATION - 0.05) / beat * TICKS)
+    sections = plan_form(rng, n_bars, beat * metre.beats)
+    chords = harmonise(rng, sections, plan.key.mode, rng.random() < plan.style.sevenths)
+    lead = _play_lead(rng, plan, _lead_part(rng, plan, sections, chords))
+    if last % metre.bar:  # the last bar's first half leads into the final note
+        final = lead.pop()
+        lead += [Note(final.start, last - final.start, plan.key.pitch(plan.key.degree_near(final.pitch) + 2), final.velocity),
+                 Note(last, TICKS, final.pitch, final.velocity)]
+    voiced = arrange.voicings(chords, plan.key, plan.chords.low)
+    backing = arrange.play_chords(voiced, rng.choice(groove.chords), metre, 72)
+    closing = [Note(last, TICKS, pitch, 76) for pitch in voiced[-1]]
+    bass = arrange.play_bass(chords, plan.key, rng.choice(groove.bass), metre, plan.bass.low, plan.bass.high)
+    bass = [n for n in bass if n.start < last] + [Note(last, TICKS, bass[0].pitch, 96)]
+    parts: list[tuple[Instrument, str, float, list[Note]]] = [
+        (plan.lead, "lead", 0.0, lead),
+        (plan.chords, "chords", -9.5, [n for n in backing if n.start < last] + closing),
+        (plan.bass, "bass", -8.0, bass)]
+    if plan.pad:
+        parts.append((BACKING["warm synth pad"], "pad", -15.0, arrange.hold_chords(voiced, metre)))
+    if plan.drums:
+        starts = {section.first_bar for section in sections}
+        kit = Instrument("drums", plan.style.kit, "drums", 0, 127)
+        hits = arrange.play_drums(rng, rng.choice(groove.drums), metre, n_bars, starts)
+        parts.append((kit, "drums", -9.0, [n for n in hits if n.start < last] + [Note(last, TICKS, 49, 80), Note(last, TICKS, 36, 96)]))
+    tracks = tuple(Track(who.name, role, who.program, who.family, level,
+                         _finish(arrange.swing(notes) if plan.style.swing else notes, last, end))
+                   for who, role, level, notes in parts)
+    identity = f"builtin-{seed}-{index:06d}"
+    form = " ".join(section.label for section in sections)
+    truth = {
+        "piece": identity, "style": plan.style.name, "bpm": plan.bpm, "tempo_class": plan.tempo_class,
+        "key": tonic_name(plan.key.tonic, plan.key.mode), "mode": plan.key.mode, "metre": metre.name, "mood": plan.mood,
+        "density": plan.density, "form": form, "drums": plan.drums,
+        "lead": {"name": plan.lead.name, "program": plan.lead.program, "family": plan.lead.family},
+        "instruments": [{"name": t.name, "role": t.role, "program": t.program, "family": t.family} for t in tracks],
+    }
+    title = f"{plan.mood.capitalize()} {plan.style.name} in {truth['key']} {plan.key.mode} for {plan.lead.name}, no. {index}"
+    return Piece(identity, title, plan.bpm, metre, tracks, DURATION, truth)

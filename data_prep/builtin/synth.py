@@ -1,0 +1,86 @@
+"""Rendering: each track on a fresh synthesiser, mixed so that the lead stands clear of the rest."""
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from ssmttm.errors import UserError
+
+from .score import Piece, Track
+
+_BLOCK = 64  # samples: events are placed on this grid (2.7 ms at 24 kHz), the synthesiser's own
+_TARGET_RMS = 0.11
+_PEAK = 0.89
+_FADE = 0.35  # seconds
+
+
+@cache
+def _soundfont() -> bytes:
+    """The General MIDI soundfont TimGM6mb that the package pretty_midi carries."""
+    spec = importlib.util.find_spec("pretty_midi")
+    if spec is None or spec.origin is None:
+        raise UserError("the soundfont is missing: the package pretty_midi is not installed; run `pip install pretty_midi`")
+    path = Path(spec.origin).parent / "TimGM6mb.sf2"
+    if not path.is_file():
+        raise UserError(f"the soundfont is missing: {path} does not exist; reinstall pretty_midi")
+    return path.read_bytes()
+
+
+def _render_track(track: Track, piece: Piece, sample_rate: int) -> np.ndarray:
+    """One track alone -> float32 [S]. A synthesiser of its own, so that nothing carries over from another piece."""
+    try:
+        import tinysoundfont
+    except ImportError as error:
+        raise UserError("tinysoundfont is not installed; run `pip install --no-deps tinysoundfont`") from error
+    total = round(piece.duration * sample_rate)
+    synth = tinysoundfont.Synth(samplerate=sample_rate)
+    font = synth.sfload(_soundfont())
+    drums = track.role == "drums"
+    synth.program_select(0, font, 128 if drums else 0, track.program, drums)
+    events: list[tuple[int, int, int, int]] = []  # block, 0 off / 1 on, pitch, velocity
+    for note in track.notes:
+        first = round(piece.seconds(note.start) * sample_rate / _BLOCK)
+        stop = max(first + 1, round(piece.seconds(note.start + note.duration) * sample_rate / _BLOCK))
+        events += [(first, 1, note.pitch, note.velocity), (stop, 0, note.pitch, 0)]
+    audio = np.zeros((total, 2), np.float32)
+    view, at = memoryview(audio).cast("B"), 0
+    for block, kind, pitch, velocity in sorted(events):
+        sample = min(block * _BLOCK, total)
+        if sample > at:
+            synth.generate_simple(sample - at, view[8 * at : 8 * sample])
+            at = sample
+        if kind:
+            synth.noteon(0, pitch, velocity)
+        else:
+            synth.noteoff(0, pitch)
+    if at < total:
+        synth.generate_simple(total - at, view[8 * at :])
+    return audio.mean(axis=1)
+
+
+def _loudness(audio: np.ndarray, sample_rate: int) -> float:
+    """RMS of the sounding part: 0.1 s frames within 30 dB of the loudest, after a first difference that mutes the lows."""
+    frame = sample_rate // 10
+    bright = 0.5 * audio + 2.0 * np.diff(audio, prepend=np.float32(0))
+    power = np.square(bright[: len(bright) // frame * frame].reshape(-1, frame)).mean(axis=1, dtype=np.float64)
+    sounding = power[power > 1e-3 * power.max()] if power.size else power
+    return float(np.sqrt(sounding.mean())) if sounding.size else 0.0
+
+
+def render(piece: Piece, sample_rate: int = 24_000) -> np.ndarray:
+    """The piece as mono audio: float32 [duration * sample_rate], faded at the end, peak at most 0.89.
+
+    Raises UserError where the synthesiser or its soundfont is not installed.
+    """
+    mix = np.zeros(round(piece.duration * sample_rate), np.float32)
+    for track in piece.tracks:
+        audio = _render_track(track, piece, sample_rate)
+        loudness = _loudness(audio, sample_rate)
+        if loudness > 0:
+            mix += audio * np.float32(10 ** (track.level / 20) / loudness)
+    fade = round(_FADE * sample_rate)
+    mix[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    rms, peak = float(np.sqrt(np.mean(np.square(mix, dtype=np.float64)))), float(np.abs(mix).max())
+    return mix * np.float32(min(_TARGET_RMS / max(rms, 1e-9), _PEAK / max(peak, 1e-9)))
