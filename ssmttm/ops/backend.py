@@ -1,0 +1,125 @@
+"""Which kernel runs an operation, and why.
+
+Every operation has a portable PyTorch path; some have a CUDA kernel from mamba_ssm or causal_conv1d too. The choice is
+made per call, from the device of the tensors, and no kernel package is imported before a CUDA tensor asks for it.
+`use("portable")` or `use("cuda")` overrides the choice, as a context manager or for good with `set_backend`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ssmttm.errors import UserError
+
+Backend = Literal["auto", "portable", "cuda"]
+BACKENDS: tuple[Backend, ...] = ("auto", "portable", "cuda")
+INSTALL = "pip install ssmttm[cuda]"
+
+
+class Kernel(NamedTuple):
+    """Where the CUDA kernel of an operation lives."""
+
+    module: str
+    function: str
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+class Row(NamedTuple):
+    """One line of `describe()`."""
+
+    operation: str
+    device: str
+    kernel: str
+    reason: str
+
+
+KERNELS: dict[str, Kernel] = {
+    "ssd": Kernel("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
+    "ssd_step": Kernel("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"),
+    "causal_conv": Kernel("causal_conv1d", "causal_conv1d_fn"),
+    "causal_conv_step": Kernel("causal_conv1d", "causal_conv1d_update"),
+}
+
+_chosen: ContextVar[Backend] = ContextVar("ssmttm_backend", default="auto")
+
+
+def set_backend(name: Backend) -> None:
+    """Override the choice from here on: "auto", "portable" or "cuda".
+
+    Raises:
+        UserError: no backend has that name.
+    """
+    _check(name)
+    _chosen.set(name)
+
+
+@contextmanager
+def use(name: Backend) -> Iterator[None]:
+    """Override the choice within a `with` block; see `set_backend`."""
+    _check(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | None:
+    """The CUDA kernel that is to run `operation` on tensors of `device`, or None for the portable path.
+
+    Raises:
+        UserError: "cuda" was asked for and cannot be had.
+    """
+    backend = _chosen.get()
+    if backend == "portable" or (backend == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise UserError(f"backend 'cuda' was asked for, but {operation} got tensors on {device}: move the model to a GPU")
+    function, problem = _load(operation)
+    if function is None and backend == "cuda":
+        kernel = KERNELS[operation]
+        raise UserError(f"backend 'cuda' needs {kernel.package} for {operation}, but {problem}: {INSTALL}")
+    return function
+
+
+def describe() -> list[Row]:
+    """What would run each operation on the devices at hand, one row an operation and device, for `ssmttm info`."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [_row(operation, device) for operation in KERNELS for device in devices]
+
+
+def _row(operation: str, device: str) -> Row:
+    backend, kernel = _chosen.get(), KERNELS[operation]
+    if backend == "portable":
+        return Row(operation, device, "torch", "the portable path was asked for")
+    if device != "cuda":
+        return Row(operation, device, "torch", f"{kernel.package} runs on CUDA only")
+    function, problem = _load(operation)
+    if function is None:
+        return Row(operation, device, "torch", f"{problem} ({INSTALL})")
+    return Row(operation, device, kernel.package, f"{kernel.function} is installed")
+
+
+@cache
+def _load(operation: str) -> tuple[Callable[..., Any] | None, str]:
+    """The kernel's function, or None and what is wrong. A package may be there and still fail to load its extension."""
+    kernel = KERNELS[operation]
+    try:
+        return getattr(import_module(kernel.module), kernel.function), ""
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
+    except (ImportError, AttributeError, OSError) as error:
+        return None, f"{kernel.module} does not load here ({' '.join(str(error).split())})"
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise UserError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
