@@ -1,0 +1,161 @@
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060): projection, short convolution, SSD, gated norm, projection.
+
+Parameter names, shapes and initial values are those of mamba_ssm's `Mamba2`, so a state dict loads either way.
+Shapes: B batch, T positions, D model width, I = expand * D inner width, H = I / headdim heads, G groups, N state.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmttm.errors import UserError
+from ssmttm.mixers.base import Compacted, check_state
+from ssmttm.ops.conv import causal_conv, causal_conv_step
+from ssmttm.ops.ssd import ssd, ssd_flops, ssd_step
+
+
+@dataclass
+class Mamba2State:
+    """conv_state [B, I + 2GN, d_conv - 1]: the convolution's last inputs; ssm_state [B, H, headdim, N], float32."""
+
+    conv_state: Tensor
+    ssm_state: Tensor
+
+    def clone(self) -> "Mamba2State":
+        return Mamba2State(self.conv_state.clone(), self.ssm_state.clone())
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x * silu(z)) over `groups` equal parts of the last axis, in float32 (`norm_before_gate=False`)."""
+
+    def __init__(self, width: int, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        dtype = x.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            x, z = x.float(), z.float()
+        gated = (x * F.silu(z)).unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * self.weight).to(dtype)
+
+
+class Mamba2(nn.Module):
+    """The mixer. `chunk_size` sets only the speed of the scan.
+
+    Raises:
+        UserError: `headdim` does not divide the inner width, or `ngroups` the number of heads.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
+        self.chunk_size = chunk_size
+        self.d_inner = expand * d_model
+        if self.d_inner % headdim:
+            raise UserError(f"headdim {headdim} does not divide expand * d_model = {self.d_inner}: choose a divisor")
+        self.nheads = self.d_inner // headdim
+        if self.nheads % ngroups:
+            raise UserError(f"ngroups {ngroups} does not divide the {self.nheads} heads: choose a divisor")
+        self.conv_dim = self.d_inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=bias)  # z, x, B, C, dt
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1, bias=conv_bias
+        )
+        dt = torch.exp(torch.rand(self.nheads) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_init_floor)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = GatedRMSNorm(self.d_inner, ngroups)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True
+
+    def forward(self, x: Tensor, state: Mamba2State | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; `state` and `mask` [B, T] as in `ssmttm.mixers.base`.
+
+        Raises:
+            UserError: the state is of another batch size.
+        """
+        if state is not None:
+            check_state(len(state.ssm_state), len(x))
+        if mask is None:
+            return self._scan(x, state, None)
+        compacted = Compacted(x, mask)
+        return compacted.restore(self._scan(compacted.x, state, compacted))
+
+    def step(self, x: Tensor, state: Mamba2State) -> Tensor:
+        """One position, x [B, D] -> [B, D]; `state` is updated in place.
+
+        Raises:
+            UserError: the state is of another batch size.
+        """
+        check_state(len(state.ssm_state), len(x))
+        z, xBC, dt = self._project(x)
+        xBC = causal_conv_step(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, state.conv_state, "silu")
+        y = ssd_step(*self._operands(xBC, dt), state.ssm_state)
+        return self.out_proj(self.norm(y.flatten(1), z))
+
+    def init_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Mamba2State:
+        """The state before the first position: zeros. `dtype` is that of the activations (default: of the weights)."""
+        weight = self.in_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        conv_state = torch.zeros(batch_size, self.d_conv - 1, self.conv_dim, device=device, dtype=dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ssm_state = torch.zeros(batch_size, self.nheads, self.headdim, self.d_state, device=device, dtype=wide)
+        return Mamba2State(conv_state.transpose(1, 2), ssm_state)
+
+    def flops(self, n_tokens: int) -> int:
+        """Forward FLOPs of a sequence of `n_tokens` positions: projections, convolution and scan."""
+        linear = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()
+        sizes = self.nheads, self.headdim, self.ngroups, self.d_state
+        return 2 * linear * n_tokens + ssd_flops(n_tokens, *sizes, self.chunk_size)
+
+    def _scan(self, x: Tensor, state: Mamba2State | None, compacted: Compacted | None) -> Tensor:
+        """x [B, T, D] with its masked positions, if any, behind the real ones."""
+        z, xBC, dt = self._project(x)
+        conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)
+        lengths = None if compacted is None else compacted.lengths
+        xBC, conv_state = causal_conv(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, "silu", lengths)
+        x, dt, A, B, C, D = self._operands(xBC, dt)
+        if compacted is not None:
+            dt = dt.masked_fill(compacted.padding()[..., None], 0)  # no step in time: the state stays
+        y, ssm_state = ssd(x, dt, A, B, C, D, ssm_state, self.chunk_size)
+        if state is not None:
+            state.conv_state.copy_(conv_state.detach())
+            state.ssm_state.copy_(ssm_state.detach())
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
+
+    def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+        """x, dt, A, B, C, D of the scan, from the convolution's output and the raw dt, with or without a T axis."""
+        x, B, C = xBC.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        A = -torch.exp(self.A_log.to(wide))
+        heads, groups = (self.nheads, self.headdim), (self.ngroups, self.d_state)
+        return x.unflatten(-1, heads), dt, A, B.unflatten(-1, groups), C.unflatten(-1, groups), self.D
