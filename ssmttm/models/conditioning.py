@@ -1,0 +1,65 @@
+"""Conditioning on text.
+
+Prefix conditioning (arXiv 2601.14786, variant b): the projected text tokens stand in front of the audio. Padding is
+moved behind the audio, where a causal model cannot see it, so that it changes nothing and training needs no mask.
+Shapes: B batch, L text tokens, S audio positions, E text width, D model width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssmttm.errors import UserError
+from ssmttm.mixers.base import take_positions
+from ssmttm.text.condition import TextCondition
+
+
+class Prefixed(NamedTuple):
+    """Text and audio in one sequence, each row as [its text tokens | its audio | padding].
+
+    x: [B, L+S, D]. mask: [B, L+S] bool, True where a position is real. audio: [B, S], where each audio position stands.
+    """
+
+    x: Tensor
+    mask: Tensor
+    audio: Tensor
+
+
+class TextProjection(nn.Module):
+    """LayerNorm(Linear(embeddings)), [B, L, E] -> [B, L, D]. Values at padding are not read."""
+
+    def __init__(self, text_dim: int, d_model: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(text_dim, d_model)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, text: TextCondition) -> Tensor:
+        """Raises UserError when the embeddings are not `text_dim` wide."""
+        if text.embeddings.shape[-1] != self.linear.in_features:
+            raise UserError(
+                f"the text embeddings are {text.embeddings.shape[-1]} wide, model.text_dim is "
+                f"{self.linear.in_features}: use the text encoder that the model was built for"
+            )
+        embeddings = text.embeddings.masked_fill(~text.mask[..., None], 0).to(self.linear.weight.dtype)
+        return self.norm(self.linear(embeddings))
+
+    def flops(self, n_tokens: int) -> int:
+        return 2 * n_tokens * self.linear.weight.numel()
+
+
+def prefix(text: Tensor, text_mask: Tensor, audio: Tensor) -> Prefixed:
+    """Put text [B, L, D], real where text_mask [B, L], in front of audio [B, S, D], padding behind both."""
+    mask = torch.cat([text_mask, text_mask.new_ones(audio.shape[:2])], 1)  # [B, L+S]
+    order = torch.argsort(~mask, dim=1, stable=True)
+    x = take_positions(torch.cat([text, audio.to(text.dtype)], 1), order)
+    positions = text_mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
+    return Prefixed(x, mask.gather(1, order), positions)
+
+
+def sinusoids(positions: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embeddings, cosines then sines: positions [...] -> [..., width] (the scaling of audiocraft)."""
+    half = width // 2
+    rates = max_period ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / max(half - 1, 1))
+    phases = positions[..., None].float() * rates
+    return torch.cat([phases.cos(), phases.sin()], -1)
