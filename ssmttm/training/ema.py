@@ -1,0 +1,48 @@
+"""An exponential moving average of a module's weights, kept in float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """`average = d * average + (1 - d) * weight` after every step, with d = min(decay, (1 + step) / (10 + step)).
+
+    The ramp of d keeps early averages near the weights. Whatever is no floating-point parameter (buffers, integer
+    tables) is copied, so that `state_dict` loads into the module by itself.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay = module, decay
+        self.averages = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimiser step `step` (the first is 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = [parameter.detach().float() for parameter in self.module.parameters()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict() | self.averages
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, average in self.averages.items():
+            average.copy_(state[name])
+
+    @contextmanager
+    @torch.no_grad()
+    def swapped_in(self) -> Iterator[None]:
+        """The module holds the averages inside the `with`, and its own weights, bit for bit, after it."""
+        parameters = dict(self.module.named_parameters())
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.copy_(self.averages[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(own[name])

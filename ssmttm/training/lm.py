@@ -1,0 +1,133 @@
+"""Language-model training: cross-entropy of a token model on interleaved codes.
+
+Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the pattern's sequence, V codes a codebook.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssmttm.data.loader import CodesLoader
+from ssmttm.data.store import open_store
+from ssmttm.errors import UserError
+from ssmttm.models import build_model
+from ssmttm.patterns import Pattern, get_pattern
+from ssmttm.training.data import store_facts
+from ssmttm.training.task import Batch, Losses, Sample
+
+
+class LanguageModelTask:
+    """A TokenLM learns to predict a store's codes from its captions.
+
+    Args:
+        config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train.label_smoothing`, `losses`, `seed`.
+
+    Raises:
+        UserError: the store has no codes or captions, or was made with a codec or text encoder that does not fit the model.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config, self.loss_weights = config, config.losses
+        self.store = open_store(config.data.store)
+        _check_fit(config, self.store.info)
+        self.model = build_model(config.model)
+        self.modules: dict[str, nn.Module] = {"model": self.model}
+        self.n_codebooks, self.codebook_size = config.model.n_codebooks, config.model.codebook_size
+        self.pattern = get_pattern(config.pattern, n_codebooks=self.n_codebooks)
+        self.frame_rate: float = self.store.info["codec"]["frame_rate"]
+
+    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
+        data, seed = self.config.data, self.config.seed
+        dropout = data.caption_dropout if split == "train" else 0.0
+        return CodesLoader(self.store, split, batch_size, data.frames, seed, rank, world_size, caption_dropout=dropout)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Valid positions by codebook, [K]."""
+        return real_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2)).float()
+
+    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+        """`cross_entropy`, what is trained (smoothed labels, mean over codebooks), and each `codebook_k`, not smoothed."""
+        codes = batch["codes"][:, : self.n_codebooks]
+        sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
+        start = torch.full_like(sequence[..., :1], self.model.special_token_id)
+        logits = players["model"](torch.cat([start, sequence[..., :-1]], dim=-1), batch["text"])  # [b, K, S, V']
+        plain, smoothed = token_losses(logits, sequence, real, self.codebook_size, self.config.train.label_smoothing)
+        named = {f"codebook_{k}": share for k, share in enumerate(plain / counts)}
+        return {"model": {"cross_entropy": (smoothed / counts).mean(), **named}}
+
+    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+        return self.losses(players, batch, counts, step)["model"]
+
+    def after_step(self, step: int) -> dict[str, float]:
+        return {}
+
+    def work(self, batch: Batch) -> tuple[float, float, float]:
+        frames = float(batch["frame_mask"].sum())
+        items, length = len(batch["ids"]), self.pattern.sequence_length(batch["codes"].shape[-1])
+        flops = items * self.model.flops(length, batch["text"].mask.shape[1])
+        return frames * self.n_codebooks, frames / self.frame_rate, flops
+
+    def samples(self, step: int) -> list[Sample]:
+        return []
+
+    def facts(self) -> dict[str, Any]:
+        return store_facts(self.store, self.config.data.store)
+
+
+def real_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Tensor:
+    """True where a sequence holds a real code, neither fill nor padding: [b, T] -> bool [b, K, S]."""
+    mask = frame_mask[:, None].expand(-1, n_codebooks, -1).long()  # [b, K, T]
+    return pattern.build(mask, 0).bool()
+
+
+def interleave(pattern: Pattern, codes: Tensor, frame_mask: Tensor, special_token_id: int) -> tuple[Tensor, Tensor]:
+    """The sequence to predict, [b, K, S], with the special token on fill and padding, and where it is real, [b, K, S]."""
+    padded = codes.masked_fill(~frame_mask[:, None], special_token_id)
+    return pattern.build(padded, special_token_id), real_positions(pattern, frame_mask, codes.shape[1])
+
+
+def token_losses(
+    logits: Tensor, targets: Tensor, real: Tensor, codebook_size: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy by codebook, summed over real positions.
+
+    Label smoothing (arXiv 1512.00567) spreads its mass over the V codes; the special token, where the model has a logit
+    for it, gets none.
+
+    Args:
+        logits: [b, K, S, V'], V' = V or V + 1.
+        targets: int64 [b, K, S].
+        real: bool [b, K, S].
+
+    Returns:
+        Plain and smoothed sums, [K] each.
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    right = targets.masked_fill(~real, 0)[..., None]
+    plain = -log_p.gather(-1, right)[..., 0]  # [b, K, S]
+    smoothed = plain
+    if smoothing:
+        smoothed = (1 - smoothing) * plain - smoothing * log_p[..., :codebook_size].mean(-1)
+    return plain.masked_fill(~real, 0).sum((0, 2)), smoothed.masked_fill(~real, 0).sum((0, 2))
+
+
+def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
+    store, model = config.data.store, config.model
+    if not info.get("codec") or not info.get("text"):
+        raise UserError(
+            f"{store} has no codes and caption embeddings to learn from: run `python -m data_prep pack --root {store}`"
+        )
+    codec, text = info["codec"], info["text"]
+    if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
+        raise UserError(
+            f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has {codec['n_codebooks']} of "
+            f"{codec['codebook_size']} (codec {codec['name']}): set model.n_codebooks and model.codebook_size, or prepare with another codec"
+        )
+    if model.text_dim != text["dim"]:
+        raise UserError(
+            f"the model takes text of width {model.text_dim}, {store} holds {text['name']} of width {text['dim']}: set model.text_dim"
+        )

@@ -1,0 +1,60 @@
+"""The state of every random generator a step may draw from, as JSON; and a fence around what must not draw from them."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_all(seed: int, rank: int) -> None:
+    """Seed torch (all devices), numpy and python; each rank draws its own dropout."""
+    mixed = (seed * 1_000_003 + rank) % 2**32
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def get_state() -> dict[str, Any]:
+    """A JSON object: torch, cuda (this process's device; null without), numpy, python."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": _to_hex(torch.get_rng_state()),
+        "cuda": _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "numpy": [keys.tolist(), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_state(state: dict[str, Any]) -> None:
+    """The inverse of `get_state`."""
+    torch.set_rng_state(_from_hex(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def fenced(seed: int) -> Iterator[None]:
+    """Inside, every generator starts from `seed`; after it, training's generators stand where they stood."""
+    before = get_state()
+    seed_all(seed, rank=0)
+    try:
+        yield
+    finally:
+        set_state(before)
+
+
+def _to_hex(state: Tensor) -> str:
+    return state.cpu().numpy().tobytes().hex()
+
+
+def _from_hex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,52 @@
+"""Train a model: `python train.py experiment=NAME key=value ...`, or `accelerate launch train.py ...` on many devices."""
+
+import os
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from ssmttm.errors import run_cli  # noqa: E402
+
+HELP = """\
+Train a model from scratch, or go on where a run stopped.
+
+  python train.py experiment=NAME [key=value ...]
+  accelerate launch --config_file configs/accelerate/ddp8.yaml train.py experiment=NAME ...
+
+experiments (configs/experiment/NAME.yaml):
+{experiments}
+
+examples:
+  python train.py experiment=debug data.store=STORE                   seconds, to see it run
+  python train.py experiment=tiny data.store=STORE train.steps=500    a small language model
+  python train.py experiment=tiny_codec data.store=STORE              the codec
+  the same command again                                              goes on from the newest good checkpoint
+
+main keys (all of them: configs/config.yaml and the files of its groups):
+  data.store=DIR            what to learn from, made by `python -m data_prep`
+  data.batch_size=N         items of one optimiser step, over all devices; train.micro_batch_size=N bounds memory
+  train.steps=N             length; optim.lr=X the rate, train.precision=auto|fp32|bf16
+  train.eval_every=N        validation; train.checkpoint_every=N checkpoints; train.sample_every=N audio to listen to
+  run_dir=DIR               checkpoints, metrics.jsonl, tensorboard, samples
+  resume=auto|none|FOLDER   go on, start anew in an empty folder, or start from a checkpoint
+
+Ctrl-C (exit 130), SIGTERM and SIGUSR1 (exit 75) finish the step, write a checkpoint and stop.
+"""
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    from ssmttm import config
+
+    if not arguments or set(arguments) & {"-h", "--help"}:
+        print(HELP.format(experiments="\n".join(f"  {name}" for name in config.names("experiment"))), end="")
+        return 0
+    settings = config.load(*arguments)
+    from ssmttm.training.loop import train
+
+    train(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
