@@ -82,7 +82,7 @@ def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | No
     if backend == "portable" or (backend == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
-        raise UserError(f"backend 'cuda' was asked for, but {operation} got tensors on {device}: move the model to a GPU")
+        raise UserError(f"backend 'cuda' was asked for, but {operation} got tensors on {device}: move them to a GPU")
     function, problem = _load(operation)
     if function is None and backend == "cuda":
         kernel = KERNELS[operation]
