@@ -11,15 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssmttm.data import AudioLoader, CodesLoader, StoreWriter
-from ssmttm.data.files import write_tensors
 from ssmttm.data.permutation import Permutation, mix
 from ssmttm.data.prefetch import prefetched
-from ssmttm.data.store import caption_hash, text_name
+from ssmttm.data.store import text_name
+from ssmttm.data.text_table import write_text_table
 from ssmttm.errors import UserError
 
 N, K, RATE = 23, 2, 8000
 SIZES = {"frame_rate": 25.0, "n_codebooks": K, "codebook_size": 99}
 CODEC = {"name": "fake", "fingerprint": "f", "sample_rate": RATE, **SIZES}
+
+
+def embed(caption: str) -> np.ndarray:
+    return np.full((len(caption.split()) + 1, 4), len(caption), np.float16)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +38,8 @@ def store(tmp_path_factory):
         captions = [f"{'long ' * (i % 3)}caption {i} {v}" for v in range(3)]
         meta = {"id": f"s{i}", "split": "train", "licence": "CC0-1.0", "duration": (10 + i) * 32 / RATE}
         writer.add({**meta, "captions": captions, "audio": f"audio/{i}.flac"}, codes)
-    captions = ["", *(f"{'long ' * (i % 3)}caption {i} {v}" for i in range(N) for v in range(3))]
-    captions.sort(key=caption_hash)
-    tokens = [np.full((len(text.split()) + 1, 4), len(text), np.float16) for text in captions]
-    hashes = np.frombuffer(b"".join(map(caption_hash, captions)), np.uint8).reshape(-1, 16)
-    offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
-    write_tensors(path / text_name("enc"), {"hashes": hashes, "offsets": offsets, "embeddings": np.concatenate(tokens)})
+    captions = [f"{'long ' * (i % 3)}caption {i} {v}" for i in range(N) for v in range(3)]
+    write_text_table(path / text_name("enc"), captions, lambda texts: [*map(embed, texts)], 4, "e")
     return writer.finish({"name": "enc", "fingerprint": "e", "dim": 4})
 
 

@@ -7,9 +7,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from ssmttm.data import StoreWriter, open_store
-from ssmttm.data.files import map_tensors, write_tensors, written_aside
-from ssmttm.data.store import caption_hash, shard_name, text_name
+from ssmttm.data.store import shard_name, text_name
+from ssmttm.data.tensorfile import map_tensors, write_tensors
+from ssmttm.data.text_table import TextTable, write_text_table
 from ssmttm.errors import UserError
+from ssmttm.files import written_aside
 
 CODEC = {
     "name": "fake", "fingerprint": "f" * 16, "sample_rate": 8000, "frame_rate": 25.0,
@@ -31,16 +33,9 @@ def some_codes(index: int) -> np.ndarray:
     return np.random.default_rng(index).integers(0, 64, (3, 20 + index))
 
 
-def write_text_table(path, captions: list[str]) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    table = {text: rng.standard_normal((1 + i % 4, 5)).astype(np.float16) for i, text in enumerate(captions)}
-    ordered = sorted(table, key=caption_hash)
-    hashes = np.frombuffer(b"".join(map(caption_hash, ordered)), np.uint8).reshape(-1, 16)
-    offsets = np.cumsum([0, *(len(table[text]) for text in ordered)]).astype(np.int64)
-    embeddings = np.concatenate([table[text] for text in ordered])
-    tensors = {"hashes": hashes, "offsets": offsets, "embeddings": embeddings}
-    write_tensors(path / text_name(TEXT["name"]), tensors)
-    return table
+def embed(caption: str) -> np.ndarray:
+    rng = np.random.default_rng(len(caption))
+    return rng.standard_normal((1 + len(caption) % 4, 5)).astype(np.float16)
 
 
 @pytest.fixture
@@ -50,8 +45,10 @@ def made(tmp_path):
     for index in range(10):
         truth = {"tempo": 120} if index == 3 else None
         writer.add(row(index, "valid" if index == 9 else "train", truth=truth), some_codes(index))
-    table = write_text_table(tmp_path / "s", ["", *(f"song {i}" for i in range(10))])
-    return writer.finish(TEXT), table
+    captions = ["", *(f"song {i}" for i in range(10))]
+    table = tmp_path / "s" / text_name(TEXT["name"])
+    write_text_table(table, captions, lambda texts: [*map(embed, texts)], 5, "e" * 16)
+    return writer.finish(TEXT), {caption: embed(caption) for caption in captions}
 
 
 def test_roundtrip(made):
@@ -89,16 +86,36 @@ def test_files_are_plain_safetensors(made):
 def test_captions_whose_hashes_share_a_beginning(tmp_path, monkeypatch):
     start = b"\x00" * 8
     keys = {"a": start + b"\x01" * 8, "b": start + b"\x02" * 8, "c": b"\xff" * 16, "d": start + b"\x03" * 8}
-    monkeypatch.setattr("ssmttm.data.store.caption_hash", keys.__getitem__)
-    from ssmttm.data.store import _TextTable
-
+    monkeypatch.setattr("ssmttm.data.text_table.caption_hash", keys.__getitem__)
     hashes = np.frombuffer(keys["a"] + keys["b"] + keys["c"], np.uint8).reshape(3, 16)
     embeddings = np.arange(6, dtype=np.float16).reshape(6, 1)
     tensors = {"hashes": hashes, "offsets": np.array([0, 1, 3, 6]), "embeddings": embeddings}
     write_tensors(tmp_path / "t.safetensors", tensors)
-    table = _TextTable(tmp_path / "t.safetensors")
+    table = TextTable(tmp_path / "t.safetensors")
     assert [table.find(key) for key in "abcd"] == [0, 1, 2, None]
     assert table["b"][:, 0].tolist() == [1, 2]
+
+
+def test_text_table_encodes_only_what_is_new(tmp_path):
+    asked: list[str] = []
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        asked.extend(texts)
+        return [embed(text) for text in texts]
+
+    path = tmp_path / "text" / "t.safetensors"
+    write_text_table(path, ["b", "a", "b"], encode, 5, "one")
+    assert sorted(asked) == ["", "a", "b"]
+    asked.clear()
+    write_text_table(path, ["a", "ccc"], encode, 5, "one")
+    assert asked == ["ccc"] and "b" not in TextTable(path)
+    np.testing.assert_array_equal(TextTable(path)["ccc"], embed("ccc"))
+    np.testing.assert_array_equal(TextTable(path)["a"], embed("a"))
+    write_text_table(path, ["a"], encode, 5, "another encoder")
+    assert sorted(asked) == ["", "a", "ccc"]
+    path.write_bytes(path.read_bytes()[:-1])
+    write_text_table(path, ["a"], encode, 5, "another encoder")
+    np.testing.assert_array_equal(TextTable(path)[""], embed(""))
 
 
 def test_same_content_same_fingerprint_and_other_content_another(tmp_path):

@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ssmttm.data.files import file_sha256, map_tensors
+from ssmttm.data.tensorfile import map_tensors
+from ssmttm.data.text_table import TextTable
 from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
 
 FORMAT = "ssmttm-store"
 VERSION = 1
@@ -57,11 +59,6 @@ class CodecLike(Protocol):
     fingerprint: str
 
 
-def caption_hash(caption: str) -> bytes:
-    """The key of a caption's embedding: the first 16 bytes of its sha256."""
-    return hashlib.sha256(caption.encode()).digest()[:16]
-
-
 def open_store(path: str | Path) -> "Store":
     """Open a store folder for reading.
 
@@ -96,7 +93,7 @@ class Store:
         self._offset = self.manifest["offset"].to_numpy()
         self._frames = self.manifest["frames"].to_numpy()
         self._codes: dict[int, np.ndarray] = {}
-        self._text: _TextTable | None = None
+        self._text: TextTable | None = None
 
     def __len__(self) -> int:
         return self.manifest.num_rows
@@ -141,7 +138,7 @@ class Store:
         if self._text is None:
             if self.info["text"] is None:
                 raise UserError(f"{self.path} holds no text embeddings: prepare it with `--text minilm`")
-            self._text = _TextTable(self.path / text_name(self.info["text"]["name"]))
+            self._text = TextTable(self.path / text_name(self.info["text"]["name"]))
         return self._text[caption]
 
     def truth(self, row: int) -> dict[str, Any] | None:
@@ -183,31 +180,6 @@ def shard_name(shard: int) -> str:
 def text_name(encoder: str) -> str:
     """Path of an encoder's embeddings inside the store."""
     return f"text/{encoder.strip('/').replace('/', '-')}.safetensors"
-
-
-class _TextTable:
-    """Embeddings by caption: binary search over the sorted hashes."""
-
-    def __init__(self, path: Path) -> None:
-        tensors = map_tensors(path)
-        self._path = path
-        self._hashes, self._offsets, self._embeddings = tensors["hashes"], tensors["offsets"], tensors["embeddings"]
-        self._prefix = np.ascontiguousarray(self._hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
-
-    def find(self, caption: str) -> int | None:
-        key = caption_hash(caption)
-        index = int(np.searchsorted(self._prefix, int.from_bytes(key[:8], "big")))
-        while index < len(self._prefix) and self._hashes[index, :8].tobytes() == key[:8]:
-            if self._hashes[index].tobytes() == key:
-                return index
-            index += 1
-        return None
-
-    def __getitem__(self, caption: str) -> np.ndarray:
-        index = self.find(caption)
-        if index is None:
-            raise KeyError(f"no embedding of the caption {caption!r} in {self._path}")
-        return self._embeddings[self._offsets[index] : self._offsets[index + 1]]
 
 
 def _read_info(path: Path) -> dict[str, Any]:

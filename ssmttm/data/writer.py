@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssmttm.data.files import file_sha256, map_tensors, read_header, write_tensors, write_text, written_aside
 from ssmttm.data.store import FORMAT, SCHEMA, SPLITS, VERSION, Store, open_store, shard_name, text_name
+from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
 from ssmttm.errors import UserError
+from ssmttm.files import file_sha256, write_text, written_aside
 
 _DEFAULTS: dict[str, Any] = {"shard": -1, "offset": 0, "frames": 0, "tags": [], "captions": []}
 _REQUIRED = ("id", "split", "licence", "duration")

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class TextCondition(NamedTuple):
-    """Embedded captions. The null condition is the embedding of the empty caption; a row with no real token has no prefix.
+    """Embedded captions.
+
+    The null condition is the embedding of the empty caption; a row with no real token has no prefix.
 
     embeddings: [B, L, E] float. mask: [B, L] bool, True where a real token stands.
     """

