@@ -1,0 +1,170 @@
+"""The sampling loop: one prefill, then one cached step a position, conditional and null rows in one batch.
+
+Shapes: B items, K codebooks, T frames, S positions of the pattern's sequence, V codes a codebook. With guidance the
+model runs on 2 B rows: row i is item i under its caption, row B + i the same item under the null condition.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ssmttm.errors import UserError
+from ssmttm.generation import filters
+from ssmttm.generation.request import Sampling
+from ssmttm.models.token_lm import TokenLM
+from ssmttm.patterns import Pattern
+from ssmttm.text.condition import TextCondition
+
+_OPEN = -1  # a position of the sequence that is still to be sampled
+
+
+def draw_uniforms(seeds: Sequence[int], n_positions: int, n_codebooks: int) -> Tensor:
+    """One uniform a position and codebook from each item's own generator: [S, B, K] float64 on the CPU.
+
+    Item i's numbers depend on `seeds[i]` alone, and a longer sequence begins with those of a shorter one.
+    """
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(n_positions, n_codebooks, generator=generator, dtype=torch.float64))
+    return torch.stack(rows, dim=1)
+
+
+def generate(
+    model: TokenLM,
+    text: TextCondition,
+    null_text: TextCondition,
+    pattern: Pattern,
+    n_frames: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    prompt_codes: Tensor | None = None,
+) -> Tensor:
+    """Sample codes [B, K, T]: all frames of `generate_frames` together."""
+    chunks = generate_frames(model, text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames)
+    return torch.cat(list(chunks), dim=-1)
+
+
+@torch.inference_mode()
+def generate_frames(
+    model: TokenLM,
+    text: TextCondition,
+    null_text: TextCondition,
+    pattern: Pattern,
+    n_frames: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    prompt_codes: Tensor | None = None,
+    chunk_frames: int = 1,
+) -> Iterator[Tensor]:
+    """Sample codes and hand over whole frames as soon as their last codebook is drawn. Memory does not grow with length
+    but for the codes themselves.
+
+    Args:
+        model: in eval mode.
+        text: B captions' condition; null_text: the null condition, one row (shared) or B rows.
+        pattern: the interleaving that the model was trained with.
+        n_frames: T >= 1, prompt included.
+        seeds: B seeds, each of 32 bits; an item's tokens depend on its own caption and seed, not on its companions.
+        prompt_codes: [B, K, P] with P <= T, frames to go on from; they come first in what is yielded.
+        chunk_frames: least number of frames in a chunk but the last.
+
+    Yields:
+        [B, K, t] int64 codes; t sums to T.
+
+    Raises:
+        UserError: the model's logits are not finite.
+    """
+    batch, n_codebooks, special = len(seeds), model.config.n_codebooks, model.special_token_id
+    if model.training:
+        raise ValueError("put the model in eval mode before sampling (dropout is active)")
+    if text.mask.shape[0] != batch:
+        raise ValueError(f"{text.mask.shape[0]} captions for {batch} seeds")
+    device = next(model.parameters()).device
+    guided = sampling.guidance_scale != 1.0
+    condition = (_paired(text, null_text) if guided else text).to(device)
+    rows = condition.mask.shape[0]
+
+    plan = _plan(pattern, batch, n_codebooks, n_frames, special, prompt_codes).to(device)  # [S, B, K]
+    sequence, is_open = plan.clone(), plan == _OPEN
+    frame_of, complete_at = _layout(pattern, n_codebooks, n_frames)
+    uniforms = draw_uniforms(seeds, len(plan), n_codebooks).to(device)  # [S, B, K]
+
+    known = int(is_open.flatten(1).any(1).int().cumsum(0).eq(0).sum())  # leading positions with nothing to draw
+    start = torch.full((1, batch, n_codebooks), special, dtype=torch.long, device=device)
+    first = min(known, len(plan) - 1)
+    head = torch.cat([start, sequence[:first]]).permute(1, 2, 0)  # [B, K, first + 1]
+    state = model.init_state(rows, device=device)
+    logits = model.prefill(head.repeat(rows // batch, 1, 1), condition, state)
+
+    done = 0
+    for position in range(first, len(plan)):
+        tokens = _sample(logits, uniforms[position], model.config.codebook_size, sampling, guided)
+        column = torch.where(is_open[position], tokens, plan[position])  # [B, K]
+        sequence[position] = column
+        ready = complete_at[position]
+        if ready - done >= chunk_frames or (ready == n_frames and ready > done):
+            _check_finite(logits)
+            yield _frames(sequence, frame_of, done, ready)
+            done = ready
+        if position + 1 < len(plan):
+            logits = model.step(column.repeat(2, 1) if guided else column, state)
+
+
+def _sample(logits: Tensor, uniforms: Tensor, codebook_size: int, sampling: Sampling, guided: bool) -> Tensor:
+    """[rows, K, V'] logits and [B, K] uniforms -> [B, K] tokens."""
+    logits = filters.without_special(logits, codebook_size).float()
+    if guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
+    logits = filters.temperature(logits, sampling.temperature)
+    logits = filters.top_p(filters.top_k(logits, sampling.top_k), sampling.top_p)
+    return filters.draw(logits, uniforms)
+
+
+def _paired(text: TextCondition, null_text: TextCondition) -> TextCondition:
+    """Stack captions and null conditions: row i and row B + i belong to item i. Shorter ones are padded on the left."""
+    batch = text.mask.shape[0]
+    if null_text.mask.shape[0] not in (1, batch):
+        raise ValueError(f"{null_text.mask.shape[0]} null conditions for {batch} captions")
+    null = [null_text.embeddings, null_text.mask]
+    null = [part.expand(batch, *part.shape[1:]) for part in null]
+    length = max(text.mask.shape[1], null_text.mask.shape[1])
+
+    def pad(part: Tensor) -> Tensor:
+        missing = part.new_zeros(batch, length - part.shape[1], *part.shape[2:])
+        return torch.cat([missing, part], dim=1)
+
+    return TextCondition(*(torch.cat([pad(a), pad(b)]) for a, b in zip(text, null, strict=True)))
+
+
+def _plan(
+    pattern: Pattern, batch: int, n_codebooks: int, n_frames: int, special: int, prompt_codes: Tensor | None
+) -> Tensor:
+    """The sequence before sampling, [S, B, K]: fill is special, the prompt's codes are set, the rest is open."""
+    codes = torch.full((batch, n_codebooks, n_frames), _OPEN, dtype=torch.long)
+    if prompt_codes is not None:
+        codes[..., : prompt_codes.shape[-1]] = prompt_codes
+    return pattern.build(codes, special).permute(2, 0, 1).contiguous()
+
+
+def _layout(pattern: Pattern, n_codebooks: int, n_frames: int) -> tuple[Tensor, list[int]]:
+    """Where each code stands, [K, T] positions, and how many leading frames are whole once a position is filled."""
+    frames = torch.arange(n_frames).expand(1, n_codebooks, n_frames)
+    placed = pattern.build(frames, -1)[0]  # [K, S] frame numbers, -1 on fill
+    where = torch.stack([(row >= 0).nonzero().squeeze(-1)[row[row >= 0].argsort()] for row in placed])  # [K, T]
+    last = where.amax(0).cummax(0).values  # [T]
+    return where, torch.searchsorted(last, torch.arange(placed.shape[1]), right=True).tolist()
+
+
+def _frames(sequence: Tensor, where: Tensor, start: int, stop: int) -> Tensor:
+    """Frames start..stop out of the sequence [S, B, K] -> [B, K, stop - start]."""
+    positions = where[:, start:stop].T.to(sequence.device)  # [t, K]
+    index = positions.unsqueeze(1).expand(-1, sequence.shape[1], -1)  # [t, B, K]
+    return sequence.gather(0, index).permute(1, 2, 0)
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model gives numbers that are not finite (damaged or diverged): try an earlier checkpoint")

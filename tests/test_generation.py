@@ -1,0 +1,282 @@
+"""The sampling engine: seeds, guidance, fill, cached steps against the whole forward, chunks, continuation."""
+
+import itertools
+
+import pytest
+import torch
+
+from ssmttm.errors import UserError
+from ssmttm.generation.engine import draw_uniforms, generate, generate_frames
+from ssmttm.generation.request import Sampling
+from ssmttm.models.token_lm import TokenLM, TokenLMConfig
+from ssmttm.patterns import get_pattern
+from ssmttm.text.condition import TextCondition
+
+K, V, E = 4, 48, 12
+PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0, guidance_scale=1.0)
+GUIDED = Sampling(temperature=0.9, top_k=20, top_p=0.95, guidance_scale=3.0)
+
+
+def make_model(**changes) -> TokenLM:
+    torch.manual_seed(0)
+    sizes = dict(n_codebooks=K, codebook_size=V, d_model=32, n_layers=2, d_state=8, headdim=16, text_dim=E, dropout=0.0)
+    model = TokenLM(TokenLMConfig(**(sizes | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2.0)  # a random model is nearly indifferent to its input; this one is not
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def captions(*lengths) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(length, E, generator=generator) * 2 for length in lengths]
+
+
+TEXTS = captions(5, 9, 2, 7)
+NULL = TextCondition.stack(captions(1))
+SEEDS = [11, 7, 7, 2**32 - 1]
+DELAY = get_pattern("delay", n_codebooks=K)
+
+
+def sample(model, items, sampling=GUIDED, n_frames=30, **more):
+    """Codes of some of TEXTS, each with its own seed."""
+    text = TextCondition.stack([TEXTS[i] for i in items])
+    return generate(model, text, NULL, DELAY, n_frames, sampling, [SEEDS[i] for i in items], **more)
+
+
+class Spy:
+    """Records what reaches the model and what comes back."""
+
+    def __init__(self, model, monkeypatch):
+        self.prefills, self.steps, self.states = [], [], []
+        real_prefill, real_step, real_state = model.prefill, model.step, model.init_state
+
+        def prefill(codes, text, state):
+            self.prefills.append((codes.clone(), text))
+            return real_prefill(codes, text, state)
+
+        def step(codes, state):
+            self.steps.append(codes.clone())
+            return real_step(codes, state)
+
+        def init_state(*args, **kwargs):
+            self.states.append(real_state(*args, **kwargs))
+            return self.states[-1]
+
+        monkeypatch.setattr(model, "prefill", prefill)
+        monkeypatch.setattr(model, "step", step)
+        monkeypatch.setattr(model, "init_state", init_state)
+
+    def inputs(self):
+        """[rows, K, positions]"""
+        return torch.cat([self.prefills[0][0], torch.stack(self.steps, -1)], dim=-1)
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_an_item_is_the_same_alone_and_in_any_batch(model, sampling):
+    alone = {i: sample(model, [i], sampling) for i in range(4)}
+    for items in [(0, 1), (1, 0), (3, 0, 2), (0, 1, 2, 3), (3, 2, 1, 0)]:
+        together = sample(model, items, sampling)
+        for row, item in enumerate(items):
+            assert torch.equal(together[row], alone[item][0]), f"item {item} in {items}"
+
+
+def test_seeds_and_captions_both_matter(model):
+    codes = sample(model, [0, 1, 2, 3])
+    for a, b in itertools.combinations(range(4), 2):
+        assert not torch.equal(codes[a], codes[b])  # 1 and 2 share a seed, not a caption
+    text = TextCondition.stack([TEXTS[0], TEXTS[0]])
+    same_caption = generate(model, text, NULL, DELAY, 30, PLAIN, [3, 4])
+    assert not torch.equal(same_caption[0], same_caption[1])
+
+
+def test_a_longer_piece_begins_as_the_shorter_one(model):
+    """But for the last K - 1 frames, whose finer codes see the fill that ends the shorter one."""
+    shorter, longer = (sample(model, [0, 1], n_frames=n) for n in (25, 40))
+    assert torch.equal(shorter[..., : 25 - K + 1], longer[..., : 25 - K + 1])
+
+
+def test_uniforms_belong_to_the_seed_alone():
+    both, one = draw_uniforms([5, 9], 40, K), draw_uniforms([9], 25, K)
+    assert both.shape == (40, 2, K) and both.dtype == torch.float64
+    assert torch.equal(both[:25, 1], one[:, 0])
+    assert not torch.equal(both[:, 0], both[:, 1])
+
+
+def test_guidance_one_runs_the_conditional_rows_alone(model, monkeypatch):
+    spy = Spy(model, monkeypatch)
+    sample(model, [0, 1], PLAIN)
+    assert len(spy.inputs()) == 2
+    assert torch.equal(spy.prefills[0][1].embeddings, TextCondition.stack(TEXTS[:2]).embeddings)
+
+
+def test_guidance_one_is_the_limit_of_guidance(model):
+    close = Sampling(top_k=0, guidance_scale=1.0 + 1e-9)
+    assert torch.equal(sample(model, [0, 1], close), sample(model, [0, 1], PLAIN))
+
+
+def test_guidance_zero_forgets_the_caption(model):
+    none = Sampling(top_k=0, guidance_scale=0.0)
+    text = TextCondition.stack([TEXTS[0], TEXTS[1]])
+    codes = generate(model, text, NULL, DELAY, 20, none, [4, 4])
+    assert torch.equal(codes[0], codes[1])
+    assert not torch.equal(sample(model, [0], GUIDED, 20), sample(model, [0], PLAIN, 20))
+
+
+def test_conditional_and_null_rows_are_paired_by_value(model):
+    """Each item has its own null condition: swapping the items swaps the codes, and each is what it is alone."""
+    nulls = captions(3, 6)
+
+    def run(items):
+        text, null = (TextCondition.stack([rows[i] for i in items]) for rows in (TEXTS, nulls))
+        return generate(model, text, null, DELAY, 30, GUIDED, [SEEDS[i] for i in items])
+
+    forward, swapped = run([0, 1]), run([1, 0])
+    assert torch.equal(forward, swapped.flip(0))
+    assert torch.equal(forward[1], run([1])[0])
+    crossed = generate(
+        model, TextCondition.stack(TEXTS[:2]), TextCondition.stack(nulls[::-1]), DELAY, 30, GUIDED, SEEDS[:2]
+    )
+    assert not torch.equal(forward, crossed)
+
+
+@pytest.mark.parametrize("pattern_name", ["delay", "parallel"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_greedy_sampling_is_the_argmax_of_the_whole_forward(model, pattern_name, scale):
+    pattern = get_pattern(pattern_name, n_codebooks=K)
+    text = TextCondition.stack(TEXTS[:3])
+    codes = generate(model, text, NULL, pattern, 21, Sampling(top_k=1, guidance_scale=scale), [0, 1, 2])
+    sequence = pattern.build(codes, model.special_token_id)  # [B, K, S]
+    inputs = torch.cat([torch.full_like(sequence[..., :1], model.special_token_id), sequence[..., :-1]], dim=-1)
+    with torch.no_grad():
+        conditional = model(inputs, text)[..., :V]
+        null = model(inputs, TextCondition(NULL.embeddings.expand(3, -1, -1), NULL.mask.expand(3, -1)))[..., :V]
+    greedy = (null + scale * (conditional - null)).argmax(-1)
+    assert torch.equal(pattern.revert(greedy), codes)
+
+
+def test_the_special_token_is_never_sampled(monkeypatch):
+    model = make_model(predict_special=True)
+    step, prefill = model.step, model.prefill
+
+    def tempt(logits):
+        assert logits.shape[-1] == V + 1
+        return logits.index_fill(-1, torch.tensor([V]), 50.0)
+
+    monkeypatch.setattr(model, "step", lambda *inputs: tempt(step(*inputs)))
+    monkeypatch.setattr(model, "prefill", lambda *inputs: tempt(prefill(*inputs)))
+    codes = generate(model, TextCondition.stack(TEXTS[:2]), NULL, DELAY, 40, PLAIN, [0, 1])
+    assert codes.shape == (2, K, 40)
+    assert codes.min() >= 0 and codes.max() < V
+
+
+def test_delay_fill_is_enforced_and_codes_go_back_in_as_they_came_out(model, monkeypatch):
+    spy = Spy(model, monkeypatch)
+    n_frames, special = 12, model.special_token_id
+    codes = sample(model, [0, 1], GUIDED, n_frames)
+    inputs = spy.inputs()  # one position of specials, then the sequence but for its last position
+    assert inputs.shape == (4, K, n_frames + K - 1)
+    assert torch.equal(inputs[:2], inputs[2:])
+    sequence = inputs[:2, :, 1:]
+    real = DELAY.mask(n_frames)[:, :-1]
+    assert (inputs[..., 0] == special).all()
+    assert (sequence[:, ~real] == special).all() and (sequence[:, real] != special).all()
+    assert torch.equal(sequence, DELAY.build(codes, special)[..., :-1])
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_of(part)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_of(vars(value))
+
+
+def test_the_state_does_not_grow(model, monkeypatch):
+    spy = Spy(model, monkeypatch)
+    sizes = []
+    for n_frames in (5, 60):
+        sample(model, [0], PLAIN, n_frames)
+        sizes.append(sum(t.numel() for t in tensors_of(spy.states[-1])))
+    assert sizes[0] == sizes[1] > 0
+    assert len(spy.prefills) == 2 and all(codes.shape[-1] == 1 for codes, _ in spy.prefills)
+    assert len(spy.steps) == 5 + 60 + 2 * (K - 2)  # one a position but the first, which the prefill gives
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 4, 7, 100])
+def test_chunks_join_to_the_whole(model, chunk_frames):
+    text = TextCondition.stack(TEXTS[:2])
+    chunks = list(generate_frames(model, text, NULL, DELAY, 23, GUIDED, SEEDS[:2], chunk_frames=chunk_frames))
+    assert torch.equal(torch.cat(chunks, -1), sample(model, [0, 1], n_frames=23))
+    assert all(chunk.shape[-1] >= min(chunk_frames, 23) for chunk in chunks[:-1])
+    if chunk_frames == 1:
+        assert [chunk.shape[-1] for chunk in chunks] == [1] * 23
+
+
+def test_a_frame_comes_as_soon_as_its_last_codebook_is_drawn(model, monkeypatch):
+    spy = Spy(model, monkeypatch)
+    frames = generate_frames(model, TextCondition.stack(TEXTS[:1]), NULL, DELAY, 50, PLAIN, [0])
+    next(frames)
+    assert len(spy.steps) == K - 1
+    next(frames)
+    assert len(spy.steps) == K
+
+
+def test_gradients_are_off_inside_and_untouched_outside(model):
+    frames = generate_frames(model, TextCondition.stack(TEXTS[:1]), NULL, DELAY, 4, PLAIN, [0])
+    next(frames)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(("given", "taken_in"), [(1, 2), (3, 4), (8, 9), (20, 20 + K - 1)])
+def test_going_on_from_given_codes_is_as_never_stopping(model, given, taken_in, monkeypatch):
+    whole = sample(model, [0, 1], n_frames=20)
+    spy = Spy(model, monkeypatch)
+    went_on = sample(model, [0, 1], n_frames=20, prompt_codes=whole[..., :given])
+    assert torch.equal(went_on, whole)
+    assert spy.prefills[0][0].shape[-1] == taken_in
+
+
+def test_one_frame(model):
+    assert sample(model, [0], n_frames=1).shape == (1, K, 1)
+
+
+def test_a_broken_model_is_named_as_such():
+    model = make_model()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() == 2).fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        sample(model, [0])
+
+
+def test_dropout_must_be_off(model):
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="eval"):
+            sample(model, [0])
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
+        {"top_p": 1.01}, {"top_p": float("nan")}, {"guidance_scale": -0.1}, {"guidance_scale": float("nan")},
+        {"guidance_scale": float("inf")},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong)).split("_scale")[0]):
+        Sampling(**wrong)
