@@ -1,7 +1,9 @@
 """Waveform <-> codes <-> latents: the embedded tiny codec, and DAC, EnCodec and Mimi behind one interface."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ssmttm.codecs.base import Codec, CodecOutput
 from ssmttm.codecs.tiny import MODEL_TYPE, TinyCodec, TinyCodecConfig
@@ -9,29 +11,59 @@ from ssmttm.errors import UserError
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_codec"
 
-__all__ = ["Codec", "CodecOutput", "TinyCodec", "TinyCodecConfig", "load_codec"]
+__all__ = ["Codec", "CodecOutput", "TinyCodec", "TinyCodecConfig", "build_codec", "load_codec"]
 
 
-def load_codec(name_or_path: str | Path = "tiny") -> Codec:
+def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None) -> Codec:
     """Load a codec in eval mode.
 
     Args:
-        name_or_path: "tiny" (embedded) or a folder with config.json and model.safetensors.
+        name_or_path: "tiny" (embedded); a folder with config.json and model.safetensors, of ours or of transformers'
+            DacModel, EncodecModel or MimiModel; or a hub name such as "descript/dac_44khz".
+        n_codebooks: keep only the first so many codebooks.
 
     Raises:
         UserError: no such codec, or its files are missing or damaged.
     """
-    if str(name_or_path) == "tiny":
+    codec = _load(name_or_path)
+    return codec if n_codebooks is None else codec.keep_codebooks(n_codebooks)
+
+
+def build_codec(config: Mapping[str, Any]) -> Codec:
+    """A codec with random weights from a config of the group `codec`: `kind` (tiny, dac, encodec, mimi) and its fields.
+
+    Raises:
+        UserError: an unknown kind or field.
+    """
+    fields = dict(config)
+    kind = fields.pop("kind", None)
+    try:
+        if kind == "tiny":
+            return TinyCodec(TinyCodecConfig(**fields))
+        from ssmttm.codecs import hf  # transformers' models are slow to import
+
+        if kind in hf.CLASSES:
+            return hf.from_config(kind, fields)
+    except TypeError as error:
+        raise UserError(f"codec kind {kind}: {error}") from error
+    raise UserError(f"codec kind {kind!r} is none of tiny, {', '.join(hf.CLASSES)}")
+
+
+def _load(name_or_path: str | Path) -> Codec:
+    name = str(name_or_path)
+    if name == "tiny":
         if not (TINY_FOLDER / "model.safetensors").is_file():
-            raise UserError(f"the embedded codec is not in this installation ({TINY_FOLDER} is empty): train one with "
-                            "`python train.py experiment=codec_tiny` or name another codec")  # fmt: skip
+            raise UserError("the embedded codec `tiny` is not in this installation: reinstall, or name another codec")
         return TinyCodec.load(TINY_FOLDER, "tiny")
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        raise UserError(f"codec {name_or_path}: no such folder; `tiny` is embedded")
-    if _model_type(folder) == MODEL_TYPE:
-        return TinyCodec.load(folder)
-    raise UserError(f"codec folder {folder}: config.json names no codec known here")
+    folder = Path(name)
+    if folder.is_dir():
+        if _model_type(folder) == MODEL_TYPE:
+            return TinyCodec.load(folder)
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"codec {name}: no such folder, and no hub name such as descript/dac_44khz; `tiny` is embedded")
+    from ssmttm.codecs import hf
+
+    return hf.from_pretrained(name, folder.resolve().name if folder.is_dir() else name)
 
 
 def _model_type(folder: Path) -> str | None:

@@ -53,7 +53,7 @@ class Codec(nn.Module, ABC):
     @property
     def latent_channels(self) -> int:
         """C of the latents."""
-        return self.codebook_vectors().shape[0] * self.codebook_vectors().shape[2]
+        return self.n_codebooks * self.codebook_vectors().shape[2]
 
     @property
     def look_ahead_ms(self) -> float | None:
@@ -73,9 +73,17 @@ class Codec(nn.Module, ABC):
         """The state dict without what only training needs."""
         return self.state_dict()
 
+    def keep_codebooks(self, n: int) -> "Codec":
+        """Use only the first n codebooks from now on (a lower bit rate). Returns self."""
+        available = len(self.codebook_vectors())
+        if not 1 <= n <= available:
+            raise UserError(f"codec {self.name} has {available} codebooks, it cannot keep {n}")
+        self.n_codebooks = n
+        return self
+
     @abstractmethod
     def codebook_vectors(self) -> Tensor:
-        """The codebooks, float [K, V, c]."""
+        """All codebooks, float [K or more, V, c]."""
 
     @abstractmethod
     def _encode(self, wav: Tensor) -> Tensor:
@@ -99,7 +107,7 @@ class Codec(nn.Module, ABC):
             UserError: the waveform has another shape or type, or is not finite.
         """
         self.check_wav(wav)
-        return self._encode(self.pad(wav))
+        return self._encode(self.pad(wav))[:, : self.n_codebooks]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -126,7 +134,7 @@ class Codec(nn.Module, ABC):
 
     def from_latents(self, latents: Tensor) -> Tensor:
         """Nearest codes of latents [B, C, T], codebook by codebook: int64 [B, K, T]."""
-        books = self.codebook_vectors()
+        books = self.codebook_vectors()[: self.n_codebooks]
         if latents.dim() != 3 or latents.shape[1] != self.latent_channels:
             raise UserError(f"latents must be [batch, {self.latent_channels}, frames], not {list(latents.shape)}")
         parts = latents.transpose(1, 2).float().chunk(len(books), dim=-1)

@@ -82,8 +82,7 @@ class ResidualQuantiser(nn.Module):
     def revive(self, z: Tensor, min_share: float = 0.05) -> Tensor:
         """Re-seed entries that were used less than `min_share` of the mean since the last call; start counting anew.
 
-        Each becomes a vector that its codebook is given for z now, drawn with torch's global generator; under
-        torch.distributed all ranks take rank 0's.
+        Each becomes a vector that its codebook is given for z now.
 
         Args:
             z: [B, T, D], encoder output of a training batch.
@@ -91,8 +90,7 @@ class ResidualQuantiser(nn.Module):
         Returns:
             How many entries were re-seeded, int64 [K].
         """
-        _all_reduce(self.usage)
-        dead = self.usage < min_share * self.usage.float().mean(dim=1, keepdim=True).clamp_min(1e-6)  # [K, V]
+        dead = unused(self.usage, min_share)  # [K, V]
         self._reseed(z, dead)
         self.usage.zero_()
         return dead.sum(dim=1)
@@ -106,10 +104,7 @@ class ResidualQuantiser(nn.Module):
         residual = z
         for k, rows in enumerate(dead):
             e = self.project_in[k](residual)
-            pool = e.flatten(0, 1)  # [B * T, c]
-            drawn = pool[torch.randint(len(pool), (int(rows.sum()),), device=pool.device)]
-            self.codebooks.data[k, rows] = drawn + 0.02 * drawn.abs().mean() * torch.randn_like(drawn)
-            _broadcast(self.codebooks.data[k])
+            reseed(self.codebooks.data[k], rows, e.flatten(0, 1))
             index = nearest(e, self.codebooks[k], "cosine")
             residual = residual - self.project_out[k](self.codebooks[k][index])
 
@@ -127,11 +122,19 @@ class ResidualQuantiser(nn.Module):
             self.usage[k] += torch.bincount(codes[:, k].flatten(), minlength=self.usage.shape[1])
 
 
-def _all_reduce(tensor: Tensor) -> None:
+def unused(usage: Tensor, min_share: float) -> Tensor:
+    """Entries used less than `min_share` of their codebook's mean: counts [K, V], summed over ranks here -> bool."""
     if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(tensor)
+        distributed.all_reduce(usage)
+    return usage < min_share * usage.float().mean(dim=1, keepdim=True).clamp_min(1e-6)
 
 
-def _broadcast(tensor: Tensor) -> None:
+def reseed(book: Tensor, rows: Tensor, pool: Tensor) -> None:
+    """Replace, in place, rows (bool [V]) of a codebook [V, c] by vectors of the pool [n, c] plus a little noise.
+
+    Drawn with torch's global generator; under torch.distributed all ranks take rank 0's codebook.
+    """
+    drawn = pool[torch.randint(len(pool), (int(rows.sum()),), device=pool.device)]
+    book[rows] = drawn + 0.02 * drawn.abs().mean() * torch.randn_like(drawn)
     if distributed.is_available() and distributed.is_initialized():
-        distributed.broadcast(tensor, src=0)
+        distributed.broadcast(book, src=0)

@@ -1,0 +1,188 @@
+"""DAC, EnCodec and Mimi through transformers' classes, as `Codec`s."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
+
+from ssmttm.codecs.base import Codec, CodecOutput
+from ssmttm.codecs.quantiser import reseed, unused
+from ssmttm.errors import UserError
+
+
+class TransformersCodec(Codec):
+    """What the three share: the wrapped model is `model`, its weights are the codec's."""
+
+    model: nn.Module
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+
+class DacCodec(TransformersCodec):
+    """A transformers DacModel (DAC, arXiv 2306.06546); it can also be trained like `TinyCodec`.
+
+    Args:
+        model: with every field of its config set: a bare DacConfig() claims 16 kHz with other strides.
+        name: shown in messages and stores.
+    """
+
+    similarity = "cosine"
+    usage: Tensor
+
+    def __init__(self, model: DacModel, name: str = "dac") -> None:
+        super().__init__()
+        config = model.config
+        self.model, self.name = model, name
+        self.sample_rate, self.hop_length = config.sampling_rate, math.prod(config.downsampling_ratios)
+        self.n_codebooks, self.codebook_size = config.n_codebooks, config.codebook_size
+        self.context = _dac_context(config.upsampling_ratios)
+        self.register_buffer("usage", torch.zeros(config.n_codebooks, config.codebook_size, dtype=torch.int64))
+
+    def forward(self, wav: Tensor) -> CodecOutput:
+        """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
+        z, codes, _, commitment, codebook = self.model.quantizer(self.model.encoder(self.pad(wav)))
+        if self.training:
+            for k, used in enumerate(self.usage):
+                used += torch.bincount(codes[:, k].flatten(), minlength=self.codebook_size)
+        losses = {"codebook": codebook.mean() / codes.shape[1], "commitment": commitment.mean() / codes.shape[1]}
+        audio = self._whole_frames(self.model.decoder(z), codes.shape[-1])
+        return CodecOutput(audio[..., : wav.shape[-1]], codes, losses)
+
+    @torch.no_grad()
+    def revive_dead_codes(self, wav: Tensor, min_share: float = 0.05) -> Tensor:
+        """Re-seed unused codebook entries, as `TinyCodec.revive_dead_codes` does."""
+        residual = self.model.encoder(self.pad(wav))  # [B, D, T]
+        dead = unused(self.usage, min_share)  # [K, V]
+        for layer, rows in zip(self.model.quantizer.quantizers, dead, strict=True):
+            pool = layer.in_proj(residual).transpose(1, 2).flatten(0, 1)  # [B * T, c]
+            reseed(layer.codebook.weight.data, rows, pool)
+            residual = residual - layer(residual)[0]
+        self.usage.zero_()
+        return dead.sum(dim=1)
+
+    def codebook_vectors(self) -> Tensor:
+        return torch.stack([layer.codebook.weight for layer in self.model.quantizer.quantizers])
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        return self.model.encode(wav, n_quantizers=self.n_codebooks).audio_codes
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self._whole_frames(self.model.decode(audio_codes=codes).audio_values[:, None], codes.shape[-1])
+
+    def _whole_frames(self, wav: Tensor, frames: int) -> Tensor:
+        """Odd strides leave the model's output a few samples short of whole frames: pad with silence."""
+        return F.pad(wav, (0, frames * self.hop_length - wav.shape[-1]))
+
+
+class EncodecCodec(TransformersCodec):
+    """A mono transformers EncodecModel that works on the whole clip (EnCodec, arXiv 2210.13438; MusicGen's codec).
+
+    Its LSTM remembers everything, so it does not stream piece by piece (`context` is None).
+    """
+
+    similarity = "euclidean"
+    context = None
+
+    def __init__(self, model: EncodecModel, name: str = "encodec") -> None:
+        super().__init__()
+        config = model.config
+        if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
+            raise UserError(f"codec {name}: stereo, chunked or normalising EnCodec is not supported: use a mono one")
+        self.model, self.name = model, name
+        self.sample_rate, self.hop_length = config.sampling_rate, math.prod(config.upsampling_ratios)
+        self.n_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
+
+    def codebook_vectors(self) -> Tensor:
+        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        residual, codes = self.model.encoder(wav), []
+        for layer in self.model.quantizer.layers[: self.n_codebooks]:
+            codes.append(layer.encode(residual))
+            residual = residual - layer.decode(codes[-1])
+        return torch.stack(codes, dim=1)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes[None], [None]).audio_values
+
+
+class MimiCodec(TransformersCodec):
+    """A transformers MimiModel (Mimi, arXiv 2410.00037). Its attention does not stream here (`context` is None)."""
+
+    similarity = "euclidean"
+    context = None
+
+    def __init__(self, model: MimiModel, name: str = "mimi") -> None:
+        super().__init__()
+        config = model.config
+        if config.audio_channels != 1:
+            raise UserError(f"codec {name}: only a mono Mimi is supported")
+        self.model, self.name = model, name
+        self.sample_rate, self.hop_length = config.sampling_rate, round(config.sampling_rate / config.frame_rate)
+        self.n_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
+
+    def codebook_vectors(self) -> Tensor:
+        quantiser = self.model.quantizer
+        layers = [
+            *quantiser.semantic_residual_vector_quantizer.layers,
+            *quantiser.acoustic_residual_vector_quantizer.layers,
+        ]
+        return torch.stack([layer.codebook.embed for layer in layers])
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        return self.model.encode(wav, num_quantizers=self.n_codebooks).audio_codes
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes).audio_values[..., : codes.shape[-1] * self.hop_length]
+
+
+CLASSES = {
+    "dac": (DacCodec, DacModel, DacConfig),
+    "encodec": (EncodecCodec, EncodecModel, EncodecConfig),
+    "mimi": (MimiCodec, MimiModel, MimiConfig),
+}
+
+
+def from_config(kind: str, fields: dict[str, object]) -> TransformersCodec:
+    """A codec with random weights: kind "dac", "encodec" or "mimi", fields of transformers' config class."""
+    codec_class, model_class, config_class = CLASSES[kind]
+    if kind == "dac" and not {"sampling_rate", "downsampling_ratios"} <= fields.keys():
+        raise UserError("codec: kind dac needs sampling_rate and downsampling_ratios (transformers' defaults disagree)")
+    return codec_class(model_class(config_class(**fields)), kind)
+
+
+def from_pretrained(name_or_path: str, name: str) -> TransformersCodec:
+    """A pretrained codec in eval mode, from a local folder or by its hub name.
+
+    Raises:
+        UserError: there is none, it cannot be reached, or it is of another kind.
+    """
+    try:
+        kind = AutoConfig.from_pretrained(name_or_path).model_type
+        if kind not in CLASSES:
+            raise UserError(f"codec {name_or_path}: model_type {kind!r} is none of {', '.join(CLASSES)}")
+        codec_class, model_class, _ = CLASSES[kind]
+        return codec_class(model_class.from_pretrained(name_or_path), name).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"codec {name_or_path} cannot be loaded ({reason}): download its folder where there is a network and give "
+            "its path, or use the embedded codec `tiny`"
+        ) from error
+
+
+def _dac_context(upsampling_ratios: Sequence[int]) -> tuple[int, int]:
+    """Frames on either side that DAC's decoder sees: a kernel of 7 at each end, and in each block a transposed
+    convolution (one input sample) and three residual units of kernel 7 and dilations 1, 3, 9 (39 samples)."""
+    reach, rate = 3.0, 1
+    for ratio in upsampling_ratios:
+        reach += 1 / rate
+        rate *= ratio
+        reach += 39 / rate
+    frames = math.ceil(reach + 3 / rate)
+    return frames, frames
