@@ -52,7 +52,7 @@ def prefix(text: Tensor, text_mask: Tensor, audio: Tensor) -> Prefixed:
     """Put text [B, L, D], real where text_mask [B, L], in front of audio [B, S, D], padding behind both."""
     mask = torch.cat([text_mask, text_mask.new_ones(audio.shape[:2])], 1)  # [B, L+S]
     order = torch.argsort(~mask, dim=1, stable=True)
-    x = take_positions(torch.cat([text, audio.to(text.dtype)], 1), order)
+    x = take_positions(torch.cat([text.to(audio.dtype), audio], 1), order)
     positions = text_mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
     return Prefixed(x, mask.gather(1, order), positions)
 
