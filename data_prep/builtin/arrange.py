@@ -1,5 +1,6 @@
 """The accompaniment: chords, bass, drums and pad, each from a one-bar pattern laid over the harmony."""
 
+import math
 from random import Random
 
 from .score import TICKS, Metre, Note
@@ -23,6 +24,12 @@ def _runs(pattern: str) -> list[tuple[int, int, str]]:
     return events
 
 
+def pulsing(rng: Random, patterns: tuple[str, ...], metre: Metre) -> str:
+    """Draw a chord pattern, preferring about one event a beat, so that the beat itself (not its half or double) is heard."""
+    rates = [len(_runs(pattern)) / metre.beats for pattern in patterns]
+    return rng.choices(patterns, [1 / (0.2 + abs(math.log2(rate))) for rate in rates])[0]
+
+
 def voicings(chords: list[Chord], key: Key, low: int) -> list[tuple[int, ...]]:
     """A voicing of each chord with smooth voice leading, in the octaves above `low` (a MIDI key)."""
     voiced: list[tuple[int, ...]] = []
@@ -39,7 +46,7 @@ def play_chords(voiced: list[tuple[int, ...]], pattern: str, metre: Metre, accen
         for step, length, char in _runs(pattern):
             chosen = {"C": pitches, "L": pitches[:1], "U": pitches[1:]}.get(char) or (ladder[int(char)],)
             start = bar * metre.bar + step * metre.step
-            velocity = accent + (8 if step * metre.step % TICKS == 0 else 0) - (6 if len(chosen) > 1 else 0)
+            velocity = accent + (12 if step * metre.step % TICKS == 0 else -8) - (6 if len(chosen) > 1 else 0)
             notes += [Note(start, length * metre.step, pitch, velocity) for pitch in chosen]
     return notes
 

@@ -49,6 +49,12 @@ def tempo_class(bpm: int) -> str:
     return next(name for name, (_, high) in TEMPO_CLASSES.items() if bpm <= high)
 
 
+def _weight(style: Style, metre: Metre) -> float:
+    """How often a style is drawn where it fits: less for one that fits many metres and tempi, so that all are heard."""
+    paces = sum(style.tempo[0] <= high - 4 and style.tempo[1] >= low + 4 for low, high in TEMPO_CLASSES.values())
+    return style.grooves[metre.name].weight / (len(style.grooves) * paces)
+
+
 def draw_plan(rng: Random) -> Plan:
     """A plan. Lead family, mode, tonic, tempo class and density are drawn independently of one another and of the style."""
     family = rng.choice(list(LEADS))
@@ -63,7 +69,7 @@ def draw_plan(rng: Random) -> Plan:
         return range(max(slowest, style.tempo[0]), min(quickest, style.tempo[1]) + 1)
 
     styles = [style for style in STYLES.values() if metre.name in style.grooves and len(tempi(style)) >= 5]
-    style = rng.choices(styles, [style.grooves[metre.name].weight for style in styles])[0]
+    style = rng.choices(styles, [_weight(style, metre) for style in styles])[0]
     backing = [BACKING[name] for name in style.players if BACKING[name].family != family]
     basses = [BACKING[name] for name in style.basses if not (family == "strings" and name == "cello")
               and not (family == "brass" and name == "tuba")]
@@ -113,7 +119,13 @@ def _play_lead(rng: Random, plan: Plan, part: list[Tone]) -> list[Note]:
     for tone in part:
         accent = 10 if tone.start % plan.metre.bar == 0 else 5 if tone.start % TICKS == 0 else 0
         length = max(1, round(tone.duration * plan.lead.legato)) - (1 if tone.duration >= 2 * TICKS else 0)
-        notes.append(Note(tone.start, length, plan.key.pitch(tone.degree), min(120, 92 + accent + rng.randint(-4, 4))))
+        pitch, velocity = plan.key.pitch(tone.degree), 92 + accent + rng.randint(-4, 4)
+        stroke = plan.metre.step if plan.bpm < 120 else 2 * plan.metre.step
+        if plan.lead.rolls and tone.duration * 5 / plan.bpm > 0.7:  # 5 / bpm: seconds a tick
+            notes += [Note(tone.start + tick, stroke, pitch, velocity - (14 if tick else 0))
+                      for tick in range(0, tone.duration, stroke)]
+        else:
+            notes.append(Note(tone.start, length, pitch, velocity))
     return notes
 
 
@@ -138,12 +150,15 @@ def compose(seed: int, index: int) -> Piece:
     sections = plan_form(rng, n_bars, beat * metre.beats)
     chords = harmonise(rng, sections, plan.key.mode, rng.random() < plan.style.sevenths)
     lead = _play_lead(rng, plan, _lead_part(rng, plan, sections, chords))
+    final = lead.pop()
+    lead = [note for note in lead if note.start < sections[-1].first_bar * metre.bar]
     if last % metre.bar:  # the last bar's first half leads into the final note
-        final = lead.pop()
-        lead += [Note(final.start, last - final.start, plan.key.pitch(plan.key.degree_near(final.pitch) + 2), final.velocity),
-                 Note(last, TICKS, final.pitch, final.velocity)]
+        lead += [Note(final.start, last - final.start, plan.key.pitch(plan.key.degree_near(final.pitch) + 2), final.velocity)]
+    lead.append(Note(last, TICKS, final.pitch, final.velocity))
+    steady = plan.tempo_class != "medium"
+    pattern = arrange.pulsing(rng, groove.chords, metre) if steady else rng.choice(groove.chords)
     voiced = arrange.voicings(chords, plan.key, plan.chords.low)
-    backing = arrange.play_chords(voiced, rng.choice(groove.chords), metre, 72)
+    backing = arrange.play_chords(voiced, pattern, metre, 72)
     closing = [Note(last, TICKS, pitch, 76) for pitch in voiced[-1]]
     bass = arrange.play_bass(chords, plan.key, rng.choice(groove.bass), metre, plan.bass.low, plan.bass.high)
     bass = [n for n in bass if n.start < last] + [Note(last, TICKS, bass[0].pitch, 96)]

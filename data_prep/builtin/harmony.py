@@ -6,7 +6,7 @@ from random import Random
 from .theory import Chord
 
 # Chord roots by function and mode, with weights. The dorian sixth speaks in IV and ii, the mixolydian seventh in VII and v.
-_TONIC = {"major": {0: 5, 5: 3, 2: 1}, "minor": {0: 6, 5: 2, 2: 1}, "dorian": {0: 7, 2: 1}, "mixolydian": {0: 7, 5: 1}}
+_TONIC = {"major": {0: 7, 5: 2, 2: 1}, "minor": {0: 7, 5: 2, 2: 1}, "dorian": {0: 7, 2: 1}, "mixolydian": {0: 7, 5: 1}}
 _PREPARE = {"major": {3: 4, 1: 3}, "minor": {3: 4, 5: 2}, "dorian": {3: 6, 1: 2}, "mixolydian": {3: 4, 6: 2}}
 _DOMINANT = {"major": {4: 1}, "minor": {4: 3, 6: 2}, "dorian": {6: 3, 4: 2, 3: 2}, "mixolydian": {6: 5, 4: 2}}
 _HALF = {"major": {4: 1}, "minor": {4: 2, 6: 2}, "dorian": {3: 3, 6: 2, 4: 1}, "mixolydian": {6: 3, 3: 1, 4: 1}}
@@ -36,7 +36,7 @@ class Section:
 def plan_form(rng: Random, n_bars: int, bar_seconds: float) -> list[Section]:
     """Lay `n_bars` bars out as intro, phrases, coda and a last bar of tonic."""
     phrase = 8 if n_bars >= 26 else 4
-    most = 2 if bar_seconds < 1.4 else 1 if bar_seconds < 2.8 else 0
+    most = 1 if bar_seconds < 2.3 else 0
     intro = rng.randint(0, most)
     count = (n_bars - 1 - intro) // phrase
     labels = rng.choice(_FORMS[min(count, 8)]).split()

@@ -1,11 +1,13 @@
 """The players: General MIDI programs by family, with plain names, comfortable ranges and articulation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """`low` to `high` is the melodic range in MIDI keys; `legato` the sounding share of a note's length."""
+    """`low` to `high` is the melodic range in MIDI keys; `legato` the sounding share of a note's length;
+    `rolls` says that long notes are rolled, as on a marimba."""
 
     name: str
     program: int
@@ -13,10 +15,11 @@ class Instrument:
     low: int
     high: int
     legato: float = 0.95
+    rolls: bool = False
 
 
-def _family(family: str, *rows: tuple[str, int, int, int] | tuple[str, int, int, int, float]) -> tuple[Instrument, ...]:
-    return tuple(Instrument(row[0], row[1], family, *row[2:]) for row in rows)  # type: ignore[arg-type]
+def _family(family: str, *rows: tuple[Any, ...]) -> tuple[Instrument, ...]:
+    return tuple(Instrument(row[0], row[1], family, *row[2:]) for row in rows)
 
 
 LEADS: dict[str, tuple[Instrument, ...]] = {
@@ -25,7 +28,7 @@ LEADS: dict[str, tuple[Instrument, ...]] = {
         ("electric piano", 4, 60, 84), ("harpsichord", 6, 60, 84)),
     "mallets": _family(
         "mallets", ("celesta", 8, 67, 91, 1.0), ("glockenspiel", 9, 72, 93, 1.0), ("music box", 10, 67, 91, 1.0),
-        ("vibraphone", 11, 62, 84, 1.0), ("marimba", 12, 60, 84, 1.0), ("xylophone", 13, 67, 91, 1.0)),
+        ("vibraphone", 11, 62, 84, 1.0), ("marimba", 12, 60, 84, 1.0, True), ("xylophone", 13, 67, 91, 1.0, True)),
     "organ": _family(
         "organ", ("Hammond organ", 16, 60, 83), ("church organ", 19, 60, 81), ("reed organ", 20, 60, 81),
         ("accordion", 21, 60, 83)),
@@ -43,7 +46,7 @@ LEADS: dict[str, tuple[Instrument, ...]] = {
         ("oboe", 68, 62, 84), ("bassoon", 70, 46, 67), ("clarinet", 71, 57, 81)),
     "flutes": _family(
         "flutes", ("piccolo", 72, 74, 93), ("flute", 73, 67, 90), ("recorder", 74, 67, 88), ("pan flute", 75, 65, 86),
-        ("tin whistle", 78, 69, 90), ("ocarina", 79, 65, 86)),
+        ("ocarina", 79, 65, 86)),
     "synth": _family("synth", ("square-wave synth lead", 80, 60, 84), ("sawtooth synth lead", 81, 60, 84),
                      ("bass-and-lead synth", 87, 57, 79), ("polysynth", 90, 60, 84)),
 }

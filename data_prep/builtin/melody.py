@@ -44,8 +44,8 @@ class Motif:
 def draw_motif(rng: Random, metre: Metre, density: str, bpm: int) -> Motif:
     """A new one-bar motif. Fast tempi avoid sixteenths, slow ones avoid long values, so that the pulse stays audible."""
     cells = dict((_COMPOUND if metre.compound else _SIMPLE)[density])
-    shortest = 5 if metre.compound and bpm > 120 else 3 if metre.compound else 6 if bpm > 112 else 3
-    cells = {cell: weight for cell, weight in cells.items() if min(cell) >= shortest} or {(8, 4): 1, (12,): 1}
+    shortest = (4 if bpm > 84 else 2) if metre.compound else (6 if bpm > 112 else 3)
+    cells = {cell: weight for cell, weight in cells.items() if min(cell) >= shortest}
     rhythm: list[int] = []
     while sum(rhythm) < metre.bar:
         fitting = {cell: weight for cell, weight in cells.items() if sum(rhythm) + sum(cell) <= metre.bar}

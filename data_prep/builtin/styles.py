@@ -77,7 +77,7 @@ STYLES: dict[str, Style] = {style.name: style for style in (
         ("0-1-2-1-0-1-2-1-", "C--- C--- C--- C---", "012301230123 0123"), ("1--- 3--- 5--- n---", "1-8- 5-3- 1-8- 5-n-")),
         "3/4": Groove(("C--- C--- C---", "0-1-2-1-2-1-"), ("1--- 3--- 5---", "1-8- 5-3- 5-n-")),
         "6/8": Groove(("C---C- C---C-", "0-1-2-0-1-2-"), ("1---3- 5---n-", "1----- 5-----"), weight=0.5)},
-        ("harpsichord", "church organ", "strings"), ("cello", "acoustic bass"), pad=0.1, moods=("stately", "ornate")),
+        ("harpsichord", "church organ", "strings"), ("cello", "acoustic bass"), pad=0.1, moods=("ornate", "refined")),
     Style("classical", (58, 152), {"4/4": Groove(
         ("0-2-1-2-0-2-1-2-", "L--- U--- L--- U---", "0-1-2-3-2-1-2-1-"), ("1--- ---- ---- ----", "1--- ---- 5--- ----")),
         "3/4": Groove(("0-2-1-2-1-2-", "L--- U--- U---"), ("1--- ---- ----", "1--- ---- 5---")),
@@ -93,7 +93,7 @@ STYLES: dict[str, Style] = {style.name: style for style in (
     Style("reggae", (66, 104), {"4/4": Groove(
         ("..C. ..C. ..C. ..C.", ".... C... .... C..."), ("1-.1 -.5- 1-.3 -.5-", "..1- 1--. 5--. 3-1-"),
         ("k ........x.......|r ........x.......|h x.x.x.x.x.x.x.x.", "k x...x...x...x...|r ....x.......x...|h x.xox.xox.xox.xo"))},
-        ("clean electric guitar", "organ", "piano"), ("bass guitar",), 1.0, sevenths=0.2, pad=0.0, moods=("laid-back", "sunny")),
+        ("clean electric guitar", "organ", "piano"), ("bass guitar",), 1.0, sevenths=0.2, pad=0.0, moods=("laid-back", "easy")),
     Style("march", (88, 138), {"4/4": Groove(
         ("L-U-L-U-L-U-L-U-", "C... C... C... C..."), ("1--. 5--. 1--. 5--.", "1-.. 1-.. 5-.. 5-.."),
         ("k x.......x.......|s x...x.xxx...x.xx", "k x...x...x...x...|s ..x...x...x.x.x.")),
@@ -122,13 +122,13 @@ STYLES: dict[str, Style] = {style.name: style for style in (
         ("L-U-L-U-L-U-L-U-", "..C- ..C- ..C- ..C-"), ("1-.. 5-.. 1-.. 5-..", "1--- 5--- 1--- 3-n-"),
         ("k x...x...x...x...|s ..x...x...x...x.",))},
         ("accordion", "piano", "clean electric guitar", "brass section"), ("tuba", "acoustic bass"), 0.9, pad=0.0,
-        moods=("jolly", "merry")),
+        moods=("bouncy", "spirited")),
     Style("country", (76, 176), {"4/4": Groove(
         ("..C- ..C- ..C- ..C-", "L-U- L-U- L-U- L-U-", "0-2-1-2-0-2-1-2-"), ("1--- ..5- 1--- 5---", "1--- 5--- 1--- 5---", "1--- 5--- 1--- 5-n-"),
         ("k x...x...x...x...|s ..x...x...x...x.", "k x.......x.......|s ....x.......x...|h x.x.x.x.x.x.x.x.")),
         "3/4": Groove(("L--- U-U- U-U-", "L--- U--- U---"), ("1--- ---- 5---", "1--- .... ...."), ("k x...........|h ....x...x...",), 0.6)},
         ("steel-string guitar", "piano", "clean electric guitar"), ("acoustic bass", "bass guitar"), 0.75,
-        moods=("easy-going", "down-home")),
+        moods=("down-home", "rustic")),
     Style("funk", (88, 128), {"4/4": Groove(
         ("..C. .C.. ..C. C...", "C..C ..C. .C.. C...", "..CC ..C. ..CC ..C."), ("1..1 ..1. 8..1 ..5.", "1-.. 1.8. ..1. 5.n."),
         ("k x..x..x...x..x..|s ....x..o.o..x..o|h xoxoxoxoxoxoxoxo", "k x.....x.x.x.....|s ....x.......x..o|h x.x.x.x.x.x.x.x."))},

@@ -12,6 +12,7 @@ from .score import Piece, Track
 
 _BLOCK = 64  # samples: events are placed on this grid (2.7 ms at 24 kHz), the synthesiser's own
 _TARGET_RMS = 0.11
+_LEAD_OVER_REST = 6.0  # dB between the lead and the whole accompaniment
 _PEAK = 0.89
 _FADE = 0.35  # seconds
 
@@ -60,11 +61,14 @@ def _render_track(track: Track, piece: Piece, sample_rate: int) -> np.ndarray:
     return audio.mean(axis=1)
 
 
+def _rms(audio: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(audio, dtype=np.float64))))
+
+
 def _loudness(audio: np.ndarray, sample_rate: int) -> float:
-    """RMS of the sounding part: 0.1 s frames within 30 dB of the loudest, after a first difference that mutes the lows."""
+    """RMS of the sounding part: the 0.1 s frames within 30 dB of the loudest."""
     frame = sample_rate // 10
-    bright = 0.5 * audio + 2.0 * np.diff(audio, prepend=np.float32(0))
-    power = np.square(bright[: len(bright) // frame * frame].reshape(-1, frame)).mean(axis=1, dtype=np.float64)
+    power = np.square(audio[: len(audio) // frame * frame].reshape(-1, frame)).mean(axis=1, dtype=np.float64)
     sounding = power[power > 1e-3 * power.max()] if power.size else power
     return float(np.sqrt(sounding.mean())) if sounding.size else 0.0
 
@@ -74,13 +78,13 @@ def render(piece: Piece, sample_rate: int = 24_000) -> np.ndarray:
 
     Raises UserError where the synthesiser or its soundfont is not installed.
     """
-    mix = np.zeros(round(piece.duration * sample_rate), np.float32)
+    lead, rest = (np.zeros(round(piece.duration * sample_rate), np.float32) for _ in range(2))
     for track in piece.tracks:
         audio = _render_track(track, piece, sample_rate)
-        loudness = _loudness(audio, sample_rate)
-        if loudness > 0:
-            mix += audio * np.float32(10 ** (track.level / 20) / loudness)
+        level = np.float32(10 ** (track.level / 20) / max(_loudness(audio, sample_rate), 1e-9))
+        (lead if track.role == "lead" else rest)[:] += audio * level
+    balance = _rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20)
+    mix = lead + rest * np.float32(balance)
     fade = round(_FADE * sample_rate)
     mix[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
-    rms, peak = float(np.sqrt(np.mean(np.square(mix, dtype=np.float64)))), float(np.abs(mix).max())
-    return mix * np.float32(min(_TARGET_RMS / max(rms, 1e-9), _PEAK / max(peak, 1e-9)))
+    return mix * np.float32(min(_TARGET_RMS / max(_rms(mix), 1e-9), _PEAK / max(float(np.abs(mix).max()), 1e-9)))

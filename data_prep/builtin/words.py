@@ -53,7 +53,7 @@ INSTRUMENTS: dict[str, tuple[str, ...]] = {
     "alto saxophone": ("alto saxophone", "alto sax", "saxophone", "sax"),
     "tenor saxophone": ("tenor saxophone", "tenor sax", "saxophone"), "oboe": ("oboe",), "bassoon": ("bassoon",),
     "clarinet": ("clarinet",), "piccolo": ("piccolo", "piccolo flute"), "flute": ("flute",), "recorder": ("recorder",),
-    "pan flute": ("pan flute", "panpipe"), "tin whistle": ("tin whistle", "penny whistle", "whistle"), "ocarina": ("ocarina",),
+    "pan flute": ("pan flute", "panpipe"), "ocarina": ("ocarina",),
     "square-wave synth lead": ("square-wave synth lead", "square-wave synth", "8-bit synth", "synth"),
     "sawtooth synth lead": ("sawtooth synth lead", "saw synth", "lead synth", "synthesizer"),
     "bass-and-lead synth": ("synth lead", "analogue synth"), "polysynth": ("polysynth", "synthesizer"),
