@@ -9,7 +9,16 @@ EXTRAS = {
     "eval": ["librosa>=0.11", "matplotlib>=3.9"],
     "web": ["gradio>=5"],
     "track": ["wandb", "trackio"],
-    "dev": ["pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "librosa>=0.11", "matplotlib>=3.9"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist",
+        "pytest-timeout",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "librosa>=0.11",
+        "matplotlib>=3.9",
+    ],
 }
 
 setup(

@@ -33,7 +33,9 @@ def run_cli(main: Callable[[], int | None]) -> int:
         return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _say(f"error: the disk is full ({error.filename or 'while writing'}): free some space, run again", USER_ERROR)
+            return _say(
+                f"error: the disk is full ({error.filename or 'while writing'}): free some space, run again", USER_ERROR
+            )
         raise
 
 

@@ -1,0 +1,102 @@
+"""The `ssmttm` command: what runs here, moving a trained model out of its run folder, measuring it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssmttm import __version__
+from ssmttm.errors import run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run one subcommand; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ssmttm", description="Text-to-music models with state-space backbones.")
+    parser.add_argument("--version", action="version", version=f"ssmttm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="the device, the kernels found, which one runs and why")
+    info.set_defaults(run=lambda arguments: print_info())
+
+    export = commands.add_parser(
+        "export",
+        help="write the newest good checkpoint of a run as a folder that sample.py and load_codec read",
+        epilog="example: ssmttm export runs/lm exported/my-model",
+    )
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder or a checkpoint in it")
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    export.set_defaults(run=lambda arguments: export_run(arguments.run_dir, arguments.out))
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="how well a model follows prompts, beside the detectors' own accuracy on true audio",
+        epilog="example: ssmttm evaluate --store data/builtin --prompts 100 --out adherence.json",
+    )
+    evaluate.add_argument(
+        "--store", type=Path, required=True, help="a built-in store; its held-out split gives prompts"
+    )
+    evaluate.add_argument("--checkpoint", type=Path, default=None, help="default: the embedded model")
+    evaluate.add_argument("--prompts", type=int, default=100, help="how many held-out prompts (default: %(default)s)")
+    evaluate.add_argument("--duration", type=float, default=10.0, help="seconds a sample (default: %(default)s)")
+    evaluate.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: %(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
+    evaluate.set_defaults(run=run_evaluate)
+
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+    return 0
+
+
+def print_info() -> None:
+    """Versions, device, kernels and the reason for each choice."""
+    import platform
+
+    import torch
+
+    from ssmttm.ops import backend
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    rows = [
+        ("ssmttm", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("device", device),
+    ]
+    for name, value in [*rows, *backend.describe()]:
+        print(f"{name:24} {value}")
+
+
+def export_run(run_dir: Path, out: Path) -> None:
+    """Write the inference form of a run."""
+    from ssmttm.checkpoint import export
+
+    export(run_dir, out)
+    print(out)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Sample held-out prompts, detect what was asked for, print a table."""
+    from ssmttm.evaluation.adherence import evaluate_adherence
+
+    report = evaluate_adherence(
+        store_path=arguments.store,
+        checkpoint=arguments.checkpoint,
+        n_prompts=arguments.prompts,
+        duration=arguments.duration,
+        guidance_scale=arguments.guidance,
+        seed=arguments.seed,
+    )
+    print(report.table())
+    if arguments.out:
+        report.save(arguments.out)
+        print(arguments.out)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(run_cli(main))
+
+
+if __name__ == "__main__":
+    entry()

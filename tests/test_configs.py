@@ -1,0 +1,71 @@
+"""Every config composes, its model builds, and a mistake in an override is one clear line."""
+
+import pytest
+import torch
+from omegaconf.errors import ConfigAttributeError
+
+from ssmttm import config
+from ssmttm.errors import UserError, run_cli
+from ssmttm.models import build_model
+
+
+@pytest.mark.parametrize("experiment", config.names("experiment"))
+def test_every_experiment_composes_and_its_model_builds(experiment):
+    loaded = config.load(f"experiment={experiment}")
+    if loaded.task == "lm":
+        with torch.device("meta"):
+            model = build_model(loaded.model)
+        assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("model", config.names("model"))
+def test_every_model_config_builds(model):
+    with torch.device("meta"):
+        build_model(config.load(f"model={model}").model)
+
+
+def test_paper_prefix_simba_has_the_papers_size():
+    loaded = config.load("experiment=paper_prefix_simba")
+    assert (loaded.model.n_layers, loaded.model.d_model, loaded.model.n_codebooks) == (24, 1024, 1)
+    with torch.device("meta"):
+        model = build_model(loaded.model)
+    assert sum(p.numel() for p in model.parameters()) == 281_042_176
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.stepz=3", "train.steps"),
+        ("nonsense=3", "nonsense"),
+        ("experiment=tinny", "experiment=tiny"),
+        ("model=", "model"),
+        ("train.steps=[", "train.steps"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(override, hint):
+    with pytest.raises(UserError) as caught:
+        config.load(override)
+    assert hint in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_keys_cannot_be_read():
+    with pytest.raises(ConfigAttributeError):
+        _ = config.load().train.stepz
+
+
+def test_exit_codes(capsys):
+    def user_error():
+        raise UserError("what\nwhere")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def full_disk():
+        raise OSError(28, "No space left on device", "out.wav")
+
+    assert run_cli(lambda: None) == 0
+    assert run_cli(user_error) == 2
+    assert run_cli(interrupted) == 130
+    assert run_cli(full_disk) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: what where" and "out.wav" in lines[2] and len(lines) == 3
