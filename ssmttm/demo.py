@@ -1,7 +1,7 @@
 """`make demo`: from an empty folder to a page with music, through the same programs that everyone uses.
 
-Composes a small corpus, trains a small model on it from scratch, gives that model and the embedded one the same prompts and
-seeds, measures what came out, and writes one self-contained page.
+Composes a small corpus, trains a small model on it from scratch, gives that model and the embedded one the same prompts
+and seeds, measures what came out, and writes one self-contained page.
 """
 
 import argparse
@@ -100,8 +100,9 @@ def _page(path: Path, audios: dict[str, torch.Tensor], sample_rate: int, store_p
         path,
         "Music from an empty folder",
         sections,
-        lead="Everything here was made on this machine a moment ago: the corpus composed, the first model trained, all samples "
-        "drawn. The embedded model is the same kind, trained longer. “Heard” is what small detectors make of the audio.",
+        lead="Everything here was made on this machine a moment ago: the corpus composed, the first model trained, all "
+        "samples drawn. The embedded model is the same kind, trained longer. “Heard” is what small detectors make of "
+        "the audio.",
     )
 
 
