@@ -1,11 +1,11 @@
-"""Train a model: `python train.py experiment=NAME key=value ...`, or `accelerate launch train.py ...` on many devices."""
+"""Train a model: `python train.py experiment=NAME key=value ...`; on many devices `accelerate launch train.py ...`."""
 
 import os
 import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from ssmttm.errors import run_cli  # noqa: E402
+from ssmttm.errors import run_cli
 
 HELP = """\
 Train a model from scratch, or go on where a run stopped.

@@ -1,10 +1,10 @@
 """Checkpoints that survive a crash at any byte, and the inference form of a trained model.
 
-A checkpoint is a folder:
+A checkpoint is a folder, written by `ssmttm.training.saving`:
 
     step-00001000/
       config.yaml             the resolved config of the run
-      model.safetensors       weights; a second player (a codec's discriminator) has its own file, such as discriminator.safetensors
+      model.safetensors       weights; a second player, such as a codec's discriminator, has a file of its own name
       ema.safetensors         averaged weights, fp32: what validation, samples and the export use (absent without EMA)
       optimizer.safetensors   tensors named player/parameter/quantity; optimizer.json holds the parameter groups
       rng.json                a list with one entry a rank (`ssmttm.training.rng`)
@@ -12,12 +12,10 @@ A checkpoint is a folder:
       COMPLETE                sha256 and size of every other file
 
 It is written under a hidden name, every file fsynced, renamed, and COMPLETE comes last: a folder without COMPLETE, or
-whose files differ from it, is never loaded. Nothing here is pickled. This module needs torch, safetensors and
-omegaconf only.
+whose files differ from it, is never loaded. Nothing here is pickled. This module needs safetensors and omegaconf only.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -27,69 +25,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmttm.errors import UserError
+from ssmttm.files import file_sha256, written_aside
 
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 def save_checkpoint(
     folder: str | Path,
     *,
     config: DictConfig,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    ema: Mapping[str, Tensor] | None,
-    optimizers: Mapping[str, Mapping[str, Any]],
-    rng: list[dict[str, Any]],
-    state: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
 ) -> Path:
     """Write one checkpoint; when this returns, it is on the disk whole.
 
     Args:
         folder: RUN/checkpoints/step-NNNNNNNN.
-        weights: state dict by player; the first player is called "model".
-        ema: averaged state dict of "model".
-        optimizers: `optimizer.state_dict()` by player, of optimisers built from named parameters.
-        rng: generator states, one JSON object a rank.
-        state: JSON object with at least `step`.
+        tensors: by the name of their file: model, optimizer, ...
+        documents: JSON values by the name of their file: state (with at least `step`), ...
 
     Raises:
         UserError: the disk is full; the partial folder is removed and earlier checkpoints are untouched.
     """
     folder = Path(folder)
     aside = folder.with_name(f".writing-{folder.name}")
-    tensors, groups = flatten_optimizers(optimizers)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for player, values in weights.items():
-            _write_tensors(aside / f"{player}.safetensors", values)
-        if ema is not None:
-            _write_tensors(aside / "ema.safetensors", ema)
-        _write_tensors(aside / "optimizer.safetensors", tensors)
-        _write_text(aside / "optimizer.json", json.dumps(groups, indent=1))
-        _write_text(aside / "rng.json", json.dumps(rng))
-        _write_text(aside / "state.json", json.dumps(state, indent=1))
+        for name, values in tensors.items():
+            _write_tensors(aside / f"{name}.safetensors", values)
+        for name, value in documents.items():
+            _write_text(aside / f"{name}.json", json.dumps(value, indent=1))
         _write_text(aside / "config.yaml", OmegaConf.to_yaml(config))
         _fsync(aside)
-        seal = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
+        seal = {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in aside.iterdir()}
         _publish(aside, folder, seal)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk is full, {folder} was not written: earlier checkpoints are intact, free some space and run again"
+                f"the disk is full, {folder} is not written, earlier ones are intact: free some space and run again"
             ) from error
         raise
     return folder
 
 
 def _publish(aside: Path, folder: Path, seal: dict[str, Any]) -> None:
-    """Rename into place, then COMPLETE. What stood there before (left by a crash or an older attempt) gives way."""
+    """Rename into place, then COMPLETE. What stood there before (of a crash, or damaged) gives way."""
     replaced = folder.with_name(f".replaced-{folder.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -128,23 +117,24 @@ def verify(folder: str | Path) -> None:
         path = folder / name
         if not path.is_file():
             raise UserError(f"checkpoint {folder} is damaged ({name} is missing): use an earlier one")
-        if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
+        if path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
             raise UserError(f"checkpoint {folder} is damaged ({name} is not what was written): use an earlier one")
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Every checkpoint folder of a run, oldest first, good or not."""
-    folders = (Path(run_dir) / "checkpoints").glob("step-*")
-    return sorted(path for path in folders if STEP_FOLDER.fullmatch(path.name))
+    folders = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, from its name, or from its state where the folder was renamed."""
     match = STEP_FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match else int(read_state(folder)["step"])
+    return int(match[1]) if match else int(read_document(folder, "state")["step"])
 
 
 def latest_good(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint that verifies; each newer one that does not is named in a warning line on standard error."""
+    """The newest checkpoint that verifies; a warning line on standard error names each newer one that does not."""
     for folder in reversed(checkpoints(run_dir)):
         try:
             verify(folder)
@@ -165,6 +155,7 @@ def prune(run_dir: str | Path, keep: int) -> None:
         return
     verify(folders[-1])
     for folder in folders[: -max(keep, 1)]:
+        (folder / "COMPLETE").unlink(missing_ok=True)  # a half-deleted folder must not look whole
         shutil.rmtree(folder)
     for pattern in (".writing-step-*", ".replaced-step-*"):
         for folder in (Path(run_dir) / "checkpoints").glob(pattern):
@@ -182,7 +173,7 @@ def find_model(path: str | Path) -> Path:
         folder = latest_good(path)
         if folder is None:
             raise UserError(
-                f"{path} holds no good checkpoint: train longer (train.checkpoint_every), or give another folder"
+                f"{path} holds no good checkpoint: train on (train.checkpoint_every), or give another folder"
             )
         return folder
     if not path.is_dir():
@@ -191,7 +182,7 @@ def find_model(path: str | Path) -> Path:
         verify(path)
     elif not (path / "model.safetensors").is_file():
         raise UserError(
-            f"no model at {path} (model.safetensors is missing): give a run folder, a checkpoint or an exported model"
+            f"no model at {path} (it has no model.safetensors): give a run, a checkpoint or an exported model"
         )
     return path
 
@@ -202,30 +193,32 @@ def load_weights(folder: str | Path, ema: bool = True, player: str = "model") ->
     Raises:
         UserError: the file is missing or cannot be read.
     """
-    folder = Path(folder)
-    averaged = folder / "ema.safetensors"
-    return read_tensors(
-        averaged if ema and player == "model" and averaged.is_file() else folder / f"{player}.safetensors"
-    )
+    averaged = Path(folder) / "ema.safetensors"
+    return read_tensors(folder, "ema" if ema and player == "model" and averaged.is_file() else player)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors. Raises UserError if it is missing or cannot be read."""
+    path = Path(folder) / f"{name}.safetensors"
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {path} ({str(error).splitlines()[0]}): the file is missing or damaged, use another checkpoint"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read {path} ({reason}): it is missing or damaged, use another checkpoint") from error
+
+
+def read_document(folder: str | Path, name: str) -> Any:
+    """The value of NAME.json. Raises UserError if it is missing or cannot be read."""
+    path = Path(folder) / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: it is missing or damaged, use another checkpoint") from error
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
-    try:
-        return json.loads((Path(folder) / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {Path(folder) / 'state.json'}: the checkpoint is incomplete, use another one"
-        ) from error
+    return read_document(folder, "state")
 
 
 def read_config(folder: str | Path) -> DictConfig:
@@ -238,41 +231,48 @@ def read_config(folder: str | Path) -> DictConfig:
     return config
 
 
-def read_rng(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "rng.json").read_text())
+def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
+    """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
+
+    A language model: config.yaml, model.safetensors (averaged weights where there are any) and card.json. A codec:
+    config.json and model.safetensors as `load_codec` reads them, and card.json.
+
+    Args:
+        run_dir: a run folder (its newest good checkpoint) or a checkpoint.
+        out: a folder; files of these names in it are replaced.
+        half: matrices in float16; vectors stay float32.
+
+    Raises:
+        UserError: there is no good checkpoint, or the disk is full.
+    """
+    folder, out = find_model(run_dir), Path(out)
+    config, state, weights = read_config(folder), read_state(folder), load_weights(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    card = {
+        "name": out.name, "task": config.task, "step": state["step"], "samples_seen": state["samples_seen"],
+        "training_seconds": round(state["seconds"]), "parameters": state["parameters"], "data": state["data"],
+        "metrics": state["valid"], "config_hash": state["config_hash"], "versions": state["versions"],
+    }  # fmt: skip
+    if config.task == "codec":
+        from ssmttm.codecs import build_codec
+
+        codec = build_codec(config.codec)
+        codec.load_state_dict(weights)
+        codec.save(out, half=half)
+    else:
+        kept = OmegaConf.masked_copy(config, [key for key in config if key not in ("run_dir", "resume")])
+        OmegaConf.update(kept, "data.store", state["data"]["store"])
+        with written_aside(out / "model.safetensors") as path:
+            save_file({name: _shrunk(value, half) for name, value in weights.items()}, path)
+        with written_aside(out / "config.yaml") as path:
+            path.write_text(OmegaConf.to_yaml(kept))
+    with written_aside(out / "card.json") as path:
+        path.write_text(json.dumps(card, indent=2) + "\n")
+    return out
 
 
-def read_optimizers(folder: Path) -> dict[str, dict[str, Any]]:
-    """`optimizer.state_dict()` by player, as `flatten_optimizers` took them apart."""
-    tensors = read_tensors(folder / "optimizer.safetensors")
-    groups = json.loads((folder / "optimizer.json").read_text())
-    return {player: _unflatten_optimizer(player, tensors, groups[player]) for player in groups}
-
-
-def flatten_optimizers(optimizers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimiser state dicts by player -> (tensors named player/parameter/quantity, parameter groups by player)."""
-    tensors: dict[str, Tensor] = {}
-    groups: dict[str, Any] = {}
-    for player, state in optimizers.items():
-        groups[player] = state["param_groups"]
-        for index, name in _parameter_names(state["param_groups"]).items():
-            for quantity, value in state["state"].get(index, {}).items():
-                tensors[f"{player}/{name}/{quantity}"] = value
-    return tensors, groups
-
-
-def _unflatten_optimizer(player: str, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    index_of = {name: index for index, name in _parameter_names(groups).items()}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        owner, name, quantity = key.split("/")
-        if owner == player:
-            state.setdefault(index_of[name], {})[quantity] = value
-    return {"state": state, "param_groups": groups}
-
-
-def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    return {index: name for group in groups for index, name in zip(group["params"], group["param_names"], strict=True)}
+def _shrunk(value: Tensor, half: bool) -> Tensor:
+    return value.to(torch.float16) if half and value.is_floating_point() and value.ndim > 1 else value
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -280,9 +280,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(own, path)
     except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     _fsync(path)
 
 
@@ -297,8 +298,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ player's gradients reach that player only (and DDP sees one forward a player a m
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmttm.codecs import TinyCodec, TinyCodecConfig
+from ssmttm.codecs import build_codec
 from ssmttm.codecs.discriminators import Judgement, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import adversarial_losses, discriminator_loss, reconstruction_losses
 from ssmttm.data.loader import AudioLoader
@@ -32,7 +31,7 @@ class CodecTask:
     """A codec learns to reconstruct crops of a store's audio.
 
     Args:
-        config: `codec` (sizes, adversarial_start, revive_every, revive_until), `data` (store, seconds), `losses`, `seed`.
+        config: `codec`, `codec_training`, `data` (store, seconds), `losses`, `seed`.
 
     Raises:
         UserError: no such codec kind, or the store's audio has another sample rate.
@@ -42,13 +41,14 @@ class CodecTask:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
         self.codec = build_codec(config.codec)
+        self.adversarial_start: int | None = config.codec_training.adversarial_start
         if self.store.info["sample_rate"] != self.codec.sample_rate:
             raise UserError(
                 f"{config.data.store} holds audio at {self.store.info['sample_rate']} Hz and the codec works at "
                 f"{self.codec.sample_rate} Hz: prepare the store at that rate, or set codec.sample_rate"
             )
         self.modules: dict[str, nn.Module] = {"model": self.codec}
-        if config.codec.adversarial_start is not None:
+        if self.adversarial_start is not None:
             self.modules["discriminator"] = MultiResolutionDiscriminator()
         self.samples_per_item = round(config.data.seconds * self.codec.sample_rate)
         self._flops_per_item = _forward_flops(self.codec, self.samples_per_item)
@@ -66,8 +66,7 @@ class CodecTask:
         share = len(wav) / counts[0]
         output = players["model"](wav)
         losses = {"model": reconstruction_losses(output, wav, self.codec.sample_rate)}
-        start = self.config.codec.adversarial_start
-        if start is not None and step >= start:
+        if self.adversarial_start is not None and step >= self.adversarial_start:
             real, fake = _halves(players["discriminator"](torch.cat([wav, output.audio.detach()])))
             losses["discriminator"] = {"discriminator": discriminator_loss(real, fake)}
             frozen = self.modules["discriminator"].requires_grad_(False)
@@ -82,7 +81,7 @@ class CodecTask:
 
     def after_step(self, step: int) -> dict[str, float]:
         """Give unused codebook entries a new start, every `revive_every` steps until `revive_until`."""
-        every, until = self.config.codec.revive_every, self.config.codec.revive_until
+        every, until = self.config.codec_training.revive_every, self.config.codec_training.revive_until
         if (step + 1) % every == 0 and step < until:
             dead = self.codec.revive_dead_codes(self._last_audio)  # [K]
             self._figures = {"codes_revived": float(dead.sum())}
@@ -105,18 +104,6 @@ class CodecTask:
 
     def facts(self) -> dict[str, Any]:
         return store_facts(self.store, self.config.data.store)
-
-
-def build_codec(config: DictConfig) -> TinyCodec:
-    """A fresh codec of the `codec` config group.
-
-    Raises:
-        UserError: `kind` names no codec that can be trained from scratch.
-    """
-    if config.kind != "tiny":
-        raise UserError(f"codec.kind={config.kind} cannot be trained here: there is tiny")
-    fields = {field.name for field in dataclasses.fields(TinyCodecConfig)}
-    return TinyCodec(TinyCodecConfig(**{key: value for key, value in config.items() if key in fields}))
 
 
 def _halves(judgements: list[Judgement]) -> tuple[list[Judgement], list[Judgement]]:

@@ -1,5 +1,6 @@
 """What training writes down about the store that it learns from."""
 
+from pathlib import Path
 from typing import Any
 
 from ssmttm.data.store import Store
@@ -13,6 +14,10 @@ def store_facts(store: Store, name: str) -> dict[str, Any]:
         return {key: info[kind][key] for key in ("name", "fingerprint")} if info.get(kind) else None
 
     return {
-        "store": str(name), "fingerprint": store.fingerprint, "licences": info["licences"], "hours": info["hours"],
-        "codec": part("codec"), "text": part("text"),
-    }  # fmt: skip
+        "store": Path(name).name,
+        "fingerprint": store.fingerprint,
+        "licences": info["licences"],
+        "hours": info["hours"],
+        "codec": part("codec"),
+        "text": part("text"),
+    }

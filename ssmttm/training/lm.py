@@ -27,7 +27,7 @@ class LanguageModelTask:
         config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train.label_smoothing`, `losses`, `seed`.
 
     Raises:
-        UserError: the store has no codes or captions, or was made with a codec or text encoder that does not fit the model.
+        UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -50,7 +50,7 @@ class LanguageModelTask:
         return real_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2)).float()
 
     def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """`cross_entropy`, what is trained (smoothed labels, mean over codebooks), and each `codebook_k`, not smoothed."""
+        """`cross_entropy`, mean over codebooks with smoothed labels, to train on; each `codebook_k`, not smoothed."""
         codes = batch["codes"][:, : self.n_codebooks]
         sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
@@ -85,7 +85,7 @@ def real_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Te
 
 
 def interleave(pattern: Pattern, codes: Tensor, frame_mask: Tensor, special_token_id: int) -> tuple[Tensor, Tensor]:
-    """The sequence to predict, [b, K, S], with the special token on fill and padding, and where it is real, [b, K, S]."""
+    """The sequence to predict, with the special token on fill and padding, and where it is real: [b, K, S] each."""
     padded = codes.masked_fill(~frame_mask[:, None], special_token_id)
     return pattern.build(padded, special_token_id), real_positions(pattern, frame_mask, codes.shape[1])
 
@@ -124,10 +124,11 @@ def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
     codec, text = info["codec"], info["text"]
     if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
         raise UserError(
-            f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has {codec['n_codebooks']} of "
-            f"{codec['codebook_size']} (codec {codec['name']}): set model.n_codebooks and model.codebook_size, or prepare with another codec"
+            f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has {codec['n_codebooks']} "
+            f"of {codec['codebook_size']}: set model.n_codebooks and model.codebook_size, or choose another store"
         )
     if model.text_dim != text["dim"]:
         raise UserError(
-            f"the model takes text of width {model.text_dim}, {store} holds {text['name']} of width {text['dim']}: set model.text_dim"
+            f"the model takes text of width {model.text_dim}, {store} holds {text['name']} of width {text['dim']}: "
+            f"set model.text_dim={text['dim']}, or prepare with another text encoder"
         )

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,9 +19,11 @@ BF16_PEAK = {
 
 
 class MetricsLog:
-    """metrics.jsonl, TensorBoard and samples of one run folder. On a resume, lines after `start_step` are dropped."""
+    """config.yaml, metrics.jsonl, TensorBoard and samples of a run folder; a resume drops lines after `start_step`."""
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(self, run_dir: Path, config: DictConfig, start_step: int) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, run_dir / "config.yaml")
         self.path = run_dir / "metrics.jsonl"
         self.samples_dir = run_dir / "samples"
         self._keep_until(start_step)
@@ -89,7 +92,7 @@ class Speed:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """The device's peak in FLOP/s and where the figure comes from: a table for known GPUs in bf16, else a measurement."""
+    """The device's peak in FLOP/s and its source: a table for known GPUs in bf16, else a measurement."""
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for known, peak in BF16_PEAK.items():

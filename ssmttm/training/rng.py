@@ -1,4 +1,4 @@
-"""The state of every random generator a step may draw from, as JSON; and a fence around what must not draw from them."""
+"""The state of every random generator a step may draw from, as JSON; a fence around what must not touch them."""
 
 import random
 from collections.abc import Iterator

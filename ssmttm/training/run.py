@@ -1,24 +1,20 @@
-"""A run folder's bookkeeping: what it may go on from, what may change on the way, and the horizon printed at the start."""
+"""A run folder's bookkeeping: what it may go on from, what may change on the way, what the console says."""
 
 import hashlib
 import json
-import platform
-from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
 from ssmttm.training.task import Batch, Loader, Task
 
-# What a resumed run may change without becoming another run: where things lie, how often it reports, how long it goes on.
+# What may change without making it another run: where things lie, how often it reports, how long it goes on.
 FREE_KEYS = (
     "run_dir", "resume", "data.store", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.sample_every", "train.prompts", "train.micro_batch_size",
+    "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts", "train.micro_batch_size",
 )  # fmt: skip
 
 
@@ -33,21 +29,19 @@ def resume_folder(config: DictConfig) -> Path | None:
     if config.resume in (None, "none"):
         if present:
             raise UserError(
-                f"{run_dir} already holds checkpoints: give another run_dir=..., or resume=auto to go on from {present[-1].name}"
+                f"{run_dir} holds {present[-1].name}: give another run_dir, or resume=auto to go on from it"
             )
         return None
     if config.resume == "auto":
         folder = checkpoint.latest_good(run_dir)
         if folder is None and present:
-            raise UserError(
-                f"{run_dir} holds checkpoints, but none of them is good: give another run_dir=... to start anew"
-            )
+            raise UserError(f"{run_dir} holds checkpoints, but no good one: give another run_dir to start anew")
     else:
         folder = Path(config.resume)
         checkpoint.verify(folder)
         if present and checkpoint.step_of(present[-1]) > checkpoint.step_of(folder):
             raise UserError(
-                f"{run_dir} holds later checkpoints than {folder} ({present[-1].name}): give another run_dir=... to branch off"
+                f"{run_dir} holds {present[-1].name}, later than {folder}: give another run_dir to branch off"
             )
     if folder is not None:
         _check_same_settings(config, folder)
@@ -59,9 +53,7 @@ def _check_same_settings(config: DictConfig, folder: Path) -> None:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if changed:
         listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed)
-        raise UserError(
-            f"the settings differ from those of {folder} ({listed}): set them back, or start anew with another run_dir=..."
-        )
+        raise UserError(f"the settings are not those of {folder} ({listed}): set them back, or give another run_dir")
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
@@ -84,51 +76,37 @@ def config_hash(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_same_data(state: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
-    old, new = state["data"]["fingerprint"], facts["fingerprint"]
-    if old != new:
-        raise UserError(
-            f"{folder} was trained on another store (fingerprint {old}, not {new}): give the store it was trained on as data.store=..."
-        )
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "accelerate", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
-    """A rank's share of the global batch in slices of at most `size` items."""
-    items = len(batch["ids"])
-    size = size or items
-    return [
-        {key: _rows(value, slice(start, start + size)) for key, value in batch.items()}
-        for start in range(0, items, size)
-    ]
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    return type(value)(*(field[rows] for field in value)) if isinstance(value, tuple) else value[rows]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device, non_blocking=True) if hasattr(value, "to") else value for key, value in batch.items()}
-
-
 def horizon(task: Task, config: DictConfig, loader: Loader, first: list[Batch], world_size: int, start: int) -> str:
     """What is about to be trained, and on how much: a few lines for the console."""
-    players = ", ".join(
-        f"{name} {sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6:.2f} M"
-        for name, module in task.modules.items()
-    )
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in task.modules.items()}
     tokens, seconds, flops = (
         sum(figures) * world_size for figures in zip(*(task.work(batch) for batch in first), strict=True)
     )
-    remaining = config.train.steps - start
-    begins = f"from step {start:,} to {config.train.steps:,}" if start else f"{config.train.steps:,}"
+    steps, epoch = config.train.steps, loader.steps_per_epoch
+    to_come = steps - start
     return "\n".join([
-        f"parameters   {players}",
-        f"steps        {begins}, {config.train.steps / loader.steps_per_epoch:.1f} epochs of {loader.steps_per_epoch:,} steps",
-        f"batch        {config.data.batch_size} items = {world_size} ranks x {len(first)} micro-batches; {tokens:,.0f} codes, {seconds:,.1f} s of audio a step",
-        f"to come      {remaining * seconds / 3600:,.2f} h of audio, {remaining * tokens / 1e6:,.1f} M codes, {3 * remaining * flops:.2e} FLOPs",
+        f"parameters   {', '.join(f'{name} {size / 1e6:.2f} M' for name, size in sizes.items())}",
+        f"steps        {start:,} to {steps:,}, {steps / epoch:.1f} epochs of {epoch:,} steps",
+        f"batch        {config.data.batch_size} items = {world_size} ranks x {len(first)} micro-batches; "
+        f"{tokens:,.0f} codes, {seconds:,.1f} s of audio a step",
+        f"to come      {to_come * seconds / 3600:,.2f} h of audio, {to_come * tokens / 1e6:,.1f} M codes, "
+        f"{3 * to_come * flops:.2e} FLOPs",
     ])  # fmt: skip
+
+
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """One line for the console from the values of a log interval."""
+    eta = int((steps - step) * values["seconds_per_step"])
+    others = "".join(f" | {key} {values[key]:.3f}" for key in values if key.endswith("_loss"))
+    return (
+        f"step {step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f}{others} | lr {values['lr']:.2e} | "
+        f"grad {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tokens/s | "
+        f"{values['audio_seconds_per_second']:.1f} audio-s/s | MFU {100 * values['mfu']:.1f} % | "
+        f"ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}"
+    )
+
+
+def validation_line(step: int, values: dict[str, float]) -> str:
+    """One line for the console from the figures of a validation."""
+    named = (f"{name.removeprefix('valid/')} {value:.4f}" for name, value in values.items())
+    return f"step {step} valid | {' | '.join(named)}"

@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 class Task(Protocol):
-    """One kind of training. Losses of a step come as shares that add up, over micro-batches and ranks, to a global mean.
+    """One kind of training. Losses come as shares that add up, over micro-batches and ranks, to a global mean.
 
     Attributes:
         modules: the players by name, each with its own optimiser; "model" comes first and is what the export holds.
@@ -64,4 +64,4 @@ class Task(Protocol):
         """Fixed prompts or items with fixed seeds, made with the weights that `modules["model"]` now holds."""
 
     def facts(self) -> dict[str, Any]:
-        """What a model card and a resumed run must know of the data: name, fingerprint, licences, hours, codec, text."""
+        """What a model card must know of the data: store, fingerprint, licences, hours, codec, text."""

@@ -1,0 +1,131 @@
+"""What of a training goes into a checkpoint, and back."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ssmttm import checkpoint
+from ssmttm.errors import UserError
+from ssmttm.training import rng
+from ssmttm.training.ema import EMA
+from ssmttm.training.run import config_hash
+from ssmttm.training.step import Player
+
+
+@dataclass
+class Progress:
+    """The loop's whole state beside weights, optimisers and generators; plain data, kept in state.json."""
+
+    step: int = 0  # optimiser steps done
+    samples_seen: int = 0  # items, over all ranks
+    seconds: float = 0.0  # of training, over all resumes
+    valid: dict[str, float] = field(default_factory=dict)  # the last validation
+
+
+def save(
+    config: DictConfig,
+    players: dict[str, Player],
+    ema: EMA | None,
+    progress: Progress,
+    facts: dict[str, Any],
+    accelerator: Accelerator,
+) -> None:
+    """Write the checkpoint of this step and prune old ones; every rank must call it."""
+    states = [json.loads(state) for state in gather_object([json.dumps(rng.get_state())])]
+    if accelerator.is_main_process:
+        run_dir = Path(config.run_dir)
+        optimizer, groups = flatten_optimizers(
+            {name: player.optimizer.state_dict() for name, player in players.items()}
+        )
+        tensors = {name: player.module.state_dict() for name, player in players.items()} | {"optimizer": optimizer}
+        if ema is not None:
+            tensors["ema"] = ema.state_dict()
+        state = {
+            **asdict(progress),
+            "parameters": sum(parameter.numel() for parameter in players["model"].module.parameters()),
+            "world_size": accelerator.num_processes,
+            "config_hash": config_hash(config),
+            "data": facts,
+            "versions": _versions(),
+        }
+        checkpoint.save_checkpoint(
+            run_dir / "checkpoints" / f"step-{progress.step:08d}",
+            config=config,
+            tensors=tensors,
+            documents={"optimizer": groups, "rng": states, "state": state},
+        )
+        checkpoint.prune(run_dir, config.train.keep_checkpoints)
+    accelerator.wait_for_everyone()
+
+
+def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: dict[str, Any], rank: int) -> Progress:
+    """Bring everything back to where `save` left it.
+
+    Raises:
+        UserError: the checkpoint was trained on another store.
+    """
+    state = checkpoint.read_state(folder)
+    old, new = state["data"]["fingerprint"], facts["fingerprint"]
+    if old != new:
+        raise UserError(
+            f"{folder} was trained on another store (fingerprint {old}, not {new}): give that one as data.store"
+        )
+    optimizers = unflatten_optimizers(
+        checkpoint.read_tensors(folder, "optimizer"), checkpoint.read_document(folder, "optimizer")
+    )
+    for name, player in players.items():
+        player.module.load_state_dict(checkpoint.load_weights(folder, ema=False, player=name))
+        player.optimizer.load_state_dict(optimizers[name])
+    if ema is not None:
+        ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
+    states = checkpoint.read_document(folder, "rng")
+    if rank < len(states):
+        rng.set_state(states[rank])
+    else:
+        print(f"rank {rank} was not there at {folder}: its dropout starts from the step", flush=True)
+        rng.seed_all(state["step"], rank)
+    return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "valid")})
+
+
+def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`optimizer.state_dict()` by player -> (tensors named player/parameter/quantity, parameter groups by player).
+
+    The optimisers must have been built from named parameters.
+    """
+    tensors: dict[str, Tensor] = {}
+    groups: dict[str, Any] = {}
+    for player, state in optimizers.items():
+        groups[player] = state["param_groups"]
+        for index, name in _parameter_names(state["param_groups"]).items():
+            for quantity, value in state["state"].get(index, {}).items():
+                tensors[f"{player}/{name}/{quantity}"] = value
+    return tensors, groups
+
+
+def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The inverse of `flatten_optimizers`."""
+    states: dict[str, dict[str, Any]] = {player: {"state": {}, "param_groups": own} for player, own in groups.items()}
+    index_of = {
+        (player, name): index for player, own in groups.items() for index, name in _parameter_names(own).items()
+    }
+    for key, value in tensors.items():
+        player, name, quantity = key.split("/")
+        states[player]["state"].setdefault(index_of[player, name], {})[quantity] = value
+    return states
+
+
+def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
+    return {index: name for group in groups for index, name in zip(group["params"], group["param_names"], strict=True)}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "numpy", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
