@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash at any byte, and the inference form of a trained model.
+"""Checkpoints that survive a crash at any byte.
 
 A checkpoint is a folder, written by `ssmttm.training.saving`:
 
@@ -25,14 +25,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256, written_aside
+from ssmttm.files import file_sha256
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -229,50 +228,6 @@ def read_config(folder: str | Path) -> DictConfig:
     config = OmegaConf.load(path)
     OmegaConf.set_struct(config, True)
     return config
-
-
-def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
-    """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
-
-    A language model: config.yaml, model.safetensors (averaged weights where there are any) and card.json. A codec:
-    config.json and model.safetensors as `load_codec` reads them, and card.json.
-
-    Args:
-        run_dir: a run folder (its newest good checkpoint) or a checkpoint.
-        out: a folder; files of these names in it are replaced.
-        half: matrices in float16; vectors stay float32.
-
-    Raises:
-        UserError: there is no good checkpoint, or the disk is full.
-    """
-    folder, out = find_model(run_dir), Path(out)
-    config, state, weights = read_config(folder), read_state(folder), load_weights(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    card = {
-        "name": out.name, "task": config.task, "step": state["step"], "samples_seen": state["samples_seen"],
-        "training_seconds": round(state["seconds"]), "parameters": state["parameters"], "data": state["data"],
-        "metrics": state["valid"], "config_hash": state["config_hash"], "versions": state["versions"],
-    }  # fmt: skip
-    if config.task == "codec":
-        from ssmttm.codecs import build_codec
-
-        codec = build_codec(config.codec)
-        codec.load_state_dict(weights)
-        codec.save(out, half=half)
-    else:
-        kept = OmegaConf.masked_copy(config, [key for key in config if key not in ("run_dir", "resume")])
-        OmegaConf.update(kept, "data.store", state["data"]["store"])
-        with written_aside(out / "model.safetensors") as path:
-            save_file({name: _shrunk(value, half) for name, value in weights.items()}, path)
-        with written_aside(out / "config.yaml") as path:
-            path.write_text(OmegaConf.to_yaml(kept))
-    with written_aside(out / "card.json") as path:
-        path.write_text(json.dumps(card, indent=2) + "\n")
-    return out
-
-
-def _shrunk(value: Tensor, half: bool) -> Tensor:
-    return value.to(torch.float16) if half and value.is_floating_point() and value.ndim > 1 else value
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

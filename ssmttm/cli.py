@@ -69,7 +69,7 @@ def print_info() -> None:
 
 def export_run(run_dir: Path, out: Path) -> None:
     """Write the inference form of a run."""
-    from ssmttm.checkpoint import export
+    from ssmttm.training.export import export
 
     export(run_dir, out)
     print(out)

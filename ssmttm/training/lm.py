@@ -124,8 +124,8 @@ def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
     codec, text = info["codec"], info["text"]
     if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
         raise UserError(
-            f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has {codec['n_codebooks']} "
-            f"of {codec['codebook_size']}: set model.n_codebooks and model.codebook_size, or choose another store"
+            f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has "
+            f"{codec['n_codebooks']} of {codec['codebook_size']}: set model.n_codebooks and model.codebook_size"
         )
     if model.text_dim != text["dim"]:
         raise UserError(

@@ -1,0 +1,66 @@
+"""The inference form of a trained model: what sampling needs, and a card that says what it was made from."""
+
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssmttm import checkpoint
+from ssmttm.codecs import build_codec
+from ssmttm.files import written_aside
+
+
+def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
+    """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
+
+    A language model: config.yaml, model.safetensors (averaged weights where there are any) and card.json. A codec:
+    config.json and model.safetensors as `load_codec` reads them, and card.json.
+
+    Args:
+        run_dir: a run folder (its newest good checkpoint) or a checkpoint.
+        out: a folder; files of these names in it are replaced.
+        half: matrices in float16; vectors stay float32.
+
+    Raises:
+        UserError: there is no good checkpoint, or the disk is full.
+    """
+    folder, out = checkpoint.find_model(run_dir), Path(out)
+    config, state, weights = (
+        checkpoint.read_config(folder),
+        checkpoint.read_state(folder),
+        checkpoint.load_weights(folder),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    card = {
+        "name": out.name,
+        "task": config.task,
+        "step": state["step"],
+        "samples_seen": state["samples_seen"],
+        "training_seconds": round(state["seconds"]),
+        "parameters": state["parameters"],
+        "data": state["data"],
+        "metrics": state["valid"],
+        "config_hash": state["config_hash"],
+        "versions": state["versions"],
+    }
+    if config.task == "codec":
+        codec = build_codec(config.codec)
+        codec.load_state_dict(weights)
+        codec.save(out, half=half)
+    else:
+        kept = OmegaConf.masked_copy(config, [key for key in config if key not in ("run_dir", "resume")])
+        OmegaConf.update(kept, "data.store", state["data"]["store"])
+        with written_aside(out / "model.safetensors") as path:
+            save_file({name: _shrunk(value, half) for name, value in weights.items()}, path)
+        with written_aside(out / "config.yaml") as path:
+            path.write_text(OmegaConf.to_yaml(kept))
+    with written_aside(out / "card.json") as path:
+        path.write_text(json.dumps(card, indent=2) + "\n")
+    return out
+
+
+def _shrunk(value: Tensor, half: bool) -> Tensor:
+    return value.to(torch.float16) if half and value.is_floating_point() and value.ndim > 1 else value
