@@ -1,8 +1,10 @@
-"""What may be asked of a pipeline, checked before any weight is loaded."""
+"""What may be asked of a pipeline, checked before torch is imported or a weight loaded."""
 
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ssmttm.errors import UserError
 
@@ -78,11 +80,36 @@ class Request:
                 raise UserError(f"seed {seed} is out of range: give whole numbers from 0 to {MAX_SEED}")
         return cls(prompts, duration, seeds, sampling)
 
-    def batches(self, size: int) -> "Iterator[Request]":
+    def batches(self, size: int) -> Iterator["Request"]:
         """The same request in parts of `size` prompts."""
         for first in range(0, len(self.prompts), size):
             part = slice(first, first + size)
             yield replace(self, prompts=self.prompts[part], seeds=self.seeds[part])
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line in UTF-8; blank lines and lines that begin with # are skipped.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt, or a line is no text.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read the prompts file {path}: {error.strerror}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line {number} is not UTF-8 text: save the file as UTF-8") from error
+        if any(unicodedata.category(character) == "Cc" and character != "\t" for character in text):
+            raise UserError(f"{path}, line {number} holds control characters: write plain text, one prompt a line")
+        if text and not text.startswith("#"):
+            prompts.append(text)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: write one a line (lines that begin with # are comments)")
+    return prompts
 
 
 def _check_prompts(prompts: list[str]) -> None:

@@ -1,0 +1,201 @@
+"""MusicPipeline: prompts in, audio out.
+
+Shapes: n prompts, S samples, K codebooks, T frames, t frames of a chunk.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmttm import __version__
+from ssmttm.codecs import Codec, load_codec
+from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
+from ssmttm.generation.engine import generate_frames
+from ssmttm.generation.loading import check_fit, load_model, open_model_folder
+from ssmttm.generation.request import MAX_DURATION, Request, Sampling
+from ssmttm.models.token_lm import TokenLM
+from ssmttm.patterns import Pattern, get_pattern
+from ssmttm.text.encoders import TextEncoder, load_text_encoder
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What was made.
+
+    Attributes:
+        audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate).
+        sample_rate: in Hz.
+        codes: int64 [n, K, T] on the CPU.
+    """
+
+    audios: Tensor
+    sample_rate: int
+    codes: Tensor
+
+
+class MusicPipeline:
+    """A language model, its codec and its text encoder, ready to sample.
+
+    Attributes:
+        facts: where the model comes from, for the record beside each file: model and weights hash, codec, text encoder,
+            licences of the training data, software.
+        max_duration: longest piece that a call accepts, in seconds; set it higher for longer pieces.
+    """
+
+    def __init__(
+        self,
+        model: TokenLM,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        pattern: Pattern,
+        facts: dict[str, Any] | None = None,
+        max_duration: float = MAX_DURATION,
+    ) -> None:
+        self.model = model.eval()
+        self.codec = codec.eval()
+        self.text_encoder = text_encoder
+        self.pattern = pattern
+        self.facts = facts or {}
+        self.max_duration = max_duration
+        self._null_text = text_encoder.encode([""])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path | None = None,
+        device: str | torch.device | None = None,
+        codec: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+    ) -> "MusicPipeline":
+        """Load a model with the codec and text encoder that it was trained with; EMA weights where there are any.
+
+        Args:
+            folder_or_hub_id: an exported model, a checkpoint, a run folder (its newest good checkpoint), or the id of
+                an exported model on the Hugging Face hub. None: the embedded tiny model.
+            device: where the model and the codec run; default a GPU if there is one.
+            codec, text_encoder: where to load these from if not by the name in the model's card, such as a folder. They
+                must be the very ones all the same.
+
+        Raises:
+            UserError: nothing is there, a file is damaged, or model, codec and text encoder do not belong together.
+        """
+        folder = open_model_folder(folder_or_hub_id)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_model(folder)
+        its_codec = load_codec(codec or folder.fact("codec")["name"])
+        its_encoder = load_text_encoder(text_encoder or folder.fact("text")["name"])
+        check_fit(folder, model, its_codec, its_encoder)
+        facts = {
+            "model": {"name": folder.name, "weights_sha256": file_sha256(folder.weights_file)},
+            "codec": {"name": its_codec.name, "fingerprint": its_codec.fingerprint},
+            "text_encoder": {"name": its_encoder.name, "fingerprint": its_encoder.fingerprint},
+            "training_data_licences": folder.licences,
+            "software": f"ssmttm {__version__}",
+        }
+        pattern = get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks)
+        return cls(model.to(device), its_codec.to(device), its_encoder, pattern, facts)
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the audio, in Hz."""
+        return self.codec.sample_rate
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        duration: float = 10.0,
+        guidance_scale: float = 3.0,
+        seeds: int | Sequence[int] = 0,
+        temperature: float = 1.0,
+        top_k: int = 250,
+        top_p: float = 1.0,
+        progress: Callable[[float], None] | None = None,
+    ) -> PipelineOutput:
+        """Make one piece for each prompt, all in one batch.
+
+        Args:
+            prompts: one or more descriptions in words.
+            duration: of each piece, in seconds.
+            guidance_scale: 1 follows the model as it is, higher values follow the prompt more closely.
+            seeds: one a prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the same
+                piece, alone or in a batch.
+            temperature, top_k, top_p: see `ssmttm.generation.request.Sampling`.
+            progress: called with the seconds of audio newly sampled, over all prompts.
+
+        Raises:
+            UserError: an argument is out of its range.
+        """
+        sampling = Sampling(temperature, top_k, top_p, guidance_scale)
+        request = Request.checked(prompts, duration, seeds, sampling, self.max_duration)
+        chunks = []
+        for chunk in self._frames(request, chunk_frames=math.ceil(self.codec.frame_rate / 2)):
+            chunks.append(chunk)
+            if progress is not None:
+                progress(chunk.shape[0] * chunk.shape[-1] / self.codec.frame_rate)
+        codes = torch.cat(chunks, dim=-1)
+        audios = torch.cat([self._decode(item, self._samples(request)) for item in codes.split(1)])
+        return PipelineOutput(audios, self.sample_rate, codes.cpu())
+
+    def stream(
+        self,
+        prompt: str,
+        duration: float = 10.0,
+        guidance_scale: float = 3.0,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 250,
+        top_p: float = 1.0,
+        chunk_seconds: float = 0.5,
+    ) -> Iterator[Tensor]:
+        """Make one piece and hand it over while it is being made.
+
+        Args:
+            chunk_seconds: how much is sampled before each decoding; shorter chunks come sooner and cost more.
+            The others: as for a call.
+
+        Returns:
+            An iterator of float32 [channels, s] chunks on the CPU; joined they are the audio of the whole call.
+
+        Raises:
+            UserError: an argument is out of its range (at once, before the first chunk is asked for).
+        """
+        if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
+            raise UserError(f"chunk_seconds is {chunk_seconds}: give a number of seconds above 0")
+        sampling = Sampling(temperature, top_k, top_p, guidance_scale)
+        request = Request.checked([prompt], duration, [seed], sampling, self.max_duration)
+        frames = self._frames(request, chunk_frames=math.ceil(chunk_seconds * self.codec.frame_rate))
+        return self._stream(frames, self._samples(request))
+
+    def _stream(self, frames: Iterator[Tensor], n_samples: int) -> Iterator[Tensor]:
+        for wav in self.codec.decode_stream(frames):
+            wav = wav[0, :, :n_samples].float().cpu()
+            n_samples -= wav.shape[-1]
+            if wav.shape[-1]:
+                yield wav
+
+    @torch.inference_mode()
+    def _decode(self, codes: Tensor, n_samples: int) -> Tensor:
+        """One item at a time: the memory of a batch's decoding is that of one piece, and so is its rounding."""
+        return self.codec.decode(codes)[..., :n_samples].float().cpu()
+
+    def _frames(self, request: Request, chunk_frames: int) -> Iterator[Tensor]:
+        n_frames = math.ceil(self._samples(request) / self.codec.hop_length)
+        return generate_frames(
+            self.model,
+            self.text_encoder.encode(request.prompts),
+            self._null_text,
+            self.pattern,
+            n_frames,
+            request.sampling,
+            request.seeds,
+            chunk_frames=chunk_frames,
+        )
+
+    def _samples(self, request: Request) -> int:
+        return max(1, round(request.duration * self.sample_rate))
