@@ -160,7 +160,7 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
     """Blocks float32 [C, s] of a file with its sample rate; checks the file first and its length last."""
     import soundfile as sf
 
-    _check_file(path)
+    check_file(path)
     try:
         with sf.SoundFile(path) as file:
             if file.channels > _MAX_CHANNELS or not _RATES[0] <= file.samplerate <= _RATES[1]:
@@ -179,7 +179,8 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
         raise UserError(f"{path} is no audio that can be read, or is damaged ({_reason(error)})") from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises UserError unless `path` is a regular file, not empty and, if a WAV, as long as its header says."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name an audio file")
     if not path.exists():
@@ -224,4 +225,5 @@ def _writer_of(path: Path) -> tuple[str, str | None]:
 
 def _reason(error: Exception) -> str:
     """libsndfile's own words, without the path that is told already."""
-    return str(error).rpartition(": ")[2].rstrip(".").lower()
+    words = str(error).rpartition(": ")[2].rstrip(".").lower()
+    return "format not recognised" if "regular file" in words else words  # its guess about text named .mp3

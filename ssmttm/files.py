@@ -10,12 +10,17 @@ from pathlib import Path
 from ssmttm.errors import UserError
 
 
+class DiskFull(UserError):
+    """There is no room left; what was written before is whole."""
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: fsynced and renamed onto it at the end, removed on any error.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; nothing half-written is left.
+        DiskFull: nothing half-written is left.
+        UserError: the folder cannot be written.
     """
     aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -27,7 +32,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full while writing {path}: free some space and run again") from error
+            raise DiskFull(f"the disk is full while writing {path}: free some space and run again") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
         raise

@@ -151,6 +151,8 @@ class Store:
         name = self.manifest["audio"][int(row)].as_py()
         if name is None:
             raise UserError(f"{self.path} keeps no audio: prepare it from audio files again")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{self.path} names audio outside itself ({name}): it is damaged or not to be trusted")
         return self.path / name
 
     def require_codec(self, codec: CodecLike) -> None:

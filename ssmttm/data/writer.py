@@ -109,7 +109,7 @@ class StoreWriter:
             text: name, fingerprint, dim of the encoder whose embeddings stand under text/.
         """
         self.flush()
-        rows = [self._located(row) for row in self._rows.values()]
+        rows = [self._located(row) for _, row in sorted(self._rows.items())]
         (self.path / "store.json").unlink(missing_ok=True)
         with written_aside(self.path / "manifest.parquet") as aside:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
@@ -156,21 +156,38 @@ class StoreWriter:
 def claim(path: Path, config: dict[str, Any]) -> None:
     """Make `path` the folder of this config's store, or check that it is.
 
+    What was null before may be filled in: a store of audio may be given codes.
+
     Raises:
         UserError: it is the folder of another config; the line names what differs.
     """
     file = path / "prep.json"
     if not file.exists():
-        write_text(file, json.dumps({"config_hash": config_hash(config), "config": config}, indent=2) + "\n")
+        _write_claim(file, config)
         return
     try:
         known = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: prepare into a fresh folder") from error
-    if config_hash(known) != config_hash(config):
-        keys = sorted(key for key in known.keys() | config.keys() if known.get(key) != config.get(key))
-        changes = ", ".join(f"{key} {known.get(key)!r} -> {config.get(key)!r}" for key in keys)
-        raise UserError(f"{path} was prepared with other settings ({changes}): give the same or another folder")
+    old, new = _flat(known), _flat(config)
+    changes = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
+               if old.get(key) != new.get(key) and known.get(key.split(".")[0], 0) is not None]  # fmt: skip
+    if changes:
+        changed = ", ".join(changes)
+        raise UserError(f"{path} was prepared with other settings ({changed}): give the same ones or another folder")
+    _write_claim(file, config)
+
+
+def _write_claim(file: Path, config: dict[str, Any]) -> None:
+    write_text(file, json.dumps({"config_hash": config_hash(config), "config": config}, indent=2) + "\n")
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _hours(rows: list[dict[str, Any]], split: str) -> float:

@@ -1,0 +1,1 @@
+"""Programs that turn a corpus on disk into a store: `python -m data_prep --help`."""
