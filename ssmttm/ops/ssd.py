@@ -77,11 +77,10 @@ def ssd(
         return kernel(
             x, dt.float(), A.float(), B, C, chunk_size, D=D, initial_states=initial_state, return_final_states=True
         )
-    compute = _compute_dtype(x)
-    operands = [None if M is None else M.to(compute) for M in (x, dt, A, B, C, D, initial_state)]
+    wide = _compute_dtype(x)
+    D, initial_state = (None if M is None else M.to(wide) for M in (D, initial_state))
     with torch.autocast(x.device.type, enabled=False):
-        y, final_state = ChunkedSSD.apply(*operands, chunk_size)
-    return y.to(x.dtype), final_state
+        return ChunkedSSD.apply(x, dt.to(wide), A.to(wide), B.to(x.dtype), C.to(x.dtype), D, initial_state, chunk_size)
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> Tensor:

@@ -5,10 +5,15 @@ the state is carried (arXiv 2405.21060, section 6). Letters as in `ssmttm.ops.ss
 group. The products that touch the state run over all r columns at once, in the layout in which x arrives, and C B^T is
 made once a group. The backward keeps the states between the chunks and makes the decays anew.
 
-The decay over (j, i] is exp(s_i - s_j), s the running sum of dt * A in a chunk. The difference is masked to -inf before
-the exponential: exp(s_i) * exp(-s_j) would overflow, and a mask after it would send NaN into the gradient.
+The decay over (j, i] is exp(s_i - s_j), s the running sum of dt * A in a chunk. For j > i the difference is positive,
+and can be large: it is clamped before the exponential and masked behind it, so neither value nor gradient overflows.
+
+Operands of matrix products have the dtype of x; decays, states and sums are float32 (float64 if x is). The gradient of
+the decays is gathered from terms that add up, never as a difference of two products: with bfloat16 operands the two
+would not cancel.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -18,7 +23,10 @@ from torch import Tensor
 
 
 class ChunkedSSD(torch.autograd.Function):
-    """(x, dt, A, B, C, D, initial_state, chunk_size) -> (y, final_state); all tensors of one floating dtype."""
+    """(x, dt, A, B, C, D, initial_state, chunk_size) -> (y, final_state).
+
+    x, B and C are of one dtype, that of y; the others are float32, or float64 if x is.
+    """
 
     @staticmethod
     def forward(
@@ -33,17 +41,16 @@ class ChunkedSSD(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         s = _Chunked(x, dt, A, B, C, chunk_size)
-        inflow = s.B.transpose(-1, -2) @ s.by_group(s.x * (s.dt * s.to_end)[..., None])  # [b, c, G, n, r]
+        inflow = (s.B.mT @ s.written()).to(dt.dtype)  # [b, c, G, n, r]
         starts, final = _carry(inflow, s.whole, None if initial_state is None else s.state_in(initial_state))
-        y = s.by_position(s.C @ starts)  # [b, c, q, h, p]
-        y.mul_(s.from_start[..., None])
-        y += s.positions_of(torch.bmm(s.mixing(s.decay()), s.by_head(s.x, s.dt)))
+        starts = starts.to(x.dtype)
+        y = s.by_position(s.C @ starts) * s.from_start[..., None]  # [b, c, q, h, p]
+        y += s.positions_of(torch.bmm(s.mixing(s.decay(), s.scores()), s.by_head(s.x, s.dt)))
         if D is not None:
             y.addcmul_(s.x, D[:, None])
-        y = s.join(y)
-        ctx.save_for_backward(x, dt, A, B, C, D, y, starts, final)
+        ctx.save_for_backward(x, dt, A, B, C, D, starts)
         ctx.chunk_size, ctx.has_initial = chunk_size, initial_state is not None
-        return y, s.state_out(final)
+        return s.join(y).to(x.dtype), s.state_out(final)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -53,63 +60,64 @@ class ChunkedSSD(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, D, y, starts, final = ctx.saved_tensors
+    x, dt, A, B, C, D, starts = ctx.saved_tensors
     s = _Chunked(x, dt, A, B, C, ctx.chunk_size)
     grad_y = s.split(grad_y)  # [b, c, q, h, p]
 
     # Between chunks: the gradient of the state at each chunk's end, carried from the last chunk to the first.
-    out = s.by_group(grad_y * s.from_start[..., None])  # [b, c, G, q, r]
-    reads = s.C.transpose(-1, -2) @ out  # [b, c, G, n, r]
-    grad_ends, grad_initial = _carry(reads.flip(1), s.whole.flip(1), s.state_in(grad_final))
-    grad_ends = grad_ends.flip(1)
-    grad_C = out @ starts.transpose(-1, -2)  # [b, c, G, q, n]
-    grad_B = s.by_group(s.x * (s.dt * s.to_end)[..., None]) @ grad_ends.transpose(-1, -2)
-    grad_xdt = s.by_position(s.B @ grad_ends).mul_(s.to_end[..., None])  # [b, c, q, h, p], the gradient of dt * x
+    read = s.by_group(s.scaled(grad_y, s.from_start))  # [b, c, G, q, r]
+    outflow = (s.C.mT @ read).to(dt.dtype)  # [b, c, G, n, r]
+    grad_ends, grad_initial = _carry(outflow, s.whole, s.state_in(grad_final), backwards=True)
+    ends = grad_ends.to(x.dtype)
+    grad_C = read @ starts.mT  # [b, c, G, q, n]
+    grad_B = s.written() @ ends.mT
+    grad_xdt = s.by_position(s.B @ ends) * s.to_end[..., None]  # [b, c, q, h, p], the gradient of dt * x
+    writes = s.dt * (grad_xdt * s.x).sum(-1)  # [b, c, q, h], what the positions leave behind the chunk
+    reads = s.from_start * (grad_y * s.by_position(s.C @ starts)).sum(-1)  # what they take from before it
+    passes = s.sum_by_head(s.whole * grad_ends * starts)  # [b, c, 1, h], what goes through it
 
     # Within chunks.
-    decay = s.decay()  # [b, c, h, q, q]
     grad_y_heads = s.by_head(grad_y)  # [bch, q, p]
-    grad_mixing = torch.bmm(grad_y_heads, s.by_head(s.x, s.dt).transpose(-1, -2)).view_as(decay)
-    grad_scores = s.sum_over_group(grad_mixing.mul_(decay))  # [b, c, G, q, q]
+    decay, scores = s.decay(), s.scores()
+    grad_mixing = torch.bmm(grad_y_heads, s.by_head(s.x, s.dt).mT).view(decay.shape) * decay  # [b, c, h, q, q]
+    grad_scores = grad_mixing.unflatten(2, (s.groups, -1)).sum(3).tril_().to(x.dtype)  # [b, c, G, q, q]
     grad_C += grad_scores @ s.B
-    grad_B += grad_scores.transpose(-1, -2) @ s.C
-    grad_xdt += s.positions_of(torch.bmm(s.mixing(decay).transpose(-1, -2), grad_y_heads))
+    grad_B += grad_scores.mT @ s.C
+    grad_mixing.unflatten(2, (s.groups, -1)).mul_(scores[:, :, :, None])
+    within = (grad_mixing.sum(-1) - grad_mixing.sum(-2)).transpose(2, 3)  # [b, c, q, h]
+    grad_xdt += s.positions_of(torch.bmm(s.mixing(decay, scores).mT, grad_y_heads))
 
-    # exp(s_i) scales what position i reads and exp(-s_i) what it writes; the last one scales the state too.
-    grad_y_x = (grad_y * s.x).sum(-1)  # [b, c, q, h]
-    grad_dt = (grad_xdt * s.x).sum(-1)
-    grad_s = (grad_y * s.split(y)).sum(-1) - s.dt * grad_dt
-    if D is not None:
-        grad_s -= D * grad_y_x
-    ends = torch.cat([starts[:, 1:], final[:, None]], 1)
-    grad_s[:, :, -1] += s.sum_over_state(grad_ends * ends)
-    grad_log_decay = grad_s.sum(2, keepdim=True) - grad_s.cumsum(2) + grad_s  # the sum over q, from each position on
-    grad_dt += grad_log_decay * A
+    # The decay at position k scales what is read from k on, what was written before k, and what passes through.
+    later = within + reads
+    grad_log_decay = later.sum(2, keepdim=True) - later.cumsum(2) + later + writes.cumsum(2) - writes + passes
+    grad_dt = (grad_xdt * s.x).sum(-1) + grad_log_decay * A
     grad_x = grad_xdt * s.dt[..., None]
     if D is not None:
         grad_x.addcmul_(grad_y, D[:, None])
     return (
-        s.join(grad_x),
+        s.join(grad_x).to(x.dtype),
         s.join(grad_dt),
         (grad_log_decay * s.dt).sum((0, 1, 2)),
         s.join(grad_B.transpose(2, 3)),
         s.join(grad_C.transpose(2, 3)),
-        None if D is None else grad_y_x.sum((0, 1, 2)),
+        None if D is None else (grad_y * s.x).to(dt.dtype).sum((0, 1, 2, 4)),
         s.state_out(grad_initial) if ctx.has_initial else None,
         None,
     )
 
 
-def _carry(inflow: Tensor, decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def _carry(inflow: Tensor, decay: Tensor, initial: Tensor | None, backwards: bool = False) -> tuple[Tensor, Tensor]:
     """The recurrence over chunks: inflow [b, c, G, n, r], decay [b, c, G, 1, r], initial [b, G, n, r].
 
-    Returns the state before each chunk [b, c, G, n, r] and the one after the last [b, G, n, r].
+    Returns the state in front of each chunk [b, c, G, n, r] and the one behind the last [b, G, n, r]; `backwards`, the
+    last chunk is the first.
     """
+    order = range(inflow.shape[1])[:: -1 if backwards else 1]
     before = torch.empty_like(inflow)
-    before[:, 0] = 0 if initial is None else initial
-    for i in range(inflow.shape[1] - 1):
-        torch.addcmul(inflow[:, i], before[:, i], decay[:, i], out=before[:, i + 1])
-    return before, torch.addcmul(inflow[:, -1], before[:, -1], decay[:, -1])
+    before[:, order[0]] = 0 if initial is None else initial
+    for i, following in itertools.pairwise(order):
+        torch.addcmul(inflow[:, i], before[:, i], decay[:, i], out=before[:, following])
+    return before, torch.addcmul(inflow[:, order[-1]], before[:, order[-1]], decay[:, order[-1]])
 
 
 class _Chunked:
@@ -139,6 +147,14 @@ class _Chunked:
         """The inverse of `split`."""
         return tensor.flatten(1, 2)[:, : self.length]
 
+    def scaled(self, tensor: Tensor, scale: Tensor) -> Tensor:
+        """[b, c, q, h, p] times [b, c, q, h], rounded once to the dtype of x."""
+        return torch.mul(tensor, scale[..., None], out=torch.empty_like(tensor, dtype=self.x.dtype))
+
+    def written(self) -> Tensor:
+        """What each position adds to the state at its chunk's end, but for B: [b, c, G, q, r]."""
+        return self.by_group(self.scaled(self.x, self.dt * self.to_end))
+
     def by_group(self, tensor: Tensor) -> Tensor:
         """[b, c, q, h, p] -> [b, c, G, q, r]."""
         return tensor.reshape(self.batch, self.chunks, self.q, self.groups, -1).transpose(2, 3)
@@ -162,29 +178,28 @@ class _Chunked:
         return by_head.view(self.batch, self.chunks, self.heads, self.q, self.width).transpose(2, 3)
 
     def decay(self) -> Tensor:
-        """exp(s_i - s_j) on and below the diagonal, 0 above it, [b, c, h, q, q]."""
+        """exp(s_i - s_j) on and below the diagonal, 1 above it, [b, c, h, q, q]."""
         running = self.log_decay.transpose(2, 3).contiguous()  # [b, c, h, q]
-        future = torch.ones(self.q, self.q, dtype=torch.bool, device=running.device).triu_(1)
-        return (running[..., :, None] - running[..., None, :]).masked_fill_(future, -torch.inf).exp_()
+        return (running[..., :, None] - running[..., None, :]).clamp_max_(0).exp_()
 
-    def mixing(self, decay: Tensor) -> Tensor:
-        """decay * (C B^T), in place of `decay` -> [bch, q, q]: what position i takes from the dt * x of position j."""
-        scores = self.C @ self.B.transpose(-1, -2)  # [b, c, G, q, q]
-        decay.unflatten(2, (self.groups, -1)).mul_(scores[:, :, :, None])
-        return decay.flatten(0, 2)
+    def scores(self) -> Tensor:
+        """C B^T on and below the diagonal, 0 above it, [b, c, G, q, q]."""
+        return (self.C @ self.B.mT).tril_()
 
-    def sum_over_group(self, by_head: Tensor) -> Tensor:
-        """[b, c, h, q, q] -> [b, c, G, q, q]."""
-        return by_head.unflatten(2, (self.groups, -1)).sum(3)
+    def mixing(self, decay: Tensor, scores: Tensor) -> Tensor:
+        """What position i takes from the dt * x of position j: decay * scores, [bch, q, q]."""
+        by_group = decay.unflatten(2, (self.groups, -1))  # [b, c, G, h/G, q, q]
+        product = torch.mul(by_group, scores[:, :, :, None], out=torch.empty_like(by_group, dtype=scores.dtype))
+        return product.flatten(0, 3)
 
-    def sum_over_state(self, state: Tensor) -> Tensor:
-        """[b, c, G, n, r] -> [b, c, h]."""
-        return state.sum(3).view(self.batch, self.chunks, self.heads, self.width).sum(-1)
+    def sum_by_head(self, state: Tensor) -> Tensor:
+        """[b, c, G, n, r] -> [b, c, 1, h]."""
+        return state.sum(3).view(self.batch, self.chunks, 1, self.heads, self.width).sum(-1)
 
     def state_in(self, state: Tensor) -> Tensor:
         """[b, h, p, n] -> [b, G, n, r]."""
-        return state.reshape(self.batch, self.groups, -1, state.shape[-1]).transpose(-1, -2)
+        return state.reshape(self.batch, self.groups, -1, state.shape[-1]).mT
 
     def state_out(self, state: Tensor) -> Tensor:
         """[b, G, n, r] -> [b, h, p, n]."""
-        return state.transpose(-1, -2).reshape(self.batch, self.heads, self.width, -1)
+        return state.mT.reshape(self.batch, self.heads, self.width, -1)
