@@ -36,21 +36,32 @@ def reconstruction_losses(
         scales: STFT resolutions; those longer than S are left out.
 
     Returns:
-        Scalars: `mel`, mean over scales of the L1 distance of log10 mel magnitudes (DAC, arXiv 2306.06546);
-        `spectrum`, mean over scales of the L1 distance of magnitudes in units of the target's mean magnitude (it weighs
-        what is loud, that is the partials of notes); and the quantiser's `codebook` and `commitment`.
+        Scalars: `mel` and `spectrum` of `spectral_distances`, and the quantiser's `codebook` and `commitment`.
     """
-    fitting = [scale for scale in scales if scale.window <= wav.shape[-1]]
+    return {**spectral_distances(output.audio[:, 0], wav[:, 0], sample_rate, scales), **output.losses}
+
+
+def spectral_distances(
+    fake: Tensor, real: Tensor, sample_rate: int, scales: tuple[Scale, ...] = SCALES
+) -> dict[str, Tensor]:
+    """Distances between the spectra of two waveforms [B, S], each the mean over scales; computed in float32.
+
+    Returns:
+        Scalars: `mel`, the L1 distance of log10 mel magnitudes (DAC, arXiv 2306.06546); `spectrum`, the L1 distance of
+        magnitudes in units of the target's mean magnitude: it weighs what is loud, that is the partials of notes.
+    """
+    fitting = [scale for scale in scales if scale.window <= real.shape[-1]]
     if not fitting:
-        raise ValueError(f"{wav.shape[-1]} samples are shorter than every window of {scales}")
-    mel, spectrum = wav.new_zeros(()), wav.new_zeros(())
-    for window, n_mels in fitting:
-        fake, real = magnitude(output.audio[:, 0].float(), window), magnitude(wav[:, 0].float(), window)  # [B, F, T]
-        bank = mel_filterbank(sample_rate, window, n_mels, fake.device)
-        mel = mel + F.l1_loss(log_mel(fake, bank), log_mel(real, bank))
-        loudness = real.mean(dim=(1, 2)).clamp_min(1e-3)
-        spectrum = spectrum + ((fake - real).abs().mean(dim=(1, 2)) / loudness).mean()
-    return {"mel": mel / len(fitting), "spectrum": spectrum / len(fitting), **output.losses}
+        raise ValueError(f"{real.shape[-1]} samples are shorter than every window of {scales}")
+    mel, spectrum = [], []
+    with torch.autocast(real.device.type, enabled=False):
+        for window, n_mels in fitting:
+            a, b = magnitude(fake.float(), window), magnitude(real.float(), window)  # [B, F, T]
+            bank = mel_filterbank(sample_rate, window, n_mels, a.device)
+            mel.append(F.l1_loss(log_mel(a, bank), log_mel(b, bank)))
+            loudness = b.mean(dim=(1, 2)).clamp_min(1e-3)
+            spectrum.append(((a - b).abs().mean(dim=(1, 2)) / loudness).mean())
+    return {"mel": torch.stack(mel).mean(), "spectrum": torch.stack(spectrum).mean()}
 
 
 def discriminator_loss(real: list[Judgement], fake: list[Judgement]) -> Tensor:
