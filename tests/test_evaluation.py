@@ -1,0 +1,271 @@
+"""The measure itself: features of known audio, equivariance, statistics against closed forms, the report, the page."""
+
+import json
+import math
+import re
+import zlib
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from ssmttm.errors import UserError
+from ssmttm.evaluation import adherence, features, page
+from ssmttm.evaluation.accuracy import expected_of
+from ssmttm.evaluation.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
+from ssmttm.evaluation.detectors import MODES, Detectors, pitch_class, tempo_class, windows
+from ssmttm.evaluation.pictures import encode_png, spectrogram_png, ticks
+from ssmttm.evaluation.prompts import balanced_prompts, named
+from ssmttm.evaluation.statistics import agreement_of, binomial_tail, wilson
+
+RATE = features.SAMPLE_RATE
+FAMILIES = ["brass", "flutes", "guitar", "mallets", "organ", "piano", "reeds", "strings", "synth"]
+
+
+def clicks(bpm, seconds=10.0):
+    """Decaying noise bursts on every beat. [1, S]."""
+    wav = torch.zeros(1, int(seconds * RATE))
+    burst = torch.randn(1200, generator=torch.Generator().manual_seed(1)) * torch.exp(-torch.arange(1200) / 200)
+    for beat in range(int(seconds * bpm / 60)):
+        start = int(beat * 60 / bpm * RATE)
+        part = wav[0, start : start + 1200]
+        part += burst[: len(part)]
+    return wav
+
+
+def tone(note, seconds=0.5, partials=4):
+    """A harmonic tone of a MIDI note. [1, S]."""
+    time = torch.arange(int(seconds * RATE)) / RATE
+    hertz = 440 * 2 ** ((note - 69) / 12)
+    return sum(torch.sin(2 * math.pi * hertz * h * time) / h**2 for h in range(1, partials + 1))[None] * 0.3
+
+
+@pytest.mark.parametrize("bpm", [60, 90, 120, 160])
+def test_tempogram_of_a_click_track_peaks_at_its_tempo(bpm):
+    gram = features.tempogram(features.onset_strength(features.level(clicks(bpm))))
+    grid = features.tempi()
+    bands = len(features.ONSET_BANDS)
+    fourier = gram[0, bands:].mean(0).masked_fill(grid > 1.5 * bpm, 0)
+    assert float(grid[fourier.argmax()]) == pytest.approx(bpm, rel=0.03)
+    beat = (grid - bpm).abs().argmin()
+    assert gram[0, :bands, beat].mean() > 0.6, "the autocorrelation at the beat"
+    between = (grid - bpm * 4 / 3).abs().argmin()
+    assert gram[0, :bands, between].mean() < 0.2
+
+
+def test_chroma_of_a_c_major_scale_holds_its_seven_notes():
+    scale = [60, 62, 64, 65, 67, 69, 71]
+    chroma = features.chroma(torch.cat([tone(note) for note in scale * 2], 1)).mean(-1)[0]
+    inside = chroma[[note % 12 for note in scale]]
+    outside = chroma[[1, 3, 6, 8, 10]]
+    assert inside.min() > 1.5 * outside.max()
+    assert features.chroma(tone(69, 2.0)).mean(-1)[0].argmax() == 9
+
+
+def test_transposed_audio_shifts_the_pitch_class_bands():
+    low, high = (features.log_frequency_spectrum(features.level(tone(note, 2.0))) for note in (60, 61))
+    low, high = features.pitch_class_bands(low).mean(-1), features.pitch_class_bands(high).mean(-1)
+    torch.testing.assert_close(low.roll(features.BINS_PER_SEMITONE, 2)[:, 1], high[:, 1], atol=0.1, rtol=0)
+
+
+def test_key_network_is_exactly_equivariant_to_transposition():
+    torch.manual_seed(0)
+    network = Detectors(FAMILIES).eval().key
+    bands = torch.rand(2, len(features.PITCH_BANDS), features.PITCH_BINS, 40)
+    for semitones in range(1, 12):
+        shifted = network(bands.roll(semitones * features.BINS_PER_SEMITONE, 2))
+        torch.testing.assert_close(shifted, network(bands).roll(semitones, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_detect_does_not_depend_on_level_batch_or_sample_format():
+    torch.manual_seed(0)
+    detectors = Detectors(FAMILIES).eval()
+    wav = torch.cat([clicks(100), torch.cat([tone(n, 2.5) for n in (60, 64, 67, 72)], 1)])
+    together = detectors.detect(wav, RATE)
+    assert detectors.detect(wav[1] * 0.1, RATE)[0].mode_probs == pytest.approx(together[1].mode_probs, abs=1e-4)
+    for found in together:
+        for table in (found.family_probs, found.tempo_probs, found.mode_probs):
+            assert sum(table.values()) == pytest.approx(1, abs=1e-4)
+        assert found.tempo_class in ("slow", "medium", "fast")
+        assert found.third in ("major", "minor")
+    assert len(detectors.detect(torch.zeros(1, 8 * RATE), RATE)) == 1, "silence is heard without NaN"
+    with pytest.raises(UserError, match="too short"):
+        detectors.detect(torch.zeros(RATE), RATE)
+
+
+def test_windows_cover_both_ends():
+    wav = torch.arange(25 * RATE)[None].float()
+    parts = windows(wav)
+    assert len(parts) == 3 and all(part.shape[-1] == 10 * RATE for part in parts)
+    assert parts[0][0, 0] == 0 and parts[-1][0, -1] == wav[0, -1]
+
+
+def test_detectors_survive_saving_and_refuse_damage(tmp_path):
+    torch.manual_seed(0)
+    detectors = Detectors(FAMILIES, {"seed": 3}).eval()
+    detectors.save(tmp_path)
+    again = Detectors.from_pretrained(tmp_path)
+    assert again.fingerprint == detectors.fingerprint and again.card["seed"] == 3 and again.families == FAMILIES
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        Detectors.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no detectors"):
+        Detectors.from_pretrained(tmp_path / "nowhere")
+
+
+def test_wilson_and_binomial_against_scipy():
+    from scipy import stats
+
+    for k, n in ((0, 10), (7, 10), (61, 100), (100, 100)):
+        interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-6)
+        for chance in (0.11, 1 / 3, 0.5):
+            assert binomial_tail(k, n, chance) == pytest.approx(
+                stats.binomtest(k, n, chance, "greater").pvalue, abs=1e-9
+            )
+
+
+def test_agreement_of_a_guess_is_chance_and_of_truth_is_certain():
+    rng = np.random.default_rng(0)
+    expected = [FAMILIES[i % 9] for i in range(180)]
+    guess = agreement_of(expected, list(rng.choice(FAMILIES, 180)), 9)
+    assert guess.uniform == pytest.approx(1 / 9) and guess.majority == pytest.approx(1 / 9)
+    assert guess.shuffled == pytest.approx(1 / 9, abs=0.01) and guess.p_value > 0.05 and guess.shuffled_p > 0.05
+    sure = agreement_of(expected, expected, 9)
+    assert sure.share == 1 and sure.p_value < 1e-50 and sure.shuffled_p < 1e-3
+    assert sure.shuffled == pytest.approx(1 / 9, abs=0.01), "shuffling destroys even perfect agreement"
+    biased = agreement_of(expected, ["piano"] * 180, 9)
+    assert biased.share == pytest.approx(biased.shuffled) and biased.shuffled_p == 1
+
+
+def test_captions_that_name_lead_tempo_and_mode():
+    expected = {"family": "guitar", "tempo_class": "slow", "mode": "dorian"}
+    assert named("A slow waltz in D dorian on a banjo, backed by bass guitar", expected) == set(expected)
+    assert named("A waltz at 72 bpm in dorian mode over bass guitar", expected) == {"tempo_class", "mode"}
+    assert named("A slow waltz at 140 bpm in D minor on a guitar", expected) == {"family"}
+    assert named("A synth-pop track", expected | {"family": "synth"}) == set()
+    assert named("Synths, over synth bass", expected | {"family": "synth"}) == {"family"}
+
+
+class FakeStore:
+    """Six segments of synthetic truth for each pair of family and mode, without files."""
+
+    path, fingerprint = "fake", "0" * 16
+
+    def __init__(self):
+        self.truths = [
+            {"lead": {"family": family}, "bpm": (70, 110, 150)[i % 3], "key": "D", "mode": mode}
+            for i in range(6)
+            for family in FAMILIES
+            for mode in MODES
+        ]
+
+    def indices(self, split):
+        return np.arange(len(self.truths))
+
+    def ids(self, rows):
+        return [f"segment-{row}" for row in rows]
+
+    def truth(self, row):
+        return self.truths[row]
+
+    def captions(self, row):
+        truth, words = self.truths[row], {"mallets": "marimba", "reeds": "oboe"}
+        lead = words.get(truth["lead"]["family"], truth["lead"]["family"])
+        return ["Music.", f"{truth['bpm']} bpm, D {truth['mode']}, {lead}"]
+
+
+def test_prompts_are_balanced_distinct_and_seeded():
+    store = FakeStore()
+    prompts = balanced_prompts(store, 36, seed=1)
+    assert len({p.row for p in prompts}) == 36
+    for name, size in (("family", 9), ("tempo_class", 3), ("mode", 4)):
+        counts = np.unique([p.expected[name] for p in prompts], return_counts=True)[1]
+        assert len(counts) == size and counts.max() - counts.min() <= 3
+    assert prompts == balanced_prompts(store, 36, seed=1) != balanced_prompts(store, 36, seed=2)
+    assert all(p.expected == expected_of(store.truth(p.row)) for p in prompts)
+    with pytest.raises(UserError, match="fewer than 999"):
+        balanced_prompts(store, 999, seed=1)
+
+
+Output = namedtuple("Output", "audios sample_rate")
+
+
+class Deaf:
+    """A generator that ignores its prompts."""
+
+    def __init__(self):
+        self.codec = namedtuple("NoCodec", "fingerprint")("none")
+        self.facts = {"model": {"name": "deaf", "weights_sha256": "f" * 64}}
+
+    def __call__(self, prompts, duration, guidance_scale, seeds):
+        noise = [torch.randn(1, int(duration * RATE), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return Output(torch.stack(noise) * 0.1, RATE)
+
+
+def test_a_model_that_ignores_its_prompts_scores_chance(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    right = {"n": 3, "family": 0.9, "tempo_class": 0.9, "mode": 0.9, "third": 0.95, "confusion": {}}
+    monkeypatch.setattr(adherence, "open_store", lambda path: FakeStore())
+    monkeypatch.setattr(adherence, "accuracy", lambda *rest: {"true": right, "reconstructed": right})
+    monkeypatch.setattr(adherence, "music_flatness", lambda *rest: 0.01)
+    report = adherence.evaluate_adherence(
+        "fake", n_prompts=24, duration=4.0, detectors=Detectors(FAMILIES).eval(), pipeline=Deaf()
+    )
+    assert report.checks == {"good": 0, "silent": 0, "clipped": 0, "noisy": 24}
+    for agreement in report.agreement.values():
+        assert agreement.shuffled_p > 0.001 and abs(agreement.share - agreement.shuffled) < 0.35
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["fingerprint"]["weights"] == "f" * 16 and len(saved["pieces"]) == 24
+    assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["detectors"]
+    lines = report.table().splitlines()
+    assert len({line.count("|") for line in lines[:6]}) == 1 and "90.0 %" in lines[2]
+
+
+def test_audio_checks_tell_silence_clipping_and_noise_from_music():
+    noise = torch.randn(4 * RATE, generator=torch.Generator().manual_seed(0)) * 0.1
+    music = torch.cat([tone(note) for note in (60, 64, 67, 72)], 1)[0]
+    reference = spectral_flatness(music, RATE)
+    assert spectral_flatness(noise, RATE) == pytest.approx(NOISE_FLATNESS, abs=0.03)
+    assert reference < 0.05 and spectral_flatness(torch.zeros(RATE), RATE) == 0
+    assert check_audio(music, RATE, reference).good
+    assert check_audio(noise, RATE, reference).noisy
+    assert check_audio(torch.zeros(RATE), RATE, reference).silent
+    assert check_audio((music * 20).clamp(-1, 1), RATE, reference).clipped
+    assert not check_audio(music.clone().index_fill_(0, torch.tensor([5]), float("nan")), RATE, reference).finite
+    matrix = pairwise_difference([music, music * 0.5, noise], RATE)
+    assert matrix[0, 1] < 0.1 and matrix[0, 2] > 6 and torch.equal(matrix, matrix.T)
+
+
+def test_tempo_classes_and_tonics():
+    assert [tempo_class(bpm) for bpm in (89.9, 90, 130, 130.1)] == ["slow", "medium", "medium", "fast"]
+    assert [pitch_class(name) for name in ("C", "Db", "F#", "Bb", "B", "G#")] == [0, 1, 6, 10, 11, 8]
+
+
+def test_page_is_one_self_contained_file(tmp_path):
+    wav = torch.cat([tone(note) for note in (60, 64)], 1)
+    curve = page.Curve({"loss": [(0, 6.9), (10, 5.5), (20, float("nan"))]}, "step", "loss")
+    player = page.Player(wav, RATE, "a <b>slow</b> waltz", {"key": "D minor", "silent": False})
+    sections = [
+        page.Section("Samples", [page.Row([player, page.Player(wav, RATE, "second", format="flac")])]),
+        page.Section("Training", [curve, page.Table(["step", "loss"], [[0, 6.9]]), page.Text("make demo", code=True)]),
+    ]
+    html = page.write_page(tmp_path / "page.html", "Music & models", sections, lead="Hello").read_text()
+    assert html.count("<audio controls") == 2 and html.count("data:image/png;base64,") == 2
+    assert "data:audio/mpeg;base64," in html and "data:audio/flac;base64," in html and "<polyline" in html
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", html)
+    assert "<b>slow</b>" not in html and "nan" not in html.split("<polyline")[1].split("/>")[0]
+    flat = page.Curve({"loss": [(0, 1.0)]}, "step", "loss").html()
+    assert "nan" not in flat and "inf" not in flat
+
+
+def test_png_holds_its_pixels_and_the_spectrogram_its_note():
+    pixels = torch.arange(2 * 3 * 3, dtype=torch.uint8).view(2, 3, 3)
+    data = encode_png(pixels)
+    length = int.from_bytes(data[33:37], "big")
+    assert zlib.decompress(data[41 : 41 + length]) == b"".join(b"\0" + row.numpy().tobytes() for row in pixels)
+    picture = spectrogram_png(tone(69, 1.0), RATE, width=64, height=32)
+    assert picture.startswith(b"\x89PNG") and picture != spectrogram_png(tone(81, 1.0), RATE, width=64, height=32)
+    assert ticks(0.13, 6.9)[0] <= 0.13 and ticks(0.13, 6.9)[-1] >= 6.9 and len(ticks(3, 3)) >= 2
