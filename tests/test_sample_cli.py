@@ -102,13 +102,14 @@ def pipe(made):
 
 def saved_run(made, run_dir) -> Path:
     """A run folder with the checkpoint of the random model; the averaged weights are those of another one."""
-    config = OmegaConf.load(made / "config.yaml")
     weights = load_file(made / "model.safetensors")
     data = json.loads((made / "card.json").read_text())["data"]
     return save_checkpoint(
-        run_dir / "checkpoints" / "step-00000007", config=config, weights={"model": weights}, optimizers={}, rng=[],
-        ema={name: value.flip(0) for name, value in weights.items()}, state={"step": 7, "data": data},
-    )  # fmt: skip
+        run_dir / "checkpoints" / "step-00000007",
+        config=OmegaConf.load(made / "config.yaml"),
+        tensors={"model": weights, "ema": {name: value.flip(0) for name, value in weights.items()}},
+        documents={"state": {"step": 7, "data": data}},
+    )
 
 
 def refused(result, *says):

@@ -1,6 +1,5 @@
 """What a model folder holds, read and checked before any weight reaches a model."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,9 @@ def open_model_folder(folder_or_hub_id: str | Path | None) -> ModelFolder:
     config = checkpoint.read_config(path)
     if config.get("task", "lm") != "lm":
         raise UserError(f"{path} holds a {config.task}, not a language model: give the folder of a run with task=lm")
-    card = _read_json(path / "card.json") if (path / "card.json").is_file() else checkpoint.read_state(path)
+    card = checkpoint.read_document(path, "card" if (path / "card.json").is_file() else "state")
+    if not isinstance(card, dict):
+        raise UserError(f"the card of {path} is no JSON object: export the model again")
     averaged = path / "ema.safetensors"
     weights_file = averaged if averaged.is_file() else path / "model.safetensors"
     run = f"{path.parent.parent.name}/" if path.parent.name == "checkpoints" else ""
@@ -135,13 +136,3 @@ def _local(folder_or_hub_id: str | Path | None) -> Path:
         raise UserError(
             f"no folder {name} here, and the hub gave no such model ({reason}): check the name or the network"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: it is damaged, export the model again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no model card (a JSON object is expected): export the model again")
-    return value
