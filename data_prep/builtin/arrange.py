@@ -1,8 +1,10 @@
 """The accompaniment: chords, bass, drums and pad, each from a one-bar pattern laid over the harmony."""
 
 import math
+from collections.abc import Iterator
 from random import Random
 
+from .instruments import Instrument
 from .score import TICKS, Metre, Note
 from .theory import Chord, Key, voice
 
@@ -25,7 +27,7 @@ def _runs(pattern: str) -> list[tuple[int, int, str]]:
 
 
 def pulsing(rng: Random, patterns: tuple[str, ...], metre: Metre) -> str:
-    """Draw a chord pattern, preferring about one event a beat, so that the beat itself (not its half or double) is heard."""
+    """Draw a pattern, preferring about one event a beat, so that the beat itself (not its half or double) is heard."""
     rates = [len(_runs(pattern)) / metre.beats for pattern in patterns]
     return rng.choices(patterns, [1 / (0.2 + abs(math.log2(rate))) for rate in rates])[0]
 
@@ -38,50 +40,64 @@ def voicings(chords: list[Chord], key: Key, low: int) -> list[tuple[int, ...]]:
     return voiced
 
 
-def play_chords(voiced: list[tuple[int, ...]], pattern: str, metre: Metre, accent: int) -> list[Note]:
-    """A chord pattern over the voicings, one a bar."""
+def _lay(pattern: str, metre: Metre, slot: int, n_slots: int) -> Iterator[tuple[int, int, str]]:
+    """A one-bar pattern repeated, as (tick, length, character); what would sound over a chord change is struck again."""
+    for bar_start in range(0, n_slots * slot, metre.bar):
+        for step, steps, char in _runs(pattern):
+            start, end = bar_start + step * metre.step, bar_start + (step + steps) * metre.step
+            while start < end:
+                stop = min(end, (start // slot + 1) * slot)
+                yield start, stop - start, char
+                start = stop
+
+
+def play_chords(voiced: list[tuple[int, ...]], pattern: str, metre: Metre, slot: int, accent: int) -> list[Note]:
+    """A chord pattern over voicings that last `slot` ticks each."""
     notes: list[Note] = []
-    for bar, pitches in enumerate(voiced):
+    for start, length, char in _lay(pattern, metre, slot, len(voiced)):
+        pitches = voiced[start // slot]
         ladder = (*pitches, pitches[0] + 12, pitches[1] + 12)
-        for step, length, char in _runs(pattern):
-            chosen = {"C": pitches, "L": pitches[:1], "U": pitches[1:]}.get(char) or (ladder[int(char)],)
-            start = bar * metre.bar + step * metre.step
-            velocity = accent + (12 if step * metre.step % TICKS == 0 else -8) - (6 if len(chosen) > 1 else 0)
-            notes += [Note(start, length * metre.step, pitch, velocity) for pitch in chosen]
+        chosen = {"C": pitches, "L": pitches[:1], "U": pitches[1:]}.get(char) or (ladder[int(char)],)
+        velocity = accent + (12 if start % TICKS == 0 else -8) - (6 if len(chosen) > 1 else 0)
+        notes += [Note(start, length, pitch, velocity) for pitch in chosen]
     return notes
 
 
-def hold_chords(voiced: list[tuple[int, ...]], metre: Metre) -> list[Note]:
-    """A sustained pad, one chord a bar."""
-    return [Note(bar * metre.bar, metre.bar, pitch, 70) for bar, pitches in enumerate(voiced) for pitch in pitches[:3]]
+def hold_chords(voiced: list[tuple[int, ...]], slot: int) -> list[Note]:
+    """A sustained pad: every chord held for its `slot` ticks."""
+    return [Note(i * slot, slot, pitch, 70) for i, pitches in enumerate(voiced) for pitch in pitches[:3]]
 
 
-def play_bass(chords: list[Chord], key: Key, pattern: str, metre: Metre, low: int, high: int) -> list[Note]:
-    """A bass pattern: roots near the bottom of the range, `n` a diatonic step below or above the next root."""
+def play_bass(chords: list[Chord], key: Key, pattern: str, metre: Metre, slot: int, who: Instrument) -> list[Note]:
+    """A bass pattern: every chord enters on its root, low in the range; `n` steps towards the next root."""
     notes: list[Note] = []
-    for bar, chord in enumerate(chords):
-        root, third, fifth, *_ = (low + (pitch_class - low) % 12 for pitch_class in chord.pitch_classes(key))
-        following = chords[min(bar + 1, len(chords) - 1)].root
-        approach = low + (key.pitch((following + (1 if following <= chord.root else -1)) % 7) - low) % 12
-        tones = {"1": root, "3": third, "5": fifth, "8": root + 12 if root + 12 <= high + 4 else root, "n": approach}
-        for step, length, char in _runs(pattern):
-            start = bar * metre.bar + step * metre.step
-            notes.append(Note(start, length * metre.step, tones[char], 96 if step == 0 else 84))
+    for start, length, char in _lay(pattern, metre, slot, len(chords)):
+        chord, following = chords[start // slot], chords[min(start // slot + 1, len(chords) - 1)]
+        root, third, fifth, *_ = (who.low + (pitch_class - who.low) % 12 for pitch_class in chord.pitch_classes(key))
+        neighbour = (following.root + (1 if following.root <= chord.root else -1)) % 7
+        octave = root + 12 if root + 12 <= who.high + 4 else root
+        approach = who.low + (key.pitch(neighbour) - who.low) % 12
+        enters = start % slot == 0
+        pitch = root if enters else {"1": root, "3": third, "5": fifth, "8": octave, "n": approach}[char]
+        notes.append(Note(start, length, pitch, 96 if enters else 84))
     return notes
 
 
-def play_drums(rng: Random, pattern: str, metre: Metre, n_bars: int, section_starts: set[int]) -> list[Note]:
-    """A drum pattern, with a fill before and a cymbal on the first beat of a section."""
+def play_drums(rng: Random, pattern: str, metre: Metre, n_bars: int, section_starts: set[int], calm: bool) -> list[Note]:
+    """A drum pattern, with a fill before and a cymbal on the first beat of a section.
+
+    `calm` leaves the cymbals and shakers between the beats out, so that a slow pulse is not heard as twice as fast.
+    """
     voices = [line.split() for line in pattern.split("|")]
     notes: list[Note] = []
     for bar in range(n_bars):
-        fill = bar + 1 in section_starts and bar and rng.random() < 0.6
+        fill = bar > 0 and bar + 1 in section_starts and rng.random() < 0.6
         start = bar * metre.bar
         for letter, cells in voices:
             for step, cell in enumerate(cells):
                 tick = step * metre.step
                 replaced = fill and letter in "st" and tick >= metre.bar - TICKS
-                if cell in _DRUM_VELOCITY and not replaced:
+                if cell in _DRUM_VELOCITY and not replaced and not (calm and letter in "him" and tick % TICKS):
                     notes.append(Note(start + tick, metre.step, DRUM_KEYS[letter], _DRUM_VELOCITY[cell]))
         if fill:
             last_beat = start + metre.bar - TICKS

@@ -13,21 +13,23 @@ _CORE = (
 )
 _DETAIL = (
     "{np} {key} {lead}, {backing}", "{np} {bpm} {metre}, {key}, {lead}, {backing}",
-    "{Player} carries the melody of {np} {key}, {backing}", "{np} {metre} {bpm}. {Player} leads, {backing}. The piece is {key}",
+    "{Player} carries the melody of {np} {key}, {backing}",
+    "{np} {metre} {bpm}. {Player} leads, {backing}. The piece is {key}",
     "{Np} {key}. {Player} takes the lead {backing}", "An instrumental: {np} {lead}, {key}, {backing}",
-    "{np} with {player} playing the tune, {backing}, {bpm}", "{np} {key} at a {tempo} tempo of {beats} with {player} in front",
+    "{np} with {player} playing the tune, {backing}, {bpm}", "{np} {key} at {tempo} speed, {beats}, with {player} in front",
 )
 _SPOKEN = (
-    "The melody of this {tempo} {style} is played by {player} {key}", "This is {np} {lead}", "Music {key}: {np} with {player}",
-    "{Player} plays {np} {key}", "{np}, {feel}, {lead}", "I would like {np} {key} {lead}", "Play {np} {lead} {bpm}",
-    "Imagine {np} {key} with {player} singing out the tune", "{mood} {tempo} music {key} {lead}",
+    "The melody of this {tempo} {style} is played by {player} {key}", "This is {np} {lead}",
+    "Music {key}: {np} with {player}", "{Player} plays {np} {key}", "{np}, {feel}, {lead}", "I would like {np} {key} {lead}",
+    "Play {np} {lead} {bpm}", "Imagine {np} {key} with {player} singing out the tune", "{mood} {tempo} music {key} {lead}",
     "{Player} over {backers}: {np} {key}", "{np} {lead}; the mood is {mood} and the tempo {tempo}",
-    "Instrumental: {style} {key}, {tempo}, {lead}",
+    "Instrumental: {style} {key}, {tempo}, {lead}", "{mood} {tempo} melody {key} {lead}",
 )
 _TERSE = (
-    "{tempo} {style}, {solo}", "{solo} {style}, {plainkey}", "{tempo} {solo} music {key}", "{mood} {solo} melody", "{style} with {player}",
-       "{plainkey} {style}, {beats}", "{solo}, {tempo}, {plainkey}", "{mood} {tempo} {style}", "{solo} {style} {key}",
-    "{tempo} {solo} {style} {bpm}",
+    "{tempo} {style}, {solo}", "{solo} {style}, {plainkey}", "{tempo} {solo} music {key}", "{mood} {solo} melody",
+    "{style} with {player}", "{plainkey} {style}, {beats}", "{solo}, {tempo}, {plainkey}", "{mood} {tempo} {style}",
+    "{solo} {style} {key}", "{tempo} {solo} {style} {bpm}", "{mood} {tempo} {solo} music", "{tempo} {solo} tune {key}",
+    "{mood} {solo} piece {key}", "{tempo} {mood} melody {lead}",
 )
 
 
@@ -72,7 +74,7 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     """Words for the slots of one caption."""
     lead = truth["lead"]
     pool = INSTRUMENTS[lead["name"]]
-    solo = rng.choice(FAMILY_WORDS[lead["family"]]) if rng.random() < 0.12 else rng.choice(pool)
+    solo = rng.choice(FAMILY_WORDS[lead["family"]]) if rng.random() < 0.05 else rng.choice(pool)
     plural = solo.endswith("s") and not solo.endswith(("brass", "ss"))
     player = solo if plural else _article(solo)
     key, plainkey = _key_phrases(rng, truth)
@@ -95,8 +97,8 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
         "np": np, "key": key, "plainkey": plainkey, "solo": solo, "player": player, "tempo": tempo, "mood": mood, "style": style,
         "beats": beats, "bpm": rng.choice((f"at {beats}", f"at {beats}", f"at a tempo of {beats}")), "feel": feel,
         "metre": rng.choice(METRE_WORDS[truth["metre"]]), "backing": backing, "backers": band,
-        "lead": rng.choice((f"played on {player}", f"on {player}", f"led by {player}", "in front",
-                            f"featuring {player}", f"with {_article(solo + ' melody')}")),
+        "lead": rng.choice((f"played on {player}", f"on {player}", f"led by {player}",
+                            f"with {player} in front", f"featuring {player}", f"with {_article(solo + ' melody')}")),
     }
 
 

@@ -1,5 +1,6 @@
 """Composition: draw a plan, lay out the form, write the parts, and return the piece with its ground truth."""
 
+import math
 from dataclasses import dataclass
 from random import Random
 
@@ -11,7 +12,7 @@ from .score import METRES, TICKS, Metre, Note, Piece, Track
 from .styles import STYLES, Style
 from .theory import MODES, Chord, Key, is_bright, tonic_name
 
-VERSION = 1  # part of the seed: a change of the music is a new corpus
+VERSION = 2  # part of the seed: a change of the music is a new corpus
 DURATION = 40.0  # seconds a piece: two segments
 _LAST_ONSET = 38.6  # seconds: nothing starts later, so that the end can ring
 TEMPO_CLASSES = {"slow": (50, 89), "medium": (90, 130), "fast": (131, 180)}
@@ -83,7 +84,7 @@ def draw_plan(rng: Random) -> Plan:
                 and rng.random() < style.pad)
 
 
-def _lead_part(rng: Random, plan: Plan, sections: list[Section], chords: list[Chord]) -> list[Tone]:
+def _lead_part(rng: Random, plan: Plan, sections: list[Section], chords: list[Chord], slots: int) -> list[Tone]:
     """The melody over the whole form: sections of one letter share their tune, primed ones vary it."""
     metre = plan.metre
     low = plan.key.degree_near(plan.lead.low) + 1
@@ -94,12 +95,12 @@ def _lead_part(rng: Random, plan: Plan, sections: list[Section], chords: list[Ch
     part: list[Tone] = []
     for section in sections:
         letter = section.label[:1]
-        span = chords[section.first_bar : section.first_bar + section.n_bars]
+        span = chords[section.first_bar * slots : (section.first_bar + section.n_bars) * slots]
         if section.label in ("intro", "end"):
             continue
         tones = memory.get((letter, section.closed))
         if tones is None:
-            tones = write_phrase(rng, voice, span, metre, pairs.get(letter, pairs["A"]), section.closed)
+            tones = write_phrase(rng, voice, span, metre, pairs.get(letter, pairs["A"]), section.closed, slots)
             other = memory.get((letter, not section.closed))
             if other is not None:  # the same phrase with another cadence
                 cut = (section.n_bars - 2) * metre.bar
@@ -117,9 +118,10 @@ def _play_lead(rng: Random, plan: Plan, part: list[Tone]) -> list[Note]:
     """The melody as notes: metrical accents, the instrument's articulation, a breath after long notes."""
     notes = []
     for tone in part:
-        accent = 10 if tone.start % plan.metre.bar == 0 else 5 if tone.start % TICKS == 0 else 0
+        accent = 8 if tone.start % plan.metre.bar == 0 else 2 if tone.start % TICKS == 0 else -10
+        accent += round(8 * math.sin(math.pi * (tone.start / plan.metre.bar % 4) / 4))  # phrases rise and fall
         length = max(1, round(tone.duration * plan.lead.legato)) - (1 if tone.duration >= 2 * TICKS else 0)
-        pitch, velocity = plan.key.pitch(tone.degree), 92 + accent + rng.randint(-4, 4)
+        pitch, velocity = plan.key.pitch(tone.degree), 94 + accent + rng.randint(-4, 4)
         stroke = plan.metre.step if plan.bpm < 120 else 2 * plan.metre.step
         if plan.lead.rolls and tone.duration * 5 / plan.bpm > 0.7:  # 5 / bpm: seconds a tick
             notes += [Note(tone.start + tick, stroke, pitch, velocity - (14 if tick else 0))
@@ -148,8 +150,10 @@ def compose(seed: int, index: int) -> Piece:
         last += metre.beats // 2 * TICKS
     end = round((DURATION - 0.05) / beat * TICKS)
     sections = plan_form(rng, n_bars, beat * metre.beats)
-    chords = harmonise(rng, sections, plan.key.mode, rng.random() < plan.style.sevenths)
-    lead = _play_lead(rng, plan, _lead_part(rng, plan, sections, chords))
+    slots = 2 if metre.beats == 4 and plan.bpm < 96 else 1  # slow bars hold two chords
+    slot = metre.bar // slots
+    chords = harmonise(rng, sections, plan.key.mode, rng.random() < plan.style.sevenths, slots)
+    lead = _play_lead(rng, plan, _lead_part(rng, plan, sections, chords, slots))
     final = lead.pop()
     lead = [note for note in lead if note.start < sections[-1].first_bar * metre.bar]
     if last % metre.bar:  # the last bar's first half leads into the final note
@@ -158,20 +162,21 @@ def compose(seed: int, index: int) -> Piece:
     steady = plan.tempo_class != "medium"
     pattern = arrange.pulsing(rng, groove.chords, metre) if steady else rng.choice(groove.chords)
     voiced = arrange.voicings(chords, plan.key, plan.chords.low)
-    backing = arrange.play_chords(voiced, pattern, metre, 72)
+    backing = arrange.play_chords(voiced, pattern, metre, slot, 72)
     closing = [Note(last, TICKS, pitch, 76) for pitch in voiced[-1]]
-    bass = arrange.play_bass(chords, plan.key, rng.choice(groove.bass), metre, plan.bass.low, plan.bass.high)
+    walk = arrange.pulsing(rng, groove.bass, metre) if plan.tempo_class == "slow" else rng.choice(groove.bass)
+    bass = arrange.play_bass(chords, plan.key, walk, metre, slot, plan.bass)
     bass = [n for n in bass if n.start < last] + [Note(last, TICKS, bass[0].pitch, 96)]
     parts: list[tuple[Instrument, str, float, list[Note]]] = [
         (plan.lead, "lead", 0.0, lead),
         (plan.chords, "chords", -9.5, [n for n in backing if n.start < last] + closing),
         (plan.bass, "bass", -8.0, bass)]
     if plan.pad:
-        parts.append((BACKING["warm synth pad"], "pad", -15.0, arrange.hold_chords(voiced, metre)))
+        parts.append((BACKING["warm synth pad"], "pad", -15.0, arrange.hold_chords(voiced, slot)))
     if plan.drums:
         starts = {section.first_bar for section in sections}
         kit = Instrument("drums", plan.style.kit, "drums", 0, 127)
-        hits = arrange.play_drums(rng, rng.choice(groove.drums), metre, n_bars, starts)
+        hits = arrange.play_drums(rng, rng.choice(groove.drums), metre, n_bars, starts, plan.tempo_class == "slow")
         parts.append((kit, "drums", -9.0, [n for n in hits if n.start < last] + [Note(last, TICKS, 49, 80), Note(last, TICKS, 36, 96)]))
     tracks = tuple(Track(who.name, role, who.program, who.family, level,
                          _finish(arrange.swing(notes) if plan.style.swing else notes, last, end))

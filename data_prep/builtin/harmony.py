@@ -1,14 +1,14 @@
-"""Form and harmony: how many phrases, what each is called, and one chord (or two) a bar with real cadences."""
+"""Form and harmony: how many phrases, what each is called, and one or two chords a bar with real cadences."""
 
 from dataclasses import dataclass
 from random import Random
 
-from .theory import Chord
+from .theory import CHARACTERISTIC, Chord
 
 # Chord roots by function and mode, with weights. The dorian sixth speaks in IV and ii, the mixolydian seventh in VII and v.
 _TONIC = {"major": {0: 7, 5: 2, 2: 1}, "minor": {0: 7, 5: 2, 2: 1}, "dorian": {0: 7, 2: 1}, "mixolydian": {0: 7, 5: 1}}
 _PREPARE = {"major": {3: 4, 1: 3}, "minor": {3: 4, 5: 2}, "dorian": {3: 6, 1: 2}, "mixolydian": {3: 4, 6: 2}}
-_DOMINANT = {"major": {4: 1}, "minor": {4: 3, 6: 2}, "dorian": {6: 3, 4: 2, 3: 2}, "mixolydian": {6: 5, 4: 2}}
+_DOMINANT = {"major": {4: 1}, "minor": {4: 3, 6: 2}, "dorian": {3: 4, 6: 2, 4: 1}, "mixolydian": {6: 5, 4: 2}}
 _HALF = {"major": {4: 1}, "minor": {4: 2, 6: 2}, "dorian": {3: 3, 6: 2, 4: 1}, "mixolydian": {6: 3, 3: 1, 4: 1}}
 
 _FORMS: dict[int, tuple[str, ...]] = {
@@ -75,7 +75,20 @@ def phrase_roots(rng: Random, mode: str, n_bars: int, closed: bool, start_on_ton
             first = bar == 0 and start_on_tonic
             choices = {root: weight for root, weight in pool.items() if not roots or root != roots[-1]} or pool
             roots.append(0 if first else _draw(rng, choices))
-        function = {"T": rng.choice("TSSD"), "S": rng.choice("DDT"), "D": "T"}[function]
+        function = {"T": rng.choice("SSD"), "S": rng.choice("DDTT"), "D": "T"}[function]
+    return _confirm(rng, roots, mode)
+
+
+def _confirm(rng: Random, roots: list[int], mode: str) -> list[int]:
+    """See to it that every four chords hold the tonic and a chord with the mode's characteristic degree."""
+    telling = {root: weight for root, weight in (_PREPARE[mode] | _DOMINANT[mode]).items()
+               if CHARACTERISTIC[mode] in Chord(root).degrees}
+    for first in range(0, len(roots) - 3, 4):
+        if 0 not in roots[first : first + 4]:
+            roots[first] = 0
+        if not set(telling) & set(roots[first : first + 4]):
+            away = [i for i in range(first + 1, first + 4) if roots[i] != 0] or [first + 1]
+            roots[rng.choice(away)] = _draw(rng, telling)
     return roots
 
 
@@ -85,26 +98,31 @@ def colour(root: int, mode: str, sevenths: bool, cadential: bool) -> Chord:
     return Chord(root, sevenths and not (root == 0 and cadential), leading)
 
 
-def harmonise(rng: Random, sections: list[Section], mode: str, sevenths: bool) -> list[Chord]:
-    """One chord a bar for the whole form; sections of one letter share their harmony up to the cadence."""
+def harmonise(rng: Random, sections: list[Section], mode: str, sevenths: bool, slots: int = 1) -> list[Chord]:
+    """`slots` chords a bar for the whole form; sections of one letter share their harmony up to the cadence.
+
+    A phrase's last bar holds one chord, so that its cadence can rest.
+    """
     chords: list[Chord] = []
     memory: dict[tuple[str, bool], list[int]] = {}
     for section in sections:
-        letter = section.label[:1]
+        letter, count = section.label[:1], section.n_bars * slots
         if section.label in ("intro", "end"):
-            roots = [0] * section.n_bars
+            roots = [0] * count
         elif section.label == "coda":
             tail = [_draw(rng, _PREPARE[mode]), 0, _draw(rng, _PREPARE[mode]), _draw(rng, _DOMINANT[mode])]
-            roots = (tail * 2)[-section.n_bars :]
+            roots = (tail * 4)[-count:]
+        elif (letter, section.closed) in memory:
+            roots = memory[letter, section.closed]
         else:
-            known = memory.get((letter, section.closed))
+            start_on_tonic = letter != "B" or rng.random() < 0.5
+            roots = phrase_roots(rng, mode, count - slots + 1, section.closed, start_on_tonic)
+            roots += roots[-1:] * (slots - 1)
             other = memory.get((letter, not section.closed))
-            roots = known or phrase_roots(rng, mode, section.n_bars, section.closed, letter != "B" or rng.random() < 0.5)
-            if known is None and other is not None:
-                roots = other[: section.n_bars - 2] + roots[-2:]
+            if other is not None:
+                roots = other[: count - 2 * slots] + roots[-2 * slots :]
             memory[letter, section.closed] = roots
-        last = len(roots) - 1
-        for i, root in enumerate(roots):
-            cadential = section.label == "end" or (i >= last - 1 and section is sections[-2])
-            chords.append(colour(root, mode, sevenths, cadential))
+        final = section is sections[-2]
+        chords += [colour(root, mode, sevenths, section.label == "end" or (final and i >= count - 1 - slots))
+                   for i, root in enumerate(roots)]
     return chords

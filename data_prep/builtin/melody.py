@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 
 from .score import TICKS, Metre
-from .theory import Chord, Key
+from .theory import CHARACTERISTIC, Chord, Key
 
 # Rhythm cells in ticks, with weights, by density. Simple metres: one or two beats; compound metres: one beat.
 _SIMPLE: dict[str, dict[tuple[int, ...], int]] = {
@@ -68,11 +68,9 @@ class Voice:
     high: int
 
     def fold(self, degree: int) -> int:
-        """The degree moved by octaves into the range."""
-        while degree > self.high:
-            degree -= 7
-        while degree < self.low:
-            degree += 7
+        """The degree mirrored into the range, so that a line turns back at its edges."""
+        while not self.low <= degree <= self.high:
+            degree = 2 * (self.high if degree > self.high else self.low) - degree
         return degree
 
     def chord_tone(self, degree: int, chord: Chord) -> int:
@@ -80,19 +78,31 @@ class Voice:
         allowed = chord.degrees[:3] if not chord.leading else (chord.degrees[0], chord.degrees[2])
         ranked = sorted(range(degree - 4, degree + 5), key=lambda d: (abs(d - degree), d))
         near = [d for d in ranked if d % 7 in allowed and self.low <= d <= self.high]
-        return near[0] if near else self.fold(next(d for d in ranked if d % 7 in allowed))
+        return near[0]
+
+    def tell(self, degree: int, chord: Chord) -> int:
+        """The tone near a degree that tells the mode: the tonic chord's third, or else its characteristic degree."""
+        wanted = 2 if chord.root == 0 else CHARACTERISTIC[self.key.mode]
+        near = [d for d in range(max(self.low, degree - 2), min(self.high, degree + 2) + 1) if d % 7 == wanted]
+        return near[0] if near and wanted in chord.degrees and not chord.leading else degree
 
 
-def _set_bar(voice: Voice, motif: Motif, chord: Chord, start: int, at: int, bar: int) -> list[Tone]:
-    """One bar: the motif's contour from the chord tone near `at`, long and on-beat notes drawn to chord tones."""
+def _set_bar(rng: Random, voice: Voice, motif: Motif, chords: list[Chord], start: int, at: int, bar: int) -> list[Tone]:
+    """One bar: the motif's contour from the chord tone near `at`, long and on-beat notes drawn to chord tones.
+
+    Some strong notes move to the chord tone that tells the mode.
+    """
     tones: list[Tone] = []
-    degree, tick = voice.chord_tone(at, chord), 0
+    degree, tick = at, 0
     for i, length in enumerate(motif.rhythm):
+        chord = chords[tick * len(chords) // bar]
         if i:
             degree = voice.fold(degree + motif.steps[i])
         strong = tick == 0 or (tick % TICKS == 0 and length >= TICKS)
         if strong or (chord.leading and degree % 7 == 6):
             degree = voice.chord_tone(degree, chord)
+            if rng.random() < 0.3:
+                degree = voice.tell(degree, chord)
         tones.append(Tone(start + tick, min(length, bar - tick), degree))
         tick += length
     return tones
@@ -115,8 +125,8 @@ def _cadence_bar(rng: Random, voice: Voice, chord: Chord, start: int, at: int, m
 
 
 def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, motifs: tuple[Motif, Motif],
-                 closed: bool) -> list[Tone]:
-    """A phrase over one chord a bar: statement, repetition or sequence, contrast, cadence (on the tonic where `closed`)."""
+                 closed: bool, slots: int = 1) -> list[Tone]:
+    """A phrase over `slots` chords a bar: statement, repetition or sequence, contrast, cadence (on the tonic if `closed`)."""
     first, second = motifs
     plan = rng.choice(("abac", "aabc", "abbc", "abic", "aiac"))
     tones: list[Tone] = []
@@ -124,14 +134,15 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
     if chords[0].root == 0:  # opening on the third or the fifth tells the mode at once
         at = voice.chord_tone(at, Chord(0))
         at = voice.fold(at + {0: 2, 2: 0, 4: 0}[at % 7] if rng.random() < 0.6 else at)
-    for bar, chord in enumerate(chords):
-        start = bar * metre.bar
-        if bar == len(chords) - 1:
-            goal = 0 if closed else chord.root if chord.leading else rng.choice((chord.degrees[0], chord.degrees[2]))
+    n_bars = len(chords) // slots
+    for bar in range(n_bars):
+        start, chord = bar * metre.bar, chords[bar * slots]
+        if bar == n_bars - 1:
+            goal = 0 if closed and chord.root == 0 else rng.choice((chord.degrees[0], chord.degrees[2]))
             tones += _cadence_bar(rng, voice, chord, start, at, metre, goal)
             break
         motif = {"a": first, "b": second, "i": first.inverted(), "c": second}[plan[bar % 4]]
-        tones += _set_bar(voice, motif, chord, start, at, metre.bar)
+        tones += _set_bar(rng, voice, motif, chords[bar * slots : (bar + 1) * slots], start, at, metre.bar)
         middle = (voice.low + voice.high) // 2
         at = tones[-1].degree + rng.choice((-1, 1, 1, 2) if tones[-1].degree < middle else (1, -1, -1, -2))
     return tones

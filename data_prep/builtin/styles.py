@@ -104,8 +104,8 @@ STYLES: dict[str, Style] = {style.name: style for style in (
         ("C-.. C-.. C-.. C-.C", "C--C --C- C--- C---", "C-.. C-.. C-.. C-C-"), ("1--1 --5- 1--- 5---", "1-.. 5-.. 1-.. 5-n-"))},
         ("accordion", "piano", "strings", "nylon-string guitar"), ("acoustic bass", "cello"), pad=0.2, moods=("passionate",)),
     Style("ambient", (50, 88), {"4/4": Groove(
-        ("C--- ---- ---- ----", "0--- 1--- 2--- 1---", "0-1-2-3-2-1-2-1-"), ("1--- ---- ---- ----", "1--- ---- 5--- ----")),
-        "3/4": Groove(("C--- ---- ----", "0--- 1--- 2---"), ("1--- ---- ----",)),
+        ("C--- 3--- 2--- 3---", "0--- 1--- 2--- 1---", "0-1-2-3-2-1-2-1-"), ("1--- ---- ---- ----", "1--- ---- 5--- ----")),
+        "3/4": Groove(("C--- 3--- 2---", "0--- 1--- 2---"), ("1--- ---- ----",)),
         "6/8": Groove(("0-1-2-3-2-1-", "C----- C-----"), ("1----- ------",), weight=0.6)},
         ("warm synth pad", "electric piano", "strings", "harp"), ("synth bass", "fretless bass"), 0.0, sevenths=0.5, pad=1.0,
         moods=("floating", "atmospheric")),

@@ -12,7 +12,7 @@ from .score import Piece, Track
 
 _BLOCK = 64  # samples: events are placed on this grid (2.7 ms at 24 kHz), the synthesiser's own
 _TARGET_RMS = 0.11
-_LEAD_OVER_REST = 6.0  # dB between the lead and the whole accompaniment
+_LEAD_OVER_REST = 7.0  # dB between the lead and the whole accompaniment
 _PEAK = 0.89
 _FADE = 0.35  # seconds
 

@@ -1,0 +1,183 @@
+"""The built-in corpus as music: scales, grid, form, variety and captions, all checked against the stated truth."""
+
+import re
+from functools import cache
+
+import pytest
+
+from data_prep.builtin import compose, describe
+from data_prep.builtin.harmony import harmonise, plan_form
+from data_prep.builtin.instruments import LEADS
+from data_prep.builtin.score import TICKS, Piece
+from data_prep.builtin.styles import STYLES
+from data_prep.builtin.theory import CHARACTERISTIC, MODES, Key, pitch_class
+from data_prep.builtin.words import BACKING_WORDS, FAMILY_WORDS, INSTRUMENTS, MOODS, TEMPO
+
+COUNT = 300
+
+
+@cache
+def pieces() -> tuple[Piece, ...]:
+    return tuple(compose(11, index) for index in range(COUNT))
+
+
+def pitched(piece: Piece):
+    return [note for track in piece.tracks if track.role != "drums" for note in track.notes]
+
+
+def key_of(piece: Piece) -> Key:
+    return Key(pitch_class(piece.truth["key"]), piece.truth["mode"])
+
+
+def test_same_seed_same_piece() -> None:
+    assert compose(3, 5) == compose(3, 5)
+    assert compose(3, 5) != compose(4, 5)
+    assert compose(3, 5) != compose(3, 6)
+
+
+def test_notes_lie_in_the_stated_mode() -> None:
+    for piece in pieces():
+        key = key_of(piece)
+        scale = {(key.tonic + step) % 12 for step in MODES[key.mode]}
+        notes = pitched(piece)
+        assert sum(note.pitch % 12 in scale for note in notes) >= 0.95 * len(notes), piece.title
+        lead = next(track for track in piece.tracks if track.role == "lead")
+        assert all(note.pitch % 12 in scale for note in lead.notes), piece.title
+
+
+def test_the_mode_tells_itself() -> None:
+    """Every segment holds the tonic, the third and the characteristic degree; the tonic ends the piece."""
+    for piece in pieces():
+        key = key_of(piece)
+        wanted = {key.pitch(degree) % 12 for degree in (0, 2, CHARACTERISTIC[key.mode])}
+        notes, end = pitched(piece), max(note.start for note in pitched(piece))
+        for half in range(2):
+            heard = {n.pitch % 12 for n in notes if half * end / 2 <= n.start < (half + 1) * end / 2}
+            assert wanted <= heard, (piece.title, half)
+        assert {n.pitch % 12 for n in notes if n.start == end} >= {key.tonic}, piece.title
+        bass = next(track for track in piece.tracks if track.role == "bass")
+        assert bass.notes[-1].pitch % 12 == key.tonic
+
+
+def test_tempo_and_metre_agree_with_the_grid() -> None:
+    for piece in pieces():
+        assert piece.metre.name == piece.truth["metre"] and piece.bpm == piece.truth["bpm"]
+        assert piece.seconds(TICKS) == pytest.approx(60 / piece.bpm)
+        low, high = {"slow": (50, 89), "medium": (90, 130), "fast": (131, 180)}[piece.truth["tempo_class"]]
+        assert low <= piece.bpm <= high
+        backing = [n for t in piece.tracks if t.role in ("chords", "bass", "drums") for n in t.notes]
+        beats = {n.start // TICKS for n in backing if n.start % TICKS == 0}
+        total = max(n.start for n in backing) // TICKS + 1
+        assert len(beats) > 0.45 * total, (piece.title, len(beats), total)  # the beat is there to be heard
+        downbeats = {n.start // piece.metre.bar for n in backing if n.start % piece.metre.bar == 0}
+        assert len(downbeats) > 0.6 * total / piece.metre.beats, piece.title
+        assert 34 < piece.seconds(max(n.start for n in backing)) < 40
+        assert all(0 < piece.seconds(n.start + n.duration) <= piece.duration + 0.02 and n.duration > 0 for n in pitched(piece))
+
+
+def test_the_lead_is_never_silent_for_long() -> None:
+    for piece in pieces():
+        lead = next(track for track in piece.tracks if track.role == "lead").notes
+        assert piece.seconds(lead[0].start) < 2.5, piece.title
+        gaps = [piece.seconds(b.start - a.start) for a, b in zip(lead, lead[1:], strict=False)]
+        assert max(gaps) < 6.5, (piece.title, max(gaps))
+        assert all(a.start + a.duration <= b.start for a, b in zip(lead, lead[1:], strict=False)), "one voice"
+
+
+def test_backing_keeps_out_of_the_lead_family() -> None:
+    for piece in pieces():
+        family = piece.truth["lead"]["family"]
+        assert all(t.family != family for t in piece.tracks if t.role != "lead"), piece.title
+
+
+def test_variety() -> None:
+    truths = [piece.truth for piece in pieces()]
+    assert len({t["style"] for t in truths}) >= 20
+    assert len({t["lead"]["name"] for t in truths}) >= 40
+    assert {t["mode"] for t in truths} == set(MODES)
+    assert {t["metre"] for t in truths} == {"3/4", "4/4", "6/8"}
+    assert len({pitch_class(t["key"]) for t in truths}) == 12
+    assert min(t["bpm"] for t in truths) <= 58 and max(t["bpm"] for t in truths) >= 170
+    for field, names in (("mode", MODES), ("tempo_class", TEMPO), ("density", ("sparse", "moderate", "dense"))):
+        for name in names:
+            share = sum(t[field] == name for t in truths) / COUNT
+            assert abs(share - 1 / len(names)) < 0.09, (field, name, share)
+    for family in LEADS:
+        assert 0.06 < sum(t["lead"]["family"] == family for t in truths) / COUNT < 0.17
+    for style in STYLES:  # no style is tied to a mode
+        assert len({t["mode"] for t in truths if t["style"] == style}) >= 2, style
+
+
+def test_form_fills_the_bars_and_shares_harmony() -> None:
+    from random import Random
+
+    for n_bars in (6, 9, 13, 20, 29, 40):
+        for seed in range(20):
+            sections = plan_form(Random(seed), n_bars, 1.5)
+            assert [s.first_bar for s in sections[1:]] == [s.first_bar + s.n_bars for s in sections[:-1]]
+            assert sections[0].first_bar == 0 and sections[-1].first_bar == n_bars - 1
+            for slots in (1, 2):
+                chords = harmonise(Random(seed), sections, "dorian", False, slots)
+                assert len(chords) == n_bars * slots and chords[-1].root == 0
+                closed = [s for s in sections if s.closed and s.label[0] in "ABC"]
+                assert all(chords[(s.first_bar + s.n_bars) * slots - 1].root == 0 for s in closed)
+
+
+def captions():
+    for piece in pieces():
+        for segment in range(2):
+            yield piece.truth | {"segment": segment}, describe(piece.truth | {"segment": segment}, f"{piece.id}-{segment}")
+
+
+def said(words, text: str) -> set[str]:
+    """Which of the words stand in the text as whole words."""
+    return {word for word in words if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)}
+
+
+def test_captions_say_only_what_is_so() -> None:
+    all_tempo = {word for words in TEMPO.values() for word in words}
+    all_players = {word for words in (*INSTRUMENTS.values(), *BACKING_WORDS.values(), *FAMILY_WORDS.values()) for word in words}
+    all_moods = {word for mood, words in MOODS.items() for word in (mood, *words)} - {"still", "fun"}
+    for truth, texts in captions():
+        present = [i["name"] for i in truth["instruments"]]
+        players = {w for name in present for w in (*INSTRUMENTS.get(name, ()), *BACKING_WORDS.get(name, (name,)))}
+        players |= set(FAMILY_WORDS[truth["lead"]["family"]])
+        longest = " ".join(players)
+        moods = {truth["mood"], *MOODS.get(truth["mood"], ())}
+        for text in texts:
+            assert "{" not in text and "  " not in text and " ," not in text and text == text.strip(), text
+            assert said(all_tempo, text) <= set(TEMPO[truth["tempo_class"]]), text
+            assert said(MODES, text) <= {truth["mode"]}, text
+            assert all(int(n) == truth["bpm"] for n in re.findall(r"(\d+) (?:bpm|BPM|beats)", text)), text
+            assert all(m == truth["metre"] for m in re.findall(r"\d/\d", text)), text
+            for tonic in re.findall(r"\b([A-G](?:[#b]|[ -](?:sharp|flat))?) (?:major|minor|dorian|mixolydian)", text):
+                spelt = tonic.replace(" sharp", "#").replace("-sharp", "#").replace(" flat", "b").replace("-flat", "b")
+                assert spelt == truth["key"], text
+            heard = said(all_players, re.sub("(no|without) drums", "", text))
+            assert all(word in longest for word in heard), (text, present)
+            assert said(all_moods - {"bright"}, text) <= moods, (text, truth["mood"])
+            if "drum" in text or "percussion" in text:
+                assert truth["drums"] == (not re.search(r"no drums|without drums", text)), text
+
+
+def test_captions_are_many_and_mention_what_matters() -> None:
+    rows = list(captions())
+    assert all(4 <= len(texts) <= 6 and len(set(texts)) == len(texts) for _, texts in rows)
+    flat = [(truth, text) for truth, texts in rows for text in texts]
+    lead = sum(bool(said(INSTRUMENTS[t["lead"]["name"]] + FAMILY_WORDS[t["lead"]["family"]], text)) for t, text in flat)
+    tempo = sum(bool(said(TEMPO[t["tempo_class"]], text)) or str(t["bpm"]) in text for t, text in flat)
+    mode = sum(bool(said((t["mode"],), text)) for t, text in flat)
+    assert lead > 0.85 * len(flat) and tempo > 0.6 * len(flat) and mode > 0.6 * len(flat), (lead, tempo, mode, len(flat))
+    assert len({text for _, text in flat}) > 0.98 * len(flat)
+    assert describe(rows[0][0], "x") == describe(rows[0][0], "x") != describe(rows[0][0], "y")
+
+
+def test_captions_cover_the_plain_way_to_ask() -> None:
+    """ "A slow waltz in D minor on a music box" is a caption that the templates can write."""
+    truth = {"piece": "p", "style": "waltz", "bpm": 70, "tempo_class": "slow", "key": "D", "mode": "minor", "metre": "3/4",
+             "mood": "sad", "density": "moderate", "form": "A", "drums": False,
+             "lead": {"name": "music box", "program": 10, "family": "mallets"},
+             "instruments": [{"name": "music box", "role": "lead", "program": 10, "family": "mallets"},
+                             {"name": "piano", "role": "chords", "program": 0, "family": "piano"}]}
+    texts = {text.rstrip(".").lower() for seed in range(3000) for text in describe(truth, seed)}
+    assert "a slow waltz in d minor on a music box" in texts
