@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile as sf
+from omegaconf import DictConfig
 
+from ssmttm import config
 from ssmttm.data.store import text_name
 from ssmttm.data.text_table import write_text_table
 from ssmttm.data.writer import StoreWriter
@@ -50,3 +52,22 @@ def write_audio_store(path: Path, segments: int = 12, sample_rate: int = SAMPLE_
         writer.add(row)
     writer.finish()
     return path
+
+
+def lm_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
+    """The debug model on a store of `write_codes_store`."""
+    fixed = ("experiment=debug", "model.d_model=16", "model.headdim=8", "model.d_state=4", "optim.lr=0.01")
+    sizes = (f"model.n_codebooks={N_CODEBOOKS}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}")
+    return config.load(*fixed, *sizes, f"data.store={store}", f"run_dir={run_dir}", "train.log_every=1", *overrides)
+
+
+def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
+    """A very small codec and its discriminator on a store of `write_audio_store`."""
+    sizes = (
+        f"codec.sample_rate={SAMPLE_RATE}", "codec.hop_length=96", "codec.window=192", "codec.n_codebooks=2",
+        "codec.codebook_size=32", "codec.encoder_width=16", "codec.decoder_width=16", "codec.encoder_blocks=[1,1]",
+        "codec.decoder_blocks=[1,1]", "data.batch_size=2", "data.seconds=1.0", "train.precision=fp32",
+        "codec_training.adversarial_start=3", "codec_training.revive_every=2", "train.log_every=1",
+        "train.eval_every=4", "train.eval_batches=1", "train.checkpoint_every=100", "train.sample_every=0",
+    )  # fmt: skip
+    return config.load("experiment=tiny_codec", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides)
