@@ -3,6 +3,7 @@
 Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the pattern's sequence, V codes a codebook.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmttm.codecs import Codec, load_codec
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
+from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import build_model
 from ssmttm.patterns import Pattern, get_pattern
+from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.training.data import store_facts
 from ssmttm.training.task import Batch, Losses, Sample
 
@@ -24,7 +28,8 @@ class LanguageModelTask:
     """A TokenLM learns to predict a store's codes from its captions.
 
     Args:
-        config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train.label_smoothing`, `losses`, `seed`.
+        config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train` (label_smoothing, and for samples
+            sample_every, sample_seconds, prompts), `losses`, `seed`.
 
     Raises:
         UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
@@ -39,6 +44,10 @@ class LanguageModelTask:
         self.n_codebooks, self.codebook_size = config.model.n_codebooks, config.model.codebook_size
         self.pattern = get_pattern(config.pattern, n_codebooks=self.n_codebooks)
         self.frame_rate: float = self.store.info["codec"]["frame_rate"]
+        self._codec: Codec | None = None
+        self._text_encoder: TextEncoder | None = None
+        if config.train.sample_every:  # now, so that a codec or encoder that is not here stops the run before it begins
+            self._codec, self._text_encoder = _load_for_samples(self.store.info)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
         data, seed = self.config.data, self.config.seed
@@ -72,7 +81,13 @@ class LanguageModelTask:
         return frames * self.n_codebooks, frames / self.frame_rate, flops
 
     def samples(self, step: int) -> list[Sample]:
-        return []
+        """`train.prompts`, always with the same seeds."""
+        assert self._codec is not None and self._text_encoder is not None  # loaded when train.sample_every is set
+        device = next(self.model.parameters()).device
+        pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern)
+        prompts = list(self.config.train.prompts)
+        out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
+        return [Sample(f"{i}-{_file_name(prompt)}", out.audios[i], out.sample_rate) for i, prompt in enumerate(prompts)]
 
     def facts(self) -> dict[str, Any]:
         return store_facts(self.store, self.config.data.store)
@@ -113,6 +128,23 @@ def token_losses(
     if smoothing:
         smoothed = (1 - smoothing) * plain - smoothing * log_p[..., :codebook_size].mean(-1)
     return plain.masked_fill(~real, 0).sum((0, 2)), smoothed.masked_fill(~real, 0).sum((0, 2))
+
+
+def _file_name(prompt: str) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+
+
+def _load_for_samples(info: dict[str, Any]) -> tuple[Codec, TextEncoder]:
+    """The codec and the text encoder that the store was made with."""
+    codec, text_encoder = load_codec(info["codec"]["name"]), load_text_encoder(info["text"]["name"])
+    for kind, loaded in (("codec", codec), ("text", text_encoder)):
+        if loaded.fingerprint != info[kind]["fingerprint"]:
+            raise UserError(
+                f"the store was made with another {kind} than the {info[kind]['name']} that is installed here: "
+                "prepare it again, or set train.sample_every=0"
+            )
+    return codec, text_encoder
 
 
 def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
