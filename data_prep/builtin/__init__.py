@@ -1,7 +1,7 @@
 """The built-in corpus: music composed and rendered by this package, with known ground truth, released as CC0-1.0.
 
-A piece is a pure function of (seed, index); its audio is rendered offline from a General MIDI soundfont and its captions
-are written from the ground truth, so that a model can be trained and measured with no download.
+A piece is a pure function of (seed, index). Its audio is rendered from a General MIDI soundfont and its captions are
+written from the ground truth, so that a model can be trained and measured with no download.
 """
 
 from typing import TYPE_CHECKING, Any

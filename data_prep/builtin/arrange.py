@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from random import Random
 
+from .groove import events
 from .instruments import Instrument
 from .score import TICKS, Metre, Note
 from .theory import Chord, Key, voice
@@ -13,22 +14,9 @@ DRUM_KEYS = {"k": 36, "s": 38, "r": 37, "p": 44, "h": 42, "o": 46, "i": 51, "c":
 _DRUM_VELOCITY = {"x": 100, "o": 62}
 
 
-def _runs(pattern: str) -> list[tuple[int, int, str]]:
-    """The events of a pattern as (step, length in steps, character); `-` prolongs, `.` rests."""
-    cells = pattern.replace(" ", "")
-    events: list[tuple[int, int, str]] = []
-    for step, cell in enumerate(cells):
-        if cell == "-" and events:
-            first, length, char = events[-1]
-            events[-1] = (first, length + 1, char)
-        elif cell not in "-.":
-            events.append((step, 1, cell))
-    return events
-
-
 def pulsing(rng: Random, patterns: tuple[str, ...], metre: Metre) -> str:
     """Draw a pattern, preferring about one event a beat, so that the beat itself (not its half or double) is heard."""
-    rates = [len(_runs(pattern)) / metre.beats for pattern in patterns]
+    rates = [len(events(pattern)) / metre.beats for pattern in patterns]
     return rng.choices(patterns, [1 / (0.2 + abs(math.log2(rate))) for rate in rates])[0]
 
 
@@ -41,9 +29,9 @@ def voicings(chords: list[Chord], key: Key, low: int) -> list[tuple[int, ...]]:
 
 
 def _lay(pattern: str, metre: Metre, slot: int, n_slots: int) -> Iterator[tuple[int, int, str]]:
-    """A one-bar pattern repeated, as (tick, length, character); what would sound over a chord change is struck again."""
+    """A one-bar pattern repeated, as (tick, length, character); what crosses a chord change is struck again there."""
     for bar_start in range(0, n_slots * slot, metre.bar):
-        for step, steps, char in _runs(pattern):
+        for step, steps, char in events(pattern):
             start, end = bar_start + step * metre.step, bar_start + (step + steps) * metre.step
             while start < end:
                 stop = min(end, (start // slot + 1) * slot)
@@ -83,7 +71,9 @@ def play_bass(chords: list[Chord], key: Key, pattern: str, metre: Metre, slot: i
     return notes
 
 
-def play_drums(rng: Random, pattern: str, metre: Metre, n_bars: int, section_starts: set[int], calm: bool) -> list[Note]:
+def play_drums(
+    rng: Random, pattern: str, metre: Metre, n_bars: int, section_starts: set[int], calm: bool
+) -> list[Note]:
     """A drum pattern, with a fill before and a cymbal on the first beat of a section.
 
     `calm` leaves the cymbals and shakers between the beats out, so that a slow pulse is not heard as twice as fast.

@@ -6,7 +6,7 @@ from typing import Any
 from .words import BACKING_WORDS, DENSITY, FAMILY_WORDS, INSTRUMENTS, METRE_WORDS, MOODS, STYLE_NOUNS, TEMPO
 
 # Slots: np (article, adjectives, style noun), key, lead ("on a flute"), player ("a flute"), solo ("flute"), bpm, metre,
-# backing, style, tempo, mood, feel. An adjective is never given twice in one caption: `np` holds those not used elsewhere.
+# backing, style, tempo, mood, feel. No adjective comes twice in one caption: `np` holds those not used elsewhere.
 _CORE = (
     "{np} {key} on {player}", "{np} {key} {lead}", "{np} {lead}, {key}", "{np} {key}, {bpm}, {lead}",
     "{np} for {solo} {key}", "{np} {lead}", "{np} {key} for {solo}, {bpm}",
@@ -16,12 +16,15 @@ _DETAIL = (
     "{Player} carries the melody of {np} {key}, {backing}",
     "{np} {metre} {bpm}. {Player} leads, {backing}. The piece is {key}",
     "{Np} {key}. {Player} takes the lead {backing}", "An instrumental: {np} {lead}, {key}, {backing}",
-    "{np} with {player} playing the tune, {backing}, {bpm}", "{np} {key} at {tempo} speed, {beats}, with {player} in front",
+    "{np} with {player} playing the tune, {backing}, {bpm}",
+    "{np} {key} at {tempo} speed, {beats}, with {player} in front",
 )
 _SPOKEN = (
     "The melody of this {tempo} {style} is played by {player} {key}", "This is {np} {lead}",
-    "Music {key}: {np} with {player}", "{Player} plays {np} {key}", "{np}, {feel}, {lead}", "I would like {np} {key} {lead}",
-    "Play {np} {lead} {bpm}", "Imagine {np} {key} with {player} singing out the tune", "{mood} {tempo} music {key} {lead}",
+    "Music {key}: {np} with {player}", "{Player} plays {np} {key}", "{np}, {feel}, {lead}",
+    "I would like {np} {key} {lead}",
+    "Play {np} {lead} {bpm}", "Imagine {np} {key} with {player} singing out the tune",
+    "{mood} {tempo} music {key} {lead}",
     "{Player} over {backers}: {np} {key}", "{np} {lead}; the mood is {mood} and the tempo {tempo}",
     "Instrumental: {style} {key}, {tempo}, {lead}", "{mood} {tempo} melody {key} {lead}",
 )
@@ -80,10 +83,10 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     key, plainkey = _key_phrases(rng, truth)
     tempo, mood = rng.choice(TEMPO[truth["tempo_class"]]), rng.choice((truth["mood"], *MOODS.get(truth["mood"], ())))
     style = rng.choice(STYLE_NOUNS[truth["style"]])
-    beats = rng.choice((f"{truth['bpm']} bpm", f"{truth['bpm']} bpm", f"{truth['bpm']} BPM", f"{truth['bpm']} beats per minute"))
+    beats = f"{truth['bpm']} {rng.choice(('bpm', 'bpm', 'BPM', 'beats per minute'))}"
     feel = rng.choice(DENSITY[truth["density"]])
-    adjectives = [word for word, used, chance in ((tempo, "{tempo}" in template, 0.85), (mood, "{mood}" in template, 0.6))
-                  if not used and rng.random() < chance]
+    chances = ((tempo, "{tempo}", 0.85), (mood, "{mood}", 0.6))
+    adjectives = [word for word, slot, chance in chances if slot not in template and rng.random() < chance]
     rng.shuffle(adjectives)
     if "{feel}" not in template and truth["density"] != "moderate" and rng.random() < 0.2:
         adjectives.insert(0, "sparse" if truth["density"] == "sparse" else rng.choice(("dense", "busy")))
@@ -94,7 +97,8 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     if not truth["drums"] and rng.random() < 0.3:
         backing = rng.choice((f"{backing} and no drums", f"{backing}, without drums"))
     return {
-        "np": np, "key": key, "plainkey": plainkey, "solo": solo, "player": player, "tempo": tempo, "mood": mood, "style": style,
+        "np": np, "key": key, "plainkey": plainkey, "solo": solo, "player": player, "tempo": tempo, "mood": mood,
+        "style": style,
         "beats": beats, "bpm": rng.choice((f"at {beats}", f"at {beats}", f"at a tempo of {beats}")), "feel": feel,
         "metre": rng.choice(METRE_WORDS[truth["metre"]]), "backing": backing, "backers": band,
         "lead": rng.choice((f"played on {player}", f"on {player}", f"led by {player}",
@@ -122,8 +126,9 @@ def _tags(rng: Random, truth: dict[str, Any]) -> str:
 
 def tags(truth: dict[str, Any]) -> list[str]:
     """The ground truth as plain tags."""
-    return [truth["style"], truth["lead"]["name"], truth["lead"]["family"], f"{truth['key']} {truth['mode']}", truth["mode"],
-            truth["tempo_class"], f"{truth['bpm']} bpm", truth["metre"], truth["mood"], truth["density"],
+    lead, key = truth["lead"], f"{truth['key']} {truth['mode']}"
+    return [truth["style"], lead["name"], lead["family"], key, truth["mode"], truth["tempo_class"],
+            f"{truth['bpm']} bpm", truth["metre"], truth["mood"], truth["density"],
             "drums" if truth["drums"] else "no drums"]
 
 

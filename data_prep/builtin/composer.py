@@ -1,15 +1,16 @@
 """Composition: draw a plan, lay out the form, write the parts, and return the piece with its ground truth."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from . import arrange
+from .groove import Style
 from .harmony import Section, harmonise, plan_form
 from .instruments import BACKING, LEADS, Instrument
 from .melody import Tone, Voice, draw_motif, vary, write_phrase
 from .score import METRES, TICKS, Metre, Note, Piece, Track
-from .styles import STYLES, Style
+from .styles import STYLES
 from .theory import MODES, Chord, Key, is_bright, tonic_name
 
 VERSION = 2  # part of the seed: a change of the music is a new corpus
@@ -57,7 +58,7 @@ def _weight(style: Style, metre: Metre) -> float:
 
 
 def draw_plan(rng: Random) -> Plan:
-    """A plan. Lead family, mode, tonic, tempo class and density are drawn independently of one another and of the style."""
+    """A plan. Lead family, mode, tonic, tempo class and density are drawn independently of one another."""
     family = rng.choice(list(LEADS))
     lead = rng.choice(LEADS[family])
     key = Key(rng.randrange(12), rng.choice(list(MODES)))
@@ -77,11 +78,12 @@ def draw_plan(rng: Random) -> Plan:
     own = style.moods if style.moods and rng.random() < 0.3 else ()
     groove = style.grooves[metre.name]
     chords = rng.choice(backing or [BACKING["piano"], BACKING["strings"]])
-    return Plan(style, metre, pace, rng.choice(tempi(style)), key, density,
-                rng.choice(own or _MOODS[is_bright(key.mode), pace]), lead, chords, rng.choice(basses or [BACKING["acoustic bass"]]),
-                drums=bool(groove.drums) and rng.random() < style.drums,
-                pad=chords.family not in ("pad", "strings", "synth") and family not in ("strings", "synth")
-                and rng.random() < style.pad)
+    sustained = chords.family in ("pad", "strings", "synth") or family in ("strings", "synth")
+    return Plan(
+        style, metre, pace, rng.choice(tempi(style)), key, density,
+        mood=rng.choice(own or _MOODS[is_bright(key.mode), pace]), lead=lead, chords=chords,
+        bass=rng.choice(basses or [BACKING["acoustic bass"]]), drums=bool(groove.drums) and rng.random() < style.drums,
+        pad=not sustained and rng.random() < style.pad)
 
 
 def _lead_part(rng: Random, plan: Plan, sections: list[Section], chords: list[Chord], slots: int) -> list[Tone]:
@@ -110,7 +112,7 @@ def _lead_part(rng: Random, plan: Plan, sections: list[Section], chords: list[Ch
             tones = vary(rng, tones, voice, 12 if metre.compound else 6)
         part += [Tone(t.start + section.first_bar * metre.bar, t.duration, t.degree) for t in tones]
     end = sections[-1].first_bar * metre.bar
-    part.append(Tone(end, metre.bar, voice.chord_tone(part[-1].degree, Chord(0)) if part[-1].degree % 7 else part[-1].degree))
+    part.append(Tone(end, metre.bar, voice.chord_tone(part[-1].degree, Chord(0))))
     return part
 
 
@@ -133,9 +135,9 @@ def _play_lead(rng: Random, plan: Plan, part: list[Tone]) -> list[Note]:
 
 def _finish(notes: list[Note], last: int, end: int) -> tuple[Note, ...]:
     """Drop what starts after the last beat, and let what starts on it ring to the end."""
-    kept = (n if n.start < last else Note(n.start, end - n.start, n.pitch, n.velocity) for n in notes if n.start <= last)
-    return tuple(sorted((Note(n.start, min(n.duration, end - n.start), n.pitch, n.velocity) for n in kept),
-                        key=lambda n: (n.start, n.pitch)))
+    kept = [replace(n, duration=end - n.start if n.start == last else min(n.duration, end - n.start))
+            for n in notes if n.start <= last]
+    return tuple(sorted(kept, key=lambda n: (n.start, n.pitch)))
 
 
 def compose(seed: int, index: int) -> Piece:
@@ -157,7 +159,8 @@ def compose(seed: int, index: int) -> Piece:
     final = lead.pop()
     lead = [note for note in lead if note.start < sections[-1].first_bar * metre.bar]
     if last % metre.bar:  # the last bar's first half leads into the final note
-        lead += [Note(final.start, last - final.start, plan.key.pitch(plan.key.degree_near(final.pitch) + 2), final.velocity)]
+        third = plan.key.pitch(plan.key.degree_near(final.pitch) + 2)
+        lead.append(Note(final.start, last - final.start, third, final.velocity))
     lead.append(Note(last, TICKS, final.pitch, final.velocity))
     steady = plan.tempo_class != "medium"
     pattern = arrange.pulsing(rng, groove.chords, metre) if steady else rng.choice(groove.chords)
@@ -177,7 +180,8 @@ def compose(seed: int, index: int) -> Piece:
         starts = {section.first_bar for section in sections}
         kit = Instrument("drums", plan.style.kit, "drums", 0, 127)
         hits = arrange.play_drums(rng, rng.choice(groove.drums), metre, n_bars, starts, plan.tempo_class == "slow")
-        parts.append((kit, "drums", -9.0, [n for n in hits if n.start < last] + [Note(last, TICKS, 49, 80), Note(last, TICKS, 36, 96)]))
+        ending = [Note(last, TICKS, arrange.DRUM_KEYS["c"], 80), Note(last, TICKS, arrange.DRUM_KEYS["k"], 96)]
+        parts.append((kit, "drums", -9.0, [n for n in hits if n.start < last] + ending))
     tracks = tuple(Track(who.name, role, who.program, who.family, level,
                          _finish(arrange.swing(notes) if plan.style.swing else notes, last, end))
                    for who, role, level, notes in parts)
@@ -190,5 +194,5 @@ def compose(seed: int, index: int) -> Piece:
         "lead": {"name": plan.lead.name, "program": plan.lead.program, "family": plan.lead.family},
         "instruments": [{"name": t.name, "role": t.role, "program": t.program, "family": t.family} for t in tracks],
     }
-    title = f"{plan.mood.capitalize()} {plan.style.name} in {truth['key']} {plan.key.mode} for {plan.lead.name}, no. {index}"
-    return Piece(identity, title, plan.bpm, metre, tracks, DURATION, truth)
+    title = f"{plan.mood.capitalize()} {plan.style.name} in {truth['key']} {plan.key.mode} for {plan.lead.name}"
+    return Piece(identity, f"{title}, no. {index}", plan.bpm, metre, tracks, DURATION, truth)

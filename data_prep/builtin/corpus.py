@@ -1,4 +1,4 @@
-"""Producing the corpus: pieces to 20 s FLAC segments and manifest rows, in parallel, resumable, the same bytes every time."""
+"""Producing the corpus: pieces to 20 s FLAC segments and manifest rows, in parallel, resumable, reproducible."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from .synth import render
 
 SAMPLE_RATE = 24_000
 SEGMENT = 20.0  # seconds
+_LICENCE_URL = "https://creativecommons.org/publicdomain/zero/1.0/"
 _SPLITS = ((90, "train"), (95, "valid"), (100, "test"))
 
 
@@ -77,7 +78,7 @@ def _produce_piece(index: int, seed: int, folder: Path) -> list[dict[str, Any]]:
         rows.append({
             "id": name, "shard": -1, "offset": 0, "frames": 0, "captions": describe(truth, name), "tags": tags(truth),
             "split": split_of(piece.id), "licence": "CC0-1.0",
-            "licence_url": "https://creativecommons.org/publicdomain/zero/1.0/", "title": piece.title, "author": "ssmttm",
+            "licence_url": _LICENCE_URL, "title": piece.title, "author": "ssmttm",
             "source_url": "", "modifications": "20 s segment", "content_hash": digest, "duration": SEGMENT,
             "audio": f"audio/{name}.flac", "truth": json.dumps(truth, ensure_ascii=False)})
     return rows

@@ -5,7 +5,8 @@ from random import Random
 
 from .theory import CHARACTERISTIC, Chord
 
-# Chord roots by function and mode, with weights. The dorian sixth speaks in IV and ii, the mixolydian seventh in VII and v.
+# Chord roots by function and mode, with weights. The dorian sixth speaks in IV and ii,
+# the mixolydian seventh in VII and v.
 _TONIC = {"major": {0: 7, 5: 2, 2: 1}, "minor": {0: 7, 5: 2, 2: 1}, "dorian": {0: 7, 2: 1}, "mixolydian": {0: 7, 5: 1}}
 _PREPARE = {"major": {3: 4, 1: 3}, "minor": {3: 4, 5: 2}, "dorian": {3: 6, 1: 2}, "mixolydian": {3: 4, 6: 2}}
 _DOMINANT = {"major": {4: 1}, "minor": {4: 3, 6: 2}, "dorian": {3: 4, 6: 2, 4: 1}, "mixolydian": {6: 5, 4: 2}}

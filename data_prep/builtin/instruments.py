@@ -36,7 +36,8 @@ LEADS: dict[str, tuple[Instrument, ...]] = {
         "guitar", ("nylon-string guitar", 24, 57, 79), ("steel-string guitar", 25, 57, 79), ("jazz guitar", 26, 57, 79),
         ("clean electric guitar", 27, 57, 79), ("distorted electric guitar", 30, 55, 77), ("banjo", 105, 60, 80)),
     "strings": _family(
-        "strings", ("violin", 40, 62, 86), ("viola", 41, 55, 77), ("cello", 42, 48, 69), ("string ensemble", 48, 60, 83),
+        "strings", ("violin", 40, 62, 86), ("viola", 41, 55, 77), ("cello", 42, 48, 69),
+        ("string ensemble", 48, 60, 83),
         ("fiddle", 110, 62, 84)),
     "brass": _family(
         "brass", ("trumpet", 56, 60, 81), ("trombone", 57, 50, 70), ("muted trumpet", 59, 60, 81),

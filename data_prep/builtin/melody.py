@@ -42,7 +42,7 @@ class Motif:
 
 
 def draw_motif(rng: Random, metre: Metre, density: str, bpm: int) -> Motif:
-    """A new one-bar motif. Fast tempi avoid sixteenths, slow ones avoid long values, so that the pulse stays audible."""
+    """A new one-bar motif; quick tempi leave the shortest values out."""
     cells = dict((_COMPOUND if metre.compound else _SIMPLE)[density])
     shortest = (4 if bpm > 84 else 2) if metre.compound else (6 if bpm > 112 else 3)
     cells = {cell: weight for cell, weight in cells.items() if min(cell) >= shortest}
@@ -111,11 +111,8 @@ def _set_bar(rng: Random, voice: Voice, motif: Motif, chords: list[Chord], start
 def _cadence_bar(rng: Random, voice: Voice, chord: Chord, start: int, at: int, metre: Metre, goal: int) -> list[Tone]:
     """A phrase's last bar: a short approach by step and a long arrival on `goal` (a degree, any octave)."""
     target = min((d for d in range(voice.low, voice.high + 1) if d % 7 == goal), key=lambda d: (abs(d - at), d))
-    if metre.beats == 2:
-        lengths, degrees = ([24], [target]) if rng.random() < 0.4 else ([12, 12], [voice.chord_tone(target + 2, chord), target])
-    elif rng.random() < 0.5:
-        lengths, degrees = [metre.bar], [target]
-    else:
+    lengths, degrees = [metre.bar], [target]
+    if rng.random() >= (0.4 if metre.compound else 0.5):
         lengths, degrees = [TICKS, metre.bar - TICKS], [voice.chord_tone(target + 2, chord), target]
     tones, tick = [], start
     for length, degree in zip(lengths, degrees, strict=True):
@@ -126,7 +123,10 @@ def _cadence_bar(rng: Random, voice: Voice, chord: Chord, start: int, at: int, m
 
 def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, motifs: tuple[Motif, Motif],
                  closed: bool, slots: int = 1) -> list[Tone]:
-    """A phrase over `slots` chords a bar: statement, repetition or sequence, contrast, cadence (on the tonic if `closed`)."""
+    """A phrase over `slots` chords a bar: statement, repetition or sequence, contrast, and a cadence.
+
+    `closed` phrases end on the tonic, the others on a tone of their last chord.
+    """
     first, second = motifs
     plan = rng.choice(("abac", "aabc", "abbc", "abic", "aiac"))
     tones: list[Tone] = []
@@ -154,13 +154,14 @@ def vary(rng: Random, tones: list[Tone], voice: Voice, shortest: int) -> list[To
     for i, tone in enumerate(tones):
         following = tones[i + 1].degree if i + 1 < len(tones) else tone.degree
         half = tone.duration // 2
-        if half >= shortest and tone.duration % (2 * shortest) == 0 and tone.duration <= 2 * TICKS and rng.random() < 0.35:
+        splits = shortest <= half <= TICKS and half % shortest == 0
+        follows = bool(varied) and varied[-1].start + varied[-1].duration == tone.start
+        if splits and rng.random() < 0.35:
             gap = following - tone.degree
             between = tone.degree + (1 if gap > 0 else -1) if abs(gap) >= 2 else tone.degree + rng.choice((1, -1))
             between = min(max(between, voice.low), voice.high)
             varied += [Tone(tone.start, half, tone.degree), Tone(tone.start + half, half, between)]
-        elif (varied and tone.duration < TICKS and tone.start % TICKS and varied[-1].start + varied[-1].duration == tone.start
-              and rng.random() < 0.2):
+        elif follows and tone.duration < TICKS and tone.start % TICKS and rng.random() < 0.2:
             last = varied.pop()
             varied.append(Tone(last.start, last.duration + tone.duration, last.degree))
         else:

@@ -22,7 +22,8 @@ def _soundfont() -> bytes:
     """The General MIDI soundfont TimGM6mb that the package pretty_midi carries."""
     spec = importlib.util.find_spec("pretty_midi")
     if spec is None or spec.origin is None:
-        raise UserError("the soundfont is missing: the package pretty_midi is not installed; run `pip install pretty_midi`")
+        raise UserError("the soundfont is missing: the package pretty_midi is not installed; "
+                        "run `pip install pretty_midi`")
     path = Path(spec.origin).parent / "TimGM6mb.sf2"
     if not path.is_file():
         raise UserError(f"the soundfont is missing: {path} does not exist; reinstall pretty_midi")

@@ -73,7 +73,7 @@ class Chord:
 
 
 def voice(chord: Chord, key: Key, previous: tuple[int, ...], low: int) -> tuple[int, ...]:
-    """A close voicing of the chord near `previous` (smooth voice leading), its lowest note within an octave of `low`."""
+    """A close voicing near `previous` (smooth voice leading), its lowest note in the octave above `low`, a MIDI key."""
     classes = chord.pitch_classes(key)
     candidates = []
     for first in range(len(classes)):

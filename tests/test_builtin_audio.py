@@ -1,0 +1,121 @@
+"""The built-in corpus as audio: rendering, balance, and producing the same bytes however it is run."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from data_prep.builtin import compose, corpus, produce, render, segments, synth
+from ssmttm.errors import UserError
+
+RATE = 24_000
+HOURS = 3 * 40 / 3600  # three pieces
+
+
+@pytest.fixture(scope="module")
+def produced(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("corpus")
+    return folder, list(produce(HOURS, 5, folder))
+
+
+def test_audio_is_full_sized_audible_and_unclipped() -> None:
+    for index in range(4):
+        piece = compose(5, index)
+        audio = render(piece)
+        assert audio.dtype == np.float32 and audio.shape == (int(piece.duration * RATE),)
+        assert np.isfinite(audio).all() and np.abs(audio).max() <= 0.9
+        seconds = audio.reshape(-1, RATE)
+        assert np.sqrt((seconds**2).mean(axis=1))[:-2].min() > 0.005, "a silent second"
+        assert 0.03 < np.sqrt((audio**2).mean()) <= 0.12
+        assert np.abs(audio[-24:]).max() < 0.01, "the end is faded"
+
+
+def test_no_state_leaks_from_piece_to_piece() -> None:
+    first, second = compose(5, 0), compose(5, 1)
+    alone = render(second)
+    render(first)
+    assert np.array_equal(render(second), alone)
+
+
+def test_the_lead_stands_clear_of_the_backing() -> None:
+    for index in range(3):
+        piece = compose(6, index)
+        lead = render(replace(piece, tracks=tuple(t for t in piece.tracks if t.role == "lead")))
+        whole = render(piece)
+        scale = np.dot(whole, lead) / np.dot(lead, lead)  # the backing hardly correlates with the lead
+        backing = whole - scale * lead
+        assert 20 * np.log10(np.std(scale * lead) / np.std(backing)) > 4.0, piece.title
+
+
+def test_the_beat_can_be_heard() -> None:
+    """The onset strength repeats at the stated beat better than at tempi in no simple ratio to it."""
+    librosa = pytest.importorskip("librosa")
+    for index in range(3):
+        piece = compose(9, index)
+        strength = librosa.onset.onset_strength(y=render(piece)[RATE * 5 : RATE * 25], sr=RATE, hop_length=256)
+        repeats = librosa.autocorrelate(strength - strength.mean())
+        lags = 60 / piece.bpm * RATE / 256 * np.array([1, 0.83, 1.19])
+        at = np.interp(lags, np.arange(len(repeats)), repeats)
+        assert at[0] > max(at[1:]), piece.title
+
+
+def test_the_rows_hold_what_the_store_needs(produced) -> None:
+    folder, rows = produced
+    assert [row["id"] for row in rows] == [f"builtin-5-{i:06d}-{s}" for i in range(3) for s in range(2)]
+    for row in rows:
+        pcm, rate = soundfile.read(folder / row["audio"], dtype="int16")
+        assert rate == RATE and len(pcm) == 20 * RATE and row["duration"] == 20.0
+        assert hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest() == row["content_hash"]
+        truth = json.loads(row["truth"])
+        assert truth["piece"] == row["id"][:-2] and truth["segment"] == int(row["id"][-1])
+        assert row["licence"] == "CC0-1.0" and row["author"] == "ssmttm" and 4 <= len(row["captions"]) <= 6
+        assert (row["shard"], row["offset"], row["frames"]) == (-1, 0, 0)
+    assert segments(compose(5, 0)) == [(0, 480_000), (480_000, 480_000)]
+    assert not list((folder / "audio").glob(".*")), "a file left aside"
+
+
+def test_any_number_of_processes_gives_the_same_bytes(produced, tmp_path: Path) -> None:
+    folder, rows = produced
+    assert list(produce(HOURS, 5, tmp_path, processes=2)) == rows
+    for row in rows:
+        assert (tmp_path / row["audio"]).read_bytes() == (folder / row["audio"]).read_bytes()
+
+
+def test_resume_keeps_whole_files_and_mends_broken_ones(produced, tmp_path: Path, monkeypatch) -> None:
+    _, rows = produced
+    list(produce(40 / 3600, 5, tmp_path))
+    first, second = (tmp_path / row["audio"] for row in rows[:2])
+    whole = first.read_bytes()
+    rendered = []
+    monkeypatch.setattr(corpus, "render", lambda piece, rate: rendered.append(piece.id) or render(piece, rate))
+    assert list(produce(40 / 3600, 5, tmp_path)) == rows[:2] and not rendered
+    first.write_bytes(whole[: len(whole) // 2])
+    second.unlink()
+    assert list(produce(40 / 3600, 5, tmp_path)) == rows[:2] and len(rendered) == 1
+    assert first.read_bytes() == whole and second.is_file()
+
+
+def test_splits_are_disjoint_by_piece_and_near_ninety_five_five() -> None:
+    splits = [corpus.split_of(f"builtin-1-{index:06d}") for index in range(4000)]
+    shares = {name: splits.count(name) / len(splits) for name in ("train", "valid", "test")}
+    assert shares == pytest.approx({"train": 0.9, "valid": 0.05, "test": 0.05}, abs=0.015)
+
+
+def test_both_segments_of_a_piece_share_a_split(produced) -> None:
+    _, rows = produced
+    for row in rows:
+        assert row["split"] == corpus.split_of(row["id"].rsplit("-", 1)[0])
+
+
+def test_a_missing_soundfont_is_said_in_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(synth.importlib.util, "find_spec", lambda name: None)
+    synth._soundfont.cache_clear()
+    try:
+        with pytest.raises(UserError, match="pretty_midi"):
+            render(compose(5, 0))
+    finally:
+        synth._soundfont.cache_clear()
