@@ -31,4 +31,5 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } text { stroke:
   var(--violet); }
 .name0 { fill: var(--accent); } .name1 { fill: var(--blue); } .name2 { fill: var(--green); } .name3 { fill:
   var(--violet); }
+@media (max-width: 640px) { svg { font-size: 18px; } }
 """

@@ -14,10 +14,10 @@ _COLOURS = ((12, 12, 32), (49, 27, 94), (116, 38, 112), (183, 55, 92), (236, 104
 
 
 def spectrogram_png(wav: Tensor, sample_rate: int, width: int = 640, height: int = 160) -> bytes:
-    """A log-mel spectrogram as a PNG, low notes at the bottom, 70 dB from dark to bright. wav [S] or [1, S]."""
+    """A log-mel spectrogram as a PNG, low notes at the bottom, 55 dB from dark to bright. wav [S] or [1, S]."""
     wav = resample(torch.nan_to_num(wav.float()).reshape(1, -1), sample_rate, features.SAMPLE_RATE)
     decibel = features.log_mel(features.level(wav))[0] * 20  # [M, T]
-    shade = ((decibel - decibel.max()) / 70 + 1).clamp(0, 1)
+    shade = ((decibel - decibel.max()) / 55 + 1).clamp(0, 1)
     shade = torch.nn.functional.interpolate(shade[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     place = shade.flip(0) * (len(_COLOURS) - 1)
     colours = torch.tensor(_COLOURS, dtype=torch.float32)
