@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,7 @@ def produce(hours: float, seed: int, out_dir: str | Path, processes: int = 1) ->
         for index in indices:
             yield from work(index)
         return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    with multiprocessing.get_context("spawn").Pool(processes, signal.signal, ignore_interrupt) as pool:
         for rows in pool.imap(work, indices, chunksize=4):
             yield from rows
