@@ -1,0 +1,192 @@
+"""Every mixer: forward, steps, states and masks agree; Mamba-2 equals transformers' and loads mamba_ssm's names."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from ssmttm.errors import UserError
+from ssmttm.mixers import MIXERS, Mamba2, build_mixer
+
+OPTIONS = {"mamba2": [{"ngroups": 1}, {"ngroups": 2, "d_conv": 3}]}
+CASES = [pytest.param(name, options, id=f"{name}-{i}") for name in MIXERS for i, options in enumerate(OPTIONS[name])]
+T = 37
+
+
+def make(name, options, dtype=torch.float64):
+    """A small mixer whose every parameter matters, and an input [3, T, 16]."""
+    torch.manual_seed(0)
+    mixer = build_mixer(name, 16, d_state=8, headdim=8, chunk_size=8, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer, torch.randn(3, T, 16, dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_forward_is_prefill_and_steps_at_every_split(name, options):
+    mixer, x = make(name, options)
+    expected = mixer(x)
+    with torch.no_grad():
+        for split in range(T + 1):
+            state = mixer.init_state(3)
+            parts = [mixer(x[:, :split], state)] if split else []
+            parts += [mixer.step(x[:, t], state)[:, None] for t in range(split, T)]
+            torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_state_carried_over_two_forwards_equals_one(name, options):
+    mixer, x = make(name, options)
+    state, whole = mixer.init_state(3), mixer.init_state(3)
+    expected = mixer(x, whole)
+    for cut in (1, 2, 20):
+        state = mixer.init_state(3)
+        found = torch.cat([mixer(x[:, :cut], state), mixer(x[:, cut:], state)], 1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        for a, b in zip(vars(state).values(), vars(whole).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert not any(tensor.requires_grad for tensor in vars(state).values())
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_masked_positions_change_nothing(name, options):
+    """Holes anywhere, whatever stands in them: outputs, gradients and states are those of the real positions alone."""
+    mixer, x = make(name, options)
+    mask = torch.rand(3, T, generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[2] = False
+    mask[2, 11] = True  # fewer positions than the convolution has taps
+    x = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    state = mixer.init_state(3)
+    warm_up = torch.randn(3, 5, 16, dtype=x.dtype)
+    mixer(warm_up, state)
+    y = mixer(x, state, mask)
+    y.square().sum().backward()
+    assert (y[~mask] == 0).all() and (x.grad[~mask] == 0).all() and x.grad[mask].abs().min() > 0
+    for row in range(3):
+        alone = mixer.init_state(1)
+        mixer(warm_up[row : row + 1], alone)
+        expected = mixer(x[row : row + 1, mask[row]].detach(), alone)
+        torch.testing.assert_close(y[row, mask[row]], expected[0], rtol=0, atol=1e-12)
+        for a, b in zip(vars(state).values(), vars(alone).values(), strict=True):
+            torch.testing.assert_close(a[row], b[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_row_with_no_real_position_keeps_its_state(name, options):
+    mixer, x = make(name, options)
+    state = mixer.init_state(3)
+    mixer(x, state)
+    before = state.clone()
+    mixer(x, state, torch.zeros(3, T, dtype=torch.bool))
+    for a, b in zip(vars(state).values(), vars(before).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_autocast_keeps_the_recurrence_in_float32(name, options):
+    mixer, x = make(name, options, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = mixer.init_state(3, dtype=torch.bfloat16)
+        y = mixer(x, state)
+        stepped = mixer.init_state(3, dtype=torch.bfloat16)
+        steps = torch.stack([mixer.step(x[:, t], stepped) for t in range(T)], 1)
+    assert y.dtype == torch.bfloat16 and state.ssm_state.dtype == torch.float32
+    scale = mixer(x).abs().max()
+    assert (y - mixer(x)).abs().max() < 0.03 * scale and (steps - y).abs().max() < 0.03 * scale
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_model_cast_to_bfloat16_runs(name, options):
+    mixer, x = make(name, options, torch.float32)
+    expected, scale = mixer(x), mixer(x).abs().max()
+    mixer, x = mixer.bfloat16(), x.bfloat16()
+    state = mixer.init_state(3)
+    assert (mixer(x, state) - expected).abs().max() < 0.05 * scale
+    assert state.ssm_state.dtype == torch.float32
+    assert mixer.step(x[:, 0], state).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_flops_are_those_counted(name, options):
+    mixer, _ = make(name, options)
+    with FlopCounterMode(display=False) as counter:
+        mixer(torch.randn(1, 100, 16, dtype=torch.float64))
+    uncounted = 100 * 2 * mixer.conv1d.weight.numel()  # our convolution is no matrix product to the counter
+    assert mixer.flops(100) - uncounted == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_state_of_another_batch_size_is_refused(name, options):
+    mixer, x = make(name, options)
+    with pytest.raises(UserError, match=r"the state is for a batch of 2, the input of 3: call init_state\(3\)"):
+        mixer(x, mixer.init_state(2))
+    with pytest.raises(UserError, match="batch of 2"):
+        mixer.step(x[:, 0], mixer.init_state(2))
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"headdim 5 does not divide expand \* d_model = 32"):
+        Mamba2(16, headdim=5)
+    with pytest.raises(UserError, match="ngroups 3 does not divide the 4 heads"):
+        Mamba2(16, headdim=8, ngroups=3)
+    with pytest.raises(UserError, match="unknown layer 'lstm'"):
+        build_mixer("lstm", 16)
+
+
+def test_mamba2_has_the_parameters_of_mamba_ssm():
+    """Names and shapes of mamba_ssm.modules.mamba2.Mamba2(1024, d_state=512); 7,390,304 parameters in all."""
+    with torch.device("meta"):
+        mixer = Mamba2(1024, d_state=512)
+    expected = {
+        "dt_bias": (32,),
+        "A_log": (32,),
+        "D": (32,),
+        "in_proj.weight": (2 * 2048 + 2 * 512 + 32, 1024),
+        "conv1d.weight": (2048 + 2 * 512, 1, 4),
+        "conv1d.bias": (2048 + 2 * 512,),
+        "norm.weight": (2048,),
+        "out_proj.weight": (1024, 2048),
+    }
+    assert {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()} == expected
+    assert sum(p.numel() for p in mixer.parameters()) == 7_390_304
+    marked = {name for name, p in mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert marked == {"dt_bias", "A_log", "D"}
+
+
+def test_mamba2_starts_where_mamba_ssm_does():
+    mixer = Mamba2(1024, headdim=4)  # 512 heads: enough to see the distributions
+    A, dt = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
+    assert 1 <= A.min() < 1.5 and 15.5 < A.max() <= 16 and (A.mean() - 8.5).abs() < 1
+    assert 0.99e-3 < dt.min() < 1.3e-3 and 0.08 < dt.max() < 0.101
+    assert (dt.log().mean() - (math.log(1e-3) + math.log(0.1)) / 2).abs() < 0.3
+    assert (mixer.D == 1).all() and (mixer.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mamba2_equals_transformers(groups):
+    """The independent reference: a two-layer Mamba2ForCausalLM, its mixers exchanged for ours with copied weights."""
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=50, hidden_size=16, state_size=8, num_hidden_layers=2, expand=2, head_dim=8, num_heads=4,
+        n_groups=groups, conv_kernel=4, chunk_size=8,
+    )  # fmt: skip
+    reference = Mamba2ForCausalLM(config).double().eval()
+    ids = torch.randint(50, (2, T))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = reference(ids, use_cache=False).logits
+        x = reference.backbone.embeddings(ids)
+        for layer in reference.backbone.layers:
+            mixer = Mamba2(16, d_state=8, headdim=8, ngroups=groups, chunk_size=16).double()
+            mixer.load_state_dict(layer.mixer.state_dict())
+            mixer.norm.eps = config.layer_norm_epsilon
+            x = x + mixer(layer.norm(x))
+        logits = reference.lm_head(reference.backbone.norm_f(x))
+    torch.testing.assert_close(logits.double(), expected.double(), rtol=0, atol=2e-6)  # transformers rounds to float32
+    assert expected.abs().max() > 0.1

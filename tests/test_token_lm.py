@@ -1,0 +1,223 @@
+"""The language model: prefill and steps equal forward, padding changes nothing, text does, sizes are the paper's."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssmttm.config import CONFIG_DIR
+from ssmttm.errors import UserError
+from ssmttm.models import TokenLM, TokenLMConfig, build_model
+from ssmttm.text.condition import TextCondition
+
+K, V, E, S = 3, 16, 12, 21
+SMALL = {
+    "n_codebooks": K, "codebook_size": V, "d_model": 16, "n_layers": 2, "d_state": 8, "headdim": 8, "chunk_size": 8,
+    "text_dim": E,
+}  # fmt: skip
+VARIANTS = {
+    "ours": {},
+    "paper": {"positions": "sinusoidal", "final_norm": False, "predict_special": True, "init_std": None},
+    "mamba": {"block": "mamba", "layers": ["mamba2", "mamba2"], "ngroups": 2},
+}
+
+
+def preset(name, *overrides):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(f"model/{name}", overrides=[f"model.{o}" for o in overrides]).model
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    torch.manual_seed(0)
+    model = TokenLM(TokenLMConfig(**{**SMALL, **VARIANTS[request.param]})).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def codes():
+    return torch.randint(V + 1, (3, K, S), generator=torch.Generator().manual_seed(1))
+
+
+def captions(*lengths, seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return TextCondition.stack([torch.randn(n, E, generator=g) for n in lengths])
+
+
+
+def assert_equal(found, expected, tolerance=1e-11):
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def test_forward_is_prefill_and_steps_at_every_split(model, codes):
+    text = captions(4, 0, 7)
+    expected = model(codes, text)
+    assert expected.shape == (3, K, S, V + model.config.predict_special)
+    assert expected.transpose(1, 2).is_contiguous()
+    for split in range(1, S + 1):
+        state = model.init_state(3)
+        found = [model.prefill(codes[..., :split], text, state)]
+        found += [model.step(codes[..., s], state) for s in range(split, S)]
+        assert_equal(torch.stack(found, 2), expected[:, :, split - 1 :])
+        assert state.position == S
+
+
+def test_a_state_carried_over_two_prefills_equals_one(model, codes):
+    text = captions(4, 0, 7)
+    state, whole = model.init_state(3), model.init_state(3)
+    model.prefill(codes[..., :9], text, state)
+    copy = state.clone()
+    assert_equal(model.prefill(codes[..., 9:], None, state), model.prefill(codes, text, whole))
+    assert_equal(model.prefill(codes[..., 9:], None, copy), model.prefill(codes, text, model.init_state(3)))
+
+
+def test_the_future_is_not_seen(model, codes):
+    text, changed = captions(4, 0, 7), codes.clone()
+    changed[..., 10:] = (changed[..., 10:] + 1) % V
+    before, after = model(codes, text), model(changed, text)
+    assert_equal(after[:, :, :10], before[:, :, :10])
+    assert (after[:, :, 10] != before[:, :, 10]).any(-1).all()
+
+
+@pytest.mark.parametrize("where", ["left", "right", "scattered"])
+def test_text_padding_changes_no_logit(model, codes, where):
+    text = captions(4, 0, 7)
+    slots = {"left": range(9, 16), "right": range(7), "scattered": [1, 2, 5, 8, 9, 13, 15]}[where]
+    embeddings = torch.full((3, 16, E), torch.nan)  # whatever stands in padding is not read
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    for row, real in enumerate(text.mask):
+        n = int(real.sum())
+        if n:
+            chosen = torch.tensor(list(slots)[:n])
+            embeddings[row, chosen], mask[row, chosen] = text.embeddings[row, real], True
+    padded = TextCondition(embeddings, mask)
+    expected = model(codes, text)
+    assert_equal(model(codes, padded), expected)
+    state, plain = model.init_state(3), model.init_state(3)
+    assert_equal(model.prefill(codes, padded, state), model.prefill(codes, text, plain))
+    assert_equal(model.step(codes[..., 0], state), model.step(codes[..., 0], plain))
+    alone = TextCondition(text.embeddings[:1, text.mask[0]], text.mask[:1, text.mask[0]])
+    assert_equal(model(codes[:1], alone), expected[:1])
+
+
+def test_text_changes_every_logit_and_no_text_is_the_same_as_none(model, codes):
+    text = captions(4, 0, 7)
+    before, after = model(codes, text), model(codes, captions(4, 0, 7, seed=3))
+    changed = (before - after).abs().amax(-1)  # [B, K, S]
+    assert (changed[[0, 2]] > 1e-9).all() and (changed[1] == 0).all()
+    assert_equal(model(codes, None)[1], before[1])
+    shuffled = TextCondition(text.embeddings.flip(1), text.mask.flip(1))  # the order of words counts
+    assert (model(codes, shuffled) - before).abs()[[0, 2]].max() > 1e-6
+
+
+def test_the_empty_caption_trains_the_projection(model, codes):
+    model(codes, captions(2, 2, 2)).logsumexp(-1).sum().backward()
+    assert model.text.linear.weight.grad.abs().sum() > 0 and model.text.norm.weight.grad.abs().sum() > 0
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+def test_audio_positions_do_not_depend_on_the_text():
+    """With positions but deaf to its text, a model hears the same audio behind captions of any length."""
+    torch.manual_seed(0)
+    model = TokenLM(TokenLMConfig(**{**SMALL, "positions": "sinusoidal", "n_layers": 0})).double()
+    codes = torch.randint(V, (2, K, S))
+    assert_equal(model(codes, captions(1, 9)), model(codes, captions(5, 0)))
+    assert (model(codes, None) - model(codes.flip(-1), None).flip(2)).abs().max() > 1e-6
+
+
+def test_autocast_agrees_with_float32(codes):
+    torch.manual_seed(0)
+    model, text = TokenLM(TokenLMConfig(**SMALL)), captions(4, 0, 7)
+    expected = model(codes, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(codes, text)
+        state = model.init_state(3, dtype=torch.bfloat16)
+        model.prefill(codes[..., :5], text, state)
+        steps = torch.stack([model.step(codes[..., s], state) for s in range(5, S)], 2)
+    assert (logits - expected).abs().max() < 0.03 * expected.abs().max()
+    assert (steps - expected[:, :, 5:]).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_dropout_acts_in_training_only(codes):
+    model = TokenLM(TokenLMConfig(**{**SMALL, "dropout": 0.5}))
+    assert not torch.equal(model(codes, None), model(codes, None))
+    model.eval()
+    assert torch.equal(model(codes, None), model(codes, None))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parameters"),
+    [([], 281_042_176), (["n_codebooks=9"], 297_835_776), (["n_layers=6"], 72_427_072)],
+)
+def test_the_papers_model_has_the_papers_size(overrides, parameters):
+    with torch.device("meta"):
+        model = build_model(preset("prefix_simba", *overrides))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.special_token_id == 1024 and model.n_logits == 1025
+
+
+def test_the_presets_build():
+    with torch.device("meta"):
+        tiny, debug = build_model(preset("tiny")), build_model(preset("debug"))
+    assert 7e6 < sum(p.numel() for p in tiny.parameters()) < 11e6 and tiny.config.n_codebooks == 8
+    assert sum(p.numel() for p in debug.parameters()) < 1e5
+
+
+def test_our_start_is_calm_and_leaves_the_recurrence_alone():
+    torch.manual_seed(0)
+    model = TokenLM(TokenLMConfig(n_layers=4, codebook_size=256))
+    logits = model(torch.randint(256, (1, 8, 30)), None)
+    assert logits.abs().max() < 3  # near uniform: a first loss of about log(codebook_size)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    mixer = model.blocks[0].branches[0].inner
+    assert (mixer.A_log.exp() >= 1).all() and (torch.nn.functional.softplus(mixer.dt_bias) > 0.9e-3).all()
+    assert mixer.out_proj.weight.abs().max() <= 1 / 512**0.5 / 8**0.5
+
+
+def test_flops_are_those_counted():
+    model = TokenLM(TokenLMConfig(n_layers=2, text_dim=32))
+    codes, text = torch.randint(1024, (1, 8, 200)), TextCondition.stack([torch.randn(20, 32)])
+    with FlopCounterMode(display=False) as counter:
+        model(codes, text)
+    assert model.flops(200, 20) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_a_step_costs_the_same_at_any_position_and_keeps_its_memory(codes):
+    model = TokenLM(TokenLMConfig(**SMALL)).eval()
+    state = model.init_state(3)
+    model.prefill(codes, captions(4, 0, 7), state)
+    tensors = [t for states in state.blocks for s in states if s is not None for t in vars(s).values()]
+    places = [t.data_ptr() for t in tensors]
+    for _ in range(3):
+        with FlopCounterMode(display=False) as counter:
+            model.step(codes[..., 0], state)
+        assert counter.get_total_flops() == pytest.approx(3 * model.flops(1, 0), rel=0.3)
+    assert [t.data_ptr() for t in tensors] == places
+
+
+def test_mistakes_are_said_clearly(codes):
+    model = TokenLM(TokenLMConfig(**SMALL))
+    text = captions(4, 0, 7)
+    with pytest.raises(UserError, match="the codes have 2 codebooks, the model has 3"):
+        model(codes[:, :2], text)
+    with pytest.raises(UserError, match="3 captions for a batch of 2"):
+        model(codes[:2], text)
+    with pytest.raises(UserError, match=r"model\.text_dim is 12"):
+        model(codes, TextCondition(torch.zeros(3, 2, 5), torch.ones(3, 2, dtype=torch.bool)))
+    with pytest.raises(UserError, match="codes are empty"):
+        model(codes[..., :0], text)
+    for call in (lambda s: model.prefill(codes, text, s), lambda s: model.step(codes[..., 0], s)):
+        with pytest.raises(UserError, match="the state is for a batch of 2"):
+            call(model.init_state(2))
+    with pytest.raises(UserError, match=r"unknown model\.kind 'gpt'"):
+        build_model({"kind": "gpt"})
+    with pytest.raises(UserError, match=r"unknown model\.d_modle"):
+        build_model({"kind": "token_lm", "d_modle": 3})
+    with pytest.raises(UserError, match=r"unknown model\.block 'resnet': choose from simba, mamba"):
+        build_model({"kind": "token_lm", "block": "resnet"})
+    with pytest.raises(UserError, match="unknown layer 'mamba7'"):
+        build_model({"kind": "token_lm", "layers": ["mamba7"]})
