@@ -27,7 +27,7 @@ class Mixer(Protocol):
         untouched, change no other output and give 0."""
 
     def step(self, x: Tensor, state: Any) -> Tensor:
-        """x [B, D] -> [B, D], the state moved on by one position."""
+        """x [B, D] -> [B, D], the state moved on by one position; without gradient."""
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -104,8 +104,9 @@ class Mamba2(nn.Module):
         compacted = Compacted(x, mask)
         return compacted.restore(self._scan(compacted.x, state, compacted))
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        """One position, x [B, D] -> [B, D]; `state` is updated in place.
+        """One position, x [B, D] -> [B, D]; `state` is updated in place. Carries no gradient.
 
         Raises:
             UserError: the state is of another batch size.
