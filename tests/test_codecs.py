@@ -1,0 +1,526 @@
+"""Codecs: contracts of every codec, the spectral codec's parts, its losses, discriminator and training."""
+
+import json
+
+import librosa
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from ssmttm.codecs import CodecOutput, TinyCodec, TinyCodecConfig, build_codec, load_codec
+from ssmttm.codecs.discriminators import MultiResolutionDiscriminator
+from ssmttm.codecs.losses import (
+    SCALES,
+    Scale,
+    adversarial_losses,
+    discriminator_loss,
+    mel_filterbank,
+    reconstruction_losses,
+    spectral_distances,
+)
+from ssmttm.codecs.quality import (
+    chroma,
+    chroma_filterbank,
+    chroma_similarity,
+    codebook_statistics,
+    codec_quality,
+    onset_f_measure,
+    onset_times,
+)
+from ssmttm.codecs.quantiser import ResidualQuantiser
+from ssmttm.codecs.spectral import STFT
+from ssmttm.config import names
+from ssmttm.errors import UserError
+
+RATE = 8000
+SMALL = TinyCodecConfig(
+    sample_rate=RATE, hop_length=320, window=640, n_codebooks=3, codebook_size=32, codebook_dim=4,
+    encoder_width=32, encoder_blocks=(1, 1), decoder_width=48, decoder_blocks=(2, 2), decoder_look_ahead=(1, 1),
+)  # fmt: skip
+SCALES_SMALL = (Scale(1024, 80), Scale(256, 20))
+HUGGING_FACE = {
+    "dac": {
+        "encoder_hidden_size": 8, "decoder_hidden_size": 64, "downsampling_ratios": [2, 4, 5, 8],
+        "sampling_rate": 24000, "n_codebooks": 3, "codebook_size": 64, "codebook_dim": 4, "quantizer_dropout": 0.5,
+    },
+    "encodec": {
+        "num_filters": 4, "upsampling_ratios": [8, 5, 4, 2], "hidden_size": 16, "codebook_size": 32,
+        "target_bandwidths": [1.5], "sampling_rate": 24000,
+    },
+    "mimi": {
+        "hidden_size": 32, "num_filters": 4, "codebook_size": 32, "codebook_dim": 16, "num_quantizers": 4,
+        "vector_quantization_hidden_dimension": 16, "num_hidden_layers": 2, "intermediate_size": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "upsample_groups": 32, "sliding_window": 20,
+    },
+}  # fmt: skip
+
+
+def small_codec(**changes):
+    torch.manual_seed(0)
+    return TinyCodec(TinyCodecConfig(**{**vars(SMALL), **changes}))
+
+
+def hugging_face_codec(kind):
+    torch.manual_seed(0)
+    codec = build_codec({"kind": kind, **HUGGING_FACE[kind]}).eval()
+    for name, buffer in codec.named_buffers():  # transformers starts these codebooks at zero
+        if name.endswith(("codebook.embed", "codebook.embed_sum")):
+            buffer.normal_()
+    return codec
+
+
+def tones(batch, samples, seed=0):
+    rng = np.random.default_rng(seed)
+    time = np.arange(samples) / RATE
+    notes = [220 * 2 ** (rng.integers(0, 24, 3) / 12) for _ in range(batch)]
+    waves = [sum(np.sin(2 * np.pi * f * time) for f in chord) * 0.2 * np.exp(-3 * (time % 0.5)) for chord in notes]
+    noise = rng.normal(size=(batch, samples)) * 3e-3
+    return torch.tensor(np.stack(waves) + noise, dtype=torch.float32)[:, None]  # [B, 1, S]
+
+
+# Contracts
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=st.integers(1, 4000), batch=st.integers(1, 2))
+def test_any_length_gives_ceil_frames_and_whole_frames_back(samples, batch):
+    codec = small_codec().eval()
+    codes = codec.encode(torch.randn(batch, 1, samples) * 0.1)
+    frames = -(-samples // 320)
+    assert codes.shape == (batch, 3, frames) and codes.dtype == torch.int64
+    assert codes.min() >= 0 and codes.max() < 32
+    wav = codec.decode(codes)
+    assert wav.shape == (batch, 1, frames * 320) and wav.dtype == torch.float32 and torch.isfinite(wav).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), ahead=st.sampled_from([(0, 0), (1, 0), (2, 3)]))
+def test_streamed_equals_whole_for_any_chunking(data, ahead):
+    codec = small_codec(decoder_look_ahead=ahead).eval()
+    sizes = data.draw(st.lists(st.integers(0, 25), min_size=1, max_size=6))
+    codes = torch.randint(0, 32, (2, 3, sum(sizes)))
+    pieces = list(codec.decode_stream(iter(codes.split(sizes, dim=-1))))
+    if not sum(sizes):
+        assert not pieces
+        return
+    whole = codec.decode(codes)
+    assert whole.std() > 1e-3
+    torch.testing.assert_close(torch.cat(pieces, dim=-1), whole, atol=1e-5, rtol=0)
+
+
+def test_the_decoder_sees_no_further_than_its_context():
+    codec = small_codec().eval()
+    history, look_ahead = codec.context
+    codes = torch.randint(0, 32, (1, 3, 60))
+    changed = codes.clone()
+    changed[..., 40] = (codes[..., 40] + 1) % 32
+    moved = (codec.decode(codes) != codec.decode(changed))[0, 0].view(60, 320).any(dim=1).nonzero()[:, 0]
+    assert moved.min() >= 40 - look_ahead and moved.max() <= 40 + history
+    assert codec.look_ahead_ms == pytest.approx(look_ahead * 40)
+
+
+def test_streaming_starts_once_the_look_ahead_has_come():
+    codec = small_codec().eval()
+    taken = []
+
+    def chunks():
+        for i in range(30):
+            taken.append(i)
+            yield torch.zeros(1, 3, 1, dtype=torch.int64)
+
+    assert next(codec.decode_stream(chunks())).shape[-1] == 320
+    assert len(taken) == codec.context[1] + 1
+
+
+def test_latents_of_codes_give_the_codes():
+    codec = small_codec().eval()
+    codes = torch.randint(0, 32, (2, 3, 9))
+    latents = codec.to_latents(codes)
+    assert latents.shape == (2, codec.latent_channels, 9) == (2, 12, 9)
+    assert torch.equal(codec.from_latents(latents), codes)
+    assert torch.equal(codec.from_latents(latents * 1.3 + 1e-4), codes)
+
+
+def test_keeping_codebooks_gives_the_first_ones():
+    codec = small_codec().eval()
+    wav = tones(1, 3200)
+    all_codes = codec.encode(wav)
+    assert torch.equal(codec.keep_codebooks(2).encode(wav), all_codes[:, :2])
+    assert codec.to_latents(all_codes[:, :2]).shape[1] == codec.latent_channels == 8
+    assert codec.decode(all_codes[:, :2]).shape == (1, 1, 3200)
+    with pytest.raises(UserError, match="3 codebooks"):
+        codec.keep_codebooks(4)
+
+
+@pytest.mark.parametrize(
+    ("wav", "message"),
+    [
+        (torch.full((1, 1, 500), float("nan")), "NaN"),
+        (torch.full((1, 1, 500), float("inf")), "infinite"),
+        (torch.zeros(1, 2, 500), "mono"),
+        (torch.zeros(1, 500), "mono"),
+        (torch.zeros(1, 1, 0), "mono"),
+        (torch.zeros(1, 1, 500, dtype=torch.int16), "float waveform"),
+    ],
+)
+def test_a_bad_waveform_is_refused_in_one_line(wav, message):
+    with pytest.raises(UserError, match=message) as error:
+        small_codec().eval().encode(wav)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_codes_rates_and_configs_are_refused():
+    codec = small_codec().eval()
+    with pytest.raises(UserError, match="special token"):
+        codec.decode(torch.full((1, 3, 4), 32))
+    with pytest.raises(UserError, match="integer codes"):
+        codec.decode(torch.zeros(1, 2, 4, dtype=torch.int64))
+    with pytest.raises(UserError, match="resample"):
+        codec.check_sample_rate(44100)
+    with pytest.raises(UserError, match="window"):
+        TinyCodecConfig(window=1000)
+    with pytest.raises(UserError, match="sample_rte"):
+        build_codec({"kind": "tiny", "sample_rte": 1})
+    with pytest.raises(UserError, match="none of tiny"):
+        build_codec({"kind": "flac"})
+
+
+# Files
+
+
+def test_saved_and_loaded_codecs_decode_alike(tmp_path):
+    codec = small_codec().train()
+    codec(tones(2, 3200))
+    codec.eval().save(tmp_path / "a", half=False)
+    loaded = load_codec(tmp_path / "a")
+    assert loaded.fingerprint == codec.fingerprint and not loaded.training and loaded.name == "a"
+    codes = torch.randint(0, 32, (1, 3, 12))
+    assert torch.equal(loaded.decode(codes), codec.decode(codes))
+
+    codec.save(tmp_path / "half")
+    half = load_codec(tmp_path / "half")
+    assert half.head.project.weight.dtype == torch.float32 and half.fingerprint != codec.fingerprint
+    torch.testing.assert_close(half.decode(codes), codec.decode(codes), atol=2e-3, rtol=0)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "a")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_fingerprint_follows_the_weights_and_not_the_usage_counts():
+    codec = small_codec().train()
+    codec(tones(1, 3200))
+    before = codec.fingerprint
+    codec.quantiser.usage += 1
+    assert codec.fingerprint == before and len(before) == 16
+    codec.head.project.bias.data[0] += 1e-3
+    assert codec.fingerprint != before
+
+
+def test_missing_and_damaged_folders_are_told_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_codec(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config.json"):
+        load_codec(tmp_path)
+    small_codec().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_width": 64}))
+    with pytest.raises(UserError, match="do not fit"):
+        load_codec(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_codec(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks"):
+        load_codec(tmp_path)
+
+
+@pytest.mark.parametrize("name", names("codec"))
+def test_every_codec_config_builds_its_codec(name):
+    from ssmttm.config import load
+
+    config = OmegaConf.to_container(load(f"codec={name}").codec)
+    with torch.device("meta"):
+        codec = build_codec(config)
+    assert codec.sample_rate % 1000 in (0, 100) and codec.n_codebooks > 0
+
+
+# Parts
+
+
+def test_inverse_stft_undoes_the_stft_and_the_head_a_true_spectrum():
+    stft = STFT(640, 160)
+    wav = torch.randn(2, 160 * 21)
+    spectrum = stft(wav)
+    assert spectrum.shape == (2, 21, 321)
+    torch.testing.assert_close(stft.inverse(spectrum), wav, atol=1e-5, rtol=0)
+    head = small_codec().head
+    made = head.synthesise(spectrum.abs().clamp_min(1e-12).log(), spectrum.angle())
+    torch.testing.assert_close(made, wav, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_mel_filters_equal_librosas(scale):
+    theirs = librosa.filters.mel(sr=24000, n_fft=scale.window, n_mels=scale.n_mels)
+    np.testing.assert_allclose(mel_filterbank(24000, *scale).numpy(), theirs, atol=1e-7)
+
+
+def test_chroma_equals_librosas():
+    theirs = librosa.filters.chroma(sr=24000, n_fft=2048, tuning=0)
+    np.testing.assert_allclose(chroma_filterbank(24000, 2048).numpy(), theirs, atol=1e-6)
+    wav = torch.randn(1, 24000, generator=torch.Generator().manual_seed(0))
+    theirs = librosa.feature.chroma_stft(y=wav[0].numpy(), sr=24000, tuning=0)
+    np.testing.assert_allclose(chroma(wav, 24000)[0].numpy()[:, 3:-3], theirs[:, 3:-3], atol=1e-4)
+
+
+def test_quantiser_codes_are_the_nearest_by_cosine_of_what_is_left():
+    torch.manual_seed(0)
+    quantiser = ResidualQuantiser(12, 3, 16, 4, dropout=0.0).eval()
+    z = torch.randn(1, 5, 12)
+    out, codes, _ = quantiser(z)
+    residual = z
+    for k in range(3):
+        e = quantiser.project_in[k](residual)
+        cosine = torch.cosine_similarity(e[:, :, None], quantiser.codebooks[k], dim=-1)
+        assert torch.equal(cosine.argmax(-1), codes[:, k])
+        residual = residual - quantiser.project_out[k](quantiser.codebooks[k][codes[:, k]])
+    torch.testing.assert_close(z - residual, out)
+    assert torch.equal(quantiser.encode(z), codes)
+    torch.testing.assert_close(quantiser.decode(codes), out)
+
+
+def test_quantiser_dropout_keeps_a_first_part_of_the_codebooks():
+    torch.manual_seed(0)
+    quantiser = ResidualQuantiser(12, 3, 16, 4, dropout=1.0).train()
+    z = torch.randn(200, 5, 12)
+    out, codes, _ = quantiser(z)
+    partial = [quantiser.decode(codes[:, :n]) for n in (1, 2, 3)]
+    kept = torch.stack([(out - part).abs().amax(dim=(1, 2)) < 1e-5 for part in partial])
+    assert (kept.sum(dim=0) == 1).all() and (kept.sum(dim=1) > 30).all()
+
+
+def test_unused_entries_are_revived_and_used_ones_kept():
+    torch.manual_seed(0)
+    quantiser = ResidualQuantiser(12, 2, 64, 4, dropout=0.0).train()
+    z = torch.randn(16, 40, 12)
+    quantiser(z)
+    with torch.no_grad():
+        quantiser.codebooks[:, 8:] = -quantiser.codebooks[:, :1] * 1e-3 + torch.tensor([50.0, 0, 0, 0])  # one direction
+    quantiser.usage.zero_()
+    quantiser(z)
+    used = quantiser.usage > 0
+    before = quantiser.codebooks.detach().clone()
+    revived = quantiser.revive(z, min_share=1e-3)
+    assert torch.equal(revived, (~used).sum(dim=1)) and (revived > 20).all()
+    assert torch.equal(quantiser.codebooks[used], before[used])
+    assert (quantiser.usage == 0).all()
+    quantiser(z)
+    assert ((quantiser.usage > 0).float().mean(dim=1) > 0.9).all()
+
+
+def test_usage_counts_are_in_the_state_dict():
+    codec = small_codec().train()
+    codec(tones(2, 3200))
+    state = codec.state_dict()
+    assert state["quantiser.usage"].sum() == 2 * 3 * 10 and state["quantiser.seeded"]
+    other = small_codec()
+    other.load_state_dict(state)
+    assert torch.equal(other.quantiser.usage, codec.quantiser.usage)
+
+
+def test_reviving_uses_torchs_generator_alone():
+    def revived():
+        codec = small_codec().train()
+        wav = tones(2, 3200)
+        codec(wav)
+        torch.manual_seed(7)
+        codec.revive_dead_codes(wav)
+        return codec.quantiser.codebooks
+
+    assert torch.equal(revived(), revived())
+
+
+# Training
+
+
+def test_gradients_reach_every_parameter_in_every_step():
+    codec = small_codec(quantiser_dropout=1.0).train()
+    wav = tones(4, 3300)
+    for _ in range(3):
+        codec.zero_grad(set_to_none=True)
+        output = codec(wav)
+        assert output.audio.shape == wav.shape and output.codes.shape == (4, 3, 11)
+        sum(reconstruction_losses(output, wav, RATE, SCALES_SMALL).values()).backward()
+        assert [name for name, p in codec.named_parameters() if p.grad is None] == []
+    assert all(p.grad.abs().sum() > 0 for p in codec.parameters())
+
+
+def test_a_small_codec_overfits_a_few_tones():
+    codec = small_codec().train()
+    wav = tones(4, 8000)
+    optimiser = torch.optim.AdamW(codec.parameters(), 2e-3, betas=(0.8, 0.95))
+    mels = []
+    for step in range(60):
+        terms = reconstruction_losses(codec(wav), wav, RATE, SCALES_SMALL)
+        loss = 15 * terms["mel"] + terms["spectrum"] + terms["codebook"] + 0.25 * terms["commitment"]
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+        optimiser.step()
+        mels.append(terms["mel"].item())
+        if step % 20 == 19:
+            codec.revive_dead_codes(wav)
+    assert min(mels[-5:]) < 0.6 * mels[0]
+
+
+def test_bf16_autocast_leaves_losses_in_float32():
+    codec, wav = small_codec().train(), tones(2, 3200)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = reconstruction_losses(codec(wav), wav, RATE, SCALES_SMALL)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    codec.zero_grad()
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in codec.parameters())
+
+
+def test_losses_vanish_on_equal_audio_and_ignore_windows_longer_than_it():
+    wav = tones(2, 2000)
+    equal = reconstruction_losses(CodecOutput(wav, None, {}), wav, RATE)
+    assert equal["mel"] == 0 and equal["spectrum"] == 0
+    quieter = spectral_distances(wav[:, 0] / 10, wav[:, 0], RATE, SCALES_SMALL)
+    assert quieter["spectrum"] == pytest.approx(0.9, abs=0.02)
+    with pytest.raises(ValueError, match="shorter"):
+        spectral_distances(wav[:, 0, :100], wav[:, 0, :100], RATE)
+
+
+def test_the_discriminator_learns_and_teaches():
+    torch.manual_seed(0)
+    discriminator = MultiResolutionDiscriminator((512, 256), channels=8)
+    real, fake = tones(4, 4000), tones(4, 4000, seed=1) + 0.02 * torch.randn(4, 1, 4000)
+    optimiser = torch.optim.AdamW(discriminator.parameters(), 2e-3, betas=(0.8, 0.95))
+    losses = []
+    for _ in range(40):
+        loss = discriminator_loss(discriminator(real), discriminator(fake))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2, abs=0.2) and losses[-1] < 1
+    assert all(p.grad is not None for p in discriminator.parameters())
+
+    made = fake.clone().requires_grad_()
+    terms = adversarial_losses(discriminator(real), discriminator(made))
+    assert terms["feature"] > 0 and terms["adversarial"] > 0
+    sum(terms.values()).backward()
+    assert made.grad.abs().sum() > 0
+    same = adversarial_losses(discriminator(real), discriminator(real))
+    assert same["feature"] == 0 and same["adversarial"] < terms["adversarial"]
+
+
+# transformers' codecs
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_hugging_face_codecs_keep_the_contract(kind):
+    codec = hugging_face_codec(kind)
+    for samples in (1, 1000, codec.hop_length * 5, codec.hop_length * 5 + 1):
+        codes = codec.encode(torch.randn(2, 1, samples) * 0.1)
+        frames = -(-samples // codec.hop_length)
+        assert codes.shape == (2, codec.n_codebooks, frames) and codes.dtype == torch.int64
+        assert codec.decode(codes).shape == (2, 1, frames * codec.hop_length)
+    codes = torch.randint(0, codec.codebook_size, (1, codec.n_codebooks, 40))
+    latents = codec.to_latents(codes)
+    assert latents.shape == (1, codec.latent_channels, 40) and torch.equal(codec.from_latents(latents), codes)
+    streamed = torch.cat(list(codec.decode_stream(codes.split(7, dim=-1))), dim=-1)
+    torch.testing.assert_close(streamed, codec.decode(codes), atol=1e-5, rtol=1e-5)
+    assert (codec.context is None) == (kind != "dac")
+
+
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_hugging_face_codecs_equal_transformers_called_directly(kind, tmp_path):
+    codec = hugging_face_codec(kind)
+    wav = torch.randn(1, 1, codec.hop_length * 6) * 0.1
+    codes = codec.encode(wav)
+    with torch.no_grad():
+        if kind == "encodec":
+            theirs = codec.model.encode(wav, bandwidth=1.5)
+            their_codes = theirs.audio_codes[0]
+            their_wav = codec.model.decode(theirs.audio_codes, theirs.audio_scales).audio_values
+        else:
+            their_codes = codec.model.encode(wav).audio_codes
+            their_wav = codec.model.decode(audio_codes=their_codes).audio_values.view(1, 1, -1)
+    assert torch.equal(codes[:, : their_codes.shape[1]], their_codes)
+    length = their_wav.shape[-1]
+    torch.testing.assert_close(codec.decode(codes)[..., :length], their_wav[..., : codes.shape[-1] * codec.hop_length])
+
+    codec.model.save_pretrained(tmp_path / "saved")
+    loaded = load_codec(tmp_path / "saved")
+    assert loaded.fingerprint == codec.fingerprint and loaded.name == "saved" and not loaded.training
+    assert torch.equal(loaded.encode(wav), codes)
+
+
+def test_dac_latents_are_transformers_projected_latents():
+    codec = hugging_face_codec("dac")
+    codes = torch.randint(0, 64, (1, 3, 8))
+    torch.testing.assert_close(codec.to_latents(codes), codec.model.quantizer.from_codes(codes)[1])
+
+
+def test_a_dac_trains_through_the_same_contract():
+    codec = hugging_face_codec("dac").train()
+    wav = torch.randn(2, 1, 3000) * 0.1
+    output = codec(wav)
+    assert output.audio.shape == wav.shape and output.codes.shape == (2, 3, 10)
+    sum(reconstruction_losses(output, wav, 24000, (Scale(512, 40),)).values()).backward()
+    assert all(p.grad is not None for p in codec.parameters())
+    assert codec.usage.sum() == 2 * 3 * 10
+    revived = codec.revive_dead_codes(wav)
+    assert revived.shape == (3,) and (revived > 0).all() and (codec.usage == 0).all()
+
+
+def test_traps_of_hugging_face_configs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="sampling_rate"):
+        build_codec({"kind": "dac"})
+    with pytest.raises(UserError, match="mono"):
+        build_codec({"kind": "encodec", **HUGGING_FACE["encodec"], "audio_channels": 2})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="none of dac"):
+        load_codec(tmp_path)
+
+
+# Quality
+
+
+def test_chroma_similarity_tells_notes_apart():
+    time = torch.arange(RATE) / RATE
+    a, b = (torch.sin(2 * torch.pi * f * time)[None] * 0.3 for f in (440.0, 523.25))
+    assert chroma(a, RATE)[0].mean(dim=1).argmax() == 9  # A
+    assert chroma_similarity(a * 0.5, a, RATE).item() > 0.999
+    assert chroma_similarity(b, a, RATE).item() < 0.5
+
+
+def test_onsets_are_found_and_matched_within_the_tolerance():
+    clicks = torch.zeros(1, 2 * RATE)
+    for second in (0.4, 0.9, 1.4):
+        time = torch.arange(2 * RATE - int(second * RATE)) / RATE
+        clicks[0, int(second * RATE) :] += 0.3 * torch.sin(2500 * time) * torch.exp(-20 * time)
+    (found,) = onset_times(clicks, RATE)
+    assert len(found) == 3 and (found - torch.tensor([0.4, 0.9, 1.4])).abs().max() < 0.06
+    assert onset_f_measure(clicks, clicks, RATE).item() == 1
+    assert onset_f_measure(torch.roll(clicks, int(0.02 * RATE), -1), clicks, RATE).item() == 1
+    assert onset_f_measure(torch.zeros_like(clicks), clicks, RATE).item() == 0
+
+
+def test_codebook_statistics():
+    codes = torch.stack([torch.arange(8), torch.zeros(8, dtype=torch.int64)])[None]
+    usage, perplexity = codebook_statistics(codes, 16)
+    torch.testing.assert_close(usage, torch.tensor([0.5, 1 / 16]))
+    torch.testing.assert_close(perplexity, torch.tensor([8.0, 1.0]))
+
+
+def test_codec_quality_reports_every_figure():
+    figures = codec_quality(small_codec().eval(), tones(2, 2 * RATE))
+    assert figures["kbps"] == pytest.approx(25 * 3 * 5 / 1000)
+    assert all(0 <= figures[name] <= 1 for name in ("chroma_similarity", "onset_f", "codebook_usage"))
+    assert figures["mel_distance"] > 0 and figures["codebook_perplexity"] >= 1
