@@ -53,6 +53,7 @@ class CodecTask:
         self.samples_per_item = round(config.data.seconds * self.codec.sample_rate)
         self._flops_per_item = _forward_flops(self.codec, self.samples_per_item)
         self._figures: dict[str, float] = {}
+        self._last_audio: Tensor | None = None
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> AudioLoader:
         return AudioLoader(self.store, split, batch_size, self.samples_per_item, self.config.seed, rank, world_size)

@@ -96,7 +96,7 @@ def train(config: DictConfig) -> Path:
             begun = time.perf_counter()
             rate = learning_rate(progress.step, steps, config.optim)
             for name, player in players.items():
-                set_learning_rate(player.optimizer, rate * config.optim.lr_scale.get(name, 1.0))
+                set_learning_rate(player.optimizer, rate if name == "model" else config.optim.player_lr[name])
                 player.module.train()
             micro = micro_batches(next(batches), config.train.micro_batch_size)
             shares, work = gradients(task, players, micro, progress.step, accelerator)
@@ -171,9 +171,8 @@ def _accelerator(precision: str) -> Accelerator:
     if precision == "bf16" and gpu and not capable:
         raise UserError("train.precision=bf16: this GPU has no bf16, use fp32")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and capable) else "no"
-    return Accelerator(
-        mixed_precision=mixed, kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    )
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp])
 
 
 def _agreed_resume_folder(config: DictConfig, accelerator: Accelerator) -> Path | None:

@@ -1,0 +1,390 @@
+"""The loop and its tasks: what is averaged, what is decayed, who takes a turn, when it stops, what it leaves behind."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from small_stores import CODEBOOK_SIZE, N_CODEBOOKS, codec_config, lm_config, write_audio_store, write_codes_store
+from torch import nn
+from torch.nn import functional as F
+
+from ssmttm import checkpoint, config
+from ssmttm.codecs import load_codec
+from ssmttm.errors import UserError, run_cli
+from ssmttm.models import build_model
+from ssmttm.patterns import get_pattern
+from ssmttm.training import codec, lm, loop, rng
+from ssmttm.training.ema import EMA
+from ssmttm.training.export import export
+from ssmttm.training.optim import build_optimizer, learning_rate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def codes_store(tmp_path_factory):
+    return write_codes_store(tmp_path_factory.mktemp("store") / "codes")
+
+
+@pytest.fixture(scope="module")
+def audio_store(tmp_path_factory):
+    return write_audio_store(tmp_path_factory.mktemp("store") / "audio")
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [row["loss"] for row in rows(run_dir) if "loss" in row]
+
+
+def weights(run_dir, ema=False):
+    return checkpoint.load_weights(checkpoint.latest_good(run_dir), ema=ema)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_records_what_it_did(codes_store, tmp_path, capsys):
+    run_dir = loop.train(
+        lm_config(codes_store, tmp_path / "run", "train.steps=40", "data.batch_size=8", "train.eval_every=20")
+    )
+    train_rows = [row for row in rows(run_dir) if "loss" in row]
+    assert [row["step"] for row in train_rows] == list(range(1, 41))
+    wanted = {"cross_entropy", "lr", "grad_norm", "tokens_per_second", "audio_seconds_per_second", "mfu", "seconds"}
+    assert wanted | {f"codebook_{k}" for k in range(N_CODEBOOKS)} <= train_rows[0].keys()
+    assert train_rows[0]["loss"] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
+    assert train_rows[-1]["loss"] < 0.95 * train_rows[0]["loss"]
+    valid = [row for row in rows(run_dir) if "valid/loss" in row]
+    assert [row["step"] for row in valid] == [20, 40] and valid[1]["valid/loss"] < valid[0]["valid/loss"]
+    state = checkpoint.read_state(checkpoint.latest_good(run_dir))
+    assert state["samples_seen"] == 320 and state["data"]["licences"] == {"CC0-1.0": 24}
+    assert any((run_dir / "tensorboard").iterdir()) and (run_dir / "config.yaml").is_file()
+    said = capsys.readouterr().out
+    for word in ("parameters", "steps", "batch", "audio", "tokens/s", "audio-s/s", "MFU", "ETA", "valid"):
+        assert word in said
+
+
+def test_micro_batches_change_nothing(codes_store, tmp_path):
+    """Segments differ in length, so a mean of micro-batch means would differ from the mean over the batch."""
+    overrides = ("train.steps=4", "data.batch_size=6", "data.caption_dropout=0.5")
+    loop.train(lm_config(codes_store, tmp_path / "whole", *overrides))
+    loop.train(lm_config(codes_store, tmp_path / "parts", *overrides, "train.micro_batch_size=4"))
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), atol=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(codes_store, tmp_path):
+    overrides = ("train.steps=4", "data.batch_size=6", "train.eval_every=2", "train.micro_batch_size=2")
+    one = lm_config(codes_store, tmp_path / "one", *overrides)
+    loop.train(one)
+    two = OmegaConf.merge(one, {"run_dir": str(tmp_path / "two")})
+    settings = [f"{key}={value}" for key, value in flat(two).items()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [*command, "--main_process_port", "0", "train.py", "experiment=debug", *settings],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "2 x cpu" in ran.stdout
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
+    valid = [[row["valid/loss"] for row in rows(tmp_path / run) if "valid/loss" in row] for run in ("one", "two")]
+    np.testing.assert_allclose(*valid, atol=1e-5)
+    assert len(checkpoint.read_document(checkpoint.latest_good(tmp_path / "two"), "rng")) == 2
+
+
+def flat(settings):
+    """What a command line must say to get these settings."""
+    plain = config.load("experiment=debug")
+    found = {}
+
+    def walk(node, other, prefix):
+        for key in node:
+            if OmegaConf.is_dict(node[key]):
+                walk(node[key], other[key], f"{prefix}{key}.")
+            elif node[key] != other[key]:
+                found[f"{prefix}{key}"] = node[key]
+
+    walk(settings, plain, "")
+    return found
+
+
+def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path):
+    overrides = ("train.steps=5", "codec_training.revive_until=100")
+    loop.train(codec_config(audio_store, tmp_path / "quiet", *overrides, "train.eval_every=0"))
+    loop.train(codec_config(audio_store, tmp_path / "busy", *overrides, "train.eval_every=1", "train.sample_every=2"))
+    for name, value in weights(tmp_path / "quiet").items():
+        assert torch.equal(value, weights(tmp_path / "busy")[name]), name
+    assert len(list((tmp_path / "busy/samples/step-00000004").glob("*-decoded.wav"))) == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    codes_store, tmp_path, capsys, monkeypatch, number, code
+):
+    def after_step(self, step):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return {}
+
+    monkeypatch.setattr(lm.LanguageModelTask, "after_step", after_step)
+    settings = lm_config(codes_store, tmp_path / "run", "train.steps=50", "train.eval_every=0")
+    assert run_cli(lambda: loop.train(settings) and None) == code
+    assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "step 4 of 50" in said and "same command" in said
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(codes_store, tmp_path, monkeypatch, broken):
+    plain, kept = lm.LanguageModelTask.losses, {}
+
+    def losses_of(self, players, batch, counts, step):
+        named = plain(self, players, batch, counts, step)
+        kept["model"] = self.model
+        if step == 3:
+            kept["weights"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+            named["model"]["cross_entropy"] = named["model"]["cross_entropy"] * broken
+        return named
+
+    monkeypatch.setattr(lm.LanguageModelTask, "losses", losses_of)
+    with pytest.raises(UserError, match=r"step 4: loss.* not a finite number"):
+        loop.train(lm_config(codes_store, tmp_path / "run", "train.eval_every=0", "train.checkpoint_every=3"))
+    for name, value in kept["model"].state_dict().items():
+        assert torch.equal(value, kept["weights"][name]), name
+    assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 3
+
+
+# --- optimiser, schedule, average, generators -----------------------------------------------------------------------
+
+
+def test_what_is_not_decayed():
+    model = build_model(config.load("model=debug").model)
+    settings = config.load().optim
+    names = [{name for name in group["param_names"]} for group in build_optimizer(model, settings).param_groups]
+    spared = {name for name in names[1]}
+    assert names[0] | spared == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        free = parameter.ndim < 2 or "embedding" in name or name.endswith(("A_log", ".D", "dt_bias", "bias"))
+        assert (name in spared) == free, name
+    settings.decay_embeddings = True
+    assert "embedding.weight" in build_optimizer(model, settings).param_groups[0]["param_names"]
+    matrix = nn.Linear(3, 3, bias=False)
+    matrix.weight._no_weight_decay = True
+    assert build_optimizer(matrix, settings).param_groups[0]["weight_decay"] == 0
+
+
+def test_the_rate_warms_up_and_falls_to_its_end_by_step_alone():
+    settings = OmegaConf.create({"lr": 1e-4, "min_lr": 5e-7, "warmup_steps": 500})
+    rates = [learning_rate(step, 10_000, settings) for step in (0, 249, 499, 500, 5250, 9999, 12_000)]
+    assert rates == pytest.approx([2e-7, 5e-5, 1e-4, 1e-4, (1e-4 + 5e-7) / 2, 5e-7, 5e-7], rel=1e-3)
+
+
+def test_the_average_follows_its_formula_and_swaps_in_and_out():
+    module = nn.BatchNorm1d(3)
+    ema, expected = EMA(module, 0.5), torch.ones(3)
+    for step in range(1, 12):
+        with torch.no_grad():
+            module.weight.fill_(step)
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    torch.testing.assert_close(ema.state_dict()["weight"], expected)
+    assert ema.state_dict().keys() == module.state_dict().keys()
+    with ema.swapped_in():
+        torch.testing.assert_close(module.weight.data, expected)
+    assert torch.equal(module.weight.data, torch.full((3,), 11.0))
+
+
+def test_generators_go_on_where_they_were_and_ranks_differ():
+    def draw():
+        return torch.rand(2).tolist(), np.random.rand(2).tolist(), rng.random.random(), rng.random.gauss(0, 1)
+
+    rng.seed_all(3, rank=0)
+    rng.random.gauss(0, 1)  # leaves a second value waiting
+    state = json.loads(json.dumps(rng.get_state()))
+    first = draw()
+    with rng.fenced(1):
+        draw()
+    rng.set_state(state)
+    assert draw() == first
+    rng.seed_all(3, rank=1)
+    assert draw()[0] != first[0]
+
+
+# --- the language model's loss --------------------------------------------------------------------------------------
+
+
+def test_smoothed_labels_give_the_special_token_nothing():
+    torch.manual_seed(0)
+    V, eps = 5, 0.1
+    targets, real = torch.randint(0, V, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
+    for n_logits in (V, V + 1):
+        logits = torch.randn(2, 3, 4, n_logits)
+        plain, smoothed = lm.token_losses(logits, targets.masked_fill(~real, V), real, V, eps)
+        wanted = F.one_hot(targets, n_logits) * (1 - eps)
+        wanted[..., :V] += eps / V
+        each = -(wanted * logits.log_softmax(-1)).sum(-1)
+        torch.testing.assert_close(smoothed, (each * real).sum((0, 2)))
+        unsmoothed = F.cross_entropy(logits.permute(0, 3, 1, 2), targets, reduction="none")
+        torch.testing.assert_close(plain, (unsmoothed * real).sum((0, 2)))
+
+
+def test_fill_and_padding_are_neither_predicted_nor_counted():
+    pattern = get_pattern("delay", n_codebooks=3)
+    codes = torch.randint(0, 9, (2, 3, 5))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    sequence, real = lm.interleave(pattern, codes, mask, 9)
+    assert sequence.shape == (2, 3, 7)
+    assert real.sum((0, 2)).tolist() == [8, 8, 8]
+    assert torch.equal(sequence == 9, ~real)
+    assert torch.equal(pattern.revert(sequence)[0], codes[0])
+    other = codes.clone()
+    other[1, :, 3:] = 1
+    assert torch.equal(lm.interleave(pattern, other, mask, 9)[0], sequence)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.codebook_size=8"], "model.codebook_size"),
+        (["model.n_codebooks=5"], "model.n_codebooks"),
+        (["model.text_dim=9"], "model.text_dim=8"),
+        (["task=diffuse"], "task=diffuse"),
+        (["train.precision=fp8"], "train.precision=fp8"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_clear_line(codes_store, tmp_path, overrides, said):
+    with pytest.raises(UserError, match=said) as caught:
+        loop.train(lm_config(codes_store, tmp_path / "run", *overrides))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_fewer_codebooks_learns_the_first_ones(codes_store, tmp_path):
+    run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "model.n_codebooks=1", "train.steps=2"))
+    assert "codebook_0" in rows(run_dir)[0] and "codebook_1" not in rows(run_dir)[0]
+
+
+def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, monkeypatch):
+    heard = []
+
+    class Pipe:
+        def __init__(self, model, codec, text_encoder, pattern):
+            self.model = model
+
+        def __call__(self, prompts, duration, seeds):
+            heard.append((prompts, seeds, {n: p.clone() for n, p in self.model.named_parameters()}))
+            return Out()
+
+    class Out:
+        audios, sample_rate = torch.zeros(3, 1, 50), 100
+
+    monkeypatch.setattr(lm, "MusicPipeline", Pipe)
+    monkeypatch.setattr(lm, "_load_for_samples", lambda info: (nn.Identity(), object()))
+    run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=4", "train.sample_every=4"))
+    prompts, seeds, used = heard[0]
+    assert len(prompts) == 3 and seeds == [0, 1, 2]
+    average = weights(run_dir, ema=True)
+    assert all(torch.equal(used[name], average[name]) for name in used)
+    assert any(not torch.equal(used[name], weights(run_dir)[name]) for name in used)
+    names = sorted(path.name for path in (run_dir / "samples/step-00000004").iterdir())
+    assert names[0] == "0-a-slow-waltz-in-d-minor-on-a-music-box.wav" and len(names) == 3
+
+
+# --- the codec ------------------------------------------------------------------------------------------------------
+
+
+def test_the_discriminator_joins_at_its_step_and_each_player_learns_from_its_own_loss(audio_store, tmp_path):
+    settings = codec_config(audio_store, tmp_path / "run", "codec.quantiser_dropout=0")
+    task = codec.CodecTask(settings)
+    batch = task.loader("train", 2, 0, 1).batch(0)
+    assert task.losses(task.modules, batch, task.counts(batch), step=2).keys() == {"model"}
+    named = task.losses(task.modules, batch, task.counts(batch), step=3)
+    assert named.keys() == {"model", "discriminator"} and {"adversarial", "feature", "mel"} <= named["model"].keys()
+    discriminator = task.modules["discriminator"]
+    assert all(parameter.requires_grad for parameter in discriminator.parameters())
+    (named["model"]["adversarial"] + named["model"]["feature"]).backward(retain_graph=True)
+    assert all(parameter.grad is None for parameter in discriminator.parameters())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in task.codec.parameters())
+    task.codec.zero_grad()
+    named["discriminator"]["discriminator"].backward()
+    assert all(parameter.grad is None for parameter in task.codec.parameters())
+    assert any(parameter.grad is not None for parameter in discriminator.parameters())
+
+
+def test_a_codec_learns_and_unused_codes_come_back(audio_store, tmp_path):
+    overrides = (
+        "train.steps=12",
+        "codec_training.adversarial_start=null",
+        "codec_training.revive_until=6",
+        "optim.warmup_steps=2",
+    )
+    run_dir = loop.train(codec_config(audio_store, tmp_path / "run", *overrides))
+    mel = [row["mel"] for row in rows(run_dir) if "mel" in row]
+    assert sum(mel[-3:]) < 0.9 * sum(mel[:3])
+    revived = [row.get("codes_revived") for row in rows(run_dir) if "mel" in row]
+    assert revived[0] is None and revived[1] is not None and len(set(revived[5:])) == 1
+    assert not (checkpoint.latest_good(run_dir) / "discriminator.safetensors").exists()
+
+
+def test_a_store_of_another_rate_is_refused(audio_store, tmp_path):
+    with pytest.raises(UserError, match="2400 Hz and the codec works at 4800 Hz"):
+        loop.train(codec_config(audio_store, tmp_path / "run", "codec.sample_rate=4800"))
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_language_model_is_the_average_with_a_card(codes_store, tmp_path):
+    run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=3"))
+    out = export(run_dir, tmp_path / "out", half=False)
+    average = weights(run_dir, ema=True)
+    exported = checkpoint.load_weights(out)
+    assert exported.keys() == average.keys() and all(torch.equal(exported[name], average[name]) for name in average)
+    model = build_model(checkpoint.read_config(out).model)
+    model.load_state_dict(checkpoint.load_weights(export(run_dir, tmp_path / "half")))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, average[name], rtol=1e-3, atol=1e-4)
+    card = json.loads((out / "card.json").read_text())
+    assert card["data"]["codec"] == {"name": "fake", "fingerprint": "0" * 16}
+    assert card["data"]["text"]["fingerprint"] == "1" * 16 and card["data"]["licences"] == {"CC0-1.0": 24}
+    assert (
+        card["step"] == 3
+        and "valid/loss" in card["metrics"]
+        and card["data"]["hours"].keys() == {"train", "valid", "test"}
+    )
+    assert str(tmp_path) not in "".join((out / name).read_text() for name in ("card.json", "config.yaml"))
+    assert checkpoint.find_model(out) == out
+
+
+def test_an_exported_codec_loads_as_a_codec(audio_store, tmp_path):
+    run_dir = loop.train(codec_config(audio_store, tmp_path / "run", "train.steps=2"))
+    loaded = load_codec(export(run_dir, tmp_path / "codec", half=False))
+    average = weights(run_dir, ema=True)
+    for name, value in loaded.weights().items():
+        torch.testing.assert_close(value, average[name])
+    assert json.loads((tmp_path / "codec/card.json").read_text())["data"]["licences"] == {"CC0-1.0": 12}
+
+
+# --- train.py -------------------------------------------------------------------------------------------------------
+
+
+def test_help_teaches_and_a_mistake_is_one_line():
+    helped = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert helped.returncode == 0
+    assert all(name in helped.stdout for name in [*config.names("experiment"), "data.store", "resume="])
+    wrong = subprocess.run([sys.executable, "train.py", "experiment=tinny"], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        wrong.returncode == 2 and wrong.stderr == "error: no config experiment=tinny: did you mean experiment=tiny?\n"
+    )
