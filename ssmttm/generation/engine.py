@@ -91,6 +91,7 @@ def generate_frames(
     frame_of, complete_at = _layout(pattern, n_codebooks, n_frames)
     uniforms = draw_uniforms(seeds, len(plan), n_codebooks).to(device)  # [S, B, K]
 
+    all_open = is_open.flatten(1).all(1).tolist()
     known = int(is_open.flatten(1).any(1).int().cumsum(0).eq(0).sum())  # leading positions with nothing to draw
     start = torch.full((1, batch, n_codebooks), special, dtype=torch.long, device=device)
     first = min(known, len(plan) - 1)
@@ -100,8 +101,9 @@ def generate_frames(
 
     done = 0
     for position in range(first, len(plan)):
-        tokens = _sample(logits, uniforms[position], model.config.codebook_size, sampling, guided)
-        column = torch.where(is_open[position], tokens, plan[position])  # [B, K]
+        column = _sample(logits, uniforms[position], model.config.codebook_size, sampling, guided)  # [B, K]
+        if not all_open[position]:
+            column = torch.where(is_open[position], column, plan[position])
         sequence[position] = column
         ready = complete_at[position]
         if ready - done >= chunk_frames or (ready == n_frames and ready > done):
@@ -116,8 +118,8 @@ def _sample(logits: Tensor, uniforms: Tensor, codebook_size: int, sampling: Samp
     """[rows, K, V'] logits and [B, K] uniforms -> [B, K] tokens."""
     logits = filters.without_special(logits, codebook_size).float()
     if guided:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
+        conditional, null = logits.chunk(2)
+        logits = null.lerp(conditional, sampling.guidance_scale)  # null + scale * (conditional - null)
     logits = filters.temperature(logits, sampling.temperature)
     logits = filters.top_p(filters.top_k(logits, sampling.top_k), sampling.top_p)
     return filters.draw(logits, uniforms)

@@ -3,6 +3,7 @@
 Shapes: `[..., V]` logits of any leading shape over V codes of a codebook.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,15 @@ def top_k(logits: Tensor, k: int) -> Tensor:
     """Send all but the `k` largest to -inf; 0 keeps all. Values equal to the k-th are kept with it."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
-    smallest_kept = logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+    return logits.masked_fill(logits < _kth_largest(logits, k), -torch.inf)
+
+
+def _kth_largest(logits: Tensor, k: int) -> Tensor:
+    """[..., V] -> [..., 1]. On a CPU numpy's partition takes a tenth of the time of torch's topk."""
+    if logits.device.type == "cpu":
+        rank = logits.shape[-1] - k
+        return torch.from_numpy(np.partition(logits.detach().numpy(), rank, axis=-1)[..., rank : rank + 1])
+    return logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:

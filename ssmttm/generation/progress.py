@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-_BAR = "{l_bar}{bar}| {n:.1f}/{total:.1f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
+_BAR = "{l_bar}{bar}| {n:.1f}/{total:.1f} s of audio [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 class Progress:
