@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 
 from ssmttm.errors import Preempted, UserError
 from ssmttm.training import rng
+from ssmttm.training.cpu import has_bf16, keep_freed_memory
 from ssmttm.training.ema import EMA
-from ssmttm.training.memory import keep_freed_memory
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
 from ssmttm.training.run import horizon, progress_line, resume_folder, validation_line
@@ -167,7 +167,7 @@ def _accelerator(precision: str) -> Accelerator:
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"train.precision={precision} is unknown: there are auto, fp32 and bf16")
     gpu = torch.cuda.is_available()
-    capable = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else has_bf16()
     if precision == "bf16" and gpu and not capable:
         raise UserError("train.precision=bf16: this GPU has no bf16, use fp32")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and capable) else "no"
