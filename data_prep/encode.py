@@ -95,7 +95,8 @@ def encode_all(
         batch = torch.zeros(windows.batch, 1, samples)
         for index, piece in enumerate(pieces):
             batch[index, :, : piece.shape[1]] = piece
-        codes = codec.encode(batch.to(device)).to("cpu").numpy().astype(np.uint16)  # [batch, K, window]
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            codes = codec.encode(batch.to(device)).to("cpu").numpy().astype(np.uint16)  # [batch, K, window]
         for index, (first, end, last) in enumerate(kept):
             parts.append(codes[index, :, first:end])
             if last:

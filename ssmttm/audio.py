@@ -75,6 +75,33 @@ def read_segments(path: str | Path, sample_rate: int, seconds: float) -> Iterato
         yield torch.from_numpy(held[None, first : first + length].copy())
 
 
+def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
+    """Decode one crop of a file, mixed down to mono, and nothing else of it.
+
+    Args:
+        samples: S; a shorter file is read whole.
+        choice: any integer >= 0; the crop begins at `choice` modulo the number of places where one can.
+
+    Returns:
+        float32 [<= S] and the file's sample rate.
+
+    Raises:
+        UserError: the file is missing, damaged or cut short.
+    """
+    import soundfile as sf
+
+    try:
+        with sf.SoundFile(path) as file:
+            length, rate = min(samples, file.frames), file.samplerate
+            file.seek(choice % (file.frames - length + 1))
+            crop = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
+    except (sf.SoundFileError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it or prepare it again") from error
+    if len(crop) != length:
+        raise UserError(f"{path} is cut short: restore it or prepare it again")
+    return crop.mean(axis=1), rate
+
+
 def write(path: str | Path, wav: Tensor, sample_rate: int) -> Path:
     """Write an audio file, whole or not at all; the extension names the format: wav, flac (16 bit), ogg or mp3.
 

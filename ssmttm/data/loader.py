@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import soundfile as sf
 import torch
 
+from ssmttm import audio
 from ssmttm.data.permutation import Permutation, mix
 from ssmttm.data.prefetch import prefetched
 from ssmttm.data.store import Store
@@ -142,24 +142,15 @@ class AudioLoader(_Loader):
         """Batch n: audio float32 [b, 1, S], ids list[str]."""
         sample = self.sample(n)
         ids = self.store.ids(np.array([row for _, row in sample]))
-        audio = np.zeros((len(sample), 1, self.samples), np.float32)  # [b, 1, S]
+        wav = np.zeros((len(sample), 1, self.samples), np.float32)  # [b, 1, S]
         for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
             crop = self._crop(row, mix(self.seed, epoch, segment_id, "crop"))
-            audio[item, 0, : len(crop)] = crop
-        return {"audio": torch.from_numpy(audio), "ids": ids}
+            wav[item, 0, : len(crop)] = crop
+        return {"audio": torch.from_numpy(wav), "ids": ids}
 
     def _crop(self, row: int, choice: int) -> np.ndarray:
         path = self.store.audio_path(row)
-        try:
-            with sf.SoundFile(path) as file:
-                if file.samplerate != self.sample_rate:
-                    rates = f"{file.samplerate} Hz, its store {self.sample_rate} Hz"
-                    raise UserError(f"{path} has {rates}: prepare the store again")
-                length = min(self.samples, file.frames)
-                file.seek(choice % (file.frames - length + 1))
-                crop = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
-        except (sf.SoundFileError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}): restore it or prepare the store again") from error
-        if len(crop) != length:
-            raise UserError(f"{path} is cut short: restore it or prepare the store again")
-        return crop.mean(axis=1)
+        crop, rate = audio.read_crop(path, self.samples, choice)
+        if rate != self.sample_rate:
+            raise UserError(f"{path} has {rate} Hz, its store {self.sample_rate} Hz: prepare the store again")
+        return crop
