@@ -55,12 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _builtin(arguments: argparse.Namespace, codec: Any, text: Any, device: str) -> Any:
-    from tqdm import tqdm
-
     from data_prep.builtin import produce
     from data_prep.builtin.composer import VERSION
     from data_prep.builtin.corpus import SAMPLE_RATE
-    from data_prep.pack import claim_for, pack
+    from data_prep.pack import claim_for, hours_bar, pack
 
     hours = arguments.hours
     if not (math.isfinite(hours) and hours > 0):
@@ -68,10 +66,10 @@ def _builtin(arguments: argparse.Namespace, codec: Any, text: Any, device: str) 
     source = {"name": "builtin", "version": VERSION, "hours": hours, "seed": arguments.seed}
     claim_for(arguments.out, source, codec, device)
     rows = []
-    with tqdm(total=hours, desc="music", unit="h", bar_format=_HOURS_BAR) as bar:
+    with hours_bar("music", hours) as advance:
         for row in produce(hours, arguments.seed, arguments.out, arguments.workers):
             rows.append(row)
-            bar.update(min(row["duration"] / 3600, hours - bar.n))
+            advance(row["duration"])
     return pack(rows, arguments.out, source, SAMPLE_RATE, codec, text, device)
 
 
@@ -98,7 +96,6 @@ def _pack(arguments: argparse.Namespace, codec: Any, text: Any, device: str) -> 
 
 
 _SOURCES = {"builtin": _builtin, "folder": _folder, "pack": _pack}
-_HOURS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}]"
 
 
 def _parser() -> argparse.ArgumentParser:

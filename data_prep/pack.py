@@ -2,7 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +114,13 @@ def _add_codes(rows: list[Row], writer: StoreWriter, codec: Encoder, windows: Wi
         for row in fresh:
             yield audio.read(writer.path / row["audio"], codec.sample_rate)[0]
 
-    seconds = sum(row["duration"] for row in rows)
+    hours = sum(row["duration"] for row in rows) / 3600
+    kept = hours - sum(row["duration"] for row in fresh) / 3600
     try:
-        with tqdm(total=round(seconds / 3600, 4), desc=f"codes ({codec.name})", unit="h", smoothing=0.1) as bar:
-            bar.update(sum(row["duration"] for row in rows if row["id"] in writer) / 3600)
+        with hours_bar(f"codes ({codec.name})", hours, kept) as advance:
             for row, codes in zip(fresh, encode_all(wavs(), codec, windows, device), strict=True):
                 writer.add(row, codes)
-                bar.update(row["duration"] / 3600)
+                advance(row["duration"])
     finally:
         writer.flush()  # what is encoded stays, also when the run is stopped
     added = {row["id"] for row in fresh}
@@ -136,6 +138,22 @@ def _embed_captions(rows: list[Row], path: Path, text: TextEncoder) -> None:
 
     with tqdm(total=len(captions | {""}), desc=f"captions ({text.name})", unit="caption") as bar:
         write_text_table(path, captions, encode, text.dim, text.fingerprint, bar.update)
+
+
+@contextmanager
+def hours_bar(name: str, hours: float, kept: float = 0.0) -> Iterator[Callable[[float], None]]:
+    """A progress bar in hours of audio, of which `kept` were there before; gives the function to add seconds."""
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total:.2f} h [{elapsed}<{remaining}{postfix}]"
+    begun, done = time.monotonic(), 0.0
+    with tqdm(total=hours, initial=kept, desc=name, bar_format=shape) as bar:
+
+        def advance(seconds: float) -> None:
+            nonlocal done
+            done += seconds
+            bar.set_postfix_str(f"{done / max(time.monotonic() - begun, 1e-3):.1f}x real time", refresh=False)
+            bar.update(min(seconds / 3600, hours - bar.n))
+
+        yield advance
 
 
 def _share(source: Path, target: Path) -> None:

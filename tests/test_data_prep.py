@@ -38,6 +38,9 @@ class FakeCodec:
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 
+    def to(self, device: str) -> "FakeCodec":
+        return self
+
     def encode(self, wav: torch.Tensor) -> torch.Tensor:
         self.shapes.append(tuple(wav.shape))
         padded = F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
@@ -397,6 +400,26 @@ def test_command_makes_a_store(root, tmp_path, capsys):
     arguments = f"folder --root {root} --out {tmp_path / 's'} --codec none --text none --licence CC0-1.0"
     assert command.main([*arguments.split(), "--sample-rate", "8000"]) == 0
     assert "4 segments" in capsys.readouterr().out and len(open_store(tmp_path / "s")) == 4
+
+
+def test_builtin_to_store_and_again(tmp_path, monkeypatch, capsys):
+    """The built-in music is at 24 kHz, the codec here at 8: it is resampled on the way."""
+    pytest.importorskip("tinysoundfont")
+    codec = FakeCodec()
+    monkeypatch.setattr("ssmttm.codecs.load_codec", lambda name: codec)
+    arguments = ["builtin", "--hours", "0.005", "--seed", "5", "--out", str(tmp_path / "s"), "--text", "none"]
+    assert command.main([*arguments, "--codec", "none"]) == 0
+    assert command.main(arguments) == 0
+    store = open_store(tmp_path / "s")
+    assert store.info["sample_rate"] == 24000 and store.codes(0).shape == (2, 500) and store.captions(0)[0]
+    assert store.truth(0)["segment"] == 0 and store.info["licences"] == {"CC0-1.0": len(store)}
+    calls = len(codec.shapes)
+    monkeypatch.setattr("data_prep.builtin.corpus.render", lambda *_: pytest.fail("rendered again"))
+    assert command.main(arguments) == 0 and len(codec.shapes) == calls
+    assert open_store(tmp_path / "s").fingerprint == store.fingerprint
+    with pytest.raises(UserError, match=r"source\.seed 5 -> 6"):
+        command.main(["6" if word == "5" else word for word in arguments])
+    assert f"{len(store)} segments, 0.01 h" in capsys.readouterr().out
 
 
 def test_interrupt_is_one_line_and_keeps_what_is_done(tmp_path):
