@@ -93,13 +93,13 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor |
         return _cuda_step(kernel, x, dt, A, B, C, D, state)
     batch, heads, width = x.shape
     groups, n = B.shape[1:]
-    by_group = (batch * groups, heads // groups * width)
-    x_, dt = x.to(state.dtype), dt.to(state.dtype)
-    rows = state.view(*by_group, n)
-    state.mul_(torch.exp(dt * A)[..., None, None])
-    rows.baddbmm_((x_ * dt[..., None]).view(*by_group, 1), B.to(state.dtype).reshape(-1, 1, n))
-    y = torch.bmm(rows, C.to(state.dtype).reshape(-1, n, 1)).view(batch, heads, width)
-    return (y if D is None else torch.addcmul(y, x_, D.to(state.dtype)[:, None])).to(x.dtype)
+    wide = state.dtype
+    x_, dt = x.to(wide), dt.to(wide)
+    by_group = state.view(batch, groups, heads // groups, width, n)
+    by_group.mul_(torch.exp(dt * A).view(batch, groups, -1, 1, 1))
+    by_group.addcmul_((x_ * dt[..., None]).view(batch, groups, -1, width, 1), B.to(wide)[:, :, None, None])
+    y = torch.bmm(C.to(wide).reshape(-1, 1, n), state.view(batch * groups, -1, n).mT).view(batch, heads, width)
+    return (y if D is None else torch.addcmul(y, x_, D.to(wide)[:, None])).to(x.dtype)
 
 
 def ssd_flops(length: int, heads: int, headdim: int, groups: int, d_state: int, chunk_size: int = 64) -> int:
