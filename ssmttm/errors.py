@@ -27,7 +27,7 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except Preempted as stop:
         return _say(f"stopped: {stop}", PREEMPTED)
     except KeyboardInterrupt as stop:
-        return _say(f"interrupted: {stop or 'what was finished is kept; run the same command to go on'}", INTERRUPTED)
+        return _say(f"interrupted: {str(stop) or 'what was finished is kept; run the same command to go on'}", INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
