@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from data_prep.builtin import compose
+from data_prep.builtin.synth import render
 from ssmttm.codecs import CodecOutput, TinyCodec, TinyCodecConfig, build_codec, load_codec
 from ssmttm.codecs.discriminators import MultiResolutionDiscriminator
 from ssmttm.codecs.losses import (
@@ -245,6 +247,16 @@ def test_every_codec_config_builds_its_codec(name):
     with torch.device("meta"):
         codec = build_codec(config)
     assert codec.sample_rate % 1000 in (0, 100) and codec.n_codebooks > 0
+
+
+def test_the_embedded_codec_keeps_music_at_two_kbps():
+    codec = load_codec("tiny")
+    assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (24000, 25.0, 8, 1024)
+    assert codec.look_ahead_ms == 200 and not codec.training
+    music = [render(compose(1234, index), 24000)[: 6 * 24000] for index in range(3)]
+    figures = codec_quality(codec, torch.from_numpy(np.stack(music)).float()[:, None])
+    assert figures["kbps"] == 2.0
+    assert figures["chroma_similarity"] > 0.75 and figures["onset_f"] > 0.7 and figures["mel_distance"] < 0.35
 
 
 # Parts

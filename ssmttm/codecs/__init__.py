@@ -1,7 +1,7 @@
 """Waveform <-> codes <-> latents: the embedded tiny codec, and DAC, EnCodec and Mimi behind one interface."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
     Raises:
         UserError: an unknown kind or field.
     """
-    fields = dict(config)
+    fields = {name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+              for name, value in config.items()}  # fmt: skip
     kind = fields.pop("kind", None)
     try:
         if kind == "tiny":

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -153,7 +154,10 @@ def from_config(kind: str, fields: dict[str, object]) -> TransformersCodec:
     codec_class, model_class, config_class = CLASSES[kind]
     if kind == "dac" and not {"sampling_rate", "downsampling_ratios"} <= fields.keys():
         raise UserError("codec: kind dac needs sampling_rate and downsampling_ratios (transformers' defaults disagree)")
-    return codec_class(model_class(config_class(**fields)), kind)
+    try:
+        return codec_class(model_class(config_class(**fields)), kind)
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"codec kind {kind}: {' '.join(str(error).split())}") from error
 
 
 def from_pretrained(name_or_path: str, name: str) -> TransformersCodec:
