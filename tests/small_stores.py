@@ -57,8 +57,9 @@ def write_audio_store(path: Path, segments: int = 12, sample_rate: int = SAMPLE_
 def lm_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
     """The debug model on a store of `write_codes_store`."""
     fixed = ("experiment=debug", "model.d_model=16", "model.headdim=8", "model.d_state=4", "optim.lr=0.01")
+    train = ("train.log_every=1", "train.precision=fp32")
     sizes = (f"model.n_codebooks={N_CODEBOOKS}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}")
-    return config.load(*fixed, *sizes, f"data.store={store}", f"run_dir={run_dir}", "train.log_every=1", *overrides)
+    return config.load(*fixed, *sizes, f"data.store={store}", f"run_dir={run_dir}", *train, *overrides)
 
 
 def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:

@@ -97,8 +97,9 @@ def test_two_processes_give_the_losses_of_one(codes_store, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "2 x cpu" in ran.stdout
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
-    valid = [[row["valid/loss"] for row in rows(tmp_path / run) if "valid/loss" in row] for run in ("one", "two")]
-    np.testing.assert_allclose(*valid, atol=1e-5)
+    for figure in ("grad_norm", "valid/loss"):
+        both = [[row[figure] for row in rows(tmp_path / run) if figure in row] for run in ("one", "two")]
+        np.testing.assert_allclose(*both, atol=1e-5)
     assert len(checkpoint.read_document(checkpoint.latest_good(tmp_path / "two"), "rng")) == 2
 
 
@@ -118,7 +119,14 @@ def flat(settings):
     return found
 
 
-def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path):
+def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path, monkeypatch):
+    for name in ("validation", "samples"):  # whatever they may draw
+
+        def drawing(*args, plain=getattr(codec.CodecTask, name)):
+            torch.rand(1), np.random.rand(), rng.random.random()
+            return plain(*args)
+
+        monkeypatch.setattr(codec.CodecTask, name, drawing)
     overrides = ("train.steps=5", "codec_training.revive_until=100")
     loop.train(codec_config(audio_store, tmp_path / "quiet", *overrides, "train.eval_every=0"))
     loop.train(codec_config(audio_store, tmp_path / "busy", *overrides, "train.eval_every=1", "train.sample_every=2"))
@@ -137,12 +145,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
         return {}
 
     monkeypatch.setattr(lm.LanguageModelTask, "after_step", after_step)
+    before = signal.getsignal(number)
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=50", "train.eval_every=0")
     assert run_cli(lambda: loop.train(settings) and None) == code
     assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 4
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "step 4 of 50" in said and "same command" in said
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -325,14 +334,15 @@ def test_the_discriminator_joins_at_its_step_and_each_player_learns_from_its_own
 
 def test_a_codec_learns_and_unused_codes_come_back(audio_store, tmp_path):
     overrides = (
-        "train.steps=12",
+        "train.steps=24",
         "codec_training.adversarial_start=null",
         "codec_training.revive_until=6",
         "optim.warmup_steps=2",
+        "optim.lr=0.005",
     )
     run_dir = loop.train(codec_config(audio_store, tmp_path / "run", *overrides))
-    mel = [row["mel"] for row in rows(run_dir) if "mel" in row]
-    assert sum(mel[-3:]) < 0.9 * sum(mel[:3])
+    mel = [row["valid/mel"] for row in rows(run_dir) if "valid/mel" in row]
+    assert len(mel) == 6 and mel[-1] < 0.8 * mel[0]
     revived = [row.get("codes_revived") for row in rows(run_dir) if "mel" in row]
     assert revived[0] is None and revived[1] is not None and len(set(revived[5:])) == 1
     assert not (checkpoint.latest_good(run_dir) / "discriminator.safetensors").exists()

@@ -8,7 +8,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt(3)
 
 
 def has_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices natively (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
+    """Whether the processor multiplies bf16 matrices natively (AVX512-BF16 or AMX); elsewhere fp32 is quicker."""
     cpu = Path("/proc/cpuinfo")
     return cpu.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpu.read_text().split()))
 

@@ -6,6 +6,7 @@ at step n and goes on is the run that never stopped (on a CPU bit for bit).
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,7 +173,8 @@ def _accelerator(precision: str) -> Accelerator:
         raise UserError("train.precision=bf16: this GPU has no bf16, use fp32")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and capable) else "no"
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp])
+    on_cpu = not gpu and "WORLD_SIZE" in os.environ  # unasked, Accelerate lets each launched process train on its own
+    return Accelerator(mixed_precision=mixed, cpu=on_cpu, kwargs_handlers=[ddp])
 
 
 def _agreed_resume_folder(config: DictConfig, accelerator: Accelerator) -> Path | None:

@@ -111,14 +111,14 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
 
 
 def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `flatten_optimizers`."""
+    """The inverse of `flatten_optimizers`; copies, so that no optimiser works on a mapped file."""
     states: dict[str, dict[str, Any]] = {player: {"state": {}, "param_groups": own} for player, own in groups.items()}
     index_of = {
         (player, name): index for player, own in groups.items() for index, name in _parameter_names(own).items()
     }
     for key, value in tensors.items():
         player, name, quantity = key.split("/")
-        states[player]["state"].setdefault(index_of[player, name], {})[quantity] = value
+        states[player]["state"].setdefault(index_of[player, name], {})[quantity] = value.clone()
     return states
 
 
