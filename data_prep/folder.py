@@ -9,7 +9,7 @@ import hashlib
 import io
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -59,6 +59,22 @@ def split_of(sha256: str) -> str:
     return next(name for limit, name in _SPLITS if share < limit)
 
 
+def splits_of(hashes: Iterable[str]) -> dict[str, str]:
+    """The split of each file by `split_of`; in a corpus so small that a split is empty, the next files by hash fill it.
+
+    Train comes first, then valid, then test, as far as there are files.
+    """
+    ranked = sorted(set(hashes), key=lambda sha256: hashlib.sha256(sha256.encode()).hexdigest())
+    splits = {sha256: split_of(sha256) for sha256 in ranked}
+    names = [name for _, name in _SPLITS]
+    for name in names[: len(ranked)]:
+        if name not in splits.values():
+            spare = [sha256 for sha256 in ranked if list(splits.values()).count(splits[sha256]) > 1]
+            unneeded = [sha256 for sha256 in ranked if splits[sha256] not in names[: len(ranked)]]
+            splits[(unneeded or spare)[0]] = name
+    return splits
+
+
 def produce(
     root: Path, out: Path, cut: Cut, default_licence: str | None = None, policy: str = "research-nc", processes: int = 1
 ) -> list[dict[str, Any]]:
@@ -85,7 +101,7 @@ def produce(
             rejected[name] = licence
         else:
             wanted[name] = licence
-    rows: list[dict[str, Any]] = []
+    usable: dict[str, dict[str, Any]] = {}
     seen: dict[str, str] = {}
     noted_first = sorted(wanted, key=lambda name: (name not in notes, name))  # of copies, the one with a licence counts
     for name, entry in _cut_all(root, out, noted_first, cut, processes):
@@ -95,7 +111,11 @@ def produce(
             rejected[name] = f"the same file as {seen[entry['sha256']]}"
         else:
             seen[entry["sha256"]] = name
-            rows += _rows(name, entry, notes.get(name, Notes()), wanted[name], cut)
+            usable[name] = entry
+    splits = splits_of(seen)
+    rows: list[dict[str, Any]] = []
+    for name, entry in usable.items():
+        rows += _rows(name, entry, notes.get(name, Notes()), wanted[name], splits[entry["sha256"]], cut)
     _write_rejected(out / REJECTED, rejected)
     print(f"{len(seen)} of {len(files)} files are usable, {len(rejected)} were rejected ({out / REJECTED} says why)")
     if not rows:
@@ -182,12 +202,14 @@ def _reject(out: Path, segments: list[tuple[str, float]], reason: str) -> dict[s
     return {"reason": reason}
 
 
-def _rows(name: str, entry: dict[str, Any], notes: Notes, licence: Licence, cut: Cut) -> list[dict[str, Any]]:
+def _rows(
+    name: str, entry: dict[str, Any], notes: Notes, licence: Licence, split: str, cut: Cut
+) -> list[dict[str, Any]]:
     """Manifest rows of one file's segments."""
     done = f"mixed down to mono, resampled to {cut.sample_rate} Hz, cut to segments of {cut.segment:g} s"
     shared = {
         "captions": notes.captions,
-        "split": split_of(entry["sha256"]),
+        "split": split,
         "licence": licence.spdx,
         "licence_url": licence.url,
         "title": notes.title or _printable(Path(name).stem),

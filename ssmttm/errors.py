@@ -27,7 +27,8 @@ def run_cli(main: Callable[[], int | None]) -> int:
     except Preempted as stop:
         return _say(f"stopped: {stop}", PREEMPTED)
     except KeyboardInterrupt as stop:
-        return _say(f"interrupted: {str(stop) or 'what was finished is kept; run the same command to go on'}", INTERRUPTED)
+        kept = str(stop) or "what was finished is kept; run the same command to go on"
+        return _say(f"interrupted: {kept}", INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         return 0

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from data_prep import __main__ as command
 from data_prep.captions import read_captions
 from data_prep.encode import Windows, encode_all, plan
-from data_prep.folder import JOURNAL, Cut, produce, split_of
+from data_prep.folder import JOURNAL, Cut, produce, split_of, splits_of
 from data_prep.journal import Journal
 from data_prep.licences import allowed, normalise
 from data_prep.pack import claim_for, pack, repack, summary
@@ -346,6 +347,17 @@ def test_splits_are_by_hash():
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.015)
 
 
+@pytest.mark.parametrize("files", [1, 2, 3, 5, 12])
+def test_small_corpora_have_every_split(files):
+    for trial in range(60):
+        hashes = [f"{trial} {index}" for index in range(files)]
+        splits = splits_of(hashes)
+        assert set(splits.values()) >= set(("train", "valid", "test")[:files])
+        assert splits == splits_of(reversed(hashes))
+    many = splits_of(str(index) for index in range(500))
+    assert many == {name: split_of(name) for name in many}
+
+
 def test_captions_file_errors(tmp_path):
     file = tmp_path / "captions.csv"
     assert read_captions(file) == {}
@@ -422,13 +434,27 @@ def test_builtin_to_store_and_again(tmp_path, monkeypatch, capsys):
     assert f"{len(store)} segments, 0.01 h" in capsys.readouterr().out
 
 
-def test_interrupt_is_one_line_and_keeps_what_is_done(tmp_path):
-    for seed in range(60):
-        song(tmp_path / "root" / f"{seed:02}.wav", 60, seed=seed)
-    command_line = [sys.executable, "-m", "data_prep", "folder", "--root", tmp_path / "root", "--out", tmp_path / "s"]
-    command_line += ["--codec", "none", "--text", "none", "--licence", "CC0"]
-    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    run = subprocess.Popen(command_line, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+SLOW_AFTER_THE_FIRST = """
+import sys, time
+from data_prep import __main__, folder
+from ssmttm.errors import run_cli
+cut, calls = folder.cut_file, []
+def slow(*arguments):
+    calls.append(arguments)
+    if len(calls) > 1:
+        time.sleep(100)
+    return cut(*arguments)
+folder.cut_file = slow
+sys.exit(run_cli(__main__.main))
+"""
+
+
+def test_interrupt_is_one_line_and_keeps_what_is_done(root, tmp_path):
+    arguments = ["folder", "--root", root, "--out", tmp_path / "s", "--codec", "none", "--text", "none"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW_AFTER_THE_FIRST, *arguments, "--licence", "CC0"],
+        cwd=Path(__file__).parent.parent, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     journal = tmp_path / "s" / JOURNAL
     end = time.monotonic() + 120
     while time.monotonic() < end and not (journal.exists() and journal.read_text().strip()):
@@ -436,5 +462,5 @@ def test_interrupt_is_one_line_and_keeps_what_is_done(tmp_path):
     os.killpg(run.pid, signal.SIGINT)
     error = run.communicate(timeout=60)[1]
     assert run.returncode == 130 and "Traceback" not in error and "what was finished is kept" in error.splitlines()[-1]
-    done = [json.loads(line) for line in journal.read_text().splitlines() if line]
-    assert done and all((tmp_path / "s" / name).is_file() for entry in done for name, _ in entry["segments"])
+    (done,) = [json.loads(line) for line in journal.read_text().splitlines() if line]
+    assert all((tmp_path / "s" / name).is_file() for name, _ in done["segments"])
