@@ -103,6 +103,24 @@ def test_text_padding_changes_no_logit(model, codes, where):
     assert_equal(model(codes[:1], alone), expected[:1])
 
 
+def test_text_padding_changes_no_gradient():
+    """At the start of training, when biases are zero: padding must not be where gradients explode."""
+    torch.manual_seed(0)
+    model = TokenLM(TokenLMConfig(**{**SMALL, "n_layers": 8}))
+    codes, text = torch.randint(V, (2, K, S)), captions(2, 40)
+
+    def gradients(rows):
+        model.zero_grad()
+        for row in rows:
+            mask = text.mask[row].any(0)  # [L]
+            model(codes[row], TextCondition(text.embeddings[row][:, mask], text.mask[row][:, mask])).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    padded, apart = gradients([[0, 1]]), gradients([[0], [1]])
+    for name, gradient in apart.items():
+        torch.testing.assert_close(padded[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
+
+
 def test_text_changes_every_logit_and_no_text_is_the_same_as_none(model, codes):
     text = captions(4, 0, 7)
     before, after = model(codes, text), model(codes, captions(4, 0, 7, seed=3))

@@ -49,12 +49,18 @@ class TextProjection(nn.Module):
 
 
 def prefix(text: Tensor, text_mask: Tensor, audio: Tensor) -> Prefixed:
-    """Put text [B, L, D], real where text_mask [B, L], in front of audio [B, S, D], padding behind both."""
+    """Put text [B, L, D], real where text_mask [B, L], in front of audio [B, S, D], padding behind both.
+
+    Padding is ones: at zeros RMSNorm multiplies gradients by 1/sqrt(eps) in each layer, and what rounding leaves of a
+    gradient that should vanish there would explode.
+    """
     mask = torch.cat([text_mask, text_mask.new_ones(audio.shape[:2])], 1)  # [B, L+S]
     order = torch.argsort(~mask, dim=1, stable=True)
     x = take_positions(torch.cat([text.to(audio.dtype), audio], 1), order)
+    mask = mask.gather(1, order)
+    x = x.masked_fill(~mask[..., None], 1.0)
     positions = text_mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
-    return Prefixed(x, mask.gather(1, order), positions)
+    return Prefixed(x, mask, positions)
 
 
 def sinusoids(positions: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
