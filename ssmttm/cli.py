@@ -57,14 +57,12 @@ def print_info() -> None:
     from ssmttm.ops import backend
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    rows = [
-        ("ssmttm", __version__),
-        ("python", platform.python_version()),
-        ("torch", torch.__version__),
-        ("device", device),
-    ]
-    for name, value in [*rows, *backend.describe()]:
-        print(f"{name:24} {value}")
+    versions = [("ssmttm", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    for name, value in [*versions, ("device", device)]:
+        print(f"{name:15} {value}")
+    print("\noperation         on     runs as         because")
+    for row in backend.describe():
+        print("{:17} {:6} {:15} {}".format(*row))
 
 
 def export_run(run_dir: Path, out: Path) -> None:

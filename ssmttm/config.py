@@ -5,7 +5,12 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,6 +41,8 @@ def load(*overrides: str) -> DictConfig:
             raise UserError(_missing_config(error, overrides)) from error
         except ConfigCompositionException as error:
             raise UserError(_bad_override(error)) from error
+        except OverrideParseException as error:
+            raise UserError(f"{error.override!r} cannot be read ({_first_line(error)}): write key=value") from error
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"the config cannot be composed: {_first_line(error)}") from error
     OmegaConf.set_struct(config, True)
