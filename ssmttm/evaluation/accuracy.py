@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ssmttm import audio
 from ssmttm.codecs import Codec
 from ssmttm.data.store import Store
+from ssmttm.errors import UserError
 from ssmttm.evaluation import features
 from ssmttm.evaluation.detectors import WINDOW, Detection, Detectors, pitch_class, tempo_class, third
 
@@ -31,6 +32,14 @@ def window_of(store: Store, row: int, seconds: float = WINDOW) -> Tensor:
     size = int(seconds * features.SAMPLE_RATE)
     start = int(np.random.default_rng(row).integers(max(0, wav.shape[-1] - size) + 1))
     return wav[:, start : start + size]
+
+
+def truth_of(store: Store, row: int) -> dict[str, Any]:
+    """A segment's ground truth. Raises UserError if it has none."""
+    truth = store.truth(row)
+    if truth is None:
+        raise UserError(f"{store.path} has no ground truth: prepare the built-in corpus, and measure on that")
+    return truth
 
 
 def expected_of(truth: dict[str, Any]) -> dict[str, str]:
@@ -70,7 +79,7 @@ def _accuracy(
     confusion: dict[str, dict[str, dict[str, int]]] = {name: {} for name in ATTRIBUTES}
     heard = "true audio" if codec is None else "through the codec"
     for row in tqdm(rows.tolist(), desc=f"held-out accuracy ({heard})", unit="clip"):
-        wav, truth = window_of(store, row, seconds), store.truth(row)
+        wav, truth = window_of(store, row, seconds), truth_of(store, row)
         if codec is not None:
             wav = through_codec(codec, wav, features.SAMPLE_RATE)
         detection = detectors.detect(wav, features.SAMPLE_RATE)[0]

@@ -7,13 +7,12 @@ the same with prompts and music shuffled against one another, and how often the 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ssmttm.codecs import Codec
 from ssmttm.data.store import Store, open_store
 from ssmttm.evaluation.accuracy import ATTRIBUTES, accuracy, window_of
 from ssmttm.evaluation.audio_checks import AudioCheck, check_audio, spectral_flatness
@@ -22,22 +21,11 @@ from ssmttm.evaluation.features import SAMPLE_RATE
 from ssmttm.evaluation.prompts import Prompt, balanced_prompts
 from ssmttm.evaluation.statistics import Agreement, agreement_of
 from ssmttm.files import write_text
+from ssmttm.generation.pipeline import MusicPipeline
 
 BATCH = 10
 _NAMES = {"family": "lead family", "tempo_class": "tempo class", "mode": "mode", "third": "major or minor third"}
 _TITLES = ("attribute", "agreement", "95 % interval", "chance (uniform / majority)", "p", "shuffled", "p (shuffled)")
-
-
-class Generator(Protocol):
-    """What is measured: `ssmttm.MusicPipeline`, or anything that makes audio from prompts in its way."""
-
-    codec: Codec
-    facts: dict[str, Any]
-
-    def __call__(
-        self, prompts: list[str], duration: float, guidance_scale: float, seeds: list[int], **more: Any
-    ) -> Any:
-        """`audios` [n, channels, S] and `sample_rate`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ def evaluate_adherence(
     guidance_scale: float = 3.0,
     seed: int = 0,
     detectors: Detectors | None = None,
-    pipeline: Generator | None = None,
+    pipeline: MusicPipeline | None = None,
 ) -> AdherenceReport:
     """Measure how well a model follows held-out prompts of a built-in store.
 
@@ -108,8 +96,6 @@ def evaluate_adherence(
     prompts = balanced_prompts(store, n_prompts, seed)
     detectors = detectors or Detectors.from_pretrained()
     if pipeline is None:
-        from ssmttm import MusicPipeline
-
         pipeline = MusicPipeline.from_pretrained(checkpoint)
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])
     detector_accuracy = accuracy(detectors, store, held_out, pipeline.codec)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.accuracy import ATTRIBUTES, expected_of
+from ssmttm.evaluation.accuracy import ATTRIBUTES, expected_of, truth_of
 from ssmttm.evaluation.detectors import MODES, TEMPO_CLASSES, tempo_class
 
 FAMILY_WORDS = {
@@ -94,10 +94,7 @@ def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> li
 
 def _candidates(store: Store, rows: np.ndarray) -> Iterator[Prompt]:
     for row in rows.tolist():
-        truth = store.truth(row)
-        if truth is None:
-            raise UserError(f"{store.path} has no ground truth: measure prompt following on a built-in corpus")
-        expected = expected_of(truth)
+        expected = expected_of(truth_of(store, row))
         for caption in store.captions(row):
             if named(caption, expected) == set(ATTRIBUTES):
                 yield Prompt(caption, row, expected)

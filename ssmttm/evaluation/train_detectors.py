@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,8 +29,9 @@ from ssmttm.codecs import Codec, load_codec
 from ssmttm.data.store import Store, open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.evaluation import features
-from ssmttm.evaluation.accuracy import accuracy, through_codec
+from ssmttm.evaluation.accuracy import accuracy, through_codec, truth_of
 from ssmttm.evaluation.detectors import ASSETS, MODES, WINDOW, Detectors, pitch_class
+from ssmttm.files import written_aside
 
 CLIP = 20  # seconds of a clip that are used; shorter segments are left out
 _FAMILY_SECONDS = 5  # the family network hears half a window: it pools over time, and this is twice as quick
@@ -54,13 +56,23 @@ class Clips:
 
 def extract(store: Store, rows: np.ndarray, codec: Codec | None) -> Clips:
     """Features of the first 20 s of each row's audio, heard through the codec if there is one; cached on disk."""
-    hearing = "true" if codec is None else codec.fingerprint
-    code = hashlib.sha256(Path(features.__file__).read_bytes() + np.asarray(rows).tobytes()).hexdigest()[:16]
-    cache = Path(tempfile.gettempdir()) / "ssmttm-detectors" / f"{store.fingerprint}-{hearing}-{code}.safetensors"
-    if cache.is_file():
-        return Clips(**load_file(cache))
-    found: dict[str, list[Tensor]] = {name: [] for name in Clips.__dataclass_fields__}
-    for row in tqdm(rows, desc=f"features ({'true audio' if codec is None else 'through the codec'})", unit="clip"):
+    made_of = [Path(features.__file__).read_bytes(), b"" if codec is None else codec.fingerprint.encode()]
+    made_of += [name.encode() for name in store.manifest["content_hash"].take(pa.array(rows)).to_pylist()]
+    key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+    cache = Path(tempfile.gettempdir()) / "ssmttm-detectors" / f"{key}.safetensors"
+    if not cache.is_file():
+        heard = _hear(store, rows, codec)
+        with written_aside(cache) as aside:
+            save_file(heard, aside)
+    heard = load_file(cache)
+    return Clips(rows=torch.from_numpy(rows)[heard.pop("place")], **heard)
+
+
+def _hear(store: Store, rows: np.ndarray, codec: Codec | None) -> dict[str, Tensor]:
+    """Clips' features, and `place`: which of the rows each clip is."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("mel", "bands", "onsets", "place")}
+    task = f"features ({'true audio' if codec is None else 'through the codec'})"
+    for place, row in enumerate(tqdm(rows.tolist(), desc=task, unit="clip")):
         wav, _ = audio.read(store.audio_path(row), features.SAMPLE_RATE)
         if wav.shape[-1] < CLIP * features.SAMPLE_RATE:
             continue
@@ -69,13 +81,10 @@ def extract(store: Store, rows: np.ndarray, codec: Codec | None) -> Clips:
         found["mel"].append(features.log_mel(wav).half())
         found["bands"].append(features.pitch_class_bands(features.log_frequency_spectrum(wav)).half())
         found["onsets"].append(features.onset_strength(wav).half())
-        found["rows"].append(torch.tensor([row]))
-    if not found["rows"]:
+        found["place"].append(torch.tensor([place]))
+    if not found["place"]:
         raise UserError(f"{store.path} has no segment of {CLIP} s or more to learn from: prepare the built-in corpus")
-    clips = Clips(**{name: torch.cat(parts) for name, parts in found.items()})
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: getattr(clips, name) for name in Clips.__dataclass_fields__}, cache)
-    return clips
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def train(clips: Clips, truths: dict[int, dict[str, Any]], steps: int, batch: int, seed: int) -> Detectors:
@@ -152,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ssmttm.evaluation.train_detectors", description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, required=True, help="a built-in store that keeps its audio")
     parser.add_argument("--codec", default=None, help="hear a share of the clips through this codec too")
-    parser.add_argument("--reconstructed", type=int, default=600, help="how many clips that is (default: %(default)s)")
+    parser.add_argument("--reconstructed", type=int, default=400, help="how many clips that is (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ASSETS, help="where to write (default: the embedded detectors)")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -166,11 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if codec is not None:
         some = np.random.default_rng(arguments.seed).permutation(training)[: arguments.reconstructed]
         lots.append(extract(store, np.sort(some), codec))
-    truths = {int(row): truth for row in training if (truth := store.truth(row)) is not None}
     clips = Clips.join(lots)
-    missing = sorted(set(clips.rows.tolist()) - truths.keys())
-    if missing:
-        raise UserError(f"{store.path}: {len(missing)} segments have no ground truth: use a built-in corpus")
+    truths = {row: truth_of(store, row) for row in clips.rows.tolist()}
     detectors = train(clips, truths, arguments.steps, arguments.batch, arguments.seed)
 
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])
