@@ -225,3 +225,12 @@ def test_an_installed_kernel_is_called_with_its_own_arguments(monkeypatch):
 def test_no_kernel_package_is_imported_with_the_operations():
     code = "import sys, ssmttm.ops.ssd, ssmttm.ops.conv; assert not {'mamba_ssm', 'causal_conv1d'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_loss_does_not_see_has_no_gradient_at_all():
+    """Exactly zero, not a rounding error: padding behind a sequence would carry it through every layer."""
+    arguments = operands(2, 50, 4, 8, 2, 5, dtype=torch.float32)
+    y, _ = ssd(*arguments, chunk_size=16)
+    gradients = torch.autograd.grad(y[:, :30].square().sum(), arguments)
+    for gradient in gradients[0], gradients[1], gradients[3], gradients[4]:
+        assert gradient[:, :30].any() and not gradient[:, 30:].any()

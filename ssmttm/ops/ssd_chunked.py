@@ -89,7 +89,8 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
 
     # The decay at position k scales what is read from k on, what was written before k, and what passes through.
     later = within + reads
-    grad_log_decay = later.sum(2, keepdim=True) - later.cumsum(2) + later + writes.cumsum(2) - writes + passes
+    earlier = F.pad(writes[:, :, :-1].cumsum(2), (0, 0, 1, 0))
+    grad_log_decay = later.flip(2).cumsum(2).flip(2) + earlier + passes  # no rounding where the future has no gradient
     grad_dt = (grad_xdt * s.x).sum(-1) + grad_log_decay * A
     grad_x = grad_xdt * s.dt[..., None]
     if D is not None:
