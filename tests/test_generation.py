@@ -73,9 +73,10 @@ class Spy:
         monkeypatch.setattr(model, "step", step)
         monkeypatch.setattr(model, "init_state", init_state)
 
-    def inputs(self):
-        """[rows, K, positions]"""
-        return torch.cat([self.prefills[0][0], torch.stack(self.steps, -1)], dim=-1)
+    def inputs(self, rows):
+        """[rows, K, positions] of all items, the prefill's positions first."""
+        head = torch.stack([codes for codes, _ in self.prefills], 1).flatten(0, 1)
+        return torch.cat([head, torch.stack(self.steps, -1)[:rows]], dim=-1)
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, GUIDED], ids=["plain", "guided"])
@@ -85,6 +86,31 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model, sampling):
         together = sample(model, items, sampling)
         for row, item in enumerate(items):
             assert torch.equal(together[row], alone[item][0]), f"item {item} in {items}"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sampling", [PLAIN, GUIDED], ids=["plain", "guided"])
+def test_an_items_logits_are_the_same_bits_in_any_batch(sampling, threads, monkeypatch):
+    """What makes the promise above hold for long pieces: no difference, however small, that could grow."""
+    torch.set_num_threads(threads)
+    try:
+        model = make_model(d_model=128, headdim=32, d_state=16)
+        seen = {}
+        for items in [(0,), (1, 0), (2, 0, 1, 3)]:
+            heard = []
+            step, prefill = TokenLM.step, TokenLM.prefill
+            monkeypatch.setattr(model, "step", lambda *a, s=step, h=heard: h.append(s(model, *a)) or h[-1])
+            monkeypatch.setattr(model, "prefill", lambda *a, p=prefill, h=heard: h.append(p(model, *a)) or h[-1])
+            sample(model, items, sampling, n_frames=6)
+            row = items.index(0)
+            n = len(items)
+            rows = slice(row, None if sampling is PLAIN else n + row + 1, n)
+            seen[items] = [heard[row], *(logits[rows][: 1 + (sampling is GUIDED)] for logits in heard[n:])]
+        alone = seen.pop((0,))
+        for items, logits in seen.items():
+            assert all(torch.equal(a, b) for a, b in zip(alone, logits, strict=True)), items
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_seeds_and_captions_both_matter(model):
@@ -112,8 +138,8 @@ def test_uniforms_belong_to_the_seed_alone():
 def test_guidance_one_runs_the_conditional_rows_alone(model, monkeypatch):
     spy = Spy(model, monkeypatch)
     sample(model, [0, 1], PLAIN)
-    assert len(spy.inputs()) == 2
-    assert torch.equal(spy.prefills[0][1].embeddings, TextCondition.stack(TEXTS[:2]).embeddings)
+    assert [len(codes) for codes, _ in spy.prefills] == [1, 1]
+    assert all(torch.equal(text.embeddings[0], TEXTS[i]) for i, (_, text) in enumerate(spy.prefills))
 
 
 def test_guidance_one_is_the_limit_of_guidance(model):
@@ -180,7 +206,7 @@ def test_delay_fill_is_enforced_and_codes_go_back_in_as_they_came_out(model, mon
     spy = Spy(model, monkeypatch)
     n_frames, special = 12, model.special_token_id
     codes = sample(model, [0, 1], GUIDED, n_frames)
-    inputs = spy.inputs()  # one position of specials, then the sequence but for its last position
+    inputs = spy.inputs(rows=4)  # one position of specials, then the sequence but for its last position
     assert inputs.shape == (4, K, n_frames + K - 1)
     assert torch.equal(inputs[:2], inputs[2:])
     sequence = inputs[:2, :, 1:]

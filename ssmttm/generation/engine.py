@@ -4,6 +4,7 @@ Shapes: B items, K codebooks, T frames, S positions of the pattern's sequence, V
 model runs on 2 B rows: row i is item i under its caption, row B + i the same item under the null condition.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from ssmttm.errors import UserError
 from ssmttm.generation import filters
 from ssmttm.generation.request import Sampling
-from ssmttm.models.token_lm import TokenLM
+from ssmttm.models.token_lm import LMState, TokenLM
 from ssmttm.patterns import Pattern
 from ssmttm.text.condition import TextCondition
 
 _OPEN = -1  # a position of the sequence that is still to be sampled
+# MKL adds up the products of 1, of 2 or 3, and of 4 rows or more in different orders, and splits the rows over threads.
+# In multiples of 4 a row's result is the same bits whatever its companions; 4 rows cost about as much as 2.
+_CPU_ROWS = 4
 
 
 def draw_uniforms(seeds: Sequence[int], n_positions: int, n_codebooks: int) -> Tensor:
@@ -66,7 +70,8 @@ def generate_frames(
         text: B captions' condition; null_text: the null condition, one row (shared) or B rows.
         pattern: the interleaving that the model was trained with.
         n_frames: T >= 1, prompt included.
-        seeds: B seeds, each of 32 bits; an item's tokens depend on its own caption and seed, not on its companions.
+        seeds: B seeds, each of 32 bits; an item's tokens depend on its own caption and seed alone: on a CPU
+            its logits are the same bits whatever its companions.
         prompt_codes: [B, K, P] with P <= T, frames to go on from; they come first in what is yielded.
         chunk_frames: least number of frames in a chunk but the last.
 
@@ -79,13 +84,10 @@ def generate_frames(
     batch, n_codebooks, special = len(seeds), model.config.n_codebooks, model.special_token_id
     if model.training:
         raise ValueError("put the model in eval mode before sampling (dropout is active)")
-    if text.mask.shape[0] != batch:
-        raise ValueError(f"{text.mask.shape[0]} captions for {batch} seeds")
+    if len(text.mask) != batch or len(null_text.mask) not in (1, batch):
+        raise ValueError(f"{len(text.mask)} captions and {len(null_text.mask)} null conditions for {batch} seeds")
     device = next(model.parameters()).device
     guided = sampling.guidance_scale != 1.0
-    condition = (_paired(text, null_text) if guided else text).to(device)
-    rows = condition.mask.shape[0]
-
     plan = _plan(pattern, batch, n_codebooks, n_frames, special, prompt_codes).to(device)  # [S, B, K]
     sequence, is_open = plan.clone(), plan == _OPEN
     frame_of, complete_at = _layout(pattern, n_codebooks, n_frames)
@@ -96,8 +98,8 @@ def generate_frames(
     start = torch.full((1, batch, n_codebooks), special, dtype=torch.long, device=device)
     first = min(known, len(plan) - 1)
     head = torch.cat([start, sequence[:first]]).permute(1, 2, 0)  # [B, K, first + 1]
-    state = model.init_state(rows, device=device)
-    logits = model.prefill(head.repeat(rows // batch, 1, 1), condition, state)
+    conditions = [_condition(text, null_text if guided else None, item).to(device) for item in range(batch)]
+    logits, state, item_of_row = _prefill(model, head, conditions)
 
     done = 0
     for position in range(first, len(plan)):
@@ -111,34 +113,46 @@ def generate_frames(
             yield _frames(sequence, frame_of, done, ready)
             done = ready
         if position + 1 < len(plan):
-            logits = model.step(column.repeat(2, 1) if guided else column, state)
+            logits = model.step(column[item_of_row], state)
+
+
+def _prefill(model: TokenLM, codes: Tensor, conditions: list[TextCondition]) -> tuple[Tensor, LMState, Tensor]:
+    """Take in each item's text and codes [B, K, n] by itself, with its own padding only, into one state for all rows.
+
+    Returns:
+        logits [rows, K, V'], the state, and the item that each row of the state belongs to.
+    """
+    batch, n_conditions, device = len(codes), len(conditions[0].mask), codes.device
+    rows = batch * n_conditions
+    padded = rows if device.type != "cpu" else math.ceil(rows / _CPU_ROWS) * _CPU_ROWS
+    state = model.init_state(padded, device=device)
+    logits = []
+    for item, condition in enumerate(conditions):
+        own = model.init_state(n_conditions, device=device)
+        logits.append(model.prefill(codes[item].expand(n_conditions, -1, -1), condition, own))
+        state.put(slice(item, rows, batch), own)
+    return torch.stack(logits, dim=1).flatten(0, 1), state, torch.arange(padded, device=device) % batch
 
 
 def _sample(logits: Tensor, uniforms: Tensor, codebook_size: int, sampling: Sampling, guided: bool) -> Tensor:
-    """[rows, K, V'] logits and [B, K] uniforms -> [B, K] tokens."""
+    """Logits of all rows, [.., K, V'], and [B, K] uniforms -> [B, K] tokens."""
+    batch = len(uniforms)
     logits = filters.without_special(logits, codebook_size).float()
+    conditional = logits[:batch]
     if guided:
-        conditional, null = logits.chunk(2)
-        logits = null.lerp(conditional, sampling.guidance_scale)  # null + scale * (conditional - null)
-    logits = filters.temperature(logits, sampling.temperature)
-    logits = filters.top_p(filters.top_k(logits, sampling.top_k), sampling.top_p)
-    return filters.draw(logits, uniforms)
+        null = logits[batch : 2 * batch]
+        conditional = null.lerp(conditional, sampling.guidance_scale)  # null + scale * (conditional - null)
+    kept = filters.top_k(filters.temperature(conditional, sampling.temperature), sampling.top_k)
+    return filters.draw(filters.top_p(kept, sampling.top_p), uniforms)
 
 
-def _paired(text: TextCondition, null_text: TextCondition) -> TextCondition:
-    """Stack captions and null conditions: row i and row B + i belong to item i. Shorter ones are padded on the left."""
-    batch = text.mask.shape[0]
-    if null_text.mask.shape[0] not in (1, batch):
-        raise ValueError(f"{null_text.mask.shape[0]} null conditions for {batch} captions")
-    null = [null_text.embeddings, null_text.mask]
-    null = [part.expand(batch, *part.shape[1:]) for part in null]
-    length = max(text.mask.shape[1], null_text.mask.shape[1])
-
-    def pad(part: Tensor) -> Tensor:
-        missing = part.new_zeros(batch, length - part.shape[1], *part.shape[2:])
-        return torch.cat([missing, part], dim=1)
-
-    return TextCondition(*(torch.cat([pad(a), pad(b)]) for a, b in zip(text, null, strict=True)))
+def _condition(text: TextCondition, null_text: TextCondition | None, item: int) -> TextCondition:
+    """The rows of one item: its caption and, with guidance, its null condition, padded to the longer of the two."""
+    rows = [text.embeddings[item, text.mask[item]]]
+    if null_text is not None:
+        index = item if len(null_text.mask) > 1 else 0
+        rows.append(null_text.embeddings[index, null_text.mask[index]])
+    return TextCondition.stack(rows)
 
 
 def _plan(

@@ -21,6 +21,7 @@ from ssmttm.generation.loading import check_fit, load_model, open_model_folder
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
+from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 
 
@@ -188,7 +189,7 @@ class MusicPipeline:
         n_frames = math.ceil(self._samples(request) / self.codec.hop_length)
         return generate_frames(
             self.model,
-            self.text_encoder.encode(request.prompts),
+            self._encode(request.prompts),
             self._null_text,
             self.pattern,
             n_frames,
@@ -196,6 +197,11 @@ class MusicPipeline:
             request.seeds,
             chunk_frames=chunk_frames,
         )
+
+    def _encode(self, prompts: list[str]) -> TextCondition:
+        """Each by itself: in a batch an encoder rounds otherwise."""
+        conditions = [self.text_encoder.encode([prompt]) for prompt in prompts]
+        return TextCondition.stack([condition.embeddings[0, condition.mask[0]] for condition in conditions])
 
     def _samples(self, request: Request) -> int:
         return max(1, round(request.duration * self.sample_rate))

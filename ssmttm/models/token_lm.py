@@ -8,7 +8,7 @@ Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,15 @@ class LMState:
     def clone(self) -> "LMState":
         blocks = [[None if state is None else state.clone() for state in states] for states in self.blocks]
         return LMState(blocks, self.batch_size, self.position)
+
+    def put(self, rows: slice, part: "LMState") -> None:
+        """Copy a smaller state into some rows; all parts of a state must stand at the same position."""
+        for states, parts in zip(self.blocks, part.blocks, strict=True):
+            for state, other in zip(states, parts, strict=True):
+                if state is not None:
+                    for field in fields(state):
+                        getattr(state, field.name)[rows].copy_(getattr(other, field.name))
+        self.position = part.position
 
 
 class TokenLM(nn.Module):
