@@ -102,11 +102,23 @@ def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
     return crop.mean(axis=1), rate
 
 
-def write(path: str | Path, wav: Tensor, sample_rate: int) -> Path:
+def read_comment(path: Path) -> str:
+    """The comment tag of an audio file; empty if it has none or cannot be read."""
+    import soundfile as sf
+
+    try:
+        with sf.SoundFile(path) as file:
+            return file.comment
+    except (sf.SoundFileError, OSError):
+        return ""
+
+
+def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") -> Path:
     """Write an audio file, whole or not at all; the extension names the format: wav, flac (16 bit), ogg or mp3.
 
     Args:
-        wav: [C, S] or [S]; what goes beyond [-1, 1] is clipped, with a warning.
+        wav: [C, S] or [S]; float, of which what goes beyond [-1, 1] is clipped with a warning, or int16, kept as it is.
+        comment: a tag inside the file, empty for none.
 
     Raises:
         UserError: another extension, nothing or NaN in `wav`, a rate the format has not, or the disk is full.
@@ -115,18 +127,17 @@ def write(path: str | Path, wav: Tensor, sample_rate: int) -> Path:
 
     path = Path(path)
     container, subtype = _writer_of(path)
-    samples = torch.atleast_2d(wav.detach().to("cpu", torch.float32))  # [C, S]
+    samples = torch.atleast_2d(wav.detach().cpu())  # [C, S]
     if samples.dim() != 2 or samples.numel() == 0:
         raise UserError(f"there is no audio to write to {path} (shape {list(wav.shape)})")
-    if not bool(torch.isfinite(samples).all()):
-        raise UserError(f"the audio for {path} holds NaN or infinite samples: it was not written")
-    over = float((samples.abs() > 1).float().mean())
-    if over > 0:
-        _log.warning("%s: %.2g %% of the samples are beyond full scale and were clipped", path, 100 * over)
+    if samples.dtype != torch.int16:
+        samples = _within_full_scale(samples.float(), path)
     encoded = io.BytesIO()
     try:
         with sf.SoundFile(encoded, "w", sample_rate, len(samples), subtype, format=container) as file:
-            for block in samples.clamp(-1, 1).T.contiguous().split(1 << 16):  # one long Vorbis write overflows a stack
+            if comment:
+                file.comment = comment
+            for block in samples.T.contiguous().split(1 << 16):  # one long Vorbis write overflows a stack
                 file.write(block.numpy())
     except sf.SoundFileError as error:
         raise UserError(f"cannot write {path} at {sample_rate} Hz with {len(samples)} channels: {error}") from error
@@ -204,6 +215,15 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
                 raise UserError(f"{path} is cut short ({seen} of {file.frames} samples): copy it again")
     except sf.SoundFileError as error:
         raise UserError(f"{path} is no audio that can be read, or is damaged ({_reason(error)})") from error
+
+
+def _within_full_scale(samples: Tensor, path: Path) -> Tensor:
+    if not bool(torch.isfinite(samples).all()):
+        raise UserError(f"the audio for {path} holds NaN or infinite samples: it was not written")
+    over = float((samples.abs() > 1).float().mean())
+    if over > 0:
+        _log.warning("%s: %.2g %% of the samples are beyond full scale and were clipped", path, 100 * over)
+    return samples.clamp(-1, 1)
 
 
 def check_file(path: Path) -> None:

@@ -45,6 +45,13 @@ def test_one_dimension_and_clipping(tmp_path, caplog):
     assert "clipped" in caplog.text
 
 
+def test_sixteen_bit_samples_and_comment_are_kept(tmp_path):
+    pcm = torch.tensor([[0, 1, -1, 32767, -32768, 12345]], dtype=torch.int16)
+    path = audio.write(tmp_path / "x.flac", pcm, RATE, "seven words")
+    assert torch.equal((audio.read(path)[0] * 32768).to(torch.int16), pcm)
+    assert audio.read_comment(path) == "seven words" and audio.read_comment(tmp_path / "none") == ""
+
+
 def test_mixdown_of_eight_channels_at_8_khz(tmp_path):
     channels = torch.linspace(-0.4, 0.5, 8)[:, None] * torch.ones(8, 8000)
     sf.write(tmp_path / "x.wav", channels.T.numpy(), 8000)

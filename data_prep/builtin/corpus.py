@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
+import torch
+
+from ssmttm import audio
+from ssmttm.errors import UserError
 
 from .captions import describe, tags
 from .composer import DURATION, VERSION, compose
@@ -44,22 +46,17 @@ def _stamp(segment_id: str, digest: str) -> str:
 def _valid(path: Path, segment_id: str) -> str | None:
     """The PCM's hash where the file is whole and of this version, else None."""
     try:
-        with soundfile.SoundFile(path) as file:
-            comment, pcm = file.comment, file.read(dtype="int16")
-    except (OSError, soundfile.LibsndfileError):
+        pcm = audio.read(path)[0][0].numpy() * 32768  # 16 bit: exact
+    except UserError:
         return None
     digest = hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
-    return digest if comment == _stamp(segment_id, digest) else None
+    return digest if audio.read_comment(path) == _stamp(segment_id, digest) else None
 
 
 def _save(path: Path, segment_id: str, pcm: np.ndarray) -> str:
-    """Write int16 samples [S] as FLAC, aside and then renamed; returns their hash."""
+    """Write int16 samples [S] as FLAC; returns their hash."""
     digest = hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with soundfile.SoundFile(aside, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as file:
-        file.comment = _stamp(segment_id, digest)
-        file.write(pcm)
-    os.replace(aside, path)
+    audio.write(path, torch.from_numpy(pcm), SAMPLE_RATE, _stamp(segment_id, digest))
     return digest
 
 
