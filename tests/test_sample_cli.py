@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -136,8 +137,9 @@ def test_output_shape_and_determinism(pipe):
     assert not torch.equal(out.codes[0], out.codes[1])
 
 
-def test_one_number_seeds_them_all_in_turn(pipe):
-    assert torch.equal(pipe(["a", "b"], 0.2, seeds=5).codes, pipe(["a", "b"], 0.2, seeds=[5, 6]).codes)
+@pytest.mark.parametrize("seeds", [5, np.int64(5), np.array([5, 6])])
+def test_one_number_seeds_them_all_in_turn(pipe, seeds):
+    assert torch.equal(pipe(["a", "b"], 0.2, seeds=seeds).codes, pipe(["a", "b"], 0.2, seeds=[5, 6]).codes)
 
 
 @pytest.mark.parametrize("chunk_seconds", [0.04, 0.3, 60.0])

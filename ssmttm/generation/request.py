@@ -2,8 +2,9 @@
 
 import math
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 
 from ssmttm.errors import UserError
@@ -54,7 +55,7 @@ class Request:
         cls,
         prompts: str | Sequence[str],
         duration: float,
-        seeds: int | Sequence[int],
+        seeds: int | Iterable[int],
         sampling: Sampling,
         max_duration: float = MAX_DURATION,
     ) -> "Request":
@@ -64,11 +65,14 @@ class Request:
             UserError: a prompt is empty or no text, a number is out of range, seeds and prompts differ in number.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seeds + index for index in range(len(prompts))] if isinstance(seeds, int) else list(seeds)
+        if isinstance(seeds, Iterable):
+            seeds = [index(seed) for seed in seeds]
+        else:
+            seeds = [index(seeds) + item for item in range(len(prompts))]
         _check_prompts(prompts)
         if not (math.isfinite(duration) and duration > 0):
             raise UserError(f"duration is {duration} s: give a number of seconds above 0")
-        if duration > max_duration:
+        if not duration <= max_duration:
             raise UserError(
                 f"duration is {duration:g} s, the maximum is {max_duration:g} s: ask for less, or raise the maximum "
                 "(--max-duration, or the pipeline's max_duration)"
@@ -115,8 +119,8 @@ def read_prompts(path: Path) -> list[str]:
 def _check_prompts(prompts: list[str]) -> None:
     if not prompts:
         raise UserError(f"no prompt: describe the music, such as {_EXAMPLE}")
-    for index, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise UserError(f"prompt {index} is empty: describe the music, such as {_EXAMPLE}")
+            raise UserError(f"prompt {number} is empty: describe the music, such as {_EXAMPLE}")
         if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise UserError(f"prompt {index} is broken UTF-8: type it again, or put it in a prompts file")
+            raise UserError(f"prompt {number} is broken UTF-8: type it again, or put it in a prompts file")
