@@ -120,13 +120,15 @@ def flat(settings):
 
 
 def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path, monkeypatch):
-    for name in ("validation", "samples"):  # whatever they may draw
-
-        def drawing(*args, plain=getattr(codec.CodecTask, name)):
+    def drawing(plain):
+        def draws_and_goes_on(*args):
             torch.rand(1), np.random.rand(), rng.random.random()
             return plain(*args)
 
-        monkeypatch.setattr(codec.CodecTask, name, drawing)
+        return draws_and_goes_on
+
+    for name in ("validation", "samples"):
+        monkeypatch.setattr(codec.CodecTask, name, drawing(getattr(codec.CodecTask, name)))
     overrides = ("train.steps=5", "codec_training.revive_until=100")
     loop.train(codec_config(audio_store, tmp_path / "quiet", *overrides, "train.eval_every=0"))
     loop.train(codec_config(audio_store, tmp_path / "busy", *overrides, "train.eval_every=1", "train.sample_every=2"))
