@@ -58,7 +58,8 @@ def lm_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
     """The debug model on a store of `write_codes_store`."""
     fixed = ("experiment=debug", "model.d_model=16", "model.headdim=8", "model.d_state=4", "optim.lr=0.01")
     train = ("train.log_every=1", "train.precision=fp32")
-    sizes = (f"model.n_codebooks={N_CODEBOOKS}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}")
+    codes = (f"model.n_codebooks={N_CODEBOOKS}", f"model.codebook_size={CODEBOOK_SIZE}")
+    sizes = (*codes, f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}")
     return config.load(*fixed, *sizes, f"data.store={store}", f"run_dir={run_dir}", *train, *overrides)
 
 
