@@ -1,0 +1,42 @@
+"""The model that ships with the package, with the codec and text encoder that ship with it."""
+
+import pytest
+import torch
+
+from ssmttm import MusicPipeline
+from ssmttm.generation.loading import EMBEDDED
+
+pytestmark = pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded language model is not in this checkout")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return MusicPipeline.from_pretrained()
+
+
+def test_it_makes_sound_that_follows_seed_and_prompt(pipe):
+    out = pipe(["a calm piano piece", "a calm piano piece", "fast techno with drums"], duration=2.0, seeds=[0, 1, 0])
+    assert out.audios.shape == (3, 1, 48_000) and out.sample_rate == 24_000
+    assert torch.isfinite(out.audios).all() and out.audios.abs().max() <= 1.5
+    assert (out.audios.square().mean((1, 2)).sqrt() > 1e-3).all()
+    assert len({codes.numpy().tobytes() for codes in out.codes}) == 3
+    again = pipe("fast techno with drums", duration=2.0, seeds=[0])
+    assert torch.equal(again.codes[0], out.codes[2]) and torch.equal(again.audios[0], out.audios[2])
+
+
+def test_it_streams(pipe):
+    whole = pipe("a march for brass", duration=1.5, seeds=3).audios[0]
+    parts = list(pipe.stream("a march for brass", duration=1.5, seed=3))
+    assert len(parts) > 1 and torch.allclose(torch.cat(parts, -1), whole, atol=1e-5)
+
+
+def test_it_reads_ten_thousand_words_emoji_and_any_script(pipe, caplog):
+    out = pipe([" ".join(f"word{i}" for i in range(10_000)), "🎻🎶", "медленный вальс", "鋼琴"], duration=0.2)
+    assert out.audios.shape == (4, 1, 4800)
+    assert "the first 128 are kept" in caplog.text
+
+
+def test_it_says_what_it_is(pipe):
+    assert len(pipe.facts["model"]["weights_sha256"]) == 64
+    assert pipe.facts["codec"]["name"] == "tiny" and pipe.facts["text_encoder"]["name"] == "minilm"
+    assert set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
