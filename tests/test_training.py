@@ -25,6 +25,7 @@ from ssmttm.training import codec, lm, loop, rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.export import export
 from ssmttm.training.optim import build_optimizer, learning_rate
+from ssmttm.training.run import claimed
 
 ROOT = Path(__file__).parents[1]
 
@@ -273,13 +274,24 @@ def test_fill_and_padding_are_neither_predicted_nor_counted():
         (["model.text_dim=9"], "model.text_dim=8"),
         (["task=diffuse"], "task=diffuse"),
         (["train.precision=fp8"], "train.precision=fp8"),
+        (["data.store=null"], "data_prep builtin"),
+        (["data.store=nowhere"], "nowhere"),
+        (["train.steps=many"], "train.steps=many"),
+        (["data.batch_size=0"], "data.batch_size=0"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_clear_line(codes_store, tmp_path, overrides, said):
     with pytest.raises(UserError, match=said) as caught:
         loop.train(lm_config(codes_store, tmp_path / "run", *overrides))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()
+    assert not checkpoint.checkpoints(tmp_path / "run")
+
+
+def test_a_run_folder_takes_one_training_at_a_time(codes_store, tmp_path):
+    settings = lm_config(codes_store, tmp_path / "run", "train.steps=1")
+    with claimed(tmp_path / "run"), pytest.raises(UserError, match="another training"):
+        loop.train(settings)
+    loop.train(settings)
 
 
 def test_a_model_of_fewer_codebooks_learns_the_first_ones(codes_store, tmp_path):

@@ -22,7 +22,7 @@ from ssmttm.training.cpu import has_bf16, keep_freed_memory
 from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
-from ssmttm.training.run import horizon, progress_line, resume_folder, validation_line
+from ssmttm.training.run import check_settings, claimed, horizon, progress_line, resume_folder, validation_line
 from ssmttm.training.saving import Progress, restore, save
 from ssmttm.training.signals import INTERRUPT, stop_requests
 from ssmttm.training.step import (
@@ -51,10 +51,16 @@ def train(config: DictConfig) -> Path:
         Preempted: SIGTERM or SIGUSR1 came; a checkpoint is written.
         KeyboardInterrupt: Ctrl-C came; a checkpoint is written.
     """
-    # --- device, task, players -----------------------------------------------------------------------------------
+    check_settings(config)
     accelerator = _accelerator(config.train.precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    with claimed(Path(config.run_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(config, accelerator)
+
+
+def _train(config: DictConfig, accelerator: Accelerator) -> Path:
+    # --- task, players -------------------------------------------------------------------------------------------
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     run_dir, steps = Path(config.run_dir), config.train.steps
@@ -80,14 +86,9 @@ def train(config: DictConfig) -> Path:
     if main:
         first = micro_batches(loader.batch(progress.step), config.train.micro_batch_size)
         print(horizon(task, config, loader, first, world_size, progress.step))
-        print(
-            f"device       {world_size} x {accelerator.device.type} {precision}, peak {peak / 1e12:.3g} TFLOP/s each",
-            end="",
-        )
-        print(
-            f" ({peak_source})\nrun folder   {run_dir}{f', going on from {resumed.name}' if resumed else ''}",
-            flush=True,
-        )
+        devices = f"{world_size} x {accelerator.device.type} {precision}"
+        print(f"device       {devices}, peak {peak / 1e12:.3g} TFLOP/s each ({peak_source})")
+        print(f"run folder   {run_dir}{f', going on from {resumed.name}' if resumed else ''}", flush=True)
     speed = Speed(peak * world_size)
 
     # --- steps ---------------------------------------------------------------------------------------------------
@@ -129,13 +130,13 @@ def train(config: DictConfig) -> Path:
                 with torch.no_grad(), rng.fenced(config.seed), _evaluating(players, ema):
                     for sample in task.samples(progress.step):
                         log.write_audio(progress.step, *sample)
-            if stop or _due(progress.step, steps, config.train.checkpoint_every):
+            if _due(progress.step, steps, config.train.checkpoint_every):
                 save(config, players, ema, progress, facts, accelerator)
                 last_saved = progress.step
             speed.pause(pause)
 
     # --- the end -------------------------------------------------------------------------------------------------
-    if last_saved != progress.step:  # a finished run that is resumed under another run_dir
+    if last_saved != progress.step:  # told to stop between two checkpoints
         save(config, players, ema, progress, facts, accelerator)
     if log:
         log.close()

@@ -1,7 +1,10 @@
 """A run folder's bookkeeping: what it may go on from, what may change on the way, what the console says."""
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,50 @@ FREE_KEYS = (
     "run_dir", "resume", "data.store", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts", "train.micro_batch_size",
 )  # fmt: skip
+
+
+# The least value of each number that a wrong override could spoil.
+LEAST = {
+    "data.batch_size": 1, "data.frames": 1, "data.seconds": 1e-3, "train.steps": 1, "train.log_every": 0,
+    "train.eval_every": 0, "train.eval_batches": 1, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
+    "train.sample_every": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0,
+    "seed": 0,
+}  # fmt: skip
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse settings that no training can start from.
+
+    Raises:
+        UserError: there is no store, or a number is none or too small.
+    """
+    if not config.data.store:
+        raise UserError(
+            "data.store is not set: make one, such as `python -m data_prep builtin --hours 0.5 --out data/builtin`, "
+            "and give data.store=data/builtin"
+        )
+    for key, least in LEAST.items():
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
+            raise UserError(f"{key}={value} is no number of at least {least}: change it")
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the system lets go of it if the process dies.
+
+    Raises:
+        UserError: another training holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another training is writing to {run_dir}: wait for it, or give another run_dir"
+            ) from error
+        yield
 
 
 def resume_folder(config: DictConfig) -> Path | None:
