@@ -108,25 +108,26 @@ class _ShiftedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
         length = padded.shape[1] - weight.shape[1] + 1
-        taps = weight.t().contiguous()  # [K, C]
-        y = padded[:, :length] * taps[0] if bias is None else torch.addcmul(bias, padded[:, :length], taps[0])
+        taps, wide = weight.t().contiguous(), padded.to(weight.dtype)  # [K, C], [B, K-1+T, C]
+        y = wide[:, :length] * taps[0] if bias is None else torch.addcmul(bias, wide[:, :length], taps[0])
         for k in range(1, len(taps)):
-            y.addcmul_(padded[:, k : k + length], taps[k])
+            y.addcmul_(wide[:, k : k + length], taps[k])
+        y = y.to(padded.dtype)
         ctx.save_for_backward(padded, taps, y if activation else None)
         ctx.has_bias = bias is not None
-        return (F.silu(y) if activation else y).to(padded.dtype)
+        return F.silu(y) if activation else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         padded, taps, pre_activation = ctx.saved_tensors
-        length = grad.shape[1]
-        grad = grad.to(taps.dtype)
         if pre_activation is not None:
             grad = torch.ops.aten.silu_backward(grad, pre_activation)
-        grad_padded = torch.zeros_like(padded, dtype=taps.dtype)
-        grad_taps = torch.empty_like(taps)
+        length = grad.shape[1]
+        grad, padded = grad.to(taps.dtype), padded.to(taps.dtype)
+        grad_padded, grad_taps = torch.zeros_like(padded), torch.empty_like(taps)
         for k in range(len(taps)):
             grad_padded[:, k : k + length].addcmul_(grad, taps[k])
             grad_taps[k] = (grad * padded[:, k : k + length]).sum((0, 1))
-        return grad_padded.to(padded.dtype), grad_taps.t(), grad.sum((0, 1)) if ctx.has_bias else None, None
+        grad_bias = grad.sum((0, 1)) if ctx.has_bias else None
+        return grad_padded.to(ctx.saved_tensors[0].dtype), grad_taps.t(), grad_bias, None

@@ -8,12 +8,11 @@ made once a group. The backward keeps the states between the chunks and makes th
 The decay over (j, i] is exp(s_i - s_j), s the running sum of dt * A in a chunk. For j > i the difference is positive,
 and can be large: it is clamped before the exponential and masked behind it, so neither value nor gradient overflows.
 
-Operands of matrix products have the dtype of x; decays, states and sums are float32 (float64 if x is). The gradient of
-the decays is gathered from terms that add up, never as a difference of two products: with bfloat16 operands the two
-would not cancel.
+Tensors as large as x, and the operands of matrix products, have the dtype of x; decays, the states as they are carried
+and all sums are float32 (float64 if x is). The gradient of the decays is gathered from terms that add up, never as a
+difference of two products: with bfloat16 operands the two would not cancel.
 """
 
-import itertools
 import math
 from typing import Any
 
@@ -41,16 +40,16 @@ class ChunkedSSD(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         s = _Chunked(x, dt, A, B, C, chunk_size)
-        inflow = (s.B.mT @ s.written()).to(dt.dtype)  # [b, c, G, n, r]
-        starts, final = _carry(inflow, s.whole, None if initial_state is None else s.state_in(initial_state))
-        starts = starts.to(x.dtype)
-        y = s.by_position(s.C @ starts) * s.from_start[..., None]  # [b, c, q, h, p]
-        y += s.positions_of(torch.bmm(s.mixing(s.decay(), s.scores()), s.by_head(s.x, s.dt)))
+        initial = None if initial_state is None else s.state_in(initial_state)
+        starts, final = _carry(s.B.mT @ s.written(), s.whole, initial)
+        y = s.by_position(s.C @ starts)  # [b, c, q, h, p]
+        y *= s.as_x(s.from_start)
+        y += s.positions_of(torch.bmm((s.decay() * s.scores()).flatten(0, 3), s.by_head(s.x, s.dt)))
         if D is not None:
-            y.addcmul_(s.x, D[:, None])
+            y.addcmul_(s.x, s.as_x(D))
         ctx.save_for_backward(x, dt, A, B, C, D, starts)
         ctx.chunk_size, ctx.has_initial = chunk_size, initial_state is not None
-        return s.join(y).to(x.dtype), s.state_out(final)
+        return s.join(y), s.state_out(final)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -65,43 +64,41 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
     grad_y = s.split(grad_y)  # [b, c, q, h, p]
 
     # Between chunks: the gradient of the state at each chunk's end, carried from the last chunk to the first.
-    read = s.by_group(s.scaled(grad_y, s.from_start))  # [b, c, G, q, r]
-    outflow = (s.C.mT @ read).to(dt.dtype)  # [b, c, G, n, r]
-    grad_ends, grad_initial = _carry(outflow, s.whole, s.state_in(grad_final), backwards=True)
-    ends = grad_ends.to(x.dtype)
+    read = s.by_group(grad_y * s.as_x(s.from_start))  # [b, c, G, q, r]
+    ends, grad_initial = _carry(s.C.mT @ read, s.whole, s.state_in(grad_final), backwards=True)  # [b, c, G, n, r]
     grad_C = read @ starts.mT  # [b, c, G, q, n]
     grad_B = s.written() @ ends.mT
-    grad_xdt = s.by_position(s.B @ ends) * s.to_end[..., None]  # [b, c, q, h, p], the gradient of dt * x
-    writes = s.dt * (grad_xdt * s.x).sum(-1)  # [b, c, q, h], what the positions leave behind the chunk
-    reads = s.from_start * (grad_y * s.by_position(s.C @ starts)).sum(-1)  # what they take from before it
-    passes = s.sum_by_head(s.whole * grad_ends * starts)  # [b, c, 1, h], what goes through it
+    grad_xdt = s.by_position(s.B @ ends) * s.as_x(s.to_end)  # [b, c, q, h, p], the gradient of dt * x
+    writes = s.dt * s.sum(grad_xdt * s.x)  # [b, c, q, h], what the positions leave behind the chunk
+    reads = s.from_start * s.sum(grad_y * s.by_position(s.C @ starts))  # what they take from before it
+    passes = s.sum_by_head((ends * starts).sum(3, keepdim=True, dtype=dt.dtype) * s.whole)  # [b, c, 1, h], through it
 
     # Within chunks.
     grad_y_heads = s.by_head(grad_y)  # [bch, q, p]
-    decay, scores = s.decay(), s.scores()
-    grad_mixing = torch.bmm(grad_y_heads, s.by_head(s.x, s.dt).mT).view(decay.shape) * decay  # [b, c, h, q, q]
-    grad_scores = grad_mixing.unflatten(2, (s.groups, -1)).sum(3).tril_().to(x.dtype)  # [b, c, G, q, q]
+    decay, scores = s.decay(), s.scores()  # [b, c, G, h/G, q, q], [b, c, G, 1, q, q]
+    grad_mixing = torch.bmm(grad_y_heads, s.by_head(s.x, s.dt).mT).view(decay.shape).mul_(decay)
+    grad_scores = grad_mixing.sum(3).tril_()  # [b, c, G, q, q]
     grad_C += grad_scores @ s.B
     grad_B += grad_scores.mT @ s.C
-    grad_mixing.unflatten(2, (s.groups, -1)).mul_(scores[:, :, :, None])
-    within = (grad_mixing.sum(-1) - grad_mixing.sum(-2)).transpose(2, 3)  # [b, c, q, h]
-    grad_xdt += s.positions_of(torch.bmm(s.mixing(decay, scores).mT, grad_y_heads))
+    grad_mixing *= scores
+    within = (s.sum(grad_mixing) - s.sum(grad_mixing, -2)).flatten(2, 3).transpose(2, 3)  # [b, c, q, h]
+    grad_xdt += s.positions_of(torch.bmm(decay.mul_(scores).flatten(0, 3).mT, grad_y_heads))
 
     # The decay at position k scales what is read from k on, what was written before k, and what passes through.
     later = within + reads
     earlier = F.pad(writes[:, :, :-1].cumsum(2), (0, 0, 1, 0))
     grad_log_decay = later.flip(2).cumsum(2).flip(2) + earlier + passes  # no rounding where the future has no gradient
-    grad_dt = (grad_xdt * s.x).sum(-1) + grad_log_decay * A
-    grad_x = grad_xdt * s.dt[..., None]
+    grad_dt = s.sum(grad_xdt * s.x) + grad_log_decay * A
+    grad_x = grad_xdt * s.as_x(s.dt)
     if D is not None:
-        grad_x.addcmul_(grad_y, D[:, None])
+        grad_x.addcmul_(grad_y, s.as_x(D))
     return (
-        s.join(grad_x).to(x.dtype),
+        s.join(grad_x),
         s.join(grad_dt),
         (grad_log_decay * s.dt).sum((0, 1, 2)),
         s.join(grad_B.transpose(2, 3)),
         s.join(grad_C.transpose(2, 3)),
-        None if D is None else (grad_y * s.x).to(dt.dtype).sum((0, 1, 2, 4)),
+        None if D is None else s.sum(grad_y * s.x, (0, 1, 2, 4)),
         s.state_out(grad_initial) if ctx.has_initial else None,
         None,
     )
@@ -110,15 +107,17 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
 def _carry(inflow: Tensor, decay: Tensor, initial: Tensor | None, backwards: bool = False) -> tuple[Tensor, Tensor]:
     """The recurrence over chunks: inflow [b, c, G, n, r], decay [b, c, G, 1, r], initial [b, G, n, r].
 
-    Returns the state in front of each chunk [b, c, G, n, r] and the one behind the last [b, G, n, r]; `backwards`, the
-    last chunk is the first.
+    Returns the state in front of each chunk [b, c, G, n, r], in the dtype of `inflow`, and the one behind the last
+    [b, G, n, r], in that of `decay`, in which it is carried; `backwards`, the last chunk is the first.
     """
-    order = range(inflow.shape[1])[:: -1 if backwards else 1]
+    state = torch.zeros_like(inflow[:, 0], dtype=decay.dtype)
+    if initial is not None:
+        state.copy_(initial)
     before = torch.empty_like(inflow)
-    before[:, order[0]] = 0 if initial is None else initial
-    for i, following in itertools.pairwise(order):
-        torch.addcmul(inflow[:, i], before[:, i], decay[:, i], out=before[:, following])
-    return before, torch.addcmul(inflow[:, order[-1]], before[:, order[-1]], decay[:, order[-1]])
+    for i in range(inflow.shape[1])[:: -1 if backwards else 1]:
+        before[:, i] = state
+        state.mul_(decay[:, i]).add_(inflow[:, i])
+    return before, state
 
 
 class _Chunked:
@@ -148,13 +147,17 @@ class _Chunked:
         """The inverse of `split`."""
         return tensor.flatten(1, 2)[:, : self.length]
 
-    def scaled(self, tensor: Tensor, scale: Tensor) -> Tensor:
-        """[b, c, q, h, p] times [b, c, q, h], rounded once to the dtype of x."""
-        return torch.mul(tensor, scale[..., None], out=torch.empty_like(tensor, dtype=self.x.dtype))
+    def as_x(self, scale: Tensor) -> Tensor:
+        """[..., h] -> [..., h, 1] in the dtype of x, to multiply [b, c, q, h, p] with."""
+        return scale[..., None].to(self.x.dtype)
+
+    def sum(self, tensor: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+        """A sum in the dtype of dt, not rounded to that of x."""
+        return tensor.sum(dim, dtype=self.dt.dtype)
 
     def written(self) -> Tensor:
         """What each position adds to the state at its chunk's end, but for B: [b, c, G, q, r]."""
-        return self.by_group(self.scaled(self.x, self.dt * self.to_end))
+        return self.by_group(self.x * self.as_x(self.dt * self.to_end))
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[b, c, q, h, p] -> [b, c, G, q, r]."""
@@ -171,7 +174,7 @@ class _Chunked:
         if scale is None:
             result.copy_(tensor)
         else:
-            torch.mul(tensor, scale.transpose(2, 3)[..., None], out=result)
+            torch.mul(tensor, self.as_x(scale).transpose(2, 3), out=result)
         return result.flatten(0, 2)
 
     def positions_of(self, by_head: Tensor) -> Tensor:
@@ -179,23 +182,17 @@ class _Chunked:
         return by_head.view(self.batch, self.chunks, self.heads, self.q, self.width).transpose(2, 3)
 
     def decay(self) -> Tensor:
-        """exp(s_i - s_j) on and below the diagonal, 1 above it, [b, c, h, q, q]."""
-        running = self.log_decay.transpose(2, 3).contiguous()  # [b, c, h, q]
-        return (running[..., :, None] - running[..., None, :]).clamp_max_(0).exp_()
+        """exp(s_i - s_j) on and below the diagonal, 1 above it, [b, c, G, h/G, q, q]."""
+        running = self.log_decay.transpose(2, 3).unflatten(2, (self.groups, -1)).contiguous()  # [b, c, G, h/G, q]
+        return (running[..., :, None] - running[..., None, :]).clamp_max_(0).exp_().to(self.x.dtype)
 
     def scores(self) -> Tensor:
-        """C B^T on and below the diagonal, 0 above it, [b, c, G, q, q]."""
-        return (self.C @ self.B.mT).tril_()
-
-    def mixing(self, decay: Tensor, scores: Tensor) -> Tensor:
-        """What position i takes from the dt * x of position j: decay * scores, [bch, q, q]."""
-        by_group = decay.unflatten(2, (self.groups, -1))  # [b, c, G, h/G, q, q]
-        product = torch.mul(by_group, scores[:, :, :, None], out=torch.empty_like(by_group, dtype=scores.dtype))
-        return product.flatten(0, 3)
+        """C B^T on and below the diagonal, 0 above it, [b, c, G, 1, q, q]: times the decay, what i takes of j."""
+        return (self.C @ self.B.mT).tril_()[:, :, :, None]
 
     def sum_by_head(self, state: Tensor) -> Tensor:
-        """[b, c, G, n, r] -> [b, c, 1, h]."""
-        return state.sum(3).view(self.batch, self.chunks, 1, self.heads, self.width).sum(-1)
+        """[b, c, G, 1, r] -> [b, c, 1, h]."""
+        return state.view(self.batch, self.chunks, 1, self.heads, self.width).sum(-1)
 
     def state_in(self, state: Tensor) -> Tensor:
         """[b, h, p, n] -> [b, G, n, r]."""
