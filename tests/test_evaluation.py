@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from ssmttm import audio
+from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
-from ssmttm.evaluation import adherence, features, page
-from ssmttm.evaluation.accuracy import expected_of
+from ssmttm.evaluation import adherence, features, page, train_detectors
+from ssmttm.evaluation.accuracy import ATTRIBUTES, expected_of
 from ssmttm.evaluation.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
 from ssmttm.evaluation.detectors import MODES, Detectors, pitch_class, tempo_class, windows
 from ssmttm.evaluation.pictures import encode_png, spectrogram_png, ticks
@@ -146,6 +148,32 @@ def test_captions_that_name_lead_tempo_and_mode():
     assert named("A slow waltz at 140 bpm in D minor on a guitar", expected) == {"family"}
     assert named("A synth-pop track", expected | {"family": "synth"}) == set()
     assert named("Synths, over synth bass", expected | {"family": "synth"}) == {"family"}
+
+
+def test_training_program_makes_detectors_that_load(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = tmp_path / "store"
+    writer = StoreWriter(store, {"made": "for the test"}, sample_rate=RATE)
+    for i in range(6):
+        bpm, mode = (70, 110, 150)[i % 3], MODES[i % 4]
+        audio.write(store / f"audio/{i}.wav", clicks(bpm, 20.0) + tone(60 + i, 20.0) * 0.1, RATE)
+        truth = {"lead": {"family": FAMILIES[i % 3]}, "bpm": bpm, "key": "D", "mode": mode}
+        row = {"id": f"s{i}", "split": "train" if i < 4 else ("valid", "test")[i - 4], "licence": "CC0-1.0"}
+        writer.add({**row, "duration": 20.0, "audio": f"audio/{i}.wav", "truth": json.dumps(truth)})
+    writer.finish()
+    arguments = ["--store", str(store), "--codec", "tiny", "--reconstructed", "1", "--steps", "2", "--batch", "3"]
+    train_detectors.main([*arguments, "--out", str(tmp_path / "out")])
+    first = Detectors.from_pretrained(tmp_path / "out")
+    assert first.families == FAMILIES[:3] and first.card["trained_on"]["clips"] == 4
+    assert first.card["held_out"]["true"]["n"] == first.card["held_out"]["reconstructed"]["n"] == 2
+    assert len(list((tmp_path / "ssmttm-detectors").iterdir())) == 2, "features are kept"
+    train_detectors.main([*arguments, "--out", str(tmp_path / "again")])
+    assert Detectors.from_pretrained(tmp_path / "again").fingerprint == first.fingerprint
+
+
+def test_embedded_detectors_meet_their_goal():
+    right = Detectors.from_pretrained().card["held_out"]["true"]
+    assert right["n"] >= 100 and min(right[name] for name in ATTRIBUTES) >= 0.9
 
 
 class FakeStore:
