@@ -112,6 +112,8 @@ def test_ssd_refuses_shapes_that_do_not_fit():
     x, dt, A, B, C, D, state = operands(2, 10, 4, 8, 2, 5)
     with pytest.raises(ValueError, match="C has the shape"):
         ssd(x, dt, A, B, C[:, :9], D, state)
+    with pytest.raises(ValueError, match="B has the shape"):
+        ssd(x, dt, A, B[:1], C, D, state)
     with pytest.raises(ValueError, match="H a multiple of G"):
         ssd(x[:, :, :3], dt[:, :, :3], A[:3], B, C)
 
@@ -217,7 +219,7 @@ def test_an_installed_kernel_is_called_with_its_own_arguments(monkeypatch):
 
     expected = everything()
     monkeypatch.setattr(
-        backend, "cuda_kernel", lambda name, device: None if backend._chosen.get() == "portable" else kernels[name]
+        backend, "cuda_kernel", lambda name, device: None if backend._chosen == "portable" else kernels[name]
     )
     assert_close(everything(), expected, 1e-6)
 

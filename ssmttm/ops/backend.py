@@ -7,7 +7,6 @@ made per call, from the device of the tensors, and no kernel package is imported
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -48,7 +47,7 @@ KERNELS: dict[str, Kernel] = {
     "causal_conv_step": Kernel("causal_conv1d", "causal_conv1d_update"),
 }
 
-_chosen: ContextVar[Backend] = ContextVar("ssmttm_backend", default="auto")
+_chosen: Backend = "auto"
 
 
 def set_backend(name: Backend) -> None:
@@ -57,19 +56,21 @@ def set_backend(name: Backend) -> None:
     Raises:
         UserError: no backend has that name.
     """
-    _check(name)
-    _chosen.set(name)
+    global _chosen
+    if name not in BACKENDS:
+        raise UserError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    _chosen = name
 
 
 @contextmanager
 def use(name: Backend) -> Iterator[None]:
     """Override the choice within a `with` block; see `set_backend`."""
-    _check(name)
-    token = _chosen.set(name)
+    before = _chosen
+    set_backend(name)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        set_backend(before)
 
 
 def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | None:
@@ -78,13 +79,12 @@ def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | No
     Raises:
         UserError: "cuda" was asked for and cannot be had.
     """
-    backend = _chosen.get()
-    if backend == "portable" or (backend == "auto" and device.type != "cuda"):
+    if _chosen == "portable" or (_chosen == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
         raise UserError(f"backend 'cuda' was asked for, but {operation} got tensors on {device}: move them to a GPU")
     function, problem = _load(operation)
-    if function is None and backend == "cuda":
+    if function is None and _chosen == "cuda":
         kernel = KERNELS[operation]
         raise UserError(f"backend 'cuda' needs {kernel.package} for {operation}, but {problem}: {INSTALL}")
     return function
@@ -97,8 +97,8 @@ def describe() -> list[Row]:
 
 
 def _row(operation: str, device: str) -> Row:
-    backend, kernel = _chosen.get(), KERNELS[operation]
-    if backend == "portable":
+    kernel = KERNELS[operation]
+    if _chosen == "portable":
         return Row(operation, device, "torch", "the portable path was asked for")
     if device != "cuda":
         return Row(operation, device, "torch", f"{kernel.package} runs on CUDA only")
@@ -118,8 +118,3 @@ def _load(operation: str) -> tuple[Callable[..., Any] | None, str]:
         return None, f"{error.name} is not installed"
     except (ImportError, AttributeError, OSError) as error:
         return None, f"{kernel.module} does not load here ({' '.join(str(error).split())})"
-
-
-def _check(name: str) -> None:
-    if name not in BACKENDS:
-        raise UserError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")

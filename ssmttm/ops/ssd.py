@@ -148,7 +148,8 @@ def _check(
     if length == 0 or heads % groups:
         raise ValueError(f"T must be at least 1 and H a multiple of G, not T = {length}, H = {heads}, G = {groups}")
     expected = {"dt": (dt, (batch, length, heads)), "A": (A, (heads,)), "D": (D, (heads,))}
-    expected |= {"C": (C, (batch, length, groups, n)), "initial_state": (initial_state, (batch, heads, width, n))}
+    expected |= {"B": (B, (batch, length, groups, n)), "C": (C, (batch, length, groups, n))}
+    expected["initial_state"] = (initial_state, (batch, heads, width, n))
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {shape}")
