@@ -101,7 +101,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from small_stores import lm_config
-from ssmttm.training import loop, lm
+from ssmttm.training import loop, lm, metrics
+metrics.peak_flops(torch.device("cpu"), "fp32")  # measured once, not in every child
 config = lm_config(Path({store!r}), Path({run_dir!r}), *{overrides!r})
 draw, fsync = random.Random(0), os.fsync
 for attempt in range(60):
@@ -127,7 +128,7 @@ for attempt in range(60):
 
 
 def test_killed_at_any_write_it_goes_on_to_the_same_weights(codes_store, tmp_path):
-    overrides = [*LM, "train.steps=10", "train.checkpoint_every=2", "train.eval_every=5"]
+    overrides = [*LM, "train.steps=8", "train.checkpoint_every=2", "train.eval_every=0"]
     code = DRIVER.format(
         tests=str(Path(__file__).parent), store=str(codes_store), run_dir=str(tmp_path / "killed"), overrides=overrides
     )

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -91,6 +92,7 @@ class Speed:
         return rates
 
 
+@cache
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """The device's peak in FLOP/s and its source: a table for known GPUs in bf16, else a measurement."""
     if device.type == "cuda" and precision == "bf16":
