@@ -138,8 +138,8 @@ def evaluate_adherence(
 
 
 def music_flatness(store: Store, rows: np.ndarray, most: int = 50) -> float:
-    """The median spectral flatness of windows of up to `most` rows: what `check_audio` compares with."""
-    return float(np.median([spectral_flatness(window_of(store, int(row)), SAMPLE_RATE) for row in rows[:most]]))
+    """The spectral flatness that 95 % of windows of up to `most` rows stay under: what `check_audio` compares with."""
+    return float(np.quantile([spectral_flatness(window_of(store, int(row)), SAMPLE_RATE) for row in rows[:most]], 0.95))
 
 
 def _agreements(prompts: list[Prompt], detections: list[Detection], n_families: int, seed: int) -> dict[str, Agreement]:

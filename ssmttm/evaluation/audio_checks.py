@@ -45,7 +45,7 @@ class AudioCheck:
 
 
 def check_audio(wav: Tensor, sample_rate: int, reference_flatness: float) -> AudioCheck:
-    """Measure one piece against the flatness of real music (`spectral_flatness` of held-out pieces, their median)."""
+    """Measure one piece against the flatness that real music hardly exceeds (`adherence.music_flatness`)."""
     finite = bool(wav.isfinite().all())
     wav = torch.nan_to_num(wav.float()).flatten()
     rms, size = float(wav.square().mean().sqrt()), wav.abs()
