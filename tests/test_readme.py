@@ -1,0 +1,75 @@
+"""The README's commands run, in their order, made small; what is too large for a test is composed only."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from ssmttm import audio, config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines() if line]
+SMALLER = {
+    "sample.py": ["--duration", "1"],
+    "data_prep builtin": ["--hours", "0.06"],
+    "experiment=tiny ": ["experiment=debug", "train.steps=2", "train.eval_every=0"],
+    "experiment=tiny_codec": [
+        "codec=debug", "codec.sample_rate=24000", "codec.hop_length=960", "codec.window=1920", "train.steps=2",
+        "train.sample_every=0", "train.eval_every=0", "data.batch_size=2",
+    ],
+}  # fmt: skip
+ONLY_COMPOSED = ("accelerate launch", "experiment=paper")
+NOT_HERE = ("make ", "ssmttm evaluate")
+
+
+def small(command):
+    extra = [more for part, more in SMALLER.items() if part in f"{command} "]
+    return [*shlex.split(command), *(extra[0] if extra else [])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "my_music").mkdir()
+    wave = 0.3 * torch.sin(torch.arange(24_000 * 5) * 0.06)
+    audio.write(folder / "my_music" / "tone.wav", wave, 24_000)
+    (folder / "my_music" / "captions.csv").write_text("path,caption,licence\ntone.wav,a steady tone,CC-BY-4.0\n")
+    return folder
+
+
+def test_the_readme_has_the_commands_of_every_user():
+    for word in ("make demo", "make test", "sample.py", "builtin", "folder", "train.py", "evaluate"):
+        assert any(word in command for command in COMMANDS), word
+
+
+@pytest.mark.timeout(600)
+def test_commands_run_in_their_order(folder):
+    ran = 0
+    for command in COMMANDS:
+        if any(part in command for part in ONLY_COMPOSED):
+            config.load(*[word for word in shlex.split(command) if "=" in word])
+            continue
+        if any(part in command for part in NOT_HERE):
+            continue
+        program, *arguments = small(command)
+        assert program == "python", command
+        script = [str(ROOT / arguments[0])] if arguments[0].endswith(".py") else [arguments[0]]
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
+        line = [sys.executable, *script, *arguments[1:]]
+        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        ran += 1
+    assert ran >= 5
+    assert soundfile.info(folder / "waltz.wav").duration == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_python_example_runs():
+    example = next(block for kind, block in BLOCKS if kind == "python")
+    exec(compile(re.sub(r"duration=\d+\.0", "duration=1.0", example), "README", "exec"), {})
