@@ -4,9 +4,6 @@ import pytest
 import torch
 
 from ssmttm import MusicPipeline
-from ssmttm.generation.loading import EMBEDDED
-
-pytestmark = pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the embedded language model is not in this checkout")
 
 
 @pytest.fixture(scope="module")
