@@ -27,8 +27,8 @@ ALLOWED = {
     "models": {"errors", "ops", "mixers", "models", "text"},
     "generation": {"errors", "files", "models", "patterns", "codecs", "text", "checkpoint", "audio", "generation"},
     "training": {
-        "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models", "generation",
-        "training",
+        "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
+        "generation", "training",
     },
     "evaluation": {"errors", "files", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation"},
 }  # fmt: skip

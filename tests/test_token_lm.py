@@ -47,7 +47,6 @@ def captions(*lengths, seed=2):
     return TextCondition.stack([torch.randn(n, E, generator=g) for n in lengths])
 
 
-
 def assert_equal(found, expected, tolerance=1e-11):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 

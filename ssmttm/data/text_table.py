@@ -1,8 +1,8 @@
 """Embeddings of captions on disk, found by the caption's hash.
 
-    hashes      uint8 [n, 16], sorted: the first 16 bytes of the sha256 of each caption
-    offsets     int64 [n+1]: token positions
-    embeddings  float16 [tokens, E]
+hashes      uint8 [n, 16], sorted: the first 16 bytes of the sha256 of each caption
+offsets     int64 [n+1]: token positions
+embeddings  float16 [tokens, E]
 """
 
 import hashlib
