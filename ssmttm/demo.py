@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder of everything made (default: %(default)s)"
     )
-    parser.add_argument("--hours", type=float, default=0.5, help="of music to compose (default: %(default)s)")
+    parser.add_argument("--hours", type=float, default=1.5, help="of music to compose (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: those of experiment=tiny)")
     arguments = parser.parse_args(argv)
     begun = time.perf_counter()
