@@ -4,7 +4,7 @@
 
 Features of every clip are computed once and cached under the system's temporary folder. With a codec, half of the
 training is on clips heard through it, since generated music always is. Training sees random windows of 10 s. Nothing is
-chosen by the held-out splits (valid and test), so both are reported. A quarter of an hour on one core for 14 h of music.
+chosen by the held-out splits (valid and test), so both are reported. A quarter of an hour on a core for 14 h of music.
 """
 
 import argparse
