@@ -28,7 +28,7 @@ PROMPTS = (
     "a slow waltz in D minor on a music box",
     "a fast techno track in A minor with a sawtooth synth lead",
     "a medium-tempo bossa nova in F major on a nylon-string guitar",
-    "a lively jig in G major on a tin whistle",
+    "a lively jig in G major on a recorder",
     "a slow, solemn hymn in C major on a church organ",
     "a fast jazz swing tune in Bb major on a tenor saxophone",
 )
