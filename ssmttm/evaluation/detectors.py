@@ -150,7 +150,7 @@ class Detectors(nn.Module):
         answers = self.tempo.answers
         peak = int(functional.avg_pool1d(tempo[None], 5, 1, 2).argmax())
         near = slice(max(0, peak - 3), peak + 4)
-        bpm = float((tempo[near] * answers[near].log2()).sum() / tempo[near].sum()) if tempo[near].sum() > 0 else 0.0
+        bpm = round(float(2 ** ((tempo[near] * answers[near].log2()).sum() / tempo[near].sum())), 1)
         shares = dict.fromkeys(TEMPO_CLASSES, 0.0)
         for value, probability in zip(answers.tolist(), tempo.tolist(), strict=True):
             shares[tempo_class(value)] += probability
@@ -160,8 +160,8 @@ class Detectors(nn.Module):
         return Detection(
             family=max(families, key=families.__getitem__),
             family_probs=families,
-            bpm=round(2**bpm, 1),
-            tempo_class=max(shares, key=shares.__getitem__),
+            bpm=bpm,
+            tempo_class=tempo_class(bpm),
             tempo_probs=shares,
             key=TONICS[int(tonality.sum(1).argmax())],
             mode=max(modes, key=modes.__getitem__),
