@@ -17,7 +17,8 @@ def keep_freed_memory() -> bool:
     """Let the C allocator keep what is freed, instead of giving large tensors back to the system after each use.
 
     On a CPU every step makes and drops the same large tensors. glibc maps and unmaps them each time, and the kernel
-    clears the pages anew: a fifth of a step of the tiny language model (docs/training.md). A program that never frees for good loses nothing.
+    clears the pages anew: a fifth of a step of the tiny language model (docs/training.md). A program that never frees
+    for good loses nothing.
 
     Returns:
         Whether it took effect; only glibc has these settings.
