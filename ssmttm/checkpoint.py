@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256
+from ssmttm.files import file_sha256, fsync
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -63,7 +63,7 @@ def save_checkpoint(
         for name, value in documents.items():
             _write_text(aside / f"{name}.json", json.dumps(value, indent=1))
         _write_text(aside / "config.yaml", OmegaConf.to_yaml(config))
-        _fsync(aside)
+        fsync(aside)
         seal = {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for path in aside.iterdir()}
         _publish(aside, folder, seal)
     except OSError as error:
@@ -91,8 +91,8 @@ def _publish(aside: Path, folder: Path, seal: dict[str, Any]) -> None:
             replaced.rename(folder)
         raise
     (folder / ".COMPLETE").rename(folder / "COMPLETE")
-    _fsync(folder)
-    _fsync(folder.parent)
+    fsync(folder)
+    fsync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -239,17 +239,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    _fsync(path)
+    fsync(path)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(path)

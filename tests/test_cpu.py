@@ -1,0 +1,41 @@
+"""What makes training on a CPU quick."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmttm.training import cpu
+
+FAULTS = """
+import resource, sys, torch
+from ssmttm.training.cpu import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(3)
+torch.set_num_threads(1)
+x = torch.zeros(16_000_000)  # 64 MB: glibc maps it anew each time, however often it was asked for
+(x + 1).sum()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    (x + 1).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how):
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip("this C library has no mallopt")
+    return int(done.stdout)
+
+
+def test_kept_memory_is_not_asked_for_again():
+    assert faults("keep") < 0.2 * faults("give back")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("avx2 avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])
+def test_bf16_is_read_from_the_processor(monkeypatch, flags, expected):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags : fpu {flags}")
+    assert cpu.has_bf16() is expected
