@@ -213,9 +213,10 @@ def test_an_installed_kernel_is_called_with_its_own_arguments(monkeypatch):
     def everything():
         scan_state, conv_state = initial.clone(), history.clone()
         step = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, scan_state)
+        without_D = ssd_step(x[:, 1], dt[:, 1], A, B[:, 1], C[:, 1], None, scan_state)
         conv_step = causal_conv_step(signal[:, 0], weight, bias, conv_state, "silu")
         outputs = [*ssd(*arguments), *causal_conv(signal, weight, bias, history, "silu"), step, conv_step]
-        return [*outputs, scan_state, conv_state]
+        return [*outputs, without_D, scan_state, conv_state]
 
     expected = everything()
     monkeypatch.setattr(

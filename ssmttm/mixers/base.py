@@ -5,6 +5,7 @@ a state, `forward` starts from it and leaves the final one in it, so a prefill i
 States are updated in place and carry no gradient.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -17,6 +18,24 @@ class MixerState(Protocol):
     """What a mixer carries from one position to the next, as tensors whose first axis is the batch."""
 
     def clone(self) -> Self: ...
+
+    def put(self, rows: slice, part: Self) -> None:
+        """Copy the state `part`, of a smaller batch, into some rows."""
+
+
+@dataclass
+class TensorState:
+    """The methods of a state that is a dataclass; its tensors are of fixed shape, the batch their first axis."""
+
+    def clone(self) -> Self:
+        return replace(self, **{name: tensor.clone() for name, tensor in self._tensors()})
+
+    def put(self, rows: slice, part: Self) -> None:
+        for name, tensor in self._tensors():
+            tensor[rows].copy_(getattr(part, name))
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
 class Mixer(Protocol):
@@ -62,6 +81,13 @@ def take_positions(x: Tensor, index: Tensor) -> Tensor:
     """Rows of a sequence: x [B, T, D], index [B, S] -> [B, S, D]."""
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, x.shape[-1])
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises UserError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} {size} is no size: give 1 or more")
 
 
 def check_state(state_batch: int, batch: int) -> None:

@@ -12,20 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import Compacted, check_state
+from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
 from ssmttm.ops.conv import causal_conv, causal_conv_step
 from ssmttm.ops.ssd import ssd, ssd_flops, ssd_step
 
 
 @dataclass
-class Mamba2State:
+class Mamba2State(TensorState):
     """conv_state [B, I + 2GN, d_conv - 1]: the convolution's last inputs; ssm_state [B, H, headdim, N], float32."""
 
     conv_state: Tensor
     ssm_state: Tensor
-
-    def clone(self) -> "Mamba2State":
-        return Mamba2State(self.conv_state.clone(), self.ssm_state.clone())
 
 
 class GatedRMSNorm(nn.Module):
@@ -49,7 +46,7 @@ class Mamba2(nn.Module):
     """The mixer. `chunk_size` sets only the speed of the scan.
 
     Raises:
-        UserError: `headdim` does not divide the inner width, or `ngroups` the number of heads.
+        UserError: `headdim` does not divide the inner width, or `ngroups` the number of heads; a size below 1.
     """
 
     def __init__(
@@ -69,6 +66,10 @@ class Mamba2(nn.Module):
         chunk_size: int = 64,
     ) -> None:
         super().__init__()
+        check_sizes(
+            d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups,
+            chunk_size=chunk_size,
+        )  # fmt: skip
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.chunk_size = chunk_size
         self.d_inner = expand * d_model

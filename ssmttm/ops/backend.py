@@ -43,6 +43,8 @@ class Row(NamedTuple):
 KERNELS: dict[str, Kernel] = {
     "ssd": Kernel("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined"),
     "ssd_step": Kernel("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"),
+    "selective_scan": Kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
+    "selective_scan_step": Kernel("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"),
     "causal_conv": Kernel("causal_conv1d", "causal_conv1d_fn"),
     "causal_conv_step": Kernel("causal_conv1d", "causal_conv1d_update"),
 }

@@ -122,7 +122,7 @@ def _cuda_step(
 ) -> Tensor:
     """mamba_ssm's kernel wants every head-wise operand spread over the head's width with stride 0."""
     heads, width, n = state.shape[1:]
-    no_bias = torch.zeros(heads, device=x.device)[:, None].expand(heads, width)  # it reads dt_bias's strides unasked
+    nothing = torch.zeros(heads, device=x.device)  # it reads the strides of D and dt_bias whether they are there or not
     return kernel(
         state,
         x,
@@ -130,8 +130,8 @@ def _cuda_step(
         A.float()[:, None, None].expand(heads, width, n),
         B.to(x.dtype),
         C.to(x.dtype),
-        D=None if D is None else D[:, None].expand(heads, width),
-        dt_bias=no_bias,
+        D=(nothing if D is None else D)[:, None].expand(heads, width),
+        dt_bias=nothing[:, None].expand(heads, width),
         dt_softplus=False,
     )
 
