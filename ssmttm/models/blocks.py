@@ -1,45 +1,173 @@
-"""Pre-norm residual blocks: x += Dropout(branch(RMSNorm(x))) for each branch of a block.
+"""Pre-norm residual blocks: x += Dropout(branch(norm(x))) for each branch of a block.
 
-"simba" is a mixer and an MLP, "mamba" is two mixers (variants a and b of arXiv 2601.14786).
+"simba" is a mixer and an MLP, "mamba" is two mixers (variants b and a of arXiv 2601.14786); with cross-attention, a
+look at the text stands behind the first mixer (variants c and d). With adaln every branch is shifted, scaled and gated
+by the text (arXiv 2212.09748), with layer_scale scaled by a learnt vector (arXiv 2103.17239).
+Shapes: B batch, T positions, D model width, L text tokens.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssmttm.mixers import Mixer, MixerState
+from ssmttm.models.conditioning import ProjectedText
+from ssmttm.models.cross_attention import CrossAttention, TextKeys
 
 
 class MLP(nn.Sequential):
-    """Linear, GELU, dropout, linear, with biases."""
+    """Linear, GELU, dropout, linear."""
 
-    def __init__(self, d_model: int, ratio: float, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, ratio: float, dropout: float = 0.0, bias: bool = True) -> None:
         hidden = round(ratio * d_model)
-        super().__init__(nn.Linear(d_model, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model))
+        super().__init__(
+            nn.Linear(d_model, hidden, bias=bias), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model, bias=bias)
+        )
 
     def flops(self, n_tokens: int) -> int:
         return 2 * n_tokens * (self[0].weight.numel() + self[3].weight.numel())
 
 
-class Branch(nn.Module):
-    """RMSNorm, then `inner` (a mixer, or a module that acts on each position alone), then dropout."""
+class Modulation(nn.Module):
+    """Shift, scale and gate of a branch from the text's mean; at the start they change nothing."""
 
-    def __init__(self, d_model: int, inner: nn.Module, dropout: float = 0.0, eps: float = 1e-5) -> None:
+    def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=eps)
+        self.linear = nn.Linear(d_model, 3 * d_model)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, mean: Tensor) -> Tensor:
+        """mean [B, D] -> [B, 3, D]: shift, 1 + scale, 1 + gate."""
+        return self.linear(F.silu(mean)).unflatten(-1, (3, -1)) + mean.new_tensor([0.0, 1.0, 1.0])[:, None]
+
+
+@dataclass
+class BranchState:
+    """What a branch carries, None where it has none: its mixer's state or its text's keys; its modulation [B, 3, D]."""
+
+    inner: MixerState | TextKeys | None
+    modulation: Tensor | None
+
+    def clone(self) -> "BranchState":
+        return BranchState(*(None if part is None else part.clone() for part in (self.inner, self.modulation)))
+
+    def put(self, rows: slice, part: "BranchState") -> None:
+        """Copy a smaller state into some rows."""
+        if self.inner is not None:
+            self.inner.put(rows, part.inner)
+        if self.modulation is not None:
+            self.modulation[rows] = part.modulation
+
+
+@dataclass(frozen=True)
+class BranchStyle:
+    """What all branches of a model share; see `TokenLMConfig`."""
+
+    dropout: float = 0.0
+    norm: str = "rms"
+    layer_scale: float | None = None
+    modulated: bool = False
+
+
+def build_norm(kind: str, d_model: int) -> nn.Module:
+    """"rms" or "layer"."""
+    return nn.RMSNorm(d_model, eps=1e-5) if kind == "rms" else nn.LayerNorm(d_model)
+
+
+class Branch(nn.Module):
+    """Norm, then `inner` (a mixer, cross-attention, or a module that acts on each position alone), then dropout."""
+
+    def __init__(self, d_model: int, inner: nn.Module, style: BranchStyle) -> None:
+        super().__init__()
+        self.norm = build_norm(style.norm, d_model)
         self.inner = inner
-        self.dropout = nn.Dropout(dropout)
-        self.is_mixer = hasattr(inner, "init_state")
+        self.dropout = nn.Dropout(style.dropout)
+        scale = style.layer_scale
+        self.layer_scale = None if scale is None else nn.Parameter(torch.full((d_model,), float(scale)))
+        self.modulation = Modulation(d_model) if style.modulated else None
+        self.sees_text = isinstance(inner, CrossAttention)
+        self.is_mixer = hasattr(inner, "init_state") and not self.sees_text
 
-    def forward(self, x: Tensor, state: MixerState | None, mask: Tensor | None) -> Tensor:
-        """x [B, T, D] -> what is to be added to it."""
-        inputs = (self.norm(x), state, mask) if self.is_mixer else (self.norm(x),)
-        return self.dropout(self.inner(*inputs))
+    def forward(
+        self, x: Tensor, text: ProjectedText | None, state: BranchState | None, mask: Tensor | None
+    ) -> Tensor:
+        """x [B, T, D] -> what is to be added to it. A text leaves in the state what later calls need of it."""
+        modulation = self._modulation(x, text, state)
+        h = self._modulated(self.norm(x), modulation)
+        inner_state = None if state is None else state.inner
+        if self.sees_text:
+            y = self.inner(h, self._keys(h, text, state))
+        elif self.is_mixer:
+            y = self.inner(h, inner_state, mask)
+        else:
+            y = self.inner(h)
+        return self._added(y, modulation)
 
-    def step(self, x: Tensor, state: MixerState | None) -> Tensor:
+    def step(self, x: Tensor, state: BranchState) -> Tensor:
         """x [B, D] -> what is to be added to it."""
-        return self.inner.step(self.norm(x), state) if self.is_mixer else self.inner(self.norm(x))
+        modulation = state.modulation
+        h = self._modulated(self.norm(x), modulation)
+        y = self.inner.step(h, state.inner) if self.is_mixer or self.sees_text else self.inner(h)
+        return self._added(y, modulation)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> BranchState:
+        """The state before any text and audio."""
+        device = device or self.norm.weight.device
+        inner = self.inner.init_state(batch_size, device, dtype) if self.is_mixer or self.sees_text else None
+        modulation = None
+        if self.modulation is not None:
+            no_text = torch.zeros(batch_size, self.norm.weight.shape[0], device=device, dtype=self.norm.weight.dtype)
+            modulation = self.modulation(no_text).detach()
+        return BranchState(inner, modulation)
+
+    def flops(self, n_tokens: int, n_text_tokens: int) -> int:
+        inner = self.inner.flops(n_tokens, n_text_tokens) if self.sees_text else self.inner.flops(n_tokens)
+        return inner + (2 * self.modulation.linear.weight.numel() if self.modulation is not None else 0)
+
+    def _keys(self, h: Tensor, text: ProjectedText | None, state: BranchState | None) -> TextKeys:
+        """Of the text, of the text that the state remembers, or of none."""
+        if text is None:
+            return self.inner.init_state(len(h), h.device, h.dtype) if state is None else state.inner
+        keys = self.inner.keys_of(*text)
+        if state is not None:
+            state.inner = keys.detach()
+        return keys
+
+    def _modulation(self, x: Tensor, text: ProjectedText | None, state: BranchState | None) -> Tensor | None:
+        """[B, 3, D]: of the text, of the text that the state remembers, or of none."""
+        if self.modulation is None:
+            return None
+        if text is None and state is not None:
+            return state.modulation
+        modulation = self.modulation(x.new_zeros(len(x), x.shape[-1]) if text is None else text.mean())
+        if state is not None:
+            state.modulation.copy_(modulation.detach())
+        return modulation
+
+    def _modulated(self, h: Tensor, modulation: Tensor | None) -> Tensor:
+        if modulation is None:
+            return h
+        shift, scale, _ = _over_positions(modulation, h)
+        return h * scale + shift
+
+    def _added(self, y: Tensor, modulation: Tensor | None) -> Tensor:
+        if modulation is not None:
+            y = y * _over_positions(modulation, y)[2]
+        if self.layer_scale is not None:
+            y = y * self.layer_scale
+        return self.dropout(y)
+
+
+def _over_positions(modulation: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """[B, 3, D] -> three tensors that broadcast over x, [B, T, D] or [B, D]."""
+    parts = modulation.unbind(1)
+    return tuple(part[:, None] for part in parts) if x.ndim == 3 else parts
 
 
 class Block(nn.Module):
@@ -49,13 +177,19 @@ class Block(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(branches)
 
-    def forward(self, x: Tensor, states: list[MixerState | None] | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; one state a branch, None for a branch that is no mixer; mask [B, T]."""
+    def forward(
+        self,
+        x: Tensor,
+        text: ProjectedText | None = None,
+        states: list[BranchState] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; one state a branch; mask [B, T]."""
         for branch, state in zip(self.branches, states or [None] * len(self.branches), strict=True):
-            x = x + branch(x, state, mask)
+            x = x + branch(x, text, state, mask)
         return x
 
-    def step(self, x: Tensor, states: list[MixerState | None]) -> Tensor:
+    def step(self, x: Tensor, states: list[BranchState]) -> Tensor:
         """x [B, D] -> [B, D], the states moved on by one position."""
         for branch, state in zip(self.branches, states, strict=True):
             x = x + branch.step(x, state)
@@ -63,14 +197,17 @@ class Block(nn.Module):
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> list[MixerState | None]:
-        return [b.inner.init_state(batch_size, device, dtype) if b.is_mixer else None for b in self.branches]
+    ) -> list[BranchState]:
+        return [branch.init_state(batch_size, device, dtype) for branch in self.branches]
 
-    def flops(self, n_tokens: int) -> int:
-        return sum(branch.inner.flops(n_tokens) for branch in self.branches)
+    def flops(self, n_tokens: int, n_text_tokens: int) -> int:
+        return sum(branch.flops(n_tokens, n_text_tokens) for branch in self.branches)
 
 
-def build_block(kind: str, d_model: int, mixers: list[Mixer], mlp_ratio: float, dropout: float) -> Block:
-    """A block of `kind` "simba" (takes one mixer) or "mamba" (takes two)."""
-    inner: list[Any] = [*mixers, MLP(d_model, mlp_ratio, dropout)] if kind == "simba" else mixers
-    return Block([Branch(d_model, module, dropout) for module in inner])
+def build_block(
+    kind: str, d_model: int, mixers: list[Mixer], cross: CrossAttention | None, mlp: MLP, style: BranchStyle
+) -> Block:
+    """A block of `kind` "simba" (takes one mixer) or "mamba" (takes two, and no MLP)."""
+    first, *second = mixers
+    inner: list[Any] = [first, *([cross] if cross is not None else []), *second, *([mlp] if kind == "simba" else [])]
+    return Block([Branch(d_model, module, style) for module in inner])

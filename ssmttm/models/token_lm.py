@@ -8,17 +8,18 @@ Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers import MixerState, build_mixer
-from ssmttm.mixers.base import check_state, take_positions
-from ssmttm.models.blocks import build_block
-from ssmttm.models.conditioning import TextProjection, prefix, sinusoids
+from ssmttm.mixers import build_mixer
+from ssmttm.mixers.base import check_sizes, check_state, take_positions
+from ssmttm.models.blocks import MLP, BranchState, BranchStyle, build_block, build_norm
+from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
+from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.text.condition import TextCondition
 
 MIXERS_IN_BLOCK = {"simba": 1, "mamba": 2}
@@ -28,10 +29,15 @@ MIXERS_IN_BLOCK = {"simba": 1, "mamba": 2}
 class TokenLMConfig:
     """What a TokenLM is built from; the keys of a config's `model` section.
 
-    layers: a mixer's name, or a list of names that is repeated over the layers. block: "simba" (mixer and MLP) or
-    "mamba" (two mixers). conditioning: "prefix". positions: "none" or "sinusoidal". predict_special: give the special
-    token a logit. init_std: the spread of embeddings and heads at the start, with residual projections scaled down by
-    the depth; null keeps the defaults of PyTorch, as the paper's released code does.
+    layers: a mixer's name, or a list of names that is repeated over the layers, such as five mamba2 and an attention.
+    block: "simba" (mixer and MLP) or "mamba" (two mixers). conditioning: "prefix", "cross_attention" or "adaln".
+    n_heads: of attention and cross-attention. mlp_bias, attention_bias: biases of the MLP and of what leaves an
+    attention. text_norm: LayerNorm behind the text's projection. positions: "none"; "sinusoidal", which count the audio
+    from 0 and a text prefix down to it; "joint", sinusoidal over prefix and audio together, as the paper's released
+    code has it; "rotary", in attention layers. norm: "rms" or "layer". layer_scale: where the learnt scale of every
+    branch starts; null: none. predict_special: give the special token a logit. init_std: the spread of embeddings and
+    heads at the start, with residual projections scaled down by the depth; null keeps the defaults of PyTorch, as the
+    paper's released code does.
     """
 
     n_codebooks: int = 8
@@ -45,43 +51,62 @@ class TokenLMConfig:
     headdim: int = 64
     ngroups: int = 1
     chunk_size: int = 64
+    n_heads: int = 8
     block: str = "simba"
     mlp_ratio: float = 2.0
+    mlp_bias: bool = True
+    attention_bias: bool = True
     conditioning: str = "prefix"
     text_dim: int = 384
+    text_norm: bool = True
     dropout: float = 0.0
     positions: str = "none"
+    norm: str = "rms"
+    layer_scale: float | None = None
     final_norm: bool = True
     predict_special: bool = False
     init_std: float | None = 0.02
 
     def __post_init__(self) -> None:
         _choice("block", self.block, *MIXERS_IN_BLOCK)
-        _choice("conditioning", self.conditioning, "prefix")
-        _choice("positions", self.positions, "none", "sinusoidal")
-        if not isinstance(self.layers, str) and not self.layers:
+        _choice("conditioning", self.conditioning, "prefix", "cross_attention", "adaln")
+        _choice("positions", self.positions, "none", "sinusoidal", "joint", "rotary")
+        _choice("norm", self.norm, "rms", "layer")
+        check_sizes(n_codebooks=self.n_codebooks, codebook_size=self.codebook_size, text_dim=self.text_dim)
+        if self.positions == "joint" and self.conditioning != "prefix":
+            raise UserError("model.positions=joint counts a text prefix: set conditioning=prefix or other positions")
+        if not self.layer_names:
             raise UserError("model.layers is empty: name at least one mixer, such as mamba2")
+        if self.positions == "rotary" and "attention" not in self.layer_names:
+            raise UserError("model.positions=rotary acts in attention layers, and model.layers has none: set another")
+
+    @property
+    def layer_names(self) -> list[str]:
+        """One period of the layer pattern."""
+        return [self.layers] if isinstance(self.layers, str) else self.layers
 
 
 @dataclass
 class LMState:
-    """What a TokenLM carries from one position to the next: its blocks' states and the audio positions seen."""
+    """What a TokenLM carries from one position to the next: its blocks' states, the audio positions seen, and for joint
+    positions the text tokens in front of them, [B]."""
 
-    blocks: list[list[MixerState | None]]
+    blocks: list[list[BranchState]]
     batch_size: int
     position: int = 0
+    n_text: Tensor | None = None
 
     def clone(self) -> "LMState":
-        blocks = [[None if state is None else state.clone() for state in states] for states in self.blocks]
-        return LMState(blocks, self.batch_size, self.position)
+        blocks = [[state.clone() for state in states] for states in self.blocks]
+        return LMState(blocks, self.batch_size, self.position, None if self.n_text is None else self.n_text.clone())
 
     def put(self, rows: slice, part: "LMState") -> None:
         """Copy a smaller state into some rows; all parts of a state must stand at the same position."""
         for states, parts in zip(self.blocks, part.blocks, strict=True):
             for state, other in zip(states, parts, strict=True):
-                if state is not None:
-                    for field in fields(state):
-                        getattr(state, field.name)[rows].copy_(getattr(other, field.name))
+                state.put(rows, other)
+        if self.n_text is not None:
+            self.n_text[rows] = part.n_text
         self.position = part.position
 
 
@@ -96,42 +121,45 @@ class TokenLM(nn.Module):
         rows = config.codebook_size + 1  # of one codebook's embedding
         self.embedding = nn.Embedding(config.n_codebooks * rows, config.d_model)  # row k * rows + code
         self.register_buffer("offsets", torch.arange(config.n_codebooks) * rows, persistent=False)
-        self.text = TextProjection(config.text_dim, config.d_model)
+        self.text = TextProjection(config.text_dim, config.d_model, config.text_norm)
         self.blocks = nn.ModuleList(self._block(index) for index in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-5) if config.final_norm else nn.Identity()
+        self.norm = build_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
         self.heads = nn.Linear(config.d_model, config.n_codebooks * self.n_logits, bias=False)  # row k * V' + code
         if config.init_std is not None:
             self._init_weights(config.init_std)
 
-    def forward(self, codes: Tensor, text: TextCondition | None) -> Tensor:
+    def forward(
+        self, codes: Tensor, text: TextCondition | None, stream_behind: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of every next position.
 
         Args:
             codes: [B, K, S] int64, values up to and with `special_token_id`.
-            text: B captions; None means no prefix at all.
+            text: B captions; None means no text at all.
+            stream_behind: also return the residual stream behind this block, counted from 1.
 
         Returns:
             logits [B, K, S, V'], where [..., s, :] is computed from codes[..., : s + 1] and predicts position s + 1. A
-            view: `logits.transpose(1, 2)` is contiguous.
+            view: `logits.transpose(1, 2)` is contiguous. With `stream_behind`, these and the stream [B, S, D].
 
         Raises:
             UserError: the number of codebooks, the batch sizes or the text width do not fit.
         """
-        hidden = self._hidden(codes, text, None)  # [B, S, D]
-        return self._logits(hidden).transpose(1, 2)
+        hidden, stream = self._hidden(codes, text, None, stream_behind)  # [B, S, D] each
+        logits = self._logits(hidden).transpose(1, 2)
+        return logits if stream is None else (logits, stream)
 
     @torch.no_grad()
     def prefill(self, codes: Tensor, text: TextCondition | None, state: LMState) -> Tensor:
         """Take in the text, then codes [B, K, S], S >= 1; `state` moves on. Returns the last logits, [B, K, V']."""
-        return self._logits(self._hidden(codes, text, state)[:, -1])
+        return self._logits(self._hidden(codes, text, state)[0][:, -1])
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: LMState) -> Tensor:
         """Take in one position, codes [B, K]; `state` moves on in place. Returns logits [B, K, V']."""
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
-        if self.config.positions == "sinusoidal":
-            x = x + sinusoids(torch.tensor([state.position], device=x.device), x.shape[-1]).to(x.dtype)
+        x = self._placed(x, torch.tensor([state.position], device=x.device), state.n_text)
         for block, states in zip(self.blocks, state.blocks, strict=True):
             x = block.step(x, states)
         state.position += 1
@@ -141,40 +169,60 @@ class TokenLM(nn.Module):
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> LMState:
         """The state before the text. `dtype` is that of the activations; recurrent states are float32 all the same."""
-        return LMState([block.init_state(batch_size, device, dtype) for block in self.blocks], batch_size)
+        blocks = [block.init_state(batch_size, device, dtype) for block in self.blocks]
+        device = device or self.embedding.weight.device
+        joint = self.config.positions == "joint"
+        return LMState(blocks, batch_size, 0, torch.zeros(batch_size, 1, device=device).long() if joint else None)
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one sequence of `n_frames` positions and `n_text_tokens` tokens of text."""
-        blocks = sum(block.flops(n_frames + n_text_tokens) for block in self.blocks)
+        n_positions = n_frames + n_text_tokens * (self.config.conditioning == "prefix")
+        blocks = sum(block.flops(n_positions, n_text_tokens) for block in self.blocks)
         return blocks + self.text.flops(n_text_tokens) + 2 * n_frames * self.heads.weight.numel()
 
-    def _hidden(self, codes: Tensor, text: TextCondition | None, state: LMState | None) -> Tensor:
-        """The stream behind the last block at the audio's positions, [B, S, D]."""
+    def _hidden(
+        self, codes: Tensor, text: TextCondition | None, state: LMState | None, stream_behind: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream behind the last block and, if asked for, behind another, at the audio's positions: [B, S, D]."""
         self._check(codes, text, state)
         batch, n_codebooks, length = codes.shape
         rows = (codes + self.offsets[:, None]).transpose(1, 2).reshape(-1, n_codebooks)  # [B*S, K]
         x = F.embedding_bag(rows, self.embedding.weight, mode="sum").view(batch, length, -1)  # [B, S, D]
         start = 0 if state is None else state.position
-        if self.config.positions == "sinusoidal":
-            x = x + sinusoids(torch.arange(start, start + length, device=x.device), x.shape[-1]).to(x.dtype)
+        projected = None if text is None else self.text(text)
+        n_text = None if state is None else state.n_text
+        if projected is not None and self.config.positions == "joint":
+            n_text = (n_text if n_text is not None else 0) + projected.mask.sum(1, keepdim=True)  # [B, 1]
+        x = self._placed(x, torch.arange(start, start + length, device=x.device), n_text)
         mask = audio = None
-        if text is not None:
-            x, mask, audio = prefix(self._text(text, start), text.mask, x)
+        if projected is not None and self.config.conditioning == "prefix":
+            x, mask, audio = prefix(self._placed_prefix(projected, start), x)
+            projected = None
             if state is None or bool(mask.all()):
                 mask = None  # padding stands behind the audio: only a final state could tell it
+        stream = None
         for index, block in enumerate(self.blocks):
-            x = block(x, None if state is None else state.blocks[index], mask)
+            x = block(x, projected, None if state is None else state.blocks[index], mask)
+            stream = x if index + 1 == stream_behind else stream
         if state is not None:
             state.position += length
-        return x if audio is None else take_positions(x, audio)
+            state.n_text = n_text
+        return tuple(y if y is None or audio is None else take_positions(y, audio) for y in (x, stream))
 
-    def _text(self, text: TextCondition, start: int) -> Tensor:
-        """The projected text, [B, L, D]; with positions, its tokens count down to the audio's start."""
-        projected = self.text(text)
-        if self.config.positions == "none":
-            return projected
-        to_audio = text.mask.sum(1, keepdim=True) - text.mask.cumsum(1) + 1  # [B, L]
-        return projected + sinusoids(start - to_audio, projected.shape[-1]).to(projected.dtype)
+    def _placed(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
+        """Add what the positions [S] of the audio say to x [B, S, D] or, at a step, [B, D]."""
+        if self.config.positions not in ("sinusoidal", "joint"):
+            return x
+        where = sinusoids(positions if n_text is None else positions + n_text, x.shape[-1]).to(x.dtype)
+        return x + where.view(-1, *x.shape[1:])
+
+    def _placed_prefix(self, text: ProjectedText, start: int) -> ProjectedText:
+        """The same for a prefix: its tokens count down to the audio's start, or up from 0 with joint positions."""
+        if self.config.positions not in ("sinusoidal", "joint"):
+            return text
+        count = text.mask.cumsum(1)  # [B, L]
+        first = 1 if self.config.positions == "joint" else 1 + text.mask.sum(1, keepdim=True) - start
+        return text._replace(tokens=text.tokens + sinusoids(count - first, text.tokens.shape[-1]).to(text.tokens.dtype))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., K, V']."""
@@ -182,10 +230,17 @@ class TokenLM(nn.Module):
 
     def _block(self, index: int) -> nn.Module:
         c = self.config
-        name = c.layers if isinstance(c.layers, str) else c.layers[index % len(c.layers)]
-        options = {key: getattr(c, key) for key in ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size")}
+        name = c.layer_names[index % len(c.layer_names)]
+        sizes = ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size", "n_heads", "dropout")
+        options = {key: getattr(c, key) for key in sizes}
+        options |= {"rotary": c.positions == "rotary", "out_bias": c.attention_bias}
         mixers = [build_mixer(name, c.d_model, **options) for _ in range(MIXERS_IN_BLOCK[c.block])]
-        return build_block(c.block, c.d_model, mixers, c.mlp_ratio, c.dropout)
+        cross = None
+        if c.conditioning == "cross_attention":
+            cross = CrossAttention(c.d_model, c.n_heads, c.dropout, c.attention_bias)
+        mlp = MLP(c.d_model, c.mlp_ratio, c.dropout, c.mlp_bias)
+        style = BranchStyle(c.dropout, c.norm, c.layer_scale, c.conditioning == "adaln")
+        return build_block(c.block, c.d_model, mixers, cross, mlp, style)
 
     def _init_weights(self, std: float) -> None:
         """Small embeddings and heads, no biases, and what is added to the stream scaled by 1/sqrt(its addends)."""

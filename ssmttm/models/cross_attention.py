@@ -1,0 +1,99 @@
+"""Cross-attention from the audio to the text (Vaswani et al., arXiv 1706.03762; MusicGen, arXiv 2306.05284).
+
+Scores of padding are masked, so it changes nothing; a caption with no token gives zeros to the output projection. Keys
+and values are made once a caption. Parameter names are those of transformers' MusicGen.
+Shapes: B batch, T positions, L text tokens, D model width, H heads, P = D / H.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssmttm.mixers.attention import HeadProjections
+from ssmttm.mixers.base import check_state
+
+SLOTS = 128  # keys of captions in one state take a multiple of this: companions do not change how sums are rounded
+
+
+@dataclass
+class TextKeys:
+    """Keys and values [B, H, L, P] of the captions' tokens, and which are real, mask [B, L]."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+
+    def clone(self) -> "TextKeys":
+        return TextKeys(self.k.clone(), self.v.clone(), self.mask.clone())
+
+    def detach(self) -> "TextKeys":
+        return TextKeys(self.k.detach(), self.v.detach(), self.mask)
+
+    def put(self, rows: slice, part: "TextKeys") -> None:
+        """Copy the keys of a smaller batch into some rows, with room for the longer of the two."""
+        length = part.mask.shape[1]
+        room = max(self.mask.shape[1], math.ceil(length / SLOTS) * SLOTS)
+        missing = room - self.mask.shape[1]
+        self.k, self.v = (F.pad(kept, (0, 0, 0, missing)) for kept in (self.k, self.v))
+        self.mask = F.pad(self.mask, (0, missing))
+        self.mask[rows] = False
+        for kept, new in ((self.k, part.k), (self.v, part.v)):
+            kept[rows, :, :length] = new.to(kept.dtype)
+        self.mask[rows, :length] = part.mask
+
+
+class CrossAttention(HeadProjections):
+    """The layer; `dropout` acts on the attention's weights, in training only.
+
+    Raises:
+        UserError: `n_heads` does not divide `d_model`.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(d_model, n_heads, dropout, bias=False, out_bias=bias)
+
+    def keys_of(self, tokens: Tensor, mask: Tensor) -> TextKeys:
+        """Keys and values of projected text [B, L, D], real where mask [B, L]."""
+        return TextKeys(self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens)), mask)
+
+    def forward(self, x: Tensor, keys: TextKeys) -> Tensor:
+        """x [B, T, D] -> [B, T, D].
+
+        Raises:
+            UserError: the keys are of another batch size.
+        """
+        check_state(len(keys.mask), len(x))
+        q = self._heads(self.q_proj(x))  # [B, H, T, P]
+        any_text = keys.mask.any(1, keepdim=True)  # [B, 1]
+        seen = (keys.mask | ~any_text)[:, None, None]  # [B, 1, 1, L], never wholly masked
+        dropout = self.dropout if self.training else 0.0
+        k, v = keys.k.to(q.dtype), keys.v.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, seen, dropout).masked_fill(~any_text[..., None, None], 0)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def step(self, x: Tensor, keys: TextKeys) -> Tensor:
+        """x [B, D] -> [B, D]; without gradient."""
+        return self(x[:, None], keys)[:, 0]
+
+    def init_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> TextKeys:
+        """Keys of no text."""
+        weight = self.k_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        shape = (batch_size, self.n_heads, SLOTS, weight.shape[0] // self.n_heads)
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return TextKeys(k, v, torch.zeros(batch_size, SLOTS, dtype=torch.bool, device=device))
+
+    def flops(self, n_tokens: int, n_text_tokens: int) -> int:
+        """Forward FLOPs of a sequence of `n_tokens` positions over `n_text_tokens` tokens of text."""
+        width = self.q_proj.weight.shape[0]
+        return 4 * width * width * (n_tokens + n_text_tokens) + 4 * n_tokens * n_text_tokens * width
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, H, L, P]."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)

@@ -1,0 +1,98 @@
+"""Sizes of the presets, what a model costs, and the search for a size that meets a budget."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssmttm import cli
+from ssmttm.config import CONFIG_DIR
+from ssmttm.errors import UserError
+from ssmttm.models import build_model
+from ssmttm.models.size import count_parameters, fit_budget, parse_count, size_of
+from ssmttm.text.condition import TextCondition
+
+
+def preset(name, *overrides):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose(f"model/{name}", overrides=[f"model.{o}" for o in overrides]).model
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "parameters"),
+    [
+        ("prefix_simba", [], 281_042_176),
+        ("prefix_simba", ["n_codebooks=4"], 287_339_776),
+        ("prefix_simba", ["n_codebooks=9"], 297_835_776),
+        ("prefix_simba", ["n_layers=6"], 72_427_072),
+        ("prefix_simba", ["d_state=128"], 262_075_648),
+        ("prefix_mamba", [], 298_541_824),
+        ("cross_simba", [], 287_038_144),
+        ("cross_simba", ["n_layers=24"], 381_754_624),
+        ("cross_transformer", [], 305_075_200),
+    ],
+)
+def test_the_papers_models_have_the_papers_sizes(name, overrides, parameters):
+    """arXiv 2601.14786; where the paper gives no count, layers of the released sizes added up by hand."""
+    assert count_parameters(preset(name, *overrides)) == parameters
+
+
+def test_the_musicgen_preset_has_the_size_of_transformers_decoder():
+    from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
+
+    with torch.device("meta"):
+        reference = MusicgenForCausalLM(MusicgenDecoderConfig())  # the defaults are those of musicgen-small
+    decoder = sum(p.numel() for p in reference.parameters())  # the text's projection lies outside of it
+    assert count_parameters(preset("musicgen_small")) == decoder + 768 * 1024 + 1024
+
+
+@pytest.mark.parametrize("vary", ["n_layers", "d_model"])
+@pytest.mark.parametrize("name", ["prefix_simba", "cross_simba", "cross_transformer", "prefix_mamba"])
+def test_what_meets_a_budget_is_the_nearest(name, vary):
+    model = preset(name)
+    fit = fit_budget(model, 281_042_176, vary)
+    assert fit.parameters == count_parameters({**model, vary: fit.value})
+    step = 1 if vary == "n_layers" else 32
+    for neighbour in (fit.value - step, fit.value + step):
+        assert abs(count_parameters({**model, vary: neighbour}) - 281_042_176) >= abs(fit.parameters - 281_042_176)
+    assert abs(fit.off) < 0.05
+
+
+def test_a_layer_pattern_stays_whole():
+    model = preset("prefix_simba", "layers=[mamba2,mamba2,attention]")
+    assert fit_budget(model, 200_000_000).value % 3 == 0
+
+
+def test_a_budget_below_the_smallest_and_nonsense_are_refused():
+    model = preset("prefix_simba")
+    with pytest.raises(UserError, match="1,000,000 parameters are fewer than"):
+        fit_budget(model, 1_000_000)
+    with pytest.raises(UserError, match="unknown --vary 'depth'"):
+        fit_budget(model, 10**8, "depth")
+    written = {"72M": 72_000_000, "1.5b": 1_500_000_000, "9_000": 9000, "250k": 250_000}
+    assert {text: parse_count(text) for text in written} == written
+    for text in ("many", "-3M", "nan", ""):
+        with pytest.raises(UserError, match="no number of parameters"):
+            parse_count(text)
+
+
+@pytest.mark.parametrize("conditioning", ["prefix", "cross_attention", "adaln"])
+@pytest.mark.parametrize("layers", ["mamba2", "attention"])
+def test_flops_are_those_counted(conditioning, layers):
+    settings = dict(preset("tiny", "n_layers=2", f"conditioning={conditioning}", f"layers={layers}"))
+    model = build_model(settings).eval()
+    codes, text = torch.randint(1024, (1, 8, 200)), TextCondition.stack([torch.randn(20, 384)])
+    with FlopCounterMode(display=False) as counter:
+        model(codes, text)
+    assert model.flops(200, 20) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    size = size_of(settings, 200, 20)
+    assert size.forward * 200 == model.flops(200, 20)
+    assert size.active == sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for part in (model.embedding, model.text) for p in part.parameters()
+    )
+
+
+def test_the_command_prints_what_it_chose(capsys):
+    assert cli.main(["size", "experiment=paper_cross_simba", "--parameters", "281M"]) == 0
+    said = capsys.readouterr().out
+    assert "model.n_layers=18: 287,038,144 parameters, +2.15% of the budget" in said and "times 6 N" in said
