@@ -16,7 +16,7 @@ from ssmttm.models.token_lm import TokenLM
 from ssmttm.text.encoders import TextEncoder
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_lm"
-HUB_FILES = ["config.yaml", "model.safetensors", "card.json"]
+HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ class ModelFolder:
         if not isinstance(value, dict) or not {"name", "fingerprint"} <= value.keys():
             raise UserError(f"the card of {self.path} names no {kind} that it was trained with: export the model again")
         return value
+
+    def source(self, kind: str) -> str:
+        """Where its codec or text encoder is to be loaded from; a name that begins with ./ is a folder in its own."""
+        name = self.fact(kind)["name"]
+        return str((self.path / name).resolve()) if name.startswith("./") else name
+
+    @property
+    def reading(self) -> str:
+        """What it reads of a caption, see `ssmttm.text.reading`."""
+        return self.fact("text").get("reading", "plain")
 
     @property
     def licences(self) -> Any:
@@ -86,17 +96,8 @@ def load_model(folder: ModelFolder) -> TokenLM:
     Raises:
         UserError: the weights cannot be read or belong to another model.
     """
-    weights = checkpoint.load_weights(folder.path, ema=True)
     model = build_model(folder.config.model)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{folder.weights_file} does not hold the model of {folder.path / 'config.yaml'}: {name} is "
-                f"{found.get(name, 'absent')}, {expected.get(name, 'nothing')} is expected"
-            )
-    model.load_state_dict(weights)
+    checkpoint.fill(model, checkpoint.load_weights(folder.path, ema=True), folder.weights_file)
     return model.eval()
 
 

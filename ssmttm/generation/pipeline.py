@@ -23,6 +23,7 @@ from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
+from ssmttm.text.reading import build_reader
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class MusicPipeline:
         facts: where the model comes from, for the record beside each file: model and weights hash, codec, text encoder,
             licences of the training data, software.
         max_duration: longest piece that a call accepts, in seconds; set it higher for longer pieces.
+
+    `reading` is what the model reads of a caption, see `ssmttm.text.reading`.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class MusicPipeline:
         pattern: Pattern,
         facts: dict[str, Any] | None = None,
         max_duration: float = MAX_DURATION,
+        reading: str = "plain",
     ) -> None:
         self.model = model.eval()
         self.codec = codec.eval()
@@ -64,7 +68,7 @@ class MusicPipeline:
         self.pattern = pattern
         self.facts = facts or {}
         self.max_duration = max_duration
-        self._null_text = text_encoder.encode([""])
+        self._read = build_reader(reading, text_encoder)
 
     @classmethod
     def from_pretrained(
@@ -89,8 +93,8 @@ class MusicPipeline:
         folder = open_model_folder(folder_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = load_model(folder)
-        its_codec = load_codec(codec or folder.fact("codec")["name"])
-        its_encoder = load_text_encoder(text_encoder or folder.fact("text")["name"])
+        its_codec = load_codec(codec or folder.source("codec"), model.config.n_codebooks)
+        its_encoder = load_text_encoder(text_encoder or folder.source("text"))
         check_fit(folder, model, its_codec, its_encoder)
         facts = {
             "model": {"name": folder.name, "weights_sha256": file_sha256(folder.weights_file)},
@@ -100,7 +104,7 @@ class MusicPipeline:
             "software": f"ssmttm {__version__}",
         }
         pattern = get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks)
-        return cls(model.to(device), its_codec.to(device), its_encoder, pattern, facts)
+        return cls(model.to(device), its_codec.to(device), its_encoder, pattern, facts, reading=folder.reading)
 
     @property
     def sample_rate(self) -> int:
@@ -187,10 +191,11 @@ class MusicPipeline:
 
     def _frames(self, request: Request, chunk_frames: int) -> Iterator[Tensor]:
         n_frames = math.ceil(self._samples(request) / self.codec.hop_length)
+        text, null_text = self._encode(request.prompts)
         return generate_frames(
             self.model,
-            self._encode(request.prompts),
-            self._null_text,
+            text,
+            null_text,
             self.pattern,
             n_frames,
             request.sampling,
@@ -198,10 +203,10 @@ class MusicPipeline:
             chunk_frames=chunk_frames,
         )
 
-    def _encode(self, prompts: list[str]) -> TextCondition:
-        """Each by itself: in a batch an encoder rounds otherwise."""
-        conditions = [self.text_encoder.encode([prompt]) for prompt in prompts]
-        return TextCondition.stack([condition.embeddings[0, condition.mask[0]] for condition in conditions])
+    def _encode(self, prompts: list[str]) -> tuple[TextCondition, TextCondition]:
+        """Captions and their null conditions, each read by itself: in a batch an encoder rounds otherwise."""
+        texts, nulls = zip(*map(self._read, prompts), strict=True)
+        return TextCondition.stack(texts), TextCondition.stack(nulls)
 
     def _samples(self, request: Request) -> int:
         return max(1, round(request.duration * self.sample_rate))

