@@ -28,7 +28,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256, fsync
@@ -194,6 +194,28 @@ def load_weights(folder: str | Path, ema: bool = True, player: str = "model") ->
     """
     averaged = Path(folder) / "ema.safetensors"
     return read_tensors(folder, "ema" if ema and player == "model" and averaged.is_file() else player)
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load a state dict that must be the module's own, name by name and shape by shape.
+
+    Raises:
+        UserError: it is not; says which tensors differ and that they came from `source`.
+    """
+    wrong = differences(module.state_dict(), weights)
+    if wrong:
+        raise UserError(f"{source} does not hold this model: {wrong}. Weights and config.yaml must be of one model")
+    module.load_state_dict(dict(weights))
+
+
+def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first three names whose shapes differ and how many more there are, in words; "" where there are none."""
+    expected, found = ({name: tuple(value.shape) for name, value in side.items()} for side in (wanted, given))
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    listed = "; ".join(
+        f"{name} is {found.get(name, 'absent')}, {expected.get(name, 'nothing')} is expected" for name in wrong[:3]
+    )
+    return f"{listed}; and {len(wrong) - 3} more" if len(wrong) > 3 else listed
 
 
 def read_tensors(folder: str | Path, name: str) -> dict[str, Tensor]:

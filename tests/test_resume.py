@@ -17,8 +17,8 @@ from ssmttm.training import codec, lm, loop
 
 ROOT = Path(__file__).parents[1]
 # 20 segments in batches of 2: ten steps an epoch. Dropout draws from the generators, captions drop out.
-LM = ("train.steps=100", "model.dropout=0.2", "data.caption_dropout=0.3", "data.batch_size=2", "train.eval_every=50",
-      "train.eval_batches=1", "train.checkpoint_every=1000")  # fmt: skip
+LM = ("train.steps=100", "losses.tags=1", "tag_head.block=1", "model.dropout=0.2", "data.caption_dropout=0.3",
+      "data.batch_size=2", "train.eval_every=50", "train.eval_batches=1", "train.checkpoint_every=1000")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

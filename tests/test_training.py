@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from ssmttm import checkpoint, config
 from ssmttm.codecs import load_codec
 from ssmttm.errors import UserError, run_cli
 from ssmttm.models import build_model
-from ssmttm.patterns import get_pattern
+from ssmttm.patterns import PATTERNS, get_pattern
 from ssmttm.training import codec, lm, loop, rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.export import export
@@ -28,6 +29,7 @@ from ssmttm.training.optim import build_optimizer, learning_rate
 from ssmttm.training.run import claimed
 
 ROOT = Path(__file__).parents[1]
+TAGS = ("losses.tags=1", "tag_head.block=1")
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +79,14 @@ def test_a_run_learns_and_records_what_it_did(codes_store, tmp_path, capsys):
 
 def test_micro_batches_change_nothing(codes_store, tmp_path):
     """Segments differ in length, so a mean of micro-batch means would differ from the mean over the batch."""
-    overrides = ("train.steps=4", "data.batch_size=6", "data.caption_dropout=0.5")
+    overrides = ("train.steps=4", "data.batch_size=6", "data.caption_dropout=0.5", *TAGS)
     loop.train(lm_config(codes_store, tmp_path / "whole", *overrides))
     loop.train(lm_config(codes_store, tmp_path / "parts", *overrides, "train.micro_batch_size=4"))
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), atol=1e-5)
 
 
 def test_two_processes_give_the_losses_of_one(codes_store, tmp_path):
-    overrides = ("train.steps=4", "data.batch_size=6", "train.eval_every=2", "train.micro_batch_size=2")
+    overrides = ("train.steps=4", "data.batch_size=6", "train.eval_every=2", "train.micro_batch_size=2", *TAGS)
     one = lm_config(codes_store, tmp_path / "one", *overrides)
     loop.train(one)
     two = OmegaConf.merge(one, {"run_dir": str(tmp_path / "two")})
@@ -252,12 +254,13 @@ def test_smoothed_labels_give_the_special_token_nothing():
         torch.testing.assert_close(plain, (unsmoothed * real).sum((0, 2)))
 
 
-def test_fill_and_padding_are_neither_predicted_nor_counted():
-    pattern = get_pattern("delay", n_codebooks=3)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_fill_and_padding_are_neither_predicted_nor_counted(name):
+    pattern = get_pattern(name, n_codebooks=3)
     codes = torch.randint(0, 9, (2, 3, 5))
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     sequence, real = lm.interleave(pattern, codes, mask, 9)
-    assert sequence.shape == (2, 3, 7)
+    assert sequence.shape == (2, 3, pattern.sequence_length(5))
     assert real.sum((0, 2)).tolist() == [8, 8, 8]
     assert torch.equal(sequence == 9, ~real)
     assert torch.equal(pattern.revert(sequence)[0], codes[0])
@@ -278,6 +281,9 @@ def test_fill_and_padding_are_neither_predicted_nor_counted():
         (["data.store=nowhere"], "nowhere"),
         (["train.steps=many"], "train.steps=many"),
         (["data.batch_size=0"], "data.batch_size=0"),
+        (["train.codebook_weights=[1,1]"], "codebook_weights"),
+        (["train.codebook_weights=[1,1,1,0]"], "codebook_weights"),
+        (["init=nowhere"], "nowhere"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_clear_line(codes_store, tmp_path, overrides, said):
@@ -297,6 +303,74 @@ def test_a_run_folder_takes_one_training_at_a_time(codes_store, tmp_path):
 def test_a_model_of_fewer_codebooks_learns_the_first_ones(codes_store, tmp_path):
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "model.n_codebooks=1", "train.steps=2"))
     assert "codebook_0" in rows(run_dir)[0] and "codebook_1" not in rows(run_dir)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"), [("delay", 23), ("parallel", 20), ("flatten", 80), ("coarse_first", 40)]
+)
+def test_a_model_learns_under_every_pattern(codes_store, tmp_path, name, positions):
+    settings = lm_config(codes_store, tmp_path / "run", f"pattern={name}", "train.steps=30", "data.batch_size=8")
+    heard = losses(loop.train(settings))
+    assert heard[0] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
+    assert heard[-1] < 0.97 * heard[0]
+    task = lm.LanguageModelTask(settings)
+    batch = task.loader("train", 2, 0, 1).batch(0)
+    assert task.counts(batch).tolist() == [batch["frame_mask"].sum()] * N_CODEBOOKS + [2]
+    assert task.work(batch)[2] == 2 * task.model.flops(positions, batch["text"].mask.shape[1])
+
+
+def test_codebooks_weigh_in_the_loss_as_asked(codes_store, tmp_path):
+    settings = lm_config(codes_store, tmp_path / "run", "train.steps=1", "train.codebook_weights=[4,2,1,1]")
+    first = rows(loop.train(settings))[0]
+    weighted = sum(weight * first[f"codebook_{k}"] for k, weight in enumerate((0.5, 0.25, 0.125, 0.125)))
+    assert math.isclose(first["cross_entropy"], weighted, rel_tol=1e-5)
+    assert not math.isclose(weighted, np.mean([first[f"codebook_{k}"] for k in range(4)]), rel_tol=1e-4)
+
+
+def test_naming_tags_teaches_what_the_words_mean(codes_store, tmp_path):
+    """Each caption of the store has a tag of its own: at the first position the text alone tells it."""
+    named = ("losses.tags=0.5", "tag_head.block=1", "optim.player_lr.tag_head=0.02", "data.caption_dropout=0")
+    run_dir = loop.train(lm_config(codes_store, tmp_path / "run", *named, "train.steps=60", "data.batch_size=8"))
+    figures = [row["tags_from_text"] for row in rows(run_dir) if "tags_from_text" in row]
+    shares = np.array([4, 4, 4, 4, 4]) / 20  # of the training split
+    blind = float(-(shares * np.log(shares) + (1 - shares) * np.log(1 - shares)).sum())
+    assert figures[0] == pytest.approx(blind, rel=0.3) and figures[-1] < 0.3 * blind
+    unfed = [name for name in checkpoint.load_weights(run_dir / "checkpoints/step-00000060", player="tag_head")]
+    assert unfed and not any("tag_head" in name for name in weights(run_dir))
+    with pytest.raises(UserError, match="no tags to learn to name"):
+        loop.train(lm_config(codes_store, tmp_path / "rare", *TAGS, "tag_head.min_share=2"))
+    with pytest.raises(UserError, match=r"tag_head\.block=3"):
+        loop.train(lm_config(codes_store, tmp_path / "other", "losses.tags=1", "tag_head.block=3"))
+
+
+def test_the_tag_loss_reaches_the_text_through_the_blocks_below_only(codes_store, tmp_path):
+    task = lm.LanguageModelTask(lm_config(codes_store, tmp_path / "run", "losses.tags=1", "tag_head.block=1"))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    nn.init.normal_(task.modules["tag_head"].linear.weight)
+    losses = task.losses(task.modules, batch, task.counts(batch), 0)["model"]
+    losses["tags"].backward()
+    assert task.model.text.linear.weight.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in task.model.blocks[0].parameters())
+    assert all(p.grad is None for p in task.model.blocks[1].parameters()) and task.model.heads.weight.grad is None
+
+
+def test_a_run_starts_from_another_models_weights_and_says_so(codes_store, tmp_path):
+    first = loop.train(lm_config(codes_store, tmp_path / "first", "train.steps=5"))
+    export(first, tmp_path / "model", half=False)
+    average = checkpoint.load_weights(tmp_path / "model")
+    still = lm_config(
+        codes_store, tmp_path / "second", "train.steps=2", "optim.lr=0", "optim.min_lr=0", f"init={tmp_path / 'model'}"
+    )
+    second = loop.train(still)
+    assert all(torch.equal(value, average[name]) for name, value in weights(second).items())
+    shutil.rmtree(tmp_path / "model")
+    still.train.steps = 3
+    loop.train(still)  # going on, the run needs the other model no more
+    card = json.loads((export(second, tmp_path / "out") / "card.json").read_text())
+    assert card["init"]["name"] == "model" and card["init"]["step"] == 5 and card["step"] == 3
+    with pytest.raises(UserError, match=r"heads\.weight"):
+        other = ("train.steps=1", f"init={first}", "model.n_codebooks=2")
+        loop.train(lm_config(codes_store, tmp_path / "third", *other))
 
 
 def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, monkeypatch):

@@ -41,7 +41,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         "samples_seen": state["samples_seen"],
         "training_seconds": round(state["seconds"]),
         "parameters": state["parameters"],
-        "data": state["data"],
+        "data": state["data"] | {"licences": state["init"].get("licences", {}) | state["data"]["licences"]},
+        "init": state["init"],
         "metrics": state["valid"],
         "config_hash": state["config_hash"],
         "versions": state["versions"],
@@ -51,7 +52,7 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         codec.load_state_dict(weights)
         codec.save(out, half=half)
     else:
-        kept = OmegaConf.masked_copy(config, [key for key in config if key not in ("run_dir", "resume")])
+        kept = OmegaConf.masked_copy(config, [key for key in config if key not in ("run_dir", "init", "resume")])
         OmegaConf.update(kept, "data.store", state["data"]["store"])
         with written_aside(out / "model.safetensors") as path:
             save_file({name: _shrunk(value, half) for name, value in weights.items()}, path)

@@ -4,7 +4,7 @@ Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the patt
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ssmttm.models import build_model
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.training.data import store_facts
+from ssmttm.training.tags import TagHead, TagVocabulary, tag_losses
 from ssmttm.training.task import Batch, Losses, Sample
 
 
@@ -28,11 +29,12 @@ class LanguageModelTask:
     """A TokenLM learns to predict a store's codes from its captions.
 
     Args:
-        config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train` (label_smoothing, and for samples
-            sample_every, sample_seconds, prompts), `losses`, `seed`.
+        config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train` (label_smoothing, codebook_weights,
+            and for samples sample_every, sample_seconds, prompts), `losses`, `tag_head` (if losses.tags), `seed`.
 
     Raises:
-        UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
+        UserError: the store has no codes or captions, or its codec or text encoder does not fit the model; weights that
+            are not one positive number a codebook.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -41,8 +43,14 @@ class LanguageModelTask:
         _check_fit(config, self.store.info)
         self.model = build_model(config.model)
         self.modules: dict[str, nn.Module] = {"model": self.model}
+        self.tags: TagVocabulary | None = None
+        if config.losses.tags:
+            _check_block(config.tag_head.block, config.model.n_layers)
+            self.tags = TagVocabulary(self.store, config.tag_head.min_share)
+            self.modules["tag_head"] = TagHead(config.model.d_model, self.tags.shares)
         self.n_codebooks, self.codebook_size = config.model.n_codebooks, config.model.codebook_size
         self.pattern = get_pattern(config.pattern, n_codebooks=self.n_codebooks)
+        self.codebook_weights = _codebook_weights(config.train.codebook_weights, self.n_codebooks)
         self.frame_rate: float = self.store.info["codec"]["frame_rate"]
         self._codec: Codec | None = None
         self._text_encoder: TextEncoder | None = None
@@ -55,18 +63,28 @@ class LanguageModelTask:
         return CodesLoader(self.store, split, batch_size, data.frames, seed, rank, world_size, caption_dropout=dropout)
 
     def counts(self, batch: Batch) -> Tensor:
-        """Valid positions by codebook, [K]."""
-        return real_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2)).float()
+        """Valid positions by codebook and the number of items, [K + 1]."""
+        positions = real_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2))  # [K]
+        return torch.cat([positions, positions.new_tensor([len(batch["ids"])])]).float()
 
     def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """`cross_entropy`, mean over codebooks with smoothed labels, to train on; each `codebook_k`, not smoothed."""
+        """`cross_entropy`, weighted mean over codebooks with smoothed labels, to train on; each `codebook_k`, plain;
+        with a tag head `tags`, to train on, and `tags_from_text`, that of the first position."""
         codes = batch["codes"][:, : self.n_codebooks]
         sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
-        logits = players["model"](torch.cat([start, sequence[..., :-1]], dim=-1), batch["text"])  # [b, K, S, V']
+        shifted = torch.cat([start, sequence[..., :-1]], dim=-1)
+        if self.tags is None:
+            logits, named = players["model"](shifted, batch["text"]), {}  # [b, K, S, V']
+        else:
+            logits, stream = players["model"](shifted, batch["text"], stream_behind=self.config.tag_head.block)
+            log_odds = players["tag_head"](stream)  # [b, S, n]
+            from_text, mean = tag_losses(log_odds, self.tags.targets(batch["ids"]).to(log_odds.device), real.any(1))
+            named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
         plain, smoothed = token_losses(logits, sequence, real, self.codebook_size, self.config.train.label_smoothing)
-        named = {f"codebook_{k}": share for k, share in enumerate(plain / counts)}
-        return {"model": {"cross_entropy": (smoothed / counts).mean(), **named}}
+        named |= {f"codebook_{k}": share for k, share in enumerate(plain / counts[:-1])}
+        weighted = (self.codebook_weights.to(logits.device) * smoothed / counts[:-1]).sum()
+        return {"model": {"cross_entropy": weighted, **named}}
 
     def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         return self.losses(players, batch, counts, step)["model"]
@@ -128,6 +146,21 @@ def token_losses(
     if smoothing:
         smoothed = (1 - smoothing) * plain - smoothing * log_p[..., :codebook_size].mean(-1)
     return plain.masked_fill(~real, 0).sum((0, 2)), smoothed.masked_fill(~real, 0).sum((0, 2))
+
+
+def _codebook_weights(given: Sequence[float] | None, n_codebooks: int) -> Tensor:
+    """Shares of the loss by codebook, [K], that add up to 1; None: all the same."""
+    weights = torch.tensor(given if given is not None else [1.0] * n_codebooks, dtype=torch.float32)
+    if len(weights) != n_codebooks or not bool((weights > 0).all()):
+        raise UserError(
+            f"train.codebook_weights={list(given or [])}: give {n_codebooks} positive numbers, one a codebook"
+        )
+    return weights / weights.sum()
+
+
+def _check_block(block: int, n_layers: int) -> None:
+    if not 1 <= block <= n_layers:
+        raise UserError(f"tag_head.block={block}: the model has blocks 1 to {n_layers}")
 
 
 def _file_name(prompt: str) -> str:

@@ -23,7 +23,7 @@ from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
 from ssmttm.training.run import check_settings, claimed, horizon, progress_line, resume_folder, validation_line
-from ssmttm.training.saving import Progress, restore, save
+from ssmttm.training.saving import Progress, restore, save, start_from
 from ssmttm.training.signals import INTERRUPT, stop_requests
 from ssmttm.training.step import (
     Player,
@@ -68,12 +68,13 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     rng.seed_all(config.seed, rank=0)  # the same first weights on every rank
     task = build_task(config)
     facts = task.facts()
+    init = start_from(config.init, task.modules["model"]) if config.init and not resumed else {}
     players = {name: Player(module, config.optim, accelerator) for name, module in task.modules.items()}
     ema = EMA(players["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 
     # --- fresh start or resume -----------------------------------------------------------------------------------
     rng.seed_all(config.seed, rank)  # from here each rank draws its own dropout
-    progress = restore(resumed, players, ema, facts, rank) if resumed else Progress()
+    progress = restore(resumed, players, ema, facts, rank) if resumed else Progress(init=init)
     for player in players.values():
         player.wrap()
     last_saved = progress.step if resumed and resumed.parent == run_dir / "checkpoints" else None

@@ -10,10 +10,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import config_hash
@@ -28,6 +29,7 @@ class Progress:
     samples_seen: int = 0  # items, over all ranks
     seconds: float = 0.0  # of training, over all resumes
     valid: dict[str, float] = field(default_factory=dict)  # the last validation
+    init: dict[str, Any] = field(default_factory=dict)  # the model that the run started from, if any
 
 
 def save(
@@ -92,7 +94,26 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
     else:
         print(f"rank {rank} was not there at {folder}: its dropout starts from the step", flush=True)
         rng.seed_all(state["step"], rank)
-    return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "valid")})
+    return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "valid", "init")})
+
+
+def start_from(model: str | Path, module: nn.Module) -> dict[str, Any]:
+    """Fill a module with the weights of another run, checkpoint or exported model (averaged where there are any).
+
+    Returns:
+        What the new run must remember of it: name, steps of training, hash of the weights, licences of its data.
+
+    Raises:
+        UserError: there is no such model, or it is of another shape.
+    """
+    folder = checkpoint.find_model(model)
+    weights = checkpoint.load_weights(folder)
+    checkpoint.fill(module, weights, folder)
+    card = checkpoint.read_document(folder, "card" if (folder / "card.json").is_file() else "state")
+    averaged = folder / "ema.safetensors"
+    digest = file_sha256(averaged if averaged.is_file() else folder / "model.safetensors")
+    licences = card["data"]["licences"] | card.get("init", {}).get("licences", {})
+    return {"name": Path(model).name, "step": card["step"], "weights_sha256": digest, "licences": licences}
 
 
 def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
