@@ -43,9 +43,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
     evaluate.set_defaults(run=run_evaluate)
 
+    size = commands.add_parser(
+        "size",
+        help="parameters and FLOPs of a config's model; which depth or width meets a budget",
+        epilog="example: ssmttm size experiment=paper_cross_simba --parameters 281M --vary n_layers",
+    )
+    size.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as experiment=tiny")
+    size.add_argument("--parameters", metavar="N", help="a budget such as 72M: also print what comes nearest to it")
+    size.add_argument("--vary", default="n_layers", metavar="KEY", help="n_layers or d_model (default: %(default)s)")
+    size.set_defaults(run=run_size)
+
+    add_importers(commands)
+
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
     return 0
+
+
+def add_importers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """import KIND SOURCE OUT and export-musicgen MODEL OUT."""
+    importing = commands.add_parser(
+        "import",
+        help="turn another project's checkpoint into a folder that sample.py reads",
+        epilog="example: ssmttm import musicgen facebook/musicgen-small imported/musicgen-small",
+    )
+    kinds = importing.add_subparsers(dest="kind", required=True, metavar="KIND")
+    musicgen = kinds.add_parser("musicgen", help="transformers' MusicGen, with its codec and text encoder")
+    musicgen.add_argument("source", help="a folder or a hub name such as facebook/musicgen-small")
+    released = kinds.add_parser("released", help="a .ckpt of the code of arXiv 2601.14786")
+    released.add_argument("source", type=Path, help="the .ckpt file")
+    back = commands.add_parser("export-musicgen", help="write a model of MusicGen's shape as transformers' MusicGen")
+    back.add_argument("source", type=Path, metavar="MODEL", help="a run, a checkpoint or a model folder")
+    for command in (released, back):
+        command.add_argument("--codec", metavar="DIR", help="where the model's codec is, if not found by its name")
+        command.add_argument("--text-encoder", metavar="DIR", help="where its text encoder is, likewise")
+    for command in (musicgen, released, back):
+        command.add_argument("out", type=Path, metavar="OUT", help="the folder to write, a new one")
+    musicgen.set_defaults(run=run_import_musicgen)
+    released.set_defaults(run=run_import_released)
+    back.set_defaults(run=run_export_musicgen)
+
+
+def run_import_musicgen(arguments: argparse.Namespace) -> None:
+    """Write a MusicGen of transformers as a model folder."""
+    from ssmttm.importers import import_musicgen
+
+    print(import_musicgen(arguments.source, arguments.out))
+
+
+def run_import_released(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint of arXiv 2601.14786's code as a model folder."""
+    from ssmttm.importers import import_released
+
+    print(import_released(arguments.source, arguments.out, arguments.codec, arguments.text_encoder))
+
+
+def run_export_musicgen(arguments: argparse.Namespace) -> None:
+    """Write a model as a MusicGen of transformers."""
+    from ssmttm.importers import export_musicgen
+
+    print(export_musicgen(arguments.source, arguments.out, arguments.codec, arguments.text_encoder))
 
 
 def print_info() -> None:
@@ -89,6 +146,20 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         report.save(arguments.out)
         print(arguments.out)
+
+
+def run_size(arguments: argparse.Namespace) -> None:
+    """Print how large a model is and what it costs, and what meets a budget."""
+    from ssmttm import config
+    from ssmttm.models.size import fit_budget, parse_count, size_of
+
+    composed = config.load(*arguments.overrides)
+    if arguments.parameters is None:
+        print(size_of(composed.model, composed.data.frames))
+        return
+    fit = fit_budget(composed.model, parse_count(arguments.parameters), arguments.vary)
+    print(fit)
+    print(size_of({**composed.model, fit.key: fit.value}, composed.data.frames))
 
 
 def entry() -> None:

@@ -29,7 +29,7 @@ def write_codes_store(path: Path, segments: int = 24, seed: int = 0) -> Path:
         codes = np.repeat(rng.integers(0, CODEBOOK_SIZE, (1, length)), N_CODEBOOKS, axis=0)
         row = {
             "id": f"s{i}", "split": "valid" if i % 6 == 5 else "train", "licence": "CC0-1.0", "duration": length / 25,
-            "captions": [captions[i % 6]],
+            "captions": [captions[i % 6]], "tags": [f"tag {i % 6}", "music"],
         }  # fmt: skip
         writer.add(row, codes)
     embeddings = {text: rng.standard_normal((1 + len(text) % 3, TEXT_DIM)) for text in ["", *captions]}

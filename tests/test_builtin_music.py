@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from data_prep.builtin import compose, describe
+from data_prep.builtin.captions import tags
 from data_prep.builtin.harmony import harmonise, plan_form
 from data_prep.builtin.instruments import LEADS
 from data_prep.builtin.score import TICKS, Note, Piece
@@ -184,3 +185,9 @@ def test_captions_cover_the_plain_way_to_ask() -> None:
                              {"name": "piano", "role": "chords", "program": 0, "family": "piano"}]}
     texts = {text.rstrip(".").lower() for seed in range(3000) for text in describe(truth, seed)}
     assert "a slow waltz in d minor on a music box" in texts
+
+
+def test_tags_name_the_notes_of_the_scale() -> None:
+    named = tags(compose(0, 0).truth | {"key": "D", "mode": "dorian"})
+    assert {tag[5:] for tag in named if tag.startswith("note ")} == set("DEFGABC")
+    assert "on D" in named and "D dorian" in named and "on A#" in tags(compose(0, 0).truth | {"key": "Bb"})

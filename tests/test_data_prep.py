@@ -435,7 +435,8 @@ def test_builtin_to_store_and_again(tmp_path, monkeypatch, capsys):
 
 
 SLOW_AFTER_THE_FIRST = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 from data_prep import __main__, folder
 from ssmttm.errors import run_cli
 cut, calls = folder.cut_file, []

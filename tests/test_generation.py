@@ -9,7 +9,7 @@ from ssmttm.errors import UserError
 from ssmttm.generation.engine import draw_uniforms, generate, generate_frames
 from ssmttm.generation.request import Sampling
 from ssmttm.models.token_lm import TokenLM, TokenLMConfig
-from ssmttm.patterns import get_pattern
+from ssmttm.patterns import PATTERNS, get_pattern
 from ssmttm.text.condition import TextCondition
 
 K, V, E = 4, 48, 12
@@ -44,10 +44,19 @@ SEEDS = [11, 7, 7, 2**32 - 1]
 DELAY = get_pattern("delay", n_codebooks=K)
 
 
-def sample(model, items, sampling=GUIDED, n_frames=30, **more):
+def sample(model, items, sampling=GUIDED, n_frames=30, pattern=DELAY, **more):
     """Codes of some of TEXTS, each with its own seed."""
     text = TextCondition.stack([TEXTS[i] for i in items])
-    return generate(model, text, NULL, DELAY, n_frames, sampling, [SEEDS[i] for i in items], **more)
+    return generate(model, text, NULL, pattern, n_frames, sampling, [SEEDS[i] for i in items], **more)
+
+
+over_patterns = pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(get_pattern(name, n_codebooks=K, leading=n), id=f"{name}-{n}")
+        for name, n in itertools.product(PATTERNS, (0, 2))
+    ],
+)
 
 
 class Spy:
@@ -122,10 +131,17 @@ def test_seeds_and_captions_both_matter(model):
     assert not torch.equal(same_caption[0], same_caption[1])
 
 
-def test_a_longer_piece_begins_as_the_shorter_one(model):
-    """But for the last K - 1 frames, whose finer codes see the fill that ends the shorter one."""
-    shorter, longer = (sample(model, [0, 1], n_frames=n) for n in (25, 40))
-    assert torch.equal(shorter[..., : 25 - K + 1], longer[..., : 25 - K + 1])
+@pytest.mark.parametrize(("name", "same"), [("delay", 25 - K + 1), ("parallel", 25), ("flatten", 25)])
+def test_a_longer_piece_begins_as_the_shorter_one(model, name, same):
+    """With delay, but for the last K - 1 frames, whose finer codes see the fill that ends the shorter one."""
+    shorter, longer = (sample(model, [0, 1], n_frames=n, pattern=get_pattern(name, K)) for n in (25, 40))
+    assert torch.equal(shorter[..., :same], longer[..., :same])
+
+
+def test_coarse_first_begins_alike_in_its_first_codebook_only(model):
+    shorter, longer = (sample(model, [0], n_frames=n, pattern=get_pattern("coarse_first", K)) for n in (25, 40))
+    assert torch.equal(shorter[:, 0], longer[:, 0, :25])
+    assert not torch.equal(shorter[:, 1:], longer[:, 1:, :25])
 
 
 def test_uniforms_belong_to_the_seed_alone():
@@ -172,10 +188,9 @@ def test_conditional_and_null_rows_are_paired_by_value(model):
     assert not torch.equal(forward, crossed)
 
 
-@pytest.mark.parametrize("pattern_name", ["delay", "parallel"])
+@over_patterns
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_greedy_sampling_is_the_argmax_of_the_whole_forward(model, pattern_name, scale):
-    pattern = get_pattern(pattern_name, n_codebooks=K)
+def test_greedy_sampling_is_the_argmax_of_the_whole_forward(model, pattern, scale):
     text = TextCondition.stack(TEXTS[:3])
     codes = generate(model, text, NULL, pattern, 21, Sampling(top_k=1, guidance_scale=scale), [0, 1, 2])
     sequence = pattern.build(codes, model.special_token_id)  # [B, K, S]
@@ -187,7 +202,8 @@ def test_greedy_sampling_is_the_argmax_of_the_whole_forward(model, pattern_name,
     assert torch.equal(pattern.revert(greedy), codes)
 
 
-def test_the_special_token_is_never_sampled(monkeypatch):
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_special_token_is_never_sampled(name, monkeypatch):
     model = make_model(predict_special=True)
     step, prefill = model.step, model.prefill
 
@@ -197,23 +213,24 @@ def test_the_special_token_is_never_sampled(monkeypatch):
 
     monkeypatch.setattr(model, "step", lambda *inputs: tempt(step(*inputs)))
     monkeypatch.setattr(model, "prefill", lambda *inputs: tempt(prefill(*inputs)))
-    codes = generate(model, TextCondition.stack(TEXTS[:2]), NULL, DELAY, 40, PLAIN, [0, 1])
+    codes = sample(model, [0, 1], PLAIN, 40, get_pattern(name, n_codebooks=K))
     assert codes.shape == (2, K, 40)
     assert codes.min() >= 0 and codes.max() < V
 
 
-def test_delay_fill_is_enforced_and_codes_go_back_in_as_they_came_out(model, monkeypatch):
+@over_patterns
+def test_fill_is_enforced_and_codes_go_back_in_as_they_came_out(model, pattern, monkeypatch):
     spy = Spy(model, monkeypatch)
     n_frames, special = 12, model.special_token_id
-    codes = sample(model, [0, 1], GUIDED, n_frames)
+    codes = sample(model, [0, 1], GUIDED, n_frames, pattern)
     inputs = spy.inputs(rows=4)  # one position of specials, then the sequence but for its last position
-    assert inputs.shape == (4, K, n_frames + K - 1)
+    assert inputs.shape == (4, K, pattern.sequence_length(n_frames))
     assert torch.equal(inputs[:2], inputs[2:])
     sequence = inputs[:2, :, 1:]
-    real = DELAY.mask(n_frames)[:, :-1]
+    real = pattern.mask(n_frames)[:, :-1]
     assert (inputs[..., 0] == special).all()
     assert (sequence[:, ~real] == special).all() and (sequence[:, real] != special).all()
-    assert torch.equal(sequence, DELAY.build(codes, special)[..., :-1])
+    assert torch.equal(sequence, pattern.build(codes, special)[..., :-1])
 
 
 def tensors_of(value):
@@ -240,23 +257,32 @@ def test_the_state_does_not_grow(model, monkeypatch):
     assert len(spy.steps) == 5 + 60 + 2 * (K - 2)  # one a position but the first, which the prefill gives
 
 
+@pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("chunk_frames", [1, 4, 7, 100])
-def test_chunks_join_to_the_whole(model, chunk_frames):
-    text = TextCondition.stack(TEXTS[:2])
-    chunks = list(generate_frames(model, text, NULL, DELAY, 23, GUIDED, SEEDS[:2], chunk_frames=chunk_frames))
-    assert torch.equal(torch.cat(chunks, -1), sample(model, [0, 1], n_frames=23))
+def test_chunks_join_to_the_whole(model, name, chunk_frames):
+    text, pattern = TextCondition.stack(TEXTS[:2]), get_pattern(name, n_codebooks=K)
+    chunks = list(generate_frames(model, text, NULL, pattern, 23, GUIDED, SEEDS[:2], chunk_frames=chunk_frames))
+    assert torch.equal(torch.cat(chunks, -1), sample(model, [0, 1], n_frames=23, pattern=pattern))
     assert all(chunk.shape[-1] >= min(chunk_frames, 23) for chunk in chunks[:-1])
     if chunk_frames == 1:
         assert [chunk.shape[-1] for chunk in chunks] == [1] * 23
 
 
-def test_a_frame_comes_as_soon_as_its_last_codebook_is_drawn(model, monkeypatch):
-    spy = Spy(model, monkeypatch)
-    frames = generate_frames(model, TextCondition.stack(TEXTS[:1]), NULL, DELAY, 50, PLAIN, [0])
-    next(frames)
-    assert len(spy.steps) == K - 1
-    next(frames)
-    assert len(spy.steps) == K
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("delay", [K - 1, K, K + 1]),
+        ("parallel", [0, 1, 2]),
+        ("flatten", [K - 1, 2 * K - 1, 3 * K - 1]),
+        ("coarse_first", [50, 51, 52]),
+    ],
+)
+def test_a_frame_comes_as_soon_as_its_last_codebook_is_drawn(model, name, steps, monkeypatch):
+    spy, pattern = Spy(model, monkeypatch), get_pattern(name, n_codebooks=K, leading=2)
+    frames = generate_frames(model, TextCondition.stack(TEXTS[:1]), NULL, pattern, 50, PLAIN, [0])
+    for wanted in steps:
+        assert next(frames).shape[-1] == 1
+        assert len(spy.steps) == wanted
 
 
 def test_gradients_are_off_inside_and_untouched_outside(model):
@@ -265,17 +291,35 @@ def test_gradients_are_off_inside_and_untouched_outside(model):
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize(("given", "taken_in"), [(1, 2), (3, 4), (8, 9), (20, 20 + K - 1)])
-def test_going_on_from_given_codes_is_as_never_stopping(model, given, taken_in, monkeypatch):
-    whole = sample(model, [0, 1], n_frames=20)
+@pytest.mark.parametrize("leading", [0, 2])
+@pytest.mark.parametrize("given", [1, 8, 20])
+@pytest.mark.parametrize(("name", "a_frame"), [("delay", 1), ("parallel", 1), ("flatten", K), ("coarse_first", 1)])
+def test_going_on_from_given_codes_is_as_never_stopping(model, name, a_frame, given, leading, monkeypatch):
+    pattern = get_pattern(name, n_codebooks=K, leading=leading)
+    whole = sample(model, [0, 1], n_frames=20, pattern=pattern)
     spy = Spy(model, monkeypatch)
-    went_on = sample(model, [0, 1], n_frames=20, prompt_codes=whole[..., :given])
+    went_on = sample(model, [0, 1], n_frames=20, pattern=pattern, prompt_codes=whole[..., :given])
     assert torch.equal(went_on, whole)
+    taken_in = 1 + leading + given * a_frame if given < 20 else pattern.sequence_length(20)
     assert spy.prefills[0][0].shape[-1] == taken_in
 
 
-def test_one_frame(model):
-    assert sample(model, [0], n_frames=1).shape == (1, K, 1)
+@over_patterns
+def test_other_given_codes_are_kept_and_heeded(model, pattern):
+    """Codes that the model would not have drawn stand in the result, wherever the pattern puts them."""
+    whole = sample(model, [0], n_frames=12, pattern=pattern)
+    prompt = (whole[..., :5] + 1) % V
+    chunks = generate_frames(
+        model, TextCondition.stack(TEXTS[:1]), NULL, pattern, 12, GUIDED, SEEDS[:1], prompt_codes=prompt
+    )
+    went_on = torch.cat(list(chunks), -1)
+    assert torch.equal(went_on[..., :5], prompt)
+    assert not torch.equal(went_on[..., 5:], whole[..., 5:])
+
+
+@over_patterns
+def test_one_frame(model, pattern):
+    assert sample(model, [0], n_frames=1, pattern=pattern).shape == (1, K, 1)
 
 
 def test_a_broken_model_is_named_as_such():

@@ -30,6 +30,7 @@ ALLOWED = {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
         "generation", "training",
     },
+    "importers": {"errors", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
     "evaluation": {"errors", "files", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation"},
 }  # fmt: skip
 ANY = {"cli", "demo", "data_prep"}
@@ -39,7 +40,7 @@ ADAPTERS = {
     "causal_conv1d": {"ops"},
     "accelerate": {"training"},
     "diffusers": {"diffusion", "codecs"},
-    "transformers": {"text", "codecs"},
+    "transformers": {"text", "codecs", "importers"},
     "torchaudio": {"audio"},
     "soundfile": {"audio"},
     "tinysoundfont": {"data_prep"},

@@ -3,6 +3,7 @@
 from random import Random
 from typing import Any
 
+from .theory import MODES, NOTE_NAMES, pitch_class
 from .words import BACKING_WORDS, DENSITY, FAMILY_WORDS, INSTRUMENTS, METRE_WORDS, MOODS, STYLE_NOUNS, TEMPO
 
 # Slots: np (article, adjectives, style noun), key, lead ("on a flute"), player ("a flute"), solo ("flute"), bpm, metre,
@@ -125,11 +126,12 @@ def _tags(rng: Random, truth: dict[str, Any]) -> str:
 
 
 def tags(truth: dict[str, Any]) -> list[str]:
-    """The ground truth as plain tags."""
+    """The ground truth as plain tags, the notes of the scale among them."""
     lead, key = truth["lead"], f"{truth['key']} {truth['mode']}"
+    scale = [f"note {NOTE_NAMES[(pitch_class(truth['key']) + step) % 12]}" for step in MODES[truth["mode"]]]
     return [truth["style"], lead["name"], lead["family"], key, truth["mode"], truth["tempo_class"],
             f"{truth['bpm']} bpm", truth["metre"], truth["mood"], truth["density"],
-            "drums" if truth["drums"] else "no drums"]
+            "drums" if truth["drums"] else "no drums", f"on {NOTE_NAMES[pitch_class(truth['key'])]}", *scale]
 
 
 def describe(truth: dict[str, Any], rng_seed: int | str) -> list[str]:

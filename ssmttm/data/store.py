@@ -128,6 +128,10 @@ class Store:
         """The captions of one segment; never empty: a segment without words has the empty caption."""
         return self.manifest["captions"][int(row)].as_py() or [""]
 
+    def tags(self, row: int) -> list[str]:
+        """The tags of one segment."""
+        return self.manifest["tags"][int(row)].as_py() or []
+
     def text(self, caption: str) -> np.ndarray:
         """The embedding of a caption that the store holds (the empty one always), float16 [L, E].
 
