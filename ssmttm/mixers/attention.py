@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.ops.linear import Linear
 from ssmttm.ops.rotary import rotary
 
 BLOCK = 64  # steps look at a multiple of this many slots: a longer row in the batch hardly changes how sums are rounded
@@ -74,8 +75,8 @@ class HeadProjections(nn.Module):
         if d_model % n_heads:
             raise UserError(f"n_heads {n_heads} does not divide d_model {d_model}: choose a divisor")
         self.d_model, self.n_heads, self.dropout = d_model, n_heads, dropout
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model, bias=bias) for _ in range(3))
-        self.out_proj = nn.Linear(d_model, d_model, bias=out_bias)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, d_model, bias=bias) for _ in range(3))
+        self.out_proj = Linear(d_model, d_model, bias=out_bias)
 
 
 class Attention(HeadProjections):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
 from ssmttm.ops.conv import causal_conv, causal_conv_step
+from ssmttm.ops.linear import Linear, linear
 from ssmttm.ops.selective_scan import selective_scan, selective_scan_flops, selective_scan_step
 
 
@@ -50,18 +51,18 @@ class Mamba1(nn.Module):
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank)
         self.d_model, self.d_state, self.d_conv, self.dt_rank = d_model, d_state, d_conv, dt_rank
         self.d_inner = expand * d_model
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)  # x, z
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias)  # x, z
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
         )
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)  # dt, B, C
-        self.dt_proj = nn.Linear(dt_rank, self.d_inner)  # whose weight starts within dt_rank ** -0.5, as it should
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)  # dt, B, C
+        self.dt_proj = Linear(dt_rank, self.d_inner)  # whose weight starts within dt_rank ** -0.5, as it should
         dt = torch.exp(torch.rand(self.d_inner) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_init_floor)
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias)
         for parameter in (self.A_log, self.D):
             parameter._no_weight_decay = True
 
@@ -127,6 +128,6 @@ class Mamba1(nn.Module):
         """dt, A, B, C, D of the scan, from the convolution's output, with or without a T axis."""
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
         wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        dt = F.softplus(linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         A = -torch.exp(self.A_log.to(wide))
         return dt, A, B, C, self.D

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
 from ssmttm.ops.conv import causal_conv, causal_conv_step
+from ssmttm.ops.linear import Linear
 from ssmttm.ops.ssd import ssd, ssd_flops, ssd_step
 
 
@@ -79,7 +80,7 @@ class Mamba2(nn.Module):
         if self.nheads % ngroups:
             raise UserError(f"ngroups {ngroups} does not divide the {self.nheads} heads: choose a divisor")
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=bias)  # z, x, B, C, dt
+        self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=bias)  # z, x, B, C, dt
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1, bias=conv_bias
         )
@@ -88,7 +89,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = GatedRMSNorm(self.d_inner, ngroups)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias)
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True
 

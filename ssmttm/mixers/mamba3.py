@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.ops.linear import Linear
 from ssmttm.ops.mamba3 import mamba3, mamba3_flops, mamba3_step
 
 
@@ -94,7 +95,7 @@ class Mamba3(nn.Module):
         if d_state % 2 or not self.n_angles:
             raise UserError(f"d_state {d_state} has no pairs to turn: choose an even one, of 4 or more")
         self.sizes = [self.d_inner, self.d_inner, *[ngroups * d_state] * 2, *[self.nheads] * 3, self.n_angles]
-        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)  # z, x, B, C, dt, A, trap, angle
+        self.in_proj = Linear(d_model, sum(self.sizes), bias=False)  # z, x, B, C, dt, A, trap, angle
         dt = torch.exp(torch.rand(self.nheads) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_init_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.B_bias = nn.Parameter(torch.ones(self.nheads, 1, d_state))
@@ -103,7 +104,7 @@ class Mamba3(nn.Module):
         self.C_norm = nn.RMSNorm(d_state, eps=1e-5)
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = NormThenGate(self.d_inner, self.nheads) if is_outproj_norm else None
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         for parameter in (self.dt_bias, self.B_bias, self.C_bias, self.D):
             parameter._no_weight_decay = True
 

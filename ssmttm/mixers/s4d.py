@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.ops.linear import Linear
 from ssmttm.ops.s4d import discretise, s4d_final_state, s4d_flops, s4d_outputs, s4d_step
 
 INITS = ("lin", "inv")
@@ -52,13 +53,13 @@ class S4D(nn.Module):
             raise UserError(f"unknown S4D init {init!r}: choose from {', '.join(INITS)}")
         self.d_model, self.d_state, self.d_inner = d_model, d_state, expand * d_model
         modes = self.d_inner, d_state // 2
-        self.in_proj = nn.Linear(d_model, self.d_inner, bias=bias) if expand > 1 else nn.Identity()
+        self.in_proj = Linear(d_model, self.d_inner, bias=bias) if expand > 1 else nn.Identity()
         self.log_dt = nn.Parameter(torch.rand(self.d_inner) * math.log(dt_max / dt_min) + math.log(dt_min))
         self.log_A_real = nn.Parameter(torch.full(modes, math.log(0.5)))
         self.A_imag = nn.Parameter(_frequencies(init, d_state).repeat(self.d_inner, 1))
         self.C = nn.Parameter(torch.randn(*modes, 2) * 0.5**0.5)  # real and imaginary parts
         self.D = nn.Parameter(torch.randn(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, 2 * d_model, bias=bias)
+        self.out_proj = Linear(self.d_inner, 2 * d_model, bias=bias)
         for parameter in (self.log_dt, self.log_A_real, self.A_imag, self.C, self.D):
             parameter._no_weight_decay = True
 

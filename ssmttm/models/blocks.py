@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ssmttm.mixers import Mixer, MixerState
 from ssmttm.models.conditioning import ProjectedText
 from ssmttm.models.cross_attention import CrossAttention, TextKeys
+from ssmttm.ops.linear import Linear
 
 
 class MLP(nn.Sequential):
@@ -24,7 +25,7 @@ class MLP(nn.Sequential):
     def __init__(self, d_model: int, ratio: float, dropout: float = 0.0, bias: bool = True) -> None:
         hidden = round(ratio * d_model)
         super().__init__(
-            nn.Linear(d_model, hidden, bias=bias), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_model, bias=bias)
+            Linear(d_model, hidden, bias=bias), nn.GELU(), nn.Dropout(dropout), Linear(hidden, d_model, bias=bias)
         )
 
     def flops(self, n_tokens: int) -> int:
@@ -36,7 +37,7 @@ class Modulation(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(d_model, 3 * d_model)
+        self.linear = Linear(d_model, 3 * d_model)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

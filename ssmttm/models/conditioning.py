@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import take_positions
+from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 
 
@@ -44,7 +45,7 @@ class TextProjection(nn.Module):
 
     def __init__(self, text_dim: int, d_model: int, norm: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(text_dim, d_model)
+        self.linear = Linear(text_dim, d_model)
         self.norm = nn.LayerNorm(d_model) if norm else nn.Identity()
 
     def forward(self, text: TextCondition) -> ProjectedText:

@@ -20,6 +20,7 @@ from ssmttm.mixers.base import check_sizes, check_state, take_positions
 from ssmttm.models.blocks import MLP, BranchState, BranchStyle, build_block, build_norm
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
 from ssmttm.models.cross_attention import CrossAttention
+from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 
 MIXERS_IN_BLOCK = {"simba": 1, "mamba": 2}
@@ -124,7 +125,7 @@ class TokenLM(nn.Module):
         self.text = TextProjection(config.text_dim, config.d_model, config.text_norm)
         self.blocks = nn.ModuleList(self._block(index) for index in range(config.n_layers))
         self.norm = build_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
-        self.heads = nn.Linear(config.d_model, config.n_codebooks * self.n_logits, bias=False)  # row k * V' + code
+        self.heads = Linear(config.d_model, config.n_codebooks * self.n_logits, bias=False)  # row k * V' + code
         if config.init_std is not None:
             self._init_weights(config.init_std)
 

@@ -1,0 +1,29 @@
+"""The linear map of a decoding step: few rows, so that reading the weight is all of its cost.
+
+With 2 to 4 rows of float32 on a CPU, the product W x^T, the rows as columns, takes half the time of torch's `F.linear`
+on one thread and a third on two (measured with weights that no cache holds). More rows go in blocks of 4, so that a
+row's result is the same bits in a batch of 4, 8 or 12. One row and bfloat16 are quickest as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 4
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, as `F.linear`: x [..., I], weight [O, I], bias [O] -> [..., O]. Where gradients are
+    recorded, it is `F.linear` itself."""
+    decoding = x.ndim == 2 and len(x) > 1 and not torch.is_grad_enabled()
+    if not decoding or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    y = torch.cat([torch.mm(weight, rows.t()).t() for rows in x.split(BLOCK)])  # [B, O]
+    return y if bias is None else y.add_(bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, quicker in a decoding step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
