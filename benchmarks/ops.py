@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from paired import Times, paired, report, summary
 from torch import Tensor, nn
-from transformers import Mamba2Config
+from transformers import Mamba2Config, MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ssmttm.mixers import build_mixer
@@ -85,6 +86,13 @@ def scan_cases(length: int) -> dict[str, Callable[[], None]]:
     return {**cases, "mambapy pscan": theirs}
 
 
+def mamba1_cases(length: int) -> dict[str, Callable[[], None]]:
+    x = inputs(length, 512)
+    config = MambaConfig(hidden_size=512, state_size=16, expand=2, conv_kernel=4)
+    modules = {OURS: build_mixer("mamba1", 512), "transformers MambaMixer": MambaMixer(config, layer_idx=0)}
+    return {name: training_pass(module, x) for name, module in modules.items()}
+
+
 def mixer_cases(length: int) -> dict[str, Callable[[], None]]:
     """Every mixer of ours at d 512: what is compared when a config swaps them."""
     x = inputs(length, 512)
@@ -141,6 +149,8 @@ def main() -> None:
         results[f"Mamba-2 layer, d 512, T {length}"] = summary(by_length[length], OURS)
     wide = paired(mamba2_cases(1024, 1024), arguments.rounds, "Mamba-2, d 1024, T 1024")
     results["Mamba-2 layer, d 1024, T 1024"] = summary(wide, OURS)
+    slow = paired(mamba1_cases(512), 2, "Mamba-1, d 512, T 512")  # some 10 s a pass of the peer's
+    results["Mamba-1 layer, d 512, T 512"] = summary(slow, OURS)
     for length in (512, 2048):
         times = paired(scan_cases(length), arguments.rounds, f"Mamba-1 scan, T {length}")
         results[f"Mamba-1 scan, D 1024, N 16, T {length}"] = summary(times, OURS)
