@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssmttm import __version__
 from ssmttm.errors import run_cli
+from ssmttm.sweeps import cli as sweeps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size.set_defaults(run=run_size)
 
     add_importers(commands)
+    sweeps.add_commands(commands)
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

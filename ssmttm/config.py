@@ -20,11 +20,12 @@ _PACKAGED = Path(__file__).parent / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def load(*overrides: str) -> DictConfig:
-    """Compose `configs/config.yaml` with Hydra overrides.
+def load(*overrides: str, root: str = "config") -> DictConfig:
+    """Compose a root config, such as `configs/config.yaml` for a training, with Hydra overrides.
 
     Args:
         overrides: `group=name` picks a file of a group (`experiment=tiny`), `key.path=value` sets a value.
+        root: the root's name: config (training), sweep or eval.
 
     Returns:
         The composed config, resolved; an unknown key can be neither read nor set.
@@ -35,12 +36,12 @@ def load(*overrides: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         try:
-            config = compose("config", overrides=list(overrides))
+            config = compose(root, overrides=list(overrides))
             OmegaConf.resolve(config)
         except MissingConfigException as error:
             raise UserError(_missing_config(error, overrides)) from error
         except ConfigCompositionException as error:
-            raise UserError(_bad_override(error)) from error
+            raise UserError(_bad_override(error, root)) from error
         except OverrideParseException as error:
             raise UserError(f"{error.override!r} cannot be read ({_first_line(error)}): write key=value") from error
         except (HydraException, OmegaConfBaseException) as error:
@@ -62,20 +63,21 @@ def _missing_config(error: MissingConfigException, overrides: tuple[str, ...]) -
     return f"no config {group}={name}: {hint}"
 
 
-def _bad_override(error: ConfigCompositionException) -> str:
+def _bad_override(error: ConfigCompositionException, root: str) -> str:
     cause = error.__cause__ or error
     text = _first_line(cause)
     key = getattr(cause, "full_key", None)
     if key:
-        close = difflib.get_close_matches(str(key), _all_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "see `python train.py --help` and configs/config.yaml"
+        close = difflib.get_close_matches(str(key), _all_keys(root), n=1, cutoff=0.5)
+        every = f"all keys stand in configs/{root}.yaml and the files of its groups"
+        hint = f"did you mean {close[0]}?" if close else every
         return f"unknown config key {key!r}: {hint}"
     return f"the config cannot be composed: {text}"
 
 
-def _all_keys() -> list[str]:
-    """Every dotted key of the default config."""
-    with_defaults = compose("config")
+def _all_keys(root: str) -> list[str]:
+    """Every dotted key of a root's defaults."""
+    with_defaults = compose(root)
     keys: list[str] = []
 
     def walk(node: DictConfig, prefix: str) -> None:

@@ -1,6 +1,7 @@
-"""Files written whole or not at all: aside, fsynced, renamed. A full disk is one clear line."""
+"""Files written whole or not at all (a full disk is one clear line), and folders held by one process."""
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -60,3 +61,31 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def claimed(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go of it if the process dies.
+
+    Raises:
+        UserError: another process holds it; `work`, such as "training", is what it is said to do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another {work} is writing to {folder}: wait for it, or name another folder") from error
+        yield
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a process holds the folder."""
+    if not (folder / ".lock").is_file():
+        return False
+    with (folder / ".lock").open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -18,6 +18,7 @@ ALLOWED = {
     "config": {"errors"},
     "checkpoint": {"errors", "files"},
     "audio": {"errors", "files"},
+    "signals": set(),
     "patterns": {"errors"},
     "ops": {"errors", "ops"},
     "mixers": {"errors", "ops", "mixers"},
@@ -28,8 +29,9 @@ ALLOWED = {
     "generation": {"errors", "files", "models", "patterns", "codecs", "text", "checkpoint", "audio", "generation"},
     "training": {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
-        "generation", "training",
+        "generation", "training", "signals",
     },
+    "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},
     "importers": {"errors", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
     "evaluation": {"errors", "files", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation"},
 }  # fmt: skip

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 from ssmttm import checkpoint, config
 from ssmttm.codecs import load_codec
 from ssmttm.errors import UserError, run_cli
+from ssmttm.files import claimed
 from ssmttm.models import build_model
 from ssmttm.patterns import PATTERNS, get_pattern
 from ssmttm.training import codec, lm, loop, rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.export import export
 from ssmttm.training.optim import build_optimizer, learning_rate
-from ssmttm.training.run import claimed
 
 ROOT = Path(__file__).parents[1]
 TAGS = ("losses.tags=1", "tag_head.block=1")
@@ -63,14 +63,16 @@ def test_a_run_learns_and_records_what_it_did(codes_store, tmp_path, capsys):
     )
     train_rows = [row for row in rows(run_dir) if "loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, 41))
-    wanted = {"cross_entropy", "lr", "grad_norm", "tokens_per_second", "audio_seconds_per_second", "mfu", "seconds"}
+    rates = {"tokens_per_second", "audio_seconds_per_second", "mfu"}
+    wanted = {"cross_entropy", "lr", "grad_norm", "seconds", "samples", "flops", *rates}
     assert wanted | {f"codebook_{k}" for k in range(N_CODEBOOKS)} <= train_rows[0].keys()
     assert train_rows[0]["loss"] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
     assert train_rows[-1]["loss"] < 0.95 * train_rows[0]["loss"]
     valid = [row for row in rows(run_dir) if "valid/loss" in row]
     assert [row["step"] for row in valid] == [20, 40] and valid[1]["valid/loss"] < valid[0]["valid/loss"]
     state = checkpoint.read_state(checkpoint.latest_good(run_dir))
-    assert state["samples_seen"] == 320 and state["data"]["licences"] == {"CC0-1.0": 24}
+    assert state["samples_seen"] == 320 == train_rows[-1]["samples"] and state["flops"] == train_rows[-1]["flops"] > 0
+    assert state["data"]["licences"] == {"CC0-1.0": 24}
     assert any((run_dir / "tensorboard").iterdir()) and (run_dir / "config.yaml").is_file()
     said = capsys.readouterr().out
     for word in ("parameters", "steps", "batch", "audio", "tokens/s", "audio-s/s", "MFU", "ETA", "valid"):
@@ -295,7 +297,7 @@ def test_settings_that_do_not_fit_are_one_clear_line(codes_store, tmp_path, over
 
 def test_a_run_folder_takes_one_training_at_a_time(codes_store, tmp_path):
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=1")
-    with claimed(tmp_path / "run"), pytest.raises(UserError, match="another training"):
+    with claimed(tmp_path / "run", "training"), pytest.raises(UserError, match="another training"):
         loop.train(settings)
     loop.train(settings)
 

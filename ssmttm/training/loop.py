@@ -17,14 +17,15 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from omegaconf import DictConfig
 
 from ssmttm.errors import Preempted, UserError
+from ssmttm.files import claimed
+from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
 from ssmttm.training.cpu import has_bf16, keep_freed_memory
 from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
-from ssmttm.training.run import check_settings, claimed, horizon, progress_line, resume_folder, validation_line
+from ssmttm.training.run import check_settings, horizon, progress_line, resume_folder, validation_line
 from ssmttm.training.saving import Progress, restore, save, start_from
-from ssmttm.training.signals import INTERRUPT, stop_requests
 from ssmttm.training.step import (
     Player,
     add,
@@ -55,7 +56,7 @@ def train(config: DictConfig) -> Path:
     accelerator = _accelerator(config.train.precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    with claimed(Path(config.run_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+    with claimed(Path(config.run_dir), "training") if accelerator.is_main_process else contextlib.nullcontext():
         return _train(config, accelerator)
 
 
@@ -115,10 +116,12 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
             if ema is not None:
                 ema.update(progress.step)
             speed.add(*(figure * world_size for figure in work))
+            progress.flops += work[2] * world_size
             progress.seconds += time.perf_counter() - begun
 
             if log and _due(progress.step, steps, config.train.log_every):
-                values |= {"lr": rate, **speed.rates(), "seconds": progress.seconds}
+                spent = {"samples": progress.samples_seen, "flops": progress.flops, "seconds": progress.seconds}
+                values |= {"lr": rate, **speed.rates(), **spent}
                 log.write(progress.step, values)
                 print(progress_line(progress.step, steps, values), flush=True)
             pause = time.perf_counter()

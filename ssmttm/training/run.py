@@ -1,10 +1,7 @@
 """A run folder's bookkeeping: what it may go on from, what may change on the way, what the console says."""
 
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +42,6 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
             raise UserError(f"{key}={value} is no number of at least {least}: change it")
-
-
-@contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the system lets go of it if the process dies.
-
-    Raises:
-        UserError: another training holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another training is writing to {run_dir}: wait for it, or give another run_dir"
-            ) from error
-        yield
 
 
 def resume_folder(config: DictConfig) -> Path | None:

@@ -28,6 +28,7 @@ class Progress:
     step: int = 0  # optimiser steps done
     samples_seen: int = 0  # items, over all ranks
     seconds: float = 0.0  # of training, over all resumes
+    flops: float = 0.0  # forward and backward, over all ranks
     valid: dict[str, float] = field(default_factory=dict)  # the last validation
     init: dict[str, Any] = field(default_factory=dict)  # the model that the run started from, if any
 
@@ -94,7 +95,7 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
     else:
         print(f"rank {rank} was not there at {folder}: its dropout starts from the step", flush=True)
         rng.seed_all(state["step"], rank)
-    return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "valid", "init")})
+    return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "flops", "valid", "init")})
 
 
 def start_from(model: str | Path, module: nn.Module) -> dict[str, Any]:

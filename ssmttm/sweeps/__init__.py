@@ -1,0 +1,1 @@
+"""Sweeps: a grid of trainings expanded, launched, collected, reported."""

@@ -1,0 +1,160 @@
+"""One job at work: its stages as processes, one after the other, each of which goes on where it was stopped.
+
+    JOB/job.json        what it is
+    JOB/log.txt         what its processes said
+    JOB/timing/         a short run that tells how long a step takes, where the budget is in seconds
+    JOB/run/            the training
+    JOB/evaluation/     what `ssmttm evaluate` measured, where the sweep asks for it
+    JOB/done.json       written last
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssmttm.errors import PREEMPTED, USER_ERROR, UserError
+from ssmttm.files import is_claimed, write_text
+from ssmttm.sweeps.jobs import Job
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+DONE, FAILED, STOPPED = "done", "failed", "stopped"
+_TIMED_STEPS = 30
+_TOLD = 3  # last lines of a failed job's log that are shown
+
+
+class Work:
+    """A job being worked on; call `poll` until it gives an outcome.
+
+    A training that an earlier, killed sweep left behind still holds its folder: it is waited for, then gone on from.
+
+    Args:
+        folder: JOB.
+        store: of the training and the evaluation.
+        evaluate: overrides of `ssmttm evaluate`, or None.
+        launch: what stands before `train.py` on the command line.
+        retries: how often a crash is tried again.
+        environment: added to this process's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        job: Job,
+        store: str,
+        evaluate: Sequence[str] | None,
+        launch: Sequence[str],
+        retries: int,
+        environment: Mapping[str, str],
+    ) -> None:
+        self.folder, self.job = folder, job
+        self._store, self._evaluate, self._launch, self._retries = store, evaluate, launch, retries
+        self._environment = {**os.environ, **environment}
+        self._stages = [*(["timing"] if job.seconds else []), "run", *(["evaluation"] if evaluate else [])]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def poll(self) -> str | None:
+        """Start what is next if nothing runs; DONE, FAILED or STOPPED at the end."""
+        if self._process is None:
+            if is_claimed(self.folder / self._stages[0]):
+                return STOPPED if self._stopping else None
+            if self._stopping:
+                return STOPPED
+            self._start()
+            return None
+        code = self._process.poll()
+        if code is None or is_claimed(self.folder / self._stages[0]):
+            return None
+        self._process = None
+        if self._stopping:
+            return STOPPED
+        if code == 0:
+            self._stages.pop(0)
+            return self._finish() if not self._stages else None
+        if code == USER_ERROR or self._retries == 0:
+            return FAILED
+        self._retries -= code != PREEMPTED
+        return None
+
+    def stop(self) -> None:
+        """Ask the running process for a checkpoint and an end; `poll` says when it has stopped."""
+        self._stopping = True
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the running process at once."""
+        self._signal(signal.SIGKILL)
+
+    def steps(self) -> int:
+        """Training steps done."""
+        return last_step(self.folder / "run")
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
+    def _start(self) -> None:
+        command = self._command(self._stages[0])
+        with (self.folder / "log.txt").open("ab") as log:
+            log.write(f"\n$ {' '.join(command)}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
+
+    def _command(self, stage: str) -> list[str]:
+        folder = self.folder / stage
+        if stage == "evaluation":
+            where = [f"checkpoint={self.folder / 'run'}", f"store={self._store}", f"out={folder}"]
+            return [sys.executable, "-m", "ssmttm.cli", "evaluate", *(self._evaluate or []), *where]
+        overrides = [*self.job.overrides, f"data.store={self._store}", f"run_dir={folder}"]
+        if stage == "timing":
+            overrides += [f"train.steps={_TIMED_STEPS}", "train.log_every=5", "train.eval_every=0"]
+        elif self.job.seconds:
+            overrides += [f"train.steps={steps_within(self.job.seconds, self.folder / 'timing')}"]
+        return [*self._launch, str(TRAIN), *overrides]
+
+    def _finish(self) -> str:
+        write_text(self.folder / "done.json", json.dumps({"steps": self.steps()}) + "\n")
+        return DONE
+
+
+def launch_command(accelerate: str | None, port: int) -> list[str]:
+    """`accelerate launch` with a file of configs/accelerate, or for one process."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if accelerate is None:
+        return [*launch, "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    if not Path(accelerate).is_file():
+        raise UserError(f"launcher.accelerate={accelerate}: there is no such file; see configs/accelerate")
+    return [*launch, f"--config_file={accelerate}", f"--main_process_port={port}"]
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; none if it has not begun."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run has recorded, or 0."""
+    return max((row["step"] for row in read_metrics(run)), default=0)
+
+
+def steps_within(seconds: float, timing: Path) -> int:
+    """How many steps fit into so many seconds, by the median of the timed ones but the first."""
+    each = [row["seconds_per_step"] for row in read_metrics(timing) if "seconds_per_step" in row]
+    return max(1, round(seconds / statistics.median(each[1:])))
+
+
+def failure_of(folder: Path) -> str:
+    """The last lines of a job's log."""
+    path = folder / "log.txt"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return "\n".join([line for line in lines if line.strip()][-_TOLD:])
