@@ -7,6 +7,7 @@ EXTRAS = {
     "audio": ["torchaudio>=2.6", "torchcodec"],
     "data": ["tinysoundfont>=0.3.6", "pretty_midi>=0.2.11"],
     "eval": ["librosa>=0.11", "matplotlib>=3.9"],
+    "sweep": ["matplotlib>=3.9", "optuna>=4"],
     "web": ["gradio>=5"],
     "track": ["wandb", "trackio"],
     "dev": [
@@ -44,6 +45,7 @@ setup(
         "soxr>=0.5",
         "pyloudnorm>=0.1.1",
         "pyarrow>=18",
+        "scipy>=1.13",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],

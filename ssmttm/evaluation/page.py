@@ -83,10 +83,22 @@ class Player:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture as the bytes of a PNG."""
+
+    png: bytes
+    caption: str
+
+    def html(self) -> str:
+        """As HTML."""
+        return f'<figure><img alt="{escape(self.caption)}" src="{_data_uri("image/png", self.png)}"></figure>'
+
+
+@dataclass(frozen=True)
 class Row:
     """Blocks side by side where there is room."""
 
-    blocks: Sequence["Text | Facts | Table | Player | Curve"]
+    blocks: Sequence["Text | Facts | Table | Player | Picture | Curve"]
 
     def html(self) -> str:
         """As HTML."""
@@ -141,7 +153,7 @@ class Section:
     """A heading and what stands under it."""
 
     title: str
-    blocks: Sequence[Text | Facts | Table | Player | Row | Curve]
+    blocks: Sequence[Text | Facts | Table | Player | Picture | Row | Curve]
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section], lead: str = "") -> Path:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 from ssmttm.sweeps.jobs import Job
+from ssmttm.sweeps.work import is_done
 
 
 class SweepFolder:
@@ -27,7 +28,7 @@ class SweepFolder:
 
     def is_done(self, name: str) -> bool:
         """Whether a job has finished all its stages."""
-        return (self.job_folder(name) / "done.json").is_file()
+        return is_done(self.job_folder(name))
 
     def write_config(self, config: DictConfig) -> None:
         """Keep the sweep as it is started now."""

@@ -92,7 +92,8 @@ def run_local(
                     finished(work.job, outcome)
                     bar.update(outcome != STOPPED)
                     if outcome == FAILED:
-                        bar.write(f"{work.job.name} failed ({work.folder / 'log.txt'}):\n{failure_of(work.folder)}")
+                        log, told = work.folder / "log.txt", failure_of(work.folder)
+                        bar.write(f"{work.job.name} failed ({log}):\n{told}", file=sys.stderr)
             bar.set_postfix_str(", ".join(f"{work.job.name} at step {work.steps()}" for work in working.values()))
             time.sleep(_LOOK)
         stopped = requested()

@@ -61,7 +61,7 @@ def run_search(folder: SweepFolder, settings: DictConfig) -> None:
 
     def finished(job: Job, outcome: str) -> None:
         if outcome == DONE:
-            study.tell(numbers[job.name], _last(folder.job_folder(job.name) / "run", search.metric))
+            study.tell(numbers[job.name], _last(folder.job_folder(job.name) / "run", settings.sweep.metric))
         elif outcome != STOPPED:
             study.tell(numbers[job.name], state=states.FAIL)
 
@@ -69,7 +69,7 @@ def run_search(folder: SweepFolder, settings: DictConfig) -> None:
     run_local(folder, proposals(), settings, search.trials - over, finished)
     if study.get_trials(states=(states.COMPLETE,)):
         chosen = " ".join(f"{name}={value}" for name, value in study.best_params.items())
-        print(f"best of {len(study.trials)} trials: {search.metric} {study.best_value:.4f} with {chosen}")
+        print(f"best of {len(study.trials)} trials: {settings.sweep.metric} {study.best_value:.4f} with {chosen}")
 
 
 def _suggest(trial: Any, name: str, kind: Any) -> Any:
@@ -85,5 +85,5 @@ def _suggest(trial: Any, name: str, kind: Any) -> Any:
 def _last(run: Path, metric: str) -> float:
     values = [row[metric] for row in read_metrics(run) if metric in row]
     if not values:
-        raise UserError(f"{run} has no {metric}: set sweep.search.metric to a name in its metrics.jsonl")
+        raise UserError(f"{run} has no {metric}: set sweep.metric to a name in its metrics.jsonl")
     return values[-1]

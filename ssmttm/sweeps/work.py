@@ -6,6 +6,7 @@
     JOB/run/            the training
     JOB/evaluation/     what `ssmttm evaluate` measured, where the sweep asks for it
     JOB/done.json       written last
+    JOB/failed.json     instead, if a stage failed for good; another start of the sweep tries again
 """
 
 import json
@@ -76,9 +77,9 @@ class Work:
             return STOPPED
         if code == 0:
             self._stages.pop(0)
-            return self._finish() if not self._stages else None
+            return None if self._stages else self._finish("done.json", DONE)
         if code == USER_ERROR or self._retries == 0:
-            return FAILED
+            return self._finish("failed.json", FAILED)
         self._retries -= code != PREEMPTED
         return None
 
@@ -100,6 +101,7 @@ class Work:
             os.killpg(self._process.pid, number)
 
     def _start(self) -> None:
+        (self.folder / "failed.json").unlink(missing_ok=True)
         command = self._command(self._stages[0])
         with (self.folder / "log.txt").open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -120,9 +122,9 @@ class Work:
             overrides += [f"train.steps={steps_within(self.job.seconds, self.folder / 'timing')}"]
         return [*self._launch, str(TRAIN), *overrides]
 
-    def _finish(self) -> str:
-        write_text(self.folder / "done.json", json.dumps({"steps": self.steps()}) + "\n")
-        return DONE
+    def _finish(self, name: str, outcome: str) -> str:
+        write_text(self.folder / name, json.dumps({"steps": self.steps()}) + "\n")
+        return outcome
 
 
 def launch_command(accelerate: str | None, port: int) -> list[str]:
@@ -151,6 +153,16 @@ def steps_within(seconds: float, timing: Path) -> int:
     """How many steps fit into so many seconds, by the median of the timed ones but the first."""
     each = [row["seconds_per_step"] for row in read_metrics(timing) if "seconds_per_step" in row]
     return max(1, round(seconds / statistics.median(each[1:])))
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a job has finished all its stages."""
+    return (folder / "done.json").is_file()
+
+
+def is_failed(folder: Path) -> bool:
+    """Whether a job was given up."""
+    return (folder / "failed.json").is_file()
 
 
 def failure_of(folder: Path) -> str:

@@ -1,0 +1,39 @@
+"""Stands in for train.py where a test is about sweeps: keeps the contract of a run folder, and learns nothing.
+
+A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user's mistake, 668 crashes once and then goes on.
+"""
+
+import fcntl
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+settings = dict(word.partition("=")[::2] for word in sys.argv[1:])
+run = Path(settings["run_dir"])
+run.mkdir(parents=True, exist_ok=True)
+lock = (run / ".lock").open("w")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+with (run / "starts").open("a") as starts:
+    starts.write("start\n")
+behave = settings.get("train.log_every")
+if behave == "667":
+    sys.exit(2)
+metrics = run / "metrics.jsonl"
+done = len(metrics.read_text().splitlines()) // 2 if metrics.exists() else 0
+rate = float(settings.get("optim.lr", 1e-3))
+with metrics.open("a", buffering=1) as file:
+    for step in range(done + 1, int(settings["train.steps"]) + 1):
+        if step == 3 and (behave == "666" or (behave == "668" and len((run / "starts").read_text().split()) == 1)):
+            sys.exit("it crashed on purpose")
+        time.sleep(0.02)
+        spent = {"samples": 8 * step, "flops": 1e9 * step, "seconds": 0.02 * step, "seconds_per_step": 0.02}
+        loss = abs(math.log10(rate) + 2.5) + 1 / step + 0.01 * int(settings.get("seed", 0))
+        file.write(json.dumps({"step": step, "loss": loss, **spent}) + "\n")
+        file.write(json.dumps({"step": step, "valid/loss": loss}) + "\n")
+        if stopped:
+            sys.exit(75)

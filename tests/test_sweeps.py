@@ -1,0 +1,456 @@
+"""Sweeps: what a grid expands to, jobs as processes, kills at any time, searches, and what the report says."""
+
+import csv
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from scipy import stats
+from small_stores import CODEBOOK_SIZE, FRAMES, N_CODEBOOKS, TEXT_DIM, write_codes_store
+
+from ssmttm import config
+from ssmttm.cli import main
+from ssmttm.errors import Preempted, UserError, run_cli
+from ssmttm.models.size import count_parameters, size_of
+from ssmttm.sweeps import launch, plots, report, work
+from ssmttm.sweeps.collect import SPENT, Group, Run, collect, group
+from ssmttm.sweeps.folder import SweepFolder
+from ssmttm.sweeps.jobs import Job, expand
+from ssmttm.sweeps.run import run_sweep
+
+HERE = Path(__file__).parent
+FAKE = HERE / "fake_train.py"
+
+
+def settings(tmp_path, grid, steps=5, parallel=2, **more):
+    """A sweep of debug trainings, composed as the command composes it."""
+    composed = config.load("launcher=local", root="sweep")
+    OmegaConf.set_struct(composed, False)
+    sweep = {"name": "s", "experiment": "debug", "grid": grid, "budget": {"steps": steps}, **more}
+    changes = {"store": "none", "out": str(tmp_path / "sweep"), "launcher": {"parallel": parallel}, "sweep": sweep}
+    return OmegaConf.merge(composed, changes)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Jobs run the stand-in, without Accelerate."""
+    monkeypatch.setattr(work, "TRAIN", FAKE)
+    monkeypatch.setattr(launch, "launch_command", lambda accelerate, port: [sys.executable])
+    monkeypatch.setattr(launch, "_LOOK", 0.02)
+
+
+def starts(folder, name):
+    """How often a job's training was started."""
+    return (folder.job_folder(name) / "run" / "starts").read_text().count("start")
+
+
+RATES = {"optim.lr": [0.001, 0.01]}
+
+
+# --- expansion ------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_with_every_seed(tmp_path):
+    grid = {"optim.lr": [0.001, 0.01], "mixer": {"ssd": ["model.layers=mamba2"], "s4d": ["model.layers=s4d"]}}
+    jobs = expand(settings(tmp_path, grid, seeds=[0, 7]).sweep)
+    assert len(jobs) == len({job.name for job in jobs}) == 8
+    points = {(job.labels["optim.lr"], job.labels["mixer"], job.labels["seed"]) for job in jobs}
+    assert points == set(itertools.product(("0.001", "0.01"), ("ssd", "s4d"), ("0", "7")))
+    job = next(job for job in jobs if job.name == "0.01-s4d-seed7")
+    composed = config.load(*job.overrides)
+    assert (composed.optim.lr, composed.model.layers, composed.seed, composed.train.steps) == (0.01, "s4d", 7, 5)
+
+
+def test_an_axis_may_change_the_experiment(tmp_path):
+    grid = {"kind": {"a": ["experiment=debug"], "b": ["experiment=tiny", "model.n_layers=1"]}}
+    composed = [config.load(*job.overrides) for job in expand(settings(tmp_path, grid).sweep)]
+    assert [c.run_dir for c in composed] == ["runs/debug", "runs/tiny"] and composed[1].model.n_layers == 1
+
+
+def test_matched_sizes(tmp_path):
+    grid = {"model.layers": ["mamba2", "attention"]}
+    sweep = settings(tmp_path, grid, experiment="tiny", match={"parameters": "8M", "vary": "n_layers"}).sweep
+    sizes = [count_parameters(config.load(*job.overrides).model) for job in expand(sweep)]
+    assert all(abs(size / 8e6 - 1) < 0.06 for size in sizes) and sizes[0] != sizes[1]
+
+
+def test_a_budget_of_flops_gives_dearer_models_fewer_steps(tmp_path):
+    budget = {"steps": None, "flops": 1e13}
+    sweep = settings(tmp_path, {"model.n_layers": [2, 4]}, budget=budget).sweep
+    for job in expand(sweep):
+        c = config.load(*job.overrides)
+        spent = 3 * size_of(c.model, c.data.frames).forward * c.data.frames * c.data.batch_size * c.train.steps
+        assert spent == pytest.approx(1e13, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"experiment": None}, "sweep=NAME"),
+        ({"experiment": "debig"}, "experiment=debug"),
+        ({"budget": {"steps": 3, "flops": 1e9}}, "keep one"),
+        ({"grid": {"optim.lr": 3}}, "no axis"),
+        ({"grid": {"optim.lr": []}}, "no axis"),
+        ({"grid": {"optim.rate": [1]}}, "optim.rate"),
+        ({"grid": {"a": {"x y": ["seed=1"], "x/y": ["seed=2"]}}}, "both named"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_clear_line(tmp_path, change, says):
+    sweep = settings(tmp_path, {}).sweep
+    OmegaConf.update(sweep, "grid", {})
+    for key, value in change.items():
+        sweep[key] = value
+    with pytest.raises(UserError) as caught:
+        expand(sweep)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", config.names("sweep"))
+def test_every_sweep_composes_and_expands(name):
+    sweep = config.load(f"sweep={name}", root="sweep").sweep
+    assert sweep.name == name
+    jobs = expand(sweep)
+    assert len(jobs) >= 2 and len({tuple(job.overrides) for job in jobs}) == len(jobs)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_run_once_and_are_skipped_afterwards(tmp_path, fake, capsys):
+    wanted = settings(tmp_path, RATES, seeds=[0, 1])
+    folder = run_sweep(wanted)
+    names = [job.name for job in folder.jobs()]
+    assert len(names) == 4 and all(folder.is_done(name) and starts(folder, name) == 1 for name in names)
+    run_sweep(wanted)
+    assert all(starts(folder, name) == 1 for name in names)
+    assert "4 jobs, 4 of them done" in capsys.readouterr().out
+    run_sweep(settings(tmp_path, {"optim.lr": [0.001, 0.01, 0.1]}, seeds=[0, 1]))  # a grid may grow
+    assert len(folder.jobs()) == 6 and all(starts(folder, job.name) == 1 for job in folder.jobs())
+
+
+def test_jobs_run_side_by_side_where_there_is_room(tmp_path, fake):
+    def together(parallel):
+        folder = run_sweep(settings(tmp_path / str(parallel), RATES, steps=40, parallel=parallel))
+        spans = []
+        for job in folder.jobs():
+            run = folder.job_folder(job.name) / "run"
+            spans.append((run.joinpath("starts").stat().st_mtime, run.joinpath("metrics.jsonl").stat().st_mtime))
+        (_, end), (start, _) = sorted(spans)
+        return start < end
+
+    assert together(2) and not together(1)
+
+
+def test_a_failure_is_told_and_the_others_are_done(tmp_path, fake, capsys):
+    axes = {"train.log_every": [1, 666, 667, 668]}
+    with pytest.raises(UserError, match=r"2 jobs failed \(666-seed0, 667-seed0\)"):
+        run_sweep(settings(tmp_path, axes))
+    folder = SweepFolder(tmp_path / "sweep")
+    assert [starts(folder, f"{kind}-seed0") for kind in axes["train.log_every"]] == [1, 2, 1, 2]
+    assert folder.is_done("1-seed0") and folder.is_done("668-seed0")
+    assert {run.job.name: run.status for run in collect(folder)} == {
+        "1-seed0": "done", "666-seed0": "failed", "667-seed0": "failed", "668-seed0": "done",
+    }  # fmt: skip
+    assert "it crashed on purpose" in capsys.readouterr().err
+    with pytest.raises(UserError, match="failed"):
+        run_sweep(settings(tmp_path, axes))
+    assert [starts(folder, f"{kind}-seed0") for kind in axes["train.log_every"]] == [1, 4, 2, 2]
+
+
+def test_other_settings_under_a_name_in_use_are_refused(tmp_path, fake):
+    run_sweep(settings(tmp_path, RATES))
+    with pytest.raises(UserError, match="other settings"):
+        run_sweep(settings(tmp_path, RATES, steps=6))
+
+
+def test_no_store_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="store"):
+        run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"store": None}))
+
+
+def test_a_budget_of_seconds_is_timed_first(tmp_path, fake):
+    folder = run_sweep(settings(tmp_path, RATES, budget={"steps": None, "seconds": 0.5}))
+    assert [run.spent["step"][-1] for run in collect(folder)] == [25, 25]  # of 20 ms each
+
+
+# --- killed ---------------------------------------------------------------------------------------------------------
+
+SWEEP = """
+import sys
+from omegaconf import OmegaConf
+from ssmttm.errors import run_cli
+from ssmttm.sweeps import launch, run, work
+work.TRAIN, launch._LOOK = sys.argv[1], 0.02
+launch.launch_command = lambda accelerate, port: [sys.executable]
+sys.exit(run_cli(lambda: run.run_sweep(OmegaConf.load(sys.argv[2])) and None))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the same sweep of four jobs as a process of its own."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(OmegaConf.to_yaml(settings(tmp_path, RATES, steps=30, seeds=[0, 1])))
+    return lambda: subprocess.Popen([sys.executable, "-c", SWEEP, str(FAKE), str(path)], stderr=subprocess.DEVNULL)
+
+
+def lines(folder, name):
+    path = folder.job_folder(name) / "run" / "metrics.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def test_killed_at_any_time_it_completes_without_repeating(tmp_path, start):
+    """Kill -9, again and again: each step of each job is made once, and a job that is done is never started again."""
+    folder, moments = SweepFolder(tmp_path / "sweep"), random.Random(0)
+    was_done: dict[str, int] = {}
+    for _ in range(4):
+        process = start()
+        while process.poll() is None and not any((folder.path / "jobs").glob("*/run")):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.3, 2.5))
+        process.kill()
+        process.wait()
+        for job in folder.jobs():
+            if folder.is_done(job.name):
+                was_done.setdefault(job.name, starts(folder, job.name))
+    assert start().wait() == 0
+    names = [job.name for job in folder.jobs()]
+    assert len(names) == 4 and all(map(folder.is_done, names)) and was_done
+    assert all(starts(folder, name) == count for name, count in was_done.items())
+    for name in names:
+        steps = [json.loads(line)["step"] for line in lines(folder, name)]
+        assert steps == sorted([*range(1, 31), *range(1, 31)])
+
+
+def test_a_training_that_outlived_its_sweep_is_waited_for(tmp_path, start):
+    """The stand-in exits with 1 if another holds its folder, and a second start would be counted."""
+    process, folder = start(), SweepFolder(tmp_path / "sweep")
+    while not lines(folder, "0.001-seed0"):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert start().wait() == 0
+    assert all(folder.is_done(job.name) for job in folder.jobs())
+    assert (folder.job_folder("0.001-seed0") / "log.txt").read_text().count("$ ") == 2
+    assert len(lines(folder, "0.001-seed0")) == 60
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_every_job_with_its_work_kept(tmp_path, start, number, code):
+    process, folder = start(), SweepFolder(tmp_path / "sweep")
+    while not (lines(folder, "0.001-seed0") and lines(folder, "0.01-seed0")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait() == code
+    counts = {job.name: len(lines(folder, job.name)) for job in folder.jobs()}
+    time.sleep(0.3)
+    assert counts == {job.name: len(lines(folder, job.name)) for job in folder.jobs()} and max(counts.values()) < 60
+    assert start().wait() == 0 and all(len(lines(folder, name)) == 60 for name in counts)
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, start, fake):
+    process, folder = start(), SweepFolder(tmp_path / "sweep")
+    while not lines(folder, "0.001-seed0"):
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another sweep"):
+        run_sweep(settings(tmp_path, RATES))
+    process.terminate()
+    assert process.wait() == 75
+
+
+# --- Slurm, Ray, Optuna ---------------------------------------------------------------------------------------------
+
+
+def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
+    """A stand-in for sbatch runs every task of the script, as Slurm would."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        "#!/bin/bash\nset -e\nlast=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $1)\n"
+        'for i in $(seq 0 $last); do SLURM_ARRAY_TASK_ID=$i bash "$1"; done\necho Submitted batch job 1\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    patched = tmp_path / "patched"
+    patched.mkdir()
+    (patched / "sitecustomize.py").write_text(
+        "import sys\nfrom ssmttm.sweeps import launch, work\n"
+        f"work.TRAIN = {str(FAKE)!r}\nlaunch.launch_command = lambda accelerate, port: [sys.executable]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{patched}:{HERE.parent}")
+    wanted = settings(tmp_path, RATES)
+    wanted = OmegaConf.merge(wanted, {"launcher": config.load("launcher=slurm", root="sweep").launcher})
+    folder = run_sweep(wanted)
+    assert all(folder.is_done(job.name) for job in folder.jobs()) and len(folder.jobs()) == 2
+    script = (folder.path / "sweep.sbatch").read_text()
+    assert "--array=0-1%8" in script and "--signal=B:USR1@300" in script and "partition" not in script
+
+
+def test_without_slurm_the_script_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    launcher = config.load("launcher=slurm", root="sweep").launcher
+    with pytest.raises(UserError, match="sbatch"):
+        run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"launcher": launcher}))
+    assert (tmp_path / "sweep" / "sweep.sbatch").is_file()
+
+
+def test_ray_runs_each_job_as_a_task(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    launcher = config.load("launcher=ray", root="sweep").launcher
+    store = write_codes_store(tmp_path / "store")
+    wanted = OmegaConf.merge(real_settings(tmp_path, store), {"launcher": launcher})
+    folder = run_sweep(wanted)
+    assert all(folder.is_done(job.name) for job in folder.jobs())
+
+
+def test_a_search_finds_the_better_rate_and_goes_on_after_a_stop(tmp_path, fake, monkeypatch, capsys):
+    """The stand-in's loss is least at a rate of 10 ** -2.5."""
+    pytest.importorskip("optuna")
+    rates = {"low": 1e-5, "high": 1.0, "log": True}
+    search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
+    wanted = settings(tmp_path, {}, search=search)
+    told = launch.Work.poll
+
+    def interrupted(self):
+        outcome = told(self)
+        if outcome and self.job.labels["trial"] == "trial0004":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(launch.Work, "poll", interrupted)
+    with pytest.raises(Preempted):
+        run_sweep(wanted)
+    monkeypatch.setattr(launch.Work, "poll", told)
+    folder = run_sweep(wanted)
+    assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
+    losses = [run.loss[-1] for run in collect(folder)]
+    assert min(losses) < 0.7 and "best of 12 trials" in capsys.readouterr().out
+
+
+# --- real trainings -------------------------------------------------------------------------------------------------
+
+
+def real_settings(tmp_path, store):
+    sizes = [
+        "model.d_model=16", "model.headdim=8", "model.d_state=4", f"model.n_codebooks={N_CODEBOOKS}",
+        f"model.codebook_size={CODEBOOK_SIZE}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}",
+        "train.precision=fp32", "train.eval_every=2", "train.log_every=1",
+    ]  # fmt: skip
+    wanted = settings(tmp_path, {"model.layers": ["mamba2", "attention"]}, steps=4, overrides=sizes)
+    return OmegaConf.merge(wanted, {"store": str(store)})
+
+
+def test_a_sweep_of_real_trainings_and_its_report(tmp_path, capsys):
+    folder = run_sweep(real_settings(tmp_path, write_codes_store(tmp_path / "store")))
+    runs = collect(folder)
+    assert [run.status for run in runs] == ["done", "done"] and all(run.parameters > 1000 for run in runs)
+    for run in runs:
+        c = config.load(*run.job.overrides)
+        assert run.spent["step"].tolist() == [2, 4] and run.spent["samples"].tolist() == [8, 16]
+        assert run.parameters == count_parameters(c.model) and np.all(np.diff(run.spent["flops"]) > 0)
+    assert main(["sweep", "report", str(folder.path)]) == 0
+    for path in capsys.readouterr().out.split():
+        if path.startswith("/") and "." in Path(path).name:
+            assert Path(path).stat().st_size > 100
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "mamba2" in text and "attention" in text and f"{runs[0].parameters:,}" in text
+
+
+# --- reports --------------------------------------------------------------------------------------------------------
+
+
+def made_up(name, seed, losses, pace, parameters=1000, figures=None):
+    steps = np.arange(1, len(losses) + 1, dtype=float)
+    spent = {"step": steps, "samples": 8 * steps, "flops": 1e9 * steps, "seconds": pace * steps}
+    job = Job(f"{name}-{seed}", {"backbone": name, "seed": str(seed)}, [])
+    return Run(job, "done", parameters, spent, np.array(losses), figures or {})
+
+
+@pytest.fixture
+def groups():
+    runs = [made_up("fast", s, [4.0 + s, 3.0 + s, 2.0 + s], pace=1.0) for s in (0, 1, 2)]
+    runs += [made_up("slow", s, [3.5 + s, 2.5 + s, 1.5 + s], pace=2.0, figures={"fad": 5.0 + s}) for s in (0, 1, 2)]
+    return group(runs)
+
+
+def test_equal_spending_is_compared_seed_by_seed(groups):
+    """At equal steps `slow` is 0.5 better; at equal seconds (3, its step 1.5) it is a whole step behind."""
+    rows = report.paired_table(groups)
+    assert rows[1] == ["slow", "-0.5000 ± 0.0000", "-0.5000 ± 0.0000", "+1.0000 ± 0.0000"]
+
+
+def test_the_main_table(groups):
+    rows = report.main_table(groups)
+    table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    assert table["fast"]["at the end"].startswith("3.0000 ± ") and table["slow"]["seconds a step"] == "2"
+    assert table["slow"]["at 3 seconds"].startswith("4.0000")
+    assert report.figures_table(groups)[2][1].startswith("6.0000")
+
+
+def test_intervals_are_students(groups):
+    values = np.array([1.0, 2.0, 4.0])
+    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    mean, half = map(float, report.interval(values).split(" ± "))
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=2e-4)
+    assert report.interval(np.array([1.0])) == "1.0000"
+
+
+def test_a_curve_between_two_validations_is_straight(groups):
+    run = groups[0].runs[0]
+    assert run.at("step", 1.5) == 3.5 and run.at("seconds", 2.25) == 2.75 and groups[1].furthest("seconds") == 6
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    points = [tuple(point) for point in np.random.default_rng(0).integers(0, 12, (60, 2)).tolist()]
+
+    def beaten(a):
+        return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
+
+    found = [points[i] for i in plots.front(points)]
+    assert found == sorted({point for point in points if not beaten(point)})
+
+
+def test_reports_of_what_is_there_so_far(tmp_path, fake):
+    folder = run_sweep(settings(tmp_path, RATES, seeds=[0, 1]))
+    (folder.job_folder("0.01-seed1") / "done.json").unlink()
+    written = report.write_report(folder.path)
+    assert {path.name for path in written} == {
+        "report.html", "report.md", "runs.csv", "curves.csv", "curves.png", "pareto.png",
+    }  # fmt: skip
+    rows = list(csv.DictReader((folder.path / "report" / "runs.csv").open()))
+    assert [row["status"] for row in rows] == ["done", "done", "done", "unfinished"]
+    curves = list(csv.DictReader((folder.path / "report" / "curves.csv").open()))
+    assert len(curves) == 20 and set(curves[0]) == {"job", *SPENT, "metric"}
+    text = (folder.path / "report" / "report.md").read_text()
+    assert "3 done, 1 unfinished" in text and "| 0.01-seed1 | unfinished |" in text
+    page = (folder.path / "report" / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_a_report_of_no_sweep_is_a_clear_error(tmp_path, make, capsys):
+    make(tmp_path / "x")
+    assert run_cli(lambda: main(["sweep", "report", str(tmp_path / "x")])) == 2
+    assert "no sweep" in capsys.readouterr().err
+
+
+def test_a_report_before_anything_was_recorded_is_a_clear_error(tmp_path):
+    folder = SweepFolder(tmp_path)
+    folder.write_config(settings(tmp_path, RATES))
+    folder.enter(expand(settings(tmp_path, RATES).sweep))
+    with pytest.raises(UserError, match="valid/loss yet"):
+        report.write_report(tmp_path)
+
+
+def test_one_seed_has_no_interval():
+    rows = report.main_table([Group("a", [made_up("a", 0, [2.0, 1.0], 1.0)])])
+    assert rows[1][6:] == ["1.0000"] * 4
