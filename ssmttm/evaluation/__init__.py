@@ -1,0 +1,5 @@
+"""How good is what a model makes: distances to real music, musical measures, adherence to prompts, protocols."""
+
+from ssmttm.evaluation.distances import frechet_distance, kernel_distance
+
+__all__ = ["frechet_distance", "kernel_distance"]

@@ -1,4 +1,4 @@
-"""What the distribution metrics ask of an embedder: audio in, vectors out; some also name classes or read text.
+"""What the distribution metrics ask of an embedder: audio in, vectors out; some also name classes, or read captions.
 
 Shapes: B clips, S samples, W windows of a clip, D width of the embedding, N classes.
 """
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from ssmttm.errors import UserError
 
 
 @runtime_checkable
@@ -50,8 +52,25 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
-class TextEmbedder(Protocol):
-    """An embedder whose space holds captions too."""
+class JointEmbedder(Protocol):
+    """An embedder that also brings clips and captions into one space, to be compared by cosine there.
 
-    def embed_text(self, captions: Sequence[str]) -> Tensor:
-        """One vector a caption, to be compared with clips by cosine: float32 [n, D]."""
+    E is the width of that space.
+    """
+
+    def joint_audio(self, wav: Tensor) -> Tensor:
+        """One vector a clip: wav [B, S] -> float32 [B, E]."""
+
+    def joint_text(self, captions: Sequence[str]) -> Tensor:
+        """One vector a caption: float32 [n, E]."""
+
+
+def windows(wav: Tensor, size: int) -> Tensor:
+    """Cut clips into windows side by side, leaving out a rest: [B, S] -> [B, W, size].
+
+    Raises:
+        UserError: the clips are shorter than one window.
+    """
+    if wav.shape[-1] < size:
+        raise UserError(f"clips of {wav.shape[-1]} samples are shorter than the window of {size}: give longer ones")
+    return wav.unfold(-1, size, size)

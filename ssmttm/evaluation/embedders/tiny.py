@@ -1,0 +1,142 @@
+"""Our own small audio-text embedder and tagger: no download, at home in the built-in corpus and nowhere else.
+
+A convolutional network over a log-mel spectrogram, pooled over time by mean and standard deviation. What is pooled is
+the embedding of the distribution metrics; one head names the style, another meets captions (contrastive, as CLAP, arXiv
+2206.04769), which are read through the token states of MiniLM. Trained by `ssmttm.evaluation.train_embedder`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssmttm.errors import UserError
+from ssmttm.evaluation import features
+from ssmttm.evaluation.embedders.base import windows
+from ssmttm.files import written_aside
+from ssmttm.text.encoders import MINILM, load_text_encoder
+
+ASSETS = Path(__file__).parents[2] / "assets" / "embedder"
+_WIDTH, _JOINT = 96, 128
+_TEXT_DIM = 384  # MiniLM's
+
+
+class TinyEmbedder(nn.Module):
+    """The embedder. Built by `from_pretrained`, or untrained from a list of classes.
+
+    Attributes:
+        classes: the styles that the tagger tells apart.
+        card: how it was trained, and how well it did on held-out music (config.json).
+    """
+
+    name, sample_rate, seconds, dim = "tiny", features.SAMPLE_RATE, 5.0, 2 * _WIDTH
+
+    def __init__(self, classes: Sequence[str], card: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.classes, self.card = list(classes), card or {}
+        self.body = nn.Sequential(
+            _block(nn.Conv2d(1, 24, 5, (2, 2), 2, bias=False)),
+            _block(nn.Conv2d(24, 48, 3, (2, 2), 1, bias=False)),
+            _block(nn.Conv2d(48, 64, 3, (2, 1), 1, bias=False)),
+            _block(nn.Conv2d(64, 64, 3, (2, 2), 1, bias=False)),
+        )
+        self.mix = nn.Sequential(
+            nn.Conv1d(64 * features.MELS // 16, 128, 1), nn.ReLU(),
+            nn.Conv1d(128, 128, 5, padding=2), nn.ReLU(),
+            nn.Conv1d(128, _WIDTH, 5, padding=2),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.LayerNorm(self.dim), nn.Dropout(0.2))
+        self.tag = nn.Linear(self.dim, len(self.classes))
+        self.audio_joint = nn.Sequential(nn.Linear(self.dim, 256), nn.GELU(), nn.Linear(256, _JOINT))
+        self.text_joint = nn.Sequential(nn.Linear(_TEXT_DIM, 256), nn.GELU(), nn.Dropout(0.1), nn.Linear(256, _JOINT))
+        self.log_scale = nn.Parameter(torch.tensor(2.7))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None = None) -> "TinyEmbedder":
+        """Load an embedder from a folder, by default the embedded one.
+
+        Raises:
+            UserError: the folder holds none, or a damaged one.
+        """
+        folder = Path(path or ASSETS)
+        try:
+            card = json.loads((folder / "config.json").read_text())
+            embedder = cls(card["classes"], card)
+            embedder.load_state_dict(load_file(folder / "model.safetensors"))
+        except FileNotFoundError as error:
+            mend = "train one with `python -m ssmttm.evaluation.train_embedder`"
+            raise UserError(f"no embedder in {folder}: {mend}") from error
+        except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"the embedder in {folder} is damaged ({error}): restore it or train it again") from error
+        return embedder.eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json (the card) and model.safetensors (float16 weights) into a folder."""
+        folder = Path(folder)
+        with written_aside(folder / "model.safetensors") as aside:
+            save_file({name: _stored(value) for name, value in self.state_dict().items()}, aside)
+        with written_aside(folder / "config.json") as aside:
+            aside.write_text(json.dumps({**self.card, "classes": self.classes}, indent=1) + "\n")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the weights as stored (float16) and the classes."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_stored(value).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def embed(self, wav: Tensor) -> Tensor:
+        """Vectors of each clip's windows of 5 s: wav [B, S] -> [B, W, D].
+
+        Raises:
+            UserError: a clip is shorter than one window.
+        """
+        cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
+        return self.pooled(features.log_mel(features.level(cut.flatten(0, 1)))).unflatten(0, cut.shape[:2])
+
+    @torch.inference_mode()
+    def posteriors(self, wav: Tensor) -> Tensor:
+        """Styles of each clip, its windows' mean: wav [B, S] -> [B, N]."""
+        return self.tag(self.head(self.embed(wav))).softmax(-1).mean(1)
+
+    @torch.inference_mode()
+    def joint_audio(self, wav: Tensor) -> Tensor:
+        """Where each clip lies among captions, its windows' mean: wav [B, S] -> [B, E] of length 1."""
+        return F.normalize(F.normalize(self.audio_joint(self.head(self.embed(wav))), dim=-1).mean(1), dim=-1)
+
+    @torch.inference_mode()
+    def joint_text(self, captions: Sequence[str]) -> Tensor:
+        """Where captions lie among clips: [n, E] of length 1."""
+        encoder = load_text_encoder(MINILM)
+        text = encoder.encode(list(captions))
+        return F.normalize(self.text_joint(mean_of_tokens(text.embeddings, text.mask)), dim=-1)
+
+    def pooled(self, mel: Tensor) -> Tensor:
+        """The embedding of log-mel spectrograms: [B, MELS, T] -> [B, D]."""
+        hidden = self.mix(self.body(mel[:, None]).flatten(1, 2))  # [B, C, T / 8]
+        return torch.cat([hidden.mean(-1), hidden.std(-1)], -1)
+
+
+def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the real tokens' states: [n, L, E], [n, L] -> [n, E]."""
+    real = mask[..., None].to(states.dtype)
+    return (states * real).sum(1) / real.sum(1)
+
+
+def _block(convolution: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
+
+
+def _stored(value: Tensor) -> Tensor:
+    """A weight as `save` writes it: float16 where it is a float."""
+    return (value.half() if value.is_floating_point() else value).contiguous().cpu()

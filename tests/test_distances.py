@@ -1,0 +1,212 @@
+"""Distances with known answers, against scipy and against plain loops."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from scipy.stats import entropy
+
+from ssmttm.errors import UserError
+from ssmttm.evaluation import frechet_distance, kernel_distance
+from ssmttm.evaluation.distances import (
+    bootstrap,
+    clap_score,
+    class_divergence,
+    frechet_distance_infinity,
+    precision_recall_coverage,
+)
+
+
+def cloud(n, d, seed=0, shift=0.0, scale=1.0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, d)) * scale + shift)
+
+
+def frechet_by_scipy(x, y):
+    cx, cy = np.cov(x.T), np.cov(y.T)
+    root = sqrtm(cx @ cy)
+    return np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx + cy - 2 * root.real)
+
+
+@given(st.integers(20, 80), st.integers(20, 80), st.integers(2, 12), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_frechet_is_scipys(n, m, d, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d)) @ rng.standard_normal((d, d))
+    y = rng.standard_normal((m, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
+    assert frechet_distance(x, y) == pytest.approx(frechet_by_scipy(x, y), rel=1e-6, abs=1e-6)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9, abs=1e-9)
+
+
+def test_frechet_of_known_gaussians():
+    """Whitened samples have the mean and covariance that they are given, exactly."""
+    raw = cloud(500, 6).numpy()
+    white = (raw - raw.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(raw.T))).T
+    a, b = np.arange(1.0, 7.0), np.arange(6.0, 0.0, -1.0)
+    shift = np.full(6, 0.5)
+    expected = 6 * 0.25 + np.square(a - b).sum()
+    assert frechet_distance(white * a, white * b + shift) == pytest.approx(expected, rel=1e-9)
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((6, 6)))[0]
+    assert frechet_distance(white * a @ turn, (white * b + shift) @ turn) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(300, 5), (10, 40), (2, 3)])
+def test_a_set_has_no_distance_from_itself(shape):
+    x = cloud(*shape)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-7)
+    assert frechet_distance(x, x + 1) == pytest.approx(shape[1], rel=1e-6)
+
+
+def test_frechet_of_fewer_samples_than_dimensions():
+    x, y = cloud(12, 40), cloud(15, 40, seed=1)
+    assert frechet_distance(x, y) == pytest.approx(frechet_by_scipy(x.numpy(), y.numpy()), rel=1e-5)
+
+
+def test_constant_embeddings_have_a_distance():
+    x, y = torch.ones(5, 3), torch.full((6, 3), 3.0)
+    assert frechet_distance(x, y) == pytest.approx(12)
+    assert frechet_distance(x, cloud(500, 3, shift=1.0)) == pytest.approx(3, rel=0.2)
+
+
+def test_infinity_undoes_the_bias_of_few_samples():
+    """x and y come from one Gaussian: the truth is 0."""
+    y = cloud(20_000, 16, seed=9)
+    few, many = frechet_distance(cloud(200, 16, seed=1), y), frechet_distance(cloud(2_000, 16, seed=1), y)
+    infinity = frechet_distance_infinity(cloud(2_000, 16, seed=1), y)
+    assert few > 5 * many > 0 and abs(infinity.value) < 0.3 * many
+    assert infinity.low < infinity.value < infinity.high and infinity.high - infinity.low < many
+    assert infinity == frechet_distance_infinity(cloud(2_000, 16, seed=1), y)
+    assert infinity != frechet_distance_infinity(cloud(2_000, 16, seed=1), y, seed=1)
+
+
+def kernel_by_loops(x, y):
+    reference = [math.dist(a, b) for i, a in enumerate(y) for b in y[:i]]
+    reference.sort()
+    bandwidth = reference[(len(reference) - 1) // 2]
+
+    def k(a, b):
+        return math.exp(-math.dist(a, b) ** 2 / (2 * bandwidth**2))
+
+    def mean(pairs):
+        values = [k(a, b) for a, b in pairs]
+        return sum(values) / len(values)
+
+    xx = mean([(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    yy = mean([(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    return 100 * (xx + yy - 2 * mean([(a, b) for a in x for b in y]))
+
+
+@given(st.integers(2, 14), st.integers(3, 14), st.integers(1, 5), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_kernel_distance_is_the_plain_sum(n, m, d, seed):
+    x, y = cloud(n, d, seed), cloud(m, d, seed + 1, shift=0.7)
+    assert kernel_distance(x, y) == pytest.approx(kernel_by_loops(x.tolist(), y.tolist()), rel=1e-9, abs=1e-9)
+
+
+def test_kernel_distance_in_blocks_and_without_bias():
+    x, y = cloud(2_500, 8), cloud(3_000, 8, seed=1)
+    values = [kernel_distance(cloud(100, 8, seed=s), cloud(100, 8, seed=s + 500)) for s in range(40)]
+    assert abs(kernel_distance(x, y)) < 0.05 and abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(40)
+    assert kernel_distance(x + 0.3, y) > 1
+    assert kernel_distance(torch.ones(4, 3), torch.ones(5, 3)) == pytest.approx(0)
+
+
+def neighbourhoods_by_loops(x, y, k):
+    def radius(points, i):
+        return sorted(math.dist(points[i], p) for j, p in enumerate(points) if j != i)[k - 1]
+
+    rx, ry = [radius(x, i) for i in range(len(x))], [radius(y, i) for i in range(len(y))]
+    precision = np.mean([any(math.dist(a, b) <= r for b, r in zip(y, ry, strict=True)) for a in x])
+    recall = np.mean([any(math.dist(a, b) <= r for a, r in zip(x, rx, strict=True)) for b in y])
+    coverage = np.mean([any(math.dist(a, b) <= r for a in x) for b, r in zip(y, ry, strict=True)])
+    return precision, recall, coverage
+
+
+def test_neighbourhoods_are_those_of_plain_loops():
+    x, y = cloud(40, 3, shift=0.8), cloud(50, 3, seed=1)
+    assert precision_recall_coverage(x, y, 3) == pytest.approx(neighbourhoods_by_loops(x.tolist(), y.tolist(), 3))
+
+
+def test_a_collapsed_model_is_precise_and_covers_nothing():
+    y = cloud(400, 4)
+    found = precision_recall_coverage(y[:1] + cloud(300, 4, seed=1, scale=0.01), y)
+    assert found.precision > 0.9 and found.recall < 0.05 and found.coverage < 0.1
+    same = precision_recall_coverage(cloud(400, 4, seed=2), y)
+    assert min(same) > 0.8
+
+
+def test_divergence_is_scipys_and_of_the_reference():
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(6), 9), rng.dirichlet(np.ones(6), 9)
+    found = class_divergence(generated=q, reference=p)
+    assert found.numpy() == pytest.approx(entropy(p, q, axis=1), rel=1e-4)
+    assert class_divergence(p, p).abs().max() < 1e-12
+    certain = class_divergence(np.array([[0.0, 1.0]]), np.array([[1.0, 0.0]]))
+    assert float(certain) == pytest.approx(math.log(1e6), rel=1e-3)
+
+
+def test_clap_score_is_the_cosine_of_each_pair():
+    a = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    assert clap_score(a, torch.tensor([[6.0, 8.0], [0.0, 2.0]])).tolist() == pytest.approx([1.0, 0.0])
+    assert float(clap_score(a[:1], a[1:])) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("statistic", [frechet_distance, kernel_distance])
+def test_the_bootstraps_width_is_the_spread_over_fresh_samples(statistic):
+    fresh = [statistic(cloud(300, 4, s, shift=0.5), cloud(300, 4, s + 500)) for s in range(60)]
+    x, y = cloud(300, 4, seed=7, shift=0.5), cloud(300, 4, seed=8)
+    low, high = bootstrap(statistic, x, y)
+    assert low < statistic(x, y) < high
+    assert (high - low) / (2 * 1.96) == pytest.approx(np.std(fresh), rel=0.4)
+    assert (low, high) == bootstrap(statistic, x, y) != bootstrap(statistic, x, y, seed=1)
+
+
+def test_a_paired_bootstrap_keeps_pairs_together():
+    x = cloud(200, 1)
+    low, high = bootstrap(lambda a, b: float((a - b).mean()), x, x - 2, paired=True)
+    assert low == pytest.approx(2) and high == pytest.approx(2)
+    low, high = bootstrap(lambda a, b: float((a - b).mean()), x, x - 2)
+    assert high - low > 0.2
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (torch.ones(1, 3), torch.ones(5, 3), "at least 2"),
+        (torch.ones(5, 3), torch.ones(5, 4), "width 3 and 4"),
+        (torch.full((5, 3), math.nan), torch.ones(5, 3), "NaN"),
+        (torch.ones(5), torch.ones(5, 3), "[n, d]"),
+        (torch.ones(0, 3), torch.ones(5, 3), "[n, d]"),
+    ],
+)
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance, precision_recall_coverage])
+def test_what_has_no_distance_is_one_clear_line(distance, x, y, says):
+    with pytest.raises(UserError) as caught:
+        distance(x, y)
+    assert says in str(caught.value)
+
+
+def test_few_samples_are_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        frechet_distance(cloud(300, 8), cloud(300, 8, seed=1))
+        assert not caplog.records
+        frechet_distance(cloud(100, 8), cloud(300, 8, seed=1))
+        assert "100 samples" in caplog.text
+        caplog.clear()
+        frechet_distance(cloud(300, 400), cloud(300, 400, seed=1))
+        assert "400 dimensions" in caplog.text
+    with pytest.raises(UserError, match="20"):
+        frechet_distance_infinity(cloud(10, 3), cloud(300, 3))
+
+
+def test_unpaired_posteriors_and_no_distributions_are_refused():
+    with pytest.raises(UserError, match="paired"):
+        class_divergence(torch.full((3, 2), 0.5), torch.full((4, 2), 0.5))
+    with pytest.raises(UserError, match="softmax"):
+        class_divergence(torch.ones(3, 2), torch.full((3, 2), 0.5))
+    with pytest.raises(UserError, match="paired"):
+        clap_score(torch.ones(3, 2), torch.ones(4, 2))
