@@ -1,0 +1,282 @@
+"""Musical measures: signals whose tempo, key, level and width are known, and librosa where it means the same."""
+
+import itertools
+import math
+from collections import Counter
+
+import librosa
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssmttm import audio
+from ssmttm.errors import UserError
+from ssmttm.evaluation import features, levels, rhythm, tonality
+from ssmttm.evaluation.detectors import TONICS
+from ssmttm.evaluation.measures import measure_clip, measure_files
+from ssmttm.evaluation.repetition import repetition
+from ssmttm.evaluation.token_measures import longest_repeat, measure_tokens
+
+RATE = features.SAMPLE_RATE
+
+
+def sine(hertz, seconds=2.0, rate=RATE, phase=0.0):
+    return torch.sin(2 * torch.pi * hertz * torch.arange(round(seconds * rate)).double() / rate + phase).float()[None]
+
+
+def noise(seconds=2.0, channels=1, seed=0):
+    return 0.2 * torch.randn(channels, round(seconds * RATE), generator=torch.Generator().manual_seed(seed))
+
+
+def clicks(times, seconds=10.0):
+    """A short burst at each time."""
+    wav = torch.zeros(round(seconds * RATE))
+    burst = torch.randn(600, generator=torch.Generator().manual_seed(1)) * torch.linspace(1, 0, 600)
+    for time in times:
+        start = round(time * RATE)
+        if start + 600 < len(wav):
+            wav[start : start + 600] += burst
+    return wav[None]
+
+
+def chord(classes, seconds=2.0):
+    """Tones of pitch classes, each with its octave, around middle C."""
+    tones = [261.63 * 2 ** (c / 12) for c in classes]
+    return sum(sine(hertz * h, seconds) / h for hertz in tones for h in (1, 2)) / 20
+
+
+def curve_of(wav):
+    return rhythm.envelope(features.onset_strength(features.level(wav))[0])
+
+
+# --- rhythm ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bpm", range(70, 171, 10))
+def test_the_tempo_of_a_click_track(bpm):
+    curve = curve_of(clicks(np.arange(0.2, 10, 60 / bpm)))
+    found = rhythm.tempo(curve)
+    assert found == pytest.approx(bpm, rel=0.02)
+    times = rhythm.beats(curve, found)
+    assert np.median(np.diff(times)) == pytest.approx(60 / bpm, rel=0.02) and rhythm.beat_variation(times) < 0.03
+
+
+@pytest.mark.parametrize("bpm", [50, 180, 200])
+def test_far_tempi_may_be_an_octave_off(bpm):
+    found = rhythm.tempo(curve_of(clicks(np.arange(0.2, 10, 60 / bpm))))
+    assert min(abs(found * factor / bpm - 1) for factor in (0.5, 1, 2)) < 0.02
+
+
+def test_beats_lie_on_the_clicks():
+    true = np.arange(0.3, 9.8, 0.5)
+    times = rhythm.beats(curve_of(clicks(true)), 120.0)
+    assert len(times) >= 18 and all(np.abs(true - time).min() < 0.03 for time in times[:-1])
+
+
+def test_jitter_raises_beat_variation():
+    rng = np.random.default_rng(0)
+    found = []
+    for jitter in (0.0, 0.02, 0.05):
+        curve = curve_of(clicks(np.arange(0.3, 9.8, 0.5) + rng.uniform(-jitter, jitter, 19)))
+        found.append(rhythm.beat_variation(rhythm.beats(curve, 120.0)))
+    assert found[0] < 0.02 < found[1] < found[2]
+
+
+@pytest.mark.parametrize("a_second", [1, 3, 6])
+def test_onset_density_counts_clicks(a_second):
+    wav = clicks(np.arange(0.1, 9.95, 1 / a_second))
+    assert rhythm.onset_density(curve_of(wav)) == pytest.approx(a_second, rel=0.08)
+    onsets = librosa.onset.onset_detect(y=wav[0].numpy(), sr=RATE, units="time")
+    assert rhythm.onset_density(curve_of(wav)) == pytest.approx(len(onsets) / 10, rel=0.12)
+
+
+def test_librosa_hears_the_same_tempo():
+    pattern = [t + offset for t in np.arange(0.2, 9.5, 60 / 104) for offset in (0, 60 / 104 * 0.5, 60 / 104 * 0.75)]
+    wav = clicks(pattern)
+    theirs = float(np.atleast_1d(librosa.beat.beat_track(y=wav[0].numpy(), sr=RATE)[0])[0])
+    ours = rhythm.tempo(curve_of(wav))
+    assert min(abs(ours * factor / theirs - 1) for factor in (0.5, 1, 2)) < 0.04
+
+
+def test_silence_has_no_rhythm():
+    curve = curve_of(torch.zeros(1, 5 * RATE))
+    assert rhythm.tempo(curve) == 0 and len(rhythm.beats(curve, 0.0)) == 0 and rhythm.onset_density(curve) == 0
+    assert math.isnan(rhythm.beat_variation(np.empty(0)))
+
+
+# --- tonality -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tonic", range(12))
+@pytest.mark.parametrize("mode", ["major", "minor"])
+def test_a_cadence_tells_its_key(tonic, mode):
+    third = 4 if mode == "major" else 3
+    one, four = [0, third, 7], [5, 5 + third, 12]
+    cadence = [one, four, [7, 11, 14], one, one]
+    wav = torch.cat([chord([tonic + note for note in notes], 1.0) for notes in cadence], 1)
+    key = tonality.key(features.chroma(wav)[0])
+    assert (key.tonic, key.mode) == (TONICS[tonic], mode) and key.clarity > 0.6
+
+
+def test_entropy_of_pitch_classes():
+    one = tonality.chroma_entropy(features.chroma(sine(440.0))[0])
+    triad = tonality.chroma_entropy(features.chroma(chord([0, 4, 7]))[0])
+    assert one < triad < tonality.chroma_entropy(features.chroma(noise())[0])
+    exact = torch.zeros(12, 3)
+    exact[:4] = 0.25
+    assert tonality.chroma_entropy(exact) == pytest.approx(2.0)
+    assert tonality.chroma_entropy(torch.full((12, 5), 1 / 12)) == pytest.approx(math.log2(12))
+    silence = features.chroma(torch.zeros(1, RATE))[0]
+    assert math.isnan(tonality.chroma_entropy(silence)) and tonality.key(silence) is None
+
+
+# --- levels ---------------------------------------------------------------------------------------------------------
+
+
+def test_true_peak_lies_between_the_samples():
+    """A sine at a quarter of the rate, 45 degrees off, has samples of 0.707 and a peak of 1 (3.01 dB more)."""
+    wav = sine(RATE / 4, phase=math.pi / 4)
+    assert 20 * math.log10(float(wav.abs().max())) == pytest.approx(-3.01, abs=0.01)
+    assert levels.true_peak(wav[:, 100:-100]) == pytest.approx(0.0, abs=0.5)
+    assert levels.true_peak(sine(997.0) * 0.5) == pytest.approx(-6.02, abs=0.05)
+    assert levels.true_peak(torch.zeros(1, 1000)) == -math.inf
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_true_peak_of_band_limited_noise_is_that_of_a_finer_grid(seed):
+    spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(2048))
+    spectrum[820:] = 0  # 0.8 of the Nyquist frequency
+    wav = torch.from_numpy(np.tile(np.fft.irfft(spectrum), 3)).float()[None]
+    fine = np.abs(np.fft.irfft(spectrum, 2048 * 16) * 16).max()
+    assert levels.true_peak(wav) == pytest.approx(20 * math.log10(fine), abs=0.35)
+
+
+def test_clipping_silence_and_offset():
+    wav = sine(100.0)
+    clipped = (1.5 * wav).clamp(-1, 1)
+    assert levels.clipped_share(clipped) == pytest.approx(2 * math.acos(1 / 1.5) / math.pi, abs=0.01)
+    assert levels.clipped_share(0.9 * wav) == 0
+    half = torch.cat([0.5 * wav, torch.zeros_like(wav)], 1)
+    assert levels.silent_share(half, RATE) == pytest.approx(0.5, abs=0.02)
+    assert levels.silent_share(torch.cat([half, half.roll(half.shape[1] // 2, 1)]), RATE) == 0
+    assert levels.dc_offset(0.5 * wav + 0.1) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_stereo():
+    mono = noise()
+    assert levels.stereo(mono) is None
+    assert levels.stereo(mono.repeat(2, 1)) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert levels.stereo(torch.cat([mono, -mono])) == pytest.approx((1.0, -1.0), abs=1e-6)
+    assert levels.stereo(noise(channels=2)) == pytest.approx((0.5, 0.0), abs=0.02)
+    assert levels.stereo(torch.cat([mono, torch.zeros_like(mono)]))[1] == 0.0
+
+
+def test_brightness():
+    centroid, rolloff, bandwidth = levels.brightness(levels.spectrum(sine(1000.0)), RATE)
+    assert rolloff == pytest.approx(1000, abs=15) and bandwidth < 1100 and centroid == pytest.approx(1000, rel=0.05)
+    wav = noise(10.0)
+    dull = audio.resample(audio.resample(wav, RATE, 8000), 8000, RATE)
+    assert levels.brightness(levels.spectrum(wav), RATE)[2] > 11_900
+    assert levels.brightness(levels.spectrum(dull), RATE)[2] == pytest.approx(4000, rel=0.05)
+    theirs = librosa.feature.spectral_centroid(y=wav[0].numpy(), sr=RATE, n_fft=4096).mean()
+    assert levels.brightness(levels.spectrum(wav), RATE)[0] == pytest.approx(theirs, rel=0.02)
+    assert levels.brightness(levels.spectrum(torch.zeros(1, 9000)), RATE) == (0, 0, 0)
+
+
+def test_loudness_of_the_standards_sine():
+    """A full-scale sine of 997 Hz in one channel is -3.01 LUFS (BS.1770-4)."""
+    assert measure_clip(sine(997.0, 5.0, 48_000), 48_000).loudness == pytest.approx(-3.01, abs=0.05)
+
+
+# --- repetition, codes ----------------------------------------------------------------------------------------------
+
+
+def melody(seconds, seed):
+    rng = np.random.default_rng(seed)
+    return torch.cat([chord([int(rng.integers(0, 24))], 0.25) for _ in range(round(4 * seconds))], 1)
+
+
+def test_repetition_finds_the_loop():
+    part = melody(4.0, 1)
+    loop = repetition(features.log_mel(features.level(torch.cat([part, part], 1)))[0])
+    assert loop.share > 0.35 and loop.longest == pytest.approx(4.0, abs=0.4)
+    through = repetition(features.log_mel(features.level(melody(8.0, 2)))[0])
+    assert through.share < 0.15 and through.longest < loop.longest / 2
+    assert repetition(features.log_mel(torch.zeros(1, 5 * RATE))[0]) == (0, 0)
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_longest_repeat_is_that_of_plain_loops(values):
+    codes = np.array([values, [v % 2 for v in values]])
+    n = len(values)
+    columns = [tuple(column) for column in codes.T]
+    longest = max(
+        (size for size in range(1, n) for i in range(n - size) for j in range(i + 1, n - size + 1)
+         if columns[i : i + size] == columns[j : j + size]), default=0,
+    )  # fmt: skip
+    assert longest_repeat(codes) == longest
+
+
+@given(st.lists(st.integers(0, 7), min_size=3, max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_entropies_are_those_of_counts(values):
+    def entropy(items):
+        shares = [count / len(items) for count in Counter(items).values()]
+        return -sum(share * math.log2(share) for share in shares)
+
+    found = measure_tokens(np.array([values]), 8)
+    assert found.entropy[0] == pytest.approx(entropy(values), abs=1e-9)
+    both = entropy(list(itertools.pairwise(values))) - entropy(values[:-1])
+    assert found.conditional[0] == pytest.approx(both, abs=1e-9)
+    assert found.usage[0] == len(set(values)) / 8
+
+
+# --- clips and folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(3):
+        audio.write(tmp_path / f"{i}.wav", 0.3 * melody(3.0, i), RATE)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF not music")
+    audio.write(tmp_path / "short.wav", sine(440.0, 0.1), RATE)
+    return tmp_path
+
+
+def test_a_folder_is_measured_and_what_is_unreadable_is_listed(folder):
+    found = measure_files(sorted(folder.glob("*.wav")))
+    assert len(found.clips) == 3
+    assert {path.rsplit("/", 1)[1] for path in found.unreadable} == {"broken.wav", "short.wav"}
+    assert sum("left out" in note for note in found.notes()) == 2
+    summary = found.summary()
+    assert summary["loudness"]["n"] == 3 and summary["loudness"]["low"] <= summary["loudness"]["mean"]
+    assert "stereo_width" not in summary and found.document()["clips"]
+
+
+def test_mixed_rates_and_channels_are_noted(folder):
+    audio.write(folder / "other.wav", 0.3 * noise(3.0, 2), 44_100)
+    found = measure_files(sorted(folder.glob("*.wav")))
+    notes = " ".join(found.notes())
+    assert "24000, 44100" in notes and "stereo" in notes and "stereo_width" not in found.summary()
+
+
+def test_nothing_to_measure_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="none of 0"):
+        measure_files([])
+    (tmp_path / "x.wav").write_bytes(b"no")
+    with pytest.raises(UserError, match="none of 1"):
+        measure_files([tmp_path / "x.wav"])
+    with pytest.raises(UserError, match="NaN"):
+        measure_clip(torch.full((1, RATE), math.nan), RATE)
+    with pytest.raises(UserError, match=r"0\.5 s"):
+        measure_clip(torch.zeros(1, 100), RATE)
+
+
+def test_silence_and_noise_have_figures_too():
+    silent = measure_clip(torch.zeros(2, 3 * RATE), RATE)
+    assert silent.silent == 1 and silent.loudness == -math.inf and silent.tonic is None and silent.tempo == 0
+    assert measure_clip(noise(3.0), RATE).bandwidth > 11_000
