@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssmttm import __version__
 from ssmttm.errors import run_cli
+from ssmttm.evaluation import cli as evaluation
 from ssmttm.sweeps import cli as sweeps
 
 
@@ -28,22 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     export.set_defaults(run=lambda arguments: export_run(arguments.run_dir, arguments.out))
 
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="how well a model follows prompts, beside the detectors' own accuracy on true audio",
-        epilog="example: ssmttm evaluate --store data/builtin --prompts 100 --out adherence.json",
-    )
-    evaluate.add_argument(
-        "--store", type=Path, required=True, help="a built-in store; its held-out split gives prompts"
-    )
-    evaluate.add_argument("--checkpoint", type=Path, default=None, help="default: the embedded model")
-    evaluate.add_argument("--prompts", type=int, default=100, help="how many held-out prompts (default: %(default)s)")
-    evaluate.add_argument("--duration", type=float, default=10.0, help="seconds a sample (default: %(default)s)")
-    evaluate.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: %(default)s)")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--out", type=Path, default=None, help="also write the figures as JSON")
-    evaluate.set_defaults(run=run_evaluate)
-
     size = commands.add_parser(
         "size",
         help="parameters and FLOPs of a config's model; which depth or width meets a budget",
@@ -55,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size.set_defaults(run=run_size)
 
     add_importers(commands)
+    evaluation.add_commands(commands)
     sweeps.add_commands(commands)
 
     arguments = parser.parse_args(argv)
@@ -130,24 +116,6 @@ def export_run(run_dir: Path, out: Path) -> None:
 
     export(run_dir, out)
     print(out)
-
-
-def run_evaluate(arguments: argparse.Namespace) -> None:
-    """Sample held-out prompts, detect what was asked for, print a table."""
-    from ssmttm.evaluation.adherence import evaluate_adherence
-
-    report = evaluate_adherence(
-        store_path=arguments.store,
-        checkpoint=arguments.checkpoint,
-        n_prompts=arguments.prompts,
-        duration=arguments.duration,
-        guidance_scale=arguments.guidance,
-        seed=arguments.seed,
-    )
-    print(report.table())
-    if arguments.out:
-        report.save(arguments.out)
-        print(arguments.out)
 
 
 def run_size(arguments: argparse.Namespace) -> None:

@@ -217,35 +217,23 @@ def test_prompts_are_balanced_distinct_and_seeded():
         balanced_prompts(store, 999, seed=1)
 
 
-Output = namedtuple("Output", "audios sample_rate")
-
-
-class Deaf:
-    """A generator that ignores its prompts."""
-
-    def __init__(self):
-        self.codec = namedtuple("NoCodec", "fingerprint")("none")
-        self.facts = {"model": {"name": "deaf", "weights_sha256": "f" * 64}}
-
-    def __call__(self, prompts, duration, guidance_scale, seeds):
-        noise = [torch.randn(1, int(duration * RATE), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return Output(torch.stack(noise) * 0.1, RATE)
-
-
 def test_a_model_that_ignores_its_prompts_scores_chance(monkeypatch, tmp_path):
     torch.manual_seed(0)
     right = {"n": 3, "family": 0.9, "tempo_class": 0.9, "mode": 0.9, "third": 0.95, "confusion": {}}
-    monkeypatch.setattr(adherence, "open_store", lambda path: FakeStore())
     monkeypatch.setattr(adherence, "accuracy", lambda *rest: {"true": right, "reconstructed": right})
     monkeypatch.setattr(adherence, "music_flatness", lambda *rest: 0.01)
-    report = adherence.evaluate_adherence(
-        "fake", n_prompts=24, duration=4.0, detectors=Detectors(FAMILIES).eval(), pipeline=Deaf()
+    pieces = []
+    for seed in range(24):
+        noise = 0.1 * torch.randn(1, 4 * RATE, generator=torch.Generator().manual_seed(seed))
+        pieces.append(audio.write(tmp_path / f"{seed}.wav", noise, RATE))
+    codec = namedtuple("NoCodec", "fingerprint")("none")
+    report = adherence.measure_adherence(
+        FakeStore(), balanced_prompts(FakeStore(), 24, 0), pieces, codec, {"weights": "f" * 16, "seed": 0}
     )
     assert report.checks == {"good": 0, "silent": 0, "clipped": 0, "noisy": 24}
     for agreement in report.agreement.values():
         assert agreement.shuffled_p > 0.001 and abs(agreement.share - agreement.shuffled) < 0.35
-    report.save(tmp_path / "report.json")
-    saved = json.loads((tmp_path / "report.json").read_text())
+    saved = json.loads(json.dumps(report.document()))
     assert saved["fingerprint"]["weights"] == "f" * 16 and len(saved["pieces"]) == 24
     assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["detectors"]
     lines = report.table().splitlines()

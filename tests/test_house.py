@@ -33,7 +33,9 @@ ALLOWED = {
     },
     "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},
     "importers": {"errors", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
-    "evaluation": {"errors", "files", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation"},
+    "evaluation": {
+        "errors", "files", "config", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation",
+    },
 }  # fmt: skip
 ANY = {"cli", "demo", "data_prep"}
 
@@ -42,7 +44,7 @@ ADAPTERS = {
     "causal_conv1d": {"ops"},
     "accelerate": {"training"},
     "diffusers": {"diffusion", "codecs"},
-    "transformers": {"text", "codecs", "importers"},
+    "transformers": {"text", "codecs", "importers", "evaluation"},
     "torchaudio": {"audio"},
     "soundfile": {"audio"},
     "tinysoundfont": {"data_prep"},

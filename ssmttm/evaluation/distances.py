@@ -16,6 +16,8 @@ from torch import Tensor
 from ssmttm.errors import UserError
 
 FEW = 256  # below so many rows, a Fréchet distance says more about n than about the music
+FEWEST = 20  # samples that can be extrapolated from
+NEIGHBOURS = 5  # that make a neighbourhood
 _BLOCK = 1_024  # rows whose distances are held at a time
 _MEDIAN_ROWS = 4_096  # rows, evenly spaced, of which a bandwidth is the median distance
 _LEAST = 1e-6  # of a class's probability
@@ -45,6 +47,11 @@ def frechet_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
     """
     x, y = _sets(x, y)
     _warn_of_few(x, y)
+    return unwarned_frechet_distance(x, y)
+
+
+def unwarned_frechet_distance(x: Tensor, y: Tensor) -> float:
+    """`frechet_distance` of float64 sets that were checked before, for the many draws of a bootstrap."""
     return _frechet(x, *_gaussian(y))
 
 
@@ -64,8 +71,8 @@ def frechet_distance_infinity(
         UserError: as `frechet_distance`, or n below 20.
     """
     x, y = _sets(x, y)
-    if len(x) < 20:
-        raise UserError(f"{len(x)} samples are too few to extrapolate from: give 20, better some hundreds")
+    if len(x) < FEWEST:
+        raise UserError(f"{len(x)} samples are too few to extrapolate from: give {FEWEST}, better some hundreds")
     _warn_of_few(x, y)
     reference = _gaussian(y)
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +114,7 @@ class Neighbourhoods(NamedTuple):
     coverage: float
 
 
-def precision_recall_coverage(x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: int = 5) -> Neighbourhoods:
+def precision_recall_coverage(x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: int = NEIGHBOURS) -> Neighbourhoods:
     """Does x sound like y (precision), and is all of y in x (recall, coverage)? By the balls of k nearest neighbours.
 
     Args:

@@ -20,6 +20,7 @@ from ssmttm.evaluation.repetition import repetition
 
 SHORTEST = 0.5  # seconds
 _DRAWS = 1_000
+_NOT_SUMMED = ("seconds", "sample_rate", "channels", "tonic", "mode")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class FolderMeasures:
         """
         rows = [asdict(clip) for clip in self.clips.values()]
         told = {}
-        for name in (field.name for field in fields(ClipMeasures) if field.name not in ("tonic", "mode", "channels")):
+        for name in (field.name for field in fields(ClipMeasures) if field.name not in _NOT_SUMMED):
             values = np.array([row[name] for row in rows if row[name] is not None], dtype=float)
             values = values[np.isfinite(values)]
             if len(values) == 0 or (name.startswith("stereo") and len(values) < len(rows)):

@@ -45,7 +45,8 @@ def read_prompt_list(
         caption: the caption's column.
         keep: only rows whose columns have these values (compared as lower-case text).
         references: folder of the true audio.
-        audio: templates of a reference's path in that folder, over the columns and {name}; any audio format will do.
+        audio: templates of a reference's path in that folder without extension, over the columns, {name}, and every
+            column's value without its own extension as {COLUMN_stem}; any audio format will do.
 
     Raises:
         UserError: the table is missing, cannot be read, lacks a column, or keeps no row.
@@ -82,7 +83,8 @@ def _reference(
 ) -> Path | None:
     if folder is None:
         return None
-    stems = [str(Path(template.format(**{**row, "name": name})).with_suffix("")) for template in templates]
+    bare = {f"{column}_stem": str(Path(str(value)).with_suffix("")) for column, value in row.items() if value}
+    stems = [template.format(**{**row, **bare, "name": name}) for template in templates]
     return next((found for stem in stems if (found := find_audio(Path(folder), stem))), None)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from ssmttm.errors import UserError
+from ssmttm.evaluation.figures import markdown
 from ssmttm.evaluation.page import Picture, Section, Table, Text, write_page
 from ssmttm.files import write_text, written_aside
 from ssmttm.sweeps import plots
@@ -137,9 +138,7 @@ def interval(values: np.ndarray, sign: bool = False) -> str:
 
 def _markdown(title: str, lead: str, tables: dict[str, Rows], pictures: Sequence[str]) -> str:
     parts = [f"# {title}", lead, *(f"![{name}]({name})" for name in pictures)]
-    for name, rows in tables.items():
-        lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-        parts.append(f"## {name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    parts += [f"## {name}\n\n{markdown(rows)}" for name, rows in tables.items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,0 +1,111 @@
+"""What an embedder makes of audio files (vectors, classes, places among captions), kept so that none is made twice."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ssmttm import audio
+from ssmttm.errors import UserError
+from ssmttm.evaluation.embedders import mono_at
+from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
+from ssmttm.files import file_sha256, written_aside
+
+_KEPT_EVERY = 50  # clips between two looks at the disk
+
+
+class Heard(NamedTuple):
+    """What was made of n files, in their order.
+
+    Attributes:
+        vectors: [n, W, D]; W windows of the first seconds of each.
+        posteriors: [n, N], of a Classifier, else empty. joint: [n, E], of a JointEmbedder, else empty.
+    """
+
+    vectors: Tensor
+    posteriors: Tensor
+    joint: Tensor
+
+    def rows(self) -> Tensor:
+        """Every window's vector: [n * W, D]."""
+        return self.vectors.flatten(0, 1)
+
+
+def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[str, str]]:
+    """Files that hold so many seconds of audio, and the reason for each that does not."""
+    good, bad = [], {}
+    for path in tqdm(paths, desc="checking files", unit="clip"):
+        try:
+            wav, rate = audio.read(path)
+            if wav.shape[-1] < round(seconds * rate):
+                raise UserError(f"{path} has {wav.shape[-1] / rate:.2f} s of audio, fewer than {seconds:g}")
+            good.append(path)
+        except UserError as error:
+            bad[str(path)] = str(error)
+    return good, bad
+
+
+def hear(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path) -> Heard:
+    """Embed the first `seconds` of each file; what was heard before is read from the cache folder.
+
+    Raises:
+        UserError: a file cannot be read, or is shorter than the embedder's window.
+    """
+    store = _Cache(cache / f"{embedder.name}-{embedder.fingerprint}-{seconds:g}.safetensors")
+    found = []
+    for path in tqdm(paths, desc=f"hearing ({embedder.name})", unit="clip"):
+        key = file_sha256(path)
+        if key not in store:
+            store.put(key, _hear_one(embedder, path, seconds))
+        found.append(store.get(key))
+    store.write()
+    return Heard(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def set_hash(paths: Sequence[Path]) -> str:
+    """16 hex digits over the contents of a set of files, whatever their order and names."""
+    return hashlib.sha256("".join(sorted(map(file_sha256, paths))).encode()).hexdigest()[:16]
+
+
+def _hear_one(embedder: Embedder, path: Path, seconds: float) -> Heard:
+    wav, rate = audio.read(path)
+    wav = mono_at(wav[:, : round(seconds * rate)], rate, embedder)
+    empty = torch.empty(0)
+    posteriors = embedder.posteriors(wav)[0] if isinstance(embedder, Classifier) else empty
+    joint = embedder.joint_audio(wav)[0] if isinstance(embedder, JointEmbedder) else empty
+    return Heard(embedder.embed(wav)[0].clone(), posteriors.clone(), joint.clone())
+
+
+class _Cache:
+    """A file of tensors named KEY.vectors, KEY.posteriors, KEY.joint; a damaged one counts as none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._new = path, 0
+        try:
+            self._tensors = load_file(path) if path.is_file() else {}
+        except SafetensorError:
+            self._tensors = {}
+
+    def __contains__(self, key: str) -> bool:
+        return f"{key}.joint" in self._tensors
+
+    def get(self, key: str) -> Heard:
+        return Heard(*(self._tensors[f"{key}.{name}"] for name in Heard._fields))
+
+    def put(self, key: str, heard: Heard) -> None:
+        self._tensors |= {f"{key}.{name}": value.contiguous() for name, value in heard._asdict().items()}
+        self._new += 1
+        if self._new % _KEPT_EVERY == 0:
+            self.write()
+
+    def write(self) -> None:
+        if self._new:
+            with written_aside(self.path) as aside:
+                save_file(self._tensors, aside)
+            self._new = 0

@@ -1,0 +1,36 @@
+"""A codec's own view of audio: mean and standard deviation of its latents within a window."""
+
+import torch
+from torch import Tensor
+
+from ssmttm.codecs import load_codec
+from ssmttm.evaluation.embedders.base import windows
+
+
+class CodecEmbedder:
+    """Latents of the codec's codes, pooled over windows of 2 s; blind to what the codec loses.
+
+    Args:
+        weights: the codec's name or folder; None: the embedded one.
+        device: where it runs.
+    """
+
+    name, seconds = "codec", 2.0
+
+    def __init__(self, weights: str | None = None, device: str = "cpu") -> None:
+        self.codec = load_codec(weights or "tiny").to(device).eval()
+        self.sample_rate, self.fingerprint = self.codec.sample_rate, self.codec.fingerprint
+        probe = torch.zeros(1, 1, self.sample_rate, device=device)
+        self.dim = 2 * self.codec.to_latents(self.codec.encode(probe)).shape[1]
+
+    @torch.inference_mode()
+    def embed(self, wav: Tensor) -> Tensor:
+        """Windows of 2 s: wav [B, S] -> [B, W, D].
+
+        Raises:
+            UserError: a clip is shorter than one window.
+        """
+        cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
+        device = next(self.codec.parameters()).device
+        latents = self.codec.to_latents(self.codec.encode(cut.flatten(0, 1)[:, None].to(device))).float().cpu()
+        return torch.cat([latents.mean(-1), latents.std(-1)], -1).unflatten(0, cut.shape[:2])

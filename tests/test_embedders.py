@@ -1,0 +1,253 @@
+"""Embedders: the contract, the published networks from random weights, and what each hears of spoilt music."""
+
+import json
+import logging
+
+import librosa
+import numpy as np
+import pytest
+import torch
+from music import RATE, SPOILT, clips
+from safetensors.torch import save_file
+from torch import nn
+
+from ssmttm.errors import UserError
+from ssmttm.evaluation.distances import clap_score, class_divergence, frechet_distance, kernel_distance
+from ssmttm.evaluation.embedders import EMBEDDERS, convnets, load_embedder, mono_at
+from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
+from ssmttm.evaluation.embedders.tiny import TinyEmbedder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Small random checkpoints of transformers' CLAP and AST, and weights of VGGish and CNN14."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        ASTConfig,
+        ASTFeatureExtractor,
+        ASTForAudioClassification,
+        ClapAudioConfig,
+        ClapConfig,
+        ClapFeatureExtractor,
+        ClapModel,
+        ClapProcessor,
+        ClapTextConfig,
+        PreTrainedTokenizerFast,
+    )  # fmt: skip
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    words = Tokenizer(models.WordLevel({"<pad>": 1, "<unk>": 0, "<s>": 2, "</s>": 3, "slow": 4, "fast": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=20, **special)
+    audio_config = ClapAudioConfig(
+        hidden_size=64, patch_embeds_hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2], num_hidden_layers=2,
+        spec_size=256, num_mel_bins=64, patch_stride=[4, 4], patch_size=4, window_size=8, projection_dim=24,
+    )  # fmt: skip
+    text_config = ClapTextConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8,
+        projection_dim=24, max_position_embeddings=40,
+    )  # fmt: skip
+    audio_config.hidden_size = 32
+    config = ClapConfig(text_config=text_config.to_dict(), audio_config=audio_config.to_dict(), projection_dim=24)
+    ClapModel(config).save_pretrained(folder / "clap")
+    ClapProcessor(ClapFeatureExtractor(), tokenizer).save_pretrained(folder / "clap")
+    ast = ASTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=5, max_length=1024
+    )
+    ASTForAudioClassification(ast).save_pretrained(folder / "ast")
+    ASTFeatureExtractor().save_pretrained(folder / "ast")
+    return folder
+
+
+def write_weights(kind, path, prefix=""):
+    """Random weights of a network, under its published names."""
+    module = kind.__new__(kind)
+    fill, convnets._fill = convnets._fill, lambda *rest, **more: "0" * 16
+    try:
+        torch.manual_seed(1)
+        module.__init__("unused")
+    finally:
+        convnets._fill = fill
+    tensors = {name: value.clone() for name, value in module.state_dict().items()}
+    if path.suffix == ".pth":
+        torch.save({"model": {**tensors, "spectrogram_extractor.stft.conv_real.weight": torch.ones(2)}}, path)
+    else:
+        save_file(tensors, path)
+    return module
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    write_weights(convnets.PannsEmbedder, folder / "cnn14.pth")
+    write_weights(convnets.VggishEmbedder, folder / "vggish.safetensors")
+    return {
+        "clap": str(folder / "clap"), "ast": str(folder / "ast"), "panns": str(folder / "cnn14.pth"),
+        "vggish": str(folder / "vggish.safetensors"), "tiny": None, "log_mel": None, "codec": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_every_embedder_keeps_the_contract(name, weights):
+    embedder = load_embedder(name, weights[name])
+    assert isinstance(embedder, Embedder) and embedder.name == name and len(embedder.fingerprint) == 16
+    generator = torch.Generator().manual_seed(0)
+    seconds = 2.5 * embedder.seconds
+    wav = 0.1 * torch.randn(2, round(seconds * embedder.sample_rate), generator=generator)
+    vectors = embedder.embed(wav)
+    assert vectors.shape == (2, 2, embedder.dim) and vectors.dtype == torch.float32
+    assert torch.isfinite(vectors).all() and torch.equal(vectors, embedder.embed(wav))
+    torch.testing.assert_close(embedder.embed(wav[1:])[0], vectors[1], rtol=1e-3, atol=1e-3)
+    first = embedder.embed(wav[:, : round(embedder.seconds * embedder.sample_rate)])
+    torch.testing.assert_close(first[:, 0], vectors[:, 0], rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match="shorter"):
+        embedder.embed(wav[:, : round(0.5 * embedder.seconds * embedder.sample_rate)])
+    if isinstance(embedder, Classifier):
+        posteriors = embedder.posteriors(wav)
+        assert posteriors.shape == (2, len(embedder.classes)) and torch.allclose(posteriors.sum(1), torch.ones(2))
+    if isinstance(embedder, JointEmbedder):
+        sound, words = embedder.joint_audio(wav), embedder.joint_text(["a slow waltz", "a fast jig in C"])
+        assert sound.shape == words.shape and torch.allclose(words.norm(dim=1), torch.ones(2), atol=1e-5)
+        alone = embedder.joint_text(["a slow waltz"])
+        torch.testing.assert_close(alone[0], words[0], rtol=1e-3, atol=1e-4)
+
+
+def test_which_embedders_name_classes_and_read_captions():
+    tiny = load_embedder("tiny")
+    assert isinstance(tiny, Classifier) and isinstance(tiny, JointEmbedder) and len(tiny.classes) >= 10
+    assert not isinstance(load_embedder("log_mel"), Classifier)
+
+
+def test_the_filter_banks_are_librosas():
+    ours = convnets._slaney_mel(64, 1024, 32_000, 50.0, 14_000.0).numpy()
+    theirs = librosa.filters.mel(sr=32_000, n_fft=1024, n_mels=64, fmin=50, fmax=14_000)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    htk = convnets._htk_mel(64, 512, 16_000, 125.0, 7500.0).numpy()
+    theirs = librosa.filters.mel(sr=16_000, n_fft=512, n_mels=64, fmin=125, fmax=7500, htk=True, norm=None)
+    assert np.abs(htk - theirs).max() < 0.06  # theirs is linear in Hz within a filter, VGGish's in mel
+    peaks = [int(row.argmax()) for row in htk]
+    assert peaks == sorted(peaks) and np.all(htk.max(1) > 0.5)
+
+
+def test_cnn14_hears_what_plain_layers_hear(folder, weights):
+    """The same weights in a plain chain of torch's own functions, on librosa's spectrogram."""
+    embedder = load_embedder("panns", weights["panns"])
+    wav = 0.1 * torch.randn(1, 320_000, generator=torch.Generator().manual_seed(0))
+    power = np.abs(librosa.stft(wav[0].numpy(), n_fft=1024, hop_length=320, pad_mode="reflect")) ** 2
+    bank = librosa.filters.mel(sr=32_000, n_fft=1024, n_mels=64, fmin=50, fmax=14_000)
+    x = torch.from_numpy(10 * np.log10(np.maximum(bank @ power, 1e-10))).T[None, None].float()  # [1, 1, T, 64]
+    x = embedder.bn0(x.transpose(1, 3)).transpose(1, 3)
+    for i in range(1, 7):
+        block = getattr(embedder, f"conv_block{i}")
+        x = torch.relu(block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x))))))
+        x = nn.functional.avg_pool2d(x, 2 if i < 6 else 1)
+    x = x.mean(3)
+    expected = torch.relu(embedder.fc1(x.max(2).values + x.mean(2)))
+    torch.testing.assert_close(embedder.embed(wav)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "says"),
+    [
+        ("tinny", None, "there are tiny"),
+        ("vggish", None, "weights=FILE"),
+        ("panns", "nowhere.pth", "weights=FILE"),
+        ("clap", "nowhere", "nowhere"),
+        ("ast", "nowhere", "nowhere"),
+        ("tiny", "nowhere", "train one"),
+    ],
+)
+def test_missing_weights_are_one_clear_line(name, source, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError) as caught:
+        load_embedder(name, source and str(tmp_path / source))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damaged_weights_are_a_clear_error(tmp_path, weights):
+    (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="vggish"):
+        load_embedder("vggish", str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match="panns"):
+        load_embedder("panns", weights["vggish"])
+    TinyEmbedder(["a", "b"]).save(tmp_path / "tiny")
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="damaged"):
+        load_embedder("tiny", str(tmp_path / "tiny"))
+
+
+def test_a_saved_embedder_is_the_same_and_its_hash_knows_the_weights(tmp_path):
+    embedder = load_embedder("tiny")
+    embedder.save(tmp_path)
+    again = load_embedder("tiny", str(tmp_path))
+    assert again.fingerprint == embedder.fingerprint and again.classes == embedder.classes
+    with torch.no_grad():
+        again.tag.bias += 0.5
+    assert again.fingerprint != embedder.fingerprint
+    assert json.loads((tmp_path / "config.json").read_text())["held_out"]["true"]["recall_at_10"] > 0.9
+
+
+def test_channels_are_averaged_and_resampled():
+    log_mel = load_embedder("log_mel")
+    stereo = torch.stack([torch.ones(44_100), torch.zeros(44_100)])
+    mono = mono_at(stereo, 44_100, log_mel)
+    assert mono.shape == (1, 24_000) and float(mono[0, 12_000]) == pytest.approx(0.5, abs=0.01)
+
+
+# --- planted degradations -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heard():
+    """What each embedder makes of clean clips, spoilt ones, and of clips of the same pieces' other parts."""
+    logging.disable(logging.WARNING)
+    wavs, captions = clips(0, 18)
+    clean, captions = wavs[::3], captions[::3]
+    sets = {"reference": [*wavs[1::3], *wavs[2::3]], "clean": clean} | {name: [spoil(w) for w in clean] for name, spoil in SPOILT.items()}
+    embedders = {name: load_embedder(name) for name in ("tiny", "log_mel", "codec")}
+    vectors = {
+        name: {kind: torch.cat([e.embed(w)[0] for w in wavs]) for kind, wavs in sets.items()}
+        for name, e in embedders.items()
+    }
+    yield embedders["tiny"], sets, captions, vectors
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize("name", ["tiny", "log_mel", "codec"])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_spoilt_music_is_further_from_music_than_clean_music(heard, spoilt, name, distance):
+    vectors = heard[3][name]
+    clean = distance(vectors["clean"], vectors["reference"])
+    margin = 1.0 if spoilt == "shuffled" else 1.5
+    assert distance(vectors[spoilt], vectors["reference"]) > margin * max(clean, 0)
+
+
+def test_silence_is_worse_than_any_music_however_spoilt(heard):
+    for name in ("tiny", "codec"):
+        vectors = heard[3][name]
+        far = {kind: kernel_distance(vectors[kind], vectors["reference"]) for kind in vectors if kind != "reference"}
+        assert far["silence"] == max(far.values()), name
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_classes_and_captions_see_spoilt_music(heard, spoilt):
+    tiny, sets, captions, _ = heard
+    clean = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
+    found = torch.cat([tiny.posteriors(w) for w in sets[spoilt]])
+    assert float(class_divergence(found, clean).mean()) > 0.3
+    words = tiny.joint_text(captions)
+    sound, of_clean = (torch.cat([tiny.joint_audio(w) for w in sets[kind]]) for kind in (spoilt, "clean"))
+    assert float(clap_score(sound, words).mean()) < float(clap_score(of_clean, words).mean()) - 0.03
+
+
+def test_wrong_prompts_score_worse(heard):
+    tiny, sets, captions, _ = heard
+    sound = torch.cat([tiny.joint_audio(w) for w in sets["clean"]])
+    wrong = [*captions[1:], captions[0]]
+    right_score, wrong_score = (float(clap_score(sound, tiny.joint_text(c)).mean()) for c in (captions, wrong))
+    assert right_score > wrong_score + 0.2
+    posteriors = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
+    assert float(class_divergence(posteriors.roll(1, 0), posteriors).mean()) > 1
+    assert tiny.sample_rate == RATE
