@@ -8,6 +8,7 @@ from pathlib import Path
 from ssmttm import __version__
 from ssmttm.errors import run_cli
 from ssmttm.evaluation import cli as evaluation
+from ssmttm.listening import cli as listening
 from ssmttm.sweeps import cli as sweeps
 
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_importers(commands)
     evaluation.add_commands(commands)
     sweeps.add_commands(commands)
+    listening.add_commands(commands)
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     audio_config.hidden_size = 32
     config = ClapConfig(text_config=text_config.to_dict(), audio_config=audio_config.to_dict(), projection_dim=24)
     ClapModel(config).save_pretrained(folder / "clap")
-    ClapProcessor(ClapFeatureExtractor(), tokenizer).save_pretrained(folder / "clap")
+    ClapProcessor(ClapFeatureExtractor(truncation="rand_trunc"), tokenizer).save_pretrained(folder / "clap")
     ast = ASTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=5, max_length=1024
     )
@@ -204,7 +204,8 @@ def heard():
     logging.disable(logging.WARNING)
     wavs, captions = clips(0, 18)
     clean, captions = wavs[::3], captions[::3]
-    sets = {"reference": [*wavs[1::3], *wavs[2::3]], "clean": clean} | {name: [spoil(w) for w in clean] for name, spoil in SPOILT.items()}
+    sets = {"reference": [*wavs[1::3], *wavs[2::3]], "clean": clean}
+    sets |= {name: [spoil(w) for w in clean] for name, spoil in SPOILT.items()}
     embedders = {name: load_embedder(name) for name in ("tiny", "log_mel", "codec")}
     vectors = {
         name: {kind: torch.cat([e.embed(w)[0] for w in wavs]) for kind, wavs in sets.items()}

@@ -31,6 +31,7 @@ ALLOWED = {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
         "generation", "training", "signals",
     },
+    "listening": {"errors", "files", "audio", "generation", "evaluation", "listening"},
     "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},
     "importers": {"errors", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
     "evaluation": {

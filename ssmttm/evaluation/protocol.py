@@ -29,7 +29,7 @@ from ssmttm.evaluation.prompt_lists import ListedPrompt, read_prompt_list
 from ssmttm.evaluation.prompts import Prompt, balanced_prompts
 from ssmttm.evaluation.score import Clip, score
 from ssmttm.files import write_text
-from ssmttm.generation.files import slug
+from ssmttm.generation.files import read_record, slug
 from ssmttm.generation.pipeline import MusicPipeline
 
 FEW = 20  # clips under which no distribution is worth a figure
@@ -126,7 +126,7 @@ def match_audio(folder: Path, prompts: Sequence[ListedPrompt]) -> tuple[dict[str
     unmatched = []
     for path in files:
         stem = slug(path.stem, longest=120)
-        name = stem if stem in names else captions.get(_record(path).get("prompt", ""))
+        name = stem if stem in names else captions.get(read_record(path).get("prompt", ""))
         if name is None or name in pieces:
             unmatched.append(str(path))
         else:
@@ -211,18 +211,9 @@ def _clips(task: Task, pieces: Mapping[str, Path], references: set[Path]) -> lis
     ]
 
 
-def _record(path: Path) -> dict[str, Any]:
-    file = path.with_suffix(".json")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _shared_settings(paths: Sequence[Path]) -> dict[str, Any]:
     """The decoding of finished audio, as far as all its records agree on it."""
-    records = [_record(path) for path in paths]
+    records = [read_record(path) for path in paths]
     return {
         name: records[0].get(name, "unknown") if all(r.get(name) == records[0].get(name) for r in records) else "mixed"
         for name in _SETTINGS

@@ -86,6 +86,16 @@ def record_of(prompt: str, seed: int, settings: dict[str, Any], facts: dict[str,
     }
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The record beside an audio file; empty if there is none, or it is no record."""
+    file = path.with_suffix(".json")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _write_pair(path: Path, wav: Tensor, sample_rate: int, record: dict[str, Any]) -> None:
     audio.write(path, wav, sample_rate)
     record = {"file": path.name} | record
