@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ssmttm.errors import UserError
+from ssmttm.evaluation import train_embedder
 from ssmttm.evaluation.distances import clap_score, class_divergence, frechet_distance, kernel_distance
 from ssmttm.evaluation.embedders import EMBEDDERS, convnets, load_embedder, mono_at
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
@@ -151,8 +152,8 @@ def test_cnn14_hears_what_plain_layers_hear(folder, weights):
     ("name", "source", "says"),
     [
         ("tinny", None, "there are tiny"),
-        ("vggish", None, "weights=FILE"),
-        ("panns", "nowhere.pth", "weights=FILE"),
+        ("vggish", None, "weights.vggish=FILE"),
+        ("panns", "nowhere.pth", "weights.panns=FILE"),
         ("clap", "nowhere", "nowhere"),
         ("ast", "nowhere", "nowhere"),
         ("tiny", "nowhere", "train one"),
@@ -252,3 +253,19 @@ def test_wrong_prompts_score_worse(heard):
     posteriors = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
     assert float(class_divergence(posteriors.roll(1, 0), posteriors).mean()) > 1
     assert tiny.sample_rate == RATE
+
+
+def test_the_training_program_makes_an_embedder_that_loads(tmp_path, monkeypatch):
+    """Six segments, two steps: that the figures are those of the embedder that was written."""
+    from data_prep.__main__ import main as prepare
+
+    store, out = tmp_path / "store", tmp_path / "out"
+    prepare(["builtin", "--hours", "0.12", "--seed", "5", "--out", str(store)])
+    words = ["train_embedder", "--store", str(store), "--out", str(out), "--steps", "2", "--batch", "4"]
+    monkeypatch.setattr("sys.argv", words)
+    train_embedder.main()
+    made = load_embedder("tiny", str(out))
+    held_out = made.card["held_out"]
+    assert made.card["steps"] == 2 and held_out["true"]["n"] == held_out["through_codec"]["n"] > 0
+    assert 0 <= held_out["true"]["recall_at_1"] <= held_out["true"]["recall_at_10"] <= 1
+    assert made.embed(torch.zeros(1, 5 * RATE)).shape == (1, 1, made.dim)

@@ -10,7 +10,7 @@ _EPILOG = """\
 examples:
   ssmttm evaluate eval=builtin store=data/builtin checkpoint=runs/tiny       distances, adherence, musical measures
   ssmttm evaluate eval=builtin store=data/builtin audio=DIR                  of finished audio
-  ssmttm evaluate eval=musiccaps prompts=musiccaps-public.csv references=DIR eval.embedders.vggish=FILE
+  ssmttm evaluate eval=musiccaps prompts=musiccaps-public.csv references=DIR eval.weights.vggish=FILE
   ssmttm evaluate compare runs/eval/a runs/eval/b                            which is better; refuses unlike figures
 the same command goes on where it was stopped; all keys stand in configs/eval.yaml, protocols in configs/eval/
 """

@@ -67,6 +67,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     """
     protocol, out = settings.eval, Path(settings.out)
     task = _task(settings)
+    embedders = [load_embedder(name, protocol.weights[name]) for name in protocol.embedders]
     decoding = _decoding(settings)
     if settings.audio:
         pieces, unmatched = match_audio(Path(settings.audio), task.prompts)
@@ -87,8 +88,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     notes = _notes(task, pieces, unmatched, {**bad, **bad_true})
     decoded = {name: value for name, value in facts.items() if name != "model"}
     figures, floor = [], []
-    for name, weights in protocol.embedders.items():
-        embedder = load_embedder(name, weights)
+    for embedder in embedders:
         figures += score(clips, references, embedder, protocol.seconds, decoded, out / "heard")
         if all(clip.reference for clip in clips):
             music = [Clip(clip.reference, clip.caption) for clip in clips]
@@ -96,7 +96,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     measured = {"model": [clip.path for clip in clips], "true music": references} if settings.measures else {}
     measures = {name: measure_files(paths) for name, paths in measured.items() if paths}
     adherence = None
-    if task.store is not None and not settings.audio:
+    if settings.adherence and task.store is not None and not settings.audio:
         by_name = dict(zip((prompt.name for prompt in task.prompts), task.truths, strict=True))
         kept = {clip.path.stem: clip.path for clip in clips}
         told = {"model": facts["model"]["name"], "weights": facts["model"]["weights_sha256"][:16], **decoded}
@@ -184,8 +184,6 @@ def _task(settings: DictConfig) -> Task:
         return Task(listed, [store.audio_path(row) for row in held_out if row not in asked], store, truths)
     if protocol.source != "table":
         raise UserError(f"no protocol is named: give eval=NAME, one of {', '.join(configs.names('eval'))}")
-    if missing := [name for name in protocol.embedders if OmegaConf.is_missing(protocol.embedders, name)]:
-        raise UserError(f"eval={protocol.name} needs eval.embedders.{missing[0]}=FILE, its weights")
     if settings.prompts is None:
         raise UserError(f"eval={protocol.name} needs prompts=FILE, the benchmark's own table of captions")
     listed = read_prompt_list(

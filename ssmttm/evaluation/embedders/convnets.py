@@ -134,7 +134,7 @@ class _PannsBlock(nn.Module):
 def _fill(module: nn.Module, weights: str | None, name: str, ignore: tuple[str, ...]) -> str:
     """Load a file's tensors into a module; gives 16 hex digits of the file's sha256."""
     if weights is None or not Path(weights).is_file():
-        raise UserError(f"embedder {name} has no weights of its own: give weights=FILE (.safetensors or .pth)")
+        raise UserError(f"embedder {name} has no weights of its own: give eval.weights.{name}=FILE, safetensors or pth")
     path = Path(weights)
     try:
         if path.suffix == ".safetensors":

@@ -1,0 +1,254 @@
+"""Protocols: the benchmarks' own tables, resumable, exact about what is missing; figures that refuse unlike ones."""
+
+import json
+from collections import namedtuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from music import RATE, clips
+
+from ssmttm import audio, config
+from ssmttm.cli import main
+from ssmttm.errors import UserError, run_cli
+from ssmttm.evaluation import protocol
+from ssmttm.evaluation.embed_files import hear, set_hash
+from ssmttm.evaluation.embedders import load_embedder
+from ssmttm.evaluation.figures import Figure, check_comparable, compare, differences, table
+from ssmttm.evaluation.prompt_lists import read_prompt_list
+
+N = 24
+Output = namedtuple("Output", "audios sample_rate")
+
+
+class Model:
+    """Stands in for a pipeline: seeded noise under a tone, and a count of what was asked of it."""
+
+    def __init__(self, name="model", weights="a" * 64):
+        self.facts, self.asked = {"model": {"name": name, "weights_sha256": weights}}, []
+
+    def __call__(self, prompts, seeds, duration, **settings):
+        self.asked += prompts
+        rows = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            tone = torch.sin(torch.arange(round(duration * RATE)) * (0.02 + 0.001 * (seed % 50)))
+            rows.append(0.1 * tone[None] + 0.02 * torch.randn(1, len(tone), generator=generator))
+        return Output(torch.stack(rows), RATE)
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """A table of captions, and the true audio of all but one."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    wavs, captions = clips(0, 8)
+    lines = ["ytid,caption,is_audioset_eval"]
+    for i, (wav, caption) in enumerate(zip(wavs, captions, strict=True)):
+        name = f"clip-{i}"
+        lines.append(f'{name},"{caption} {i}",{i % 2 == 0}')
+        audio.write(folder / "audio" / f"{name}.flac", wav[:, : 5 * RATE], RATE)
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings(benchmark, out, *more):
+    return config.load(
+        "eval=musiccaps", f"prompts={benchmark / 'captions.csv'}", f"references={benchmark / 'audio'}", f"out={out}",
+        "eval.embedders=[tiny,log_mel]", "eval.seconds=5", "measures=false", *more, root="eval",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = Model()
+    monkeypatch.setattr(protocol.MusicPipeline, "from_pretrained", lambda checkpoint: model)
+    return model
+
+
+# --- the whole way --------------------------------------------------------------------------------------------------
+
+
+def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, model, capsys):
+    out = tmp_path / "out"
+    found = protocol.evaluate(settings(benchmark, out))
+    assert len(model.asked) == N and len(list((out / "audio").glob("*.wav"))) == N
+    names = {figure["name"]: figure for figure in found["figures"]}
+    kinds = ("fad", "kad", "fad_infinity", "precision", "recall", "coverage")
+    assert set(names) == {f"{kind}_{e}" for kind in kinds for e in ("tiny", "log_mel")} | {"kl_tiny", "clap_tiny"}
+    for figure in names.values():
+        assert figure["low"] <= figure["high"] and figure["fingerprint"]["n"] == N
+    facts = names["fad_tiny"]["fingerprint"]
+    known = {"embedder", "weights", "sample_rate", "clip_seconds", "seed", "guidance_scale", "n_reference", "prompts"}
+    assert known <= facts.keys()
+    true = {figure["name"]: figure["value"] for figure in found["true_music"]}
+    assert names["kl_tiny"]["value"] > 1 and true["clap_tiny"] > names["clap_tiny"]["value"] + 0.2
+    assert names["fad_tiny"]["value"] > 3 * true["fad_tiny"]
+    text = (out / "report.md").read_text()
+    assert "As published, not measured here" in text and "4.88" in text and "fad_tiny (↓)" in text
+
+    (out / "audio" / "clip-3.wav").unlink()
+    (out / "audio" / "clip-5.json").unlink()  # a piece without its record was cut off
+    again = protocol.evaluate(settings(benchmark, out))
+    assert len(model.asked) == N + 2 and again["figures"] == found["figures"]
+
+
+def test_pieces_of_another_model_are_not_taken(benchmark, tmp_path, model):
+    protocol.evaluate(settings(benchmark, tmp_path))
+    with pytest.raises(UserError, match="guidance_scale differ"):
+        protocol.evaluate(settings(benchmark, tmp_path, "guidance=5"))
+    model.facts = {"model": {"name": "model", "weights_sha256": "b" * 64}}
+    with pytest.raises(UserError, match="model differ"):
+        protocol.evaluate(settings(benchmark, tmp_path))
+
+
+def test_finished_audio_is_matched_and_what_does_not_match_is_told(benchmark, tmp_path, model):
+    done = tmp_path / "done"
+    for path in sorted((benchmark / "audio").glob("*.flac"))[2:]:
+        audio.write(done / f"{path.stem}.wav", audio.read(path)[0], RATE)
+    audio.write(done / "stranger.wav", torch.zeros(1, 5 * RATE) + 0.1, RATE)
+    (done / "clip-7.wav").write_bytes(b"broken")
+    audio.write(done / "clip-8.wav", torch.ones(1, RATE) * 0.1, RATE)
+    found = protocol.evaluate(settings(benchmark, tmp_path / "out", f"audio={done}"))
+    told = "\n".join(found["notes"])
+    assert "2 prompts without audio" in told and "stranger.wav" in told and "2 left out" in told
+    assert not model.asked and found["figures"][0]["fingerprint"]["n"] == N - 4
+    assert found["figures"][0]["fingerprint"]["guidance_scale"] == "unknown"
+
+
+def test_missing_references_are_told_and_the_figures_that_need_them_left_out(benchmark, tmp_path, model):
+    found = protocol.evaluate(settings(benchmark, tmp_path / "out", f"references={tmp_path}"))
+    assert {f["name"] for f in found["figures"]} == {"clap_tiny"} and not found["true_music"]
+    assert any("24 prompts without reference audio" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["n=5"], "fewer than 20"),
+        (["prompts=nowhere.csv"], "no table"),
+        (["audio=EMPTY"], "no audio"),
+        (["eval.embedders=[vggish]"], "weights.vggish=FILE"),
+        (["prompts=null"], "needs prompts=FILE"),
+        (["eval.caption=words"], "no column 'words'"),
+        (["+eval.keep.is_audioset_eval=maybe"], "no prompt left"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_clear_line(benchmark, tmp_path, model, more, says):
+    (tmp_path / "EMPTY").mkdir()
+    more = [word.replace("EMPTY", str(tmp_path / "EMPTY")) for word in more]
+    with pytest.raises(UserError) as caught:
+        protocol.evaluate(settings(benchmark, tmp_path / "out", *more))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_builtin_needs_a_store(capsys):
+    assert run_cli(lambda: main(["evaluate", "eval=builtin"])) == 2
+    assert "store is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", config.names("eval"))
+def test_every_protocol_composes(name):
+    settings = config.load(f"eval={name}", root="eval")
+    assert settings.eval.name == name and settings.eval.source in ("builtin", "table")
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def figure(value=1.0, name="fad_tiny", better="lower", **facts):
+    return Figure(name, value, value - 0.1, value + 0.1, better, {"n": 100, "seed": 0, **facts})
+
+
+def test_like_figures_are_compared():
+    assert "the second is better" in compare(figure(2.0), figure(1.0))
+    assert "are apart" in compare(figure(2.0), figure(1.0))
+    assert "overlap" in compare(figure(1.1), figure(1.0))
+    assert "the first is better" in compare(figure(2.0, "clap_tiny", "higher"), figure(1.0, "clap_tiny", "higher"))
+
+
+def test_unlike_figures_refuse():
+    with pytest.raises(UserError, match="n 100 and 200"):
+        compare(figure(), figure(n=200))
+    with pytest.raises(UserError, match="guidance None and 3"):
+        compare(figure(), figure(guidance=3))
+    with pytest.raises(UserError, match="different things"):
+        compare(figure(), figure(name="fad_log_mel"))
+    with pytest.raises(UserError, match="seed"):
+        table({"a": [figure()], "b": [figure(seed=1)]})
+    check_comparable([figure(), figure(3.0)])
+    assert differences({"a": 1}, {"a": 1}) == ""
+    rows = table({"a": [figure()], "b": [figure(2.0), figure(name="kad_tiny")]})
+    assert rows[0] == ["", "fad_tiny (↓)", "kad_tiny (↓)"] and rows[1][2] == ""
+
+
+def test_outcomes_are_compared_on_the_command_line(benchmark, tmp_path, model, capsys):
+    for name in ("a", "b"):
+        model.facts = {"model": {"name": name, "weights_sha256": name * 64}}
+        protocol.evaluate(settings(benchmark, tmp_path / name))
+    protocol.evaluate(settings(benchmark, tmp_path / "c", "seed=1"))
+    assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "fad_tiny" in capsys.readouterr().out
+    assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "c")])) == 2
+    assert "seed 0 and 1" in capsys.readouterr().err
+    assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path)])) == 2
+    assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a")])) == 2
+
+
+# --- tables of prompts ----------------------------------------------------------------------------------------------
+
+
+def test_tables_of_every_kind_are_read(tmp_path):
+    rows = [{"path": "00/7.mp3", "caption": "a waltz"}, {"path": "01/8.mp3", "caption": "a jig"}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "x.csv").write_text("path,caption\n" + "".join(f"{r['path']},{r['caption']}\n" for r in rows))
+    (tmp_path / "x.tsv").write_text("path\tcaption\n" + "".join(f"{r['path']}\t{r['caption']}\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    audio.write(tmp_path / "audio" / "00" / "7.2min.wav", torch.ones(1, RATE) * 0.1, RATE)
+    for kind in ("json", "jsonl", "csv", "tsv", "parquet"):
+        table = tmp_path / f"x.{kind}"
+        templates = ["{path_stem}", "{path_stem}.2min"]
+        found = read_prompt_list(table, "{path}", "caption", references=tmp_path / "audio", audio=templates)
+        assert [prompt.caption for prompt in found] == ["a waltz", "a jig"] and found[0].name == "00-7-mp3"
+        assert found[0].reference == tmp_path / "audio" / "00" / "7.2min.wav" and found[1].reference is None
+    (tmp_path / "x.txt").write_text("a waltz\n\na jig\n")
+    assert [prompt.name for prompt in read_prompt_list(tmp_path / "x.txt", "", "")] == ["0000-a-waltz", "0001-a-jig"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "just words"])
+def test_a_table_that_is_none_is_a_clear_error(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x\.json"):
+        read_prompt_list(tmp_path / "x.json", "{path}", "caption")
+
+
+def test_only_the_rows_asked_for(benchmark):
+    found = read_prompt_list(benchmark / "captions.csv", "{ytid}", "caption", {"is_audioset_eval": True})
+    assert len(found) == N // 2
+
+
+# --- hearing --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_heard_is_kept_by_content(benchmark, tmp_path, monkeypatch):
+    embedder, paths = load_embedder("log_mel"), sorted((benchmark / "audio").glob("*.flac"))[:3]
+    first = hear(embedder, paths, 5.0, tmp_path)
+    assert first.vectors.shape == (3, 5, embedder.dim)
+    monkeypatch.setattr(embedder, "embed", lambda wav: pytest.fail("heard twice"))
+    again = hear(embedder, paths[::-1], 5.0, tmp_path)
+    assert torch.equal(again.vectors.flip(0), first.vectors)
+    assert set_hash(paths) == set_hash(paths[::-1]) != set_hash(paths[:2])
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
+    monkeypatch.undo()
+    assert torch.equal(hear(embedder, paths, 5.0, tmp_path).vectors, first.vectors)
+
+
+def test_channels_and_rates_do_not_matter_to_what_is_heard(tmp_path):
+    wav = clips(0, 8)[0][0][:, : 5 * RATE]
+    one = audio.write(tmp_path / "mono.wav", wav, RATE)
+    two = audio.write(tmp_path / "stereo.wav", audio.resample(wav, RATE, 48_000).repeat(2, 1).clamp(-1, 1), 48_000)
+    vectors = hear(load_embedder("tiny"), [one, two], 5.0, tmp_path).vectors
+    far = float(np.linalg.norm(vectors[0] - vectors[1]) / np.linalg.norm(vectors[0]))
+    assert far < 0.05
