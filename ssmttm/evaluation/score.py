@@ -115,8 +115,8 @@ def _distances(heard: Heard, reference: Heard) -> list[tuple[str, float, tuple[f
     if min(len(x), len(y)) > NEIGHBOURS:
         shares = precision_recall_coverage(x, y)._asdict()
         for name, value in shares.items():
-            spread = interval(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
-            found.append((name, value, spread, "higher"))
+            low, high = interval(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
+            found.append((name, value, (max(0.0, low), min(1.0, high)), "higher"))
     return found
 
 

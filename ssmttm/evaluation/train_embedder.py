@@ -140,7 +140,7 @@ def main() -> None:
         return [true, coded], Captions(store, kept), [truth_of(store, row)["style"] for row in kept.tolist()]
 
     hearings, captions, names = prepared(store.indices("train"))
-    classes = sorted(set(names))
+    classes = sorted({truth_of(store, row)["style"] for row in range(len(store))})
     styles = torch.tensor([classes.index(name) for name in names])
     embedder = train(hearings, captions, styles, classes, arguments.steps, min(arguments.batch, len(styles)))
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])
