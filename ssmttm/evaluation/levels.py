@@ -22,12 +22,12 @@ _BLOCK = 64  # samples that are interpolated together
 def true_peak(wav: Tensor) -> float:
     """The peak between samples too, in dBTP, at 4 times the rate (ITU-R BS.1770-4, annex 2); -inf for silence.
 
-    Looked for only where samples come within 6 dB of the highest.
+    Looked for only where samples come within 3 dB of the highest.
     """
     highest = wav.abs().max()
     padded = F.pad(wav, (_TAPS // 2, -wav.shape[-1] % _BLOCK + _TAPS // 2))
     blocks = padded.unfold(-1, _BLOCK + _TAPS - 1, _BLOCK).flatten(0, 1)  # [n, block + taps - 1]
-    loud = blocks[blocks.abs().amax(-1) >= 0.5 * highest]
+    loud = blocks[blocks.abs().amax(-1) >= 0.7 * highest]
     between = loud.unfold(-1, _TAPS, 1) @ _interpolator().T  # [n, block, 4]
     return float(20 * torch.maximum(between.abs().max(), highest).log10())
 

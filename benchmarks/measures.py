@@ -1,0 +1,84 @@
+"""How long a ten-second clip takes to be measured, by part, on one thread: python -m benchmarks.measures
+
+Writes benchmarks/results/measures.json. A figure is the whole way: reading the file, all measures.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.paired import environment
+from data_prep.builtin import compose, render
+from ssmttm import audio
+from ssmttm.evaluation import features, levels, rhythm, tonality
+from ssmttm.evaluation.measures import measure_clip
+from ssmttm.evaluation.repetition import repetition
+
+OUT = Path(__file__).parent / "results" / "measures.json"
+SECONDS, CLIPS = 10, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="times each clip is measured (default: %(default)s)")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        results = {}
+        for name, rate, channels in (("24 kHz mono", 24_000, 1), ("44.1 kHz stereo", 44_100, 2)):
+            paths = [write_clip(Path(folder) / f"{rate}-{i}.wav", i, rate, channels) for i in range(CLIPS)]
+            whole = timed([lambda p=p: measure_clip(*audio.read(p, mono=False)) for p in paths], rounds)
+            results[name] = {"whole": whole, **parts(paths[0], rounds)}
+    for name, figures in results.items():
+        print(f"\n{name}: {60_000 / figures['whole']['median_ms']:.0f} clips a minute")
+        for part, told in figures.items():
+            print(f"  {part:20} {told['median_ms']:8.2f} ms   p10 {told['p10_ms']:8.2f} ms")
+    OUT.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    print(f"\n{OUT}")
+
+
+def write_clip(path: Path, index: int, rate: int, channels: int) -> Path:
+    """Ten seconds of a built-in piece; two channels are a little apart in time."""
+    mono = torch.from_numpy(render(compose(11, index)))[None, : SECONDS * 24_000]
+    wav = audio.resample(torch.cat([mono.roll(20 * c, 1) for c in range(channels)]), 24_000, rate)
+    return audio.write(path, wav.clamp(-1, 1), rate)
+
+
+def timed(calls: list[Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median and tenth percentile of a call, over all calls and rounds."""
+    spans = []
+    for _ in range(rounds):
+        for call in calls:
+            begun = time.perf_counter()
+            call()
+            spans.append(1e3 * (time.perf_counter() - begun))
+    return {"median_ms": float(np.median(spans)), "p10_ms": float(np.quantile(spans, 0.1))}
+
+
+def parts(path: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Each group of measures by itself."""
+    wav, rate = audio.read(path, mono=False)
+    mono = features.level(audio.resample(audio.to_mono(wav), rate, features.SAMPLE_RATE))
+    curve = rhythm.envelope(features.onset_strength(mono)[0])
+    bpm = rhythm.tempo(curve)
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: audio.read(path, mono=False),
+        "resample": lambda: audio.resample(audio.to_mono(wav), rate, features.SAMPLE_RATE),
+        "loudness": lambda: audio.loudness(wav, rate),
+        "true peak": lambda: levels.true_peak(wav),
+        "spectrum": lambda: levels.brightness(levels.spectrum(wav), rate),
+        "onsets, tempo, beats": lambda: rhythm.beats(rhythm.envelope(features.onset_strength(mono)[0]), bpm),
+        "key": lambda: tonality.key(features.chroma(mono)[0]),
+        "repetition": lambda: repetition(features.log_mel(mono)[0]),
+    }
+    return {name: timed([call], rounds) for name, call in calls.items()}
+
+
+if __name__ == "__main__":
+    main()
