@@ -1,11 +1,13 @@
 """Stands in for train.py where a test is about sweeps: keeps the contract of a run folder, and learns nothing.
 
-A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user's mistake, 668 crashes once and then goes on.
+A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user's mistake, 668 crashes once, then goes on.
+FAKE_IMPORTS is how many seconds it takes to get to work. As with train.py, a folder that another holds is a mistake.
 """
 
 import fcntl
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -14,8 +16,13 @@ from pathlib import Path
 settings = dict(word.partition("=")[::2] for word in sys.argv[1:])
 run = Path(settings["run_dir"])
 run.mkdir(parents=True, exist_ok=True)
+time.sleep(float(os.environ.get("FAKE_IMPORTS", "0")))
 lock = (run / ".lock").open("w")
-fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("error: another training is writing here")
+    sys.exit(2)
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 with (run / "starts").open("a") as starts:

@@ -76,9 +76,14 @@ def test_an_axis_may_change_the_experiment(tmp_path):
     assert [c.run_dir for c in composed] == ["runs/debug", "runs/tiny"] and composed[1].model.n_layers == 1
 
 
+def test_an_axis_may_hold_null(tmp_path):
+    jobs = expand(settings(tmp_path, {"init": [None, "runs/x"]}).sweep)
+    assert [config.load(*job.overrides).init for job in jobs] == [None, "runs/x"] and jobs[0].name == "null-seed0"
+
+
 def test_matched_sizes(tmp_path):
     grid = {"model.layers": ["mamba2", "attention"]}
-    sweep = settings(tmp_path, grid, experiment="tiny", match={"parameters": "8M", "vary": "n_layers"}).sweep
+    sweep = settings(tmp_path, grid, experiment="tiny", match={"parameters": "8M"}).sweep
     sizes = [count_parameters(config.load(*job.overrides).model) for job in expand(sweep)]
     assert all(abs(size / 8e6 - 1) < 0.06 for size in sizes) and sizes[0] != sizes[1]
 
@@ -98,6 +103,9 @@ def test_a_budget_of_flops_gives_dearer_models_fewer_steps(tmp_path):
         ({"experiment": None}, "sweep=NAME"),
         ({"experiment": "debig"}, "experiment=debug"),
         ({"budget": {"steps": 3, "flops": 1e9}}, "keep one"),
+        ({"budget": {"steps": 0}}, "more than 0"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"match": {"vary": "d_model"}}, "no parameters"),
         ({"grid": {"optim.lr": 3}}, "no axis"),
         ({"grid": {"optim.lr": []}}, "no axis"),
         ({"grid": {"optim.rate": [1]}}, "optim.rate"),
@@ -172,6 +180,52 @@ def test_other_settings_under_a_name_in_use_are_refused(tmp_path, fake):
         run_sweep(settings(tmp_path, RATES, steps=6))
 
 
+def test_another_store_is_refused(tmp_path, fake):
+    """Half of a table learnt from one corpus and half from another would look like any other table."""
+    run_sweep(settings(tmp_path, RATES))
+    with pytest.raises(UserError, match=r"begun with store=.*none"):
+        run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"store": "other"}))
+
+
+def test_an_evaluation_asked_for_later_is_made_without_training_again(tmp_path, fake, monkeypatch):
+    command = work.Work._command
+
+    def evaluating(self, stage):
+        if stage != "evaluation":
+            return command(self, stage)
+        told = f"import json, pathlib as p; f = p.Path({str(self.folder / stage)!r}); f.mkdir(exist_ok=True)"
+        figures = json.dumps({"figures": [{"name": "fad_tiny", "value": len(self._evaluate)}]})
+        return [sys.executable, "-c", f"{told}; (f / 'figures.json').write_text({figures!r})"]
+
+    monkeypatch.setattr(work.Work, "_command", evaluating)
+    folder = run_sweep(settings(tmp_path, RATES))
+    assert all(not run.figures for run in collect(folder))
+    for asked in (["eval=builtin"], ["eval=builtin"], ["eval=builtin", "n=64"]):
+        run_sweep(settings(tmp_path, RATES, evaluate=asked))
+        assert [run.figures for run in collect(folder)] == [{"fad_tiny": len(asked)}] * 2
+        log = (folder.job_folder("0.001-seed0") / "log.txt").read_text()
+        assert log.count("figures.json") == len(asked) and len(lines(folder, "0.001-seed0")) == 10
+    run_sweep(settings(tmp_path, RATES))
+    assert (folder.job_folder("0.001-seed0") / "log.txt").read_text() == log
+
+
+def test_an_error_leaves_no_training_running(tmp_path, fake):
+    """As of a search that cannot take in what a trial has shown."""
+    wanted = settings(tmp_path, {"train.steps": [5, 500]}, budget={"steps": None})
+    folder, jobs = SweepFolder(tmp_path / "sweep"), expand(wanted.sweep)
+    folder.enter(jobs)
+
+    def refuse(job, outcome):
+        raise UserError(f"no use for {job.name}, {outcome}")
+
+    with pytest.raises(UserError, match="no use for 5-seed0, done"):
+        launch.run_local(folder, jobs, wanted, 2, refuse)
+    time.sleep(0.3)
+    made = lines(folder, "500-seed0")
+    time.sleep(0.3)
+    assert 0 < len(made) == len(lines(folder, "500-seed0")) < 1000
+
+
 def test_no_store_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="store"):
         run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"store": None}))
@@ -232,7 +286,7 @@ def test_killed_at_any_time_it_completes_without_repeating(tmp_path, start):
 
 
 def test_a_training_that_outlived_its_sweep_is_waited_for(tmp_path, start):
-    """The stand-in exits with 1 if another holds its folder, and a second start would be counted."""
+    """The stand-in refuses a folder that another holds, and a second start would be counted."""
     process, folder = start(), SweepFolder(tmp_path / "sweep")
     while not lines(folder, "0.001-seed0"):
         time.sleep(0.01)
@@ -242,6 +296,20 @@ def test_a_training_that_outlived_its_sweep_is_waited_for(tmp_path, start):
     assert all(folder.is_done(job.name) for job in folder.jobs())
     assert (folder.job_folder("0.001-seed0") / "log.txt").read_text().count("$ ") == 2
     assert len(lines(folder, "0.001-seed0")) == 60
+
+
+def test_killed_while_its_jobs_are_still_importing(tmp_path, start, fake, monkeypatch):
+    """A training holds its job from its birth, long before it can hold its folder: no second one starts beside it."""
+    monkeypatch.setenv("FAKE_IMPORTS", "1.0")
+    process, folder = start(), SweepFolder(tmp_path / "sweep")
+    while len(list((folder.path / "jobs").glob("*/run"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder.job_folder("0.001-seed0") / "run" / ".lock").exists()
+    run_sweep(settings(tmp_path, RATES, steps=30, seeds=[0, 1]))
+    assert all(folder.is_done(job.name) and len(lines(folder, job.name)) == 60 for job in folder.jobs())
+    assert "another training" not in (folder.job_folder("0.001-seed0") / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -295,6 +363,17 @@ def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
     assert "--array=0-1%8" in script and "--signal=B:USR1@300" in script and "partition" not in script
 
 
+def test_slurm_is_not_asked_for_nothing(tmp_path, fake, monkeypatch):
+    run_sweep(settings(tmp_path, RATES))
+    launcher = config.load("launcher=slurm", "launcher.parallel=null", root="sweep").launcher
+    monkeypatch.setenv("PATH", "")
+    folder = run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"launcher": launcher}))
+    assert not (folder.path / "sweep.sbatch").exists()
+    with pytest.raises(UserError, match="sbatch"):
+        run_sweep(OmegaConf.merge(settings(tmp_path, {"optim.lr": [0.1]}), {"launcher": launcher}))
+    assert "--array=0-0\n" in (folder.path / "sweep.sbatch").read_text()
+
+
 def test_without_slurm_the_script_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     launcher = config.load("launcher=slurm", root="sweep").launcher
@@ -334,6 +413,28 @@ def test_a_search_finds_the_better_rate_and_goes_on_after_a_stop(tmp_path, fake,
     assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
     losses = [run.loss[-1] for run in collect(folder)]
     assert min(losses) < 0.7 and "best of 12 trials" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("params", [0, 1])
+def test_a_trial_that_a_kill_left_half_chosen_is_replaced(tmp_path, fake, params):
+    optuna = pytest.importorskip("optuna")
+    axes = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "train.log_every": [1, 2]}
+    wanted = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
+    (tmp_path / "sweep").mkdir()
+    storage = optuna.storages.journal.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep" / "study.log"))
+    )
+    half = optuna.create_study(storage=storage, study_name="s").ask()
+    if params:
+        half.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
+    folder = run_sweep(wanted)
+    assert len(folder.jobs()) == 4 and all(folder.is_done(job.name) for job in folder.jobs())
+    assert all(any("log_every" in word for word in job.overrides) for job in folder.jobs())
+
+
+def test_a_search_without_trials_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="no trials"):
+        run_sweep(settings(tmp_path, {}, search={"parameters": {"optim.lr": [1, 2]}}))
 
 
 # --- real trainings -------------------------------------------------------------------------------------------------
@@ -407,6 +508,29 @@ def test_intervals_are_students(groups):
 def test_a_curve_between_two_validations_is_straight(groups):
     run = groups[0].runs[0]
     assert run.at("step", 1.5) == 3.5 and run.at("seconds", 2.25) == 2.75 and groups[1].furthest("seconds") == 6
+
+
+def test_what_a_run_was_worth_before_its_first_validation_is_not_made_up(groups):
+    """A slow model whose first validation comes late gets no credit for it at an earlier time."""
+    late = Group("late", [made_up("late", seed, [1.0, 0.5], pace=50.0) for seed in (0, 1, 2)])
+    rows = report.paired_table([groups[0], late])
+    assert rows[1][0] == "late" and rows[1][3] == "" and rows[1][1].startswith("-")
+    other = Group("other", [made_up("other", 7, [1.0, 0.5], pace=1.0)])
+    assert report.paired_table([groups[0], other])[1][1:] == ["", "", ""]
+
+
+def test_points_that_left_the_grid_come_last(tmp_path, fake):
+    """So that the first group, which all others are held against, stays the grid's first."""
+    run_sweep(settings(tmp_path, {"optim.lr": [0.001, 0.01]}))
+    folder = run_sweep(settings(tmp_path, {"optim.lr": [0.1, 0.01]}))
+    assert [run.job.labels["optim.lr"] for run in collect(folder)] == ["0.1", "0.01", "0.001"]
+
+
+def test_the_last_step_is_read_from_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert work.last_step(tmp_path) == 0
+    path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(5000)) + '{"step": 9')
+    assert work.last_step(tmp_path) == 4999
 
 
 def test_the_pareto_front_is_what_nothing_beats():

@@ -53,5 +53,5 @@ def run_job(path: Path, name: str) -> None:
     from ssmttm.sweeps.work import DONE
 
     folder = SweepFolder(path)
-    if not folder.is_done(name) and run_one(folder, folder.job(name), folder.config()) != DONE:
+    if run_one(folder, folder.job(name), folder.config()) != DONE:
         raise UserError(f"{name} failed: see {folder.job_folder(name) / 'log.txt'}")

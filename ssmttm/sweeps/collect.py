@@ -35,8 +35,11 @@ class Run:
     figures: dict[str, float]
 
     def at(self, kind: str, amount: float) -> float:
-        """The metric when so much of one of SPENT was spent, between two validations by a straight line."""
-        return float(np.interp(amount, self.spent[kind], self.loss))
+        """The metric when so much of one of SPENT was spent, between two validations by a straight line.
+
+        NaN before the first validation: what a run was worth then is not known.
+        """
+        return float(np.interp(amount, self.spent[kind], self.loss, left=np.nan))
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ class Group:
 
 
 def collect(folder: SweepFolder) -> list[Run]:
-    """Every job's run, in the grid's order."""
+    """Every job's run, in the grid's order; those that the grid has no longer come last."""
     sweep = folder.config().sweep
     places = {name: [str(point) for point in axis] for name, axis in sweep.grid.items()}
 
     def place(job: Job) -> list[int]:
-        return [axis.index(job.labels[name]) if job.labels.get(name) in axis else -1 for name, axis in places.items()]
+        found = ((axis, job.labels.get(name)) for name, axis in places.items())
+        return [axis.index(label) if label in axis else len(axis) for axis, label in found]
 
     return [_run(folder.job_folder(job.name), job, sweep.metric) for job in sorted(folder.jobs(), key=place)]
 
@@ -76,7 +80,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     names: dict[str, list[Run]] = {}
     for run in runs:
         if len(run.loss):
-            names.setdefault(", ".join(v for k, v in run.job.labels.items() if k != "seed"), []).append(run)
+            names.setdefault(", ".join(v for k, v in run.job.labels.items() if k != "seed") or "all", []).append(run)
     return [Group(name, members) for name, members in names.items()]
 
 

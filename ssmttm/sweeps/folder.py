@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,13 +26,18 @@ class SweepFolder:
         """JOB."""
         return self.path / "jobs" / name
 
-    def is_done(self, name: str) -> bool:
-        """Whether a job has finished all its stages."""
-        return is_done(self.job_folder(name))
+    def is_done(self, name: str, evaluate: Sequence[str] | None = None) -> bool:
+        """Whether a job has finished its training, and this evaluation if one is asked for."""
+        return is_done(self.job_folder(name), evaluate)
 
     def write_config(self, config: DictConfig) -> None:
         """Keep the sweep as it is started now."""
         write_text(self.path / "sweep.yaml", OmegaConf.to_yaml(config))
+
+    def require_store(self, store: str) -> None:
+        """Raises UserError if the sweep was begun on another store: its jobs could not be compared."""
+        if (self.path / "sweep.yaml").is_file() and (before := self.config().store) != store:
+            raise UserError(f"{self.path} was begun with store={before}, not {store}: give that, or another out=DIR")
 
     def config(self) -> DictConfig:
         """The sweep as it was last started. Raises UserError if the folder is no sweep's."""

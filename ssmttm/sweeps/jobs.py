@@ -12,7 +12,6 @@ from ssmttm import config
 from ssmttm.errors import UserError
 from ssmttm.models.size import fit_budget, parse_count, size_of
 
-BUDGETS = ("steps", "flops", "seconds")
 _TEXT_TOKENS = 32  # of a caption, when FLOPs are foreseen
 
 
@@ -41,14 +40,11 @@ def expand(sweep: DictConfig) -> list[Job]:
     """All jobs of a sweep's grid.
 
     Raises:
-        UserError: no experiment, more than one budget, an axis that is none, two points of one name, or an override
-            that the training's config does not know.
+        UserError: `check` refuses, an axis that is none, two points of one name, or an override that the training's
+            config does not know.
     """
-    if not sweep.experiment:
-        raise UserError(f"no sweep is named: give sweep=NAME, one of {', '.join(config.names('sweep'))}")
-    budget = {kind: amount for kind, amount in sweep.budget.items() if amount is not None}
-    if len(budget) > 1:
-        raise UserError(f"sweep.budget has {' and '.join(budget)}: keep one, and set the others to null")
+    check(sweep)
+    budget = budget_of(sweep)
     axes = {name: _points(name, axis) for name, axis in OmegaConf.to_container(sweep.grid, resolve=True).items()}
     jobs = []
     for seed in sweep.seeds:
@@ -60,6 +56,24 @@ def expand(sweep: DictConfig) -> list[Job]:
     if twice := {job.name for job in jobs if sum(other.name == job.name for other in jobs) > 1}:
         raise UserError(f"two points of the grid are both named {min(twice)}: give the axis labels of its own")
     return jobs
+
+
+def check(sweep: DictConfig) -> None:
+    """Raises UserError for a sweep without experiment or seeds, or with a budget that is none."""
+    if not sweep.experiment:
+        raise UserError(f"no sweep is named: give sweep=NAME, one of {', '.join(config.names('sweep'))}")
+    if not sweep.seeds:
+        raise UserError("sweep.seeds is empty: give at least one, such as sweep.seeds=[0]")
+    budget = budget_of(sweep)
+    if len(budget) > 1:
+        raise UserError(f"sweep.budget has {' and '.join(budget)}: keep one, and set the others to null")
+    if low := [f"{kind}={amount}" for kind, amount in budget.items() if amount <= 0]:
+        raise UserError(f"sweep.budget.{low[0]}: give more than 0")
+
+
+def budget_of(sweep: DictConfig) -> dict[str, float]:
+    """What the sweep's budget limits, and how much of it there is."""
+    return {kind: amount for kind, amount in sweep.budget.items() if amount is not None}
 
 
 def make_job(labels: Mapping[str, str], overrides: list[str], budget: Mapping[str, float]) -> Job:
@@ -75,14 +89,18 @@ def sized(overrides: list[str], sweep: DictConfig) -> list[str]:
     if sweep.match is None:
         config.load(*overrides)  # a mistake is told before anything runs
         return overrides
-    fit = fit_budget(config.load(*overrides).model, parse_count(str(sweep.match.parameters)), sweep.match.vary)
+    if "parameters" not in sweep.match:
+        raise UserError("sweep.match has no parameters: write {parameters: 300M, vary: n_layers}")
+    parameters, vary = parse_count(str(sweep.match.parameters)), sweep.match.get("vary", "n_layers")
+    fit = fit_budget(config.load(*overrides).model, parameters, vary)
     return [*overrides, f"model.{fit.key}={fit.value}"]
 
 
 def _points(name: str, axis: Any) -> dict[str, list[str]]:
     """An axis as {label: overrides}."""
     if isinstance(axis, list) and axis:
-        return {str(value): [f"{name}={value}"] for value in axis}
+        values = ["null" if value is None else str(value) for value in axis]
+        return {value: [f"{name}={value}"] for value in values}
     if isinstance(axis, dict) and axis and all(isinstance(overrides, list) for overrides in axis.values()):
         return {str(label): [str(override) for override in overrides] for label, overrides in axis.items()}
     raise UserError(f"sweep.grid.{name} is no axis: write a list of values, or {{label: [overrides]}}")

@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -72,7 +72,7 @@ def run_local(
     waiting, places = iter(jobs), _places(settings.launcher)
     free = list(places)
     working: dict[int, Work] = {}
-    with stop_requests() as requested, tqdm(total=total, desc="sweep", unit="job") as bar:
+    with _stopped_on_error(working), stop_requests() as requested, tqdm(total=total, desc="sweep", unit="job") as bar:
         more = True
         while working or more:
             if requested():
@@ -102,6 +102,17 @@ def run_local(
         raise KeyboardInterrupt(where) if stopped == INTERRUPT else Preempted(where)
 
 
+@contextmanager
+def _stopped_on_error(working: Mapping[int, Work]) -> Iterator[None]:
+    """Leave no training running whose sweep has ended with an error."""
+    try:
+        yield
+    except BaseException:
+        for work in working.values():
+            work.stop()
+        raise
+
+
 def run_slurm(folder: SweepFolder, jobs: list[Job], settings: DictConfig) -> None:
     """Write OUT/sweep.sbatch, an array with one task a job, and hand it to sbatch.
 
@@ -113,7 +124,7 @@ def run_slurm(folder: SweepFolder, jobs: list[Job], settings: DictConfig) -> Non
     launcher, script = settings.launcher, folder.path / "sweep.sbatch"
     options = {
         "job-name": f"sweep-{settings.sweep.name}",
-        "array": f"0-{len(jobs) - 1}%{launcher.parallel}",
+        "array": f"0-{len(jobs) - 1}" + (f"%{launcher.parallel}" if launcher.parallel else ""),
         "gpus": launcher.gpus,
         "cpus-per-task": launcher.threads,
         "time": launcher.time,
@@ -125,7 +136,8 @@ def run_slurm(folder: SweepFolder, jobs: list[Job], settings: DictConfig) -> Non
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     command = shlex.join([sys.executable, "-m", "ssmttm.cli", "sweep", "job", str(folder.path)])
     names = " ".join(shlex.quote(job.name) for job in jobs)
-    write_text(script, _SBATCH.format(options="\n".join(lines), names=names, command=command, here=Path.cwd()))
+    here = shlex.quote(os.getcwd())
+    write_text(script, _SBATCH.format(options="\n".join(lines), names=names, command=command, here=here))
     print(script)
     if shutil.which("sbatch") is None:
         raise UserError(f"there is no sbatch here: run `sbatch {script}` where there is one")
@@ -169,7 +181,7 @@ def _places(launcher: DictConfig) -> dict[int, str | None]:
 
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
-    if gpus:
+    if gpus and launcher.gpus:
         shares = [",".join(gpus[i : i + launcher.gpus]) for i in range(0, len(gpus), launcher.gpus)]
         shares = [share for share in shares if share.count(",") == launcher.gpus - 1]
         if not shares:

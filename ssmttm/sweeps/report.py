@@ -78,7 +78,10 @@ def main_table(groups: Sequence[Group]) -> Rows:
 
 
 def paired_table(groups: Sequence[Group]) -> Rows:
-    """How much each group differs from the first, seed by seed, where both have spent the same."""
+    """How much each group differs from the first, seed by seed, where both have spent the same.
+
+    Empty where a run had no validation by then, or no seed is in both.
+    """
     rows = [["", *(f"at equal {_EQUAL[kind]}" for kind in SPENT if kind != "samples")]]
     first = groups[0]
     for member in groups[1:]:
@@ -128,7 +131,9 @@ def curves_table(runs: Sequence[Run]) -> Rows:
 
 
 def interval(values: np.ndarray, sign: bool = False) -> str:
-    """Mean and half the width of its 95 % interval (Student's t), which one value has not."""
+    """Mean and half the width of its 95 % interval (Student's t), which one value has not; "" for none, or a NaN."""
+    if len(values) == 0 or np.isnan(values).any():
+        return ""
     mean = f"{values.mean():+.4f}" if sign else f"{values.mean():.4f}"
     if len(values) < 2:
         return mean

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
 from ssmttm.files import claimed
@@ -24,16 +24,20 @@ def run_sweep(settings: DictConfig) -> SweepFolder:
     """
     if not settings.store:
         raise UserError("store is not set: give store=DIR, made by `python -m data_prep`")
+    settings = OmegaConf.merge(settings, {"store": str(Path(settings.store).resolve())})
     jobs = [] if settings.sweep.search else expand(settings.sweep)
-    folder = SweepFolder(Path(settings.out).resolve())
+    folder, evaluate = SweepFolder(Path(settings.out).resolve()), settings.sweep.evaluate
     with claimed(folder.path, "sweep"):
+        folder.require_store(settings.store)
         folder.enter(jobs)
         folder.write_config(settings)
         if settings.sweep.search:
             run_search(folder, settings)
             return folder
-        left = [job for job in jobs if not folder.is_done(job.name)]
+        left = [job for job in jobs if not folder.is_done(job.name, evaluate)]
         print(f"{len(jobs)} jobs, {len(jobs) - len(left)} of them done, in {folder.path}")
+        if not left:
+            return folder
         if settings.launcher.kind == "slurm":
             run_slurm(folder, left, settings)
             return folder
@@ -41,7 +45,7 @@ def run_sweep(settings: DictConfig) -> SweepFolder:
             run_ray(folder, left, settings)
         else:
             run_local(folder, left, settings, len(left))
-        if failed := [job.name for job in left if not folder.is_done(job.name)]:
+        if failed := [job.name for job in left if not folder.is_done(job.name, evaluate)]:
             logs = folder.job_folder("NAME") / "log.txt"
             raise UserError(f"{len(failed)} jobs failed ({', '.join(failed)}): see {logs}; run again to retry them")
     return folder

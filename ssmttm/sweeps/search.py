@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
 from ssmttm.sweeps.folder import SweepFolder
-from ssmttm.sweeps.jobs import Job, make_job, sized
+from ssmttm.sweeps.jobs import Job, budget_of, check, make_job, sized
 from ssmttm.sweeps.launch import run_local
 from ssmttm.sweeps.work import DONE, STOPPED, read_metrics
 
@@ -20,9 +20,13 @@ def run_search(folder: SweepFolder, settings: DictConfig) -> None:
     """Work through `sweep.search`: so many trials, as many at once as the launcher has room for.
 
     Raises:
-        UserError: Optuna is not installed, a parameter is neither a range nor a list of choices, or another launcher
-            than local.
+        UserError: the sweep is none (`jobs.check`), Optuna is not installed, trials or parameters are not given, a
+            parameter is neither a range nor a list of choices, or another launcher than local.
     """
+    check(settings.sweep)
+    search, seed = settings.sweep.search, int(settings.sweep.seeds[0])
+    if missing := [name for name in ("trials", "parameters") if not search.get(name)]:
+        raise UserError(f"sweep.search has no {missing[0]}: write {{trials: 20, parameters: {{KEY: {{low, high}}}}}}")
     try:
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -30,31 +34,37 @@ def run_search(folder: SweepFolder, settings: DictConfig) -> None:
         raise UserError("sweep.search needs Optuna: pip install optuna, or write a grid") from error
     if settings.launcher.kind != "local":
         raise UserError("sweep.search runs with launcher=local only: each trial waits for what earlier ones showed")
-    search, seed = settings.sweep.search, int(settings.sweep.seeds[0])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder.path / "study.log"))),
         sampler=optuna.samplers.TPESampler(seed=seed + len(list(folder.path.glob("jobs/*")))),
         study_name=settings.sweep.name,
-        direction=search.direction,
+        direction=search.get("direction", "minimize"),
         load_if_exists=True,
     )
     states = optuna.trial.TrialState
     numbers: dict[str, int] = {}
 
+    def chosen() -> list[Any]:
+        """Trials whose settings are all chosen, to whatever end they came; a kill may leave one without."""
+        return [trial for trial in study.get_trials() if trial.params.keys() == set(search.parameters)]
+
     def proposals() -> Iterator[Job]:
-        begun = study.get_trials(states=(states.RUNNING,))
-        yield from (enter(trial.number, trial.params) for trial in begun if trial.params)
-        while len(study.get_trials(states=(states.COMPLETE, states.FAIL, states.RUNNING))) < search.trials:
+        whole = {trial.number for trial in chosen()}
+        for trial in study.get_trials(states=(states.RUNNING,)):
+            if trial.number in whole:
+                yield enter(trial.number, trial.params)
+            else:
+                study.tell(trial.number, state=states.FAIL)
+        while len(chosen()) < search.trials:
             trial = study.ask()
             yield enter(trial.number, {name: _suggest(trial, name, kind) for name, kind in search.parameters.items()})
 
     def enter(number: int, values: dict[str, Any]) -> Job:
         labels = {"trial": f"trial{number:04d}", "seed": str(seed)}
-        chosen = [f"{name}={value}" for name, value in values.items()]
-        overrides = [f"experiment={settings.sweep.experiment}", *settings.sweep.overrides, *chosen, f"seed={seed}"]
-        budget = {kind: amount for kind, amount in settings.sweep.budget.items() if amount is not None}
-        job = make_job(labels, sized(overrides, settings.sweep), budget)
+        picked = [f"{name}={value}" for name, value in values.items()]
+        overrides = [f"experiment={settings.sweep.experiment}", *settings.sweep.overrides, *picked, f"seed={seed}"]
+        job = make_job(labels, sized(overrides, settings.sweep), budget_of(settings.sweep))
         folder.enter([job])
         numbers[job.name] = number
         return job
@@ -65,11 +75,11 @@ def run_search(folder: SweepFolder, settings: DictConfig) -> None:
         elif outcome != STOPPED:
             study.tell(numbers[job.name], state=states.FAIL)
 
-    over = len(study.get_trials(states=(states.COMPLETE, states.FAIL)))
+    over = sum(trial.state in (states.COMPLETE, states.FAIL) for trial in chosen())
     run_local(folder, proposals(), settings, search.trials - over, finished)
     if study.get_trials(states=(states.COMPLETE,)):
-        chosen = " ".join(f"{name}={value}" for name, value in study.best_params.items())
-        print(f"best of {len(study.trials)} trials: {settings.sweep.metric} {study.best_value:.4f} with {chosen}")
+        best = " ".join(f"{name}={value}" for name, value in study.best_params.items())
+        print(f"best of {len(chosen())} trials: {settings.sweep.metric} {study.best_value:.4f} with {best}")
 
 
 def _suggest(trial: Any, name: str, kind: Any) -> Any:

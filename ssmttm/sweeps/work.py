@@ -1,14 +1,16 @@
 """One job at work: its stages as processes, one after the other, each of which goes on where it was stopped.
 
     JOB/job.json        what it is
+    JOB/.lock           held by whoever works on it: by the processes too, from their birth to their end
     JOB/log.txt         what its processes said
     JOB/timing/         a short run that tells how long a step takes, where the budget is in seconds
     JOB/run/            the training
     JOB/evaluation/     what `ssmttm evaluate` measured, where the sweep asks for it
-    JOB/done.json       written last
+    JOB/done.json       written last: the steps made, and what was evaluated
     JOB/failed.json     instead, if a stage failed for good; another start of the sweep tries again
 """
 
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssmttm.errors import PREEMPTED, USER_ERROR, UserError
 from ssmttm.files import is_claimed, write_text
@@ -27,12 +29,14 @@ TRAIN = Path(__file__).parents[2] / "train.py"
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 _TIMED_STEPS = 30
 _TOLD = 3  # last lines of a failed job's log that are shown
+_TAIL = 65_536  # bytes of metrics.jsonl in which the last step is looked for
 
 
 class Work:
     """A job being worked on; call `poll` until it gives an outcome.
 
-    A training that an earlier, killed sweep left behind still holds its folder: it is waited for, then gone on from.
+    A process that an earlier, killed sweep left behind still holds the job: it is waited for, then gone on from. So is
+    another sweep's, such as that of a Slurm array submitted twice.
 
     Args:
         folder: JOB.
@@ -58,15 +62,18 @@ class Work:
         self._environment = {**os.environ, **environment}
         self._stages = [*(["timing"] if job.seconds else []), "run", *(["evaluation"] if evaluate else [])]
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock: IO[bytes] | None = None
         self._stopping = False
 
     def poll(self) -> str | None:
         """Start what is next if nothing runs; DONE, FAILED or STOPPED at the end."""
         if self._process is None:
-            if is_claimed(self.folder / self._stages[0]):
-                return STOPPED if self._stopping else None
             if self._stopping:
-                return STOPPED
+                return self._end(STOPPED)
+            if not self._hold() or is_claimed(self.folder / self._stages[0]):
+                return None
+            if is_done(self.folder, self._evaluate):
+                return self._end(DONE)
             self._start()
             return None
         code = self._process.poll()
@@ -74,7 +81,7 @@ class Work:
             return None
         self._process = None
         if self._stopping:
-            return STOPPED
+            return self._end(STOPPED)
         if code == 0:
             self._stages.pop(0)
             return None if self._stages else self._finish("done.json", DONE)
@@ -84,21 +91,32 @@ class Work:
         return None
 
     def stop(self) -> None:
-        """Ask the running process for a checkpoint and an end; `poll` says when it has stopped."""
+        """Ask the running process, once, for a checkpoint and an end; `poll` says when it has stopped."""
+        if not self._stopping and self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
         self._stopping = True
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End the running process at once."""
-        self._signal(signal.SIGKILL)
 
     def steps(self) -> int:
         """Training steps done."""
         return last_step(self.folder / "run")
 
-    def _signal(self, number: int) -> None:
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+    def _hold(self) -> bool:
+        """Whether the job is this work's. Its processes inherit the lock, which so lasts as long as any of them."""
+        if self._lock is not None:
+            return True
+        lock = (self.folder / ".lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        self._lock = lock
+        return True
+
+    def _end(self, outcome: str) -> str:
+        if self._lock is not None:
+            self._lock.close()
+        return outcome
 
     def _start(self) -> None:
         (self.folder / "failed.json").unlink(missing_ok=True)
@@ -107,14 +125,15 @@ class Work:
             log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment, start_new_session=True
-            )
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
+                start_new_session=True, pass_fds=[self._lock.fileno()] if self._lock else (),
+            )  # fmt: skip
 
     def _command(self, stage: str) -> list[str]:
         folder = self.folder / stage
         if stage == "evaluation":
             where = [f"checkpoint={self.folder / 'run'}", f"store={self._store}", f"out={folder}"]
-            return [sys.executable, "-m", "ssmttm.cli", "evaluate", *(self._evaluate or []), *where]
+            return [sys.executable, "-m", "ssmttm.cli", "evaluate", *(self._evaluate or ()), *where]
         overrides = [*self.job.overrides, f"data.store={self._store}", f"run_dir={folder}"]
         if stage == "timing":
             overrides += [f"train.steps={_TIMED_STEPS}", "train.log_every=5", "train.eval_every=0"]
@@ -123,8 +142,9 @@ class Work:
         return [*self._launch, str(TRAIN), *overrides]
 
     def _finish(self, name: str, outcome: str) -> str:
-        write_text(self.folder / name, json.dumps({"steps": self.steps()}) + "\n")
-        return outcome
+        evaluate = None if self._evaluate is None else list(self._evaluate)
+        write_text(self.folder / name, json.dumps({"steps": self.steps(), "evaluate": evaluate}) + "\n")
+        return self._end(outcome)
 
 
 def launch_command(accelerate: str | None, port: int) -> list[str]:
@@ -145,8 +165,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_step(run: Path) -> int:
-    """The last step that a run has recorded, or 0."""
-    return max((row["step"] for row in read_metrics(run)), default=0)
+    """The last step that a run has recorded, or 0; looked at often, so only the file's end is read."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def steps_within(seconds: float, timing: Path) -> int:
@@ -155,9 +181,10 @@ def steps_within(seconds: float, timing: Path) -> int:
     return max(1, round(seconds / statistics.median(each[1:])))
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a job has finished all its stages."""
-    return (folder / "done.json").is_file()
+def is_done(folder: Path, evaluate: Sequence[str] | None = None) -> bool:
+    """Whether a job has finished its training, and this evaluation if one is asked for."""
+    path = folder / "done.json"
+    return path.is_file() and (evaluate is None or json.loads(path.read_text()).get("evaluate") == list(evaluate))
 
 
 def is_failed(folder: Path) -> bool:
