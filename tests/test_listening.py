@@ -20,9 +20,19 @@ from ssmttm import audio
 from ssmttm.cli import main
 from ssmttm.errors import UserError, run_cli
 from ssmttm.files import write_text
-from ssmttm.listening.analyse import Preference, Rating, bradley_terry, duels, mean_opinions, read_answers, report
+from ssmttm.listening.analyse import (
+    Answers,
+    Preference,
+    Rating,
+    bradley_terry,
+    duels,
+    mean_opinions,
+    read_answers,
+    report,
+)
 from ssmttm.listening.design import find_systems, plan, williams
 from ssmttm.listening.page import make_test
+from ssmttm.listening.webmushra import export
 
 RATE = 24_000
 PROMPTS = ["a slow waltz", "a fast jig", "calm </script> piano"]
@@ -142,6 +152,18 @@ def test_unknown_kinds_and_axes_are_refused(tmp_path, folders):
         make_test(folders, tmp_path / "out", kind="abx")
     with pytest.raises(UserError, match="loudness"):
         make_test(folders, tmp_path / "out", axes=("loudness",))
+    with pytest.raises(UserError, match="--listeners 0"):
+        make_test(folders, tmp_path / "out", listeners=0)
+    with pytest.raises(UserError, match="both"):
+        export(folders, tmp_path / "out", kind="abx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_clip_of_a_prompt_is_told(folders):
+    write_clip(folders["mamba-secret"] / "again.wav", PROMPTS[0], 300)
+    whole, left = find_systems(folders)
+    assert len(whole) == 3 and whole[PROMPTS[0]]["mamba-secret"].name == "0.wav"
+    assert len(left) == 1 and "again.wav: 0.wav has the same prompt" in left[0]
 
 
 def test_systems_are_matched_by_file_name_without_records(tmp_path):
@@ -207,6 +229,9 @@ def test_opinions_are_means_with_intervals_over_listeners():
     assert (mean, n) == (3.0, 24) and found["b", "quality"][0] == 5
     alone = np.std([2, 4] * 4) / math.sqrt(8) * 1.96
     assert (high - low) / 2 == pytest.approx(alone, rel=0.25), "a listener's answers belong together"
+    assert math.isnan(found["b", "quality"][1]), "one listener says nothing of others"
+    told = report(Answers([Rating("l0", "b", "quality", 5)], [Preference("l0", "a", "b", 1.0)], []))
+    assert told.count("one listener") == 3 and "nan" not in told
 
 
 def answers_of(test, key, listener, rate):
@@ -238,10 +263,17 @@ def test_files_of_answers_give_back_what_listeners_meant(tmp_path, folders, caps
     (tmp_path / "other.json").write_text(json.dumps({**json.loads(files[0].read_text()), "test": "x"}))
     (tmp_path / "junk.csv").write_text("no")
     files += [tmp_path / "again.json", tmp_path / "other.json", tmp_path / "junk.csv"]
+    for listener, change in ((7, {"choice": "2"}), (8, {"quality": "9"}), (9, {"quality": "good"})):
+        saved = answers_of(test, key, 1, rate)
+        kind = "pair" if "choice" in change else "mos"
+        next(answer for answer in saved["answers"] if answer["kind"] == kind)["given"] |= change
+        files.append(tmp_path / f"{listener}.json")
+        files[-1].write_text(json.dumps({**saved, "listener": listener}))
     found = read_answers(files, key_file)
     told = "\n".join(found.notes)
     for word in ("answered already", "another test", "junk.csv", "listener 3 answered"):
         assert word in told
+    assert {r.listener for r in found.ratings} == {"1", "2", "3"} and told.count("not a file of answers") == 4
     opinions = mean_opinions(found.ratings)
     assert all(opinions[system, "quality"][0] == value for system, value in rate.items())
     text = report(found)
@@ -261,7 +293,9 @@ def test_no_answers_and_no_key_are_clear_errors(tmp_path, folders):
 
 def test_webmushra_gets_its_pages_and_clips(tmp_path, folders, capsys):
     words = [f"{name}={folder}" for name, folder in folders.items()]
+    write_clip(folders["mamba-secret"] / "9.wav", "only here", 300)
     assert main(["listen", "webmushra", "--systems", *words, "--out", str(tmp_path / "out")]) == 0
+    assert "left out: only here" in capsys.readouterr().out
     test = yaml.safe_load((tmp_path / "out" / "listening.yaml").read_text())
     kinds = [page["type"] if isinstance(page, dict) else page[0] for page in test["pages"]]
     assert kinds == ["generic", "volume", "random", "random", "finish"]
@@ -269,8 +303,20 @@ def test_webmushra_gets_its_pages_and_clips(tmp_path, folders, capsys):
     assert len(ratings) == 9 * 3 and len(pairs) == 9
     named = {Path(file).name for page in ratings + pairs for file in page["stimuli"].values()}
     assert named == {path.name for path in (tmp_path / "out" / "listening").glob("*.wav")} and len(named) == 9
-    assert "secret" not in (tmp_path / "out" / "listening.yaml").read_text()
-    assert len(yaml.safe_load((tmp_path / "out" / "key.yaml").read_text())) == 9
+    text = (tmp_path / "out" / "listening.yaml").read_text()
+    assert "secret" not in text and "<" not in text.replace("<br>", ""), "webMUSHRA takes a prompt as HTML"
+    assert all("reference" not in page and page["mustRate"] for page in ratings + pairs)
+    key = yaml.safe_load((tmp_path / "out" / "key.yaml").read_text())
+    assert len(key) == 9
+    compared = Counter(frozenset(key[name]["system"] for name in page["stimuli"]) for page in pairs)
+    assert len(compared) == 3 and set(compared.values()) == {3}
+
+
+def test_webmushra_leaves_out_what_cannot_be_read(tmp_path, folders):
+    (folders["truth-secret"] / "0.wav").write_bytes(b"broken")
+    (_, clips, key), notes = export(folders, tmp_path / "out", "pairs")
+    assert len(yaml.safe_load(key.read_text())) == len(list(clips.glob("*.wav"))) == 6
+    assert len(notes) == 1 and "0.wav" in notes[0]
 
 
 # --- a real browser -------------------------------------------------------------------------------------------------

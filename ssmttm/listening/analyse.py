@@ -54,25 +54,26 @@ def read_answers(files: Sequence[Path], key_file: Path) -> Answers:
     """
     try:
         key = json.loads(key_file.read_text(encoding="utf-8"))
-        systems = {name: clip["system"] for name, clip in key["clips"].items()}
+        known, systems = key["test"], {name: clip["system"] for name, clip in key["clips"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{key_file} is no key of a listening test: give the key.json made with the page") from error
     ratings, preferences, notes = [], [], []
     seen: Counter[str] = Counter()
     for file in files:
         try:
-            test, listener, answers = _read(file)
+            test, listener, given = _read(file)
+            rated, preferred = _taken(given, listener, systems) if test == known else ([], [])
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            notes.append(f"{file}: left out, not a file of answers ({type(error).__name__})")
+            notes.append(f"{file}: left out, not a file of answers ({type(error).__name__}: {error})")
             continue
-        if test != key["test"]:
+        if test != known:
             notes.append(f"{file}: left out, of another test")
         elif seen[listener]:
             notes.append(f"{file}: left out, listener {listener} has answered already")
         else:
             seen[listener] += 1
-            for answer in answers:
-                _take(answer, listener, systems, ratings, preferences)
+            ratings += rated
+            preferences += preferred
     if not seen:
         raise UserError(f"no answers to this test in {len(files)} files{': ' + notes[0] if notes else ''}")
     counts = Counter(r.listener for r in ratings) + Counter(p.listener for p in preferences)
@@ -84,7 +85,7 @@ def read_answers(files: Sequence[Path], key_file: Path) -> Answers:
 def mean_opinions(ratings: Sequence[Rating], seed: int = 0) -> dict[tuple[str, str], tuple[float, float, float, int]]:
     """Mean, 95 % interval and number of ratings by (system, axis).
 
-    The interval is a bootstrap over listeners: one listener's answers belong together.
+    The interval is a bootstrap over listeners: one listener's answers belong together, and one listener has none (NaN).
     """
     listeners = sorted({rating.listener for rating in ratings})
     rng = np.random.default_rng(seed)
@@ -100,7 +101,7 @@ def mean_opinions(ratings: Sequence[Rating], seed: int = 0) -> dict[tuple[str, s
             counts[place] += 1
         totals = weights @ counts
         means = (weights @ sums)[totals > 0] / totals[totals > 0]
-        low, high = np.quantile(means, (0.025, 0.975))
+        low, high = np.quantile(means, (0.025, 0.975)) if (counts > 0).sum() > 1 else (np.nan, np.nan)
         found[system, axis] = float(sums.sum() / counts.sum()), float(low), float(high), len(mine)
     return found
 
@@ -132,7 +133,10 @@ def bradley_terry(systems: Sequence[str], preferences: Sequence[Preference]) -> 
 
 
 def strengths(preferences: Sequence[Preference], seed: int = 0) -> dict[str, tuple[float, float, float]]:
-    """Bradley-Terry strength and 95 % interval (bootstrap over listeners) by system, the strongest first."""
+    """Bradley-Terry strength and 95 % interval by system, the strongest first.
+
+    The interval is a bootstrap over listeners; one listener has none (NaN).
+    """
     systems = sorted({p.first for p in preferences} | {p.second for p in preferences})
     by_listener: dict[str, list[Preference]] = {}
     for preference in preferences:
@@ -143,7 +147,7 @@ def strengths(preferences: Sequence[Preference], seed: int = 0) -> dict[str, tup
         bradley_terry(systems, [p for i in rng.integers(len(groups), size=len(groups)) for p in groups[i]])
         for _ in range(_DRAWS // 5)
     ])  # fmt: skip
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
+    low, high = np.quantile(draws, (0.025, 0.975), axis=0) if len(groups) > 1 else np.full((2, len(systems)), np.nan)
     values = bradley_terry(systems, preferences)
     told = {s: (float(values[i]), float(low[i]), float(high[i])) for i, s in enumerate(systems)}
     return dict(sorted(told.items(), key=lambda item: -item[1][0]))
@@ -175,12 +179,12 @@ def report(answers: Answers) -> str:
         rows = [["system", *axes]]
         for system in dict.fromkeys(s for s, _ in opinions):
             cells = [opinions.get((system, axis)) for axis in axes]
-            rows.append([system, *(f"{c[0]:.2f} ({c[1]:.2f} to {c[2]:.2f}), n {c[3]}" if c else "" for c in cells)])
+            rows.append([system, *(f"{c[0]:.2f} ({_range(*c[1:3])}), n {c[3]}" if c else "" for c in cells)])
         parts.append(f"Mean opinion, 1 to 5, and 95 % interval (bootstrap over listeners):\n\n{markdown(rows)}")
     if answers.preferences:
         rows = [["system", "strength", "95 % interval"]]
         found = strengths(answers.preferences).items()
-        rows += [[system, f"{value:+.2f}", f"{low:+.2f} to {high:+.2f}"] for system, (value, low, high) in found]
+        rows += [[system, f"{value:+.2f}", _range(low, high, "+.2f")] for system, (value, low, high) in found]
         parts.append(f"Bradley-Terry strength (log odds; a tie is half a win):\n\n{markdown(rows)}")
         rows = [["pair", "first preferred", "second preferred", "ties", "p (sign test)"]]
         rows += [[f"{a} / {b}", str(w), str(x), str(t), f"{p:.2g}"] for a, b, w, x, t, p in duels(answers.preferences)]
@@ -189,10 +193,14 @@ def report(answers: Answers) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _range(low: float, high: float, form: str = ".2f") -> str:
+    return "one listener" if np.isnan(low) else f"{low:{form}} to {high:{form}}"
+
+
 def _read(file: Path) -> tuple[str, str, list[dict[str, Any]]]:
     """Test, listener and answers of one saved file."""
     text = file.read_text(encoding="utf-8-sig")
-    if file.suffix != ".csv":
+    if file.suffix.lower() != ".csv":
         found = json.loads(text)
         return found["test"], str(found["listener"]), found["answers"]
     rows = list(csv.DictReader(text.splitlines()))
@@ -204,17 +212,19 @@ def _read(file: Path) -> tuple[str, str, list[dict[str, Any]]]:
     return rows[0]["test"], rows[0]["listener"], list(answers.values())
 
 
-def _take(
-    answer: dict[str, Any],
-    listener: str,
-    systems: dict[str, str],
-    ratings: list[Rating],
-    preferences: list[Preference],
-) -> None:
-    """Add one answer to the lists; its clips' names give its systems."""
-    heard = [systems[clip] for clip in answer["clips"]]
-    if answer["kind"] == "mos":
-        ratings += [Rating(listener, heard[0], axis, int(value)) for axis, value in answer["given"].items()]
-    else:
-        share = {"0": 1.0, "1": 0.0, "tie": 0.5}[str(answer["given"]["choice"])]
-        preferences.append(Preference(listener, heard[0], heard[1], share))
+def _taken(
+    answers: Sequence[dict[str, Any]], listener: str, systems: dict[str, str]
+) -> tuple[list[Rating], list[Preference]]:
+    """One listener's answers; a clip's name gives its system. Raises ValueError, KeyError for what is no answer."""
+    ratings: list[Rating] = []
+    preferences: list[Preference] = []
+    for answer in answers:
+        heard = [systems[clip] for clip in answer["clips"]]
+        if answer["kind"] == "mos":
+            ratings += [Rating(listener, heard[0], axis, int(value)) for axis, value in answer["given"].items()]
+        else:
+            share = {"0": 1.0, "1": 0.0, "tie": 0.5}[str(answer["given"]["choice"])]
+            preferences.append(Preference(listener, heard[0], heard[1], share))
+    if outside := [rating.value for rating in ratings if not 1 <= rating.value <= 5]:
+        raise ValueError(f"{outside[0]} is not from 1 to 5")
+    return ratings, preferences

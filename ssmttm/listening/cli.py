@@ -53,8 +53,8 @@ def run_webmushra(arguments: argparse.Namespace) -> None:
     """Write the YAML and the clips."""
     from ssmttm.listening.webmushra import export
 
-    written = export(systems_of(arguments.systems), arguments.out, arguments.kind, arguments.seed)
-    print("\n".join(map(str, written)))
+    written, notes = export(systems_of(arguments.systems), arguments.out, arguments.kind, arguments.seed)
+    print("\n".join([*notes, *map(str, written)]))
 
 
 def run_analyse(arguments: argparse.Namespace) -> None:

@@ -32,6 +32,12 @@ class Trial:
         return asdict(self)
 
 
+def check_kind(kind: str) -> None:
+    """Raises UserError for a kind of test that there is not."""
+    if kind not in KINDS:
+        raise UserError(f"--kind {kind} is unknown: there are {', '.join(KINDS)}")
+
+
 def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Each system's clips by prompt, for the prompts that all systems have.
 
@@ -47,17 +53,20 @@ def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], 
     if len(folders) < 2:
         raise UserError("a listening test compares systems: give --systems NAME=FOLDER NAME=FOLDER ...")
     found: dict[str, dict[str, Path]] = {}
+    again = []
     for system, folder in folders.items():
         files = sorted(p for p in folder.glob("**/*") if p.suffix.lower() in WRITERS) if folder.is_dir() else []
         if not files:
             raise UserError(f"there is no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
         for path in files:
-            found.setdefault(read_record(path).get("prompt", path.stem), {}).setdefault(system, path)
+            clips = found.setdefault(read_record(path).get("prompt", path.stem), {})
+            if clips.setdefault(system, path) != path:
+                again.append(f"{path}: {clips[system].name} has the same prompt")
     whole = {prompt: clips for prompt, clips in sorted(found.items()) if len(clips) == len(folders)}
     left = [f"{prompt}: only of {', '.join(clips)}" for prompt, clips in found.items() if len(clips) < len(folders)]
     if not whole:
         raise UserError(f"{', '.join(folders)} have no prompt in common: sample all of them from the same prompts")
-    return whole, left
+    return whole, [*left, *again]
 
 
 def williams(n: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ssmttm import audio
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
-from ssmttm.listening.design import KINDS, find_systems, plan
+from ssmttm.listening.design import check_kind, find_systems, plan
 
 AXES = ("quality", "musicality", "adherence")
 LOUDNESS = -20.0  # LUFS of every clip, so that louder does not win
@@ -39,10 +39,11 @@ def make_test(
         What was written, and notes on what was left out or differs between systems.
 
     Raises:
-        UserError: an unknown kind or axis, or systems that cannot be compared.
+        UserError: an unknown kind or axis, no listener, or systems that cannot be compared.
     """
-    if kind not in KINDS:
-        raise UserError(f"--kind {kind} is unknown: there are {', '.join(KINDS)}")
+    check_kind(kind)
+    if listeners < 1:
+        raise UserError(f"--listeners {listeners}: give 1 or more")
     if unknown := [axis for axis in axes if axis not in AXES]:
         raise UserError(f"--axes {unknown[0]} is unknown: there are {', '.join(AXES)}")
     found, left = find_systems(folders)

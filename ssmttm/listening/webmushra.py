@@ -1,6 +1,11 @@
-"""The same test for webMUSHRA 1.4: a YAML of its pages, and the clips as WAV files under blind names."""
+"""The same test for webMUSHRA 1.4: a YAML of its pages, and the clips as WAV files under blind names.
+
+webMUSHRA's paired comparison holds clips against a named reference, and counts how often that is found. It cannot ask
+which of two unknown pieces is preferred, so a pair is one page on which both are rated, side by side.
+"""
 
 import random
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -8,40 +13,53 @@ import yaml
 from tqdm import tqdm
 
 from ssmttm import audio
+from ssmttm.errors import UserError
 from ssmttm.files import write_text
-from ssmttm.listening.design import find_systems
+from ssmttm.listening.design import check_kind, find_systems
 from ssmttm.listening.page import AXES, LOUDNESS
 
 _SCALE = [{"value": str(i), "label": word} for i, word in enumerate(("bad", "poor", "fair", "good", "excellent"), 1)]
 
 
-def export(folders: dict[str, Path], out: Path, kind: str = "both", seed: int = 0) -> list[Path]:
+def export(
+    folders: dict[str, Path], out: Path, kind: str = "both", seed: int = 0
+) -> tuple[list[Path], list[str]]:
     """Write OUT/listening.yaml, for webMUSHRA's configs folder, OUT/listening/*.wav, and OUT/key.yaml.
 
-    Ratings are likert_single_stimulus pages, one a clip and axis; preferences paired_comparison pages of the first two
-    systems, then the next, without a reference; webMUSHRA shuffles both itself.
+    Ratings are likert_single_stimulus pages, one a clip and axis; a pair is a likert_multi_stimulus page: the clip that
+    is rated higher is preferred. webMUSHRA shuffles pages, and the clips of a page, itself.
+
+    Returns:
+        What was written, and notes on what was left out.
 
     Raises:
-        UserError: systems that cannot be compared, or a clip that cannot be read.
+        UserError: an unknown kind, or systems that cannot be compared.
     """
-    found, _ = find_systems(folders)
+    check_kind(kind)
+    found, left = find_systems(folders)
     rng = random.Random(seed)
     key: dict[str, dict[str, str]] = {}
     ratings: list[Any] = ["random"]
     pairs: list[Any] = ["random"]
     for prompt, systems in tqdm(found.items(), desc="clips", unit="prompt"):
+        try:
+            wavs = {system: audio.read(path, mono=False) for system, path in systems.items()}
+        except UserError as error:
+            left.append(str(error))
+            continue
         names = {}
-        for system, path in systems.items():
+        for system, (wav, rate) in wavs.items():
             name = f"{rng.getrandbits(48):012x}"
-            wav, rate = audio.read(path, mono=False)
             audio.write(out / "listening" / f"{name}.wav", audio.normalise(wav, rate, LOUDNESS), rate)
             names[system] = f"configs/resources/listening/{name}.wav"
-            key[name] = {"system": system, "prompt": prompt, "file": str(path)}
+            key[name] = {"system": system, "prompt": prompt, "file": str(systems[system])}
         if kind in ("mos", "both"):
             ratings += [_rating(prompt, file, axis) for file in names.values() for axis in AXES]
         if kind in ("pairs", "both"):
             listed = list(names.values())
             pairs += [_pair(prompt, a, b) for i, a in enumerate(listed) for b in listed[i + 1 :]]
+    if not key:
+        raise UserError(f"no prompt has a readable clip of every system; the last: {left[-1]}")
     pages: list[Any] = [
         {"type": "generic", "id": "welcome", "name": "Welcome", "content": "You will hear short pieces of music."},
         {
@@ -59,21 +77,22 @@ def export(folders: dict[str, Path], out: Path, kind: str = "both", seed: int = 
     }  # fmt: skip
     for path, document in ((out / "listening.yaml", test), (out / "key.yaml", key)):
         write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    return [out / "listening.yaml", out / "listening", out / "key.yaml"]
+    notes = [f"left out: {what}" for what in left]
+    return [out / "listening.yaml", out / "listening", out / "key.yaml"], notes
 
 
 def _rating(prompt: str, file: str, axis: str) -> dict[str, Any]:
     name = Path(file).stem
     return {
-        "type": "likert_single_stimulus", "id": f"{axis}_{name}", "name": axis.capitalize(), "content": prompt,
-        "mustPlayback": "ended", "stimuli": {name: file}, "response": _SCALE,
+        "type": "likert_single_stimulus", "id": f"{axis}_{name}", "name": axis.capitalize(), "content": escape(prompt),
+        "mustRate": True, "mustPlayback": "ended", "stimuli": {name: file}, "response": _SCALE,
     }  # fmt: skip
 
 
 def _pair(prompt: str, a: str, b: str) -> dict[str, Any]:
     names = Path(a).stem, Path(b).stem
     return {
-        "type": "paired_comparison", "id": f"pair_{names[0]}_{names[1]}", "name": "Which do you prefer?",
-        "content": prompt, "unforced": "no preference", "showWaveform": False, "enableLooping": False,
-        "reference": a, "stimuli": dict(zip(names, (a, b), strict=True)),
+        "type": "likert_multi_stimulus", "id": f"pair_{names[0]}_{names[1]}", "name": "Which do you prefer?",
+        "content": f"{escape(prompt)}<br>Rate the one that you prefer higher, or both alike.", "mustRate": True,
+        "mustPlayback": "ended", "stimuli": dict(zip(names, (a, b), strict=True)), "response": _SCALE,
     }  # fmt: skip
