@@ -42,9 +42,8 @@ def settings(tmp_path, grid, steps=5, parallel=2, **more):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Jobs run the stand-in, without Accelerate."""
+    """Jobs run the stand-in."""
     monkeypatch.setattr(work, "TRAIN", FAKE)
-    monkeypatch.setattr(launch, "launch_command", lambda accelerate, port: [sys.executable])
     monkeypatch.setattr(launch, "_LOOK", 0.02)
 
 
@@ -244,7 +243,6 @@ from omegaconf import OmegaConf
 from ssmttm.errors import run_cli
 from ssmttm.sweeps import launch, run, work
 work.TRAIN, launch._LOOK = sys.argv[1], 0.02
-launch.launch_command = lambda accelerate, port: [sys.executable]
 sys.exit(run_cli(lambda: run.run_sweep(OmegaConf.load(sys.argv[2])) and None))
 """
 
@@ -351,8 +349,8 @@ def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
     patched = tmp_path / "patched"
     patched.mkdir()
     (patched / "sitecustomize.py").write_text(
-        "import sys\nfrom ssmttm.sweeps import launch, work\n"
-        f"work.TRAIN = {str(FAKE)!r}\nlaunch.launch_command = lambda accelerate, port: [sys.executable]\n"
+        "from ssmttm.sweeps import work\n"
+        f"work.TRAIN = {str(FAKE)!r}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{patched}:{HERE.parent}")
     wanted = settings(tmp_path, RATES)
@@ -464,6 +462,24 @@ def test_a_sweep_of_real_trainings_and_its_report(tmp_path, capsys):
             assert Path(path).stat().st_size > 100
     text = (folder.path / "report" / "report.md").read_text()
     assert "mamba2" in text and "attention" in text and f"{runs[0].parameters:,}" in text
+
+
+def test_a_mistake_in_a_real_training_is_told_and_not_tried_again(tmp_path, capsys):
+    with pytest.raises(UserError, match="2 jobs failed"):
+        run_sweep(real_settings(tmp_path, tmp_path / "nowhere"))
+    told = capsys.readouterr().err
+    folder = SweepFolder(tmp_path / "sweep")
+    logs = [(folder.job_folder(job.name) / "log.txt").read_text() for job in folder.jobs()]
+    assert len(logs) == 2 and all(log.count("$ ") == 1 for log in logs)
+    assert told.count("\nerror: ") == 2 and "nowhere" in told
+
+
+def test_accelerate_is_asked_for_many_processes_only():
+    assert work.launch_command(None, 1) == [sys.executable]
+    file = HERE.parent / "configs" / "accelerate" / "cpu2.yaml"
+    assert "--main_process_port=7" in work.launch_command(str(file), 7)
+    with pytest.raises(UserError, match="configs/accelerate"):
+        work.launch_command("nowhere.yaml", 1)
 
 
 # --- reports --------------------------------------------------------------------------------------------------------

@@ -148,12 +148,15 @@ class Work:
 
 
 def launch_command(accelerate: str | None, port: int) -> list[str]:
-    """`accelerate launch` with a file of configs/accelerate, or for one process."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    """`accelerate launch` with a file of configs/accelerate; for one process Python alone.
+
+    Accelerate's launcher exits with 1 whatever the training exits with: a mistake is then tried again as a crash is.
+    """
     if accelerate is None:
-        return [*launch, "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        return [sys.executable]
     if not Path(accelerate).is_file():
         raise UserError(f"launcher.accelerate={accelerate}: there is no such file; see configs/accelerate")
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*launch, f"--config_file={accelerate}", f"--main_process_port={port}"]
 
 
@@ -193,7 +196,8 @@ def is_failed(folder: Path) -> bool:
 
 
 def failure_of(folder: Path) -> str:
-    """The last lines of a job's log."""
+    """The last error that a job's log names, else its last lines."""
     path = folder / "log.txt"
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return "\n".join([line for line in lines if line.strip()][-_TOLD:])
+    named = [line for line in lines if line.startswith("error: ")]
+    return named[-1] if named else "\n".join([line for line in lines if line.strip()][-_TOLD:])
