@@ -129,6 +129,17 @@ def test_every_sweep_composes_and_expands(name):
     assert len(jobs) >= 2 and len({tuple(job.overrides) for job in jobs}) == len(jobs)
 
 
+def test_the_examples_of_the_page_are_sweeps():
+    page = (HERE.parent / "docs" / "sweeps.md").read_text()
+    example, search = (OmegaConf.create(block.split("```")[0]) for block in page.split("```yaml\n")[1:])
+    composed = config.load(root="sweep").sweep
+    OmegaConf.set_struct(composed, False)  # an axis may have any name
+    jobs = expand(OmegaConf.merge(composed, example))
+    assert len(jobs) == 12 and example.keys() <= composed.keys() and search.keys() <= composed.keys()
+    for name in config.names("sweep"):
+        assert f"`{name}`" in page, name
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
