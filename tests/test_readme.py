@@ -24,6 +24,11 @@ SMALLER = {
         "codec=debug", "codec.sample_rate=24000", "codec.hop_length=960", "codec.window=1920", "train.steps=2",
         "train.sample_every=0", "train.eval_every=0", "data.batch_size=2",
     ],
+    "sweep=backbones_tiny": [
+        "~sweep.grid.backbone", "+sweep.grid={optim.lr:[0.001]}", "sweep.experiment=debug", "sweep.seeds=[0]",
+        "sweep.budget.steps=2", "sweep.metric=loss",
+        "sweep.overrides=['train.eval_every=0','train.log_every=1']",
+    ],
 }  # fmt: skip
 ONLY_COMPOSED = ("accelerate launch", "experiment=paper")
 NOT_HERE = ("make ", "ssmttm evaluate")
@@ -45,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_readme_has_the_commands_of_every_user():
-    for word in ("make demo", "make test", "sample.py", "builtin", "folder", "train.py", "evaluate"):
+    for word in ("make demo", "make test", "sample.py", "builtin", "folder", "train.py", "evaluate", "sweep report"):
         assert any(word in command for command in COMMANDS), word
 
 
@@ -59,6 +64,8 @@ def test_commands_run_in_their_order(folder):
         if any(part in command for part in NOT_HERE):
             continue
         program, *arguments = small(command)
+        if program == "ssmttm":
+            program, arguments = "python", ["-m", "ssmttm.cli", *arguments]
         assert program == "python", command
         script = [str(ROOT / arguments[0])] if arguments[0].endswith(".py") else [arguments[0]]
         environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
@@ -67,6 +74,7 @@ def test_commands_run_in_their_order(folder):
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         ran += 1
     assert ran >= 5
+    assert (folder / "runs" / "sweeps" / "backbones_tiny" / "report" / "report.html").is_file()
     assert soundfile.info(folder / "waltz.wav").duration == pytest.approx(1.0, abs=0.01)
 
 
