@@ -36,7 +36,8 @@ class SweepFolder:
 
     def require_store(self, store: str) -> None:
         """Raises UserError if the sweep was begun on another store: its jobs could not be compared."""
-        if (self.path / "sweep.yaml").is_file() and (before := self.config().store) != store:
+        before = self.config().store if (self.path / "sweep.yaml").is_file() else store
+        if Path(before).resolve() != Path(store).resolve():
             raise UserError(f"{self.path} was begun with store={before}, not {store}: give that, or another out=DIR")
 
     def config(self) -> DictConfig:
