@@ -25,6 +25,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="run, checkpoint or exported folder, or hub id (default: embedded)",
     )
+    add("--painter", metavar="DIR", help="second stage of a model of two, if it is not in the model's own folder")
+    add("--paint-steps", type=int, metavar="N", help="sampler steps of the second stage (default: the model's own)")
     add("--codec", metavar="DIR", help="where the model's codec is, if not found by its name")
     add("--text-encoder", metavar="DIR", help="where the model's text encoder is, if not found by its name")
     add("--duration", type=float, default=10.0, metavar="S", help="seconds a piece (default: 10)")
@@ -56,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     from ssmttm.generation.progress import Progress
 
     destination = Destination(args.out, len(prompts), args.format)
-    pipe = MusicPipeline.from_pretrained(args.checkpoint, codec=args.codec, text_encoder=args.text_encoder)
+    pipe = MusicPipeline.from_pretrained(
+        args.checkpoint, codec=args.codec, text_encoder=args.text_encoder, painter=args.painter
+    )
+    if args.paint_steps is not None:
+        pipe.set_paint_steps(args.paint_steps)
     pipe.max_duration = args.max_duration
     settings = {"duration": args.duration, **asdict(sampling)}
     with Progress(len(prompts) * args.duration) as progress:

@@ -26,10 +26,13 @@ ALLOWED = {
     "codecs": {"errors", "files", "codecs"},
     "data": {"errors", "files", "data", "text", "audio"},
     "models": {"errors", "ops", "mixers", "models", "text"},
-    "generation": {"errors", "files", "models", "patterns", "codecs", "text", "checkpoint", "audio", "generation"},
+    "diffusion": {"errors", "models", "text", "diffusion"},
+    "generation": {
+        "errors", "files", "models", "patterns", "codecs", "text", "checkpoint", "audio", "diffusion", "generation",
+    },
     "training": {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
-        "generation", "training", "signals",
+        "diffusion", "generation", "training", "signals",
     },
     "listening": {"errors", "files", "audio", "generation", "evaluation", "listening"},
     "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from ssmttm import checkpoint, config
 from ssmttm.codecs import load_codec
+from ssmttm.data import open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.files import claimed
 from ssmttm.models import build_model
@@ -390,7 +392,9 @@ def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, mo
         audios, sample_rate = torch.zeros(3, 1, 50), 100
 
     monkeypatch.setattr(lm, "MusicPipeline", Pipe)
-    monkeypatch.setattr(lm, "_load_for_samples", lambda info: (nn.Identity(), object()))
+    encoder = SimpleNamespace(fingerprint=open_store(codes_store).info["text"]["fingerprint"])
+    monkeypatch.setattr(lm, "codec_of", lambda *about: nn.Identity())
+    monkeypatch.setattr(lm, "load_text_encoder", lambda name: encoder)
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=4", "train.sample_every=4"))
     prompts, seeds, used = heard[0]
     assert len(prompts) == 3 and seeds == [0, 1, 2]

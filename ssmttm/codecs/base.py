@@ -137,6 +137,8 @@ class Codec(nn.Module, ABC):
         books = self.codebook_vectors()[: self.n_codebooks]
         if latents.dim() != 3 or latents.shape[1] != self.latent_channels:
             raise UserError(f"latents must be [batch, {self.latent_channels}, frames], not {list(latents.shape)}")
+        if not bool(latents.isfinite().all()):
+            raise UserError("the latents hold NaN or infinite values: no code is nearest to them")
         parts = latents.transpose(1, 2).float().chunk(len(books), dim=-1)
         pairs = zip(parts, books, strict=True)
         return torch.stack([nearest(part, book, self.similarity) for part, book in pairs], dim=1)

@@ -10,18 +10,20 @@ from omegaconf import DictConfig
 
 from ssmttm import checkpoint
 from ssmttm.codecs import Codec
+from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.errors import UserError
-from ssmttm.models import build_model
-from ssmttm.models.token_lm import TokenLM
+from ssmttm.models import LatentDenoiser, TokenLM, build_model
 from ssmttm.text.encoders import TextEncoder
 
-EMBEDDED = Path(__file__).parent.parent / "assets" / "tiny_lm"
-HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*"]
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = ASSETS / "tiny_lm"
+PAINTER = "painter"  # of an exported model of two stages, the folder with the second
+HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", f"{PAINTER}/*"]
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A language model on disk.
+    """A language model or a denoiser on disk.
 
     Attributes:
         path: an exported folder or a checkpoint.
@@ -38,13 +40,14 @@ class ModelFolder:
     weights_file: Path
 
     def fact(self, kind: str) -> dict[str, Any]:
-        """`codec` or `text`: the name and fingerprint of what the training data was made with.
+        """`codec` or `text`: the name and fingerprint of what the training data was made with; of a denoiser also
+        `latents`, the fingerprint of their statistics.
 
         Raises:
             UserError: the card does not say it.
         """
         value = self._data.get(kind)
-        if not isinstance(value, dict) or not {"name", "fingerprint"} <= value.keys():
+        if not isinstance(value, dict) or "fingerprint" not in value:
             raise UserError(f"the card of {self.path} names no {kind} that it was trained with: export the model again")
         return value
 
@@ -71,16 +74,21 @@ class ModelFolder:
         return data
 
 
-def open_model_folder(folder_or_hub_id: str | Path | None) -> ModelFolder:
-    """Find a model: None is the embedded one; else an exported folder, a checkpoint, a run folder, or a hub id.
+def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> ModelFolder:
+    """Find a model: None is the embedded one; else an exported folder, a checkpoint, a run folder, the name of an
+    embedded model (tiny_lm, tiny_two_stage), or a hub id.
 
     Raises:
-        UserError: there is none, it is damaged, or it is no language model.
+        UserError: there is none, it is damaged, or it was trained for another task.
     """
     path = checkpoint.find_model(_local(folder_or_hub_id))
     config = checkpoint.read_config(path)
-    if config.get("task", "lm") != "lm":
-        raise UserError(f"{path} holds a {config.task}, not a language model: give the folder of a run with task=lm")
+    found = config.get("task", "lm")
+    if found != task:
+        kinds = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec"}
+        raise UserError(
+            f"{path} holds {kinds.get(found, found)}, not {kinds[task]}: give the folder of a run with task={task}"
+        )
     card = checkpoint.read_document(path, "card" if (path / "card.json").is_file() else "state")
     if not isinstance(card, dict):
         raise UserError(f"the card of {path} is no JSON object: export the model again")
@@ -90,7 +98,39 @@ def open_model_folder(folder_or_hub_id: str | Path | None) -> ModelFolder:
     return ModelFolder(path, card.get("name") or f"{run}{path.name}", config, card, weights_file)
 
 
-def load_model(folder: ModelFolder) -> TokenLM:
+def open_painter_folder(sketch: ModelFolder, given: str | Path | None) -> ModelFolder | None:
+    """The second stage that is given, else the one that lies in the first one's folder, else None.
+
+    Raises:
+        UserError: it is no denoiser, or was trained with another codec or text encoder than the first stage.
+    """
+    if given is None and not (sketch.path / PAINTER).is_dir():
+        return None
+    folder = open_model_folder(given or sketch.path / PAINTER, task="diffusion")
+    for kind in ("codec", "text"):
+        first, second = sketch.fact(kind), folder.fact(kind)
+        if first["fingerprint"] != second["fingerprint"]:
+            raise UserError(
+                f"{sketch.name} was trained with {kind} {first['name']} ({first['fingerprint']}), {folder.name} with "
+                f"{second['name']} ({second['fingerprint']}): both stages must come from one store"
+            )
+    return folder
+
+
+def load_denoiser(folder: ModelFolder) -> LatentDenoiser:
+    """The denoiser of a folder, in eval mode.
+
+    Raises:
+        UserError: the weights cannot be read, belong to another model, or hold other latent statistics than its card.
+    """
+    model = load_model(folder)
+    held = LatentStatistics(model.latent_mean, model.latent_std).fingerprint
+    if held != folder.fact("latents")["fingerprint"]:
+        raise UserError(f"{folder.path} holds other statistics of latents than it was trained with: export it again")
+    return model
+
+
+def load_model(folder: ModelFolder) -> TokenLM | LatentDenoiser:
     """Build the model of the folder's config and fill it, in eval mode.
 
     Raises:
@@ -101,8 +141,14 @@ def load_model(folder: ModelFolder) -> TokenLM:
     return model.eval()
 
 
-def check_fit(folder: ModelFolder, model: TokenLM, codec: Codec, text_encoder: TextEncoder) -> None:
-    """Check that codec and text encoder are those that the model was trained with.
+def check_fit(
+    folder: ModelFolder,
+    model: TokenLM,
+    codec: Codec,
+    text_encoder: TextEncoder,
+    denoiser: LatentDenoiser | None = None,
+) -> None:
+    """Check that codec and text encoder are those that the model was trained with, and that the stages fit.
 
     Raises:
         UserError: a fingerprint or a size differs.
@@ -115,7 +161,15 @@ def check_fit(folder: ModelFolder, model: TokenLM, codec: Codec, text_encoder: T
                 f"{trained_with['fingerprint']}, but what is found under that name is {part.fingerprint}: "
                 "put the original back, or train again"
             )
-    wanted, given = model.config, (codec.n_codebooks, codec.codebook_size, text_encoder.dim)
+    written = codec.n_codebooks
+    if denoiser is not None:
+        written = denoiser.config.sketch_codebooks
+        if model.config.n_codebooks != written:
+            raise UserError(
+                f"{folder.name} writes {model.config.n_codebooks} codebooks, the denoiser is to be told {written}: the "
+                "first stage needs model.n_codebooks as the second has model.sketch_codebooks"
+            )
+    wanted, given = model.config, (written, codec.codebook_size, text_encoder.dim)
     if (wanted.n_codebooks, wanted.codebook_size, wanted.text_dim) != given:
         raise UserError(
             f"{folder.path / 'config.yaml'} has {wanted.n_codebooks} codebooks of {wanted.codebook_size} and text of "
@@ -128,6 +182,8 @@ def _local(folder_or_hub_id: str | Path | None) -> Path:
     if folder_or_hub_id is None:
         return EMBEDDED
     path, name = Path(folder_or_hub_id), str(folder_or_hub_id)
+    if not path.exists() and path.name == name and (ASSETS / name / "card.json").is_file():
+        return ASSETS / name
     if path.exists() or isinstance(folder_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return path
     try:

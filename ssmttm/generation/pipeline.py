@@ -5,7 +5,7 @@ Shapes: n prompts, S samples, K codebooks, T frames, t frames of a chunk.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from ssmttm.codecs import Codec, load_codec
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.engine import generate_frames
-from ssmttm.generation.loading import check_fit, load_model, open_model_folder
+from ssmttm.generation.loading import (
+    check_fit,
+    load_denoiser,
+    load_model,
+    open_model_folder,
+    open_painter_folder,
+)
+from ssmttm.generation.painter import Painter, PaintSettings
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
@@ -42,11 +49,12 @@ class PipelineOutput:
 
 
 class MusicPipeline:
-    """A language model, its codec and its text encoder, ready to sample.
+    """A language model, its codec and its text encoder, ready to sample; with two stages, also what paints its sketch.
 
     Attributes:
         facts: where the model comes from, for the record beside each file: model and weights hash, codec, text encoder,
             licences of the training data, software.
+        painter: the second stage, or None.
         max_duration: longest piece that a call accepts, in seconds; set it higher for longer pieces.
 
     `reading` is what the model reads of a caption, see `ssmttm.text.reading`.
@@ -61,8 +69,10 @@ class MusicPipeline:
         facts: dict[str, Any] | None = None,
         max_duration: float = MAX_DURATION,
         reading: str = "plain",
+        painter: Painter | None = None,
     ) -> None:
         self.model = model.eval()
+        self.painter = painter
         self.codec = codec.eval()
         self.text_encoder = text_encoder
         self.pattern = pattern
@@ -77,6 +87,7 @@ class MusicPipeline:
         device: str | torch.device | None = None,
         codec: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        painter: str | Path | None = None,
     ) -> "MusicPipeline":
         """Load a model with the codec and text encoder that it was trained with; EMA weights where there are any.
 
@@ -86,6 +97,8 @@ class MusicPipeline:
             device: where the model and the codec run; default a GPU if there is one.
             codec, text_encoder: where to load these from if not by the name in the model's card, such as a folder. They
                 must be the very ones all the same.
+            painter: the second stage of a model of two, if it is not in the model's folder: a run, a checkpoint or an
+                exported denoiser.
 
         Raises:
             UserError: nothing is there, a file is damaged, or model, codec and text encoder do not belong together.
@@ -93,9 +106,12 @@ class MusicPipeline:
         folder = open_model_folder(folder_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = load_model(folder)
-        its_codec = load_codec(codec or folder.source("codec"), model.config.n_codebooks)
+        second = open_painter_folder(folder, painter)
+        denoiser = None if second is None else load_denoiser(second).to(device)
+        n_codebooks = (model if denoiser is None else denoiser).config.n_codebooks
+        its_codec = load_codec(codec or folder.source("codec"), n_codebooks).to(device)
         its_encoder = load_text_encoder(text_encoder or folder.source("text"))
-        check_fit(folder, model, its_codec, its_encoder)
+        check_fit(folder, model, its_codec, its_encoder, denoiser)
         facts = {
             "model": {"name": folder.name, "weights_sha256": file_sha256(folder.weights_file)},
             "codec": {"name": its_codec.name, "fingerprint": its_codec.fingerprint},
@@ -103,8 +119,34 @@ class MusicPipeline:
             "training_data_licences": folder.licences,
             "software": f"ssmttm {__version__}",
         }
+        its_painter = None
+        if second is not None:
+            settings = PaintSettings.of(second.config)
+            its_painter = Painter(denoiser, its_codec, settings)
+            facts["painter"] = {
+                "name": second.name,
+                "weights_sha256": file_sha256(second.weights_file),
+                "sampler": settings.sampler.name,
+                "steps": settings.sampler.steps,
+                "guidance_scale": settings.guidance_scale,
+            }
+            facts["training_data_licences"] = (folder.licences or {}) | (second.licences or {})
         pattern = get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks)
-        return cls(model.to(device), its_codec.to(device), its_encoder, pattern, facts, reading=folder.reading)
+        return cls(
+            model.to(device), its_codec, its_encoder, pattern, facts, reading=folder.reading, painter=its_painter
+        )
+
+    def set_paint_steps(self, steps: int) -> None:
+        """Sampler steps of the second stage from now on.
+
+        Raises:
+            UserError: fewer than one, or the model has one stage only.
+        """
+        if self.painter is None:
+            raise UserError("this model has one stage: there are no steps to set")
+        settings = self.painter.settings
+        self.painter.settings = replace(settings, sampler=replace(settings.sampler, steps=steps))
+        self.facts["painter"]["steps"] = steps
 
     @property
     def sample_rate(self) -> int:
@@ -192,7 +234,7 @@ class MusicPipeline:
     def _frames(self, request: Request, chunk_frames: int) -> Iterator[Tensor]:
         n_frames = math.ceil(self._samples(request) / self.codec.hop_length)
         text, null_text = self._encode(request.prompts)
-        return generate_frames(
+        frames = generate_frames(
             self.model,
             text,
             null_text,
@@ -202,6 +244,10 @@ class MusicPipeline:
             request.seeds,
             chunk_frames=chunk_frames,
         )
+        if self.painter is None:
+            return frames
+        device = next(self.model.parameters()).device
+        return self.painter.paint_stream(frames, text.to(device), null_text.to(device), request.seeds)
 
     def _encode(self, prompts: list[str]) -> tuple[TextCondition, TextCondition]:
         """Captions and their null conditions, each read by itself: in a batch an encoder rounds otherwise."""

@@ -1,29 +1,35 @@
-"""Models: a language model over codebook codes, and what it is built of."""
+"""Models: a language model over codebook codes, a denoiser of latents, and what they are built of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from ssmttm.errors import UserError
+from ssmttm.models.latent_denoiser import LatentDenoiser, LatentDenoiserConfig
 from ssmttm.models.token_lm import LMState, TokenLM, TokenLMConfig
 
-__all__ = ["LMState", "TokenLM", "TokenLMConfig", "build_model"]
+__all__ = ["LMState", "LatentDenoiser", "LatentDenoiserConfig", "TokenLM", "TokenLMConfig", "build_model"]
+
+KINDS: dict[str, tuple[type, type]] = {
+    "token_lm": (TokenLM, TokenLMConfig),
+    "latent_denoiser": (LatentDenoiser, LatentDenoiserConfig),
+}
 
 
-def build_model(config: Mapping[str, Any]) -> TokenLM:
+def build_model(config: Mapping[str, Any]) -> TokenLM | LatentDenoiser:
     """Build the model that a config's `model` section describes: `kind`, and the fields of that kind's config class.
 
     Raises:
         UserError: the kind or a field is unknown, or a value does not fit.
     """
-    options = dict(config)
+    options = {key: value if isinstance(value, str | Mapping) or not isinstance(value, Sequence) else list(value)
+               for key, value in config.items()}  # fmt: skip
     kind = options.pop("kind", None)
-    if kind != "token_lm":
-        raise UserError(f"unknown model.kind {kind!r}: choose token_lm")
-    known = {field.name for field in fields(TokenLMConfig)}
+    if kind not in KINDS:
+        raise UserError(f"unknown model.kind {kind!r}: choose from {', '.join(KINDS)}")
+    model_class, config_class = KINDS[kind]
+    known = {field.name for field in fields(config_class)}
     unknown = sorted(options.keys() - known)
     if unknown:
-        raise UserError(f"unknown model.{unknown[0]}: a token_lm has {', '.join(sorted(known))}")
-    if not isinstance(options.get("layers", ""), str):
-        options["layers"] = list(options["layers"])
-    return TokenLM(TokenLMConfig(**options))
+        raise UserError(f"unknown model.{unknown[0]}: a {kind} has {', '.join(sorted(known))}")
+    return model_class(config_class(**options))

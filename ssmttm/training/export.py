@@ -11,13 +11,14 @@ from torch import Tensor
 from ssmttm import checkpoint
 from ssmttm.codecs import build_codec
 from ssmttm.files import written_aside
+from ssmttm.generation.loading import PAINTER, open_model_folder, open_painter_folder
 
 
 def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
 
-    A language model: config.yaml, model.safetensors (averaged weights where there are any) and card.json. A codec:
-    config.json and model.safetensors as `load_codec` reads them, and card.json.
+    A language model or a denoiser: config.yaml, model.safetensors (averaged weights where there are any) and card.json.
+    A codec: config.json and model.safetensors as `load_codec` reads them, and card.json.
 
     Args:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
@@ -61,6 +62,19 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     with written_aside(out / "card.json") as path:
         path.write_text(json.dumps(card, indent=2) + "\n")
     return out
+
+
+def export_two_stages(sketch: str | Path, painter: str | Path, out: str | Path) -> Path:
+    """Write a model of two stages as one folder: the first as `export` does, the second in its folder `painter`.
+
+    Raises:
+        UserError: as `export`; the two do not fit each other, then nothing is written.
+    """
+    first = open_model_folder(sketch)
+    open_painter_folder(first, painter)
+    export(sketch, out)
+    export(painter, Path(out) / PAINTER)
+    return Path(out)
 
 
 def _shrunk(value: Tensor, half: bool) -> Tensor:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.codecs import Codec, load_codec
+from ssmttm.codecs import Codec
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
@@ -20,7 +20,7 @@ from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import build_model
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
-from ssmttm.training.data import store_facts
+from ssmttm.training.data import check_complete, check_same, codec_of, store_facts
 from ssmttm.training.tags import TagHead, TagVocabulary, tag_losses
 from ssmttm.training.task import Batch, Losses, Sample
 
@@ -40,6 +40,7 @@ class LanguageModelTask:
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
+        check_complete(self.store, config.data.store)
         _check_fit(config, self.store.info)
         self.model = build_model(config.model)
         self.modules: dict[str, nn.Module] = {"model": self.model}
@@ -55,7 +56,9 @@ class LanguageModelTask:
         self._codec: Codec | None = None
         self._text_encoder: TextEncoder | None = None
         if config.train.sample_every:  # now, so that a codec or encoder that is not here stops the run before it begins
-            self._codec, self._text_encoder = _load_for_samples(self.store.info)
+            self._codec = codec_of(self.store, config.data.store, self.n_codebooks)
+            self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
+            check_same("text", self._text_encoder.fingerprint, self.store.info)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
         data, seed = self.config.data, self.config.seed
@@ -168,24 +171,8 @@ def _file_name(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
 
 
-def _load_for_samples(info: dict[str, Any]) -> tuple[Codec, TextEncoder]:
-    """The codec and the text encoder that the store was made with."""
-    codec, text_encoder = load_codec(info["codec"]["name"]), load_text_encoder(info["text"]["name"])
-    for kind, loaded in (("codec", codec), ("text", text_encoder)):
-        if loaded.fingerprint != info[kind]["fingerprint"]:
-            raise UserError(
-                f"the store was made with another {kind} than the {info[kind]['name']} that is installed here: "
-                "prepare it again, or set train.sample_every=0"
-            )
-    return codec, text_encoder
-
-
 def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
     store, model = config.data.store, config.model
-    if not info.get("codec") or not info.get("text"):
-        raise UserError(
-            f"{store} has no codes and caption embeddings to learn from: run `python -m data_prep pack --root {store}`"
-        )
     codec, text = info["codec"], info["text"]
     if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
         raise UserError(

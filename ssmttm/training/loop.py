@@ -161,7 +161,11 @@ def build_task(config: DictConfig) -> Task:
         from ssmttm.training.codec import CodecTask
 
         return CodecTask(config)
-    raise UserError(f"task={config.task} is unknown: there are lm and codec")
+    if config.task == "diffusion":
+        from ssmttm.training.diffusion import DiffusionTask
+
+        return DiffusionTask(config)
+    raise UserError(f"task={config.task} is unknown: there are lm, diffusion and codec")
 
 
 def _due(step: int, steps: int, every: int) -> bool:

@@ -1,0 +1,170 @@
+"""The second stage at work: sketches, the codes of the first codebooks, completed to all codebooks by a denoiser.
+
+Long pieces go window by window. A window begins with frames of the one before, given to it as known at every step, so
+that both match at the seam; it needs no more than its own frames, so a piece can be painted while it is being written.
+Shapes: B items, n codebooks of the sketch, K codebooks, T frames, t frames of a chunk, C channels that are found.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmttm.codecs import Codec
+from ssmttm.diffusion.guidance import guided
+from ssmttm.diffusion.samplers import SamplerSettings, sample
+from ssmttm.errors import UserError
+from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
+from ssmttm.text.condition import TextCondition
+
+
+@dataclass(frozen=True)
+class PaintSettings:
+    """How a sketch is painted.
+
+    Attributes:
+        sampler: scheduler and steps.
+        guidance_scale: towards the text; 1: as trained.
+        sketch_scale: towards the sketch; 1: as trained.
+        window, overlap: frames of a window, and how many of them it shares with the one before.
+
+    Raises:
+        UserError: a window that is no longer than its overlap.
+    """
+
+    sampler: SamplerSettings
+    guidance_scale: float = 1.0
+    sketch_scale: float = 1.0
+    window: int = 250
+    overlap: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.window:
+            raise UserError(f"windows of {self.window} frames cannot overlap by {self.overlap}: choose fewer")
+
+    @classmethod
+    def of(cls, config: Any) -> "PaintSettings":
+        """Those that a training's config asks for; a window is as long as what it was trained on."""
+        settings, window = config.diffusion, config.data.frames
+        sampler = SamplerSettings(settings.objective, settings.sampler, settings.steps)
+        return cls(sampler, settings.guidance_scale, settings.sketch_scale, window, window // 5)
+
+
+class Painter:
+    """A denoiser with its codec."""
+
+    def __init__(self, model: LatentDenoiser, codec: Codec, settings: PaintSettings) -> None:
+        self.model, self.codec, self.settings = model, codec, settings
+
+    def paint(
+        self,
+        sketch: Tensor,
+        text: TextCondition,
+        null_text: TextCondition,
+        seeds: Sequence[int],
+        tempo: Tensor | None = None,
+    ) -> Tensor:
+        """Complete sketches.
+
+        Args:
+            sketch: codes [B, n, T].
+            text: B captions; null_text: the null condition, one row or B.
+            seeds: one an item, on which, with its caption and sketch, its codes alone depend.
+            tempo: [B], beats a minute, for a denoiser that was trained with it; NaN: not known.
+
+        Returns:
+            codes int64 [B, K, T], whose first n are the sketch.
+
+        Raises:
+            UserError: sizes do not fit, or the denoiser's numbers are not finite.
+        """
+        return torch.cat(list(self.paint_stream([sketch], text, null_text, seeds, tempo)), -1)
+
+    def paint_stream(
+        self,
+        chunks: Iterable[Tensor],
+        text: TextCondition,
+        null_text: TextCondition,
+        seeds: Sequence[int],
+        tempo: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Complete sketches as they come, chunks [B, n, t]; what is given out, joined, is `paint` of them joined.
+
+        Yields:
+            codes [B, K, t'], a window's new frames.
+        """
+        window, overlap = self.settings.window, self.settings.overlap
+        held: Tensor | None = None  # the sketch from the window's first frame on
+        known: Tensor | None = None  # codes [B, K, overlap] of the window before
+        index = 0
+        for chunk in chunks:
+            held = chunk if held is None else torch.cat([held, chunk], -1)
+            while held.shape[-1] > window:  # there is more than this window, so its end is no end of the piece
+                codes = self._window(held[..., :window], known, text, null_text, seeds, tempo, index)
+                yield codes[..., 0 if known is None else overlap :]
+                held, known, index = held[..., window - overlap :], codes[..., window - overlap :], index + 1
+        if held is None:
+            raise UserError("there is no sketch to paint")
+        codes = self._window(held, known, text, null_text, seeds, tempo, index)
+        yield codes[..., 0 if known is None else overlap :]
+
+    def _window(
+        self,
+        sketch: Tensor,
+        known: Tensor | None,
+        text: TextCondition,
+        null_text: TextCondition,
+        seeds: Sequence[int],
+        tempo: Tensor | None,
+        index: int,
+    ) -> Tensor:
+        """Codes [B, K, T] of one window. On a CPU items go one by one: so their rounding does not depend on others."""
+        batch = len(sketch)
+        size = 1 if sketch.device.type == "cpu" else batch
+        parts = []
+        for rows in (slice(first, first + size) for first in range(0, batch, size)):
+            null = null_text if len(null_text.mask) == 1 else TextCondition(*(part[rows] for part in null_text))
+            parts.append(
+                self._rows(
+                    sketch[rows],
+                    None if known is None else known[rows],
+                    TextCondition(*(part[rows] for part in text)),
+                    null,
+                    [np.random.SeedSequence([seed, index]).generate_state(1).item() for seed in seeds[rows]],
+                    None if tempo is None else tempo[rows],
+                )
+            )
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def _rows(
+        self,
+        sketch: Tensor,
+        known: Tensor | None,
+        text: TextCondition,
+        null_text: TextCondition,
+        seeds: Sequence[int],
+        tempo: Tensor | None,
+    ) -> Tensor:
+        config, (batch, n_sketch, length) = self.model.config, sketch.shape
+        if n_sketch != config.sketch_codebooks:
+            raise UserError(f"the sketch has {n_sketch} codebooks, the denoiser is told {config.sketch_codebooks}")
+        unknown = sketch.new_zeros(batch, config.n_codebooks - n_sketch, length)
+        told = self.codec.to_latents(torch.cat([sketch, unknown], 1))[:, : config.sketch_channels]  # [B, S, T]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(length, config.noisy_channels, generator=g).T for g in generators])
+        conditions = Conditions(self.model.normalised(told), text, tempo=tempo)
+        predict = guided(
+            self.model, conditions, null_text, self.settings.guidance_scale, self.settings.sketch_scale
+        )
+        if known is not None:
+            known = self.codec.to_latents(known)[:, config.sketch_channels :]
+            known = self.model.normalised(known, first=n_sketch)
+        found = sample(predict, self.settings.sampler, noise.to(sketch.device), generators, known)  # [B, C, T]
+        if not bool(found.isfinite().all()):
+            raise UserError("the denoiser gives numbers that are not finite (damaged or diverged): try an earlier one")
+        found = self.model.denormalised(found, first=n_sketch)
+        return torch.cat([sketch, self.codec.from_latents(torch.cat([told, found], 1))[:, n_sketch:]], 1)

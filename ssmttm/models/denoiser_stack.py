@@ -1,0 +1,92 @@
+"""The denoiser's stack of blocks: a two-way mixer, cross-attention to the text, an MLP, each modulated by the time.
+
+With state-space mixers it is our default, linear in length; with attention it is a DiT (arXiv 2212.09748).
+Shapes: B batch, T frames, D model width, E width of the time vector.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmttm.mixers.bidirectional import build_bidirectional
+from ssmttm.models.blocks import MLP
+from ssmttm.models.conditioning import ProjectedText
+from ssmttm.models.cross_attention import CrossAttention
+
+
+class TimedBranch(nn.Module):
+    """x + gate * inner(norm(x) * (1 + scale) + shift), the three made of the time vector (adaLN-Zero).
+
+    They start at 0, so that a new branch adds nothing.
+    """
+
+    def __init__(self, d_model: int, time_dim: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-5, elementwise_affine=False)
+        self.modulation = nn.Linear(time_dim, 3 * d_model)
+        self.inner = inner
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, vector: Tensor, *more: Any) -> Tensor:
+        """x [B, T, D], vector [B, E] -> [B, T, D]; `more` is handed to `inner`."""
+        shift, scale, gate = self.modulation(F.silu(vector))[:, None].chunk(3, -1)  # [B, 1, D]
+        return x + gate * self.inner(self.norm(x) * (1 + scale) + shift, *more)
+
+
+class DenoiserBlock(nn.Module):
+    """Two-way mixer, cross-attention, MLP."""
+
+    def __init__(self, d_model: int, time_dim: int, mixer: nn.Module, n_heads: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.mixer = TimedBranch(d_model, time_dim, mixer)
+        self.cross = TimedBranch(d_model, time_dim, CrossAttention(d_model, n_heads, dropout))
+        self.mlp = TimedBranch(d_model, time_dim, MLP(d_model, mlp_ratio, dropout))
+
+    def forward(self, x: Tensor, vector: Tensor, text: ProjectedText, mask: Tensor | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        x = self.mixer(x, vector, mask)
+        x = self.cross(x, vector, self.cross.inner.keys_of(*text))
+        return self.mlp(x, vector)
+
+    def flops(self, n_frames: int, n_text_tokens: int) -> int:
+        mixers = self.mixer.inner.flops(n_frames) + self.cross.inner.flops(n_frames, n_text_tokens)
+        modulation = sum(2 * part.modulation.weight.numel() for part in (self.mixer, self.cross, self.mlp))
+        return mixers + self.mlp.inner.flops(n_frames) + modulation
+
+
+class DenoiserStack(nn.Module):
+    """Blocks one after the other.
+
+    Args:
+        layers: mixers' names, repeated over the depth.
+        options: sizes of the mixers, see `LatentDenoiserConfig`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_layers: int,
+        layers: Sequence[str],
+        time_dim: int,
+        mlp_ratio: float,
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        heads, dropout = options["n_heads"], options["dropout"]
+        self.blocks = nn.ModuleList(
+            DenoiserBlock(d_model, time_dim, build_bidirectional(name, d_model, **options), heads, mlp_ratio, dropout)
+            for name in (layers[index % len(layers)] for index in range(n_layers))
+        )
+
+    def forward(self, x: Tensor, vector: Tensor, text: ProjectedText, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, D], vector [B, E] -> [B, T, D]; frames where `mask` [B, T] is False change no other."""
+        for block in self.blocks:
+            x = block(x, vector, text, mask)
+        return x
+
+    def flops(self, n_frames: int, n_text_tokens: int) -> int:
+        """Forward FLOPs of one item."""
+        return sum(block.flops(n_frames, n_text_tokens) for block in self.blocks)

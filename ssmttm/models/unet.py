@@ -1,0 +1,186 @@
+"""A one-dimensional U-Net with attention, after DiscoDiff's (IEEE 10888056; arXiv 2006.11239 for its kind).
+
+Every level halves the frame rate. Norms act on each frame by itself, where DiscoDiff has GroupNorm: so neither padding
+nor the length of the window changes any other frame's numbers.
+Shapes: B batch, T frames, D model width, W width of a level, H heads, P = W / H, E width of the time vector.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmttm.mixers.bidirectional import FullAttention
+from ssmttm.models.conditioning import ProjectedText
+from ssmttm.models.cross_attention import CrossAttention
+
+_KERNEL = 3
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the time vector scales and shifts in between. Starts as the identity."""
+
+    def __init__(self, width_in: int, width: int, time_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = nn.RMSNorm(width_in, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.conv_in, self.conv_out = Convolution(width_in, width), Convolution(width, width)
+        self.modulation = nn.Linear(time_dim, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Identity() if width_in == width else nn.Linear(width_in, width)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, T, W'] -> [B, T, W]."""
+        h = self.conv_in(F.silu(self.norm_in(x)), mask)
+        scale, shift = self.modulation(F.silu(vector))[:, None].chunk(2, -1)  # [B, 1, W]
+        h = F.silu(self.norm_out(h) * (1 + scale) + shift)
+        return self.skip(x).to(x.dtype) + self.conv_out(self.dropout(h), mask)
+
+    def flops(self, n_frames: int) -> int:
+        linear = 0 if isinstance(self.skip, nn.Identity) else self.skip.weight.numel()
+        return 2 * n_frames * (self.conv_in.weight.numel() + self.conv_out.weight.numel() + linear)
+
+
+class Convolution(nn.Conv1d):
+    """Over the frames of [B, T, W], which stay as many; what is masked counts as 0."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__(width_in, width, _KERNEL, padding=_KERNEL // 2)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(_masked(x, mask).transpose(1, 2)).transpose(1, 2)
+
+
+class LinearAttention(nn.Module):
+    """Attention at a cost linear in the length (arXiv 1812.01243): softmax of q over features, of k over frames."""
+
+    def __init__(self, width: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, T, W] -> [B, T, W]."""
+        q, k, v = (M.unflatten(-1, (self.n_heads, -1)) for M in self.qkv(self.norm(x)).chunk(3, -1))  # [B, T, H, P]
+        if mask is not None:
+            k = k.masked_fill(~mask[..., None, None], -torch.inf)
+        context = torch.einsum("bthp,bthq->bhpq", k.softmax(1), v)
+        return x + self.out(torch.einsum("bthp,bhpq->bthq", q.softmax(-1), context).flatten(2))
+
+    def flops(self, n_frames: int) -> int:
+        width = self.out.weight.shape[0]
+        return 2 * n_frames * (4 * width * width + 2 * width * width // self.n_heads)
+
+
+class TextLook(nn.Module):
+    """Norm and cross-attention from a level's frames to the text, whose tokens are brought to the level's width."""
+
+    def __init__(self, d_model: int, width: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.widen = nn.Identity() if width == d_model else nn.Linear(d_model, width)
+        self.cross = CrossAttention(width, n_heads, dropout)
+
+    def forward(self, x: Tensor, text: ProjectedText) -> Tensor:
+        """x [B, T, W] -> [B, T, W]."""
+        return x + self.cross(self.norm(x), self.cross.keys_of(self.widen(text.tokens), text.mask))
+
+
+class Level(nn.Module):
+    """Residual blocks, linear attention over the frames, a look at the text."""
+
+    def __init__(
+        self, d_model: int, width_in: int, width: int, n_blocks: int, time_dim: int, n_heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        widths = [width_in, *[width] * (n_blocks - 1)]
+        self.blocks = nn.ModuleList(ResidualBlock(w, width, time_dim, dropout) for w in widths)
+        self.attention = LinearAttention(width, n_heads)
+        self.text = TextLook(d_model, width, n_heads, dropout)
+
+    def forward(self, x: Tensor, vector: Tensor, text: ProjectedText, mask: Tensor | None) -> Tensor:
+        """x [B, T, W'] -> [B, T, W]."""
+        for block in self.blocks:
+            x = block(x, vector, mask)
+        return self.text(self.attention(x, mask), text)
+
+    def flops(self, n_frames: int, n_text_tokens: int) -> int:
+        blocks = sum(block.flops(n_frames) for block in self.blocks)
+        return blocks + self.attention.flops(n_frames) + self.text.cross.flops(n_frames, n_text_tokens)
+
+
+class UNet(nn.Module):
+    """Down through the levels, attention in the middle, up again with what each level kept.
+
+    Args:
+        mults: width of each level as a multiple of `d_model`.
+        n_blocks: residual blocks a level and direction.
+    """
+
+    def __init__(
+        self, d_model: int, mults: Sequence[int], n_blocks: int, time_dim: int, n_heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        widths = [d_model * mult for mult in mults]
+        rest = (n_blocks, time_dim, n_heads, dropout)
+        above = [d_model, *widths[:-1]]
+        self.down = nn.ModuleList(
+            Level(d_model, inner, width, *rest) for inner, width in zip(above, widths, strict=True)
+        )
+        self.middle_in = ResidualBlock(widths[-1], widths[-1], time_dim, dropout)
+        self.middle_norm = nn.RMSNorm(widths[-1], eps=1e-5)
+        self.middle_attention = FullAttention(widths[-1], n_heads, dropout)
+        self.middle_out = ResidualBlock(widths[-1], widths[-1], time_dim, dropout)
+        self.up = nn.ModuleList(
+            Level(d_model, 2 * width, inner, *rest) for inner, width in zip(above, widths, strict=True)
+        )
+        self.stride = 2 ** (len(widths) - 1)
+
+    def forward(self, x: Tensor, vector: Tensor, text: ProjectedText, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, D], any T, vector [B, E] -> [B, T, D]; frames where `mask` [B, T] is False change no other."""
+        length = x.shape[1]
+        if missing := -length % self.stride:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+            x, mask = F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        kept, masks = [], [mask]
+        for index, level in enumerate(self.down):
+            if index:
+                x = _halved(x, masks[-1])
+                masks.append(None if mask is None else masks[-1].unflatten(1, (-1, 2)).any(2))
+            x = level(x, vector, text, masks[-1])
+            kept.append(x)
+        x = self.middle_in(x, vector, masks[-1])
+        x = x + self.middle_attention(self.middle_norm(x), masks[-1])
+        x = self.middle_out(x, vector, masks[-1])
+        for index in reversed(range(len(self.up))):
+            x = self.up[index](torch.cat([x, kept[index]], -1), vector, text, masks[index])
+            if index:
+                x = x.repeat_interleave(2, dim=1)
+        return x[:, :length]
+
+    def flops(self, n_frames: int, n_text_tokens: int) -> int:
+        """Forward FLOPs of one item."""
+        lengths = [-(-n_frames // 2**index) for index in range(len(self.down))]
+        total = sum(
+            part.flops(length, n_text_tokens)
+            for levels in (self.down, self.up)
+            for part, length in zip(levels, lengths, strict=True)
+        )
+        middle = (self.middle_in, self.middle_attention, self.middle_out)
+        return total + sum(part.flops(lengths[-1]) for part in middle)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+def _halved(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Means of two frames each, of the real ones: [B, T, W] -> [B, T/2, W]."""
+    pairs = _masked(x, mask).unflatten(1, (-1, 2))  # [B, T/2, 2, W]
+    if mask is None:
+        return pairs.mean(2)
+    return pairs.sum(2) / mask.unflatten(1, (-1, 2)).sum(2).clamp(min=1)[..., None]
