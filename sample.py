@@ -27,6 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--painter", metavar="DIR", help="second stage of a model of two, if it is not in the model's own folder")
     add("--paint-steps", type=int, metavar="N", help="sampler steps of the second stage (default: the model's own)")
+    add("--tempo", type=float, metavar="BPM", help="beats a minute, for a second stage trained with it")
+    add("--melody", type=Path, metavar="FILE", help="audio whose melody to take up, for a second stage trained with it")
     add("--codec", metavar="DIR", help="where the model's codec is, if not found by its name")
     add("--text-encoder", metavar="DIR", help="where the model's text encoder is, if not found by its name")
     add("--duration", type=float, default=10.0, metavar="S", help="seconds a piece (default: 10)")
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
     asked = Request.checked(prompts, args.duration, args.seed, sampling, args.max_duration)
 
-    from ssmttm import MusicPipeline
+    from ssmttm import MusicPipeline, audio
     from ssmttm.generation.files import Destination, record_of
     from ssmttm.generation.progress import Progress
 
@@ -65,12 +67,17 @@ def main(argv: list[str] | None = None) -> int:
         pipe.set_paint_steps(args.paint_steps)
     pipe.max_duration = args.max_duration
     settings = {"duration": args.duration, **asdict(sampling)}
+    told = {"tempo": args.tempo, "melody": args.melody and args.melody.name}
+    told = {name: value for name, value in told.items() if value is not None}
+    wishes = {"tempo": args.tempo, "melody": None}
+    if args.melody is not None:
+        wishes["melody"] = audio.read(args.melody, pipe.sample_rate)[0]
     with Progress(len(prompts) * args.duration) as progress:
         for batch in asked.batches(args.batch_size):
-            made = pipe(batch.prompts, seeds=batch.seeds, progress=progress.advance, **settings)
+            made = pipe(batch.prompts, seeds=batch.seeds, progress=progress.advance, **settings, **wishes)
             speed = progress.lap()
             for prompt, seed, wav in zip(batch.prompts, batch.seeds, made.audios, strict=True):
-                record = record_of(prompt, seed, settings | {"sample_rate": made.sample_rate}, pipe.facts)
+                record = record_of(prompt, seed, settings | told | {"sample_rate": made.sample_rate}, pipe.facts)
                 path = destination.save(prompt, wav, made.sample_rate, record)
                 progress.say(f"{path}  {wav.shape[-1] / made.sample_rate:.2f} s  {speed:.2f}x real time")
     return 0

@@ -9,8 +9,9 @@ Shapes: C channels, S samples; float32 in [-1, 1].
 import io
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,18 +89,41 @@ def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
     Raises:
         UserError: the file is missing, damaged or cut short.
     """
+    frames = _opened(path, lambda file: file.frames)
+    length = min(samples, frames)
+    return read_part(path, choice % (frames - length + 1), length)
+
+
+def read_part(path: Path, start: int, samples: int) -> tuple[np.ndarray, int]:
+    """Decode a file's samples from `start` on, mixed down to mono, and nothing else of it.
+
+    Returns:
+        float32 [<= samples], shorter where the file ends, and its sample rate.
+
+    Raises:
+        UserError: the file is missing, damaged or cut short.
+    """
+
+    def part(file: Any) -> tuple[np.ndarray, int]:
+        length = max(0, min(samples, file.frames - start))
+        file.seek(min(start, file.frames))
+        read = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
+        if len(read) != length:
+            raise UserError(f"{path} is cut short: restore it or prepare it again")
+        return read.mean(axis=1), file.samplerate
+
+    return _opened(path, part)
+
+
+def _opened(path: Path, use: Callable[[Any], Any]) -> Any:
+    """What `use` makes of a file of a store, opened by libsndfile."""
     import soundfile as sf
 
     try:
         with sf.SoundFile(path) as file:
-            length, rate = min(samples, file.frames), file.samplerate
-            file.seek(choice % (file.frames - length + 1))
-            crop = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
+            return use(file)
     except (sf.SoundFileError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it or prepare it again") from error
-    if len(crop) != length:
-        raise UserError(f"{path} is cut short: restore it or prepare it again")
-    return crop.mean(axis=1), rate
 
 
 def read_comment(path: Path) -> str:

@@ -56,6 +56,11 @@ def chroma(wav: Tensor, sample_rate: int, window: int = 2048) -> Tensor:
     return energy / energy.amax(dim=1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
 
 
+def frame_chroma(wav: Tensor, sample_rate: int, n_frames: int) -> Tensor:
+    """`chroma` at the rate of a codec's frames, as a melody for a denoiser: [B, S] -> [B, 12, n_frames], 0 to 1."""
+    return F.adaptive_avg_pool1d(chroma(wav, sample_rate), n_frames)
+
+
 def chroma_similarity(fake: Tensor, real: Tensor, sample_rate: int) -> Tensor:
     """Cosine of the chroma vectors of two waveforms [B, S], mean over the frames that are not silent in `real`: [B]."""
     heard = magnitude(real, 2048).square().mean(dim=1) > 1e-4  # [B, T]

@@ -97,21 +97,29 @@ class CodesLoader(_Loader):
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:
-        """Batch n: codes int64 [b, K, T], frame_mask bool [b, T], text TextCondition, ids list[str]."""
+        """Batch n: codes int64 [b, K, T], frame_mask bool [b, T], text TextCondition, ids list[str], first int64 [b]:
+        the frame of its segment where each crop begins."""
         sample = self.sample(n)
         ids = self.store.ids(np.array([row for _, row in sample]))
         codes = np.zeros((len(sample), self.n_codebooks, self.frames), np.int64)  # [b, K, T]
         mask = np.zeros((len(sample), self.frames), bool)  # [b, T]
-        texts = []
+        texts, begins = [], []
         for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
             whole = self.store.codes(row)  # [K, frames]
             length = min(self.frames, whole.shape[1])
             first = mix(self.seed, epoch, segment_id, "crop") % (whole.shape[1] - length + 1)
             codes[item, :, :length] = whole[:, first : first + length]
             mask[item, :length] = True
+            begins.append(first)
             texts.append(torch.from_numpy(self.store.text(self._caption(epoch, row, segment_id)).astype(np.float32)))
         text = TextCondition.stack(texts)
-        return {"codes": torch.from_numpy(codes), "frame_mask": torch.from_numpy(mask), "text": text, "ids": ids}
+        return {
+            "codes": torch.from_numpy(codes),
+            "frame_mask": torch.from_numpy(mask),
+            "text": text,
+            "ids": ids,
+            "first": torch.tensor(begins),
+        }
 
     def _caption(self, epoch: int, row: int, segment_id: str) -> str:
         if mix(self.seed, epoch, segment_id, "dropout") < self.caption_dropout * 2.0**64:

@@ -6,12 +6,13 @@ Shapes: B items, n codebooks of the sketch, K codebooks, T frames, t frames of a
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssmttm.codecs import Codec
 from ssmttm.diffusion.guidance import guided
@@ -53,44 +54,56 @@ class PaintSettings:
         return cls(sampler, settings.guidance_scale, settings.sketch_scale, window, window // 5)
 
 
+@dataclass(frozen=True)
+class Brief:
+    """What B items are to become, besides their sketches.
+
+    Attributes:
+        text: B captions. null_text: the null condition, one row (shared) or B rows.
+        seeds: one an item, on which, with its sketch and its brief, its codes alone depend.
+        tempo: [B], beats a minute, NaN where it is not known; for a denoiser that was trained with it.
+        chroma: [B, 12, T], a melody (`ssmttm.codecs.quality.frame_chroma`), which may be shorter than the piece.
+    """
+
+    text: TextCondition
+    null_text: TextCondition
+    seeds: Sequence[int]
+    tempo: Tensor | None = None
+    chroma: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Brief":
+        """That of some of the items."""
+
+        def of(text: TextCondition) -> TextCondition:
+            return text if len(text.mask) == 1 else TextCondition(*(part[rows] for part in text))
+
+        tempo, chroma = (None if part is None else part[rows] for part in (self.tempo, self.chroma))
+        return Brief(of(self.text), of(self.null_text), self.seeds[rows], tempo, chroma)
+
+    def window(self, index: int, start: int, length: int) -> "Brief":
+        """That of the frames from `start` on, with seeds of its own; NaN behind the melody's end."""
+        seeds = [np.random.SeedSequence([seed, index]).generate_state(1).item() for seed in self.seeds]
+        if self.chroma is None:
+            return replace(self, seeds=seeds)
+        part = self.chroma[..., start : start + length]
+        return replace(self, seeds=seeds, chroma=F.pad(part, (0, length - part.shape[-1]), value=torch.nan))
+
+
 class Painter:
     """A denoiser with its codec."""
 
     def __init__(self, model: LatentDenoiser, codec: Codec, settings: PaintSettings) -> None:
         self.model, self.codec, self.settings = model, codec, settings
 
-    def paint(
-        self,
-        sketch: Tensor,
-        text: TextCondition,
-        null_text: TextCondition,
-        seeds: Sequence[int],
-        tempo: Tensor | None = None,
-    ) -> Tensor:
-        """Complete sketches.
-
-        Args:
-            sketch: codes [B, n, T].
-            text: B captions; null_text: the null condition, one row or B.
-            seeds: one an item, on which, with its caption and sketch, its codes alone depend.
-            tempo: [B], beats a minute, for a denoiser that was trained with it; NaN: not known.
-
-        Returns:
-            codes int64 [B, K, T], whose first n are the sketch.
+    def paint(self, sketch: Tensor, brief: Brief) -> Tensor:
+        """Complete sketches, codes [B, n, T] -> int64 [B, K, T], whose first n codebooks are the sketch.
 
         Raises:
             UserError: sizes do not fit, or the denoiser's numbers are not finite.
         """
-        return torch.cat(list(self.paint_stream([sketch], text, null_text, seeds, tempo)), -1)
+        return torch.cat(list(self.paint_stream([sketch], brief)), -1)
 
-    def paint_stream(
-        self,
-        chunks: Iterable[Tensor],
-        text: TextCondition,
-        null_text: TextCondition,
-        seeds: Sequence[int],
-        tempo: Tensor | None = None,
-    ) -> Iterator[Tensor]:
+    def paint_stream(self, chunks: Iterable[Tensor], brief: Brief) -> Iterator[Tensor]:
         """Complete sketches as they come, chunks [B, n, t]; what is given out, joined, is `paint` of them joined.
 
         Yields:
@@ -103,63 +116,36 @@ class Painter:
         for chunk in chunks:
             held = chunk if held is None else torch.cat([held, chunk], -1)
             while held.shape[-1] > window:  # there is more than this window, so its end is no end of the piece
-                codes = self._window(held[..., :window], known, text, null_text, seeds, tempo, index)
+                codes = self._window(held[..., :window], known, brief, index)
                 yield codes[..., 0 if known is None else overlap :]
                 held, known, index = held[..., window - overlap :], codes[..., window - overlap :], index + 1
         if held is None:
             raise UserError("there is no sketch to paint")
-        codes = self._window(held, known, text, null_text, seeds, tempo, index)
+        codes = self._window(held, known, brief, index)
         yield codes[..., 0 if known is None else overlap :]
 
-    def _window(
-        self,
-        sketch: Tensor,
-        known: Tensor | None,
-        text: TextCondition,
-        null_text: TextCondition,
-        seeds: Sequence[int],
-        tempo: Tensor | None,
-        index: int,
-    ) -> Tensor:
+    def _window(self, sketch: Tensor, known: Tensor | None, brief: Brief, index: int) -> Tensor:
         """Codes [B, K, T] of one window. On a CPU items go one by one: so their rounding does not depend on others."""
-        batch = len(sketch)
-        size = 1 if sketch.device.type == "cpu" else batch
-        parts = []
-        for rows in (slice(first, first + size) for first in range(0, batch, size)):
-            null = null_text if len(null_text.mask) == 1 else TextCondition(*(part[rows] for part in null_text))
-            parts.append(
-                self._rows(
-                    sketch[rows],
-                    None if known is None else known[rows],
-                    TextCondition(*(part[rows] for part in text)),
-                    null,
-                    [np.random.SeedSequence([seed, index]).generate_state(1).item() for seed in seeds[rows]],
-                    None if tempo is None else tempo[rows],
-                )
-            )
-        return torch.cat(parts)
+        start = index * (self.settings.window - self.settings.overlap)
+        brief = brief.window(index, start, sketch.shape[-1])
+        size = 1 if sketch.device.type == "cpu" else len(sketch)
+        items = [slice(first, first + size) for first in range(0, len(sketch), size)]
+        return torch.cat(
+            [self._rows(sketch[i], None if known is None else known[i], brief.rows(i)) for i in items]
+        )
 
     @torch.inference_mode()
-    def _rows(
-        self,
-        sketch: Tensor,
-        known: Tensor | None,
-        text: TextCondition,
-        null_text: TextCondition,
-        seeds: Sequence[int],
-        tempo: Tensor | None,
-    ) -> Tensor:
+    def _rows(self, sketch: Tensor, known: Tensor | None, brief: Brief) -> Tensor:
         config, (batch, n_sketch, length) = self.model.config, sketch.shape
         if n_sketch != config.sketch_codebooks:
             raise UserError(f"the sketch has {n_sketch} codebooks, the denoiser is told {config.sketch_codebooks}")
         unknown = sketch.new_zeros(batch, config.n_codebooks - n_sketch, length)
         told = self.codec.to_latents(torch.cat([sketch, unknown], 1))[:, : config.sketch_channels]  # [B, S, T]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in brief.seeds]
         noise = torch.stack([torch.randn(length, config.noisy_channels, generator=g).T for g in generators])
-        conditions = Conditions(self.model.normalised(told), text, tempo=tempo)
-        predict = guided(
-            self.model, conditions, null_text, self.settings.guidance_scale, self.settings.sketch_scale
-        )
+        conditions = Conditions(self.model.normalised(told), brief.text, tempo=brief.tempo, chroma=brief.chroma)
+        scales = self.settings.guidance_scale, self.settings.sketch_scale
+        predict = guided(self.model, conditions, brief.null_text, *scales)
         if known is not None:
             known = self.codec.to_latents(known)[:, config.sketch_channels :]
             known = self.model.normalised(known, first=n_sketch)

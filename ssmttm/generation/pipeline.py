@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssmttm import __version__
 from ssmttm.codecs import Codec, load_codec
+from ssmttm.codecs.quality import frame_chroma
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.engine import generate_frames
@@ -24,7 +25,7 @@ from ssmttm.generation.loading import (
     open_model_folder,
     open_painter_folder,
 )
-from ssmttm.generation.painter import Painter, PaintSettings
+from ssmttm.generation.painter import Brief, Painter, PaintSettings
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
@@ -162,6 +163,8 @@ class MusicPipeline:
         temperature: float = 1.0,
         top_k: int = 250,
         top_p: float = 1.0,
+        tempo: float | None = None,
+        melody: Tensor | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> PipelineOutput:
         """Make one piece for each prompt, all in one batch.
@@ -173,6 +176,8 @@ class MusicPipeline:
             seeds: one a prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the same
                 piece, alone or in a batch.
             temperature, top_k, top_p: see `ssmttm.generation.request.Sampling`.
+            tempo: beats a minute; melody: audio [channels, S] at `sample_rate` whose pitch classes to take up. Both are
+                for second stages that were trained with them.
             progress: called with the seconds of audio newly sampled, over all prompts.
 
         Raises:
@@ -180,6 +185,7 @@ class MusicPipeline:
         """
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.checked(prompts, duration, seeds, sampling, self.max_duration)
+        request = self._wished(request, tempo, melody)
         chunks = []
         for chunk in self._frames(request, chunk_frames=math.ceil(self.codec.frame_rate / 2)):
             chunks.append(chunk)
@@ -198,6 +204,8 @@ class MusicPipeline:
         temperature: float = 1.0,
         top_k: int = 250,
         top_p: float = 1.0,
+        tempo: float | None = None,
+        melody: Tensor | None = None,
         chunk_seconds: float = 0.5,
     ) -> Iterator[Tensor]:
         """Make one piece and hand it over while it is being made.
@@ -216,8 +224,26 @@ class MusicPipeline:
             raise UserError(f"chunk_seconds is {chunk_seconds}: give a number of seconds above 0")
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.checked([prompt], duration, [seed], sampling, self.max_duration)
+        request = self._wished(request, tempo, melody)
         frames = self._frames(request, chunk_frames=math.ceil(chunk_seconds * self.codec.frame_rate))
         return self._stream(frames, self._samples(request))
+
+    def _wished(self, request: Request, tempo: float | None, melody: Tensor | None) -> Request:
+        """The request with tempo and melody, if there is a second stage that hears them.
+
+        Raises:
+            UserError: there is none, or they are no tempo and no audio.
+        """
+        for name, given in (("tempo", tempo), ("melody", melody)):
+            part = "chroma" if name == "melody" else name
+            if given is not None and (self.painter is None or not getattr(self.painter.model.config, part)):
+                raise UserError(f"this model was not trained with a {name}: leave it out (a second stage with model."
+                                f"{part}=true takes one)")  # fmt: skip
+        if tempo is not None and not (math.isfinite(tempo) and tempo > 0):
+            raise UserError(f"tempo is {tempo}: give beats a minute, above 0")
+        if melody is not None and (melody.ndim != 2 or not melody.numel() or not bool(melody.isfinite().all())):
+            raise UserError(f"the melody has the shape {list(melody.shape)}: give finite audio [channels, samples]")
+        return replace(request, tempo=tempo, melody=melody)
 
     def _stream(self, frames: Iterator[Tensor], n_samples: int) -> Iterator[Tensor]:
         for wav in self.codec.decode_stream(frames):
@@ -246,8 +272,17 @@ class MusicPipeline:
         )
         if self.painter is None:
             return frames
-        device = next(self.model.parameters()).device
-        return self.painter.paint_stream(frames, text.to(device), null_text.to(device), request.seeds)
+        return self.painter.paint_stream(frames, self._brief(request, text, null_text, n_frames))
+
+    def _brief(self, request: Request, text: TextCondition, null_text: TextCondition, n_frames: int) -> Brief:
+        device, items = next(self.model.parameters()).device, len(request.prompts)
+        tempo = None if request.tempo is None else torch.full((items,), request.tempo, device=device)
+        chroma = None
+        if request.melody is not None:
+            frames = min(n_frames, math.ceil(request.melody.shape[-1] / self.codec.hop_length))
+            wav = request.melody.mean(0, keepdim=True)[:, : frames * self.codec.hop_length].to(device)
+            chroma = frame_chroma(wav, self.sample_rate, frames).expand(items, -1, -1)
+        return Brief(text.to(device), null_text.to(device), request.seeds, tempo, chroma)
 
     def _encode(self, prompts: list[str]) -> tuple[TextCondition, TextCondition]:
         """Captions and their null conditions, each read by itself: in a batch an encoder rounds otherwise."""

@@ -6,8 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssmttm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits of a seed
 MAX_DURATION = 600.0  # seconds
@@ -43,12 +47,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One piece for each prompt, all of one duration in seconds, with one seed each."""
+    """One piece for each prompt, all of one duration in seconds, with one seed each.
+
+    tempo: beats a minute. melody: audio [channels, S]. Both for models of two stages, see `MusicPipeline`.
+    """
 
     prompts: list[str]
     duration: float
     seeds: list[int]
     sampling: Sampling
+    tempo: float | None = None
+    melody: "Tensor | None" = None
 
     @classmethod
     def checked(

@@ -11,13 +11,15 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ssmttm import audio
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics, latent_statistics
+from ssmttm.codecs.quality import frame_chroma
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
 from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
-from ssmttm.generation.painter import Painter, PaintSettings
+from ssmttm.generation.painter import Brief, Painter, PaintSettings
 from ssmttm.models import build_model
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.text.condition import TextCondition
@@ -48,10 +50,12 @@ class DiffusionTask:
         self.model.set_statistics(*self.statistics)
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
-        for chance in ("sketch_dropout", "tempo_dropout"):
+        for chance in ("sketch_dropout", "tempo_dropout", "chroma_dropout"):
             if not 0 <= config.diffusion[chance] <= 1:
                 raise UserError(f"diffusion.{chance}={config.diffusion[chance]} is no chance: give 0 to 1")
-        self._tempi = _tempi(self.store) if config.model.tempo else None
+        names = self.store.ids(np.arange(len(self.store)))
+        self._tempi = _tempi(self.store, names) if config.model.tempo else None
+        self._rows = {name: row for row, name in enumerate(names)} if config.model.chroma else None
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
         data, seed = self.config.data, self.config.seed
@@ -67,16 +71,18 @@ class DiffusionTask:
         settings, items = self.config.diffusion, len(batch["ids"])
         kept = torch.rand(items) >= settings.sketch_dropout
         spread = torch.rand(items) * settings.sketch_noise
-        tempo = self._tempo(batch["ids"])
-        if tempo is not None:
-            tempo[torch.rand(items) < settings.tempo_dropout] = torch.nan
-        return {"model": self._denoising(players["model"], batch, counts, kept, spread, tempo)}
+        tempo, chroma = self._tempo(batch), self._chroma(batch)
+        for wish, dropout in ((tempo, settings.tempo_dropout), (chroma, settings.chroma_dropout)):
+            if wish is not None:
+                wish[torch.rand(items) < dropout] = torch.nan
+        return {"model": self._denoising(players["model"], batch, counts, kept, spread, tempo, chroma)}
 
     def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """The same with nothing withheld and the sketch as it is."""
         items = len(batch["ids"])
         kept, spread = torch.ones(items, dtype=torch.bool), torch.zeros(items)
-        return self._denoising(players["model"], batch, counts, kept, spread, self._tempo(batch["ids"]))
+        wishes = self._tempo(batch), self._chroma(batch)
+        return self._denoising(players["model"], batch, counts, kept, spread, *wishes)
 
     def after_step(self, step: int) -> dict[str, float]:
         return {}
@@ -97,7 +103,7 @@ class DiffusionTask:
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         codes = batch["codes"].to(device)
         sketch = codes[:, : self.config.model.sketch_codebooks]
-        painted = painter.paint(sketch, batch["text"].to(device), null.to(device), list(range(count)))
+        painted = painter.paint(sketch, Brief(batch["text"].to(device), null.to(device), list(range(count))))
         pairs = {"original": codes, "painted": painted}
         rate = self.codec.sample_rate
         return [Sample(f"{i}-{what}", self.codec.decode(c[i : i + 1])[0], rate)
@@ -108,25 +114,46 @@ class DiffusionTask:
         return facts | {"latents": {"fingerprint": self.statistics.fingerprint}}
 
     def _denoising(
-        self, model: nn.Module, batch: Batch, counts: Tensor, kept: Tensor, spread: Tensor, tempo: Tensor | None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        counts: Tensor,
+        kept: Tensor,
+        spread: Tensor,
+        tempo: Tensor | None,
+        chroma: Tensor | None,
     ) -> Losses:
+        """Kept [b] says whose sketch is told, spread [b] how much noise it is given."""
         codes, mask = batch["codes"], batch["frame_mask"]
         device, n_sketch = codes.device, self.model.config.sketch_channels
         latents = self.model.normalised(self.codec.to(device).to_latents(codes).detach().float())  # [b, K * c, T]
         sketch, clean = latents[:, :n_sketch], latents[:, n_sketch:]
-        spread, kept = spread.to(device), kept.to(device)
+        kept, spread = kept.to(device), spread.to(device)
+        tempo, chroma = (None if wish is None else wish.to(device) for wish in (tempo, chroma))
         sketch = sketch + spread[:, None, None] * torch.randn_like(sketch)
         noise, time = torch.randn_like(clean), self.objective.draw_times(len(codes)).to(device)
-        tempo = None if tempo is None else tempo.to(device)
-        conditions = Conditions(sketch, batch["text"], kept, spread, tempo=tempo, mask=mask)
-        noisy = self.objective.noisy(clean, noise, time)
-        said = model(noisy, time, conditions).float()
+        conditions = Conditions(sketch, batch["text"], kept, spread, chroma, tempo, mask)
+        said = model(self.objective.noisy(clean, noise, time), time, conditions).float()
         errors = (said - self.objective.target(clean, noise, time)).square().mean(1)  # [b, T]
         return {"denoising": errors.masked_fill(~mask, 0).sum() / counts[0]}
 
-    def _tempo(self, ids: list[str]) -> Tensor | None:
-        """[b], NaN where it is not known; None if the model takes none."""
-        return None if self._tempi is None else torch.tensor([self._tempi[name] for name in ids])
+    def _tempo(self, batch: Batch) -> Tensor | None:
+        """[b], NaN where the store does not know it; None if the model takes none."""
+        return None if self._tempi is None else torch.tensor([self._tempi[name] for name in batch["ids"]])
+
+    def _chroma(self, batch: Batch) -> Tensor | None:
+        """[b, 12, T] of the crops' own audio; None if the model takes none."""
+        if self._rows is None:
+            return None
+        hop, frames, rate = self.codec.hop_length, batch["codes"].shape[-1], self.codec.sample_rate
+        if self.store.info["sample_rate"] != rate:
+            raise UserError(f"{self.store.path} keeps audio at {self.store.info['sample_rate']} Hz, its codec works at "
+                            f"{rate} Hz: set model.chroma=false")  # fmt: skip
+        wav = torch.zeros(len(batch["ids"]), frames * hop)
+        for item, (name, first) in enumerate(zip(batch["ids"], batch["first"].tolist(), strict=True)):
+            part = audio.read_part(self.store.audio_path(self._rows[name]), first * hop, frames * hop)[0]
+            wav[item, : len(part)] = torch.from_numpy(part)
+        return frame_chroma(wav, rate, frames)
 
 
 def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
@@ -140,10 +167,9 @@ def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
     return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(counts))
 
 
-def _tempi(store: Store) -> dict[str, float]:
+def _tempi(store: Store, names: list[str]) -> dict[str, float]:
     """Beats a minute by segment, NaN where the store does not know them."""
     truths = [store.truth(row) or {} for row in range(len(store))]
-    names = store.ids(np.arange(len(store)))
     return {name: float(truth.get("bpm", np.nan)) for name, truth in zip(names, truths, strict=True)}
 
 
