@@ -1,0 +1,219 @@
+"""One stage against two, samplers, and what a denoiser costs by length.
+
+    ssmttm sweep sweep=two_stage_tiny store=STORE && ssmttm sweep sweep=denoisers_tiny store=STORE
+    python -m benchmarks.two_stage compare STORE runs/sweeps/two_stage_tiny
+    python -m benchmarks.two_stage samplers STORE runs/sweeps/denoisers_tiny
+    python -m benchmarks.two_stage length
+
+Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one; all music
+is held out. Shapes: n prompts, K codebooks, T frames.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.paired import environment, paired
+from ssmttm import MusicPipeline, audio, config
+from ssmttm.codecs import load_codec
+from ssmttm.codecs.losses import spectral_distances
+from ssmttm.data import open_store
+from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings
+from ssmttm.evaluation import frechet_distance, kernel_distance
+from ssmttm.evaluation.detectors import Detectors
+from ssmttm.evaluation.embedders import load_embedder
+from ssmttm.evaluation.figures import markdown
+from ssmttm.evaluation.prompts import balanced_prompts
+from ssmttm.generation.loading import load_denoiser, open_model_folder
+from ssmttm.generation.painter import Brief, Painter, PaintSettings
+from ssmttm.models import build_model
+from ssmttm.models.latent_denoiser import Conditions
+from ssmttm.sweeps.report import interval
+from ssmttm.text.condition import TextCondition
+
+RESULTS = Path(__file__).parent / "results"
+FRAMES = 200  # 8 s, what the models were trained on
+ATTRIBUTES = ("family", "tempo_class", "mode")
+FIGURES = ("mel", "fad", "kad", *ATTRIBUTES)
+TITLES = ["mel distance", "FAD", "KAD", "family heard", "tempo class heard", "mode heard"]
+
+
+class Judge:
+    """Held-out captions with their true codes and audio, and what the measures say of other codes for them."""
+
+    def __init__(self, path: str, n: int) -> None:
+        self.store, self.codec = open_store(path), load_codec("tiny")
+        self.store.require_codec(self.codec)
+        self.prompts = balanced_prompts(self.store, n, seed=0)
+        rows = [prompt.row for prompt in self.prompts]
+        self.codes = torch.stack([torch.from_numpy(self.store.codes(row)[:, :FRAMES].astype(np.int64)) for row in rows])
+        self.true = torch.stack([self._audio(row) for row in rows])  # [n, S]
+        self.embedder, self.detectors = load_embedder("tiny"), Detectors.from_pretrained()
+        others = np.concatenate([self.store.indices("valid"), self.store.indices("test")])
+        music = torch.stack([self._audio(int(row)) for row in others if row not in rows])
+        self.reference = self._embedded(music)
+
+    def text(self) -> tuple[TextCondition, TextCondition]:
+        """The captions, and the empty one."""
+        captions = [*(prompt.caption for prompt in self.prompts), ""]
+        rows = [torch.from_numpy(self.store.text(caption).astype(np.float32)) for caption in captions]
+        return TextCondition.stack(rows[:-1]), TextCondition.stack(rows[-1:])
+
+    def figures(self, codes: Tensor) -> dict[str, float]:
+        """Of codes [n, K, T]; K may be fewer than the codec's."""
+        whole = self.codec.n_codebooks
+        self.codec.keep_codebooks(codes.shape[1])
+        wav = torch.cat([self.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : self.true.shape[1]]
+        self.codec.keep_codebooks(whole)
+        return self.heard(wav) | {"mel": spectral_distances(wav, self.true, self.codec.sample_rate)["mel"].item()}
+
+    def heard(self, wav: Tensor) -> dict[str, float]:
+        """FAD and KAD with the tiny embedder, and the share of prompts whose attributes the detectors hear, wav [n, S]."""
+        heard = [found for part in wav.split(8) for found in self.detectors.detect(part, self.codec.sample_rate)]
+        pairs = list(zip(heard, self.prompts, strict=True))
+        shares = {
+            name: float(np.mean([getattr(found, name) == prompt.expected[name] for found, prompt in pairs]))
+            for name in ATTRIBUTES
+        }
+        found = self._embedded(wav)
+        distances = {"fad": frechet_distance(found, self.reference), "kad": kernel_distance(found, self.reference)}
+        return {**distances, **shares}
+
+    def _audio(self, row: int) -> Tensor:
+        """[S]."""
+        return audio.read(self.store.audio_path(row), self.codec.sample_rate)[0][0, : FRAMES * self.codec.hop_length]
+
+    def _embedded(self, wav: Tensor) -> Tensor:
+        wav = audio.resample(wav, self.codec.sample_rate, self.embedder.sample_rate)
+        with torch.inference_mode():
+            return torch.cat([self.embedder.embed(part) for part in wav.split(8)]).flatten(0, 1).double()
+
+
+def compare(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
+    """Every system of the sweep two_stage_tiny, seed by seed."""
+    judge, jobs = Judge(arguments.store, arguments.prompts), Path(arguments.sweep) / "jobs"
+    captions = [prompt.caption for prompt in judge.prompts]
+    text, null = judge.text()
+
+    def painted(seed: int, part: str) -> Tensor:
+        painter = load_painter(jobs / f"{part}-seed{seed}" / "run", judge)
+        seeds = [1_000 * seed + i for i in range(len(captions))]
+        return painter.paint(judge.codes[:, :1], Brief(text, null, seeds))
+
+    def sampled(seed: int, first: str, second: str | None) -> Tensor:
+        painter = None if second is None else jobs / f"{second}-seed{seed}" / "run"
+        pipe = MusicPipeline.from_pretrained(jobs / f"{first}-seed{seed}" / "run", painter=painter)
+        seeds = [1_000 * seed + i for i in range(len(captions))]
+        made = [pipe(captions[i : i + 16], FRAMES / judge.codec.frame_rate, seeds=seeds[i : i + 16]).codes
+                for i in range(0, len(captions), 16)]  # fmt: skip
+        return torch.cat(made)
+
+    systems: dict[str, Callable[[int], Tensor]] = {
+        "true sketch + painter": lambda seed: painted(seed, "paint"),
+        "true sketch + regression": lambda seed: painted(seed, "regression"),
+        "two stages: sampled sketch + painter": lambda seed: sampled(seed, "sketch", "paint"),
+        "sampled sketch + regression": lambda seed: sampled(seed, "sketch", "regression"),
+        "single stage": lambda seed: sampled(seed, "single", None),
+    }
+    found = {"true music": [judge.heard(judge.true)], "codec alone (all true codes)": [judge.figures(judge.codes)]}
+    found["true sketch alone (first codebook)"] = [judge.figures(judge.codes[:, :1])]
+    for name, make in systems.items():
+        found[name] = [judge.figures(make(seed)) for seed in tqdm(arguments.seeds, desc=name, unit="seed")]
+        if "sampled" in name or "single" in name:
+            for figures in found[name]:
+                figures.pop("mel")  # another piece than the true one
+    rows = [["", *TITLES]]
+    for name, seeds in found.items():
+        rows.append([name, *(interval(np.array([f[k] for f in seeds])) if k in seeds[0] else "" for k in FIGURES)])
+    return rows, {"prompts": len(captions), "systems": found}
+
+
+def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
+    """True sketches painted by each network, objective, sampler and number of steps."""
+    judge, jobs = Judge(arguments.store, arguments.prompts), Path(arguments.sweep) / "jobs"
+    text, null = judge.text()
+    rows, found = [["network", "objective", "sampler", "steps", "evaluations", "seconds a 10 s piece", *TITLES]], []
+    for job in sorted(jobs.iterdir()):
+        network, objective, _ = job.name.split("-")
+        painter = load_painter(job / "run", judge)
+        every = SAMPLERS[objective] if network == "ssm" else SAMPLERS[objective][:1]
+        for sampler in every:
+            for steps in arguments.steps if network == "ssm" else (8, 16):
+                settings = SamplerSettings(objective, sampler, steps)
+                painter.settings = replace(painter.settings, sampler=settings)
+                begun = time.perf_counter()
+                codes = painter.paint(judge.codes[:, :1], Brief(text, null, list(range(len(judge.prompts)))))
+                piece = (time.perf_counter() - begun) / len(codes) * 10 / (FRAMES / judge.codec.frame_rate)
+                figures = judge.figures(codes)
+                found.append({"network": network, "objective": objective, "sampler": sampler, "steps": steps,
+                              "evaluations": settings.evaluations, "seconds": piece, **figures})  # fmt: skip
+                cells = [network, objective, sampler, str(steps), str(settings.evaluations), f"{piece:.2f}"]
+                rows.append([*cells, *(f"{figures[k]:.3f}" for k in FIGURES)])
+                print(" | ".join(rows[-1]), flush=True)
+    return rows, {"prompts": len(judge.prompts), "threads": torch.get_num_threads(), "rows": found}
+
+
+def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
+    """Milliseconds of one evaluation of each network, batch 1, by seconds of music at 25 Hz, untrained."""
+    torch.manual_seed(0)
+    text = TextCondition.stack([torch.randn(16, 384)])
+    names = ("ssm", "dit", "unet")
+    models = {name: build_model(config.load(f"model=tiny_denoiser_{name}").model).eval() for name in names}
+    rows = [["seconds of music", *(f"{name}, ms" for name in models)]]
+    found: dict[str, dict[str, list[float]]] = {}
+    for seconds in arguments.seconds:
+        frames = 25 * seconds
+        inputs = torch.randn(1, 56, frames), torch.tensor([0.5]), Conditions(torch.randn(1, 8, frames), text)
+        with torch.inference_mode():
+            cases = {name: partial(model, *inputs) for name, model in models.items()}
+            times = paired(cases, arguments.rounds, f"{seconds} s")
+        found[str(seconds)] = {name: [1e3 * t for t in values] for name, values in times.items()}
+        rows.append([str(seconds), *(f"{1e3 * np.median(values):.1f}" for values in times.values())])
+    first, last = str(arguments.seconds[0]), str(arguments.seconds[-1])
+    growth = np.log(arguments.seconds[-1] / arguments.seconds[0])
+    exponents = {n: float(np.log(np.median(found[last][n]) / np.median(found[first][n])) / growth) for n in models}
+    rows.append(["growth exponent", *(f"{exponent:.2f}" for exponent in exponents.values())])
+    return rows, {"milliseconds": found, "exponents": exponents}
+
+
+def load_painter(run: Path, judge: Judge) -> Painter:
+    """The painter of a run, its codec the judge's."""
+    folder = open_model_folder(run, task="diffusion")
+    return Painter(load_denoiser(folder), judge.codec, PaintSettings.of(folder.config))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    kinds = parser.add_subparsers(dest="what", required=True)
+    for name in ("compare", "samplers"):
+        kind = kinds.add_parser(name)
+        kind.add_argument("store")
+        kind.add_argument("sweep")
+        kind.add_argument("--prompts", type=int, default=96)
+    kinds.choices["compare"].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    kinds.choices["samplers"].add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 50, 100])
+    kind = kinds.add_parser("length")
+    kind.add_argument("--seconds", type=int, nargs="+", default=[10, 30, 60, 120, 240])
+    kind.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    rows, results = {"compare": compare, "samplers": samplers, "length": length}[arguments.what](arguments)
+    print(markdown(rows))
+    path = RESULTS / f"two_stage_{arguments.what}.json"
+    path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
