@@ -78,7 +78,7 @@ class Judge:
         return self.heard(wav) | {"mel": spectral_distances(wav, self.true, self.codec.sample_rate)["mel"].item()}
 
     def heard(self, wav: Tensor) -> dict[str, float]:
-        """FAD and KAD with the tiny embedder, and the share of prompts whose attributes the detectors hear, wav [n, S]."""
+        """FAD and KAD with the tiny embedder; the share of prompts whose attributes are heard. wav [n, S]."""
         heard = [found for part in wav.split(8) for found in self.detectors.detect(part, self.codec.sample_rate)]
         pairs = list(zip(heard, self.prompts, strict=True))
         shares = {

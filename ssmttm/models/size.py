@@ -11,10 +11,11 @@ from ssmttm.models import build_model
 
 VARIED = ("n_layers", "d_model")
 _WIDEST = 16_384
+_ASIDE = ("embedding", "text")  # parts of a model that are not multiplied with at every position
 
 
 class Size(NamedTuple):
-    """Parameters and arithmetic of a TokenLM.
+    """Parameters and arithmetic of a TokenLM or a LatentDenoiser.
 
     parameters: all of them. active: N of the 6 N D rule, those that a position multiplies with: all but the codes'
     embedding, which is looked up, and the text's side, which is not run at every position of the audio. forward: FLOPs
@@ -59,7 +60,8 @@ def size_of(model: Mapping[str, Any], frames: int, text_tokens: int = 32) -> Siz
     with torch.device("meta"):
         built = build_model(model)
     count = sum(parameter.numel() for parameter in built.parameters())
-    aside = sum(parameter.numel() for part in (built.embedding, built.text) for parameter in part.parameters())
+    parts = [part for name, part in built.named_children() if name in _ASIDE]
+    aside = sum(parameter.numel() for part in parts for parameter in part.parameters())
     return Size(count, count - aside, built.flops(frames, text_tokens) / frames, frames, text_tokens)
 
 
