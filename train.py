@@ -20,6 +20,8 @@ examples:
   python train.py experiment=debug data.store=STORE                   seconds, to see it run
   python train.py experiment=tiny data.store=STORE train.steps=500    a small language model
   python train.py experiment=tiny_codec data.store=STORE              the codec
+  python train.py experiment=tiny_two_stage_sketch data.store=STORE   two stages: the first codebook, and then
+  python train.py experiment=tiny_two_stage_paint data.store=STORE    all others by latent diffusion
   the same command again                                              goes on from the newest good checkpoint
 
 main keys (all of them: configs/config.yaml and the files of its groups):

@@ -113,16 +113,6 @@ class Conditions:
         """The same with every sketch withheld."""
         return replace(self, has_sketch=torch.zeros(len(self.sketch), dtype=torch.bool, device=self.sketch.device))
 
-    def frames(self, part: slice) -> "Conditions":
-        """The same for some of the frames."""
-        chroma, mask = self.chroma, self.mask
-        return replace(
-            self,
-            sketch=self.sketch[..., part],
-            chroma=None if chroma is None else chroma[..., part],
-            mask=None if mask is None else mask[:, part],
-        )
-
 
 class LatentDenoiser(nn.Module):
     """The model. `set_statistics` must be called before its first use, or weights be loaded that hold them."""
