@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
-    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -36,7 +35,7 @@ class SamplerSettings:
     """Which scheduler and how many of its steps; a Heun step but the last asks the network twice.
 
     Raises:
-        UserError: fewer steps than one, or a sampler that the objective does not have.
+        UserError: fewer steps than one or more than training's, or a sampler that the objective does not have.
     """
 
     objective: str
@@ -48,8 +47,8 @@ class SamplerSettings:
         known = SAMPLERS[self.objective]
         if self.sampler is not None and self.sampler not in known:
             raise UserError(f"no sampler {self.sampler!r} for objective {self.objective}: choose {', '.join(known)}")
-        if self.steps < 1:
-            raise UserError(f"{self.steps} sampling steps: give 1 or more")
+        if not 1 <= self.steps <= TRAIN_STEPS:
+            raise UserError(f"{self.steps} sampling steps: give 1 to {TRAIN_STEPS:,}")
 
     @property
     def name(self) -> str:
@@ -96,8 +95,10 @@ def sample(
     else:
         scheduler = _scheduler(settings, x.device)
         extra: dict[str, Any] = {"generator": list(generators)} if settings.name == "ddpm" else {}
-        for timestep in scheduler.timesteps:
-            time = torch.full((batch,), float(timestep) / TRAIN_STEPS, device=x.device)
+        # A flow's noise levels are its times; diffusers rounds some of its timesteps, which are but their names.
+        times = scheduler.sigmas[:-1] if settings.objective == "flow" else scheduler.timesteps / TRAIN_STEPS
+        for timestep, now in zip(scheduler.timesteps, times.tolist(), strict=True):
+            time = torch.full((batch,), now, device=x.device)
             x = with_known(x, time)
             x = scheduler.step(predict(x, time).float(), timestep, x, **extra).prev_sample
     return x if not n_known else torch.cat([known.to(x.dtype), x[..., n_known:]], -1)
@@ -109,8 +110,9 @@ def _scheduler(settings: SamplerSettings, device: torch.device) -> Any:
     if settings.objective == "v":
         scheduler = {
             "ddpm": lambda: DDPMScheduler(**_TRAILING, clip_sample=False),
-            "ddim": lambda: DDIMScheduler(**_TRAILING, clip_sample=False),
-            "dpm_solver": lambda: DPMSolverMultistepScheduler(**_TRAILING, algorithm_type="dpmsolver++"),
+            # of first order it is DDIM (arXiv 2211.01095); diffusers' own misses its times unless steps divide 1,000
+            "ddim": lambda: DPMSolverMultistepScheduler(**_TRAILING, solver_order=1),
+            "dpm_solver": lambda: DPMSolverMultistepScheduler(**_TRAILING, solver_order=2),
         }[name]()
     elif name == "dpm_solver":
         scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
