@@ -3,6 +3,7 @@
 Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S channels of the sketch, C channels to find.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,13 +47,12 @@ class DiffusionTask:
         self.model = build_model(config.model)
         self.codec = codec_of(self.store, config.data.store)
         _check_fit(config, self.store.info, self.codec)
+        _check_chances(config.diffusion)
         self.statistics = store_statistics(self.store, self.codec)
         self.model.set_statistics(*self.statistics)
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
-        for chance in ("sketch_dropout", "tempo_dropout", "chroma_dropout"):
-            if not 0 <= config.diffusion[chance] <= 1:
-                raise UserError(f"diffusion.{chance}={config.diffusion[chance]} is no chance: give 0 to 1")
+        PaintSettings.of(config)  # a wrong one is told now, not when there is something to sample
         names = self.store.ids(np.arange(len(self.store)))
         self._tempi = _tempi(self.store, names) if config.model.tempo else None
         self._rows = {name: row for row, name in enumerate(names)} if config.model.chroma else None
@@ -171,6 +171,15 @@ def _tempi(store: Store, names: list[str]) -> dict[str, float]:
     """Beats a minute by segment, NaN where the store does not know them."""
     truths = [store.truth(row) or {} for row in range(len(store))]
     return {name: float(truth.get("bpm", np.nan)) for name, truth in zip(names, truths, strict=True)}
+
+
+def _check_chances(settings: DictConfig) -> None:
+    limits = {"sketch_dropout": 1, "tempo_dropout": 1, "chroma_dropout": 1, "sketch_noise": math.inf}
+    for name, most in limits.items():
+        value = settings[name]
+        if not isinstance(value, int | float) or not 0 <= value <= most:
+            wanted = "no chance: give 0 to 1" if most == 1 else "no spread: give 0 or more"
+            raise UserError(f"diffusion.{name}={value} is {wanted}")
 
 
 def _check_fit(config: DictConfig, info: dict[str, Any], codec: Codec) -> None:
