@@ -1,28 +1,43 @@
-"""Stores small enough to train on in seconds: random codes with captions, and short tones."""
+"""Stores small enough to train on in seconds: random codes with captions, and short tones; configs that fit them."""
 
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
+import torch
 from omegaconf import DictConfig
 
 from ssmttm import config
+from ssmttm.codecs import Codec, TinyCodec, TinyCodecConfig
 from ssmttm.data.store import text_name
 from ssmttm.data.text_table import write_text_table
 from ssmttm.data.writer import StoreWriter
 
 N_CODEBOOKS, CODEBOOK_SIZE, TEXT_DIM, FRAMES = 4, 16, 8, 20
-SAMPLE_RATE = 2400
+SAMPLE_RATE, HOP, CODEBOOK_DIM = 2400, 96, 3
+TEXT_FINGERPRINT = "1" * 16
 
 
-def write_codes_store(path: Path, segments: int = 24, seed: int = 0) -> Path:
-    """Codes [4, 14..20] in which each codebook repeats the one before it, so that there is something to learn."""
+def small_codec(folder: Path) -> TinyCodec:
+    """A codec of random weights, whose name is its folder."""
+    torch.manual_seed(3)
+    sizes = dict(n_codebooks=N_CODEBOOKS, codebook_size=CODEBOOK_SIZE, codebook_dim=CODEBOOK_DIM, encoder_width=16,
+                 decoder_width=16, encoder_blocks=(1, 1), decoder_blocks=(1, 1))  # fmt: skip
+    TinyCodec(TinyCodecConfig(sample_rate=SAMPLE_RATE, hop_length=HOP, window=2 * HOP, **sizes)).save(folder)
+    return TinyCodec.load(folder, str(folder))
+
+
+def write_codes_store(path: Path, segments: int = 24, seed: int = 0, codec: Codec | None = None) -> Path:
+    """Codes [4, 14..20] in which each codebook repeats the one before it, so that there is something to learn.
+
+    With a codec, it is the store's; every segment then has a tone as its audio, and every other one a tempo.
+    """
     rng = np.random.default_rng(seed)
-    codec = {
-        "name": "fake", "fingerprint": "0" * 16, "sample_rate": SAMPLE_RATE, "frame_rate": 25.0,
-        "n_codebooks": N_CODEBOOKS, "codebook_size": CODEBOOK_SIZE,
+    facts = {
+        "name": codec.name if codec else "fake", "fingerprint": codec.fingerprint if codec else "0" * 16,
+        "sample_rate": SAMPLE_RATE, "frame_rate": 25.0, "n_codebooks": N_CODEBOOKS, "codebook_size": CODEBOOK_SIZE,
     }  # fmt: skip
-    writer = StoreWriter(path, {"seed": seed}, codec=codec, sample_rate=SAMPLE_RATE)
+    writer = StoreWriter(path, {"seed": seed}, codec=facts, sample_rate=SAMPLE_RATE)
     captions = [f"caption {i}" for i in range(6)]
     for i in range(segments):
         length = int(rng.integers(FRAMES - 6, FRAMES + 1))
@@ -31,12 +46,18 @@ def write_codes_store(path: Path, segments: int = 24, seed: int = 0) -> Path:
             "id": f"s{i}", "split": "valid" if i % 6 == 5 else "train", "licence": "CC0-1.0", "duration": length / 25,
             "captions": [captions[i % 6]], "tags": [f"tag {i % 6}", "music"],
         }  # fmt: skip
+        if codec:
+            row |= {"audio": f"audio/{i}.wav", "truth": {"bpm": 60 + 5 * i} if i % 2 else {}}
+            (path / "audio").mkdir(exist_ok=True)
+            tone = np.sin(2 * np.pi * (220 + 40 * i) * np.arange(length * HOP) / SAMPLE_RATE)
+            sf.write(path / row["audio"], 0.5 * tone, SAMPLE_RATE)
         writer.add(row, codes)
     embeddings = {text: rng.standard_normal((1 + len(text) % 3, TEXT_DIM)) for text in ["", *captions]}
     write_text_table(
-        path / text_name("fake"), embeddings, lambda texts: [embeddings[text] for text in texts], TEXT_DIM, "1" * 16
-    )
-    writer.finish(text={"name": "fake", "fingerprint": "1" * 16, "dim": TEXT_DIM})
+        path / text_name("fake"), embeddings, lambda texts: [embeddings[text] for text in texts], TEXT_DIM,
+        TEXT_FINGERPRINT,
+    )  # fmt: skip
+    writer.finish(text={"name": "fake", "fingerprint": TEXT_FINGERPRINT, "dim": TEXT_DIM})
     return path
 
 
@@ -61,6 +82,20 @@ def lm_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
     codes = (f"model.n_codebooks={N_CODEBOOKS}", f"model.codebook_size={CODEBOOK_SIZE}")
     sizes = (*codes, f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}")
     return config.load(*fixed, *sizes, f"data.store={store}", f"run_dir={run_dir}", *train, *overrides)
+
+
+def paint_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
+    """A very small second stage on a store of `write_codes_store` with `small_codec`."""
+    sizes = (
+        f"model.n_codebooks={N_CODEBOOKS}", f"model.codebook_dim={CODEBOOK_DIM}", f"model.text_dim={TEXT_DIM}",
+        "model.d_model=16", "model.n_layers=2", "model.headdim=8", "model.d_state=4", "model.n_heads=2",
+        "model.time_dim=16", f"data.frames={FRAMES}", "data.batch_size=4", "optim.lr=0.01", "optim.warmup_steps=5",
+        "train.log_every=1", "train.precision=fp32", "train.eval_every=10", "train.eval_batches=2",
+        "train.checkpoint_every=1000", "train.sample_seconds=1.5",
+    )  # fmt: skip
+    return config.load(
+        "experiment=tiny_two_stage_paint", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
+    )
 
 
 def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
