@@ -58,7 +58,9 @@ def chroma(wav: Tensor, sample_rate: int, window: int = 2048) -> Tensor:
 
 def frame_chroma(wav: Tensor, sample_rate: int, n_frames: int) -> Tensor:
     """`chroma` at the rate of a codec's frames, as a melody for a denoiser: [B, S] -> [B, 12, n_frames], 0 to 1."""
-    return F.adaptive_avg_pool1d(chroma(wav, sample_rate), n_frames)
+    window, length = 2048, wav.shape[-1]
+    heard = chroma(F.pad(wav, (0, max(0, window - length))), sample_rate, window)  # a window at the least
+    return F.adaptive_avg_pool1d(heard[..., : length // (window // 4) + 1], n_frames)
 
 
 def chroma_similarity(fake: Tensor, real: Tensor, sample_rate: int) -> Tensor:

@@ -147,7 +147,7 @@ class MusicPipeline:
             raise UserError("this model has one stage: there are no steps to set")
         settings = self.painter.settings
         self.painter.settings = replace(settings, sampler=replace(settings.sampler, steps=steps))
-        self.facts["painter"]["steps"] = steps
+        self.facts.setdefault("painter", {})["steps"] = steps
 
     @property
     def sample_rate(self) -> int:
