@@ -311,7 +311,9 @@ def test_a_store_of_another_codec_is_refused(store, tmp_path):
         loop.train(paint_config(copy, tmp_path / "run"))
 
 
-@pytest.mark.parametrize(("damage", "says"), [("audio", "cannot be read"), ("rate", "at 4800 Hz, its codec works at 2400 Hz")])
+@pytest.mark.parametrize(
+    ("damage", "says"), [("audio", "cannot be read"), ("rate", "4800 Hz, its codec works at 2400 Hz")]
+)
 def test_a_store_whose_audio_cannot_be_used_has_no_melodies(store, tmp_path, damage, says):
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
     if damage == "audio":
