@@ -144,11 +144,11 @@ def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
     text, null = judge.text()
     rows, found = [["network", "objective", "sampler", "steps", "evaluations", "seconds a 10 s piece", *TITLES]], []
     for job in sorted(jobs.iterdir()):
-        network, objective, _ = job.name.split("-")
+        network, objective = job.name.split("-")[0].split("_")
         painter = load_painter(job / "run", judge)
-        every = SAMPLERS[objective] if network == "ssm" else SAMPLERS[objective][:1]
-        for sampler in every:
-            for steps in arguments.steps if network == "ssm" else (8, 16):
+        ours = network == "ssm"
+        for sampler in SAMPLERS[objective] if ours else SAMPLERS[objective][:1]:
+            for steps in arguments.steps if ours else (8, 16):
                 settings = SamplerSettings(objective, sampler, steps)
                 painter.settings = replace(painter.settings, sampler=settings)
                 begun = time.perf_counter()
