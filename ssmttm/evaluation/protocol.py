@@ -73,7 +73,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         pieces, unmatched = match_audio(Path(settings.audio), task.prompts)
         facts = {"model": str(settings.audio), **_shared_settings(list(pieces.values()))}
     else:
-        pipeline = MusicPipeline.from_pretrained(settings.checkpoint)
+        pipeline = MusicPipeline.from_pretrained(settings.checkpoint, painter=settings.painter)
         named = [(prompt.name, prompt.caption) for prompt in task.prompts]
         made = generate(pipeline, named, decoding, out / "audio", settings.batch)
         pieces, unmatched = dict(zip((name for name, _ in named), made, strict=True)), []
