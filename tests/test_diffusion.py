@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_denoisers import C, captions, conditions, denoiser, noisy
 
@@ -80,6 +80,7 @@ def optimal(objective):
 
 @settings(max_examples=25, deadline=None)
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 999), min_size=s[0], max_size=s[0]))))
+@example(((1000, 1, 1), list(range(1000))))
 def test_v_is_diffusers_cosine_schedule(case):
     clean, noise, steps = drawn(*case, seed=1)
     reference = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
@@ -92,6 +93,7 @@ def test_v_is_diffusers_cosine_schedule(case):
 
 @settings(max_examples=25, deadline=None)
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), st.lists(st.integers(0, 999), min_size=s[0], max_size=s[0]))))
+@example(((1000, 1, 1), list(range(1000))))
 def test_flow_is_diffusers_straight_line_and_its_slope(case):
     clean, noise, steps = drawn(*case, seed=2)
     reference, ours = FlowMatchEulerDiscreteScheduler(), get_objective("flow")
@@ -170,6 +172,8 @@ def test_a_network_that_knows_the_answer_is_believed(objective, sampler, steps):
     assert given.evaluations == {"direct": 1, "heun": 2 * steps - 1}.get(sampler, steps)
     times = [time[0].item() for _, time in asked]
     assert times == sorted(times, reverse=True) and 0.998 < times[0] <= 1 and times[-1] > 0
+    if sampler == "euler":
+        assert times == pytest.approx([1 - step / steps for step in range(steps)])
 
 
 @pytest.mark.parametrize(("objective", "sampler"), [pair for pair in DIFFUSIONS if pair[1] != "ddpm"])
