@@ -20,17 +20,20 @@ from small_denoisers import (
     noisy,
 )
 from small_stores import write_codes_store
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssmttm.codecs.latents import latent_statistics
 from ssmttm.data import open_store
+from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
 from ssmttm.mixers import Mamba2
 from ssmttm.mixers.bidirectional import Bidirectional, FullAttention, build_bidirectional
-from ssmttm.models import build_model
-from ssmttm.models.unet import LinearAttention
+from ssmttm.models import build_model, unet
+from ssmttm.models.denoiser_stack import TimedBranch
+from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.text.condition import TextCondition
 from ssmttm.training import diffusion
 
@@ -56,9 +59,9 @@ def told_all(frames=FRAMES, lengths=(4, 0, 7), **more):
     return conditions(frames, lengths, WIDE, chroma=chroma, tempo=tempo, **more)
 
 
-def run(model, given, frames=FRAMES):
+def run(model, given, frames=FRAMES, dtype=WIDE):
     with torch.no_grad():
-        return model(*noisy(frames, len(given.sketch), WIDE), given)
+        return model(*noisy(frames, len(given.sketch), dtype), given)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 37, 64])
@@ -211,6 +214,46 @@ def test_a_new_model_says_zero_and_all_of_it_learns(name):
     assert {"null_sketch", "null_chroma", "null_tempo"} <= learnt
 
 
+@pytest.mark.parametrize("objective", ["v", "flow"])
+def test_it_learns_all_that_can_be_known(objective):
+    """Latents are their sketch and noise: then the least loss is known, and needs the sketch, the time and the mean."""
+    torch.manual_seed(0)
+    process, noise_share, steps, rate = get_objective(objective), 0.5, 250, 0.01
+    model = new_denoiser(layers="attention", n_layers=1).train()
+    text = captions(1)
+
+    def loss(items):
+        sketch = torch.randn(items, S, 4)
+        clean = sketch.repeat(1, C // S, 1) + noise_share * torch.randn(items, C, 4)
+        noise, time = torch.randn_like(clean), process.draw_times(items)
+        told = Conditions(sketch, TextCondition(text.embeddings.expand(items, -1, -1), text.mask.expand(items, -1)))
+        said = model(process.noisy(clean, noise, time), time, told)
+        return (said - process.target(clean, noise, time)).square().mean()
+
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.zero_grad()
+        loss(64).backward()
+        optimizer.step()
+    time, one, none = torch.arange(1000) / 1000, torch.ones(1000, 1, 1), torch.zeros(1000, 1, 1)
+    signal, spread = process.noisy(one, none, time), process.noisy(none, one, time)
+    least = (noise_share**2 / ((noise_share * signal).square() + spread.square())).mean()
+    with torch.no_grad():
+        assert loss(4000).item() == pytest.approx(least.item(), rel=0.04)
+
+
+@over_networks
+def test_autocast_agrees_with_float32_and_keeps_the_residual_stream_in_it(name):
+    model, given, seen = denoiser(name), conditions(FRAMES), []
+    expected = run(model, given, dtype=torch.float32)
+    model.network.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0].dtype, out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(model, given, dtype=torch.float32)
+    assert seen == [torch.float32] * 2
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"layers": "attention"}, {"layers": "mamba2"}, {"network": "unet", "unet_mults": [1, 1, 2]}],
@@ -360,7 +403,7 @@ def test_full_attention_is_softmax_over_all_real_frames():
 
 def test_linear_attention_is_its_formula():
     torch.manual_seed(0)
-    layer, x = LinearAttention(12, n_heads=3).double(), torch.randn(2, 9, 12, dtype=WIDE)
+    layer, x = unet.LinearAttention(12, n_heads=3).double(), torch.randn(2, 9, 12, dtype=WIDE)
     mask = torch.arange(9) < torch.tensor([9, 5])[:, None]
     found = layer(x, mask)
     for item, length in ((0, 9), (1, 5)):
@@ -373,11 +416,49 @@ def test_linear_attention_is_its_formula():
         assert_equal(found[item, :length], real + layer.out(torch.cat(heads, -1)))
 
 
-def test_attention_is_dropped_out_in_training_only():
-    layer, x = build_bidirectional("attention", 8, n_heads=2, dropout=0.5), torch.randn(1, 20, 8)
-    assert not torch.equal(layer(x), layer(x))
+def some_of(module):
+    """The module with all its parameters at random."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return module
+
+
+def test_a_branch_is_its_formula_and_adds_nothing_at_first():
+    torch.manual_seed(0)
+    branch, x, vector = TimedBranch(8, 6, nn.Linear(8, 8)).double(), torch.randn(2, 5, 8, dtype=WIDE), torch.randn(2, 6)
+    vector = vector.double()
+    assert torch.equal(branch(x, vector), x)
+    some_of(branch)
+    shift, scale, gate = branch.modulation(vector * vector.sigmoid())[:, None].split(8, -1)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_equal(branch(x, vector), x + gate * branch.inner(normed * (1 + scale) + shift))
+
+
+def test_a_residual_block_is_the_identity_at_first():
+    block, x, vector = unet.ResidualBlock(8, 8, 6, dropout=0.0), torch.randn(2, 5, 8), torch.randn(2, 6)
+    assert torch.equal(block(x, vector, None), x)
+    assert not torch.allclose(some_of(block)(x, vector, None), x)
+
+
+def test_half_the_frames_are_means_of_the_real_ones():
+    x = torch.tensor([2.0, 4.0, 6.0, 50.0, 70.0, 90.0])[None, :, None]
+    mask = torch.tensor([[True, True, True, False, False, False]])
+    assert unet._halved(x, mask).flatten().tolist() == [3, 6, 0]
+    assert unet._halved(x, None).flatten().tolist() == [3, 28, 80]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [build_bidirectional("attention", 8, n_heads=2, dropout=0.5), unet.ResidualBlock(8, 8, 6, dropout=0.5)],
+    ids=["attention", "residual"],
+)
+def test_dropout_acts_in_training_only(layer):
+    some_of(layer).train()
+    inputs = (torch.randn(1, 20, 8), *((torch.randn(1, 6), None) if isinstance(layer, unet.ResidualBlock) else ()))
+    assert not torch.equal(layer(*inputs), layer(*inputs))
     layer.eval()
-    assert torch.equal(layer(x), layer(x))
+    assert torch.equal(layer(*inputs), layer(*inputs))
 
 
 def test_a_stack_repeats_its_list_of_layers():
