@@ -201,7 +201,7 @@ def loudness(wav: Tensor, sample_rate: int) -> float:
     """
     from scipy.signal import sosfilt
 
-    samples = torch.atleast_2d(wav.detach().to("cpu", torch.float64)).numpy()
+    samples = torch.atleast_2d(wav.detach().to("cpu", torch.float64))
     channels, length = samples.shape
     if channels > len(_CHANNEL_GAINS):
         raise UserError(f"loudness is defined for up to 5 channels, not {channels}: mix down first")
@@ -210,8 +210,8 @@ def loudness(wav: Tensor, sample_rate: int) -> float:
     block = min(_LOUDNESS_BLOCK, length / sample_rate)  # seconds, of which three quarters overlap
     count = round((length / sample_rate - block) / (block / 4)) + 1
     bounds = (block * (np.arange(count)[:, None] / 4 + [0, 1]) * sample_rate).astype(int).clip(max=length)  # [count, 2]
-    squares = np.square(np.pad(sosfilt(_k_weighting(sample_rate), samples), ((0, 0), (0, 1))))
-    energy = np.add.reduceat(squares, bounds.ravel(), axis=1)[:, ::2]  # [C, count]
+    weighted = sosfilt(_k_weighting(sample_rate), torch.nn.functional.pad(samples, (0, 1)))  # a sum may end at `length`
+    energy = np.add.reduceat(np.square(weighted, out=weighted), bounds.ravel(), axis=1)[:, ::2]  # [C, count]
     power = np.array(_CHANNEL_GAINS[:channels]) @ energy / (block * sample_rate)
     heard = power[power >= 10 ** ((_QUIETEST - _LUFS_OFFSET) / 10)]
     if len(heard) == 0:

@@ -17,7 +17,7 @@ from ssmttm.errors import UserError
 from ssmttm.evaluation import features, levels, rhythm, tonality
 from ssmttm.evaluation.detectors import TONICS
 from ssmttm.evaluation.measures import measure_clip, measure_files
-from ssmttm.evaluation.repetition import repetition
+from ssmttm.evaluation.repetition import _longest_diagonal, repetition
 from ssmttm.evaluation.token_measures import longest_repeat, measure_tokens
 
 RATE = features.SAMPLE_RATE
@@ -101,6 +101,24 @@ def test_librosa_hears_the_same_tempo():
     assert min(abs(ours * factor / theirs - 1) for factor in (0.5, 1, 2)) < 0.04
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_beats_are_those_of_plain_loops(seed):
+    rng = np.random.default_rng(seed)
+    curve, bpm = rng.exponential(size=int(rng.integers(50, 600))) ** 2, rng.uniform(40, 240)
+    period, strength = 60 * features.ONSET_RATE / bpm, curve / curve.std()
+    score, before = strength.tolist(), [-1] * len(curve)
+    for t in range(len(curve)):
+        lags = [lag for lag in range(round(period / 2), round(2 * period) + 1) if lag <= t]
+        reached = [(score[t - lag] - 100 * math.log(lag / period) ** 2, t - lag) for lag in lags]
+        best, place = max(reached, default=(0, -1))
+        if best > 0:
+            score[t], before[t] = strength[t] + best, place
+    frames = [max(range(len(curve) - max(1, round(period)), len(curve)), key=score.__getitem__)]
+    while before[frames[-1]] >= 0:
+        frames.append(before[frames[-1]])
+    assert (rhythm.beats(curve, bpm) * features.ONSET_RATE).round().tolist() == frames[::-1]
+
+
 def test_silence_has_no_rhythm():
     curve = curve_of(torch.zeros(1, 5 * RATE))
     assert rhythm.tempo(curve) == 0 and len(rhythm.beats(curve, 0.0)) == 0 and rhythm.onset_density(curve) == 0
@@ -119,6 +137,15 @@ def test_a_cadence_tells_its_key(tonic, mode):
     wav = torch.cat([chord([tonic + note for note in notes], 1.0) for notes in cadence], 1)
     key = tonality.key(features.chroma(wav)[0])
     assert (key.tonic, key.mode) == (TONICS[tonic], mode) and key.clarity > 0.6
+
+
+@pytest.mark.parametrize("samples", [1_000, 1_001, 1_002, 1_003, 24_000])
+def test_many_filters_at_once_decimate_as_one_does(samples):
+    n = np.arange(-32, 33)
+    taps = np.sinc(0.95 * n / 4) * np.hanning(65)
+    wav = noise(samples / RATE, 2)
+    plain = np.stack([np.convolve(row, taps / taps.sum(), "same")[::4] for row in wav.double().numpy()])
+    assert features._decimated(wav).numpy() == pytest.approx(plain, abs=1e-6)
 
 
 def test_entropy_of_pitch_classes():
@@ -153,6 +180,17 @@ def test_true_peak_of_band_limited_noise_is_that_of_a_finer_grid(seed):
     wav = torch.from_numpy(np.tile(np.fft.irfft(spectrum), 3)).float()[None]
     fine = np.abs(np.fft.irfft(spectrum, 2048 * 16) * 16).max()
     assert levels.true_peak(wav) == pytest.approx(20 * math.log10(fine), abs=0.35)
+
+
+@pytest.mark.parametrize("samples", [30, 64, 5_000, 5_001])
+def test_true_peak_is_that_of_all_places_between(samples):
+    wav = noise(samples / RATE, 2, seed=samples) * torch.linspace(0, 1, samples)
+    places = np.arange(24) - 11 - np.arange(4)[:, None] / 4
+    filters = np.sinc(places) * np.i0(8 * np.sqrt(1 - np.square(places / 12).clip(max=1))) / np.i0(8)
+    filters /= filters.sum(1, keepdims=True)
+    padded = np.pad(wav.numpy(), ((0, 0), (12, 12)))
+    plain = max(np.abs(np.correlate(row, taps)).max() for row in padded for taps in filters)
+    assert levels.true_peak(wav) == pytest.approx(20 * math.log10(plain), abs=1e-4)
 
 
 def test_clipping_silence_and_offset():
@@ -218,6 +256,13 @@ def test_repetition_finds_the_loop():
     through = repetition(features.log_mel(features.level(melody(8.0, 2)))[0])
     assert through.share < 0.15 and through.longest < loop.longest / 2
     assert repetition(features.log_mel(torch.zeros(1, 5 * RATE))[0]) == (0, 0)
+
+
+@pytest.mark.parametrize(("size", "share"), [(1, 1.0), (3, 0.0), (12, 0.5), (40, 0.9)])
+def test_the_longest_diagonal_is_that_of_plain_loops(size, share):
+    flags = np.random.default_rng(size).random((size, size)) < share
+    diagonals = ("".join("x" if flag else " " for flag in flags.diagonal(d)) for d in range(-size, size + 1))
+    assert _longest_diagonal(flags) == max(len(run) for text in diagonals for run in text.split(" "))
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=40))

@@ -24,11 +24,11 @@ def true_peak(wav: Tensor) -> float:
 
     Looked for only where samples come within 3 dB of the highest.
     """
-    highest = wav.abs().max()
     padded = F.pad(wav, (_TAPS // 2, -wav.shape[-1] % _BLOCK + _TAPS // 2))
-    blocks = padded.unfold(-1, _BLOCK + _TAPS - 1, _BLOCK).flatten(0, 1)  # [n, block + taps - 1]
-    loud = blocks[blocks.abs().amax(-1) >= 0.7 * highest]
-    between = loud.unfold(-1, _TAPS, 1) @ _interpolator().T  # [n, block, 4]
+    blocks = padded.unfold(-1, _BLOCK + _TAPS - 1, _BLOCK)  # [C, n, block + taps - 1]
+    peaks = torch.maximum(blocks.amax(-1), -blocks.amin(-1))
+    highest = peaks.max()
+    between = blocks[peaks >= 0.7 * highest] @ _interpolator()  # [loud, block * 4]
     return float(20 * torch.maximum(between.abs().max(), highest).log10())
 
 
@@ -68,7 +68,7 @@ def spectrum(wav: Tensor) -> Tensor:
     size = min(_FFT, wav.shape[-1])
     window = torch.hann_window(_FFT)
     frames = F.pad(wav, (0, max(0, _FFT - size))).unfold(-1, _FFT, _FFT)  # [C, T, _FFT]
-    return torch.fft.rfft(frames * window).abs().square().mean((0, 1))
+    return torch.view_as_real(torch.fft.rfft(frames * window)).square().mean((0, 1)).sum(-1)
 
 
 def brightness(power: Tensor, sample_rate: int) -> tuple[float, float, float]:
@@ -88,10 +88,14 @@ def brightness(power: Tensor, sample_rate: int) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=1)
 def _interpolator() -> Tensor:
-    """A Kaiser-windowed sinc in 4 phases, each of unit gain at 0 Hz. [4, taps]."""
+    """A Kaiser-windowed sinc in 4 phases, each of unit gain at 0 Hz, once for each sample of a block.
+
+    A matrix that turns a block's samples and their neighbours into all values between: [block + taps - 1, block * 4].
+    """
     taps = torch.arange(_TAPS) - _TAPS // 2 + 1  # correlation: tap k meets sample s + k - taps / 2
     places = taps[None] - torch.arange(_PHASES)[:, None] / _PHASES
     reach = (places / (_TAPS / 2)).clamp(-1, 1)
     window = torch.special.i0(8.0 * (1 - reach.square()).sqrt()) / torch.special.i0(torch.tensor(8.0))
     filters = torch.sinc(places) * window
-    return filters / filters.sum(1, keepdim=True)
+    filters = F.pad(filters / filters.sum(1, keepdim=True), (0, _BLOCK - 1))
+    return torch.cat([filters.roll(i, 1) for i in range(_BLOCK)]).T.contiguous()

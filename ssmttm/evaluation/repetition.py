@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,17 +28,17 @@ def repetition(mel: Tensor) -> Repetition:
     windows = frames.unfold(0, _RATE, 1).flatten(1)  # [n, M * rate]
     windows = F.normalize(windows - windows.mean(1, keepdim=True), dim=1)
     same = (windows @ windows.T).tril(-_RATE) >= _SAME  # [n, n], later by earlier
-    longest = max((_longest_run(same.diagonal(-lag)) for lag in range(_RATE, len(windows))), default=0)
+    longest = _longest_diagonal(same.numpy())
     return Repetition(
         share=float(same[_RATE:].any(1).float().mean()),
         longest=(longest + _RATE - 1) / _RATE if longest else 0.0,
     )
 
 
-def _longest_run(flags: Tensor) -> int:
-    """Length of the longest run of True."""
-    if not bool(flags.any()):
-        return 0
-    breaks = F.pad((~flags).nonzero()[:, 0] + 1, (1, 1))
-    breaks[-1] = len(flags) + 1
-    return int((breaks[1:] - breaks[:-1]).max()) - 1
+def _longest_diagonal(flags: np.ndarray) -> int:
+    """Length of the longest run of True along any diagonal of [n, n]."""
+    run, longest = np.zeros(len(flags) + 1, int), 0
+    for row in flags:
+        run[1:] = (run[:-1] + 1) * row
+        longest = max(longest, int(run.max()))
+    return longest

@@ -49,12 +49,15 @@ def beats(curve: np.ndarray, bpm: float) -> np.ndarray:
     back = np.arange(-round(2 * period), -round(period / 2) + 1)
     cost = -_TIGHTNESS * np.square(np.log(-back / period))
     score, before = strength.copy(), np.full(len(curve), -1)
-    for t in range(-back[-1], len(curve)):
-        first = max(0, -(t + back[0]))
-        reached = score[t + back[first:]] + cost[first:]
-        best = int(reached.argmax())
-        if reached[best] > 0:
-            score[t], before[t] = strength[t] + reached[best], t + back[first + best]
+    for start in range(-back[-1], len(curve), -back[-1]):  # within half a period no beat depends on another
+        places = np.arange(start, min(start - back[-1], len(curve)))
+        earlier = places[:, None] + back  # [t, candidates]
+        reached = np.where(earlier >= 0, score[earlier.clip(0)] + cost, -np.inf)
+        best = reached.argmax(1)
+        gain = reached.max(1)
+        found = gain > 0
+        score[places[found]] += gain[found]
+        before[places[found]] = earlier[found, best[found]]
     tail = len(curve) - max(1, round(period))
     frames = [tail + int(score[tail:].argmax())]
     while before[frames[-1]] >= 0:
