@@ -163,7 +163,9 @@ def test_everything_it_is_told_matters(model):
     assert_equal(run(model, replace(given, chroma=torch.full_like(given.chroma, torch.nan))), outs["no chroma"])
     partly = run(model, replace(given, chroma=nan_chroma))
     assert_equal(partly[1:], whole[1:])
-    assert (partly[0] - whole[0]).abs().max() > 1e-3 and partly.isfinite().all()
+    silent = run(model, replace(given, chroma=nan_chroma.nan_to_num(0.0)))
+    for other in (whole, silent):  # none is neither what it was nor silence
+        assert (partly[0] - other[0]).abs().max() > 1e-3 and partly.isfinite().all()
 
 
 def test_a_sketch_that_is_withheld_is_not_read(model):
@@ -255,16 +257,20 @@ def test_autocast_agrees_with_float32_and_keeps_the_residual_stream_in_it(name):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"layers": "attention"}, {"layers": "mamba2"}, {"network": "unet", "unet_mults": [1, 1, 2]}],
+    ("changes", "tolerance"),
+    [
+        ({"layers": "attention"}, 0.002),
+        ({"layers": "mamba2"}, 0.02),
+        ({"network": "unet", "unet_mults": [1, 1, 2]}, 0.01),
+    ],
     ids=["attention", "mamba2", "unet"],
 )
 @pytest.mark.parametrize("frames", [64, 250])
-def test_flops_are_those_counted(changes, frames):
+def test_flops_are_those_counted(changes, tolerance, frames):
     model = denoiser(d_model=48, headdim=16, n_heads=4, d_state=32, chunk_size=64, **changes)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(*noisy(frames, 1), conditions(frames, (20,)))
-    assert model.flops(frames, 20) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert model.flops(frames, 20) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
 # --- statistics of latents ------------------------------------------------------------------------------------------
