@@ -1,6 +1,8 @@
-"""How long a ten-second clip takes to be measured, by part, on one thread: python -m benchmarks.measures
+"""How long scoring takes, embedders aside, on one thread: python -m benchmarks.measures
 
-Writes benchmarks/results/measures.json. A figure is the whole way: reading the file, all measures.
+A ten-second clip's musical measures by part and as a whole, reading the file included; and all distances of 1,000 clips
+from 1,000 references with their intervals. Processor time, which other work on the machine hardly lengthens. Writes
+benchmarks/results/measures.json.
 """
 
 import argparse
@@ -17,11 +19,15 @@ from benchmarks.paired import environment
 from data_prep.builtin import compose, render
 from ssmttm import audio
 from ssmttm.evaluation import features, levels, rhythm, tonality
+from ssmttm.evaluation.embed_files import Heard
+from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.measures import measure_clip
 from ssmttm.evaluation.repetition import repetition
+from ssmttm.evaluation.score import set_distances
 
 OUT = Path(__file__).parent / "results" / "measures.json"
 SECONDS, CLIPS = 10, 4
+N = 1_000
 
 
 def main() -> None:
@@ -35,12 +41,27 @@ def main() -> None:
             paths = [write_clip(Path(folder) / f"{rate}-{i}.wav", i, rate, channels) for i in range(CLIPS)]
             whole = timed([lambda p=p: measure_clip(*audio.read(p, mono=False)) for p in paths], rounds)
             results[name] = {"whole": whole, **parts(paths[0], rounds)}
+    apart = distances_ms()
     for name, figures in results.items():
         print(f"\n{name}: {60_000 / figures['whole']['median_ms']:.0f} clips a minute")
         for part, told in figures.items():
             print(f"  {part:20} {told['median_ms']:8.2f} ms   p10 {told['p10_ms']:8.2f} ms")
-    OUT.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    print(f"\nall distances of {N:,} clips from {N:,} references: {apart / 1e3:.2f} s")
+    totals = {name: (N * figures["whole"]["median_ms"] + apart) / 1e3 for name, figures in results.items()}
+    print("\n".join(f"{N:,} clips of {name}, measures and distances: {total:.1f} s" for name, total in totals.items()))
+    found = {"results": results, "distances_ms": apart, "thousand_clips_s": totals}
+    OUT.write_text(json.dumps({"environment": environment(), **found}, indent=1) + "\n")
     print(f"\n{OUT}")
+
+
+def distances_ms() -> float:
+    """Every distance and interval of random embeddings as wide as the tiny embedder's."""
+    torch.manual_seed(0)
+    none = torch.zeros(0)
+    sets = [Heard(torch.randn(N, 1, load_embedder("tiny").dim) + shift, none, none) for shift in (0.0, 0.1)]
+    begun = time.process_time()
+    set_distances(*sets)
+    return 1e3 * (time.process_time() - begun)
 
 
 def write_clip(path: Path, index: int, rate: int, channels: int) -> Path:
@@ -55,9 +76,9 @@ def timed(calls: list[Callable[[], object]], rounds: int) -> dict[str, float]:
     spans = []
     for _ in range(rounds):
         for call in calls:
-            begun = time.perf_counter()
+            begun = time.process_time()
             call()
-            spans.append(1e3 * (time.perf_counter() - begun))
+            spans.append(1e3 * (time.process_time() - begun))
     return {"median_ms": float(np.median(spans)), "p10_ms": float(np.quantile(spans, 0.1))}
 
 

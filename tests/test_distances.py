@@ -14,11 +14,19 @@ from scipy.stats import entropy
 from ssmttm.errors import UserError
 from ssmttm.evaluation import frechet_distance, kernel_distance
 from ssmttm.evaluation.distances import (
+    Neighbourhoods,
     bootstrap,
     clap_score,
     class_divergence,
     frechet_distance_infinity,
+    median_distance,
     precision_recall_coverage,
+)
+from ssmttm.evaluation.resampling import (
+    distances_of,
+    kernel_statistic,
+    neighbourhood_statistic,
+    weighted_bootstrap,
 )
 
 
@@ -210,3 +218,26 @@ def test_unpaired_posteriors_and_no_distributions_are_refused():
         class_divergence(torch.ones(3, 2), torch.full((3, 2), 0.5))
     with pytest.raises(UserError, match="paired"):
         clap_score(torch.ones(3, 2), torch.ones(4, 2))
+
+
+@pytest.mark.parametrize(("windows", "seed"), [((1, 1), 0), ((3, 2), 1)])
+def test_intervals_from_weights_are_those_of_drawn_rows(windows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n, w, 4, generator=generator).double() for n, w in zip((30, 41), windows, strict=True))
+    rows = x.flatten(0, 1), y.flatten(0, 1)
+    apart, bandwidth = distances_of(*rows), median_distance(rows[1])
+
+    def of_rows(statistic):
+        return bootstrap(lambda a, b: statistic(a.flatten(0, 1), b.flatten(0, 1)), x, y, draws=25, seed=seed)
+
+    def plain_kernel(a, b):
+        k = [torch.cdist(p, q).div(bandwidth).square().div(-2).exp().sum() for p, q in ((a, a), (b, b), (a, b))]
+        n, m = len(a), len(b)
+        return float(100 * ((k[0] - n) / (n * (n - 1)) + (k[1] - m) / (m * (m - 1)) - 2 * k[2] / (n * m)))
+
+    kernel = weighted_bootstrap(kernel_statistic(apart, rows[1]), 30, 41, windows, 25, seed)
+    assert kernel[0] == pytest.approx(of_rows(plain_kernel))
+    shares = weighted_bootstrap(neighbourhood_statistic(apart), 30, 41, windows, 25, seed)
+    for place, name in enumerate(Neighbourhoods._fields):
+        plain = of_rows(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
+        assert shares[place] == pytest.approx(plain), name

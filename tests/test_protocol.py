@@ -63,7 +63,7 @@ def settings(benchmark, out, *more):
 @pytest.fixture
 def model(monkeypatch):
     model = Model()
-    monkeypatch.setattr(protocol.MusicPipeline, "from_pretrained", lambda checkpoint: model)
+    monkeypatch.setattr(protocol.MusicPipeline, "from_pretrained", lambda checkpoint, painter: model)
     return model
 
 

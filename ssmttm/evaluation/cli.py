@@ -42,12 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from ssmttm import config
     from ssmttm.evaluation.protocol import evaluate
+    from ssmttm.files import claimed
 
     given = {key: getattr(arguments, option) for option, key in _SHORT.items()}
     words += [f"{key}={value}" for key, value in given.items() if value is not None]
     settings = config.load(*words, root="eval")
-    evaluate(settings)
     out = Path(settings.out)
+    with claimed(out, "evaluation"):
+        evaluate(settings)
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"{out / 'figures.json'}\n{out / 'report.md'}")
 

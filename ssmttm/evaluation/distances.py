@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from tqdm import tqdm
 
 from ssmttm.errors import UserError
 
@@ -95,7 +96,7 @@ def kernel_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
         UserError: as `frechet_distance`.
     """
     x, y = _sets(x, y)
-    bandwidth = _median_distance(y)
+    bandwidth = median_distance(y)
     n, m = len(x), len(y)
     within_x = (_kernel_sum(x, x, bandwidth) - n) / (n * (n - 1))
     within_y = (_kernel_sum(y, y, bandwidth) - m) / (m * (m - 1))
@@ -173,7 +174,12 @@ def clap_score(audio: ArrayLike | Tensor, text: ArrayLike | Tensor) -> Tensor:
 
 
 def bootstrap(
-    statistic: Callable[..., float], *samples: Tensor, paired: bool = False, draws: int = 200, seed: int = 0
+    statistic: Callable[..., float],
+    *samples: Tensor,
+    paired: bool = False,
+    draws: int = 200,
+    seed: int = 0,
+    title: str = "interval",
 ) -> tuple[float, float]:
     """The 95 % bootstrap interval of a statistic around its value.
 
@@ -182,6 +188,7 @@ def bootstrap(
 
     Args:
         samples: tensors [n, ...], handed to `statistic` in this order.
+        title: of the progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -189,7 +196,7 @@ def bootstrap(
         rows = [torch.randint(len(s), (len(s),), generator=generator) for s in samples]
         return statistic(*(s[rows[0] if paired else r] for s, r in zip(samples, rows, strict=True)))
 
-    values = np.array([draw() for _ in range(draws)])
+    values = np.array([draw() for _ in tqdm(range(draws), desc=title, unit="draw", leave=False)])
     low, high = np.quantile(values - values.mean(), (0.025, 0.975)) + statistic(*samples)
     return float(low), float(high)
 
@@ -248,7 +255,7 @@ def _intercept(x: np.ndarray, y: np.ndarray) -> Extrapolated:
     return Extrapolated(float(fit.intercept), float(fit.intercept - half), float(fit.intercept + half))
 
 
-def _median_distance(y: Tensor) -> float:
+def median_distance(y: Tensor) -> float:
     """The median distance between two rows; the smallest positive number if all are alike."""
     rows = y[:: -(-len(y) // _MEDIAN_ROWS)]
     distances = torch.nn.functional.pdist(rows)

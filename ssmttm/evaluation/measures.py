@@ -91,7 +91,7 @@ def measure_clip(wav: Tensor, sample_rate: int) -> ClipMeasures:
         bandwidth=bandwidth,
         stereo_width=width and width[0],
         stereo_correlation=width and width[1],
-        tempo=bpm,
+        tempo=bpm or math.nan,
         beat_variation=rhythm.beat_variation(rhythm.beats(curve, bpm)),
         onset_density=rhythm.onset_density(curve),
         tonic=key and key.tonic,

@@ -86,6 +86,8 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     if len(clips) < FEW:
         raise UserError(f"{len(clips)} clips of {len(task.prompts)} prompts can be scored, fewer than {FEW}: give more")
     notes = _notes(task, pieces, unmatched, {**bad, **bad_true})
+    if settings.audio and settings.adherence and task.store is not None:
+        notes.append("adherence to the prompts is measured of what is generated here, not of finished audio")
     decoded = {name: value for name, value in facts.items() if name != "model"}
     figures, floor = [], []
     for embedder in embedders:

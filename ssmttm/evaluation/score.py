@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmttm.evaluation.distances import (
     FEWEST,
     NEIGHBOURS,
+    Neighbourhoods,
     bootstrap,
     clap_score,
     class_divergence,
@@ -23,6 +24,13 @@ from ssmttm.evaluation.distances import (
 from ssmttm.evaluation.embed_files import Heard, hear, set_hash
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
 from ssmttm.evaluation.figures import Direction, Figure
+from ssmttm.evaluation.resampling import (
+    MOST,
+    distances_of,
+    kernel_statistic,
+    neighbourhood_statistic,
+    weighted_bootstrap,
+)
 
 _DRAWS = 100  # of a bootstrap
 
@@ -80,7 +88,7 @@ def score(
     if references:
         reference = hear(embedder, references, seconds, cache)
         against = {"n_reference": len(references), "reference": set_hash(references)}
-        for name, value, interval, better in _distances(heard, reference):
+        for name, value, interval, better in set_distances(heard, reference):
             add(name, value, interval, better, **against)
     pairs = [clip.reference for clip in clips if clip.reference is not None]
     if isinstance(embedder, Classifier) and len(pairs) == len(clips):
@@ -93,31 +101,46 @@ def score(
     return figures
 
 
-def _distances(heard: Heard, reference: Heard) -> list[tuple[str, float, tuple[float, float], Direction]]:
-    """Name, value, interval and direction of each distance between sets."""
+def set_distances(heard: Heard, reference: Heard) -> list[tuple[str, float, tuple[float, float], Direction]]:
+    """Name, value, interval and direction of each distance between sets. Clips are drawn, not windows."""
     x, y = heard.rows().double(), reference.rows().double()
-
-    def interval(statistic: Callable[[Tensor, Tensor], float]) -> tuple[float, float]:
-        """Clips are drawn, not windows."""
-
-        def of_clips(a: Tensor, b: Tensor) -> float:
-            return statistic(a.flatten(0, 1), b.flatten(0, 1))
-
-        return bootstrap(of_clips, heard.vectors.double(), reference.vectors.double(), draws=_DRAWS)
-
+    sets = heard.vectors.double(), reference.vectors.double()
+    enough = min(len(x), len(y)) > NEIGHBOURS
+    fad = bootstrap(_over_clips(unwarned_frechet_distance), *sets, draws=_DRAWS, title="interval of fad")
+    if max(len(x), len(y)) <= MOST:
+        apart, windows = distances_of(x, y), (sets[0].shape[1], sets[1].shape[1])
+        counts = len(sets[0]), len(sets[1])
+        (kad,) = weighted_bootstrap(kernel_statistic(apart, y), *counts, windows, _DRAWS, title="interval of kad")
+        shares = neighbourhood_statistic(apart) if enough else None
+        around = weighted_bootstrap(shares, *counts, windows, _DRAWS, title="of neighbourhoods") if shares else []
+    else:
+        kad = bootstrap(_over_clips(kernel_distance), *sets, draws=_DRAWS, title="interval of kad")
+        around = [
+            bootstrap(
+                _over_clips(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name)),
+                *sets,
+                draws=_DRAWS,
+                title=f"interval of {name}",
+            )
+            for name in Neighbourhoods._fields
+        ]
     found: list[tuple[str, float, tuple[float, float], Direction]] = [
-        ("fad", frechet_distance(x, y), interval(unwarned_frechet_distance), "lower"),
-        ("kad", kernel_distance(x, y), interval(kernel_distance), "lower"),
+        ("fad", frechet_distance(x, y), fad, "lower"),
+        ("kad", kernel_distance(x, y), kad, "lower"),
     ]
     if len(x) >= FEWEST:
         value, low, high = frechet_distance_infinity(x, y)
         found.append(("fad_infinity", value, (low, high), "lower"))
-    if min(len(x), len(y)) > NEIGHBOURS:
-        shares = precision_recall_coverage(x, y)._asdict()
-        for name, value in shares.items():
-            low, high = interval(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
+    if enough:
+        values = precision_recall_coverage(x, y)._asdict()
+        for (name, value), (low, high) in zip(values.items(), around, strict=True):
             found.append((name, value, (max(0.0, low), min(1.0, high)), "higher"))
     return found
+
+
+def _over_clips(statistic: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor, Tensor], float]:
+    """A statistic of rows as one of clips [n, W, d]."""
+    return lambda a, b: statistic(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def _mean(each: Tensor) -> tuple[float, tuple[float, float]]:
