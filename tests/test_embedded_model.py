@@ -37,3 +37,12 @@ def test_it_says_what_it_is(pipe):
     assert len(pipe.facts["model"]["weights_sha256"]) == 64
     assert pipe.facts["codec"]["name"] == "tiny" and pipe.facts["text_encoder"]["name"] == "minilm"
     assert set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
+
+
+def test_the_embedded_model_of_two_stages_makes_sound_and_streams():
+    pipe = MusicPipeline.from_pretrained("tiny_two_stage")
+    out = pipe("a calm piano piece", duration=9.0, seeds=[3])
+    assert out.codes.shape == (1, 8, 225) and out.audios.square().mean().sqrt() > 1e-3
+    assert "painter" in pipe.facts and set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
+    parts = list(pipe.stream("a calm piano piece", duration=9.0, seed=3))
+    assert len(parts) > 1 and torch.allclose(torch.cat(parts, -1), out.audios[0], atol=1e-5)

@@ -1,5 +1,6 @@
 """Painting sketches: seeds, batches, windows and their seams; the pipeline of two stages, its export, its refusals."""
 
+import math
 import json
 import shutil
 from dataclasses import replace
@@ -261,6 +262,9 @@ def test_what_cannot_be_painted_is_one_clear_line(painter):
         list(painter.paint_stream([], brief()))
     with pytest.raises(UserError, match="windows of 5 frames cannot overlap by 5"):
         PaintSettings(SAMPLERS["flow"], window=5, overlap=5)
+    for scale in (math.nan, -1.0):
+        with pytest.raises(UserError, match="guidance_scale"):
+            PaintSettings(SAMPLERS["flow"], guidance_scale=scale)
 
 
 def test_settings_are_those_of_a_training(root):

@@ -5,6 +5,7 @@ that both match at the seam; it needs no more than its own frames, so a piece ca
 Shapes: B items, n codebooks of the sketch, K codebooks, T frames, t frames of a chunk, C channels that are found.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +34,7 @@ class PaintSettings:
         window, overlap: frames of a window, and how many of them it shares with the one before.
 
     Raises:
-        UserError: a window that is no longer than its overlap.
+        UserError: a window that is no longer than its overlap, or a scale that is no number of at least 0.
     """
 
     sampler: SamplerSettings
@@ -45,6 +46,10 @@ class PaintSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < self.window:
             raise UserError(f"windows of {self.window} frames cannot overlap by {self.overlap}: choose fewer")
+        for name in ("guidance_scale", "sketch_scale"):
+            scale = getattr(self, name)
+            if not (math.isfinite(scale) and scale >= 0):
+                raise UserError(f"diffusion.{name} is {scale}: give 0 or more (1 means no guidance)")
 
     @classmethod
     def of(cls, config: Any) -> "PaintSettings":

@@ -15,6 +15,7 @@ from ssmttm.training.task import Batch, Loader, Task
 FREE_KEYS = (
     "run_dir", "resume", "data.store", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts", "train.micro_batch_size",
+    "diffusion.sampler", "diffusion.steps", "diffusion.guidance_scale", "diffusion.sketch_scale",
 )  # fmt: skip
 
 
