@@ -1,7 +1,7 @@
 """Painting sketches: seeds, batches, windows and their seams; the pipeline of two stages, its export, its refusals."""
 
-import math
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
