@@ -12,7 +12,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import entropy
 
 from ssmttm.errors import UserError
-from ssmttm.evaluation import frechet_distance, kernel_distance
+from ssmttm.evaluation import frechet_distance, kernel_distance, resampling
 from ssmttm.evaluation.distances import (
     Neighbourhoods,
     bootstrap,
@@ -22,12 +22,7 @@ from ssmttm.evaluation.distances import (
     median_distance,
     precision_recall_coverage,
 )
-from ssmttm.evaluation.resampling import (
-    distances_of,
-    kernel_statistic,
-    neighbourhood_statistic,
-    weighted_bootstrap,
-)
+from ssmttm.evaluation.resampling import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
 
 
 def cloud(n, d, seed=0, shift=0.0, scale=1.0):
@@ -97,7 +92,7 @@ def kernel_by_loops(x, y):
     bandwidth = reference[(len(reference) - 1) // 2]
 
     def k(a, b):
-        return math.exp(-math.dist(a, b) ** 2 / (2 * bandwidth**2))
+        return math.exp(-(math.dist(a, b) ** 2) / (2 * bandwidth**2))
 
     def mean(pairs):
         values = [k(a, b) for a, b in pairs]
@@ -220,24 +215,30 @@ def test_unpaired_posteriors_and_no_distributions_are_refused():
         clap_score(torch.ones(3, 2), torch.ones(4, 2))
 
 
-@pytest.mark.parametrize(("windows", "seed"), [((1, 1), 0), ((3, 2), 1)])
-def test_intervals_from_weights_are_those_of_drawn_rows(windows, seed):
-    generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize(("windows", "near"), [((1, 1), 64), ((3, 2), 64), ((3, 2), 7), ((1, 2), 1)])
+def test_intervals_from_weights_are_those_of_drawn_rows(windows, near, monkeypatch):
+    """With few neighbours kept, some draws must look at all rows."""
+    monkeypatch.setattr(resampling, "_NEAR", near)
+    monkeypatch.setattr(resampling, "_ROWS", 20)
+    generator = torch.Generator().manual_seed(near)
     x, y = (torch.randn(n, w, 4, generator=generator).double() for n, w in zip((30, 41), windows, strict=True))
-    rows = x.flatten(0, 1), y.flatten(0, 1)
-    apart, bandwidth = distances_of(*rows), median_distance(rows[1])
+    bandwidth = median_distance(y.flatten(0, 1))
 
     def of_rows(statistic):
-        return bootstrap(lambda a, b: statistic(a.flatten(0, 1), b.flatten(0, 1)), x, y, draws=25, seed=seed)
+        def of_clips(a, b):
+            return statistic(a.flatten(0, 1), b.flatten(0, 1))
+
+        return (of_clips(x, y), *bootstrap(of_clips, x, y, draws=25, seed=3))
 
     def plain_kernel(a, b):
         k = [torch.cdist(p, q).div(bandwidth).square().div(-2).exp().sum() for p, q in ((a, a), (b, b), (a, b))]
         n, m = len(a), len(b)
         return float(100 * ((k[0] - n) / (n * (n - 1)) + (k[1] - m) / (m * (m - 1)) - 2 * k[2] / (n * m)))
 
-    kernel = weighted_bootstrap(kernel_statistic(apart, rows[1]), 30, 41, windows, 25, seed)
-    assert kernel[0] == pytest.approx(of_rows(plain_kernel))
-    shares = weighted_bootstrap(neighbourhood_statistic(apart), 30, 41, windows, 25, seed)
-    for place, name in enumerate(Neighbourhoods._fields):
+    (kernel,) = weighted_bootstrap(kernel_statistic(x, y), 30, 41, 25, seed=3)
+    assert kernel == pytest.approx(of_rows(plain_kernel))
+    assert kernel.value == pytest.approx(kernel_distance(x.flatten(0, 1), y.flatten(0, 1)))
+    shares = weighted_bootstrap(neighbourhood_statistic(x, y), 30, 41, 25, seed=3)
+    for share, name in zip(shares, Neighbourhoods._fields, strict=True):
         plain = of_rows(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
-        assert shares[place] == pytest.approx(plain), name
+        assert share == pytest.approx(plain), name

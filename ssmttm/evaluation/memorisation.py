@@ -119,7 +119,8 @@ class CodeIndex:
     """Runs of the first codebook's codes in a store's segments, found by their hash."""
 
     def __init__(self, store: Store, rows: np.ndarray) -> None:
-        codes = [store.codes(row)[0].astype(np.uint64) for row in rows.tolist()]
+        bar = tqdm(rows.tolist(), desc="codes", unit="segment")
+        codes = [store.codes(row)[0].astype(np.uint64) for row in bar]
         self.ids, self.frame_rate = store.ids(rows), float(store.info["codec"]["frame_rate"])
         self._starts = np.cumsum([0, *map(len, codes)])
         self._codes = np.concatenate(codes)

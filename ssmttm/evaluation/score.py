@@ -1,7 +1,7 @@
 """Figures of a set of clips against a reference: every distance that an embedder allows, each with its fingerprint."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,12 @@ from ssmttm.evaluation.distances import (
     class_divergence,
     frechet_distance,
     frechet_distance_infinity,
-    kernel_distance,
-    precision_recall_coverage,
     unwarned_frechet_distance,
 )
 from ssmttm.evaluation.embed_files import Heard, hear, set_hash
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
 from ssmttm.evaluation.figures import Direction, Figure
-from ssmttm.evaluation.resampling import (
-    MOST,
-    distances_of,
-    kernel_statistic,
-    neighbourhood_statistic,
-    weighted_bootstrap,
-)
+from ssmttm.evaluation.resampling import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
 
 _DRAWS = 100  # of a bootstrap
 
@@ -105,42 +97,26 @@ def set_distances(heard: Heard, reference: Heard) -> list[tuple[str, float, tupl
     """Name, value, interval and direction of each distance between sets. Clips are drawn, not windows."""
     x, y = heard.rows().double(), reference.rows().double()
     sets = heard.vectors.double(), reference.vectors.double()
-    enough = min(len(x), len(y)) > NEIGHBOURS
-    fad = bootstrap(_over_clips(unwarned_frechet_distance), *sets, draws=_DRAWS, title="interval of fad")
-    if max(len(x), len(y)) <= MOST:
-        apart, windows = distances_of(x, y), (sets[0].shape[1], sets[1].shape[1])
-        counts = len(sets[0]), len(sets[1])
-        (kad,) = weighted_bootstrap(kernel_statistic(apart, y), *counts, windows, _DRAWS, title="interval of kad")
-        shares = neighbourhood_statistic(apart) if enough else None
-        around = weighted_bootstrap(shares, *counts, windows, _DRAWS, title="of neighbourhoods") if shares else []
-    else:
-        kad = bootstrap(_over_clips(kernel_distance), *sets, draws=_DRAWS, title="interval of kad")
-        around = [
-            bootstrap(
-                _over_clips(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name)),
-                *sets,
-                draws=_DRAWS,
-                title=f"interval of {name}",
-            )
-            for name in Neighbourhoods._fields
-        ]
+    counts = len(sets[0]), len(sets[1])
+    fad = bootstrap(
+        lambda a, b: unwarned_frechet_distance(a.flatten(0, 1), b.flatten(0, 1)),
+        *sets,
+        draws=_DRAWS,
+        title="interval of fad",
+    )
+    (kad,) = weighted_bootstrap(kernel_statistic(*sets), *counts, _DRAWS, title="interval of kad")
     found: list[tuple[str, float, tuple[float, float], Direction]] = [
         ("fad", frechet_distance(x, y), fad, "lower"),
-        ("kad", kernel_distance(x, y), kad, "lower"),
+        ("kad", kad.value, (kad.low, kad.high), "lower"),
     ]
     if len(x) >= FEWEST:
         value, low, high = frechet_distance_infinity(x, y)
         found.append(("fad_infinity", value, (low, high), "lower"))
-    if enough:
-        values = precision_recall_coverage(x, y)._asdict()
-        for (name, value), (low, high) in zip(values.items(), around, strict=True):
+    if min(len(x), len(y)) > NEIGHBOURS:
+        shares = weighted_bootstrap(neighbourhood_statistic(*sets), *counts, _DRAWS, title="of neighbourhoods")
+        for name, (value, low, high) in zip(Neighbourhoods._fields, shares, strict=True):
             found.append((name, value, (max(0.0, low), min(1.0, high)), "higher"))
     return found
-
-
-def _over_clips(statistic: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor, Tensor], float]:
-    """A statistic of rows as one of clips [n, W, d]."""
-    return lambda a, b: statistic(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def _mean(each: Tensor) -> tuple[float, tuple[float, float]]:
