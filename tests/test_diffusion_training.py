@@ -17,6 +17,7 @@ from ssmttm.codecs.quality import frame_chroma
 from ssmttm.data import open_store
 from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
+from ssmttm.generation.loading import load_denoiser, open_model_folder
 from ssmttm.training import loop
 from ssmttm.training.diffusion import DiffusionTask
 from ssmttm.training.step import Player, gradients, micro_batches
@@ -273,6 +274,25 @@ def test_resumed_steps_are_unbroken_ones_twice_in_one_epoch(store, tmp_path, mon
     stopped = paint_config(store, tmp_path / "stopped", *overrides)
     train_with_stops(stopped, DiffusionTask, (6, 8, 11), monkeypatch)
     assert_same(everything(tmp_path / "unbroken"), everything(tmp_path / "stopped"))
+
+
+def test_a_run_that_starts_from_another_stores_keeps_the_statistics_of_its_weights(store, codec, tmp_path):
+    """Also when it goes on, so that what it leaves can be loaded."""
+    short = ("train.eval_every=0", "train.checkpoint_every=1")
+    first = loop.train(paint_config(store, tmp_path / "first", *short, "train.steps=1"))
+    other = write_codes_store(tmp_path / "other", seed=1, codec=codec)
+    held = load_denoiser(open_model_folder(first, "diffusion"))
+    assert DiffusionTask(paint_config(other, tmp_path / "task")).statistics.fingerprint != fingerprint_in(first)
+    for n in (1, 2):
+        second = loop.train(paint_config(other, tmp_path / "second", *short, f"train.steps={n}", f"init={first}"))
+        loaded = load_denoiser(open_model_folder(second, "diffusion"))
+        assert torch.equal(loaded.latent_mean, held.latent_mean) and torch.equal(loaded.latent_std, held.latent_std)
+        assert fingerprint_in(second) == fingerprint_in(first)
+        assert checkpoint.latest_good(second).name == f"step-0000000{n}"
+
+
+def fingerprint_in(run_dir):
+    return checkpoint.read_state(checkpoint.latest_good(run_dir))["data"]["latents"]["fingerprint"]
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------

@@ -110,8 +110,8 @@ class DiffusionTask:
                 for i in range(count) for what, c in pairs.items()]  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        facts = store_facts(self.store, self.config.data.store)
-        return facts | {"latents": {"fingerprint": self.statistics.fingerprint}}
+        held = LatentStatistics(self.model.latent_mean, self.model.latent_std)  # those of a model to start from, if any
+        return store_facts(self.store, self.config.data.store) | {"latents": {"fingerprint": held.fingerprint}}
 
     def _denoising(
         self,

@@ -68,14 +68,14 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     resumed = _agreed_resume_folder(config, accelerator)
     rng.seed_all(config.seed, rank=0)  # the same first weights on every rank
     task = build_task(config)
-    facts = task.facts()
     init = start_from(config.init, task.modules["model"]) if config.init and not resumed else {}
     players = {name: Player(module, config.optim, accelerator) for name, module in task.modules.items()}
     ema = EMA(players["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 
     # --- fresh start or resume -----------------------------------------------------------------------------------
     rng.seed_all(config.seed, rank)  # from here each rank draws its own dropout
-    progress = restore(resumed, players, ema, facts, rank) if resumed else Progress(init=init)
+    progress = restore(resumed, players, ema, task.facts(), rank) if resumed else Progress(init=init)
+    facts = task.facts()  # now that the weights are in: a denoiser's hold the statistics of its latents
     for player in players.values():
         player.wrap()
     last_saved = progress.step if resumed and resumed.parent == run_dir / "checkpoints" else None
