@@ -23,7 +23,7 @@ from small_stores import (
 )
 
 import sample
-from ssmttm import MusicPipeline, checkpoint, cli
+from ssmttm import MusicPipeline, audio, checkpoint, cli
 from ssmttm.codecs.quality import frame_chroma
 from ssmttm.diffusion.samplers import SamplerSettings
 from ssmttm.errors import UserError, run_cli
@@ -470,6 +470,7 @@ def refused(result, *says):
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
     for part in says:
         assert part in lines[0], lines[0]
+    assert not [path for path in Path().rglob("*") if path.suffix in audio.WRITERS]
 
 
 def test_steps_and_painters_that_make_no_sense(command, exported, sketcher, paint_run):
@@ -505,4 +506,15 @@ def test_statistics_that_are_not_those_of_training(command, copy):
 
 def test_a_first_stage_that_writes_more_than_a_sketch(command, root, store, paint_run):
     two = loop.train(lm_config(store, root / "two", "model.n_codebooks=2", *FEW))
-    refused(command("--checkpoint", two, "--painter", paint_run), "writes 2 codebooks, the denoiser is to be told 1")
+    says = "writes 2 codebooks, the denoiser is to be told 1"
+    refused(command("--checkpoint", two, "--painter", paint_run), says)
+    with pytest.raises(UserError, match=says):
+        export_two_stages(two, paint_run, "out")
+    assert not Path("out").exists()
+
+
+def test_what_is_exported_already_is_not_exported_again_by_halves(exported, sketcher, paint_run, tmp_path):
+    for stages in [(sketcher, exported / "painter"), (exported, paint_run)]:
+        with pytest.raises(UserError, match="state"):
+            export_two_stages(*stages, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

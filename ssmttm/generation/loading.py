@@ -163,17 +163,23 @@ def check_fit(
             )
     written = codec.n_codebooks
     if denoiser is not None:
-        written = denoiser.config.sketch_codebooks
-        if model.config.n_codebooks != written:
-            raise UserError(
-                f"{folder.name} writes {model.config.n_codebooks} codebooks, the denoiser is to be told {written}: the "
-                "first stage needs model.n_codebooks as the second has model.sketch_codebooks"
-            )
+        check_stages(folder, model, denoiser)
+        written = model.config.n_codebooks
     wanted, given = model.config, (written, codec.codebook_size, text_encoder.dim)
     if (wanted.n_codebooks, wanted.codebook_size, wanted.text_dim) != given:
         raise UserError(
             f"{folder.path / 'config.yaml'} has {wanted.n_codebooks} codebooks of {wanted.codebook_size} and text of "
             f"width {wanted.text_dim}, but its codec and text encoder give {given}: the folder mixes two models"
+        )
+
+
+def check_stages(folder: ModelFolder, model: TokenLM, denoiser: LatentDenoiser) -> None:
+    """Raises UserError unless the folder's model, the first stage, writes what the second is to be told."""
+    told = denoiser.config.sketch_codebooks
+    if model.config.n_codebooks != told:
+        raise UserError(
+            f"{folder.name} writes {model.config.n_codebooks} codebooks, the denoiser is to be told {told}: the first "
+            "stage needs model.n_codebooks as the second has model.sketch_codebooks"
         )
 
 

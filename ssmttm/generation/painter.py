@@ -135,9 +135,7 @@ class Painter:
         brief = brief.window(index, start, sketch.shape[-1])
         size = 1 if sketch.device.type == "cpu" else len(sketch)
         items = [slice(first, first + size) for first in range(0, len(sketch), size)]
-        return torch.cat(
-            [self._rows(sketch[i], None if known is None else known[i], brief.rows(i)) for i in items]
-        )
+        return torch.cat([self._rows(sketch[i], None if known is None else known[i], brief.rows(i)) for i in items])
 
     @torch.inference_mode()
     def _rows(self, sketch: Tensor, known: Tensor | None, brief: Brief) -> Tensor:

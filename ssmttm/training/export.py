@@ -11,7 +11,14 @@ from torch import Tensor
 from ssmttm import checkpoint
 from ssmttm.codecs import build_codec
 from ssmttm.files import written_aside
-from ssmttm.generation.loading import PAINTER, open_model_folder, open_painter_folder
+from ssmttm.generation.loading import (
+    PAINTER,
+    check_stages,
+    load_denoiser,
+    load_model,
+    open_model_folder,
+    open_painter_folder,
+)
 
 
 def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
@@ -68,10 +75,13 @@ def export_two_stages(sketch: str | Path, painter: str | Path, out: str | Path) 
     """Write a model of two stages as one folder: the first as `export` does, the second in its folder `painter`.
 
     Raises:
-        UserError: as `export`; the two do not fit each other, then nothing is written.
+        UserError: as `export`; the two do not fit each other. Unless the disk is full, nothing is written then.
     """
     first = open_model_folder(sketch)
-    open_painter_folder(first, painter)
+    second = open_painter_folder(first, painter)
+    for folder in (first, second):
+        checkpoint.read_state(folder.path)  # which an exported folder has not
+    check_stages(first, load_model(first), load_denoiser(second))
     export(sketch, out)
     export(painter, Path(out) / PAINTER)
     return Path(out)
