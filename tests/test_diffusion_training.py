@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from small_stores import CODEBOOK_DIM, FRAMES, HOP, SAMPLE_RATE, paint_config, small_codec, write_codes_store
 from test_resume import assert_same, everything, train_with_stops
 from torch import nn
@@ -263,7 +264,7 @@ def test_validation_is_the_same_each_time_whatever_training_draws(store, tmp_pat
 # 20 segments in batches of 4: five steps an epoch.
 RESUMED = (
     "train.steps=14", "model.dropout=0.2", "diffusion.sketch_dropout=0.3", "data.caption_dropout=0.3",
-    "train.eval_every=10", "train.eval_batches=1", "model.tempo=true",
+    "train.eval_every=10", "train.eval_batches=1", *WISHES,
 )  # fmt: skip
 
 
@@ -295,6 +296,28 @@ def fingerprint_in(run_dir):
     return checkpoint.read_state(checkpoint.latest_good(run_dir))["data"]["latents"]["fingerprint"]
 
 
+@pytest.fixture
+def precision_afresh():
+    """Accelerate keeps the precision of a process's first training for all the others."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("network", ["stack", "unet"])
+def test_bf16_trains_as_float32_up_to_its_rounding(store, tmp_path, precision_afresh, network):
+    losses = {}
+    for precision in ("bf16", "fp32"):
+        AcceleratorState._reset_state()
+        overrides = (f"model.network={network}", f"train.precision={precision}", "train.steps=12")
+        run_dir = loop.train(paint_config(store, tmp_path / precision, *WISHES, *overrides))
+        losses[precision] = np.array([row["loss"] for row in rows(run_dir) if "loss" in row])
+        held = checkpoint.load_weights(checkpoint.latest_good(run_dir), ema=False)
+        assert {value.dtype for value in held.values()} == {torch.float32}
+    assert not np.array_equal(losses["bf16"], losses["fp32"])
+    np.testing.assert_allclose(losses["bf16"], losses["fp32"], rtol=0.02)
+
+
 # --- what does not fit ----------------------------------------------------------------------------------------------
 
 
@@ -311,6 +334,14 @@ def fingerprint_in(run_dir):
         (["data.caption_dropout=2"], "caption_dropout"),
         (["diffusion.sampler=ddpm"], "no sampler 'ddpm' for objective flow"),
         (["diffusion.steps=0"], "0 sampling steps"),
+        (["diffusion.steps=2.5"], "2.5 sampling steps"),
+        (["diffusion.steps=null"], "None sampling steps"),
+        (["diffusion.guidance_scale=high"], "diffusion.guidance_scale is high"),
+        (["diffusion.guidance_scale=null"], "diffusion.guidance_scale is None"),
+        (["diffusion.sketch_scale=nan"], "diffusion.sketch_scale is nan"),
+        (["diffusion.chroma_dropout=nan"], "diffusion.chroma_dropout=nan is no chance"),
+        (["model.layers=[]"], "model.layers is empty"),
+        (["model.unet_mults=[]"], "model.unet_mults is empty"),
         (["diffusion.sketch_noise=-1"], "diffusion.sketch_noise=-1 is no spread"),
         (["diffusion.sketch_noise=loud"], "diffusion.sketch_noise=loud"),
     ],
@@ -328,6 +359,15 @@ def test_a_store_of_another_codec_is_refused(store, tmp_path):
     info["codec"]["fingerprint"] = "f" * 16
     (copy / "store.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="another codec"):
+        loop.train(paint_config(copy, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("part", ["codec", "text"])
+def test_a_store_without_codes_or_captions_is_refused(store, tmp_path, part):
+    copy = Path(shutil.copytree(store, tmp_path / "copy"))
+    info = json.loads((copy / "store.json").read_text())
+    (copy / "store.json").write_text(json.dumps(info | {part: None}))
+    with pytest.raises(UserError, match="no codes and caption embeddings to learn from"):
         loop.train(paint_config(copy, tmp_path / "run"))
 
 

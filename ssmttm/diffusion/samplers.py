@@ -47,7 +47,7 @@ class SamplerSettings:
         known = SAMPLERS[self.objective]
         if self.sampler is not None and self.sampler not in known:
             raise UserError(f"no sampler {self.sampler!r} for objective {self.objective}: choose {', '.join(known)}")
-        if not 1 <= self.steps <= TRAIN_STEPS:
+        if not isinstance(self.steps, int) or not 1 <= self.steps <= TRAIN_STEPS:
             raise UserError(f"{self.steps} sampling steps: give 1 to {TRAIN_STEPS:,}")
 
     @property

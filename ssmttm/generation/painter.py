@@ -48,7 +48,7 @@ class PaintSettings:
             raise UserError(f"windows of {self.window} frames cannot overlap by {self.overlap}: choose fewer")
         for name in ("guidance_scale", "sketch_scale"):
             scale = getattr(self, name)
-            if not (math.isfinite(scale) and scale >= 0):
+            if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
                 raise UserError(f"diffusion.{name} is {scale}: give 0 or more (1 means no guidance)")
 
     @classmethod

@@ -69,6 +69,9 @@ class LatentDenoiserConfig:
             )
         if self.network not in ("stack", "unet"):
             raise UserError(f"unknown model.network {self.network!r}: choose from stack, unet")
+        for name in ("layers", "unet_mults"):
+            if not getattr(self, name):
+                raise UserError(f"model.{name} is empty: name at least one")
         if self.time_dim % 2:
             raise UserError(f"model.time_dim={self.time_dim} is odd: choose an even one")
 
