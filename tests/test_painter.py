@@ -358,6 +358,21 @@ def test_two_runs_make_one_pipeline(sketcher, paint_run):
     assert not two.painter.model.training
 
 
+def test_an_export_in_full_precision_makes_what_its_run_makes(sketcher, paint_run, tmp_path):
+    one, two = (export(run, tmp_path / run.name, half=False) for run in (sketcher, paint_run))
+    pipes = [
+        MusicPipeline.from_pretrained(first, painter=second) for first, second in [(sketcher, paint_run), (one, two)]
+    ]
+    wanted, found = (each("a march", duration=1.5, seeds=2, tempo=90.0) for each in pipes)
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.audios, wanted.audios)
+
+
+def test_a_painter_that_is_named_goes_before_the_folders_own(exported, paint_run, tmp_path):
+    named = MusicPipeline.from_pretrained(exported, painter=paint_run)
+    assert named.facts["painter"]["name"].startswith("paint/step-")
+    assert MusicPipeline.from_pretrained(exported).facts["painter"]["name"] == "painter"
+
+
 def test_an_export_of_two_stages_is_each_of_its_exports(pipe, exported, sketcher, paint_run, tmp_path):
     one, two = export(sketcher, tmp_path / "one"), export(paint_run, tmp_path / "two")
     apart = MusicPipeline.from_pretrained(one, painter=two)
@@ -480,6 +495,9 @@ def test_steps_and_painters_that_make_no_sense(command, exported, sketcher, pain
     refused(command("--checkpoint", sketcher, "--painter", sketcher), "holds a language model, not a denoiser")
     refused(command("--checkpoint", paint_run), "holds a denoiser, not a language model")
     refused(command("--checkpoint", sketcher, "--painter", "nowhere"), "nowhere")
+    refused(command("--checkpoint", sketcher, "--tempo", 120), "not trained with a tempo")
+    refused(command("--checkpoint", exported, "--tempo", 0), "tempo is 0")
+    refused(command("--checkpoint", exported, "--melody", "absent.wav"), "absent.wav")
 
 
 @pytest.mark.parametrize("kind", ["codec", "text"])
