@@ -16,19 +16,19 @@ _FFT = 4096
 _FLOOR = 1e-6  # -60 dB under the loudest frequency a spectrum is held to have ended
 _ROLLOFF = 0.95
 _PHASES, _TAPS = 4, 24  # of the interpolation between samples, taps of each phase
-_BLOCK = 64  # samples that are interpolated together
+_BLOCK = 16  # samples that are interpolated together
 
 
 def true_peak(wav: Tensor) -> float:
     """The peak between samples too, in dBTP, at 4 times the rate (ITU-R BS.1770-4, annex 2); -inf for silence.
 
-    Looked for only where samples come within 3 dB of the highest.
+    Looked for only where samples are high enough: between them, sound exceeds them by the filter's gain at the most.
     """
     padded = F.pad(wav, (_TAPS // 2, -wav.shape[-1] % _BLOCK + _TAPS // 2))
     blocks = padded.unfold(-1, _BLOCK + _TAPS - 1, _BLOCK)  # [C, n, block + taps - 1]
     peaks = torch.maximum(blocks.amax(-1), -blocks.amin(-1))
-    highest = peaks.max()
-    between = blocks[peaks >= 0.7 * highest] @ _interpolator()  # [loud, block * 4]
+    highest, filters = peaks.max(), _interpolator()
+    between = blocks[peaks * filters.abs().sum(0).max() >= highest] @ filters  # [loud, block * 4]
     return float(20 * torch.maximum(between.abs().max(), highest).log10())
 
 

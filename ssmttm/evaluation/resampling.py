@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ssmttm.evaluation.distances import NEIGHBOURS, median_distance
 
 _NEAR = 64  # neighbours of a row that are kept; a draw that needs more looks at all for that row
-_ROWS = 512  # whose distances are held at a time
+_ROWS = 256  # whose distances are held at a time
 
 Statistic = Callable[[Tensor, Tensor], Sequence[float]]
 
@@ -137,6 +137,6 @@ def _kernel_sums(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
     rows, (clips, windows) = y.flatten(0, 1), y.shape[:2]
     sums = []
     for part in tqdm(x.split(max(1, _ROWS // x.shape[1])), desc="kernels", unit="block", leave=False):
-        kernels = (torch.cdist(part.flatten(0, 1), rows) / bandwidth).square().div(-2).exp()
+        kernels = torch.cdist(part.flatten(0, 1), rows).div_(bandwidth).square_().div_(-2).exp_()
         sums.append(kernels.view(len(part), x.shape[1], clips, windows).sum((1, 3)))
     return torch.cat(sums)
