@@ -182,15 +182,31 @@ def test_true_peak_of_band_limited_noise_is_that_of_a_finer_grid(seed):
     assert levels.true_peak(wav) == pytest.approx(20 * math.log10(fine), abs=0.35)
 
 
+def phases():
+    """The four interpolation filters, written out: [4, 24]."""
+    places = np.arange(24) - 11 - np.arange(4)[:, None] / 4
+    filters = np.sinc(places) * np.i0(8 * np.sqrt(1 - np.square(places / 12).clip(max=1))) / np.i0(8)
+    return filters / filters.sum(1, keepdims=True)
+
+
+def true_peak_of_all_places(wav):
+    padded = np.pad(wav.numpy(), ((0, 0), (12, 12)))
+    return 20 * math.log10(max(np.abs(np.correlate(row, taps)).max() for row in padded for taps in phases()))
+
+
 @pytest.mark.parametrize("samples", [30, 64, 5_000, 5_001])
 def test_true_peak_is_that_of_all_places_between(samples):
     wav = noise(samples / RATE, 2, seed=samples) * torch.linspace(0, 1, samples)
-    places = np.arange(24) - 11 - np.arange(4)[:, None] / 4
-    filters = np.sinc(places) * np.i0(8 * np.sqrt(1 - np.square(places / 12).clip(max=1))) / np.i0(8)
-    filters /= filters.sum(1, keepdims=True)
-    padded = np.pad(wav.numpy(), ((0, 0), (12, 12)))
-    plain = max(np.abs(np.correlate(row, taps)).max() for row in padded for taps in filters)
-    assert levels.true_peak(wav) == pytest.approx(20 * math.log10(plain), abs=1e-4)
+    assert levels.true_peak(wav) == pytest.approx(true_peak_of_all_places(wav), abs=1e-4)
+
+
+@pytest.mark.parametrize("start", range(3_000, 3_016))
+def test_true_peak_may_lie_far_from_the_highest_sample(start):
+    """Half of full scale with the signs that add up between two samples, and a full-scale sample elsewhere."""
+    wav = torch.zeros(1, 5_000)
+    wav[0, 1_000] = 1
+    wav[0, start : start + 24] = torch.from_numpy(0.5 * np.sign(phases()[2]))
+    assert levels.true_peak(wav) == pytest.approx(true_peak_of_all_places(wav), abs=1e-4) != pytest.approx(0, abs=0.5)
 
 
 def test_clipping_silence_and_offset():
