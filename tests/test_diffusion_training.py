@@ -169,6 +169,18 @@ def test_tempo_and_melody_are_withheld_as_often_as_asked(task_of):
     assert tempo.isnan().float().mean().item() == pytest.approx(1 - 0.75 * (1 - unknown), abs=0.08)
 
 
+def test_captions_are_withheld_as_often_as_asked_and_never_in_validation(store, task_of):
+    task = task_of("data.caption_dropout=0.4")
+    empty = torch.from_numpy(open_store(store).text("").astype(np.float32))
+
+    def withheld(split):
+        text = task.loader(split, 200, 0, 1).batch(0)["text"]
+        told = [text.embeddings[item, text.mask[item]] for item in range(200)]
+        return np.mean([torch.equal(given, empty) for given in told])
+
+    assert withheld("train") == pytest.approx(0.4, abs=0.12) and withheld("valid") == 0
+
+
 def test_without_sketches_the_loss_does_not_depend_on_them(task_of):
     task = task_of("diffusion.sketch_dropout=1")
     batch = first_batch(task)
