@@ -426,6 +426,17 @@ def test_tempo_and_melody_reach_the_second_stage(pipe):
         assert torch.equal(codes[:, 0], plain[:, 0]) and not torch.equal(codes, plain)
 
 
+@pytest.mark.parametrize("frames", [5, 100])
+def test_a_melody_is_neither_stretched_nor_squeezed(pipe, monkeypatch, frames):
+    """Against a piece of 13 frames; a melody of two channels is their mean."""
+    spy = Spy(monkeypatch)
+    tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(frames * HOP) / SAMPLE_RATE)
+    pipe("a march", duration=0.5, melody=torch.stack([tone, torch.zeros_like(tone)]))
+    heard, told = spy.conditions[0].chroma, min(frames, 13)
+    assert heard.shape == (1, 12, 13) and heard[..., told:].isnan().all()
+    torch.testing.assert_close(heard[..., :told], frame_chroma(0.5 * tone[None, : told * HOP], SAMPLE_RATE, told))
+
+
 def test_tempo_and_melody_that_cannot_be_had(pipe, sketcher, store, root):
     one = MusicPipeline.from_pretrained(sketcher)
     deaf = MusicPipeline.from_pretrained(sketcher, painter=loop.train(paint_config(store, root / "deaf", *FEW)))
