@@ -63,6 +63,33 @@ def test_a_match_lies_within_one_segment(index):
     assert first >= index.starts[owner] and first + 3 * RATE <= index.starts[owner + 1]
 
 
+def test_a_copy_across_two_segments_is_no_match():
+    """The segments hold a copy of the piece, cut where no half is long enough, and two places that are unlike it."""
+    own, other = fingerprints(music(1)), fingerprints(music(2))[: 3 * RATE + 1]
+    cut = len(own) // 2
+    middle = slice(cut - 2 * RATE, cut), slice(cut, cut + 2 * RATE)
+    parts = [own[middle[0]], own[middle[1]], other]
+    index = AudioIndex(["first", "second", "other"], np.cumsum([0, *map(len, parts)]), np.concatenate(parts))
+    found = index.nearest(music(1))
+    assert found.id == "other" and found.score > SUSPECT
+
+
+def test_an_index_of_short_segments_only_is_a_clear_error():
+    parts = [fingerprints(music(seed, 2.5)) for seed in range(3)]
+    index = AudioIndex(["a", "b", "c"], np.cumsum([0, *map(len, parts)]), np.concatenate(parts))
+    with pytest.raises(UserError, match="none of the 3 segments"):
+        index.nearest(music(0))
+    with pytest.raises(UserError, match="none of the 0 segments"):
+        AudioIndex([], np.zeros(1, int), np.empty(0, np.uint32)).nearest(music(0))
+
+
+def test_a_damaged_index_is_a_clear_error(tmp_path):
+    (tmp_path / "index.safetensors").write_bytes(b"damaged")
+    for name in ("index.safetensors", "none.safetensors"):
+        with pytest.raises(UserError, match=name):
+            AudioIndex.load(tmp_path / name)
+
+
 def test_an_index_comes_back_from_disk(index, tmp_path):
     index.save(tmp_path / "index.safetensors")
     again = AudioIndex.load(tmp_path / "index.safetensors")

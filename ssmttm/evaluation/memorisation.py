@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -67,6 +68,8 @@ class AudioIndex:
 
     def __init__(self, ids: list[str], starts: np.ndarray, prints: np.ndarray) -> None:
         self.ids, self.starts, self.prints = ids, starts, prints
+        ends = np.repeat(starts[1:], np.diff(starts))  # of the segment that each fingerprint lies in
+        self._places = np.flatnonzero(np.arange(len(prints)) + _QUERY <= ends)  # where a query lies within one segment
 
     @classmethod
     def build(cls, store: Store, rows: np.ndarray) -> "AudioIndex":
@@ -76,7 +79,7 @@ class AudioIndex:
             wav, _ = audio.read(store.audio_path(row), SAMPLE_RATE)
             parts.append(fingerprints(wav) if wav.shape[-1] > 2 * _FFT else np.empty(0, np.uint32))
         starts = np.cumsum([0, *map(len, parts)])
-        return cls(store.ids(rows), starts, np.concatenate(parts))
+        return cls(store.ids(rows), starts, np.concatenate([np.empty(0, np.uint32), *parts]))
 
     def save(self, path: Path) -> None:
         """Write as safetensors, to be built once."""
@@ -86,32 +89,35 @@ class AudioIndex:
 
     @classmethod
     def load(cls, path: Path) -> "AudioIndex":
-        """What `save` wrote."""
-        tensors = load_file(path)
+        """What `save` wrote. Raises UserError if there is no such file, or a damaged one."""
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is no index that can be read ({error}): build it again") from error
         return cls(tensors["ids"].tobytes().decode().split("\n"), tensors["starts"], tensors["prints"])
 
     def nearest(self, wav: Tensor) -> Match:
         """The best match of the middle 3 s of audio [1, S] at `features.SAMPLE_RATE`.
 
         Raises:
-            UserError: less than 4 s of audio, or an index of less.
+            UserError: less than 4 s of audio, or no segment of that length to compare it with.
         """
         query = fingerprints(wav) if wav.shape[-1] > 2 * _FFT else np.empty(0, np.uint32)
-        if min(len(query), len(self.prints)) < _QUERY:
+        if len(query) < _QUERY:
             raise UserError(f"{wav.shape[-1] / SAMPLE_RATE:.1f} s of audio are too short to be recognised: give 4 s")
+        if len(self._places) == 0:
+            raise UserError(f"none of the {len(self.ids)} segments of the index lasts 4 s: index longer ones")
         middle = (len(query) - _QUERY) // 2
         query = query[middle : middle + _QUERY]
-        places = np.arange(len(self.prints) - _QUERY + 1)
-        differing = np.zeros(len(places), np.uint16)
+        count = len(self.prints) - _QUERY + 1
+        differing = np.zeros(count, np.uint16)
         for i in range(0, _QUERY, _COARSE):
-            differing += np.bitwise_count(self.prints[i : i + len(places)] ^ query[i])
-        segment = np.searchsorted(self.starts, places, side="right") - 1
-        differing[places + _QUERY > self.starts[segment + 1]] = np.iinfo(np.uint16).max  # across two segments
-        best = np.argpartition(differing, min(_KEPT, len(places) - 1))[:_KEPT]
+            differing += np.bitwise_count(self.prints[i : i + count] ^ query[i])
+        best = self._places[np.argpartition(differing[self._places], min(_KEPT, len(self._places) - 1))[:_KEPT]]
         windows = self.prints[best[:, None] + np.arange(_QUERY)]
         errors = np.bitwise_count(windows ^ query).sum(1) / (_QUERY * _BITS)
         found = int(best[errors.argmin()])
-        owner = int(segment[found])
+        owner = int(np.searchsorted(self.starts, found, side="right")) - 1
         return Match(self.ids[owner], (found - int(self.starts[owner])) / RATE, float(errors.min()))
 
 
@@ -123,7 +129,7 @@ class CodeIndex:
         codes = [store.codes(row)[0].astype(np.uint64) for row in bar]
         self.ids, self.frame_rate = store.ids(rows), float(store.info["codec"]["frame_rate"])
         self._starts = np.cumsum([0, *map(len, codes)])
-        self._codes = np.concatenate(codes)
+        self._codes = np.concatenate([np.empty(0, np.uint64), *codes])
         grams = _hashes(self._codes)
         segment = np.searchsorted(self._starts, np.arange(len(grams)), side="right") - 1
         inside = np.arange(len(grams)) + _GRAM <= self._starts[segment + 1]
