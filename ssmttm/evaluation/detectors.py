@@ -4,21 +4,18 @@ The `networks` over `features`, trained by `train_detectors` on the built-in cor
 `ssmttm/assets/detectors`. They measure whether generated music follows its prompt (`adherence`).
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ssmttm.errors import UserError
 from ssmttm.evaluation import features
 from ssmttm.evaluation.networks import FamilyNet, KeyNet, TempoNet
+from ssmttm.evaluation.shipped import load_network, network_fingerprint, save_network
 
 ASSETS = Path(__file__).parent.parent / "assets" / "detectors"
 MODES = ("major", "minor", "dorian", "mixolydian")
@@ -86,33 +83,17 @@ class Detectors(nn.Module):
         Raises:
             UserError: the folder holds none, or damaged ones.
         """
-        folder = Path(path or ASSETS)
-        try:
-            card = json.loads((folder / "config.json").read_text())
-            detectors = cls(card["families"], card)
-            detectors.load_state_dict(load_file(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            mend = "train them with `python -m ssmttm.evaluation.train_detectors`"
-            raise UserError(f"no detectors in {folder}: {mend}") from error
-        except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"the detectors in {folder} are damaged ({error}): restore or train them again") from error
-        return detectors.eval()
+        mend = "train them with `python -m ssmttm.evaluation.train_detectors`"
+        return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "detectors", mend)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (the card) and model.safetensors (float16 weights) into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: _stored(value) for name, value in self.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({**self.card, "families": self.families}, indent=1) + "\n")
+        save_network(self, {**self.card, "families": self.families}, Path(folder))
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over the weights as stored (float16) and the families."""
-        digest = hashlib.sha256(json.dumps(self.families).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_stored(value).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return network_fingerprint(self, self.families)
 
     @torch.inference_mode()
     def detect(self, wav: Tensor, sample_rate: int) -> list[Detection]:
@@ -176,8 +157,3 @@ def windows(wav: Tensor) -> list[Tensor]:
         return [wav]
     count = -(-length // size)
     return [wav[:, start : start + size] for start in (round(i * (length - size) / (count - 1)) for i in range(count))]
-
-
-def _stored(value: Tensor) -> Tensor:
-    """A weight as `save` writes it: float16 where it is a float."""
-    return (value.half() if value.is_floating_point() else value).contiguous().cpu()

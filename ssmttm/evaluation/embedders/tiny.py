@@ -5,22 +5,17 @@ the embedding of the distribution metrics; one head names the style, another mee
 2206.04769), which are read through the token states of MiniLM. Trained by `ssmttm.evaluation.train_embedder`.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
 from ssmttm.evaluation import features
 from ssmttm.evaluation.embedders.base import windows
-from ssmttm.files import written_aside
+from ssmttm.evaluation.shipped import load_network, network_fingerprint, save_network
 from ssmttm.text.encoders import MINILM, load_text_encoder
 
 ASSETS = Path(__file__).parents[2] / "assets" / "embedder"
@@ -65,34 +60,17 @@ class TinyEmbedder(nn.Module):
         Raises:
             UserError: the folder holds none, or a damaged one.
         """
-        folder = Path(path or ASSETS)
-        try:
-            card = json.loads((folder / "config.json").read_text())
-            embedder = cls(card["classes"], card)
-            embedder.load_state_dict(load_file(folder / "model.safetensors"))
-        except FileNotFoundError as error:
-            mend = "train one with `python -m ssmttm.evaluation.train_embedder`"
-            raise UserError(f"no embedder in {folder}: {mend}") from error
-        except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"the embedder in {folder} is damaged ({error}): restore it or train it again") from error
-        return embedder.eval()
+        mend = "train one with `python -m ssmttm.evaluation.train_embedder`"
+        return load_network(Path(path or ASSETS), lambda card: cls(card["classes"], card), "embedder", mend)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (the card) and model.safetensors (float16 weights) into a folder."""
-        folder = Path(folder)
-        with written_aside(folder / "model.safetensors") as aside:
-            save_file({name: _stored(value) for name, value in self.state_dict().items()}, aside)
-        with written_aside(folder / "config.json") as aside:
-            aside.write_text(json.dumps({**self.card, "classes": self.classes}, indent=1) + "\n")
+        save_network(self, {**self.card, "classes": self.classes}, Path(folder))
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over the weights as stored (float16) and the classes."""
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_stored(value).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return network_fingerprint(self, self.classes)
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
@@ -135,8 +113,3 @@ def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
 
 def _block(convolution: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU())
-
-
-def _stored(value: Tensor) -> Tensor:
-    """A weight as `save` writes it: float16 where it is a float."""
-    return (value.half() if value.is_floating_point() else value).contiguous().cpu()
