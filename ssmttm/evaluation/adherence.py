@@ -124,7 +124,8 @@ def measure_adherence(
 
 def music_flatness(store: Store, rows: np.ndarray, most: int = 50) -> float:
     """The spectral flatness that 95 % of windows of up to `most` rows stay under: what `check_audio` compares with."""
-    return float(np.quantile([spectral_flatness(window_of(store, int(row)), SAMPLE_RATE) for row in rows[:most]], 0.95))
+    bar = tqdm(rows[:most].tolist(), desc="flatness of music", unit="clip")
+    return float(np.quantile([spectral_flatness(window_of(store, row), SAMPLE_RATE) for row in bar], 0.95))
 
 
 def _agreements(

@@ -5,7 +5,7 @@ an embedding, N classes.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +79,8 @@ def frechet_distance_infinity(
     generator = torch.Generator().manual_seed(seed)
     least = max(len(x) // 10, min(2 * x.shape[1], len(x) // 2), 4)
     sizes = np.linspace(least, len(x), points).round().astype(int)
-    values = [_frechet(x[torch.randperm(len(x), generator=generator)[:size]], *reference) for size in sizes]
+    bar = tqdm(sizes, desc="fad_infinity", unit="subset", leave=False)
+    values = [_frechet(x[torch.randperm(len(x), generator=generator)[:size]], *reference) for size in bar]
     return _intercept(1 / sizes, np.array(values))
 
 
@@ -127,7 +128,7 @@ def precision_recall_coverage(x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: i
     x, y = _sets(x, y)
     if min(len(x), len(y)) <= k:
         raise UserError(f"{min(len(x), len(y))} samples have no {k} nearest neighbours: give more")
-    apart = torch.cat([torch.cdist(rows, y) for rows in x.split(_BLOCK)])  # [n, m]
+    apart = torch.cat([torch.cdist(rows, y) for rows in blocks(x, _BLOCK, "distances")])  # [n, m]
     around_x, around_y = _radii(x, k), _radii(y, k)
     return Neighbourhoods(
         precision=float((apart <= around_y).any(1).double().mean()),
@@ -255,6 +256,12 @@ def _intercept(x: np.ndarray, y: np.ndarray) -> Extrapolated:
     return Extrapolated(float(fit.intercept), float(fit.intercept - half), float(fit.intercept + half))
 
 
+def blocks(rows: Tensor, size: int, title: str) -> Iterable[Tensor]:
+    """So many rows at a time, with a progress bar where they are more than one block."""
+    parts = rows.split(size)
+    return tqdm(parts, desc=title, unit="block", leave=False, disable=len(parts) < 2)
+
+
 def median_distance(y: Tensor) -> float:
     """The median distance between two rows; the smallest positive number if all are alike."""
     rows = y[:: -(-len(y) // _MEDIAN_ROWS)]
@@ -264,9 +271,10 @@ def median_distance(y: Tensor) -> float:
 
 def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
     """Sum of exp(-|x_i - y_j|^2 / (2 bandwidth^2)) over all pairs."""
-    return sum(float((torch.cdist(rows, y) / bandwidth).square().div(-2).exp().sum()) for rows in x.split(_BLOCK))
+    bar = blocks(x, _BLOCK, "kernels")
+    return sum(float((torch.cdist(rows, y) / bandwidth).square().div(-2).exp().sum()) for rows in bar)
 
 
 def _radii(y: Tensor, k: int) -> Tensor:
     """Distance of each row to its k-th nearest other row. [m]"""
-    return torch.cat([torch.cdist(rows, y).kthvalue(k + 1, dim=1).values for rows in y.split(_BLOCK)])
+    return torch.cat([torch.cdist(rows, y).kthvalue(k + 1, dim=1).values for rows in blocks(y, _BLOCK, "radii")])

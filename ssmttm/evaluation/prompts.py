@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from tqdm import tqdm
 
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
@@ -83,7 +84,7 @@ def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> li
     def cost(prompt: Prompt) -> tuple[int, int]:
         return used[prompt.row], sum(counts[name, prompt.expected[name]] * _SIZES[name] for name in ATTRIBUTES)
 
-    while len(chosen) < n:
+    for _ in tqdm(range(n), desc="choosing prompts", unit="prompt", leave=False):
         best = min(left, key=cost)
         left.remove(best)
         chosen.append(best)

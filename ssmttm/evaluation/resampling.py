@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssmttm.evaluation.distances import NEIGHBOURS, median_distance
+from ssmttm.evaluation.distances import NEIGHBOURS, blocks, median_distance
 
 _NEAR = 64  # neighbours of a row that are kept; a draw that needs more looks at all for that row
 _ROWS = 256  # whose distances are held at a time
@@ -89,8 +89,7 @@ class _Balls:
     def __init__(self, centres: Tensor, others: Tensor, k: int) -> None:
         self._centres, self._others, self._k = centres, others, k
         nearest, pairs = [], []
-        bar = tqdm(centres.split(_ROWS), desc="neighbours", unit="block", leave=False)
-        for block, rows in enumerate(bar):
+        for block, rows in enumerate(blocks(centres, _ROWS, "neighbours")):
             nearest.append(torch.cdist(rows, centres).topk(min(_NEAR, len(centres)), largest=False))
             apart = torch.cdist(rows, others)
             centre, other = (apart <= nearest[-1].values[:, -1:]).nonzero(as_tuple=True)
@@ -136,7 +135,7 @@ def _kernel_sums(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
     """exp(-|x_i - y_j|^2 / (2 bandwidth^2)), summed over the windows of each pair of clips: [n, m]."""
     rows, (clips, windows) = y.flatten(0, 1), y.shape[:2]
     sums = []
-    for part in tqdm(x.split(max(1, _ROWS // x.shape[1])), desc="kernels", unit="block", leave=False):
+    for part in blocks(x, max(1, _ROWS // x.shape[1]), "kernels"):
         kernels = torch.cdist(part.flatten(0, 1), rows).div_(bandwidth).square_().div_(-2).exp_()
         sums.append(kernels.view(len(part), x.shape[1], clips, windows).sum((1, 3)))
     return torch.cat(sums)

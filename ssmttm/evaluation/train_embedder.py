@@ -56,7 +56,7 @@ class Captions:
     def __init__(self, store: Store, rows: np.ndarray) -> None:
         self.of_row = [
             torch.stack([torch.from_numpy(store.text(words).astype(np.float32)).mean(0) for words in store.captions(r)])
-            for r in rows.tolist()
+            for r in tqdm(rows.tolist(), desc="captions", unit="clip")
         ]
 
     def choose(self, which: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,7 +107,8 @@ def measure(embedder: TinyEmbedder, mel: Tensor, captions: Captions, styles: Ten
     """How well held-out segments are named, and found by one of their captions among all."""
     frames = round(TinyEmbedder.seconds * features.MEL_RATE)
     cut = mel.float().unfold(-1, frames, frames).permute(0, 2, 1, 3)  # [n, W, MELS, frames]
-    hidden = embedder.head(torch.stack([embedder.pooled(clip) for clip in cut]))  # [n, W, D]
+    bar = tqdm(cut, desc="held-out accuracy", unit="clip")
+    hidden = embedder.head(torch.stack([embedder.pooled(clip) for clip in bar]))  # [n, W, D]
     named = embedder.tag(hidden).softmax(-1).mean(1).argmax(-1)
     sound = F.normalize(F.normalize(embedder.audio_joint(hidden), dim=-1).mean(1), dim=-1)
     words = F.normalize(embedder.text_joint(captions.choose(torch.arange(len(mel)), torch.Generator())), dim=-1)
