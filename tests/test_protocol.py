@@ -1,6 +1,7 @@
 """Protocols: the benchmarks' own tables, resumable, exact about what is missing; figures that refuse unlike ones."""
 
 import json
+import re
 from collections import namedtuple
 
 import numpy as np
@@ -90,8 +91,9 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
 
     (out / "audio" / "clip-3.wav").unlink()
     (out / "audio" / "clip-5.json").unlink()  # a piece without its record was cut off
+    (out / "audio" / "clip-7.json").write_text("damaged")
     again = protocol.evaluate(settings(benchmark, out))
-    assert len(model.asked) == N + 2 and again["figures"] == found["figures"]
+    assert len(model.asked) == N + 3 and again["figures"] == found["figures"]
 
 
 def test_pieces_of_another_model_are_not_taken(benchmark, tmp_path, model):
@@ -126,7 +128,10 @@ def test_missing_references_are_told_and_the_figures_that_need_them_left_out(ben
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["n=5"], "fewer than 20"),
+        (["n=5"], "5 prompts are fewer than 20"),
+        (["eval.seconds=4"], "tiny hears 5 s"),
+        (["references=EMPTY", "eval.embedders=[log_mel]"], "no true audio"),
+        (["references=ONE"], "no distribution"),
         (["prompts=nowhere.csv"], "no table"),
         (["audio=EMPTY"], "no audio"),
         (["eval.embedders=[vggish]"], "weights.vggish=FILE"),
@@ -137,10 +142,23 @@ def test_missing_references_are_told_and_the_figures_that_need_them_left_out(ben
 )
 def test_what_cannot_be_scored_is_one_clear_line(benchmark, tmp_path, model, more, says):
     (tmp_path / "EMPTY").mkdir()
-    more = [word.replace("EMPTY", str(tmp_path / "EMPTY")) for word in more]
+    audio.write(tmp_path / "ONE" / "clip-3.wav", torch.ones(1, 5 * RATE) * 0.1, RATE)
+    more = [re.sub("EMPTY|ONE", lambda folder: str(tmp_path / folder[0]), word) for word in more]
     with pytest.raises(UserError) as caught:
         protocol.evaluate(settings(benchmark, tmp_path / "out", *more))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not model.asked  # nothing was generated in vain
+
+
+def test_few_clips_and_unlike_rates_are_noted(benchmark, tmp_path, model):
+    for path in sorted((benchmark / "audio").glob("*.flac")):
+        wav = audio.resample(audio.read(path)[0], RATE, 44_100).clamp(-1, 1)
+        audio.write(tmp_path / "audio" / f"{path.stem}.wav", wav.repeat(2, 1), 44_100)
+    more = f"references={tmp_path / 'audio'}", "measures=true"
+    found = protocol.evaluate(settings(benchmark, tmp_path / "out", *more))
+    told = "\n".join(found["notes"])
+    assert f"{N} clips and {N} references are few" in told
+    assert f"model {RATE} Hz; true music 44100 Hz" in told
 
 
 def test_builtin_needs_a_store(capsys):
@@ -165,6 +183,7 @@ def test_like_figures_are_compared():
     assert "the second is better" in compare(figure(2.0), figure(1.0))
     assert "are apart" in compare(figure(2.0), figure(1.0))
     assert "overlap" in compare(figure(1.1), figure(1.0))
+    assert "both are 1" in compare(figure(1.0), figure(1.0))
     assert "the first is better" in compare(figure(2.0, "clap_tiny", "higher"), figure(1.0, "clap_tiny", "higher"))
 
 
@@ -193,6 +212,9 @@ def test_outcomes_are_compared_on_the_command_line(benchmark, tmp_path, model, c
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "c")])) == 2
     assert "seed 0 and 1" in capsys.readouterr().err
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path)])) == 2
+    (tmp_path / "figures.json").write_text('{"figures": [{"name": "fad"}]}')
+    assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path)])) == 2
+    assert "another version" in capsys.readouterr().err
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a")])) == 2
 
 
@@ -224,6 +246,15 @@ def test_a_table_that_is_none_is_a_clear_error(tmp_path, text):
         read_prompt_list(tmp_path / "x.json", "{path}", "caption")
 
 
+def test_a_row_without_a_caption_is_no_prompt_and_one_with_too_many_fields_is_told(tmp_path):
+    table = tmp_path / "x.csv"
+    table.write_text("path,caption\na,a waltz\nb\nc,\n")
+    assert [prompt.caption for prompt in read_prompt_list(table, "{path}", "caption")] == ["a waltz"]
+    table.write_text("path,caption\na,a slow, sad waltz\n")
+    with pytest.raises(UserError, match="line 2, has more fields"):
+        read_prompt_list(table, "{path}", "caption")
+
+
 def test_only_the_rows_asked_for(benchmark):
     found = read_prompt_list(benchmark / "captions.csv", "{ytid}", "caption", {"is_audioset_eval": True})
     assert len(found) == N // 2
@@ -240,6 +271,11 @@ def test_what_was_heard_is_kept_by_content(benchmark, tmp_path, monkeypatch):
     again = hear(embedder, paths[::-1], 5.0, tmp_path)
     assert torch.equal(again.vectors.flip(0), first.vectors)
     assert set_hash(paths) == set_hash(paths[::-1]) != set_hash(paths[:2])
+    copy = tmp_path / "copy.flac"
+    copy.write_bytes(paths[0].read_bytes())
+    assert set_hash([copy]) == set_hash(paths[:1])
+    copy.write_bytes(paths[1].read_bytes())
+    assert set_hash([copy]) == set_hash(paths[1:2])
     next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
     monkeypatch.undo()
     assert torch.equal(hear(embedder, paths, 5.0, tmp_path).vectors, first.vectors)

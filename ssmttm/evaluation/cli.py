@@ -58,7 +58,7 @@ def compare_folders(folders: list[Path]) -> str:
     """Which of two outcomes of `evaluate` is better, figure by figure.
 
     Raises:
-        UserError: not two folders, no figures in them, or figures that were measured differently.
+        UserError: not two folders, no figures in them, damaged ones, or figures that were measured differently.
     """
     from ssmttm.evaluation.figures import Figure, compare
 
@@ -69,7 +69,10 @@ def compare_folders(folders: list[Path]) -> str:
         path = folder / "figures.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no figures.json: run `ssmttm evaluate ... out={folder}` first")
-        figures = [Figure(**figure) for figure in json.loads(path.read_text(encoding="utf-8"))["figures"]]
+        try:
+            figures = [Figure(**figure) for figure in json.loads(path.read_text(encoding="utf-8"))["figures"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged or of another version: run `ssmttm evaluate` again") from error
         found.append({figure.name: figure for figure in figures})
     shared = [name for name in found[0] if name in found[1]]
     if not shared:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def hear(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path)
     store = _Cache(cache / f"{embedder.name}-{embedder.fingerprint}-{seconds:g}.safetensors")
     found = []
     for path in tqdm(paths, desc=f"hearing ({embedder.name})", unit="clip"):
-        key = file_sha256(path)
+        key = _content(path)
         if key not in store:
             store.put(key, _hear_one(embedder, path, seconds))
         found.append(store.get(key))
@@ -70,7 +71,18 @@ def hear(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path)
 
 def set_hash(paths: Sequence[Path]) -> str:
     """16 hex digits over the contents of a set of files, whatever their order and names."""
-    return hashlib.sha256("".join(sorted(map(file_sha256, paths))).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(sorted(map(_content, paths))).encode()).hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    """The file's sha256, taken once as long as the file stays as it is."""
+    facts = path.stat()
+    return _sha256(path, facts.st_size, facts.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    return file_sha256(path)
 
 
 def _hear_one(embedder: Embedder, path: Path, seconds: float) -> Heard:

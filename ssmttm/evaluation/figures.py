@@ -37,12 +37,14 @@ class Figure:
 
 
 def compare(a: Figure, b: Figure) -> str:
-    """Which of two figures of one name is better, in words, and whether their intervals overlap.
+    """Which of two figures of one name is better, if either, in words, and whether their intervals overlap.
 
     Raises:
         UserError: they measure different things, or were measured differently; says in what.
     """
     check_comparable([a, b])
+    if a.value == b.value:
+        return f"{a.name}: both are {a.value:.4g}"
     better, worse = (a, b) if (a.value < b.value) == (a.better == "lower") else (b, a)
     apart = a.high < b.low or b.high < a.low
     which = "the first" if better is a else "the second"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ssmttm import audio
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
-from ssmttm.generation.files import record_of
+from ssmttm.generation.files import read_record, record_of
 from ssmttm.generation.pipeline import MusicPipeline
 
 
@@ -67,11 +67,10 @@ def generate(
 
 def _is_made(path: Path, record: dict[str, Any]) -> bool:
     """Whether the piece is there (its record is written last)."""
-    file = path.with_suffix(".json")
-    if not file.is_file():
+    made = read_record(path)
+    if not made:
         return False
-    made = json.loads(file.read_text(encoding="utf-8"))
     differing = [key for key in record if key != "created" and made.get(key) != record[key]]
     if differing:
-        raise UserError(f"{file} was made otherwise ({', '.join(differing)} differ): give another out=DIR")
+        raise UserError(f"{path} was made otherwise ({', '.join(differing)} differ): give another out=DIR")
     return path.is_file()

@@ -4,7 +4,7 @@ What each figure means, and what it cannot tell, stands in docs/measures.md.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,15 @@ class FolderMeasures:
         """As JSON holds it."""
         clips = {path: asdict(clip) for path, clip in self.clips.items()}
         return {"summary": self.summary(), "notes": self.notes(), "clips": clips, "unreadable": self.unreadable}
+
+
+def unlike_rates(folders: Mapping[str, FolderMeasures]) -> list[str]:
+    """A note if the clips of some folders, each with a name, have other sample rates than those of others."""
+    rates = {name: sorted({clip.sample_rate for clip in folder.clips.values()}) for name, folder in folders.items()}
+    if len(set(map(tuple, rates.values()))) < 2:
+        return []
+    told = "; ".join(f"{name} {', '.join(map(str, found))} Hz" for name, found in rates.items())
+    return [f"other sample rates ({told}): centroid, roll-off and bandwidth are not comparable"]
 
 
 def measure_files(paths: Sequence[Path]) -> FolderMeasures:

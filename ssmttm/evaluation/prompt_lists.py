@@ -59,7 +59,7 @@ def read_prompt_list(
         kept = [row for row in rows if all(_same(row[column], value) for column, value in (keep or {}).items())]
         prompts = {}
         for row in kept:
-            words, stem = str(row[caption]).strip(), slug(name.format(**row), longest=120)
+            words, stem = str(row[caption] or "").strip(), slug(name.format(**row), longest=120)
             if words:
                 prompts.setdefault(stem, ListedPrompt(stem, words, _reference(references, audio, row, stem)))
     except KeyError as error:
@@ -96,7 +96,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             rows = [{"caption": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         elif path.suffix in (".csv", ".tsv"):
             with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+                reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+                rows = []
+                for row in reader:
+                    if None in row:  # where the fields go that no column is named for
+                        raise UserError(f"{path}, line {reader.line_num}, has more fields than columns: quote its text")
+                    rows.append(row)
         elif path.suffix == ".parquet":
             import pyarrow.parquet as pq
 

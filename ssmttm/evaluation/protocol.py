@@ -20,11 +20,13 @@ from ssmttm.audio import WRITERS
 from ssmttm.data.store import Store, open_store
 from ssmttm.errors import UserError
 from ssmttm.evaluation.adherence import AdherenceReport, measure_adherence
+from ssmttm.evaluation.distances import FEW as FEW_FOR_FRECHET
 from ssmttm.evaluation.embed_files import readable
 from ssmttm.evaluation.embedders import load_embedder
+from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder
 from ssmttm.evaluation.figures import Figure, markdown, table
 from ssmttm.evaluation.generate import Decoding, generate
-from ssmttm.evaluation.measures import FolderMeasures, measure_files
+from ssmttm.evaluation.measures import FolderMeasures, measure_files, unlike_rates
 from ssmttm.evaluation.prompt_lists import ListedPrompt, read_prompt_list
 from ssmttm.evaluation.prompts import Prompt, balanced_prompts
 from ssmttm.evaluation.score import Clip, score
@@ -68,6 +70,10 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     protocol, out = settings.eval, Path(settings.out)
     task = _task(settings)
     embedders = [load_embedder(name, protocol.weights[name]) for name in protocol.embedders]
+    paired = [prompt.reference for prompt in task.prompts if prompt.reference is not None]
+    true, bad_true = readable(list(dict.fromkeys([*task.references, *paired])), protocol.seconds)
+    references = [path for path in task.references if str(path) not in bad_true]
+    _check(task, references, embedders, protocol.seconds)
     decoding = _decoding(settings)
     if settings.audio:
         pieces, unmatched = match_audio(Path(settings.audio), task.prompts)
@@ -79,13 +85,14 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         pieces, unmatched = dict(zip((name for name, _ in named), made, strict=True)), []
         facts = {"model": pipeline.facts["model"], **decoding.settings(), "seed": settings.seed}
     good, bad = readable(list(pieces.values()), protocol.seconds)
-    paired = [prompt.reference for prompt in task.prompts if prompt.reference is not None]
-    true, bad_true = readable(list(dict.fromkeys([*task.references, *paired])), protocol.seconds)
-    references = [path for path in task.references if str(path) not in bad_true]
-    clips = _clips(task, {name: path for name, path in pieces.items() if path in good}, set(true))
+    usable = set(good)
+    clips = _clips(task, {name: path for name, path in pieces.items() if path in usable}, set(true))
     if len(clips) < FEW:
         raise UserError(f"{len(clips)} clips of {len(task.prompts)} prompts can be scored, fewer than {FEW}: give more")
     notes = _notes(task, pieces, unmatched, {**bad, **bad_true})
+    if references and min(len(clips), len(references)) < FEW_FOR_FRECHET:
+        numbers = f"{len(clips)} clips and {len(references)} references"
+        notes.append(f"{numbers} are few: fad is too large, to be compared only with that of the same numbers")
     if settings.audio and settings.adherence and task.store is not None:
         notes.append("adherence to the prompts is measured of what is generated here, not of finished audio")
     decoded = {name: value for name, value in facts.items() if name != "model"}
@@ -197,6 +204,19 @@ def _task(settings: DictConfig) -> Task:
     return Task(listed, list(dict.fromkeys(p.reference for p in listed if p.reference is not None)))
 
 
+def _check(task: Task, references: Sequence[Path], embedders: Sequence[Embedder], seconds: float) -> None:
+    """Raises UserError for what could not be scored, before anything is generated."""
+    if len(task.prompts) < FEW:
+        raise UserError(f"{len(task.prompts)} prompts are fewer than {FEW}, too few for any distance: give more")
+    for embedder in embedders:
+        if embedder.seconds > seconds:
+            raise UserError(f"{embedder.name} hears {embedder.seconds:g} s at a time: give as much (eval.seconds)")
+    if len(references) == 1:
+        raise UserError(f"one reference, {references[0]}, has no distribution: give some hundreds, or none")
+    if not references and not any(isinstance(embedder, JointEmbedder) for embedder in embedders):
+        raise UserError("no true audio can be read, and no embedder reads captions: give references=DIR, or tiny")
+
+
 def _decoding(settings: DictConfig) -> Decoding:
     first = settings.seed * 1_000_003 % 2**31
     seconds, guidance = float(settings.eval.seconds), float(settings.guidance)
@@ -256,6 +276,10 @@ def _document(
         "source_of_published": protocol.source_of_published,
         "measures": {whose: found.document() for whose, found in measures.items()},
         "adherence": adherence.document() if adherence else None,
-        "notes": [*notes, *(f"{whose}: {note}" for whose, found in measures.items() for note in found.notes())],
+        "notes": [
+            *notes,
+            *(f"{whose}: {note}" for whose, found in measures.items() for note in found.notes()),
+            *unlike_rates(measures),
+        ],
     }
 
