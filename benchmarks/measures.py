@@ -1,8 +1,8 @@
 """How long scoring takes, embedders aside, on one thread: python -m benchmarks.measures
 
 A ten-second clip's musical measures by part and as a whole, reading the file included; and all distances of 1,000 clips
-from 1,000 references with their intervals. Processor time, which other work on the machine hardly lengthens. Writes
-benchmarks/results/measures.json.
+from 1,000 references with their intervals, for each embedder that is shipped. Processor time, which other work on the
+machine hardly lengthens. Writes benchmarks/results/measures.json.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from ssmttm.evaluation.score import set_distances
 OUT = Path(__file__).parent / "results" / "measures.json"
 SECONDS, CLIPS = 10, 4
 N = 1_000
+EMBEDDERS = ("tiny", "codec", "log_mel")
 
 
 def main() -> None:
@@ -41,29 +42,36 @@ def main() -> None:
             paths = [write_clip(Path(folder) / f"{rate}-{i}.wav", i, rate, channels) for i in range(CLIPS)]
             whole = timed([lambda p=p: measure_clip(*audio.read(p, mono=False)) for p in paths], rounds)
             results[name] = {"whole": whole, **parts(paths[0], rounds)}
-    apart = distances_ms()
+    apart = {name: distances(name) for name in EMBEDDERS}
     for name, figures in results.items():
         print(f"\n{name}: {60_000 / figures['whole']['median_ms']:.0f} clips a minute")
         for part, told in figures.items():
             print(f"  {part:20} {told['median_ms']:8.2f} ms   p10 {told['p10_ms']:8.2f} ms")
-    print(f"\nall distances of {N:,} clips from {N:,} references: {apart / 1e3:.2f} s")
-    totals = {name: (N * figures["whole"]["median_ms"] + apart) / 1e3 for name, figures in results.items()}
-    print("\n".join(f"{N:,} clips of {name}, measures and distances: {total:.1f} s" for name, total in totals.items()))
-    found = {"results": results, "distances_ms": apart, "thousand_clips_s": totals}
+    print(f"\nall distances of {N:,} clips from {N:,} references")
+    for name, told in apart.items():
+        print(f"  {name:20} {told['seconds']:8.2f} s    {told['windows']} windows of {told['width']} values a clip")
+    totals = {
+        name: {e: N * figures["whole"]["median_ms"] / 1e3 + told["seconds"] for e, told in apart.items()}
+        for name, figures in results.items()
+    }
+    print(f"\nmeasures and distances of {N:,} clips")
+    for name, seconds in totals.items():
+        print(f"  {name:20} {', '.join(f'{embedder} {total:.1f} s' for embedder, total in seconds.items())}")
+    found = {"results": results, "distances": apart, "thousand_clips_s": totals}
     OUT.write_text(json.dumps({"environment": environment(), **found}, indent=1) + "\n")
     print(f"\n{OUT}")
 
 
-def distances_ms() -> float:
-    """Every distance and interval of random embeddings as wide as the tiny embedder's."""
+def distances(name: str) -> dict[str, float]:
+    """Seconds that every distance and interval takes, of random embeddings as many and as wide as an embedder's."""
     torch.manual_seed(0)
     none = torch.zeros(0)
-    tiny = load_embedder("tiny")
-    windows = round(SECONDS / tiny.seconds)
-    sets = [Heard(torch.randn(N, windows, tiny.dim) + shift, none, none) for shift in (0.0, 0.1)]
+    embedder = load_embedder(name)
+    windows = int(SECONDS / embedder.seconds)
+    sets = [Heard(torch.randn(N, windows, embedder.dim) + shift, none, none) for shift in (0.0, 0.1)]
     begun = time.process_time()
     set_distances(*sets)
-    return 1e3 * (time.process_time() - begun)
+    return {"seconds": time.process_time() - begun, "windows": windows, "width": embedder.dim}
 
 
 def write_clip(path: Path, index: int, rate: int, channels: int) -> Path:
