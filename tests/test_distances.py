@@ -22,7 +22,9 @@ from ssmttm.evaluation.distances import (
     median_distance,
     precision_recall_coverage,
 )
+from ssmttm.evaluation.embed_files import Heard
 from ssmttm.evaluation.resampling import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
+from ssmttm.evaluation.score import set_distances
 
 
 def cloud(n, d, seed=0, shift=0.0, scale=1.0):
@@ -242,3 +244,12 @@ def test_intervals_from_weights_are_those_of_drawn_rows(windows, near, monkeypat
     for share, name in zip(shares, Neighbourhoods._fields, strict=True):
         plain = of_rows(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
         assert share == pytest.approx(plain), name
+
+
+def test_long_work_shows_its_progress(monkeypatch, capsys):
+    monkeypatch.setattr(resampling, "_ROWS", 8)
+    none = torch.zeros(0)
+    set_distances(*(Heard(cloud(30, 8, seed=s).view(30, 2, 4), none, none) for s in (0, 1)))
+    shown = capsys.readouterr().err
+    for title in ("interval of fad", "interval of kad", "of neighbourhoods", "kernels", "neighbours", "fad_infinity"):
+        assert f"{title}: " in shown
