@@ -10,7 +10,6 @@ import io
 import logging
 import struct
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ _BLOCK = 1 << 20  # samples over all channels read at a time: a header's word is
 _MAX_CHANNELS = 64
 _RATES = (1_000, 768_000)
 _LOSSY_SLACK = 0.02  # share of an MP3's declared length, a guess in some files, that may be missing
-_CHANNEL_GAINS = (1.0, 1.0, 1.0, 1.41, 1.41)  # left, right, centre, left and right surround
-_LOUDNESS_BLOCK, _QUIETEST = 0.4, -70.0  # seconds whose power is taken, LUFS under which a block counts as silence
-_LUFS_OFFSET = -0.691
 _log = logging.getLogger(__name__)
 
 
@@ -199,24 +195,18 @@ def loudness(wav: Tensor, sample_rate: int) -> float:
 
     A clip under the standard's 0.4 s block is measured as one block.
     """
-    from scipy.signal import sosfilt
+    import pyloudnorm
 
-    samples = torch.atleast_2d(wav.detach().to("cpu", torch.float64))
-    channels, length = samples.shape
-    if channels > len(_CHANNEL_GAINS):
-        raise UserError(f"loudness is defined for up to 5 channels, not {channels}: mix down first")
-    if length == 0:
+    samples = torch.atleast_2d(wav.detach().to("cpu", torch.float32))
+    if len(samples) > 5:
+        raise UserError(f"loudness is defined for up to 5 channels, not {len(samples)}: mix down first")
+    if samples.shape[1] == 0:
         return float("-inf")
-    block = min(_LOUDNESS_BLOCK, length / sample_rate)  # seconds, of which three quarters overlap
-    count = round((length / sample_rate - block) / (block / 4)) + 1
-    bounds = (block * (np.arange(count)[:, None] / 4 + [0, 1]) * sample_rate).astype(int).clip(max=length)  # [count, 2]
-    weighted = sosfilt(_k_weighting(sample_rate), torch.nn.functional.pad(samples, (0, 1)))  # a sum may end at `length`
-    energy = np.add.reduceat(np.square(weighted, out=weighted), bounds.ravel(), axis=1)[:, ::2]  # [C, count]
-    power = np.array(_CHANNEL_GAINS[:channels]) @ energy / (block * sample_rate)
-    heard = power[power >= 10 ** ((_QUIETEST - _LUFS_OFFSET) / 10)]
-    if len(heard) == 0:
-        return float("-inf")
-    return float(_LUFS_OFFSET + 10 * np.log10(heard[heard > heard.mean() / 10].mean()))
+    block = min(0.4, samples.shape[1] / sample_rate)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        meter = pyloudnorm.Meter(sample_rate, block_size=block)
+        measured = meter.integrated_loudness(samples.T.double().numpy())
+    return float(measured) if np.isfinite(measured) else float("-inf")
 
 
 def normalise(wav: Tensor, sample_rate: int, lufs: float = -18.0) -> Tensor:
@@ -226,16 +216,6 @@ def normalise(wav: Tensor, sample_rate: int, lufs: float = -18.0) -> Tensor:
         return wav
     gain = 10 ** ((lufs - measured) / 20)
     return wav * min(gain, 1 / float(wav.abs().max()))
-
-
-@lru_cache(maxsize=8)
-def _k_weighting(sample_rate: int) -> np.ndarray:
-    """The standard's high shelf and high pass, one section each: [2, 6]."""
-    from pyloudnorm import IIRfilter
-
-    shelf = IIRfilter(4.0, 0.5**0.5, 1500.0, sample_rate, "high_shelf")
-    high_pass = IIRfilter(0.0, 0.5, 38.0, sample_rate, "high_pass")
-    return np.array([[*section.b, *section.a] for section in (shelf, high_pass)])
 
 
 def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
