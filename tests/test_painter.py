@@ -390,6 +390,14 @@ def test_an_export_of_two_stages_is_each_of_its_exports(pipe, exported, sketcher
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_second_stage_of_an_earlier_export_is_not_taken_for_another_models(copy, sketcher, paint_run):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    for write in (lambda: export(sketcher, copy), lambda: export_two_stages(sketcher, paint_run, copy)):
+        with pytest.raises(UserError, match="second stage of an earlier export"):
+            write()
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
 @pytest.mark.parametrize("chunk_seconds", [0.04, 0.3, 60.0])
 def test_a_stream_is_the_whole_piece_in_parts(pipe, chunk_seconds):
     whole = pipe("strings", duration=1.57, seeds=3).audios[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssmttm import checkpoint
 from ssmttm.codecs import build_codec
+from ssmttm.errors import UserError
 from ssmttm.files import written_aside
 from ssmttm.generation.loading import (
     PAINTER,
@@ -33,9 +34,11 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         half: matrices in float16; vectors stay float32.
 
     Raises:
-        UserError: there is no good checkpoint, or the disk is full.
+        UserError: there is no good checkpoint, the disk is full, or `out` holds a second stage of an earlier export,
+            which would be taken for this model's.
     """
     folder, out = checkpoint.find_model(run_dir), Path(out)
+    _check_no_painter(out)
     config, state, weights = (
         checkpoint.read_config(folder),
         checkpoint.read_state(folder),
@@ -82,9 +85,15 @@ def export_two_stages(sketch: str | Path, painter: str | Path, out: str | Path) 
     for folder in (first, second):
         checkpoint.read_state(folder.path)  # which an exported folder has not
     check_stages(first, load_model(first), load_denoiser(second))
+    _check_no_painter(Path(out))
     export(sketch, out)
     export(painter, Path(out) / PAINTER)
     return Path(out)
+
+
+def _check_no_painter(out: Path) -> None:
+    if (out / PAINTER).exists():
+        raise UserError(f"{out / PAINTER} is the second stage of an earlier export: remove it, or give another folder")
 
 
 def _shrunk(value: Tensor, half: bool) -> Tensor:
