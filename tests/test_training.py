@@ -377,6 +377,15 @@ def test_a_run_starts_from_another_models_weights_and_says_so(codes_store, tmp_p
         loop.train(lm_config(codes_store, tmp_path / "third", *other))
 
 
+def test_a_model_of_another_codecs_codes_is_no_start(codes_store, tmp_path):
+    model = export(loop.train(lm_config(codes_store, tmp_path / "first", "train.steps=1")), tmp_path / "model")
+    card = json.loads((model / "card.json").read_text())
+    card["data"]["codec"]["fingerprint"] = "f" * 16
+    (model / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="codes of fake"):
+        loop.train(lm_config(codes_store, tmp_path / "second", "train.steps=1", f"init={model}"))
+
+
 def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, monkeypatch):
     heard = []
 

@@ -68,7 +68,8 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     resumed = _agreed_resume_folder(config, accelerator)
     rng.seed_all(config.seed, rank=0)  # the same first weights on every rank
     task = build_task(config)
-    init = start_from(config.init, task.modules["model"]) if config.init and not resumed else {}
+    codec = None if config.task == "codec" else task.facts()["codec"]
+    init = start_from(config.init, task.modules["model"], codec) if config.init and not resumed else {}
     players = {name: Player(module, config.optim, accelerator) for name, module in task.modules.items()}
     ema = EMA(players["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 

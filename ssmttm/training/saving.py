@@ -98,19 +98,27 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
     return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "flops", "valid", "init")})
 
 
-def start_from(model: str | Path, module: nn.Module) -> dict[str, Any]:
+def start_from(model: str | Path, module: nn.Module, codec: dict[str, Any] | None = None) -> dict[str, Any]:
     """Fill a module with the weights of another run, checkpoint or exported model (averaged where there are any).
+
+    Args:
+        codec: what the codes of the new run were made with, name and fingerprint; None: it learns from no codes.
 
     Returns:
         What the new run must remember of it: name, steps of training, hash of the weights, licences of its data.
 
     Raises:
-        UserError: there is no such model, or it is of another shape.
+        UserError: there is no such model, it is of another shape, or it speaks another codec's codes.
     """
     folder = checkpoint.find_model(model)
-    weights = checkpoint.load_weights(folder)
-    checkpoint.fill(module, weights, folder)
     card = checkpoint.read_document(folder, "card" if (folder / "card.json").is_file() else "state")
+    spoken = card["data"].get("codec")
+    if codec and spoken and codec["fingerprint"] != spoken["fingerprint"]:
+        raise UserError(
+            f"init={model} learnt codes of {spoken['name']} ({spoken['fingerprint']}), this store's are of "
+            f"{codec['name']} ({codec['fingerprint']}): start from a model of the same codec"
+        )
+    checkpoint.fill(module, checkpoint.load_weights(folder), folder)
     averaged = folder / "ema.safetensors"
     digest = file_sha256(averaged if averaged.is_file() else folder / "model.safetensors")
     licences = card["data"]["licences"] | card.get("init", {}).get("licences", {})
