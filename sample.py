@@ -27,8 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--painter", metavar="DIR", help="second stage of a model of two, if it is not in the model's own folder")
     add("--paint-steps", type=int, metavar="N", help="sampler steps of the second stage (default: the model's own)")
-    add("--tempo", type=float, metavar="BPM", help="beats a minute, for a second stage trained with it")
-    add("--melody", type=Path, metavar="FILE", help="audio whose melody to take up, for a second stage trained with it")
+    add("--tempo", type=float, metavar="BPM", help="beats a minute, for a model trained with it")
+    add("--melody", type=Path, metavar="FILE", help="audio whose melody to take up, for a model trained with it")
     add("--codec", metavar="DIR", help="where the model's codec is, if not found by its name")
     add("--text-encoder", metavar="DIR", help="where the model's text encoder is, if not found by its name")
     add("--duration", type=float, default=10.0, metavar="S", help="seconds a piece (default: 10)")
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: give 1 or more")
+    if args.paint_steps is not None and args.paint_steps < 1:
+        raise UserError(f"--paint-steps is {args.paint_steps}: give 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
     asked = Request.checked(prompts, args.duration, args.seed, sampling, args.max_duration)
 

@@ -74,6 +74,15 @@ class Pattern:
             mask[k, places] = True
         return mask
 
+    def frames(self, n_frames: int) -> Tensor:
+        """The newest frame that each position writes, int64 [S]: below 0 before the first, T and more where only codes
+        of earlier frames are left to write."""
+        frames = torch.full((self.sequence_length(n_frames),), -1)
+        for n in sorted(set(self.passes)):
+            first = min(start for start, own in zip(self._starts(n_frames), self.passes, strict=True) if own == n)
+            frames[first:] = torch.arange(len(frames) - first) // self.stride
+        return frames
+
     def _starts(self, n_frames: int) -> list[int]:
         """The position of each codebook's first frame."""
         return [offset + n * n_frames for offset, n in zip(self.offsets, self.passes, strict=True)]

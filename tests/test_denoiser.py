@@ -34,6 +34,7 @@ from ssmttm.mixers.bidirectional import Bidirectional, FullAttention, build_bidi
 from ssmttm.models import build_model, unet
 from ssmttm.models.denoiser_stack import TimedBranch
 from ssmttm.models.latent_denoiser import Conditions
+from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 from ssmttm.training import diffusion
 
@@ -56,7 +57,7 @@ def told_all(frames=FRAMES, lengths=(4, 0, 7), **more):
     generator = torch.Generator().manual_seed(8)
     chroma = torch.rand(len(lengths), 12, frames, generator=generator, dtype=WIDE)
     tempo = torch.linspace(60.0, 180.0, len(lengths), dtype=WIDE)
-    return conditions(frames, lengths, WIDE, chroma=chroma, tempo=tempo, **more)
+    return conditions(frames, lengths, WIDE, wishes=Wishes(chroma, tempo), **more)
 
 
 def run(model, given, frames=FRAMES, dtype=WIDE):
@@ -81,16 +82,14 @@ def test_padding_changes_no_real_frame(model):
         whole = model(x, time, given)
         other = replace(given, sketch=given.sketch.masked_fill(~mask[:, None], 9.0))
         changed = model(x.masked_fill(~mask[:, None], -7.0), time, other)
-        parts = (x, given.sketch, given.chroma, mask.int())
+        parts = (x, given.sketch, given.wishes.chroma, mask.int())
         longer = [pad(part, (0, 9), value=2) for part in parts]
-        wide = replace(given, sketch=longer[1], chroma=longer[2], mask=longer[3] == 1)
+        wide = replace(given, sketch=longer[1], wishes=replace(given.wishes, chroma=longer[2]), mask=longer[3] == 1)
         padded = model(longer[0], time, wide)
         for item, length in enumerate(lengths):
             text = TextCondition(*(part[item : item + 1] for part in given.text))
-            alone = replace(
-                given, sketch=given.sketch[item, None, :, :length], chroma=given.chroma[item, None, :, :length],
-                tempo=given.tempo[item, None], text=text, mask=None,
-            )  # fmt: skip
+            wishes = given.wishes.rows(slice(item, item + 1)).columns(slice(length))
+            alone = replace(given, sketch=given.sketch[item, None, :, :length], wishes=wishes, text=text, mask=None)
             expected = model(x[item, None, :, :length], time[item, None], alone)[0]
             for found in (whole, changed, padded):
                 assert_equal(found[item, :, :length], expected)
@@ -135,8 +134,13 @@ def test_text_padding_changes_nothing(model, where):
 def test_everything_it_is_told_matters(model):
     given = told_all(sketch_noise=torch.tensor([0.1, 0.2, 0.3], dtype=WIDE))
     yes = torch.ones(3, dtype=torch.bool)
-    nan_chroma = given.chroma.clone()
+    chroma, tempo = given.wishes.chroma, given.wishes.tempo
+    nan_chroma = chroma.clone()
     nan_chroma[0, :, :4] = torch.nan
+
+    def told(**changes):
+        return replace(given, wishes=replace(given.wishes, **changes))
+
     whole = run(model, given)
     assert_equal(run(model, replace(given, has_sketch=yes)), whole)
     changes = {
@@ -145,10 +149,10 @@ def test_everything_it_is_told_matters(model):
         "another sketch": replace(given, sketch=given.sketch.flip(2)),
         "no sketch": given.without_sketch(),
         "sketch noise": replace(given, sketch_noise=None),
-        "no tempo": replace(given, tempo=None),
-        "another tempo": replace(given, tempo=given.tempo * 1.1),
-        "no chroma": replace(given, chroma=None),
-        "another chroma": replace(given, chroma=given.chroma.roll(1, 1)),
+        "no tempo": told(tempo=None),
+        "another tempo": told(tempo=tempo * 1.1),
+        "no chroma": told(chroma=None),
+        "another chroma": told(chroma=chroma.roll(1, 1)),
     }
     outs = {what: run(model, other) for what, other in changes.items()}
     for what, out in outs.items():
@@ -157,13 +161,13 @@ def test_everything_it_is_told_matters(model):
     with torch.no_grad():
         assert ((model(x, 1 - time, given) - whole).abs().amax((1, 2))[[0, 2]] > 1e-3).all()
     unknown = torch.tensor([120.0, torch.nan, torch.nan], dtype=WIDE)
-    mixed = run(model, replace(given, tempo=unknown.where(unknown.isnan(), given.tempo)))
+    mixed = run(model, told(tempo=unknown.where(unknown.isnan(), tempo)))
     assert_equal(mixed[0], whole[0])
     assert_equal(mixed[1:], outs["no tempo"][1:])
-    assert_equal(run(model, replace(given, chroma=torch.full_like(given.chroma, torch.nan))), outs["no chroma"])
-    partly = run(model, replace(given, chroma=nan_chroma))
+    assert_equal(run(model, told(chroma=torch.full_like(chroma, torch.nan))), outs["no chroma"])
+    partly = run(model, told(chroma=nan_chroma))
     assert_equal(partly[1:], whole[1:])
-    silent = run(model, replace(given, chroma=nan_chroma.nan_to_num(0.0)))
+    silent = run(model, told(chroma=nan_chroma.nan_to_num(0.0)))
     for other in (whole, silent, outs["no chroma"]):  # a gap is neither what was there, nor silence, nor no melody
         assert (partly[0] - other[0]).abs().max() > 1e-3 and partly.isfinite().all()
 
@@ -187,9 +191,10 @@ def test_both_ends_see_each_other(model, what):
             noise = x.clone()
             noise[..., changed] += 2
         else:
-            part = getattr(given, what).clone()
+            part = (given.sketch if what == "sketch" else given.wishes.chroma).clone()
             part[..., changed] += 2
-            other = replace(given, **{what: part})
+            wishes = replace(given.wishes, chroma=part)
+            other = replace(given, sketch=part) if what == "sketch" else replace(given, wishes=wishes)
         with torch.no_grad():
             after = model(noise, time, other)
         assert ((after - before)[..., seen].abs().amax(1) > 1e-7).all()
@@ -199,9 +204,9 @@ def test_both_ends_see_each_other(model, what):
 def test_a_new_model_says_zero_and_all_of_it_learns(name):
     model = new_denoiser(name, chroma=True, tempo=True).train()
     given, (x, time) = told_all(), noisy(FRAMES)
-    chroma = given.chroma.float()
+    chroma = given.wishes.chroma.float()
     chroma[0] = torch.nan
-    given = replace(given, sketch=given.sketch.float(), chroma=chroma, tempo=torch.tensor([90.0, torch.nan, 120.0]),
+    given = replace(given, sketch=given.sketch.float(), wishes=Wishes(chroma, torch.tensor([90.0, torch.nan, 120.0])),
                     has_sketch=torch.tensor([True, False, True]))  # fmt: skip
     assert not model(x, time, given).any()
     optimizer, target = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, C, FRAMES)
@@ -213,7 +218,7 @@ def test_a_new_model_says_zero_and_all_of_it_learns(name):
         optimizer.step()
     silent = {key for key, _ in model.named_parameters()} - learnt
     assert not silent
-    assert {"null_sketch", "null_chroma", "null_tempo"} <= learnt
+    assert {"null_sketch", "chroma.null", "tempo.null"} <= learnt
 
 
 @pytest.mark.parametrize("objective", ["v", "flow"])
@@ -262,14 +267,16 @@ def test_autocast_agrees_with_float32_and_keeps_the_residual_stream_in_it(name):
         ({"layers": "attention"}, 0.002),
         ({"layers": "mamba2"}, 0.02),
         ({"network": "unet", "unet_mults": [1, 1, 2]}, 0.01),
+        ({"layers": "attention", "chroma": True}, 0.002),
     ],
-    ids=["attention", "mamba2", "unet"],
+    ids=["attention", "mamba2", "unet", "chroma"],
 )
 @pytest.mark.parametrize("frames", [64, 250])
 def test_flops_are_those_counted(changes, tolerance, frames):
     model = denoiser(d_model=48, headdim=16, n_heads=4, d_state=32, chunk_size=64, **changes)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(*noisy(frames, 1), conditions(frames, (20,)))
+        melody = torch.rand(1, 12, frames) if model.config.chroma else None
+        model(*noisy(frames, 1), conditions(frames, (20,), wishes=Wishes(melody)))
     assert model.flops(frames, 20) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
@@ -358,8 +365,10 @@ def test_sizes_that_make_no_model(change, says):
         ({"sketch": torch.zeros(2, S, 5)}, "sketch latents"),
         ({"text": captions(3, 3)}, "2 captions for a batch of 3"),
         ({"text": TextCondition(torch.zeros(3, 2, 5), torch.ones(3, 2, dtype=torch.bool))}, "model.text_dim"),
-        ({"chroma": torch.zeros(3, 12, 5)}, "not trained with chroma"),
-        ({"tempo": torch.zeros(3)}, "not trained with tempo"),
+        ({"wishes": Wishes(torch.zeros(3, 12, 5))}, "this denoiser was not trained with chroma: leave it out"),
+        ({"wishes": Wishes(tempo=torch.zeros(3))}, "this denoiser was not trained with tempo: leave it out"),
+        ({"mask": torch.ones(3, 6, dtype=torch.bool)}, r"the mask is \[3, 6\], the denoiser takes \[3, 5\]"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"the mask is \[5\]"),
     ],
 )
 def test_what_it_cannot_be_told_is_one_clear_line(change, says):
@@ -367,6 +376,22 @@ def test_what_it_cannot_be_told_is_one_clear_line(change, says):
     x = change.pop("x", torch.zeros(3, C, 5))
     with pytest.raises(UserError, match=says) as caught:
         denoiser()(x, torch.zeros(3), replace(conditions(5), **change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says"),
+    [
+        (Wishes(torch.zeros(3, 12, 6)), r"the chroma is \[3, 12, 6\], the denoiser takes \[3, 12, 5\]"),
+        (Wishes(torch.zeros(3, 5, 12)), r"the chroma is \[3, 5, 12\]"),
+        (Wishes(torch.zeros(1, 12, 5)), r"the chroma is \[1, 12, 5\]"),
+        (Wishes(tempo=torch.zeros(2)), r"the tempo is \[2\], the denoiser takes \[3\]"),
+        (Wishes(tempo=torch.zeros(3, 1)), r"the tempo is \[3, 1\]"),
+    ],
+)
+def test_wishes_of_another_shape_are_one_clear_line(wishes, says):
+    with pytest.raises(UserError, match=says) as caught:
+        run(denoiser(chroma=True, tempo=True), replace(conditions(5), wishes=wishes), 5, torch.float32)
     assert "\n" not in str(caught.value)
 
 

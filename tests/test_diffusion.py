@@ -15,6 +15,7 @@ from ssmttm.diffusion.objectives import OBJECTIVES, get_objective
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings, sample
 from ssmttm.errors import UserError
 from ssmttm.models.latent_denoiser import LatentDenoiser
+from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 
 MEAN, SPREAD = 1.5, 0.5  # of the data whose optimal prediction is known
@@ -294,8 +295,9 @@ def full_conditions():
         FRAMES,
         has_sketch=torch.tensor([True, True, False]),
         sketch_noise=torch.tensor([0.0, 0.3, 0.1]),
-        chroma=torch.rand(3, 12, FRAMES, generator=generators(1)[0]),
-        tempo=torch.tensor([90.0, torch.nan, 140.0]),
+        wishes=Wishes(
+            torch.rand(3, 12, FRAMES, generator=generators(1)[0]), torch.tensor([90.0, torch.nan, 140.0])
+        ),
         mask=mask,
     )
 

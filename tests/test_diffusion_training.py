@@ -136,13 +136,13 @@ def test_sketches_are_withheld_and_made_noisy_as_often_as_asked(task_of):
 
 def test_it_is_told_the_tempo_and_the_melody_of_the_very_crop(store, task_of):
     """Segments of 14 to 20 frames in crops of 16."""
-    overrides = ("data.frames=16", "diffusion.tempo_dropout=0", "diffusion.chroma_dropout=0")
+    overrides = ("data.frames=16", "data.tempo_dropout=0", "data.chroma_dropout=0")
     task, listener = task_of(*WISHES, *overrides), Listener()
     batch = first_batch(task, 20)
     loss_of(task, batch, player=listener)
     opened = open_store(store)
     row_of = {name: row for row, name in enumerate(opened.ids(np.arange(len(opened))))}
-    tempo, chroma = listener.conditions.tempo, listener.conditions.chroma
+    tempo, chroma = listener.conditions.wishes.tempo, listener.conditions.wishes.chroma
     moved = 0
     for item, name in enumerate(batch["ids"]):
         number = int(name[1:])
@@ -153,19 +153,23 @@ def test_it_is_told_the_tempo_and_the_melody_of_the_very_crop(store, task_of):
         part = torch.zeros(1, 16 * HOP)
         crop = torch.as_tensor(wav)[0, first * HOP : (first + 16) * HOP]
         part[0, : len(crop)] = crop
-        torch.testing.assert_close(chroma[item], frame_chroma(part, SAMPLE_RATE, 16)[0], rtol=0, atol=1e-4)
-    assert moved > 2 and not chroma.isnan().any()
+        real = batch["frame_mask"][item]
+        heard = frame_chroma(part, SAMPLE_RATE, 16)[0]
+        torch.testing.assert_close(chroma[item][:, real], heard[:, real], rtol=0, atol=1e-4)
+        assert chroma[item][:, ~real].isnan().all()
+    assert moved > 2 and not batch["frame_mask"].all()
 
 
 def test_tempo_and_melody_are_withheld_as_often_as_asked(task_of):
-    overrides = ("diffusion.tempo_dropout=0.25", "diffusion.chroma_dropout=0.6")
+    overrides = ("data.tempo_dropout=0.25", "data.chroma_dropout=0.6")
     task, listener = task_of(*WISHES, *overrides), Listener()
     batch = first_batch(task, 300)
     unknown = sum(int(name[1:]) % 2 == 0 for name in batch["ids"]) / 300
     loss_of(task, batch, player=listener)
-    tempo, chroma = listener.conditions.tempo, listener.conditions.chroma.isnan()
-    assert torch.equal(chroma.all(2).all(1), chroma.any(2).any(1))  # of an item all or nothing
-    assert chroma.float().mean().item() == pytest.approx(0.6, abs=0.1)
+    tempo, chroma = listener.conditions.wishes.tempo, listener.conditions.wishes.chroma.isnan()
+    gone = chroma.all(2).all(1)
+    assert torch.equal(chroma, (gone[:, None] | ~batch["frame_mask"])[:, None].expand_as(chroma))  # all or nothing
+    assert gone.float().mean().item() == pytest.approx(0.6, abs=0.1)
     assert tempo.isnan().float().mean().item() == pytest.approx(1 - 0.75 * (1 - unknown), abs=0.08)
 
 
@@ -342,8 +346,9 @@ def test_bf16_trains_as_float32_up_to_its_rounding(store, tmp_path, precision_af
         (["model.sketch_codebooks=4"], "model.sketch_codebooks=4 of 4"),
         (["diffusion.objective=score"], "unknown diffusion.objective 'score'"),
         (["diffusion.sketch_dropout=1.5"], "diffusion.sketch_dropout=1.5 is no chance"),
-        (["diffusion.tempo_dropout=-1"], "diffusion.tempo_dropout=-1 is no chance"),
-        (["data.caption_dropout=2"], "caption_dropout"),
+        (["data.tempo_dropout=-1"], "data.tempo_dropout=-1 is no chance"),
+        (["data.caption_dropout=2"], "data.caption_dropout=2 is no chance"),
+        (["data.caption_dropout=true"], "data.caption_dropout=True is no chance"),
         (["diffusion.sampler=ddpm"], "no sampler 'ddpm' for objective flow"),
         (["diffusion.steps=0"], "0 sampling steps"),
         (["diffusion.steps=2.5"], "2.5 sampling steps"),
@@ -351,7 +356,7 @@ def test_bf16_trains_as_float32_up_to_its_rounding(store, tmp_path, precision_af
         (["diffusion.guidance_scale=high"], "diffusion.guidance_scale is high"),
         (["diffusion.guidance_scale=null"], "diffusion.guidance_scale is None"),
         (["diffusion.sketch_scale=nan"], "diffusion.sketch_scale is nan"),
-        (["diffusion.chroma_dropout=nan"], "diffusion.chroma_dropout=nan is no chance"),
+        (["data.chroma_dropout=nan"], "data.chroma_dropout=nan is no chance"),
         (["model.layers=[]"], "model.layers is empty"),
         (["model.unet_mults=[]"], "model.unet_mults is empty"),
         (["diffusion.sketch_noise=-1"], "diffusion.sketch_noise=-1 is no spread"),

@@ -63,16 +63,18 @@ class Spy:
     """Records what reaches the model and what comes back."""
 
     def __init__(self, model, monkeypatch):
-        self.prefills, self.steps, self.states = [], [], []
+        self.prefills, self.steps, self.states, self.told = [], [], [], []
         real_prefill, real_step, real_state = model.prefill, model.step, model.init_state
 
-        def prefill(codes, text, state):
+        def prefill(codes, text, state, wishes):
             self.prefills.append((codes.clone(), text))
-            return real_prefill(codes, text, state)
+            self.told.append(wishes)
+            return real_prefill(codes, text, state, wishes)
 
-        def step(codes, state):
+        def step(codes, state, wishes):
             self.steps.append(codes.clone())
-            return real_step(codes, state)
+            self.told.append(wishes)
+            return real_step(codes, state, wishes)
 
         def init_state(*args, **kwargs):
             self.states.append(real_state(*args, **kwargs))

@@ -30,6 +30,7 @@ from ssmttm.errors import UserError, run_cli
 from ssmttm.generation import painter as painting
 from ssmttm.generation import pipeline
 from ssmttm.generation.painter import Brief, Painter, PaintSettings
+from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 from ssmttm.training import loop
 from ssmttm.training.export import export, export_two_stages
@@ -122,7 +123,7 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model, codec, monkeypatch, n
 
     def run(items):
         spy.made.clear()
-        codes = painter.paint(sketch[items], brief(items, chroma=chroma[items], tempo=tempo[items]))
+        codes = painter.paint(sketch[items], brief(items, wishes=Wishes(chroma[items], tempo[items])))
         return codes, torch.cat(spy.made).unflatten(0, (3, len(items)))  # windows, items
 
     alone = [run([item]) for item in range(3)]
@@ -218,8 +219,8 @@ def test_seed_caption_tempo_and_melody_matter(painter):
     others = {
         "seed": replace(plain, seeds=[99]),
         "caption": replace(plain, text=captions(5, seed=7)),
-        "tempo": replace(plain, tempo=torch.tensor([150.0])),
-        "melody": replace(plain, chroma=torch.ones(1, 12, FRAMES)),
+        "tempo": replace(plain, wishes=Wishes(tempo=torch.tensor([150.0]))),
+        "melody": replace(plain, wishes=Wishes(torch.ones(1, 12, FRAMES))),
     }
     for what, other in others.items():
         assert not torch.equal(painter.paint(sketch, other), first), what
@@ -228,8 +229,8 @@ def test_seed_caption_tempo_and_melody_matter(painter):
 def test_each_window_hears_its_part_of_the_melody_and_none_behind_its_end(painter, monkeypatch):
     spy = Spy(monkeypatch)
     chroma = torch.rand(1, 12, 20, generator=torch.Generator().manual_seed(1))
-    painter.paint(sketches(items=1), brief([0], chroma=chroma))
-    heard = [given.chroma for given in spy.conditions]
+    painter.paint(sketches(items=1), brief([0], wishes=Wishes(chroma)))
+    heard = [given.wishes.chroma for given in spy.conditions]
     assert [part.shape for part in heard] == [(1, 12, 16)] * 3
     assert torch.equal(heard[0], chroma[..., :16]) and torch.equal(heard[1][..., :8], chroma[..., 12:])
     assert heard[1][..., 8:].isnan().all() and heard[2].isnan().all()
@@ -382,7 +383,7 @@ def test_an_export_of_two_stages_is_each_of_its_exports(pipe, exported, sketcher
     own = {"card.json", "config.yaml", "model.safetensors"}
     assert files == own | {f"painter/{name}" for name in own}
     facts = pipe.facts["painter"]
-    assert (facts["sampler"], facts["steps"], facts["guidance_scale"]) == ("euler", 3, 2)
+    assert (facts["sampler"], facts["steps"], facts["guidance_scale"], facts["sketch_scale"]) == ("euler", 3, 2, 1)
     assert pipe.facts["training_data_licences"] == {"CC0-1.0": 24}
     assert pipe.painter.settings == PaintSettings(SamplerSettings("flow", None, 3), 2, 1, 16, 3)
     with pytest.raises(UserError, match=r"one stage|language model"):
@@ -440,7 +441,7 @@ def test_a_melody_is_neither_stretched_nor_squeezed(pipe, monkeypatch, frames):
     spy = Spy(monkeypatch)
     tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(frames * HOP) / SAMPLE_RATE)
     pipe("a march", duration=0.5, melody=torch.stack([tone, torch.zeros_like(tone)]))
-    heard, told = spy.conditions[0].chroma, min(frames, 13)
+    heard, told = spy.conditions[0].wishes.chroma, min(frames, 13)
     assert heard.shape == (1, 12, 13) and heard[..., told:].isnan().all()
     torch.testing.assert_close(heard[..., :told], frame_chroma(0.5 * tone[None, : told * HOP], SAMPLE_RATE, told))
 
@@ -508,7 +509,7 @@ def refused(result, *says):
 
 
 def test_steps_and_painters_that_make_no_sense(command, exported, sketcher, paint_run):
-    refused(command("--checkpoint", exported, "--paint-steps", 0), "0 sampling steps")
+    refused(command("--checkpoint", "nowhere", "--paint-steps", 0), "--paint-steps is 0: give 1 or more")
     refused(command("--checkpoint", exported, "--paint-steps", 5000), "5000 sampling steps")
     refused(command("--checkpoint", sketcher, "--paint-steps", 5), "one stage")
     refused(command("--checkpoint", sketcher, "--painter", sketcher), "holds a language model, not a denoiser")

@@ -68,8 +68,7 @@ def stack(parts: Sequence[Conditions]) -> Conditions:
         text=_joined([p.text for p in parts]),
         has_sketch=torch.cat(has_sketch),
         sketch_noise=again(first.sketch_noise),
-        chroma=again(first.chroma),
-        tempo=again(first.tempo),
+        wishes=first.wishes.repeat(n),
         mask=again(first.mask),
     )
 

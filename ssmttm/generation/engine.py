@@ -14,6 +14,7 @@ from ssmttm.errors import UserError
 from ssmttm.generation import filters
 from ssmttm.generation.request import Sampling
 from ssmttm.models.token_lm import LMState, TokenLM
+from ssmttm.models.wishes import Wishes
 from ssmttm.patterns import Pattern
 from ssmttm.text.condition import TextCondition
 
@@ -44,9 +45,10 @@ def generate(
     sampling: Sampling,
     seeds: Sequence[int],
     prompt_codes: Tensor | None = None,
+    wishes: Wishes | None = None,
 ) -> Tensor:
     """Sample codes [B, K, T]: all frames of `generate_frames` together."""
-    chunks = generate_frames(model, text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames)
+    chunks = generate_frames(model, text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames, wishes)
     return torch.cat(list(chunks), dim=-1)
 
 
@@ -61,6 +63,7 @@ def generate_frames(
     seeds: Sequence[int],
     prompt_codes: Tensor | None = None,
     chunk_frames: int = 1,
+    wishes: Wishes | None = None,
 ) -> Iterator[Tensor]:
     """Sample codes and hand over whole frames as soon as their last codebook is drawn. Memory does not grow with length
     but for the codes themselves.
@@ -70,16 +73,18 @@ def generate_frames(
         text: B captions' condition; null_text: the null condition, one row (shared) or B rows.
         pattern: the interleaving that the model was trained with.
         n_frames: T >= 1, prompt included.
-        seeds: B seeds, each of 32 bits; an item's tokens depend on its own caption and seed alone: on a CPU
+        seeds: B seeds, each of 32 bits; an item's tokens depend on its own caption, wishes and seed alone: on a CPU
             its logits are the same bits whatever its companions.
         prompt_codes: [B, K, P] with P <= T, frames to go on from; they come first in what is yielded.
         chunk_frames: least number of frames in a chunk but the last.
+        wishes: of B items, by frame; a melody may be shorter than the piece. Both rows of an item are told them:
+            guidance is towards the text.
 
     Yields:
         [B, K, t] int64 codes; t sums to T.
 
     Raises:
-        UserError: the model's logits are not finite.
+        UserError: the model's logits are not finite, or it was not built for a wish.
     """
     batch, n_codebooks, special = len(seeds), model.config.n_codebooks, model.special_token_id
     if model.training:
@@ -92,6 +97,8 @@ def generate_frames(
     sequence, is_open = plan.clone(), plan == _OPEN
     frame_of, complete_at = _layout(pattern, n_codebooks, n_frames)
     uniforms = draw_uniforms(seeds, len(plan), n_codebooks).to(device)  # [S, B, K]
+    told = (wishes or Wishes()).at(pattern.frames(n_frames)).to(device)  # by position
+    told.check(model.config, "language model", batch, len(plan))
 
     all_open = is_open.flatten(1).all(1).tolist()
     known = int(is_open.flatten(1).any(1).int().cumsum(0).eq(0).sum())  # leading positions with nothing to draw
@@ -99,7 +106,8 @@ def generate_frames(
     first = min(known, len(plan) - 1)
     head = torch.cat([start, sequence[:first]]).permute(1, 2, 0)  # [B, K, first + 1]
     conditions = [_condition(text, null_text if guided else None, item).to(device) for item in range(batch)]
-    logits, state, item_of_row = _prefill(model, head, conditions)
+    logits, state, item_of_row = _prefill(model, head, conditions, told.columns(slice(first + 1)))
+    told = told.rows(item_of_row)
 
     done = 0
     for position in range(first, len(plan)):
@@ -113,11 +121,14 @@ def generate_frames(
             yield _frames(sequence, frame_of, done, ready)
             done = ready
         if position + 1 < len(plan):
-            logits = model.step(column[item_of_row], state)
+            logits = model.step(column[item_of_row], state, told.columns(slice(position + 1, position + 2)))
 
 
-def _prefill(model: TokenLM, codes: Tensor, conditions: list[TextCondition]) -> tuple[Tensor, LMState, Tensor]:
-    """Take in each item's text and codes [B, K, n] by itself, with its own padding only, into one state for all rows.
+def _prefill(
+    model: TokenLM, codes: Tensor, conditions: list[TextCondition], wishes: Wishes
+) -> tuple[Tensor, LMState, Tensor]:
+    """Take in each item's text, codes [B, K, n] and wishes by itself, with its own padding only, into one state for all
+    rows.
 
     Returns:
         logits [rows, K, V'], the state, and the item that each row of the state belongs to.
@@ -129,7 +140,8 @@ def _prefill(model: TokenLM, codes: Tensor, conditions: list[TextCondition]) -> 
     logits = []
     for item, condition in enumerate(conditions):
         own = model.init_state(n_conditions, device=device)
-        logits.append(model.prefill(codes[item].expand(n_conditions, -1, -1), condition, own))
+        its_codes, its_wishes = codes[item].expand(n_conditions, -1, -1), wishes.rows(slice(item, item + 1))
+        logits.append(model.prefill(its_codes, condition, own, its_wishes.repeat(n_conditions)))
         state.put(slice(item, rows, batch), own)
     return torch.stack(logits, dim=1).flatten(0, 1), state, torch.arange(padded, device=device) % batch
 

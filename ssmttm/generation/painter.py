@@ -7,19 +7,19 @@ Shapes: B items, n codebooks of the sketch, K codebooks, T frames, t frames of a
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssmttm.codecs import Codec
 from ssmttm.diffusion.guidance import guided
 from ssmttm.diffusion.samplers import SamplerSettings, sample
 from ssmttm.errors import UserError
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
+from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 
 
@@ -66,15 +66,13 @@ class Brief:
     Attributes:
         text: B captions. null_text: the null condition, one row (shared) or B rows.
         seeds: one an item, on which, with its sketch and its brief, its codes alone depend.
-        tempo: [B], beats a minute, NaN where it is not known; for a denoiser that was trained with it.
-        chroma: [B, 12, T], a melody (`ssmttm.codecs.quality.frame_chroma`), which may be shorter than the piece.
+        wishes: of B items, for a denoiser that was trained with them; a melody may be shorter than the piece.
     """
 
     text: TextCondition
     null_text: TextCondition
     seeds: Sequence[int]
-    tempo: Tensor | None = None
-    chroma: Tensor | None = None
+    wishes: Wishes = field(default_factory=Wishes)
 
     def rows(self, rows: slice) -> "Brief":
         """That of some of the items."""
@@ -82,16 +80,12 @@ class Brief:
         def of(text: TextCondition) -> TextCondition:
             return text if len(text.mask) == 1 else TextCondition(*(part[rows] for part in text))
 
-        tempo, chroma = (None if part is None else part[rows] for part in (self.tempo, self.chroma))
-        return Brief(of(self.text), of(self.null_text), self.seeds[rows], tempo, chroma)
+        return Brief(of(self.text), of(self.null_text), self.seeds[rows], self.wishes.rows(rows))
 
     def window(self, index: int, start: int, length: int) -> "Brief":
         """That of the frames from `start` on, with seeds of its own; NaN behind the melody's end."""
         seeds = [np.random.SeedSequence([seed, index]).generate_state(1).item() for seed in self.seeds]
-        if self.chroma is None:
-            return replace(self, seeds=seeds)
-        part = self.chroma[..., start : start + length]
-        return replace(self, seeds=seeds, chroma=F.pad(part, (0, length - part.shape[-1]), value=torch.nan))
+        return replace(self, seeds=seeds, wishes=self.wishes.at(torch.arange(start, start + length)))
 
 
 class Painter:
@@ -146,7 +140,7 @@ class Painter:
         told = self.codec.to_latents(torch.cat([sketch, unknown], 1))[:, : config.sketch_channels]  # [B, S, T]
         generators = [torch.Generator().manual_seed(seed) for seed in brief.seeds]
         noise = torch.stack([torch.randn(length, config.noisy_channels, generator=g).T for g in generators])
-        conditions = Conditions(self.model.normalised(told), brief.text, tempo=brief.tempo, chroma=brief.chroma)
+        conditions = Conditions(self.model.normalised(told), brief.text, wishes=brief.wishes)
         scales = self.settings.guidance_scale, self.settings.sketch_scale
         predict = guided(self.model, conditions, brief.null_text, *scales)
         if known is not None:

@@ -28,6 +28,7 @@ from ssmttm.generation.loading import (
 from ssmttm.generation.painter import Brief, Painter, PaintSettings
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.models.token_lm import TokenLM
+from ssmttm.models.wishes import Hears, Wishes
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
@@ -130,6 +131,7 @@ class MusicPipeline:
                 "sampler": settings.sampler.name,
                 "steps": settings.sampler.steps,
                 "guidance_scale": settings.guidance_scale,
+                "sketch_scale": settings.sketch_scale,
             }
             facts["training_data_licences"] = (folder.licences or {}) | (second.licences or {})
         pattern = get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks)
@@ -177,7 +179,7 @@ class MusicPipeline:
                 piece, alone or in a batch.
             temperature, top_k, top_p: see `ssmttm.generation.request.Sampling`.
             tempo: beats a minute; melody: audio [channels, S] at `sample_rate` whose pitch classes to take up. Both are
-                for second stages that were trained with them.
+                for models, of one stage or two, of which a stage was trained with them.
             progress: called with the seconds of audio newly sampled, over all prompts.
 
         Raises:
@@ -229,16 +231,17 @@ class MusicPipeline:
         return self._stream(frames, self._samples(request))
 
     def _wished(self, request: Request, tempo: float | None, melody: Tensor | None) -> Request:
-        """The request with tempo and melody, if there is a second stage that hears them.
+        """The request with tempo and melody, if there is a stage that hears them.
 
         Raises:
             UserError: there is none, or they are no tempo and no audio.
         """
+        stages: list[Hears] = [self.model.config] + ([] if self.painter is None else [self.painter.model.config])
         for name, given in (("tempo", tempo), ("melody", melody)):
             part = "chroma" if name == "melody" else name
-            if given is not None and (self.painter is None or not getattr(self.painter.model.config, part)):
-                raise UserError(f"this model was not trained with a {name}: leave it out (a second stage with model."
-                                f"{part}=true takes one)")  # fmt: skip
+            if given is not None and not any(getattr(config, part) for config in stages):
+                raise UserError(f"this model was not trained with a {name}: leave it out (one trained with model."
+                                f"{part}=true takes it)")  # fmt: skip
         if tempo is not None and not (math.isfinite(tempo) and tempo > 0):
             raise UserError(f"tempo is {tempo}: give beats a minute, above 0")
         if melody is not None and (melody.ndim != 2 or not melody.numel() or not bool(melody.isfinite().all())):
@@ -260,6 +263,7 @@ class MusicPipeline:
     def _frames(self, request: Request, chunk_frames: int) -> Iterator[Tensor]:
         n_frames = math.ceil(self._samples(request) / self.codec.hop_length)
         text, null_text = self._encode(request.prompts)
+        wishes = self._wishes(request, n_frames)
         frames = generate_frames(
             self.model,
             text,
@@ -269,12 +273,15 @@ class MusicPipeline:
             request.sampling,
             request.seeds,
             chunk_frames=chunk_frames,
+            wishes=wishes.heard_by(self.model.config),
         )
         if self.painter is None:
             return frames
-        return self.painter.paint_stream(frames, self._brief(request, text, null_text, n_frames))
+        device, heard = next(self.model.parameters()).device, wishes.heard_by(self.painter.model.config)
+        return self.painter.paint_stream(frames, Brief(text.to(device), null_text.to(device), request.seeds, heard))
 
-    def _brief(self, request: Request, text: TextCondition, null_text: TextCondition, n_frames: int) -> Brief:
+    def _wishes(self, request: Request, n_frames: int) -> Wishes:
+        """What each item is told; a melody longer than the piece is cut, and a shorter one ends before it."""
         device, items = next(self.model.parameters()).device, len(request.prompts)
         tempo = None if request.tempo is None else torch.full((items,), request.tempo, device=device)
         chroma = None
@@ -282,7 +289,7 @@ class MusicPipeline:
             frames = min(n_frames, math.ceil(request.melody.shape[-1] / self.codec.hop_length))
             wav = request.melody.mean(0, keepdim=True)[:, : frames * self.codec.hop_length].to(device)
             chroma = frame_chroma(wav, self.sample_rate, frames).expand(items, -1, -1)
-        return Brief(text.to(device), null_text.to(device), request.seeds, tempo, chroma)
+        return Wishes(chroma, tempo)
 
     def _encode(self, prompts: list[str]) -> tuple[TextCondition, TextCondition]:
         """Captions and their null conditions, each read by itself: in a batch an encoder rounds otherwise."""

@@ -49,7 +49,7 @@ class Sampling:
 class Request:
     """One piece for each prompt, all of one duration in seconds, with one seed each.
 
-    tempo: beats a minute. melody: audio [channels, S]. Both for models of two stages, see `MusicPipeline`.
+    tempo: beats a minute. melody: audio [channels, S]. Both for models trained with them, see `MusicPipeline`.
     """
 
     prompts: list[str]

@@ -34,6 +34,8 @@ SHAPE: dict[str, Any] = {
     "layer_scale": None,
     "final_norm": True,
     "predict_special": False,
+    "chroma": False,
+    "tempo": False,
 }
 OURS = ("decoder.", "enc_to_dec_proj.")  # what of a MusicgenForConditionalGeneration is the language model
 DECODER = "decoder.model.decoder"

@@ -4,7 +4,7 @@ prefix (arXiv 2601.14786, variants a and b): the projected text tokens stand in 
 behind the audio, where a causal model cannot see it, so that it changes nothing and training needs no mask.
 cross_attention (variants c and d; MusicGen, arXiv 2306.05284): every block looks at the projected tokens, the scores of
 padding masked. adaln (DiT, arXiv 2212.09748): the mean of the tokens shifts, scales and gates every branch.
-Shapes: B batch, L text tokens, S audio positions, E text width, D model width.
+Shapes: B batch, L text tokens, S audio positions, E text width (or of a number's embedding), D model width.
 """
 
 from typing import NamedTuple
@@ -76,6 +76,22 @@ def prefix(text: ProjectedText, audio: Tensor) -> Prefixed:
     x = x.masked_fill(~mask[..., None], 1.0)
     positions = text.mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
     return Prefixed(x, mask, positions)
+
+
+class NumberEmbedding(nn.Module):
+    """Sinusoids of a number, Linear, SiLU, Linear: [B] -> [B, E], E even."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.layers(sinusoids(numbers, self.width).to(self.layers[0].weight.dtype))
+
+    def flops(self) -> int:
+        """Of one number."""
+        return 2 * sum(layer.weight.numel() for layer in (self.layers[0], self.layers[2]))
 
 
 def sinusoids(positions: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import check_sizes
-from ssmttm.models.conditioning import TextProjection, sinusoids
+from ssmttm.models.conditioning import NumberEmbedding, TextProjection
 from ssmttm.models.denoiser_stack import DenoiserStack
 from ssmttm.models.unet import UNet
+from ssmttm.models.wishes import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.text.condition import TextCondition
 
-N_PITCH_CLASSES = 12
 _PERIODS = 1_000.0  # what times and noise levels in [0, 1] are multiplied with before their sinusoids
 
 
@@ -95,8 +95,7 @@ class Conditions:
         text: B captions; the null condition is the embedding of the empty one.
         has_sketch: [B] bool, False where the sketch is withheld; None: it is there.
         sketch_noise: [B], the spread of the noise that was added to the sketch; None: none.
-        chroma: [B, 12, T], strength of each pitch class in [0, 1], NaN where there is none; None: there is none.
-        tempo: [B], beats a minute, NaN where it is not known; None: it is not known.
+        wishes: a melody by the T frames and a tempo, where it was built for them.
         mask: [B, T] bool, True where a frame is real; None: all are.
     """
 
@@ -104,8 +103,7 @@ class Conditions:
     text: TextCondition
     has_sketch: Tensor | None = None
     sketch_noise: Tensor | None = None
-    chroma: Tensor | None = None
-    tempo: Tensor | None = None
+    wishes: Wishes = field(default_factory=Wishes)
     mask: Tensor | None = None
 
     def with_text(self, text: TextCondition) -> "Conditions":
@@ -131,13 +129,11 @@ class LatentDenoiser(nn.Module):
         self.input = nn.Linear(c.noisy_channels + c.sketch_channels, c.d_model)
         self.null_sketch = nn.Parameter(torch.zeros(c.sketch_channels))
         self.text = TextProjection(c.text_dim, c.d_model, c.text_norm)
-        self.time = _VectorMLP(c.time_dim)
-        self.sketch_noise = _VectorMLP(c.time_dim)
+        self.time = NumberEmbedding(c.time_dim)
+        self.sketch_noise = NumberEmbedding(c.time_dim)
         self.text_vector = nn.Linear(c.d_model, c.time_dim)
-        self.chroma = nn.Linear(N_PITCH_CLASSES, c.d_model) if c.chroma else None
-        self.null_chroma = nn.Parameter(torch.zeros(c.d_model)) if c.chroma else None
-        self.tempo = _VectorMLP(c.time_dim) if c.tempo else None
-        self.null_tempo = nn.Parameter(torch.zeros(c.time_dim)) if c.tempo else None
+        self.chroma = ChromaEmbedding(c.d_model) if c.chroma else None
+        self.tempo = TempoEmbedding(c.time_dim) if c.tempo else None
         self.network = self._network()
         self.norm = nn.RMSNorm(c.d_model, eps=1e-5)
         self.output = nn.Linear(c.d_model, c.noisy_channels)
@@ -167,7 +163,7 @@ class LatentDenoiser(nn.Module):
         x = self.input(torch.cat([noisy.transpose(1, 2), sketch], -1))  # [B, T, D]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream, under autocast too
         if self.chroma is not None:
-            x = x + self._melody(conditions.chroma, x)
+            x = x + self.chroma(conditions.wishes.chroma)
         text = self.text(conditions.text)
         x = self.network(x, self._vector(time, text.mean(), conditions), text, mask)
         return self.output(self.norm(x)).transpose(1, 2)
@@ -189,8 +185,10 @@ class LatentDenoiser(nn.Module):
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one item of `n_frames` frames and `n_text_tokens` tokens of text."""
-        around = self.input.weight.numel() + self.output.weight.numel()
-        return 2 * n_frames * around + self.text.flops(n_text_tokens) + self.network.flops(n_frames, n_text_tokens)
+        around = 2 * n_frames * (self.input.weight.numel() + self.output.weight.numel())
+        if self.chroma is not None:
+            around += self.chroma.flops(n_frames)
+        return around + self.text.flops(n_text_tokens) + self.network.flops(n_frames, n_text_tokens)
 
     def _network(self) -> nn.Module:
         c = self.config
@@ -205,18 +203,7 @@ class LatentDenoiser(nn.Module):
         """What holds for all frames alike, [B, E]."""
         noise = torch.zeros_like(time) if conditions.sketch_noise is None else conditions.sketch_noise
         vector = self.time(time * _PERIODS) + self.sketch_noise(noise * _PERIODS) + self.text_vector(text_mean)
-        if self.tempo is None:
-            return vector
-        bpm = torch.full_like(time, torch.nan) if conditions.tempo is None else conditions.tempo
-        known = self.tempo((bpm.nan_to_num(1.0).log2() * 100).float())
-        return vector + torch.where(bpm.isnan()[:, None], self.null_tempo, known)
-
-    def _melody(self, chroma: Tensor | None, x: Tensor) -> Tensor:
-        """What the chroma adds to each frame, [B, T, D]."""
-        if chroma is None:
-            return self.null_chroma.expand_as(x)
-        absent = chroma.isnan().any(1)[..., None]  # [B, T, 1]
-        return torch.where(absent, self.null_chroma, self.chroma(chroma.nan_to_num(0.0).transpose(1, 2)))
+        return vector if self.tempo is None else vector + self.tempo(conditions.wishes.tempo)
 
     def _statistics(self, latents: Tensor, first: int) -> tuple[Tensor, Tensor]:
         count = latents.shape[1] // self.config.codebook_dim
@@ -227,26 +214,14 @@ class LatentDenoiser(nn.Module):
         )
 
     def _check(self, noisy: Tensor, conditions: Conditions) -> None:
-        c, batch = self.config, len(noisy)
-        wanted = {"noisy": (batch, c.noisy_channels, noisy.shape[-1])}
-        wanted["sketch"] = (batch, c.sketch_channels, noisy.shape[-1])
+        c, batch, length = self.config, len(noisy), noisy.shape[-1]
+        wanted = {"noisy": (batch, c.noisy_channels, length), "sketch": (batch, c.sketch_channels, length)}
         for name, given in (("noisy", noisy), ("sketch", conditions.sketch)):
             if tuple(given.shape) != wanted[name] or given.shape[-1] < 1:
                 raise UserError(f"the {name} latents are {list(given.shape)}, the denoiser takes {list(wanted[name])}")
         if len(conditions.text.mask) != batch:
             raise UserError(f"there are {len(conditions.text.mask)} captions for a batch of {batch}: give one each")
-        for name in ("chroma", "tempo"):
-            if getattr(conditions, name) is not None and getattr(self, name) is None:
-                raise UserError(f"this denoiser was not trained with {name}: leave it out, or set model.{name}=true")
-
-
-class _VectorMLP(nn.Module):
-    """Sinusoids of a number, Linear, SiLU, Linear: [B] -> [B, E]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        return self.layers(sinusoids(numbers, self.width).to(self.layers[0].weight.dtype))
+        mask = conditions.mask
+        if mask is not None and tuple(mask.shape) != (batch, length):
+            raise UserError(f"the mask is {list(mask.shape)}, the denoiser takes {[batch, length]}")
+        conditions.wishes.check(c, "denoiser", batch, length)

@@ -11,15 +11,16 @@ from ssmttm.models import build_model
 
 VARIED = ("n_layers", "d_model")
 _WIDEST = 16_384
-_ASIDE = ("embedding", "text")  # parts of a model that are not multiplied with at every position
+_ASIDE = ("embedding", "text", "tempo")  # parts of a model that are not multiplied with at every position
 
 
 class Size(NamedTuple):
     """Parameters and arithmetic of a TokenLM or a LatentDenoiser.
 
     parameters: all of them. active: N of the 6 N D rule, those that a position multiplies with: all but the codes'
-    embedding, which is looked up, and the text's side, which is not run at every position of the audio. forward: FLOPs
-    of one position, by counting what each layer does, over a sequence of `frames` behind `text_tokens` of text.
+    embedding, which is looked up, and the text's and the tempo's side, which is not run at every position of the audio.
+    forward: FLOPs of one position, by counting what each layer does, over a sequence of `frames` behind `text_tokens`
+    of text.
     """
 
     parameters: int

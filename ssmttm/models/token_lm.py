@@ -3,7 +3,8 @@
 Each position holds one code of every codebook: their embeddings are summed, and K heads give the logits of the K codes
 of the next position. The interleaving of codebooks (`ssmttm.patterns`) is the caller's, as is the shift by one:
 inputs = cat([special column], sequence[..., :-1]), targets = sequence. With the released settings this is Prefix SiMBA
-of arXiv 2601.14786, 281,042,176 parameters.
+of arXiv 2601.14786, 281,042,176 parameters. A melody and a tempo (`ssmttm.models.wishes`) are added to the positions of
+the audio: each is told the pitch classes of the frame that it predicts, which `Pattern.frames` names.
 Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_special), L text tokens.
 """
 
@@ -20,6 +21,7 @@ from ssmttm.mixers.base import check_sizes, check_state, take_positions
 from ssmttm.models.blocks import MLP, BranchState, BranchStyle, build_block, build_norm
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
 from ssmttm.models.cross_attention import CrossAttention
+from ssmttm.models.wishes import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 
@@ -38,7 +40,7 @@ class TokenLMConfig:
     code has it; "rotary", in attention layers. norm: "rms" or "layer". layer_scale: where the learnt scale of every
     branch starts; null: none. predict_special: give the special token a logit. init_std: the spread of embeddings and
     heads at the start, with residual projections scaled down by the depth; null keeps the defaults of PyTorch, as the
-    paper's released code does.
+    paper's released code does. chroma, tempo: whether it can be told a melody, a tempo.
     """
 
     n_codebooks: int = 8
@@ -67,6 +69,8 @@ class TokenLMConfig:
     final_norm: bool = True
     predict_special: bool = False
     init_std: float | None = 0.02
+    chroma: bool = False
+    tempo: bool = False
 
     def __post_init__(self) -> None:
         _choice("block", self.block, *MIXERS_IN_BLOCK)
@@ -80,6 +84,8 @@ class TokenLMConfig:
             raise UserError("model.layers is empty: name at least one mixer, such as mamba2")
         if self.positions == "rotary" and "attention" not in self.layer_names:
             raise UserError("model.positions=rotary acts in attention layers, and model.layers has none: set another")
+        if self.tempo and self.d_model % 2:
+            raise UserError(f"model.tempo=true needs an even model.d_model, not {self.d_model}: choose another")
 
     @property
     def layer_names(self) -> list[str]:
@@ -123,6 +129,8 @@ class TokenLM(nn.Module):
         self.embedding = nn.Embedding(config.n_codebooks * rows, config.d_model)  # row k * rows + code
         self.register_buffer("offsets", torch.arange(config.n_codebooks) * rows, persistent=False)
         self.text = TextProjection(config.text_dim, config.d_model, config.text_norm)
+        self.chroma = ChromaEmbedding(config.d_model) if config.chroma else None
+        self.tempo = TempoEmbedding(config.d_model) if config.tempo else None
         self.blocks = nn.ModuleList(self._block(index) for index in range(config.n_layers))
         self.norm = build_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
         self.heads = Linear(config.d_model, config.n_codebooks * self.n_logits, bias=False)  # row k * V' + code
@@ -130,7 +138,11 @@ class TokenLM(nn.Module):
             self._init_weights(config.init_std)
 
     def forward(
-        self, codes: Tensor, text: TextCondition | None, stream_behind: int | None = None
+        self,
+        codes: Tensor,
+        text: TextCondition | None,
+        stream_behind: int | None = None,
+        wishes: Wishes | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of every next position.
 
@@ -138,28 +150,41 @@ class TokenLM(nn.Module):
             codes: [B, K, S] int64, values up to and with `special_token_id`.
             text: B captions; None means no text at all.
             stream_behind: also return the residual stream behind this block, counted from 1.
+            wishes: chroma [B, 12, S], a column a position, and tempo; None: no wishes at all.
 
         Returns:
-            logits [B, K, S, V'], where [..., s, :] is computed from codes[..., : s + 1] and predicts position s + 1. A
-            view: `logits.transpose(1, 2)` is contiguous. With `stream_behind`, these and the stream [B, S, D].
+            logits [B, K, S, V'], where [..., s, :] is computed from codes and chroma [..., : s + 1] and predicts what
+            codes[..., s + 1] is to be. A view: `logits.transpose(1, 2)` is contiguous. With `stream_behind`, these and
+            the stream [B, S, D].
 
         Raises:
-            UserError: the number of codebooks, the batch sizes or the text width do not fit.
+            UserError: the number of codebooks, the batch sizes, the text width or the wishes do not fit.
         """
-        hidden, stream = self._hidden(codes, text, None, stream_behind)  # [B, S, D] each
+        hidden, stream = self._hidden(codes, text, None, wishes, stream_behind)  # [B, S, D] each
         logits = self._logits(hidden).transpose(1, 2)
         return logits if stream is None else (logits, stream)
 
     @torch.no_grad()
-    def prefill(self, codes: Tensor, text: TextCondition | None, state: LMState) -> Tensor:
-        """Take in the text, then codes [B, K, S], S >= 1; `state` moves on. Returns the last logits, [B, K, V']."""
-        return self._logits(self._hidden(codes, text, state)[0][:, -1])
+    def prefill(
+        self, codes: Tensor, text: TextCondition | None, state: LMState, wishes: Wishes | None = None
+    ) -> Tensor:
+        """Take in the text, then codes [B, K, S], S >= 1, under wishes with chroma [B, 12, S]; `state` moves on.
+
+        Returns:
+            the last logits, [B, K, V'].
+        """
+        return self._logits(self._hidden(codes, text, state, wishes)[0][:, -1])
 
     @torch.no_grad()
-    def step(self, codes: Tensor, state: LMState) -> Tensor:
-        """Take in one position, codes [B, K]; `state` moves on in place. Returns logits [B, K, V']."""
+    def step(self, codes: Tensor, state: LMState, wishes: Wishes | None = None) -> Tensor:
+        """Take in one position, codes [B, K], under wishes with chroma [B, 12, 1]; `state` moves on in place.
+
+        Returns:
+            logits [B, K, V'].
+        """
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
+        x = self._told(x[:, None], wishes)[:, 0]
         x = self._placed(x, torch.tensor([state.position], device=x.device), state.n_text)
         for block, states in zip(self.blocks, state.blocks, strict=True):
             x = block.step(x, states)
@@ -178,17 +203,27 @@ class TokenLM(nn.Module):
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one sequence of `n_frames` positions and `n_text_tokens` tokens of text."""
         n_positions = n_frames + n_text_tokens * (self.config.conditioning == "prefix")
-        blocks = sum(block.flops(n_positions, n_text_tokens) for block in self.blocks)
-        return blocks + self.text.flops(n_text_tokens) + 2 * n_frames * self.heads.weight.numel()
+        flops = sum(block.flops(n_positions, n_text_tokens) for block in self.blocks)
+        if self.chroma is not None:
+            flops += self.chroma.flops(n_frames)
+        if self.tempo is not None:
+            flops += self.tempo.flops()
+        return flops + self.text.flops(n_text_tokens) + 2 * n_frames * self.heads.weight.numel()
 
     def _hidden(
-        self, codes: Tensor, text: TextCondition | None, state: LMState | None, stream_behind: int | None = None
+        self,
+        codes: Tensor,
+        text: TextCondition | None,
+        state: LMState | None,
+        wishes: Wishes | None,
+        stream_behind: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The stream behind the last block and, if asked for, behind another, at the audio's positions: [B, S, D]."""
         self._check(codes, text, state)
         batch, n_codebooks, length = codes.shape
         rows = (codes + self.offsets[:, None]).transpose(1, 2).reshape(-1, n_codebooks)  # [B*S, K]
         x = F.embedding_bag(rows, self.embedding.weight, mode="sum").view(batch, length, -1)  # [B, S, D]
+        x = self._told(x, wishes)
         start = 0 if state is None else state.position
         projected = None if text is None else self.text(text)
         n_text = None if state is None else state.n_text
@@ -209,6 +244,16 @@ class TokenLM(nn.Module):
             state.position += length
             state.n_text = n_text
         return tuple(y if y is None or audio is None else take_positions(y, audio) for y in (x, stream))
+
+    def _told(self, x: Tensor, wishes: Wishes | None) -> Tensor:
+        """Add what is wished to x [B, S, D], positions of the audio."""
+        wishes = wishes or Wishes()
+        wishes.check(self.config, "language model", len(x), x.shape[1])
+        if self.chroma is not None:
+            x = x + self.chroma(wishes.chroma)
+        if self.tempo is not None:
+            x = x + self.tempo(wishes.tempo)[:, None]
+        return x
 
     def _placed(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
         """Add what the positions [S] of the audio say to x [B, S, D] or, at a step, [B, D]."""
@@ -247,11 +292,15 @@ class TokenLM(nn.Module):
         """Small embeddings and heads, no biases, and what is added to the stream scaled by 1/sqrt(its addends)."""
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.heads.weight, std=std)
+        if self.chroma is not None:
+            nn.init.normal_(self.chroma.linear.weight, std=std)
+        if self.tempo is not None:
+            nn.init.normal_(self.tempo.number.layers[2].weight, std=std)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith(("out_proj.weight", "inner.3.weight")):
                     parameter.div_(math.sqrt(2 * self.config.n_layers))
-                elif name.endswith(("inner.0.bias", "inner.3.bias", "text.linear.bias")):
+                elif name.endswith(("inner.0.bias", "inner.3.bias", "linear.bias", "layers.0.bias", "layers.2.bias")):
                     parameter.zero_()
 
     def _check(self, codes: Tensor, text: TextCondition | None, state: LMState | None) -> None:

@@ -12,10 +12,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssmttm import audio
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics, latent_statistics
-from ssmttm.codecs.quality import frame_chroma
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
 from ssmttm.diffusion.objectives import get_objective
@@ -23,9 +21,11 @@ from ssmttm.errors import UserError
 from ssmttm.generation.painter import Brief, Painter, PaintSettings
 from ssmttm.models import build_model
 from ssmttm.models.latent_denoiser import Conditions
+from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.data import codec_of, store_facts
 from ssmttm.training.task import Batch, Losses, Sample
+from ssmttm.training.wishes import StoreWishes
 
 _COUNTED = 4_096  # segments, evenly spread over the training split, from which statistics are taken
 _SAMPLES = 3
@@ -35,7 +35,8 @@ class DiffusionTask:
     """A LatentDenoiser learns to complete a store's codes from their first codebooks.
 
     Args:
-        config: `model` (kind latent_denoiser), `diffusion`, `data` (store, frames, caption_dropout), `losses`, `seed`.
+        config: `model` (kind latent_denoiser), `diffusion`, `data` (store, frames, and the chances that captions, tempi
+            and melodies are withheld), `losses`, `seed`.
 
     Raises:
         UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
@@ -53,9 +54,7 @@ class DiffusionTask:
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
         PaintSettings.of(config)  # a wrong one is told now, not when there is something to sample
-        names = self.store.ids(np.arange(len(self.store)))
-        self._tempi = _tempi(self.store, names) if config.model.tempo else None
-        self._rows = {name: row for row, name in enumerate(names)} if config.model.chroma else None
+        self.wishes = StoreWishes(self.store, self.model.config, config.data, self.codec)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
         data, seed = self.config.data, self.config.seed
@@ -71,18 +70,14 @@ class DiffusionTask:
         settings, items = self.config.diffusion, len(batch["ids"])
         kept = torch.rand(items) >= settings.sketch_dropout
         spread = torch.rand(items) * settings.sketch_noise
-        tempo, chroma = self._tempo(batch), self._chroma(batch)
-        for wish, dropout in ((tempo, settings.tempo_dropout), (chroma, settings.chroma_dropout)):
-            if wish is not None:
-                wish[torch.rand(items) < dropout] = torch.nan
-        return {"model": self._denoising(players["model"], batch, counts, kept, spread, tempo, chroma)}
+        wishes = self.wishes.withheld(self.wishes.of(batch))
+        return {"model": self._denoising(players["model"], batch, counts, kept, spread, wishes)}
 
     def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """The same with nothing withheld and the sketch as it is."""
         items = len(batch["ids"])
         kept, spread = torch.ones(items, dtype=torch.bool), torch.zeros(items)
-        wishes = self._tempo(batch), self._chroma(batch)
-        return self._denoising(players["model"], batch, counts, kept, spread, *wishes)
+        return self._denoising(players["model"], batch, counts, kept, spread, self.wishes.of(batch))
 
     def after_step(self, step: int) -> dict[str, float]:
         return {}
@@ -120,8 +115,7 @@ class DiffusionTask:
         counts: Tensor,
         kept: Tensor,
         spread: Tensor,
-        tempo: Tensor | None,
-        chroma: Tensor | None,
+        wishes: Wishes,
     ) -> Losses:
         """Kept [b] says whose sketch is told, spread [b] how much noise it is given."""
         codes, mask = batch["codes"], batch["frame_mask"]
@@ -129,31 +123,12 @@ class DiffusionTask:
         latents = self.model.normalised(self.codec.to(device).to_latents(codes).detach().float())  # [b, K * c, T]
         sketch, clean = latents[:, :n_sketch], latents[:, n_sketch:]
         kept, spread = kept.to(device), spread.to(device)
-        tempo, chroma = (None if wish is None else wish.to(device) for wish in (tempo, chroma))
         sketch = sketch + spread[:, None, None] * torch.randn_like(sketch)
         noise, time = torch.randn_like(clean), self.objective.draw_times(len(codes)).to(device)
-        conditions = Conditions(sketch, batch["text"], kept, spread, chroma, tempo, mask)
+        conditions = Conditions(sketch, batch["text"], kept, spread, wishes.to(device), mask)
         said = model(self.objective.noisy(clean, noise, time), time, conditions).float()
         errors = (said - self.objective.target(clean, noise, time)).square().mean(1)  # [b, T]
         return {"denoising": errors.masked_fill(~mask, 0).sum() / counts[0]}
-
-    def _tempo(self, batch: Batch) -> Tensor | None:
-        """[b], NaN where the store does not know it; None if the model takes none."""
-        return None if self._tempi is None else torch.tensor([self._tempi[name] for name in batch["ids"]])
-
-    def _chroma(self, batch: Batch) -> Tensor | None:
-        """[b, 12, T] of the crops' own audio; None if the model takes none."""
-        if self._rows is None:
-            return None
-        hop, frames, rate = self.codec.hop_length, batch["codes"].shape[-1], self.codec.sample_rate
-        if self.store.info["sample_rate"] != rate:
-            raise UserError(f"{self.store.path} keeps audio at {self.store.info['sample_rate']} Hz, its codec works at "
-                            f"{rate} Hz: set model.chroma=false")  # fmt: skip
-        wav = torch.zeros(len(batch["ids"]), frames * hop)
-        for item, (name, first) in enumerate(zip(batch["ids"], batch["first"].tolist(), strict=True)):
-            part = audio.read_part(self.store.audio_path(self._rows[name]), first * hop, frames * hop)[0]
-            wav[item, : len(part)] = torch.from_numpy(part)
-        return frame_chroma(wav, rate, frames)
 
 
 def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
@@ -167,14 +142,8 @@ def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
     return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(counts))
 
 
-def _tempi(store: Store, names: list[str]) -> dict[str, float]:
-    """Beats a minute by segment, NaN where the store does not know them."""
-    truths = [store.truth(row) or {} for row in range(len(store))]
-    return {name: float(truth.get("bpm", np.nan)) for name, truth in zip(names, truths, strict=True)}
-
-
 def _check_chances(settings: DictConfig) -> None:
-    limits = {"sketch_dropout": 1, "tempo_dropout": 1, "chroma_dropout": 1, "sketch_noise": math.inf}
+    limits = {"sketch_dropout": 1, "sketch_noise": math.inf}
     for name, most in limits.items():
         value = settings[name]
         if not isinstance(value, int | float) or not 0 <= value <= most:

@@ -18,19 +18,22 @@ from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import build_model
+from ssmttm.models.wishes import Wishes
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.training.data import check_complete, check_same, codec_of, store_facts
 from ssmttm.training.tags import TagHead, TagVocabulary, tag_losses
 from ssmttm.training.task import Batch, Losses, Sample
+from ssmttm.training.wishes import StoreWishes
 
 
 class LanguageModelTask:
     """A TokenLM learns to predict a store's codes from its captions.
 
     Args:
-        config: `model`, `pattern`, `data` (store, frames, caption_dropout), `train` (label_smoothing, codebook_weights,
-            and for samples sample_every, sample_seconds, prompts), `losses`, `tag_head` (if losses.tags), `seed`.
+        config: `model`, `pattern`, `data` (store, frames, and the chances that captions, tempi and melodies are
+            withheld), `train` (label_smoothing, codebook_weights, and for samples sample_every, sample_seconds,
+            prompts), `losses`, `tag_head` (if losses.tags), `seed`.
 
     Raises:
         UserError: the store has no codes or captions, or its codec or text encoder does not fit the model; weights that
@@ -55,8 +58,10 @@ class LanguageModelTask:
         self.frame_rate: float = self.store.info["codec"]["frame_rate"]
         self._codec: Codec | None = None
         self._text_encoder: TextEncoder | None = None
-        if config.train.sample_every:  # now, so that a codec or encoder that is not here stops the run before it begins
+        if config.train.sample_every or self.model.config.chroma:
             self._codec = codec_of(self.store, config.data.store, self.n_codebooks)
+        self.wishes = StoreWishes(self.store, self.model.config, config.data, self._codec)
+        if config.train.sample_every:  # now, so that an encoder that is not here stops the run before it begins
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_same("text", self._text_encoder.fingerprint, self.store.info)
 
@@ -73,24 +78,31 @@ class LanguageModelTask:
     def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """`cross_entropy`, weighted mean over codebooks with smoothed labels, to train on; each `codebook_k`, plain;
         with a tag head `tags`, to train on, and `tags_from_text`, that of the first position."""
+        wishes = self.wishes.withheld(self.wishes.of(batch))
+        return {"model": self._losses(players, batch, counts, wishes)}
+
+    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+        """The same with neither tempo nor melody withheld."""
+        return self._losses(players, batch, counts, self.wishes.of(batch))
+
+    def _losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
         codes = batch["codes"][:, : self.n_codebooks]
+        told = wishes.at(self.pattern.frames(codes.shape[-1])).to(codes.device)  # by position
         sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
         shifted = torch.cat([start, sequence[..., :-1]], dim=-1)
         if self.tags is None:
-            logits, named = players["model"](shifted, batch["text"]), {}  # [b, K, S, V']
+            logits, named = players["model"](shifted, batch["text"], wishes=told), {}  # [b, K, S, V']
         else:
-            logits, stream = players["model"](shifted, batch["text"], stream_behind=self.config.tag_head.block)
+            behind = self.config.tag_head.block
+            logits, stream = players["model"](shifted, batch["text"], stream_behind=behind, wishes=told)
             log_odds = players["tag_head"](stream)  # [b, S, n]
             from_text, mean = tag_losses(log_odds, self.tags.targets(batch["ids"]).to(log_odds.device), real.any(1))
             named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
         plain, smoothed = token_losses(logits, sequence, real, self.codebook_size, self.config.train.label_smoothing)
         named |= {f"codebook_{k}": share for k, share in enumerate(plain / counts[:-1])}
         weighted = (self.codebook_weights.to(logits.device) * smoothed / counts[:-1]).sum()
-        return {"model": {"cross_entropy": weighted, **named}}
-
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        return self.losses(players, batch, counts, step)["model"]
+        return {"cross_entropy": weighted, **named}
 
     def after_step(self, step: int) -> dict[str, float]:
         return {}

@@ -26,13 +26,14 @@ LEAST = {
     "train.sample_every": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0,
     "seed": 0,
 }  # fmt: skip
+CHANCES = ("data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout")
 
 
 def check_settings(config: DictConfig) -> None:
     """Refuse settings that no training can start from.
 
     Raises:
-        UserError: there is no store, or a number is none or too small.
+        UserError: there is no store, a number is none or too small, or a chance is none.
     """
     if not config.data.store:
         raise UserError(
@@ -43,6 +44,10 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
             raise UserError(f"{key}={value} is no number of at least {least}: change it")
+    for key in CHANCES:
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise UserError(f"{key}={value} is no chance: give 0 to 1")
 
 
 def resume_folder(config: DictConfig) -> Path | None:
