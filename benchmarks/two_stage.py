@@ -3,6 +3,7 @@
     ssmttm sweep sweep=two_stage_tiny store=STORE && ssmttm sweep sweep=denoisers_tiny store=STORE
     python -m benchmarks.two_stage compare STORE runs/sweeps/two_stage_tiny
     python -m benchmarks.two_stage samplers STORE runs/sweeps/denoisers_tiny
+    python -m benchmarks.two_stage melody STORE tiny_two_stage
     python -m benchmarks.two_stage length
 
 Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one; all music
@@ -27,6 +28,7 @@ from benchmarks.paired import environment, paired
 from ssmttm import MusicPipeline, audio, config
 from ssmttm.codecs import load_codec
 from ssmttm.codecs.losses import spectral_distances
+from ssmttm.codecs.quality import chroma_similarity, frame_chroma
 from ssmttm.data import open_store
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings
 from ssmttm.evaluation import frechet_distance, kernel_distance
@@ -34,10 +36,13 @@ from ssmttm.evaluation.detectors import Detectors
 from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.figures import markdown
 from ssmttm.evaluation.prompts import balanced_prompts
+from ssmttm.generation.engine import generate
 from ssmttm.generation.loading import load_denoiser, open_model_folder
 from ssmttm.generation.painter import Brief, Painter, PaintSettings
+from ssmttm.generation.request import Sampling
 from ssmttm.models import build_model
 from ssmttm.models.latent_denoiser import Conditions
+from ssmttm.models.wishes import Wishes
 from ssmttm.sweeps.report import interval
 from ssmttm.text.condition import TextCondition
 
@@ -146,9 +151,8 @@ def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
     for job in sorted(jobs.iterdir()):
         network, objective = job.name.split("-")[0].split("_")
         painter = load_painter(job / "run", judge)
-        ours = network == "ssm"
-        for sampler in SAMPLERS[objective] if ours else SAMPLERS[objective][:1]:
-            for steps in arguments.steps if ours else (8, 16):
+        for sampler in SAMPLERS[objective] if network == "ssm" else SAMPLERS[objective][:1]:
+            for steps in arguments.steps:
                 settings = SamplerSettings(objective, sampler, steps)
                 painter.settings = replace(painter.settings, sampler=settings)
                 begun = time.perf_counter()
@@ -161,6 +165,40 @@ def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
                 rows.append([*cells, *(f"{figures[k]:.3f}" for k in FIGURES)])
                 print(" | ".join(rows[-1]), flush=True)
     return rows, {"prompts": len(judge.prompts), "threads": torch.get_num_threads(), "rows": found}
+
+
+def melody(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
+    """Captions of some pieces under the melodies of others: how much of the melody is heard, and of the caption."""
+    judge = Judge(arguments.store, arguments.prompts)
+    pipe = MusicPipeline.from_pretrained(arguments.model)
+    text, null = judge.text()
+    seeds, rate = list(range(len(judge.prompts))), judge.codec.sample_rate
+    others = judge.true.roll(1, 0)  # [n, S]: prompts are balanced in families by turns, so that these differ in theirs
+    told = Wishes(chroma=frame_chroma(others, rate, FRAMES))
+
+    def made(wishes: Wishes) -> Tensor:
+        """[n, K, T], the melody told to those stages that hear it."""
+        heard, painted = wishes.heard_by(pipe.model.config), wishes.heard_by(pipe.painter.model.config)
+        sketch = generate(pipe.model, text, null, pipe.pattern, FRAMES, Sampling(), seeds, wishes=heard)
+        return pipe.painter.paint(sketch, Brief(text, null, seeds, painted))
+
+    def decoded(codes: Tensor) -> Tensor:
+        return torch.cat([judge.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : others.shape[1]]
+
+    systems = {
+        "the melody's own music": lambda: others,
+        "the same through the codec": lambda: decoded(judge.codes.roll(1, 0)),
+        "caption and melody": lambda: decoded(made(told)),
+        "caption alone": lambda: decoded(made(Wishes())),
+        "the caption's own music": lambda: judge.true,
+    }
+    rows, found = [["", "chroma similarity", *TITLES[1:]]], {}
+    for name, make in systems.items():
+        wav = make()
+        similarity = chroma_similarity(wav, others, rate).tolist()
+        found[name] = {"chroma_similarity": similarity, **judge.heard(wav)}
+        rows.append([name, interval(np.array(similarity)), *(f"{found[name][k]:.3f}" for k in FIGURES[1:])])
+    return rows, {"prompts": len(judge.prompts), "model": str(arguments.model), "systems": found}
 
 
 def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
@@ -192,6 +230,9 @@ def load_painter(run: Path, judge: Judge) -> Painter:
     return Painter(load_denoiser(folder), judge.codec, PaintSettings.of(folder.config))
 
 
+KINDS = {"compare": compare, "samplers": samplers, "melody": melody, "length": length}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
@@ -203,12 +244,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind.add_argument("--prompts", type=int, default=96)
     kinds.choices["compare"].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     kinds.choices["samplers"].add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 50, 100])
+    kind = kinds.add_parser("melody")
+    kind.add_argument("store")
+    kind.add_argument("model")
+    kind.add_argument("--prompts", type=int, default=96)
     kind = kinds.add_parser("length")
     kind.add_argument("--seconds", type=int, nargs="+", default=[10, 30, 60, 120, 240])
     kind.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    rows, results = {"compare": compare, "samplers": samplers, "length": length}[arguments.what](arguments)
+    rows, results = KINDS[arguments.what](arguments)
     print(markdown(rows))
     path = RESULTS / f"two_stage_{arguments.what}.json"
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
