@@ -1,0 +1,285 @@
+"""Melody and tempo in a language model: which position hears what, what is withheld, that it is learnt and resumed."""
+
+import pytest
+import torch
+from small_stores import SAMPLE_RATE, lm_config, small_codec, write_codes_store
+from test_resume import assert_same, everything, train_with_stops
+from test_sample_cli import WordEncoder
+from test_token_lm import SMALL, VARIANTS, K, S, V, assert_equal, captions
+from torch.nn import functional as F
+
+from ssmttm.codecs.quality import frame_chroma
+from ssmttm.data import open_store
+from ssmttm.errors import UserError
+from ssmttm.generation.engine import generate
+from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.generation.request import Sampling
+from ssmttm.models import TokenLM, TokenLMConfig
+from ssmttm.models.wishes import ChromaEmbedding, TempoEmbedding, Wishes
+from ssmttm.patterns import get_pattern
+from ssmttm.training import lm, loop
+
+PATTERNS = ("delay", "parallel", "flatten", "coarse_first")
+HEARS = ("model.chroma=true", "model.tempo=true")
+
+
+def build(name="ours", **changes):
+    """A model that hears both, with weights at random, nulls included."""
+    torch.manual_seed(0)
+    sizes = {**SMALL, **VARIANTS[name], "chroma": True, "tempo": True, **changes}
+    model = TokenLM(TokenLMConfig(**sizes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def wished(items=3, length=S, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    chroma = torch.rand(items, 12, length, generator=g)
+    chroma[0, :, 4:7] = torch.nan
+    return Wishes(chroma, torch.tensor([90.0, torch.nan, 131.0])[:items])
+
+
+@pytest.fixture
+def codes():
+    return torch.randint(V + 1, (3, K, S), generator=torch.Generator().manual_seed(1))
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("n_frames", [1, 2, 7])
+def test_a_position_is_told_the_newest_frame_that_it_writes(name, n_frames):
+    pattern = get_pattern(name, K)
+    numbers = pattern.build(torch.arange(n_frames).expand(1, K, -1), -1)[0].amax(0)  # newest frame by position
+    frames = pattern.frames(n_frames)
+    assert frames.shape == numbers.shape
+    inside = (frames >= 0) & (frames < n_frames)
+    assert torch.equal(frames[inside], numbers[inside])
+    assert set(range(n_frames)) <= set(frames.tolist())
+    assert name == "delay" or inside.all()  # only delay ends with positions that write none but older frames
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_melody_is_heard_from_its_position_on(codes, name):
+    model, text, wishes = build(name), captions(4, 0, 7), wished()
+    plain = model(codes, text, wishes=wishes)
+    for position in (0, 5, S - 1):
+        chroma = wishes.chroma.clone()
+        chroma[:, :, position] = torch.rand(3, 12)
+        other = model(codes, text, wishes=Wishes(chroma, wishes.tempo))
+        assert_equal(other[:, :, :position], plain[:, :, :position])
+        assert (other[:, :, position] - plain[:, :, position]).abs().amax((1, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_training_tells_each_position_the_frame_that_it_is_to_predict(name, tmp_path, monkeypatch):
+    """The chroma of frame t reaches the columns whose targets hold codes of frame t as their newest."""
+    codec = small_codec(tmp_path / "codec")
+    store = write_codes_store(tmp_path / "codes", codec=codec)
+    task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, f"pattern={name}", "data.chroma_dropout=0"))
+    batch, heard = task.loader("train", 4, 0, 1).batch(0), {}
+    plain = task.model.forward
+
+    def forward(codes, text, wishes):
+        heard.update(codes=codes, wishes=wishes)
+        return plain(codes, text, wishes=wishes)
+
+    monkeypatch.setattr(task.model, "forward", forward)
+    task.losses({"model": task.model}, batch, task.counts(batch), 0)
+    chroma, frames = heard["wishes"].chroma, task.pattern.frames(batch["codes"].shape[-1])
+    assert chroma.shape[-1] == heard["codes"].shape[-1] == len(frames)
+    of_frames = task.wishes.of(batch).chroma  # [b, 12, T]
+    for position, frame in enumerate(frames.tolist()):
+        told = chroma[..., position]
+        if 0 <= frame < of_frames.shape[-1]:
+            torch.testing.assert_close(told, of_frames[..., frame], equal_nan=True)
+        else:
+            assert told.isnan().all()
+
+
+def test_the_melodies_of_a_store_are_those_of_the_crops_own_audio(tmp_path):
+    codec = small_codec(tmp_path / "codec")
+    store = open_store(write_codes_store(tmp_path / "codes", codec=codec))
+    task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *HEARS, "data.frames=9"))
+    batch = task.loader("train", 6, 0, 1).batch(1)
+    found = task.wishes.of(batch)
+    for item, name in enumerate(batch["ids"]):
+        bpm = 60.0 + 5 * int(name[1:]) if int(name[1:]) % 2 else torch.nan
+        torch.testing.assert_close(found.tempo[item], torch.tensor(bpm), equal_nan=True)
+        tone = 220 + 40 * int(name[1:])
+        wav = torch.sin(2 * torch.pi * tone * torch.arange(20 * codec.hop_length) / codec.sample_rate)[None]
+        pitch = frame_chroma(wav, codec.sample_rate, 20)[0].mean(1).argmax()
+        real = batch["frame_mask"][item]
+        assert found.chroma[item][:, real].mean(1).argmax() == pitch
+        assert found.chroma[item][:, ~real].isnan().all()
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_is_prefill_and_steps_under_wishes(codes, name):
+    model, text, wishes = build(name), captions(4, 0, 7), wished()
+    expected = model(codes, text, wishes=wishes)
+    for split in (1, 9, S):
+        state = model.init_state(3)
+        found = [model.prefill(codes[..., :split], text, state, wishes.columns(slice(split)))]
+        found += [model.step(codes[..., s], state, wishes.columns(slice(s, s + 1))) for s in range(split, S)]
+        assert_equal(torch.stack(found, 2), expected[:, :, split - 1 :])
+
+
+def test_nan_is_none_item_by_item_and_silence_is_a_melody(codes):
+    model, text, wishes = build(), captions(4, 0, 7), wished()
+    nothing = model(codes, text)
+    absent = Wishes(torch.full((3, 12, S), torch.nan), torch.full((3,), torch.nan))
+    assert_equal(model(codes, text, wishes=absent), nothing)
+    partly = Wishes(wishes.chroma.clone(), wishes.tempo)
+    partly.chroma[1] = torch.nan
+    assert_equal(model(codes, text, wishes=partly)[1], nothing[1])  # its tempo is NaN too
+    silent = Wishes(torch.zeros(3, 12, S), None)
+    assert (model(codes, text, wishes=silent) - nothing).abs().amax((1, 2, 3)).min() > 1e-3
+    for one in (Wishes(wishes.chroma, None), Wishes(None, wishes.tempo)):
+        assert (model(codes, text, wishes=one) - nothing)[2].abs().max() > 1e-3
+
+
+def test_what_is_absent_teaches_the_null_and_what_is_there_the_map():
+    chroma, tempo = ChromaEmbedding(6), TempoEmbedding(6)
+    there = Wishes(torch.rand(2, 12, 5), torch.tensor([60.0, 120.0]))
+    gone = Wishes(torch.full((2, 12, 5), torch.nan), torch.full((2,), torch.nan))
+    for wishes, taught in [(there, False), (gone, True), (Wishes(), True)]:
+        for module, given in ((chroma, wishes.chroma), (tempo, wishes.tempo)):
+            module.zero_grad()
+            module(given).square().add(module(given)).sum().backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+            assert bool(module.null.grad is not None and module.null.grad.abs().sum()) == taught
+            others = [p.grad for name, p in module.named_parameters() if name != "null"]
+            assert bool(sum(0 if g is None else g.abs().sum() for g in others)) != taught
+
+
+def test_a_model_that_hears_nothing_has_no_parameters_for_it():
+    deaf, hearing = (TokenLM(TokenLMConfig(**SMALL, chroma=on, tempo=on)) for on in (False, True))
+    assert not [name for name in deaf.state_dict() if "chroma" in name or "tempo" in name]
+    assert deaf.state_dict().keys() < hearing.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says"),
+    [
+        (Wishes(torch.zeros(3, 12, S - 1)), r"the chroma is \[3, 12, 20\], the language model takes \[3, 12, 21\]"),
+        (Wishes(torch.zeros(3, 11, S)), r"the chroma is \[3, 11, 21\]"),
+        (Wishes(tempo=torch.zeros(2)), r"the tempo is \[2\], the language model takes \[3\]"),
+    ],
+)
+def test_wishes_of_another_shape_are_one_clear_line(codes, wishes, says):
+    with pytest.raises(UserError, match=says):
+        build()(codes, captions(4, 0, 7), wishes=wishes)
+    part = "chroma" if wishes.tempo is None else "tempo"
+    with pytest.raises(UserError, match=f"was not trained with {part}: leave it out"):
+        build(chroma=False, tempo=False)(codes, captions(4, 0, 7), wishes=wishes)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_item_is_the_same_alone_and_in_any_batch(name, guidance):
+    """Its melody may be shorter than the piece; in coarse_first each frame is told it twice."""
+    model, text, null = build().float(), captions(3, 5, 2), captions(1)
+    wishes, pattern, sampling = wished(length=6), get_pattern(name, K), Sampling(top_k=0, guidance_scale=guidance)
+
+    def run(items, told):
+        rows = torch.tensor(items)
+        captioned = type(text)(text.embeddings[rows], text.mask[rows])
+        return generate(model, captioned, null, pattern, 9, sampling, [7 + i for i in items], wishes=told.rows(rows))
+
+    together = run([0, 1, 2], wishes)
+    for item in range(3):
+        assert torch.equal(run([item], wishes)[0], together[item])
+    assert not torch.equal(run([0, 1, 2], Wishes()), together)
+
+
+def test_guidance_is_towards_the_text_and_both_rows_hear_the_wishes(monkeypatch):
+    model, heard = build().float(), []
+    step, prefill = model.step, model.prefill
+    monkeypatch.setattr(model, "step", lambda c, s, w: heard.append(w) or step(c, s, w))
+    monkeypatch.setattr(model, "prefill", lambda c, t, s, w: heard.append(w) or prefill(c, t, s, w))
+    wishes = wished(1, 8)
+    generate(model, captions(3), captions(1), get_pattern("parallel", K), 8, Sampling(guidance_scale=2.0), [1],
+             wishes=wishes)  # fmt: skip
+    told = torch.cat([w.chroma[:2] for w in heard], -1)  # [caption and null, 12, 8]; steps have spare rows behind them
+    for row in range(2):
+        torch.testing.assert_close(told[row], wishes.chroma[0], equal_nan=True)
+        assert all(w.tempo[row] == 90 for w in heard)
+
+
+@pytest.mark.parametrize("hearing", [True, False])
+def test_a_pipeline_of_one_stage_takes_wishes_if_it_hears_them(hearing, tmp_path):
+    codec = small_codec(tmp_path / "codec")
+    sizes = dict(n_codebooks=4, codebook_size=16, chroma=hearing, tempo=hearing)
+    model = build(**sizes).float()
+    pipe = MusicPipeline(model, codec, WordEncoder(), get_pattern("delay", 4))
+    tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None]
+    plain = pipe("a march", duration=1.0, seeds=2).codes
+    for name, wish in (("tempo", 150.0), ("melody", tone)):
+        if hearing:
+            assert not torch.equal(pipe("a march", duration=1.0, seeds=2, **{name: wish}).codes, plain)
+        else:
+            with pytest.raises(UserError, match=f"this model was not trained with a {name}"):
+                pipe("a march", duration=1.0, **{name: wish})
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_a_melody_is_learnt():
+    """Codes that are the pitch class of the frame they stand in: sure with the melody, pure chance without."""
+    losses = {}
+    for hears in (True, False):
+        torch.manual_seed(0)
+        model = TokenLM(TokenLMConfig(**{**SMALL, "n_codebooks": 1, "chroma": hears}))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(60):
+            classes = torch.randint(12, (8, 1, 16))
+            chroma = F.one_hot(classes[:, 0], 12).transpose(1, 2).float()
+            shifted = torch.cat([torch.full((8, 1, 1), V), classes[..., :-1]], -1)
+            logits = model(shifted, captions(*[2] * 8), wishes=Wishes(chroma if hears else None))
+            loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[hears] = loss.item()
+    assert losses[True] < 0.7 < 2.2 < losses[False]
+
+
+def test_a_run_with_wishes_resumes_exactly_and_withholds_some(tmp_path, monkeypatch):
+    store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
+    steps = (*HEARS, "train.steps=8", "train.eval_every=4", "train.eval_batches=1", "data.batch_size=4")
+    loop.train(lm_config(store, tmp_path / "unbroken", *steps))
+    train_with_stops(lm_config(store, tmp_path / "stopped", *steps), lm.LanguageModelTask, (2, 5), monkeypatch)
+    unbroken = everything(tmp_path / "unbroken")
+    assert_same(unbroken, everything(tmp_path / "stopped"))
+    never = ("data.chroma_dropout=0", "data.tempo_dropout=0")
+    loop.train(lm_config(store, tmp_path / "never", *steps, *never))
+    assert [row[1] for row in everything(tmp_path / "never")[3]] != [row[1] for row in unbroken[3]]
+
+
+def test_chances_of_withholding_are_met(tmp_path):
+    store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
+    chances = ("data.tempo_dropout=0.25", "data.chroma_dropout=0.6")
+    task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, *chances))
+    all_there = Wishes(torch.zeros(4000, 12, 1), torch.full((4000,), 90.0))
+    torch.manual_seed(0)
+    withheld = task.wishes.withheld(all_there)
+    assert withheld.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert withheld.chroma.isnan().float().mean().item() == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize("key", ["tempo_dropout", "chroma_dropout"])
+@pytest.mark.parametrize("value", ["1.5", "nan", "null"])
+def test_what_is_no_chance_is_refused(key, value, tmp_path):
+    with pytest.raises(UserError, match=f"data.{key}=.* is no chance"):
+        loop.train(lm_config(tmp_path, tmp_path / "run", f"data.{key}={value}"))
