@@ -266,12 +266,12 @@ def test_autocast_agrees_with_float32_and_keeps_the_residual_stream_in_it(name):
     [
         ({"layers": "attention"}, 0.002),
         ({"layers": "mamba2"}, 0.02),
-        ({"network": "unet", "unet_mults": [1, 1, 2]}, 0.01),
+        ({"network": "unet", "unet_mults": [1, 1, 2]}, 0.0005),
         ({"layers": "attention", "chroma": True}, 0.002),
     ],
     ids=["attention", "mamba2", "unet", "chroma"],
 )
-@pytest.mark.parametrize("frames", [64, 250])
+@pytest.mark.parametrize("frames", [64, 250, 251])
 def test_flops_are_those_counted(changes, tolerance, frames):
     model = denoiser(d_model=48, headdim=16, n_heads=4, d_state=32, chunk_size=64, **changes)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -33,14 +33,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, T, W'] -> [B, T, W]."""
-        h = self.conv_in(F.silu(self.norm_in(x)), mask)
+        h = self.conv_in(F.silu(self.norm_in(x)), mask).to(x.dtype)
         scale, shift = self.modulation(F.silu(vector))[:, None].chunk(2, -1)  # [B, 1, W]
         h = F.silu(self.norm_out(h) * (1 + scale) + shift)
         return self.skip(x).to(x.dtype) + self.conv_out(self.dropout(h), mask)
 
     def flops(self, n_frames: int) -> int:
         linear = 0 if isinstance(self.skip, nn.Identity) else self.skip.weight.numel()
-        return 2 * n_frames * (self.conv_in.weight.numel() + self.conv_out.weight.numel() + linear)
+        by_frame = self.conv_in.weight.numel() + self.conv_out.weight.numel() + linear
+        return 2 * (n_frames * by_frame + self.modulation.weight.numel())
 
 
 class Convolution(nn.Conv1d):
@@ -89,6 +90,10 @@ class TextLook(nn.Module):
         """x [B, T, W] -> [B, T, W]."""
         return x + self.cross(self.norm(x), self.cross.keys_of(self.widen(text.tokens), text.mask))
 
+    def flops(self, n_frames: int, n_text_tokens: int) -> int:
+        wider = 0 if isinstance(self.widen, nn.Identity) else 2 * n_text_tokens * self.widen.weight.numel()
+        return wider + self.cross.flops(n_frames, n_text_tokens)
+
 
 class Level(nn.Module):
     """Residual blocks, linear attention over the frames, a look at the text."""
@@ -110,7 +115,7 @@ class Level(nn.Module):
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         blocks = sum(block.flops(n_frames) for block in self.blocks)
-        return blocks + self.attention.flops(n_frames) + self.text.cross.flops(n_frames, n_text_tokens)
+        return blocks + self.attention.flops(n_frames) + self.text.flops(n_frames, n_text_tokens)
 
 
 class UNet(nn.Module):
@@ -164,7 +169,7 @@ class UNet(nn.Module):
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one item."""
-        lengths = [-(-n_frames // 2**index) for index in range(len(self.down))]
+        lengths = [-(-n_frames // self.stride) * self.stride // 2**index for index in range(len(self.down))]
         total = sum(
             part.flops(length, n_text_tokens)
             for levels in (self.down, self.up)
