@@ -134,6 +134,22 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model, codec, monkeypatch, n
             assert torch.equal(latents[:, row], alone[item][1][:, 0]), (items, item)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_all_items_at_once_as_on_a_gpu_give_the_same_latents(model, codec, monkeypatch, name):
+    """Items with captions, tempi and melodies of their own and frames held from the window before."""
+    painter = Painter(model, codec, PaintSettings(SAMPLERS[name], 2.0, 1.5, WINDOW, OVERLAP))
+    sketch, spy = sketches()[..., :WINDOW], Spy(monkeypatch)
+    chroma = torch.rand(3, 12, WINDOW, generator=torch.Generator().manual_seed(1))
+    told = brief(wishes=Wishes(chroma, torch.tensor([80.0, torch.nan, 120.0])))
+    known = painter.paint(sketch, told)[..., :OVERLAP]
+    spy.made.clear()
+    painter._rows(sketch, known, told)
+    for item in range(3):
+        one = slice(item, item + 1)
+        painter._rows(sketch[one], known[one], told.rows(one))
+    torch.testing.assert_close(spy.made[0], torch.cat(spy.made[1:]), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("sizes", [[1] * FRAMES, [7] * 5 + [5], [16, 24], [17, 23], [3, 30, 7], [FRAMES, 0]])
 def test_a_stream_in_any_chunks_is_the_whole(painter, sizes):
     sketch = sketches()
