@@ -9,6 +9,7 @@ Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,28 +142,28 @@ class TokenLM(nn.Module):
         self,
         codes: Tensor,
         text: TextCondition | None,
-        stream_behind: int | None = None,
+        streams_behind: Sequence[int] = (),
         wishes: Wishes | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits of every next position.
 
         Args:
             codes: [B, K, S] int64, values up to and with `special_token_id`.
             text: B captions; None means no text at all.
-            stream_behind: also return the residual stream behind this block, counted from 1.
+            streams_behind: also return the residual stream behind each of these blocks, counted from 1.
             wishes: chroma [B, 12, S], a column a position, and tempo; None: no wishes at all.
 
         Returns:
             logits [B, K, S, V'], where [..., s, :] is computed from codes and chroma [..., : s + 1] and predicts what
-            codes[..., s + 1] is to be. A view: `logits.transpose(1, 2)` is contiguous. With `stream_behind`, these and
-            the stream [B, S, D].
+            codes[..., s + 1] is to be. A view: `logits.transpose(1, 2)` is contiguous. With `streams_behind`, these and
+            the streams, [B, S, D] each.
 
         Raises:
             UserError: the number of codebooks, the batch sizes, the text width or the wishes do not fit.
         """
-        hidden, stream = self._hidden(codes, text, None, wishes, stream_behind)  # [B, S, D] each
+        *streams, hidden = self._hidden(codes, text, None, wishes, streams_behind)  # [B, S, D] each
         logits = self._logits(hidden).transpose(1, 2)
-        return logits if stream is None else (logits, stream)
+        return (logits, streams) if streams_behind else logits
 
     @torch.no_grad()
     def prefill(
@@ -173,7 +174,7 @@ class TokenLM(nn.Module):
         Returns:
             the last logits, [B, K, V'].
         """
-        return self._logits(self._hidden(codes, text, state, wishes)[0][:, -1])
+        return self._logits(self._hidden(codes, text, state, wishes)[-1][:, -1])
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: LMState, wishes: Wishes | None = None) -> Tensor:
@@ -216,9 +217,9 @@ class TokenLM(nn.Module):
         text: TextCondition | None,
         state: LMState | None,
         wishes: Wishes | None,
-        stream_behind: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The stream behind the last block and, if asked for, behind another, at the audio's positions: [B, S, D]."""
+        streams_behind: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """The streams behind some blocks, as asked for, then that behind the last, at the audio: [B, S, D] each."""
         self._check(codes, text, state)
         batch, n_codebooks, length = codes.shape
         rows = (codes + self.offsets[:, None]).transpose(1, 2).reshape(-1, n_codebooks)  # [B*S, K]
@@ -236,14 +237,16 @@ class TokenLM(nn.Module):
             projected = None
             if state is None or bool(mask.all()):
                 mask = None  # padding stands behind the audio: only a final state could tell it
-        stream = None
+        behind = {}
         for index, block in enumerate(self.blocks):
             x = block(x, projected, None if state is None else state.blocks[index], mask)
-            stream = x if index + 1 == stream_behind else stream
+            if index + 1 in streams_behind:
+                behind[index + 1] = x
         if state is not None:
             state.position += length
             state.n_text = n_text
-        return tuple(y if y is None or audio is None else take_positions(y, audio) for y in (x, stream))
+        streams = [*(behind[number] for number in streams_behind), x]
+        return streams if audio is None else [take_positions(stream, audio) for stream in streams]
 
     def _told(self, x: Tensor, wishes: Wishes | None) -> Tensor:
         """Add what is wished to x [B, S, D], positions of the audio."""

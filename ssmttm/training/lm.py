@@ -5,7 +5,7 @@ Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the patt
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -86,23 +86,34 @@ class LanguageModelTask:
         return self._losses(players, batch, counts, self.wishes.of(batch))
 
     def _losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
+        given = self._given(batch, wishes)
+        if self.tags is None:
+            return self._code_losses(players["model"](given.codes, batch["text"], wishes=given.wishes), given, counts)
+        behind = [self.config.tag_head.block]
+        logits, (stream,) = players["model"](given.codes, batch["text"], streams_behind=behind, wishes=given.wishes)
+        log_odds = players["tag_head"](stream)  # [b, S, n]
+        targets = self.tags.targets(batch["ids"]).to(log_odds.device)
+        from_text, mean = tag_losses(log_odds, targets, given.real.any(1))
+        named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
+        return named | self._code_losses(logits, given, counts)
+
+    def _given(self, batch: Batch, wishes: Wishes) -> "Given":
         codes = batch["codes"][:, : self.n_codebooks]
-        told = wishes.at(self.pattern.frames(codes.shape[-1])).to(codes.device)  # by position
         sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
-        shifted = torch.cat([start, sequence[..., :-1]], dim=-1)
-        if self.tags is None:
-            logits, named = players["model"](shifted, batch["text"], wishes=told), {}  # [b, K, S, V']
-        else:
-            behind = self.config.tag_head.block
-            logits, stream = players["model"](shifted, batch["text"], stream_behind=behind, wishes=told)
-            log_odds = players["tag_head"](stream)  # [b, S, n]
-            from_text, mean = tag_losses(log_odds, self.tags.targets(batch["ids"]).to(log_odds.device), real.any(1))
-            named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
-        plain, smoothed = token_losses(logits, sequence, real, self.codebook_size, self.config.train.label_smoothing)
-        named |= {f"codebook_{k}": share for k, share in enumerate(plain / counts[:-1])}
-        weighted = (self.codebook_weights.to(logits.device) * smoothed / counts[:-1]).sum()
-        return {"cross_entropy": weighted, **named}
+        told = wishes.at(self.pattern.frames(codes.shape[-1])).to(codes.device)  # by position
+        return Given(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, real, told)
+
+    def _code_losses(self, logits: Tensor, given: "Given", counts: Tensor) -> Losses:
+        """`cross_entropy` and each `codebook_k` of logits [b, K, S, V']."""
+        smoothing = self.config.train.label_smoothing
+        plain, smoothed = token_losses(logits, given.sequence, given.real, self.codebook_size, smoothing)
+        named = {f"codebook_{k}": share for k, share in enumerate(plain / counts[:-1])}
+        return {"cross_entropy": self._over_codebooks(smoothed, counts), **named}
+
+    def _over_codebooks(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """The weighted mean over codebooks of what is summed over real positions, [K]."""
+        return (self.codebook_weights.to(sums.device) * sums / counts[:-1]).sum()
 
     def after_step(self, step: int) -> dict[str, float]:
         return {}
@@ -124,6 +135,21 @@ class LanguageModelTask:
 
     def facts(self) -> dict[str, Any]:
         return store_facts(self.store, self.config.data.store)
+
+
+class Given(NamedTuple):
+    """A batch as the model is shown it.
+
+    Attributes:
+        codes: [b, K, S], the sequence behind its start.
+        sequence: [b, K, S], what is to be predicted. real: bool [b, K, S], True where it holds codes.
+        wishes: by position.
+    """
+
+    codes: Tensor
+    sequence: Tensor
+    real: Tensor
+    wishes: Wishes
 
 
 def real_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Tensor:
