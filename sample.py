@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--duration", type=float, default=10.0, metavar="S", help="seconds a piece (default: 10)")
     add("--max-duration", type=float, default=600.0, metavar="S", help="refuse longer ones (default: 600)")
     add("--seed", type=int, default=0, metavar="N", help="piece i, counted from 0, uses seed N + i (default: 0)")
-    add("--guidance", type=float, default=3.0, help="how closely to follow the prompt; 1: as trained (default: 3)")
+    add("--guidance", type=float, help="how closely to follow the prompt; 1: as trained (default: mostly 3)")
     add("--temperature", type=float, default=1.0, help="below 1 is safer, above 1 wilder (default: 1)")
     add("--top-k", type=int, default=250, help="draw among the K likeliest codes; 0: all (default: 250)")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest codes of this probability (default: 1)")
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--batch-size is {args.batch_size}: give 1 or more")
     if args.paint_steps is not None and args.paint_steps < 1:
         raise UserError(f"--paint-steps is {args.paint_steps}: give 1 or more")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
+    guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, **guidance)
     asked = Request.checked(prompts, args.duration, args.seed, sampling, args.max_duration)
 
     from ssmttm import MusicPipeline, audio
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.paint_steps is not None:
         pipe.set_paint_steps(args.paint_steps)
     pipe.max_duration = args.max_duration
-    settings = {"duration": args.duration, **asdict(sampling)}
+    settings = {"duration": args.duration, **asdict(sampling), "guidance_scale": pipe.guidance_scale, **guidance}
     told = {"tempo": args.tempo, "melody": args.melody and args.melody.name}
     told = {name: value for name, value in told.items() if value is not None}
     wishes = {"tempo": args.tempo, "melody": None}

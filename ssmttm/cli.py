@@ -43,6 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     size.add_argument("--vary", default="n_layers", metavar="KEY", help="n_layers or d_model (default: %(default)s)")
     size.set_defaults(run=run_size)
 
+    cache = commands.add_parser(
+        "cache-teacher",
+        help="ask a teacher once for all segments of a store, for distillations that read the answers",
+        epilog="example: ssmttm cache-teacher answers experiment=tinyttm_lm teacher=tiny_lm data.store=STORE\n"
+        "         python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE data.fixed_crops=true "
+        "losses.hidden=0 distill.cache=answers",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cache.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    cache.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py")
+    cache.add_argument("--top-k", type=int, default=32, metavar="K", help="codes kept (default: %(default)s)")
+    cache.set_defaults(run=run_cache_teacher)
+
     add_importers(commands)
     evaluation.add_commands(commands)
     sweeps.add_commands(commands)
@@ -120,6 +133,14 @@ def export_run(run_dir: Path, out: Path, painter: Path | None = None) -> None:
     from ssmttm.training.export import export, export_two_stages
 
     print(export(run_dir, out) if painter is None else export_two_stages(run_dir, painter, out))
+
+
+def run_cache_teacher(arguments: argparse.Namespace) -> None:
+    """Write a teacher's answers."""
+    from ssmttm import config
+    from ssmttm.training.distill import cache_teacher
+
+    print(cache_teacher(config.load(*arguments.overrides), arguments.out, arguments.top_k))
 
 
 def run_size(arguments: argparse.Namespace) -> None:

@@ -30,9 +30,10 @@ ALLOWED = {
     "generation": {
         "errors", "files", "models", "patterns", "codecs", "text", "checkpoint", "audio", "diffusion", "generation",
     },
+    "distill": {"errors", "files", "data", "text", "mixers", "models", "ops", "generation", "distill"},
     "training": {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
-        "diffusion", "generation", "training", "signals",
+        "diffusion", "generation", "distill", "training", "signals",
     },
     "listening": {"errors", "files", "audio", "generation", "evaluation", "listening"},
     "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},

@@ -75,6 +75,7 @@ class CodesLoader(_Loader):
         seed: of order, crops, caption choice and dropout.
         rank, world_size: this process and how many there are.
         caption_dropout: chance that an item's caption is replaced by the empty one.
+        fixed: every epoch shows a segment as the first does, crop, caption and dropout alike.
     """
 
     def __init__(
@@ -87,19 +88,20 @@ class CodesLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         caption_dropout: float = 0.0,
+        fixed: bool = False,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
         if frames < 1:
             raise UserError(f"a batch needs at least one frame, not {frames}")
         if not 0.0 <= caption_dropout <= 1.0:
             raise UserError(f"caption_dropout is a chance between 0 and 1, not {caption_dropout}")
-        self.frames, self.caption_dropout = frames, caption_dropout
+        self.frames, self.caption_dropout, self.fixed = frames, caption_dropout, fixed
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:
         """Batch n: codes int64 [b, K, T], frame_mask bool [b, T], text TextCondition, ids list[str], first int64 [b]:
         the frame of its segment where each crop begins."""
-        sample = self.sample(n)
+        sample = [(0 if self.fixed else epoch, row) for epoch, row in self.sample(n)]
         ids = self.store.ids(np.array([row for _, row in sample]))
         codes = np.zeros((len(sample), self.n_codebooks, self.frames), np.int64)  # [b, K, T]
         mask = np.zeros((len(sample), self.frames), bool)  # [b, T]

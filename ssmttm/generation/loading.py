@@ -17,6 +17,7 @@ from ssmttm.text.encoders import TextEncoder
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ASSETS / "tiny_lm"
+GUIDANCE_SCALE = 3.0
 PAINTER = "painter"  # of an exported model of two stages, the folder with the second
 HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", f"{PAINTER}/*"]
 
@@ -57,6 +58,12 @@ class ModelFolder:
         return str((self.path / name).resolve()) if name.startswith("./") else name
 
     @property
+    def guidance_scale(self) -> float:
+        """What it is sampled with unless asked otherwise: 1 for a student that has its teacher's guidance within."""
+        distilled = self.config.get("task") == "distill" and self.config.distill.guidance_scale != 1
+        return 1.0 if distilled else GUIDANCE_SCALE
+
+    @property
     def reading(self) -> str:
         """What it reads of a caption, see `ssmttm.text.reading`."""
         return self.fact("text").get("reading", "plain")
@@ -84,6 +91,7 @@ def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> 
     path = checkpoint.find_model(_local(folder_or_hub_id))
     config = checkpoint.read_config(path)
     found = config.get("task", "lm")
+    found = "lm" if found == "distill" else found
     if found != task:
         kinds = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec"}
         raise UserError(

@@ -19,6 +19,7 @@ from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.engine import generate_frames
 from ssmttm.generation.loading import (
+    GUIDANCE_SCALE,
     check_fit,
     load_denoiser,
     load_model,
@@ -59,7 +60,8 @@ class MusicPipeline:
         painter: the second stage, or None.
         max_duration: longest piece that a call accepts, in seconds; set it higher for longer pieces.
 
-    `reading` is what the model reads of a caption, see `ssmttm.text.reading`.
+    `reading` is what the model reads of a caption, see `ssmttm.text.reading`; `guidance_scale` what a call uses that
+    asks for none.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class MusicPipeline:
         max_duration: float = MAX_DURATION,
         reading: str = "plain",
         painter: Painter | None = None,
+        guidance_scale: float = GUIDANCE_SCALE,
     ) -> None:
         self.model = model.eval()
+        self.guidance_scale = guidance_scale
         self.painter = painter
         self.codec = codec.eval()
         self.text_encoder = text_encoder
@@ -136,8 +140,9 @@ class MusicPipeline:
             facts["training_data_licences"] = (folder.licences or {}) | (second.licences or {})
         pattern = get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks)
         return cls(
-            model.to(device), its_codec, its_encoder, pattern, facts, reading=folder.reading, painter=its_painter
-        )
+            model.to(device), its_codec, its_encoder, pattern, facts, reading=folder.reading, painter=its_painter,
+            guidance_scale=folder.guidance_scale,
+        )  # fmt: skip
 
     def set_paint_steps(self, steps: int) -> None:
         """Sampler steps of the second stage from now on.
@@ -160,7 +165,7 @@ class MusicPipeline:
         self,
         prompts: str | Sequence[str],
         duration: float = 10.0,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         seeds: int | Sequence[int] = 0,
         temperature: float = 1.0,
         top_k: int = 250,
@@ -174,7 +179,8 @@ class MusicPipeline:
         Args:
             prompts: one or more descriptions in words.
             duration: of each piece, in seconds.
-            guidance_scale: 1 follows the model as it is, higher values follow the prompt more closely.
+            guidance_scale: 1 follows the model as it is, higher values follow the prompt more closely; None: the
+                model's own, 3, or 1 for a student distilled with its teacher's guidance within.
             seeds: one a prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the same
                 piece, alone or in a batch.
             temperature, top_k, top_p: see `ssmttm.generation.request.Sampling`.
@@ -185,6 +191,7 @@ class MusicPipeline:
         Raises:
             UserError: an argument is out of its range.
         """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.checked(prompts, duration, seeds, sampling, self.max_duration)
         request = self._wished(request, tempo, melody)
@@ -201,7 +208,7 @@ class MusicPipeline:
         self,
         prompt: str,
         duration: float = 10.0,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         seed: int = 0,
         temperature: float = 1.0,
         top_k: int = 250,
@@ -224,6 +231,7 @@ class MusicPipeline:
         """
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds is {chunk_seconds}: give a number of seconds above 0")
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.checked([prompt], duration, [seed], sampling, self.max_duration)
         request = self._wished(request, tempo, melody)

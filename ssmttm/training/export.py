@@ -63,7 +63,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         codec.load_state_dict(weights)
         codec.save(out, half=half)
     else:
-        kept = OmegaConf.masked_copy(config, [key for key in config if key not in ("run_dir", "init", "resume")])
+        here = ("run_dir", "init", "resume", "teacher")
+        kept = OmegaConf.masked_copy(config, [key for key in config if key not in here])
         OmegaConf.update(kept, "data.store", state["data"]["store"])
         with written_aside(out / "model.safetensors") as path:
             save_file({name: _shrunk(value, half) for name, value in weights.items()}, path)

@@ -68,7 +68,9 @@ class LanguageModelTask:
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
         data, seed = self.config.data, self.config.seed
         dropout = data.caption_dropout if split == "train" else 0.0
-        return CodesLoader(self.store, split, batch_size, data.frames, seed, rank, world_size, caption_dropout=dropout)
+        return CodesLoader(
+            self.store, split, batch_size, data.frames, seed, rank, world_size, dropout, fixed=data.fixed_crops
+        )
 
     def counts(self, batch: Batch) -> Tensor:
         """Valid positions by codebook and the number of items, [K + 1]."""

@@ -166,7 +166,11 @@ def build_task(config: DictConfig) -> Task:
         from ssmttm.training.diffusion import DiffusionTask
 
         return DiffusionTask(config)
-    raise UserError(f"task={config.task} is unknown: there are lm, diffusion and codec")
+    if config.task == "distill":
+        from ssmttm.training.distill import DistillTask
+
+        return DistillTask(config)
+    raise UserError(f"task={config.task} is unknown: there are lm, diffusion, codec and distill")
 
 
 def _due(step: int, steps: int, every: int) -> bool:

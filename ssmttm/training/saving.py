@@ -153,7 +153,8 @@ def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> 
 
 
 def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    return {index: name for group in groups for index, name in zip(group["params"], group["param_names"], strict=True)}
+    pairs = (zip(group["params"], group.get("param_names", []), strict=True) for group in groups)
+    return {index: name for group in pairs for index, name in group}
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,94 @@
+"""A frozen language model as a teacher: its logits and streams for what its student is shown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
+from ssmttm.generation.loading import ModelFolder, load_model, open_model_folder
+from ssmttm.models import TokenLM
+from ssmttm.models.wishes import Wishes
+from ssmttm.text.condition import TextCondition
+
+
+class Teacher:
+    """A trained TokenLM: a run, a checkpoint, an exported or imported folder, or the name of an embedded model.
+
+    Args:
+        name: which.
+        guidance_scale: its logits are those that a sampler with this guidance draws from; 1 takes them as they are.
+        null_text: the null condition, one row.
+
+    Raises:
+        UserError: there is no such model.
+    """
+
+    model: TokenLM
+
+    def __init__(self, name: str, guidance_scale: float, null_text: TextCondition) -> None:
+        self.folder: ModelFolder = open_model_folder(name)
+        self.model = load_model(self.folder).requires_grad_(False)
+        self.guidance_scale, self.null_text = guidance_scale, null_text
+        self.fingerprint = file_sha256(self.folder.weights_file)[:16]
+
+    @torch.no_grad()
+    def __call__(
+        self, codes: Tensor, text: TextCondition, wishes: Wishes, streams_behind: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, K, S, V] of the codes alone, without a logit for the special token, guided; and streams behind
+        these blocks, [B, S, W] each, not guided. Arguments as of `TokenLM.forward`."""
+        size = self.model.config.codebook_size
+        wishes = wishes.heard_by(self.model.config)
+        model = self.model.to(codes.device)
+        said = model(codes, text, streams_behind, wishes)
+        logits, streams = said if streams_behind else (said, [])
+        logits = logits[..., :size]
+        if self.guidance_scale != 1:
+            rows = self.null_text.to(codes.device)
+            null = TextCondition(*(part.expand(len(codes), *part.shape[1:]) for part in rows))
+            without = model(codes, null, wishes=wishes)[..., :size]
+            logits = without + self.guidance_scale * (logits - without)
+        return logits, streams
+
+    def flops(self, n_positions: int, n_text_tokens: int) -> int:
+        """Forward FLOPs of one sequence."""
+        null = 0 if self.guidance_scale == 1 else self.model.flops(n_positions, self.null_text.mask.shape[1])
+        return self.model.flops(n_positions, n_text_tokens) + null
+
+    def facts(self) -> dict[str, Any]:
+        """What a student's card must know: name, hash of the weights, guidance."""
+        return {"name": self.folder.name, "weights_sha256": file_sha256(self.folder.weights_file),
+                "guidance_scale": self.guidance_scale}  # fmt: skip
+
+    def check_student(self, model: Any, pattern: str, info: dict[str, Any]) -> None:
+        """Check that a student speaks of the same codes and hears the same text.
+
+        Args:
+            model: the student's config.
+            pattern: the student's interleaving.
+            info: of the store that it learns from.
+
+        Raises:
+            UserError: codec, text encoder, number or size of codebooks, pattern or text width differ.
+        """
+        ours, theirs, name = model, self.model.config, self.folder.name
+        for key in ("n_codebooks", "codebook_size", "text_dim"):
+            if ours[key] != getattr(theirs, key):
+                raise UserError(
+                    f"the student has model.{key}={ours[key]}, its teacher {name} {getattr(theirs, key)}: set "
+                    f"model.{key}={getattr(theirs, key)}"
+                )
+        if self.folder.reading != "plain":
+            raise UserError(f"the teacher {name} reads captions with visible padding, which no student here learns to")
+        if pattern != self.folder.config.pattern:
+            raise UserError(f"pattern={pattern}, but the teacher {name} learnt {self.folder.config.pattern}: set that")
+        for kind in ("codec", "text"):
+            theirs_made, made = self.folder.fact(kind), info[kind]
+            if theirs_made["fingerprint"] != made["fingerprint"]:
+                raise UserError(
+                    f"the teacher {name} was trained with {kind} {theirs_made['name']} ({theirs_made['fingerprint']}), "
+                    f"the store was made with {made['name']} ({made['fingerprint']}): prepare the store with the former"
+                )

@@ -1,0 +1,217 @@
+"""Distillation of a language model: a student learns from the data and from what its teacher says of the same codes.
+
+Shapes: b items of a micro-batch, K codebooks, S positions, V codes, n codes of a target, D width of the student.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssmttm.distill.cache import CachedAnswers, write_cache
+from ssmttm.distill.layers import layer_map
+from ssmttm.distill.losses import Target, check_temperature, divergence, student_log_q, target
+from ssmttm.distill.matching import StreamProjections, check_mixers, mixer_error, traced_mixers
+from ssmttm.distill.teacher import Teacher
+from ssmttm.distill.transfer import channel_importance, transfer_weights
+from ssmttm.distill.weighting import LossWeighting
+from ssmttm.errors import UserError
+from ssmttm.text.condition import TextCondition
+from ssmttm.training.lm import Given, LanguageModelTask
+from ssmttm.training.task import Batch, Losses
+
+LOSSES = ("cross_entropy", "kl", "hidden")
+_LOOK_EVERY = 10  # steps between looks at the gradients' norms
+_CALIBRATION = 4  # batches from which the importance of channels is measured
+
+
+class DistillTask(LanguageModelTask):
+    """A student TokenLM learns a teacher's distributions, streams and mixers along with the codes of a store.
+
+    For the first `distill.mixer_steps` its mixers alone are matched, then for `distill.hidden_steps` its streams; from
+    then on all of `cross_entropy`, `kl` and `hidden` that have a weight in `losses`, weighted by `distill.weighting`.
+
+    Args:
+        config: as of `LanguageModelTask`, `teacher`, `distill`.
+
+    Raises:
+        UserError: no teacher, one of other codes or another text encoder, settings that contradict each other.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        if not config.teacher:
+            raise UserError("teacher is not set: give a run, a model folder or an embedded model: teacher=tiny_lm")
+        _check_settings(config)
+        super().__init__(config)
+        settings = config.distill
+        self.settings, self.loss_weights = settings, {"distillation": 1.0}
+        null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
+        self.teacher = Teacher(config.teacher, settings.guidance_scale, null)
+        self.teacher.check_student(config.model, config.pattern, self.store.info)
+        self.blocks = layer_map(settings.layer_map, config.model.n_layers, self.teacher.model.config.n_layers)
+        if settings.mixer_steps:
+            check_mixers(self.model, self.teacher.model)
+        self.cached = CachedAnswers(settings.cache, cache_facts(config, self)) if settings.cache else None
+        weights = {name: config.losses[name] for name in LOSSES if config.losses[name]}
+        self.modules["weighting"] = LossWeighting(settings.weighting, weights)
+        if config.losses.hidden:
+            widths = config.model.d_model, self.teacher.model.config.d_model
+            self.modules["projections"] = StreamProjections(len(self.blocks), *widths)
+        self._observed: Tensor | None = None
+        self._transfer()
+
+    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+        """`distillation`, to train on, and what it is made of: `cross_entropy`, `kl`, `hidden`, `mixer`."""
+        wishes = self.wishes.withheld(self.wishes.of(batch))
+        given = self._given(batch, wishes)
+        matching, hidden = step < self.settings.mixer_steps, "projections" in self.modules
+        behind = range(1, len(self.blocks) + 1) if hidden else []
+        traced = traced_mixers(self.teacher.model, self.blocks) if matching else contextlib.nullcontext()
+        with traced as seen:
+            answer, of_teacher = self._asked(batch, given, self.blocks if hidden else [])
+        said = players["model"](given.codes, batch["text"], streams_behind=behind, wishes=given.wishes)
+        logits, streams = said if behind else (said, [])
+        named = self._code_losses(logits, given, counts) | {"kl": self._kl(logits, answer, given, counts)}
+        if hidden:
+            distances = players["projections"](streams, of_teacher)  # [b, S]
+            named["hidden"] = (distances * given.real.float().mean(1)).sum() / counts[:-1].mean()
+        share = len(batch["ids"]) / counts[-1]
+        if matching:
+            named["mixer"] = share * mixer_error(self.model, self.model.text(batch["text"]), self.blocks, seen)
+        named["distillation"] = self._total(players, named, share, step)
+        return {"model": named}
+
+    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+        """Cross-entropy on the data: so students compare with each other and with those that had no teacher."""
+        named = super().validation(players, batch, counts, step)
+        return named | {"distillation": named["cross_entropy"]}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Let the weighting take note of this step's sizes; the weights, to log."""
+        weighting = self.modules["weighting"]
+        if self._observed is not None:
+            weighting.observe(reduce(self._observed, "sum"))
+            self._observed = None
+        return {f"weight_{n}": w for n, w in zip(weighting.given, weighting.weights().tolist(), strict=True)}
+
+    def work(self, batch: Batch) -> tuple[float, float, float]:
+        """As of a language model; the teacher has no backward pass, so its FLOPs count a third."""
+        codes, seconds, flops = super().work(batch)
+        if self.cached is None:
+            length, items = self.pattern.sequence_length(batch["codes"].shape[-1]), len(batch["ids"])
+            flops += items * self.teacher.flops(length, batch["text"].mask.shape[1]) / 3
+        return codes, seconds, flops
+
+    def facts(self) -> dict[str, Any]:
+        """With the teacher, the licences of whose data are the student's too."""
+        facts = super().facts()
+        licences = facts["licences"] | (self.teacher.folder.licences or {})
+        return facts | {"licences": licences, "teacher": self.teacher.facts()}
+
+    def ask(self, batch: Batch, k: int | None) -> Target:
+        """The teacher's distributions for a batch, [b, K, S, n], at the temperature of the settings."""
+        given = self._given(batch, self.wishes.of(batch))
+        return target(self.teacher(given.codes, batch["text"], given.wishes)[0], self.settings.temperature, k)
+
+    def _asked(self, batch: Batch, given: Given, blocks: Sequence[int]) -> tuple[Target, list[Tensor]]:
+        """The teacher's distributions, from the cache if there is one, and its streams behind these blocks."""
+        if self.cached is not None:
+            return Target(*(None if p is None else p.to(given.codes.device) for p in self.cached(batch["ids"]))), []
+        distinct = sorted(set(blocks))
+        logits, streams = self.teacher(given.codes, batch["text"], given.wishes, distinct)
+        return target(logits, self.settings.temperature), [streams[distinct.index(number)] for number in blocks]
+
+    def _kl(self, logits: Tensor, answer: Target, given: Given, counts: Tensor) -> Tensor:
+        """The divergence, times the temperature's square: so its gradient keeps its size (arXiv 1503.02531)."""
+        temperature = self.settings.temperature
+        log_q = student_log_q(logits[..., : self.codebook_size], answer, temperature)
+        each = divergence(log_q, answer.log_p, self.settings.divergence, self.settings.skew)  # [b, K, S]
+        return temperature**2 * self._over_codebooks(each.masked_fill(~given.real, 0).sum((0, 2)), counts)
+
+    def _total(self, players: Mapping[str, nn.Module], named: Losses, share: Tensor, step: int) -> Tensor:
+        """What is trained on in this step. In the first phases the others take part with weight 0: every parameter has
+        a gradient, as several devices need it."""
+        weighted = players["weighting"](named, share)
+        if step < self.settings.mixer_steps:
+            return named["mixer"] + 0 * weighted
+        if step < self.settings.mixer_steps + self.settings.hidden_steps:
+            return named["hidden"] + 0 * weighted
+        learnt = [named[name] for name in self.modules["weighting"].given]
+        if self.settings.weighting == "magnitude":
+            sizes = torch.stack(learnt).detach()
+            self._observed = sizes if self._observed is None else self._observed + sizes
+        elif self.settings.weighting == "gradient" and self._observed is None and step % _LOOK_EVERY == 0:
+            embedding = self.model.embedding.weight  # which every loss reaches through all of the model
+            slopes = [torch.autograd.grad(loss, embedding, retain_graph=True)[0] for loss in learnt]
+            self._observed = torch.stack([slope.norm() for slope in slopes])
+        return weighted
+
+    def _transfer(self) -> None:
+        """Start the student from its teacher's weights, as `distill.transfer` asks. A checkpoint's replace them."""
+        asked = self.settings.transfer
+        if asked.layers is None and asked.width is None:
+            return
+        importance = None
+        if asked.width == "importance":
+            loader = self.loader("train", self.config.data.batch_size, 0, 1)
+            batches = [loader.batch(n) for n in range(_CALIBRATION)]
+            shown = [(self._given(b, self.wishes.of(b)), b["text"]) for b in batches]
+            importance = channel_importance(self.teacher.model, [(given.codes, text) for given, text in shown])
+        self.transferred = transfer_weights(self.teacher.model, self.model, asked.layers, asked.width, importance)
+
+
+def cache_facts(config: DictConfig, task: DistillTask) -> dict[str, Any]:
+    """What a teacher's cached answers depend on."""
+    data, settings = config.data, config.distill
+    return {
+        "teacher": task.teacher.fingerprint, "store": task.store.fingerprint, "pattern": config.pattern,
+        "seed": config.seed, "frames": data.frames, "caption_dropout": data.caption_dropout,
+        "temperature": settings.temperature, "guidance_scale": settings.guidance_scale,
+    }  # fmt: skip
+
+
+def cache_teacher(config: DictConfig, out: Path, k: int) -> Path:
+    """Write the teacher's answers for every segment of the training split, as `data.fixed_crops` shows them.
+
+    Args:
+        config: of the distillation that is to read them.
+        k: codes kept of each distribution.
+
+    Raises:
+        UserError: there is one in the folder already, or a setting is wrong.
+    """
+    config = config.copy()
+    config.data.fixed_crops, config.distill.cache = True, None
+    task = DistillTask(config)
+    loader = task.loader("train", config.data.batch_size, 0, 1)
+    steps = tqdm(range(loader.steps_per_epoch), desc="asking the teacher", unit="batch")
+    answers = ((batch["ids"], task.ask(batch, k)) for batch in map(loader.batch, steps))
+    return write_cache(out, cache_facts(config, task) | {"k": k, "model": asdict(task.teacher.model.config)}, answers)
+
+
+def _check_settings(config: DictConfig) -> None:
+    settings, losses = config.distill, config.losses
+    check_temperature(settings.temperature)
+    for name in LOSSES:
+        if losses[name] < 0:
+            raise UserError(f"losses.{name}={losses[name]}: give 0 or more")
+    if not any(losses[name] for name in LOSSES):
+        raise UserError(f"nothing to learn from: give one of {', '.join(f'losses.{name}' for name in LOSSES)} a weight")
+    if losses.tags:
+        raise UserError("losses.tags has no tag head in a distillation: set losses.tags=0")
+    if settings.hidden_steps and not losses.hidden:
+        raise UserError("distill.hidden_steps match streams, which losses.hidden=0 leaves out: give it a weight")
+    if settings.cache and (losses.hidden or settings.mixer_steps):
+        raise UserError("a cache holds distributions only: set losses.hidden=0 and distill.mixer_steps=0, or no cache")
+    if settings.cache and not config.data.fixed_crops:
+        raise UserError("a cached answer belongs to one crop of each segment: set data.fixed_crops=true")
+    if config.init and (settings.transfer.layers is not None or settings.transfer.width is not None):
+        raise UserError("init and distill.transfer both say where the student starts: leave one of them null")

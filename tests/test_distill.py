@@ -1,0 +1,334 @@
+"""Distillation as a training: what the student is told, phases, weightings, cache, resumption, what a run leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from small_stores import CODEBOOK_SIZE, TEXT_DIM, lm_config, small_codec, write_codes_store
+from test_resume import assert_same, everything, train_with_stops
+from test_sample_cli import WordEncoder
+
+from ssmttm import checkpoint
+from ssmttm.distill.matching import traced_mixers
+from ssmttm.errors import UserError
+from ssmttm.generation import pipeline
+from ssmttm.generation.loading import load_model, open_model_folder
+from ssmttm.models import TokenLM
+from ssmttm.training import distill, loop
+from ssmttm.training.distill import DistillTask, cache_teacher
+from ssmttm.training.export import export
+
+WIDE = ("model.d_model=32", "model.n_layers=4", "data.batch_size=4", "train.eval_every=0")
+WIDE += ("train.checkpoint_every=1000",)
+NARROW = ("model.n_layers=2", "data.batch_size=4", "train.eval_every=5", "train.eval_batches=2")
+NARROW += ("train.checkpoint_every=1000", "train.ema_decay=null")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("distill")
+
+
+@pytest.fixture(scope="module")
+def store(root):
+    return write_codes_store(root / "codes", codec=small_codec(root / "codec"))
+
+
+@pytest.fixture(scope="module")
+def teacher(root, store):
+    return loop.train(lm_config(store, root / "teacher", *WIDE, "train.steps=60"))
+
+
+@pytest.fixture
+def config_of(store, teacher, tmp_path):
+    def build(*overrides, name="student"):
+        return lm_config(store, tmp_path / name, "task=distill", f"teacher={teacher}", *NARROW, *overrides)
+
+    return build
+
+
+def twin(*overrides):
+    """A student of the teacher's shape."""
+    return ("model.d_model=32", "model.n_layers=4", *overrides)
+
+
+def losses_of(task, step=0, batch=0):
+    made = task.loader("train", 4, 0, 1).batch(batch)
+    torch.manual_seed(0)
+    named = task.losses(task.modules, made, task.counts(made), step)
+    assert named.keys() == {"model"}
+    return named["model"]
+
+
+# --- what it learns from --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(config_of):
+    task = DistillTask(config_of(*twin("losses.hidden=1", "distill.mixer_steps=1", "distill.transfer.layers=even")))
+    assert len(task.transferred) == len(list(task.model.parameters()))
+    found = losses_of(task)
+    for name in ("kl", "hidden", "mixer"):
+        assert found[name].item() == pytest.approx(0, abs=1e-5), name
+    assert found["cross_entropy"] > 0.5
+    fresh = losses_of(DistillTask(config_of(*twin("losses.hidden=1", "distill.mixer_steps=1"))))
+    assert min(fresh[name].item() for name in ("kl", "hidden", "mixer")) > 0.05
+
+
+def test_guidance_one_is_the_conditional_and_more_leans_away_from_the_null(config_of):
+    answers = {}
+    for scale in (0, 1, 2.5):
+        task = DistillTask(config_of(f"distill.guidance_scale={scale}"))
+        batch = task.loader("train", 4, 0, 1).batch(0)
+        given = task._given(batch, task.wishes.of(batch))
+        answers[scale] = task.teacher(given.codes, batch["text"], given.wishes)[0]
+        plain = task.teacher.model(given.codes, batch["text"])[..., :CODEBOOK_SIZE]
+    assert torch.equal(answers[1], plain) and not torch.equal(answers[0], plain)
+    torch.testing.assert_close(answers[2.5], answers[0] + 2.5 * (answers[1] - answers[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_learns_its_teachers_distribution(config_of):
+    """With the divergence it comes nearer to the teacher than with the data alone."""
+    near = {}
+    for name, weights in [("kl", ("losses.cross_entropy=0", "losses.kl=1")), ("data", ("losses.kl=0",))]:
+        run = loop.train(config_of(*weights, "train.steps=60", name=name))
+        task = DistillTask(config_of("losses.kl=1", f"init={run}", "data.caption_dropout=0", name="asked"))
+        checkpoint.fill(task.model, checkpoint.load_weights(checkpoint.latest_good(run)), run)
+        with torch.no_grad():
+            near[name] = sum(losses_of(task, batch=n)["kl"].item() for n in range(5)) / 5
+    assert near["kl"] < 0.8 * near["data"], near
+
+
+def test_temperature_and_kind_of_divergence_matter(config_of):
+    options = [(), ("distill.temperature=2",), ("distill.divergence=reverse",), ("distill.skew=0.3",)]
+    found = [losses_of(DistillTask(config_of(*option)))["kl"].item() for option in options]
+    assert len({round(value, 5) for value in found}) == 4
+
+
+# --- phases ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixers_first_then_streams_then_all(config_of):
+    """Each phase has a gradient of its own; every parameter has one, be it 0."""
+    task = DistillTask(config_of(*twin("losses.hidden=1", "distill.mixer_steps=2", "distill.hidden_steps=3")))
+
+    def slopes(step):
+        task.model.zero_grad()
+        found = losses_of(task, step)
+        found["distillation"].backward()
+        assert all(p.grad is not None for p in task.model.parameters())
+        moved = {n for n, p in task.model.named_parameters() if p.grad.abs().sum() > 0}
+        return found, moved
+
+    found, moved = slopes(1)
+    assert torch.equal(found["distillation"], found["mixer"])
+    assert moved and all(".branches.0." in name for name in moved)
+    found, moved = slopes(4)
+    assert "mixer" not in found and torch.equal(found["distillation"], found["hidden"])
+    assert "heads.weight" not in moved and "embedding.weight" in moved
+    found, moved = slopes(5)
+    total = found["cross_entropy"] + found["kl"] + found["hidden"]
+    torch.testing.assert_close(found["distillation"], total)
+    assert "heads.weight" in moved
+
+
+def test_mixers_are_fed_with_the_teachers_streams(config_of):
+    task = DistillTask(config_of(*twin("distill.mixer_steps=1", "distill.layer_map=[2,2,3,4]")))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    given = task._given(batch, task.wishes.of(batch))
+    with traced_mixers(task.teacher.model, task.blocks) as seen:
+        _, streams = task.teacher(given.codes, batch["text"], given.wishes, [1, 2])
+    assert seen.keys() == {2, 3, 4}
+    (x, *_), output = seen[2]
+    length = given.codes.shape[-1]
+    first = x[0][batch["text"].mask[0].sum() :][:length]  # behind the text, in whose room the audio stands
+    torch.testing.assert_close(first, streams[0][0])
+    assert output.shape == x.shape
+    task.teacher(given.codes, batch["text"], given.wishes)
+    assert len(seen) == 3  # no longer listened to
+
+
+def test_a_transformer_teaches_a_state_space_student(store, root, config_of, tmp_path):
+    attention = ("model.layers=attention", "model.n_heads=4", "model.d_model=16", "model.n_layers=2", "train.steps=20")
+    lehrer = loop.train(lm_config(store, root / "transformer", *WIDE, *attention))
+    told = ("losses.hidden=1", "distill.mixer_steps=8", "distill.hidden_steps=4", "train.steps=16")
+    shape = ("model.headdim=4", "model.ngroups=4", "model.d_state=4", "distill.transfer.layers=even")
+    run = loop.train(config_of(*told, *shape, f"teacher={lehrer}"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mixer = [row["mixer"] for row in rows if "mixer" in row]
+    assert len(mixer) == 8 and mixer[-1] < mixer[0]
+
+
+# --- weighting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "gradient", "uncertainty"])
+def test_a_run_with_a_dynamic_weighting_resumes_exactly(rule, config_of, monkeypatch):
+    asked = (f"distill.weighting={rule}", "losses.hidden=0.5", "train.steps=14", "data.caption_dropout=0.3")
+    stopped = config_of(*asked, name="stopped")
+    train_with_stops(stopped, DistillTask, (4, 11), monkeypatch)
+    unbroken = everything(loop.train(config_of(*asked, name="unbroken")))
+    assert_same(unbroken, everything(Path(stopped.run_dir)))
+    assert {"weighting", "projections"} <= unbroken[0].keys()
+    sizes = unbroken[0]["weighting"]
+    moved = sizes["log_variance"] if rule == "uncertainty" else sizes["sizes"]
+    assert moved.abs().min() > 0
+
+
+def test_magnitudes_weigh_losses_alike(config_of):
+    run = loop.train(config_of("distill.weighting=magnitude", "losses.hidden=1", "train.steps=40"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "weight_kl" in row][-1]
+    plain = [last[name] for name in distill.LOSSES]
+    shares = [last[name] * last[f"weight_{name}"] for name in distill.LOSSES]
+    assert max(shares) < 1.6 * min(shares) and max(plain) > 2 * min(plain)
+
+
+def test_gradients_weigh_losses_alike(config_of):
+    """At the codes' embedding, measured by hand for the same batch."""
+    task = DistillTask(config_of("distill.weighting=gradient", "losses.hidden=1"))
+    losses_of(task, 0)
+    task.after_step(0)
+    named, given, at = losses_of(task, 1), task.modules["weighting"].given, task.model.embedding.weight
+    norms = torch.stack([torch.autograd.grad(named[n], at, retain_graph=True)[0].norm() for n in given])
+    pulls = task.modules["weighting"].weights() * norms
+    assert pulls.max() < 1.1 * pulls.min() and norms.max() > 2 * norms.min()
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "tolerance"), [(CODEBOOK_SIZE, 2e-3), (4, None)])
+def test_a_cached_run_equals_an_online_one(k, tolerance, config_of, tmp_path):
+    """With all codes kept, but for the rounding to float16; several epochs, each shows a segment alike."""
+    asked = ("train.steps=15", "data.fixed_crops=true", "data.caption_dropout=0.3", "distill.temperature=1.5")
+    cache = cache_teacher(config_of(*asked), tmp_path / "cache", k)
+    online = everything(loop.train(config_of(*asked, name="online")))
+    cached = everything(loop.train(config_of(*asked, f"distill.cache={cache}", name="cached")))
+    pairs = [(a[1], b[1]) for a, b in zip(online[3], cached[3], strict=True)]
+    if tolerance is not None:
+        assert all(abs(a - b) < tolerance for a, b in pairs), pairs
+        for name, value in online[0]["model"].items():
+            torch.testing.assert_close(cached[0]["model"][name], value, rtol=0, atol=0.02)
+    else:
+        assert pairs[0][1] < pairs[0][0]
+
+
+def test_fixed_crops_are_those_of_the_first_epoch(config_of):
+    task = DistillTask(config_of("data.fixed_crops=true", "data.caption_dropout=0.5", "data.frames=9"))
+    free = DistillTask(config_of("data.caption_dropout=0.5", "data.frames=9"))
+
+    def shown(task, epoch):
+        loader, seen = task.loader("train", 4, 0, 1), {}
+        for n in range(epoch * 5, epoch * 5 + 5):
+            batch = loader.batch(n)
+            for row, name in enumerate(batch["ids"]):
+                seen[name] = (int(batch["first"][row]), int(batch["text"].mask[row].sum()))
+        return seen
+
+    assert shown(task, 0) == shown(task, 3) == shown(free, 0)
+    assert shown(free, 0) != shown(free, 3)
+
+
+def test_caches_that_do_not_fit(config_of, teacher, store, root, tmp_path):
+    asked = ("data.fixed_crops=true",)
+    cache = cache_teacher(config_of(*asked), tmp_path / "cache", 4)
+    told = (*asked, f"distill.cache={cache}")
+    DistillTask(config_of(*told))
+    other = loop.train(lm_config(store, tmp_path / "other", *WIDE, "train.steps=1"))
+    for change, says in [
+        (f"teacher={other}", "written for teacher"),
+        ("data.frames=12", "frames"),
+        ("seed=3", "seed"),
+        ("pattern=parallel", "pattern=parallel"),
+        ("distill.temperature=2", "temperature"),
+        ("data.fixed_crops=false", "data.fixed_crops=true"),
+        ("losses.hidden=1", "losses.hidden=0"),
+        ("distill.cache=nowhere", "no cache of a teacher"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            DistillTask(config_of(*told, change))
+    with pytest.raises(UserError, match="holds a cache already"):
+        cache_teacher(config_of(*asked), tmp_path / "cache", 4)
+
+
+# --- what is left ---------------------------------------------------------------------------------------------------
+
+
+def test_the_export_is_a_language_model_that_names_its_teacher(config_of, tmp_path, monkeypatch):
+    run = loop.train(config_of("distill.guidance_scale=2", "train.steps=3"))
+    out = export(run, tmp_path / "out")
+    folder = open_model_folder(out)
+    assert isinstance(load_model(folder), TokenLM) and folder.card["task"] == "distill"
+    told = folder.card["data"]["teacher"]
+    assert told["name"].startswith("teacher/step-") and told["guidance_scale"] == 2
+    assert len(told["weights_sha256"]) == 64
+    assert folder.licences == {"CC0-1.0": 24}
+    assert folder.guidance_scale == 1 and open_model_folder(None).guidance_scale == 3
+    assert "teacher" not in OmegaConf.load(out / "config.yaml")  # a path of this machine
+
+    class Encoder(WordEncoder):
+        dim, fingerprint, name = TEXT_DIM, "1" * 16, "fake"
+
+        def encode(self, captions):
+            made = super().encode(captions)
+            return made._replace(embeddings=made.embeddings[..., :TEXT_DIM])
+
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: Encoder())
+    pipe = pipeline.MusicPipeline.from_pretrained(out)
+    assert pipe.guidance_scale == 1
+    first, asked = (pipe("a march", duration=0.5, **g).codes for g in ({}, {"guidance_scale": 1.0}))
+    assert torch.equal(first, asked)
+    assert not torch.equal(first, pipe("a march", duration=0.5, guidance_scale=4.0).codes)
+
+
+def test_the_licences_of_the_teachers_data_are_the_students_too(config_of, teacher, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(export(teacher, tmp_path / "exported"), other)
+    card = json.loads((other / "card.json").read_text())
+    card["data"]["licences"] = {"CC-BY-SA-4.0": 3}
+    (other / "card.json").write_text(json.dumps(card))
+    assert DistillTask(config_of(f"teacher={other}")).facts()["licences"] == {"CC0-1.0": 24, "CC-BY-SA-4.0": 3}
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["teacher=null"], "teacher is not set"),
+        (["teacher=nowhere"], "nowhere"),
+        (["model.n_codebooks=2"], r"model\.n_codebooks=2, its teacher .* 4"),
+        (["pattern=flatten"], "learnt delay"),
+        (["distill.temperature=0"], r"distill\.temperature=0"),
+        (["distill.layer_map=[1,5]"], "no block 5"),
+        (["distill.layer_map=[1]"], "1 blocks are named for a student of 2"),
+        (["distill.divergence=both"], r"unknown distill\.divergence"),
+        (["distill.weighting=fair"], r"unknown distill\.weighting"),
+        (["distill.mixer_steps=1"], r"model\.d_model is 32, the student's 16"),
+        (["distill.hidden_steps=1"], r"losses\.hidden=0 leaves out"),
+        (["losses.kl=0", "losses.cross_entropy=0"], "nothing to learn from"),
+        (["losses.kl=-1"], "give 0 or more"),
+        (["losses.tags=1"], r"losses\.tags=0"),
+        (["distill.transfer.layers=even"], r"distill\.transfer\.width=importance"),
+        (["distill.transfer.layers=even", "init=somewhere"], "leave one of them null"),
+    ],
+)
+def test_mistakes_are_one_clear_line(config_of, overrides, says):
+    with pytest.raises(UserError, match=says):
+        task = DistillTask(config_of(*overrides))
+        losses_of(task)
+
+
+def test_a_teacher_of_other_codes_or_another_text_encoder_is_refused(config_of, teacher, tmp_path):
+    out = export(teacher, tmp_path / "exported")
+    whole = json.loads((out / "card.json").read_text())
+    for kind in ("codec", "text"):
+        card = json.loads(json.dumps(whole))
+        card["data"][kind] = {"name": "strange", "fingerprint": "f" * 16}
+        (out / "card.json").write_text(json.dumps(card))
+        with pytest.raises(UserError, match=f"trained with {kind} strange"):
+            DistillTask(config_of(f"teacher={out}"))

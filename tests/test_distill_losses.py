@@ -1,0 +1,196 @@
+"""Losses of distillation and their weighting: gradients, independent references, limits, and what each rule claims."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ssmttm.distill.losses import (
+    DIVERGENCES,
+    Target,
+    _folded,
+    divergence,
+    output_error,
+    stream_distance,
+    student_log_q,
+    target,
+)
+from ssmttm.distill.matching import StreamProjections
+from ssmttm.distill.weighting import LossWeighting
+from ssmttm.errors import UserError
+
+V = 7
+
+
+def logits(*shape, seed=0, scale=2.0):
+    return scale * torch.randn(*shape, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss(student, teacher, kind="forward", skew=0.0, temperature=1.0, k=None):
+    answer = target(teacher, temperature, k)
+    answer = Target(answer.log_p.double(), answer.ids)
+    log_q = student_log_q(student, answer, temperature)
+    return divergence(log_q.double(), answer.log_p, kind, skew)
+
+
+# --- divergences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("skew", [0.0, 0.1, 0.5])
+def test_gradients_are_those_of_finite_differences(kind, skew):
+    log_p = logits(2, 3, seed=1).log_softmax(-1)
+    x = logits(2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: divergence(x.log_softmax(-1), log_p, kind, skew), (x,))
+    folded = target(logits(2, 3, seed=1), 1.0, 3)
+    folded = Target(folded.log_p.double(), folded.ids)
+    of_top = lambda x: divergence(_folded(x.log_softmax(-1), folded.ids), folded.log_p, kind, skew)  # noqa: E731
+    assert torch.autograd.gradcheck(of_top, (x,))
+
+
+@pytest.mark.parametrize("which", ["stream", "output"])
+def test_gradients_of_the_distances(which):
+    teacher, x = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double().requires_grad_()
+    function = {"stream": stream_distance, "output": output_error}[which]
+    assert torch.autograd.gradcheck(lambda x: function(x, teacher), (x,))
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("skew", [0.0, 0.3])
+@pytest.mark.parametrize("k", [None, 1, 3, V])
+def test_a_model_is_at_no_distance_from_itself_and_has_no_slope(kind, skew, k):
+    x = logits(4, 5).requires_grad_()
+    found = loss(x, x.detach(), kind, skew, 1.7, k)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)
+    others = loss(logits(4, 5, seed=9), x.detach(), kind, skew, 1.7, k)
+    assert (others > 1e-4).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_against_torch_and_by_hand(temperature):
+    student, teacher = logits(4, 5), logits(4, 5, seed=1)
+    q, p = ((x / temperature).softmax(-1) for x in (student, teacher))
+
+    def kl(a, b):  # torch's takes the second first
+        return F.kl_div(b.log(), a, reduction="none").sum(-1)
+
+    close = dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss(student, teacher, "forward", 0.0, temperature), kl(p, q), **close)
+    torch.testing.assert_close(loss(student, teacher, "reverse", 0.0, temperature), kl(q, p), **close)
+    both = (kl(p, q) + kl(q, p)) / 2
+    torch.testing.assert_close(loss(student, teacher, "bidirectional", 0.0, temperature), both, **close)
+    torch.testing.assert_close(loss(student, teacher, "forward", 0.2, temperature), kl(p, 0.2 * p + 0.8 * q), **close)
+    torch.testing.assert_close(loss(student, teacher, "reverse", 0.2, temperature), kl(q, 0.2 * q + 0.8 * p), **close)
+
+
+def test_skew_bounds_what_an_impossible_code_costs():
+    student, teacher = torch.zeros(V).double(), torch.zeros(V).double()
+    student[0], teacher[0] = -1e4, 5.0
+    assert loss(student, teacher, "forward", 0.0) > 1e3
+    assert loss(student, teacher, "forward", 0.1) < -torch.tensor(0.1).log()
+
+
+def test_kept_codes_and_the_rest_are_a_distribution():
+    teacher = logits(3, 4)
+    answer = target(teacher, 1.3, 3)
+    p = (teacher / 1.3).softmax(-1)
+    assert answer.log_p.shape == (3, 4, 4) and answer.ids.shape == (3, 4, 3)
+    torch.testing.assert_close(answer.log_p.double().exp()[..., :3], p.topk(3).values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(answer.log_p.exp().sum(-1), torch.ones(3, 4), rtol=0, atol=1e-5)
+    assert target(teacher, 1.3, V).ids is None
+    whole, part = (loss(logits(3, 4, seed=2), teacher, k=k) for k in (None, 3))
+    assert (part <= whole + 1e-6).all() and (part < whole - 1e-3).any()  # merging codes can only bring them nearer
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperatures_that_are_none(temperature):
+    with pytest.raises(UserError, match=r"distill\.temperature"):
+        target(logits(2), temperature)
+
+
+def test_kinds_and_shares_that_are_none():
+    log_p = logits(2).log_softmax(-1)
+    for kind, skew, says in [("sideways", 0, r"unknown distill\.divergence"), ("forward", 1.0, r"distill\.skew=1\.0")]:
+        with pytest.raises(UserError, match=says):
+            divergence(log_p, log_p, kind, skew)
+    with pytest.raises(UserError, match="k=0"):
+        target(logits(2), 1.0, 0)
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "teachers"), [(6, 6), (4, 6), (6, 4)])
+def test_projections_begin_as_the_identity_whatever_the_streams_size(width, teachers):
+    projections = StreamProjections(2, width, teachers)
+    streams = [torch.randn(3, 5, width) for _ in range(2)]
+    if width == teachers:
+        near = projections([3.0 * s for s in streams], [0.1 * s for s in streams])
+        torch.testing.assert_close(near, torch.zeros(3, 5), rtol=0, atol=1e-8)
+    far = projections(streams, [torch.randn(3, 5, teachers) for _ in range(2)])
+    assert far.shape == (3, 5) and (far > 0.1).all()
+
+
+def test_output_error_is_a_share_of_the_energy():
+    teacher = torch.randn(2, 3, 4)
+    assert output_error(torch.zeros_like(teacher), teacher).item() == pytest.approx(1)
+    assert output_error(1.1 * teacher, teacher).item() == pytest.approx(0.01, rel=1e-3)
+
+
+# --- weighting ------------------------------------------------------------------------------------------------------
+
+
+def test_static_is_the_weighted_sum():
+    losses = {"a": torch.tensor(2.0), "b": torch.tensor(5.0), "other": torch.tensor(9.0)}
+    weighting = LossWeighting("static", {"a": 1.0, "b": 0.5})
+    assert weighting(losses).item() == 4.5 and not list(weighting.parameters())
+
+
+def test_running_sizes_make_losses_count_as_their_weights_say():
+    weighting = LossWeighting("magnitude", {"a": 1.0, "b": 3.0})
+    assert weighting.weights().tolist() == [1, 3]  # nothing seen yet
+    weighting.observe(torch.tensor([100.0, 0.01]))
+    weighted = weighting.weights() * torch.tensor([100.0, 0.01])
+    assert (weighted[1] / weighted[0]).item() == pytest.approx(3)
+    assert weighted.sum().item() == pytest.approx(100 + 3 * 0.01)  # in all what the given weights would make
+    for _ in range(200):
+        weighting.observe(torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(weighting.weights(), torch.tensor([1.0, 3.0]), rtol=1e-3, atol=0)
+
+
+def test_learnt_scales_go_to_the_losses_own_size():
+    """At the optimum of exp(-s) L / 2 + s / 2 each s is log L: every loss then counts 1/2 (arXiv 1705.07115)."""
+    weighting = LossWeighting("uncertainty", {"a": 1.0, "b": 0.1})
+    sizes = {"a": torch.tensor(50.0), "b": torch.tensor(0.2)}
+    optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        weighting(sizes).backward()
+        optimizer.step()
+    torch.testing.assert_close(weighting.log_variance.detach().exp(), torch.tensor([50.0, 0.2]), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["static", "magnitude", "uncertainty"])
+def test_shares_of_a_batch_add_up_to_the_whole(rule):
+    weighting = LossWeighting(rule, {"a": 1.0, "b": 0.5})
+    if rule == "magnitude":
+        weighting.observe(torch.tensor([2.0, 7.0]))
+    if rule == "uncertainty":
+        nn.init.constant_(weighting.log_variance, 0.7)
+    whole = weighting({"a": torch.tensor(2.0), "b": torch.tensor(6.0)})
+    parts = [weighting({"a": torch.tensor(2.0 * s), "b": torch.tensor(6.0 * s)}, s) for s in (0.25, 0.75)]
+    assert sum(parts).item() == pytest.approx(whole.item())
+
+
+def test_the_running_sizes_are_kept_with_the_weights():
+    first, second = (LossWeighting("magnitude", {"a": 1.0, "b": 3.0}) for _ in range(2))
+    first.observe(torch.tensor([4.0, 9.0]))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.weights(), second.weights())
+
+
+def test_rules_that_are_none():
+    with pytest.raises(UserError, match=r"unknown distill\.weighting 'fair'"):
+        LossWeighting("fair", {"a": 1.0})

@@ -1,0 +1,247 @@
+"""Weight transfer: equal shapes are the teacher to the bit, slices drop what is dead, attention lands in Mamba-2."""
+
+import pytest
+import torch
+from test_token_lm import SMALL, VARIANTS, K, S, V, assert_equal, captions
+from torch.nn import functional as F
+
+from ssmttm.distill.layers import layer_map
+from ssmttm.distill.transfer import attention_to_mamba2, channel_importance, transfer_weights
+from ssmttm.errors import UserError
+from ssmttm.mixers import Attention, Mamba2
+from ssmttm.models import TokenLM, TokenLMConfig
+
+MIXERS = {"mamba1": {}, "mamba2": {"ngroups": 2}, "mamba3": {}, "s4d": {"expand": 1}, "s4d wide": {}, "attention": {}}
+
+
+def build(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = TokenLM(TokenLMConfig(**{**SMALL, **changes})).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def mixer(name):
+    return {"layers": name.split()[0], **MIXERS[name]}
+
+
+@pytest.fixture
+def codes():
+    return torch.randint(V + 1, (3, K, S), generator=torch.Generator().manual_seed(1))
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_student", "n_teacher", "expected"),
+    [
+        ("even", 4, 8, [2, 4, 6, 8]),
+        ("even", 3, 8, [3, 6, 8]),
+        ("even", 3, 3, [1, 2, 3]),
+        ("even", 4, 2, [1, 1, 2, 2]),
+        ("first", 2, 5, [1, 2]),
+        ("last", 2, 5, [4, 5]),
+        ("ends", 4, 9, [1, 2, 8, 9]),
+        ("ends", 3, 9, [1, 2, 9]),
+        ([5, 1], 2, 5, [5, 1]),
+    ],
+)
+def test_maps_of_layers(kind, n_student, n_teacher, expected):
+    assert layer_map(kind, n_student, n_teacher) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [([1, 6], "no block 6"), ([0, 1], "no block 0"), ([1], "1 blocks are named"), ("middle", "unknown map")],
+)
+def test_maps_that_make_no_sense(kind, says):
+    with pytest.raises(UserError, match=says):
+        layer_map(kind, 2, 5)
+    with pytest.raises(UserError, match="more than its teacher"):
+        layer_map("first", 6, 5)
+
+
+# --- equal shapes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *MIXERS])
+@pytest.mark.parametrize("width", [None, "first", "importance"])
+def test_equal_shapes_are_the_teacher_to_the_bit(variant, width, codes):
+    changes = VARIANTS[variant] if variant in VARIANTS else mixer(variant)
+    teacher, student = build(0, **changes), build(1, **changes)
+    importance = channel_importance(teacher, [(codes, captions(4, 0, 7))]) if width == "importance" else None
+    done = transfer_weights(teacher, student, "even", width, importance)
+    assert set(done) == {name for name, _ in student.named_parameters()} and len(done) == len(set(done))
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value), name
+    assert torch.equal(student(codes, captions(4, 0, 7)), teacher(codes, captions(4, 0, 7)))
+
+
+def test_chosen_layers_are_the_teacher_without_the_others(codes):
+    teacher, student = build(0, n_layers=4), build(1, n_layers=2)
+    transfer_weights(teacher, student, [2, 4], None)
+    teacher.blocks = torch.nn.ModuleList([teacher.blocks[1], teacher.blocks[3]])
+    assert torch.equal(student(codes, captions(4, 0, 7)), teacher(codes, captions(4, 0, 7)))
+
+
+def test_without_layers_the_blocks_keep_their_start():
+    teacher, student, fresh = build(0), build(1), build(1)
+    done = transfer_weights(teacher, student, None, None)
+    assert not [name for name in done if name.startswith("blocks")]
+    for name, value in fresh.state_dict().items():
+        taken = teacher.state_dict()[name] if name in done else value
+        assert torch.equal(student.state_dict()[name], taken), name
+    assert {"embedding.weight", "heads.weight", "text.linear.weight", "norm.weight"} <= set(done)
+
+
+# --- slices ---------------------------------------------------------------------------------------------------------
+
+WIDER = {
+    "mamba1": {"layers": "mamba1", "d_state": 12},
+    "mamba2": {"layers": "mamba2", "d_state": 12},
+    "s4d": {"layers": "s4d", "expand": 1, "d_state": 12},
+    "attention": {"layers": "attention", "n_heads": 3},
+    "cross": {"layers": "mamba2", "conditioning": "cross_attention", "n_heads": 3},
+    "adaln": {"layers": "mamba2", "conditioning": "adaln"},
+}
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_a_slice_has_its_teachers_values_where_they_belong(name):
+    """By a second way: numbers that say which channel they belong to."""
+    narrow = {k: v for k, v in WIDER[name].items() if k not in ("n_heads", "d_state")}
+    teacher, student = build(0, d_model=24, **WIDER[name]), build(1, d_model=16, **narrow)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.shape[-1] == 24:
+                parameter.copy_(torch.arange(24.0).expand_as(parameter))  # the last axis is the model's width
+    importance = channel_importance(teacher, [(torch.zeros(1, K, 4).long(), captions(2))])
+    importance.model.copy_(torch.arange(24.0) % 3)  # channels 1, 2, 4, 5, ... are to be kept
+    transfer_weights(teacher, student, "even", "importance", importance)
+    kept = torch.tensor([channel for channel in range(24) if channel % 3], dtype=torch.float64)
+    for name, value in student.named_parameters():
+        if "out_proj" not in name and value.shape[-1] == 16 and teacher.get_parameter(name).shape[-1] == 24:
+            assert torch.equal(value, kept.expand_as(value)), name
+
+
+@pytest.mark.parametrize("layers", ["mamba2", "mamba1", "attention"])
+def test_dead_inner_channels_are_found_and_their_loss_changes_nothing(layers, codes):
+    """A teacher whose second half of heads, hidden units and inner channels is switched off, cut to the other half."""
+    wide = {"mlp_ratio": 4.0, "n_heads": 2}
+    teacher = build(0, layers=layers, **wide)
+    narrow = {"mlp_ratio": 2.0, "n_heads": 2}
+    student = build(1, layers=layers, **narrow)
+    text = captions(4, 0, 7)
+    with torch.no_grad():
+        for block in teacher.blocks:
+            mlp = block.branches[-1].inner
+            hidden = mlp[0].out_features
+            dead = torch.randperm(hidden)[: hidden // 2]
+            mlp[0].weight[dead], mlp[0].bias[dead] = 0, 0
+    importance = channel_importance(teacher, [(codes, text)])
+    transfer_weights(teacher, student, "even", "importance", importance)
+    assert_equal(student(codes, text), teacher(codes, text))
+    random_choice = build(2, layers=layers, **narrow)
+    transfer_weights(teacher, random_choice, "even", "first", importance)
+    assert (random_choice(codes, text) - teacher(codes, text)).abs().max() > 1e-3
+
+
+def test_dead_heads_and_states_of_mamba2_are_dropped_exactly(codes):
+    """Heads whose x and gate are 0, states that nothing writes or reads. The norm behind the heads then takes the mean
+    of half as many, which is made up for here."""
+    teacher, student = build(0, expand=4, d_state=16), build(1, expand=2, d_state=8)
+    text, mixers = captions(4, 0, 7), [block.branches[0].inner for block in teacher.blocks]
+    with torch.no_grad():
+        for m in mixers:
+            heads, states = torch.randperm(m.nheads)[: m.nheads // 2], torch.randperm(16)[:8]
+            rows = (heads[:, None] * m.headdim + torch.arange(m.headdim)).flatten()
+            m.in_proj.weight[rows], m.in_proj.weight[m.d_inner + rows], m.conv1d.bias[rows] = 0, 0, 0
+            for first in (2 * m.d_inner, 2 * m.d_inner + 16):
+                m.in_proj.weight[first + states], m.conv1d.bias[first - m.d_inner + states] = 0, 0
+    own = [block.branches[0].inner for block in student.blocks]
+    for m in (*mixers, *own):
+        m.norm.eps = 0.0
+    transfer_weights(teacher, student, "even", "importance", channel_importance(teacher, [(codes, text)]))
+    with torch.no_grad():
+        for m in own:
+            m.norm.weight.mul_(2**0.5)
+    assert_equal(student(codes, text), teacher(codes, text), 1e-9)
+
+
+# --- attention into Mamba-2 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("groups", "expand", "state"), [(4, 1, 4), (4, 2, 8), (2, 1, 4), (1, 2, 6)])
+def test_attention_starts_mamba2_as_linear_attention(groups, expand, state):
+    """Against masked linear attention in plain code, with the decay and the step that the mixer has."""
+    torch.manual_seed(0)
+    width, heads, size = 16, 4, 4
+    attention = Attention(width, n_heads=heads).double()
+    mamba = Mamba2(width, d_state=state, expand=expand, headdim=size, ngroups=groups).double()
+    done = attention_to_mamba2(attention, mamba, torch.arange(width))
+    assert {"in_proj.weight", "out_proj.weight"} <= set(done)
+    inputs = torch.randn(2, 7, width).double()
+    q, k, v = (getattr(attention, f"{n}_proj")(inputs).unflatten(-1, (heads, size)) for n in "qkv")  # [B, T, H, P]
+    q, k = (x.unflatten(2, (groups, -1)).mean(3).repeat_interleave(heads // groups, 2) for x in (q, k))
+    q, k, v = F.silu(q), F.silu(k), F.silu(v)  # which the mixer's convolution ends with
+    dt_rows = mamba.in_proj(inputs)[..., -mamba.nheads :]
+    per_group = mamba.nheads // groups
+    places = [g * per_group + h for g in range(groups) for h in range(heads // groups)]
+    dt = F.softplus(dt_rows + mamba.dt_bias)[..., places]
+    decay = -mamba.A_log.exp()[places] * dt  # [B, T, H]
+    expected = torch.zeros_like(v)
+    for t in range(7):
+        for s in range(t + 1):
+            weight = (q[:, t] * k[:, s]).sum(-1) * decay[:, s + 1 : t + 1].sum(1).exp() * dt[:, s]  # [B, H]
+            expected[:, t] += weight[..., None] * v[:, s]
+        expected[:, t] += mamba.D[places, None] * v[:, t]
+    seen = {}
+    handle = mamba.norm.register_forward_pre_hook(lambda module, given: seen.update(y=given[0]))
+    mamba(inputs)
+    handle.remove()
+    found = seen["y"].unflatten(-1, (mamba.nheads, size))
+    assert_equal(found[:, :, places], expected, 1e-9)
+    out = mamba.out_proj.weight.view(width, mamba.nheads, size)
+    assert torch.equal(out[:, places].flatten(1), attention.out_proj.weight)
+    silent = [head for head in range(mamba.nheads) if head not in places]
+    assert not found[:, :, silent].any() and not out[:, silent].any()
+
+
+def test_a_transformer_hands_its_blocks_to_mamba2(codes):
+    teacher = build(0, layers="attention", n_heads=4)
+    student = build(1, layers="mamba2", headdim=4, ngroups=4, d_state=8)
+    done = transfer_weights(teacher, student, "even", None)
+    assert "blocks.0.branches.0.inner.out_proj.weight" in done and "blocks.1.branches.1.inner.0.weight" in done
+    assert not [name for name in done if name.endswith(("A_log", "dt_bias", ".D"))]
+    assert torch.equal(student.blocks[1].branches[1].inner[3].weight, teacher.blocks[1].branches[1].inner[3].weight)
+    with pytest.raises(UserError, match=r"attention of 4 heads of 4 goes into a Mamba-2 with model.headdim=4"):
+        transfer_weights(teacher, build(1, layers="mamba2", headdim=8), "even", None)
+
+
+# --- what cannot be had ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "says"),
+    [
+        ({"n_codebooks": 2}, None, "model.n_codebooks=3"),
+        ({"codebook_size": 8}, None, "model.codebook_size=16"),
+        ({"text_dim": 5}, None, "model.text_dim=12"),
+        ({"d_model": 24}, "first", "24 wide, its teacher 16: weights are cut, not grown"),
+        ({"d_model": 8}, None, "set distill.transfer.width=importance"),
+        ({"d_model": 8}, "largest", "unknown distill.transfer.width 'largest'"),
+        ({"d_state": 16}, "first", "16 state where .* of its teacher has 8"),
+    ],
+)
+def test_students_that_cannot_take_it(changes, width, says):
+    with pytest.raises(UserError, match=says):
+        transfer_weights(build(0), build(1, **changes), "even", width)
+
+
+def test_mamba3_is_not_cut():
+    teacher, student = build(0, layers="mamba3"), build(1, layers="mamba3", d_model=8)
+    with pytest.raises(UserError, match="Mamba3, whose widths cannot be cut"):
+        transfer_weights(teacher, student, "even", "first")
