@@ -23,6 +23,7 @@ SMALLER = {
     "experiment=tiny ": ["experiment=debug", "train.steps=2", "train.eval_every=0"],
     "experiment=tiny_two_stage_sketch": TWO_STEPS,
     "experiment=tiny_two_stage_paint": TWO_STEPS,
+    "experiment=tinyttm_lm": TWO_STEPS,
     "experiment=tiny_codec": [
         "codec=debug", "codec.sample_rate=24000", "codec.hop_length=960", "codec.window=1920", "train.steps=2",
         "train.sample_every=0", "train.eval_every=0", "data.batch_size=2",

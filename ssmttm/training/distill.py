@@ -4,7 +4,7 @@ Shapes: b items of a micro-batch, K codebooks, S positions, V codes, n codes of 
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class DistillTask(LanguageModelTask):
         if config.losses.hidden:
             widths = config.model.d_model, self.teacher.model.config.d_model
             self.modules["projections"] = StreamProjections(len(self.blocks), *widths)
+        self.asks = bool(config.losses.kl or config.losses.hidden)
         self._observed: Tensor | None = None
         self._transfer()
 
@@ -74,12 +75,14 @@ class DistillTask(LanguageModelTask):
         given = self._given(batch, wishes)
         matching, hidden = step < self.settings.mixer_steps, "projections" in self.modules
         behind = range(1, len(self.blocks) + 1) if hidden else []
-        traced = traced_mixers(self.teacher.model, self.blocks) if matching else contextlib.nullcontext()
-        with traced as seen:
-            answer, of_teacher = self._asked(batch, given, self.blocks if hidden else [])
         said = players["model"](given.codes, batch["text"], streams_behind=behind, wishes=given.wishes)
         logits, streams = said if behind else (said, [])
-        named = self._code_losses(logits, given, counts) | {"kl": self._kl(logits, answer, given, counts)}
+        named = self._code_losses(logits, given, counts)
+        traced = traced_mixers(self.teacher.model, self.blocks) if matching else contextlib.nullcontext()
+        with traced as seen:
+            answer, of_teacher = self._asked(batch, given) if self.asks or matching else (None, [])
+        if self.config.losses.kl:
+            named["kl"] = self._kl(logits, answer, given, counts)
         if hidden:
             distances = players["projections"](streams, of_teacher)  # [b, S]
             named["hidden"] = (distances * given.real.float().mean(1)).sum() / counts[:-1].mean()
@@ -105,7 +108,7 @@ class DistillTask(LanguageModelTask):
     def work(self, batch: Batch) -> tuple[float, float, float]:
         """As of a language model; the teacher has no backward pass, so its FLOPs count a third."""
         codes, seconds, flops = super().work(batch)
-        if self.cached is None:
+        if self.asks and self.cached is None:
             length, items = self.pattern.sequence_length(batch["codes"].shape[-1]), len(batch["ids"])
             flops += items * self.teacher.flops(length, batch["text"].mask.shape[1]) / 3
         return codes, seconds, flops
@@ -121,13 +124,14 @@ class DistillTask(LanguageModelTask):
         given = self._given(batch, self.wishes.of(batch))
         return target(self.teacher(given.codes, batch["text"], given.wishes)[0], self.settings.temperature, k)
 
-    def _asked(self, batch: Batch, given: Given, blocks: Sequence[int]) -> tuple[Target, list[Tensor]]:
-        """The teacher's distributions, from the cache if there is one, and its streams behind these blocks."""
+    def _asked(self, batch: Batch, given: Given) -> tuple[Target, list[Tensor]]:
+        """The teacher's distributions, from the cache if there is one, and its streams behind the mapped blocks, if any
+        are learnt from."""
         if self.cached is not None:
             return Target(*(None if p is None else p.to(given.codes.device) for p in self.cached(batch["ids"]))), []
-        distinct = sorted(set(blocks))
-        logits, streams = self.teacher(given.codes, batch["text"], given.wishes, distinct)
-        return target(logits, self.settings.temperature), [streams[distinct.index(number)] for number in blocks]
+        blocks = self.blocks if "projections" in self.modules else []
+        logits, streams = self.teacher(given.codes, batch["text"], given.wishes, blocks)
+        return target(logits, self.settings.temperature), streams
 
     def _kl(self, logits: Tensor, answer: Target, given: Given, counts: Tensor) -> Tensor:
         """The divergence, times the temperature's square: so its gradient keeps its size (arXiv 1503.02531)."""
