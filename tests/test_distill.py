@@ -152,10 +152,10 @@ def test_mixers_are_fed_with_the_teachers_streams(config_of):
 
 def test_a_transformer_teaches_a_state_space_student(store, root, config_of, tmp_path):
     attention = ("model.layers=attention", "model.n_heads=4", "model.d_model=16", "model.n_layers=2", "train.steps=20")
-    lehrer = loop.train(lm_config(store, root / "transformer", *WIDE, *attention))
+    transformer = loop.train(lm_config(store, root / "transformer", *WIDE, *attention))
     told = ("losses.hidden=1", "distill.mixer_steps=8", "distill.hidden_steps=4", "train.steps=16")
     shape = ("model.headdim=4", "model.ngroups=4", "model.d_state=4", "distill.transfer.layers=even")
-    run = loop.train(config_of(*told, *shape, f"teacher={lehrer}"))
+    run = loop.train(config_of(*told, *shape, f"teacher={transformer}"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     mixer = [row["mixer"] for row in rows if "mixer" in row]
     assert len(mixer) == 8 and mixer[-1] < mixer[0]

@@ -87,6 +87,17 @@ def test_chosen_layers_are_the_teacher_without_the_others(codes):
     assert torch.equal(student(codes, captions(4, 0, 7)), teacher(codes, captions(4, 0, 7)))
 
 
+def test_branches_go_to_those_of_the_same_purpose():
+    """A teacher that looks at the text between mixer and MLP, a student that has the text in front."""
+    teacher, student = build(0, conditioning="cross_attention"), build(1)
+    done = transfer_weights(teacher, student, "even", None)
+    assert {name for name, _ in student.named_parameters()} == set(done)
+    for own, theirs in [("0.inner.in_proj", "0.inner.in_proj"), ("1.inner.0", "2.inner.0"), ("1.norm", "2.norm")]:
+        pair = (student, own), (teacher, theirs)
+        found, wanted = (model.get_parameter(f"blocks.1.branches.{name}.weight") for model, name in pair)
+        assert torch.equal(found, wanted)
+
+
 def test_without_layers_the_blocks_keep_their_start():
     teacher, student, fresh = build(0), build(1), build(1)
     done = transfer_weights(teacher, student, None, None)
@@ -232,6 +243,8 @@ def test_a_transformer_hands_its_blocks_to_mamba2(codes):
         ({"text_dim": 5}, None, "model.text_dim=12"),
         ({"d_model": 24}, "first", "24 wide, its teacher 16: weights are cut, not grown"),
         ({"d_model": 8}, None, "set distill.transfer.width=importance"),
+        ({"d_state": 4}, None, "blocks.0.branches.0 is of other widths"),
+        ({"mlp_ratio": 1.0}, None, "blocks.0.branches.1 is of other widths"),
         ({"d_model": 8}, "largest", "unknown distill.transfer.width 'largest'"),
         ({"d_state": 16}, "first", "16 state where .* of its teacher has 8"),
     ],

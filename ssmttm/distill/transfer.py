@@ -98,19 +98,20 @@ def transfer_weights(
             f"the student is {wants} wide, its teacher {has}: " + ("weights are cut, not grown" if wants > has else
             "set distill.transfer.width=importance")
         )  # fmt: skip
+    if width == "importance" and importance is None:
+        raise ValueError("width='importance' needs the teacher's `channel_importance`")
     energies = importance if width == "importance" else None
     kept = most(None if energies is None else energies.model, has, wants)  # [D of the student]
     done = _transfer_ends(teacher, student, kept)
-    if layers is not None:
-        numbers = layer_map(layers, student.config.n_layers, teacher.config.n_layers)
-        for index, number in enumerate(numbers):
-            pair = teacher.blocks[number - 1], student.blocks[index]
-            for (kind, theirs), (own, ours) in zip(*(_branches(block) for block in pair), strict=False):
-                if kind == own:
-                    prefix = f"blocks.{index}.branches.{list(pair[1].branches).index(ours)}"
-                    source = f"blocks.{number - 1}.branches.{list(pair[0].branches).index(theirs)}.inner"
-                    energy = None if energies is None else energies.layers.get(source)
-                    done += [f"{prefix}.{name}" for name in _transfer_branch(theirs, ours, kept, energy, source)]
+    numbers = [] if layers is None else layer_map(layers, student.config.n_layers, teacher.config.n_layers)
+    for index, number in enumerate(numbers):
+        for i, j in _alike(teacher.blocks[number - 1], student.blocks[index]):
+            source, place = f"blocks.{number - 1}.branches.{i}", f"blocks.{index}.branches.{j}"
+            theirs, ours = teacher.get_submodule(source), student.get_submodule(place)
+            if width is None:
+                _check_same_widths(theirs.inner, ours.inner, place)
+            energy = None if energies is None else energies.layers.get(f"{source}.inner")
+            done += [f"{place}.{name}" for name in _transfer_branch(theirs, ours, kept, energy, source)]
     return done
 
 
@@ -119,9 +120,21 @@ def _layers(model: TokenLM) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module) in AXES}
 
 
-def _branches(block: nn.Module) -> list[tuple[str, Branch]]:
-    """A block's branches, each with what it is for."""
-    return [("mixer" if b.is_mixer else "text" if b.sees_text else "mlp", b) for b in block.branches]
+def _alike(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+    """Which branches of two blocks are for the same: first mixer to first mixer, the looks at the text, the MLPs."""
+
+    def numbers(block: nn.Module, kind: str) -> list[int]:
+        kinds = ["mixer" if b.is_mixer else "text" if b.sees_text else "mlp" for b in block.branches]
+        return [index for index, own in enumerate(kinds) if own == kind]
+
+    pairs = (zip(numbers(teacher, k), numbers(student, k), strict=False) for k in ("mixer", "text", "mlp"))
+    return [pair for of_kind in pairs for pair in of_kind]
+
+
+def _check_same_widths(teacher: nn.Module, student: nn.Module, place: str) -> None:
+    """Raises UserError where a layer of the teacher's kind has other widths."""
+    if type(teacher) is type(student) and not _same_shapes(teacher, student):
+        raise UserError(f"{place} is of other widths than its teacher's layer: set distill.transfer.width=importance")
 
 
 def _put(ours: nn.Module, name: str, value: Tensor) -> str:
