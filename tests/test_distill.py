@@ -134,8 +134,10 @@ def test_mixers_first_then_streams_then_all(config_of):
     assert "heads.weight" in moved
 
 
-def test_mixers_are_fed_with_the_teachers_streams(config_of):
-    task = DistillTask(config_of(*twin("distill.mixer_steps=1", "distill.layer_map=[2,2,3,4]")))
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_mixers_are_fed_with_the_teachers_streams(guidance, config_of):
+    told = ("distill.mixer_steps=1", "distill.layer_map=[2,2,3,4]", f"distill.guidance_scale={guidance}")
+    task = DistillTask(config_of(*twin(*told)))
     batch = task.loader("train", 4, 0, 1).batch(0)
     given = task._given(batch, task.wishes.of(batch))
     with traced_mixers(task.teacher.model, task.blocks) as seen:

@@ -43,15 +43,15 @@ class Teacher:
         size = self.model.config.codebook_size
         wishes = wishes.heard_by(self.model.config)
         model = self.model.to(codes.device)
-        said = model(codes, text, streams_behind, wishes)
-        logits, streams = said if streams_behind else (said, [])
-        logits = logits[..., :size]
+        without = None
         if self.guidance_scale != 1:
             rows = self.null_text.to(codes.device)
             null = TextCondition(*(part.expand(len(codes), *part.shape[1:]) for part in rows))
             without = model(codes, null, wishes=wishes)[..., :size]
-            logits = without + self.guidance_scale * (logits - without)
-        return logits, streams
+        said = model(codes, text, streams_behind, wishes)  # last: what listens to the teacher is to hear this
+        logits, streams = said if streams_behind else (said, [])
+        logits = logits[..., :size]
+        return logits if without is None else without + self.guidance_scale * (logits - without), streams
 
     def flops(self, n_positions: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one sequence."""
