@@ -22,6 +22,7 @@ examples:
   python train.py experiment=tiny_codec data.store=STORE              the codec
   python train.py experiment=tiny_two_stage_sketch data.store=STORE   two stages: the first codebook, and then
   python train.py experiment=tiny_two_stage_paint data.store=STORE    all others by latent diffusion
+  python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE   a small student of a large model
   the same command again                                              goes on from the newest good checkpoint
 
 main keys (all of them: configs/config.yaml and the files of its groups):
