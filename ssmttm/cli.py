@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache.set_defaults(run=run_cache_teacher)
 
     add_importers(commands)
+    add_deployment(commands)
     evaluation.add_commands(commands)
     sweeps.add_commands(commands)
     listening.add_commands(commands)
@@ -88,6 +89,26 @@ def add_importers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     musicgen.set_defaults(run=run_import_musicgen)
     released.set_defaults(run=run_import_released)
     back.set_defaults(run=run_export_musicgen)
+
+
+def add_deployment(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """quantise MODEL OUT."""
+    int8 = commands.add_parser(
+        "quantise",
+        help="write a model with int8 weights: smaller files, quicker steps on a CPU",
+        epilog="example: ssmttm quantise exported/my-model exported/my-model-int8",
+    )
+    int8.set_defaults(run=run_quantise)
+    for command in (int8,):
+        command.add_argument("model", metavar="MODEL", help="an exported folder, tiny_lm, or a hub id")
+        command.add_argument("out", type=Path, metavar="OUT", help="the folder to write, a new one")
+
+
+def run_quantise(arguments: argparse.Namespace) -> None:
+    """Write a model with int8 weights."""
+    from ssmttm.generation.quantised import export_int8
+
+    print(export_int8(arguments.model, arguments.out))
 
 
 def run_import_musicgen(arguments: argparse.Namespace) -> None:

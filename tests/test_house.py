@@ -28,7 +28,8 @@ ALLOWED = {
     "models": {"errors", "ops", "mixers", "models", "text"},
     "diffusion": {"errors", "models", "text", "diffusion"},
     "generation": {
-        "errors", "files", "models", "patterns", "codecs", "text", "checkpoint", "audio", "diffusion", "generation",
+        "errors", "files", "ops", "models", "patterns", "codecs", "text", "checkpoint", "audio", "diffusion",
+        "generation",
     },
     "distill": {"errors", "files", "data", "text", "mixers", "models", "ops", "generation", "distill"},
     "training": {

@@ -13,6 +13,7 @@ from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.errors import UserError
 from ssmttm.models import LatentDenoiser, TokenLM, build_model
+from ssmttm.ops.int8 import quantise
 from ssmttm.text.encoders import TextEncoder
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -139,12 +140,17 @@ def load_denoiser(folder: ModelFolder) -> LatentDenoiser:
 
 
 def load_model(folder: ModelFolder) -> TokenLM | LatentDenoiser:
-    """Build the model of the folder's config and fill it, in eval mode.
+    """Build the model of the folder's config and fill it, in eval mode; with int8 weights where the card says so.
 
     Raises:
-        UserError: the weights cannot be read or belong to another model.
+        UserError: the weights cannot be read, belong to another model or are kept in a way that is not known here.
     """
     model = build_model(folder.config.model)
+    kept_as = folder.card.get("weights")
+    if kept_as == "int8":
+        quantise(model)
+    elif kept_as is not None:
+        raise UserError(f"the weights of {folder.path} are {kept_as!r}, int8 is known: a newer ssmttm may read them")
     checkpoint.fill(model, checkpoint.load_weights(folder.path, ema=True), folder.weights_file)
     return model.eval()
 
