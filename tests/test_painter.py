@@ -401,7 +401,7 @@ def test_an_export_of_two_stages_is_each_of_its_exports(pipe, exported, sketcher
     facts = pipe.facts["painter"]
     assert (facts["sampler"], facts["steps"], facts["guidance_scale"], facts["sketch_scale"]) == ("euler", 3, 2, 3)
     assert pipe.facts["training_data_licences"] == {"CC0-1.0": 24}
-    assert pipe.painter.settings == PaintSettings(SamplerSettings("flow", None, 3), 2, 1, 16, 3)
+    assert pipe.painter.settings == PaintSettings(SamplerSettings("flow", None, 3), 2, 3, 16, 3)
     with pytest.raises(UserError, match=r"one stage|language model"):
         export_two_stages(sketcher, sketcher, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
