@@ -252,6 +252,9 @@ def test_caches_that_do_not_fit(config_of, teacher, store, root, tmp_path):
     ]:
         with pytest.raises(UserError, match=says):
             DistillTask(config_of(*told, change))
+    hearing = loop.train(lm_config(store, tmp_path / "hearing", *WIDE, "model.tempo=true", "train.steps=1"))
+    with pytest.raises(UserError, match="whose melody or tempo is withheld"):
+        DistillTask(config_of(*told, f"teacher={hearing}"))
     with pytest.raises(UserError, match="holds a cache already"):
         cache_teacher(config_of(*asked), tmp_path / "cache", 4)
 

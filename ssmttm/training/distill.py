@@ -59,6 +59,8 @@ class DistillTask(LanguageModelTask):
         self.blocks = layer_map(settings.layer_map, config.model.n_layers, self.teacher.model.config.n_layers)
         if settings.mixer_steps:
             check_mixers(self.model, self.teacher.model)
+        if settings.cache and (self.teacher.model.config.chroma or self.teacher.model.config.tempo):
+            raise UserError("a cached answer does not know whose melody or tempo is withheld: set distill.cache=null")
         self.cached = CachedAnswers(settings.cache, cache_facts(config, self)) if settings.cache else None
         weights = {name: config.losses[name] for name in LOSSES if config.losses[name]}
         self.modules["weighting"] = LossWeighting(settings.weighting, weights)
