@@ -11,6 +11,7 @@ from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM, TokenLMConfig
 
+HEARING = {"chroma": True, "tempo": True}
 MIXERS = {"mamba1": {}, "mamba2": {"ngroups": 2}, "mamba3": {}, "s4d": {"expand": 1}, "s4d wide": {}, "attention": {}}
 
 
@@ -67,10 +68,10 @@ def test_maps_that_make_no_sense(kind, says):
 # --- equal shapes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *MIXERS])
+@pytest.mark.parametrize("variant", [*VARIANTS, *MIXERS, "hearing"])
 @pytest.mark.parametrize("width", [None, "first", "importance"])
 def test_equal_shapes_are_the_teacher_to_the_bit(variant, width, codes):
-    changes = VARIANTS[variant] if variant in VARIANTS else mixer(variant)
+    changes = VARIANTS[variant] if variant in VARIANTS else mixer(variant) if variant in MIXERS else HEARING
     teacher, student = build(0, **changes), build(1, **changes)
     importance = channel_importance(teacher, [(codes, captions(4, 0, 7))]) if width == "importance" else None
     done = transfer_weights(teacher, student, "even", width, importance)
@@ -136,6 +137,15 @@ def test_a_slice_has_its_teachers_values_where_they_belong(name):
     for name, value in student.named_parameters():
         if "out_proj" not in name and value.shape[-1] == 16 and teacher.get_parameter(name).shape[-1] == 24:
             assert torch.equal(value, kept.expand_as(value)), name
+
+
+def test_a_narrower_student_hears_melodies_as_its_teacher_and_learns_tempi_anew():
+    """The map of pitch classes is cut; the network of a tempo stands on sinusoids of its own width."""
+    teacher, student = build(0, d_model=24, **HEARING), build(1, d_model=16, **HEARING)
+    fresh = build(1, d_model=16, **HEARING)
+    done = transfer_weights(teacher, student, None, "first")
+    assert torch.equal(student.chroma.linear.weight, teacher.chroma.linear.weight[:16]) and "chroma.null" in done
+    assert torch.equal(student.tempo.null, fresh.tempo.null) and not [name for name in done if "tempo" in name]
 
 
 @pytest.mark.parametrize("layers", ["mamba2", "mamba1", "attention"])

@@ -143,21 +143,23 @@ def _put(ours: nn.Module, name: str, value: Tensor) -> str:
 
 
 def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str]:
-    """Embedding, text projection, wishes, last norm and heads."""
+    """Embedding, text projection, last norm, heads, and what tells of a melody and a tempo."""
     codes = torch.arange(min(teacher.n_logits, student.n_logits))
     n_codebooks = student.config.n_codebooks
     ours, theirs = (m.heads.weight.view(n_codebooks, m.n_logits, -1) for m in (student, teacher))
     ours[:, codes] = theirs[:, codes][..., kept]
     student.embedding.weight.copy_(teacher.embedding.weight[:, kept])
     done = ["embedding.weight", "heads.weight"]
-    pairs = [("text", student.text, teacher.text), ("norm", student.norm, teacher.norm)]
-    pairs += [("chroma", student.chroma, teacher.chroma)]
-    for place, ours_part, theirs_part in pairs:
-        if ours_part is None or theirs_part is None or type(ours_part) is not type(theirs_part):
+    places = ["text", "norm", "chroma"]
+    if len(kept) == teacher.config.d_model:
+        places.append("tempo")  # whose sinusoids depend on the width
+    for place in places:
+        own, source = getattr(student, place), getattr(teacher, place)
+        if own is None or type(own) is not type(source):
             continue
-        for name, value in theirs_part.named_parameters():
-            if name in dict(ours_part.named_parameters()):
-                done.append(f"{place}.{_put(ours_part, name, value[kept])}")
+        for name, value in source.named_parameters():
+            if name in dict(own.named_parameters()):
+                done.append(f"{place}.{_put(own, name, value[kept])}")
     return done
 
 
