@@ -67,6 +67,7 @@ class DistillTask(LanguageModelTask):
         if config.losses.hidden:
             widths = config.model.d_model, self.teacher.model.config.d_model
             self.modules["projections"] = StreamProjections(len(self.blocks), *widths)
+        self.transferred: list[str] = []
         self.asks = bool(config.losses.kl or config.losses.hidden)
         self._observed: Tensor | None = None
         self._transfer()
@@ -116,10 +117,10 @@ class DistillTask(LanguageModelTask):
         return codes, seconds, flops
 
     def facts(self) -> dict[str, Any]:
-        """With the teacher, the licences of whose data are the student's too."""
+        """With the teacher, the licences of whose data are the student's too, and how many parameters came from it."""
         facts = super().facts()
         licences = facts["licences"] | (self.teacher.folder.licences or {})
-        return facts | {"licences": licences, "teacher": self.teacher.facts()}
+        return facts | {"licences": licences, "teacher": self.teacher.facts() | {"transferred": len(self.transferred)}}
 
     def ask(self, batch: Batch, k: int | None) -> Target:
         """The teacher's distributions for a batch, [b, K, S, n], at the temperature of the settings."""
