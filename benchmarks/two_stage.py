@@ -3,11 +3,13 @@
     ssmttm sweep sweep=two_stage_tiny store=STORE && ssmttm sweep sweep=denoisers_tiny store=STORE
     python -m benchmarks.two_stage compare STORE runs/sweeps/two_stage_tiny
     python -m benchmarks.two_stage samplers STORE runs/sweeps/denoisers_tiny
+    python -m benchmarks.two_stage guidance STORE RUN [RUN ...]
     python -m benchmarks.two_stage melody STORE tiny_two_stage
     python -m benchmarks.two_stage length
 
 Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one; all music
-is held out. Shapes: n prompts, K codebooks, T frames.
+is held out: the test split, and for `guidance`, by which settings are chosen, the validation split. Shapes: n prompts,
+K codebooks, T frames.
 """
 
 import argparse
@@ -56,10 +58,10 @@ TITLES = ["mel distance", "FAD", "KAD", "family heard", "tempo class heard", "mo
 class Judge:
     """Held-out captions with their true codes and audio, and what the measures say of other codes for them."""
 
-    def __init__(self, path: str, n: int) -> None:
+    def __init__(self, path: str, n: int, split: str = "test") -> None:
         self.store, self.codec = open_store(path), load_codec("tiny")
         self.store.require_codec(self.codec)
-        self.prompts = balanced_prompts(self.store, n, seed=0)
+        self.prompts = balanced_prompts(self.store, n, seed=0, split=split)
         rows = [prompt.row for prompt in self.prompts]
         self.codes = torch.stack([torch.from_numpy(self.store.codes(row)[:, :FRAMES].astype(np.int64)) for row in rows])
         self.true = torch.stack([self._audio(row) for row in rows])  # [n, S]
@@ -155,16 +157,33 @@ def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
             for steps in arguments.steps:
                 settings = SamplerSettings(objective, sampler, steps)
                 painter.settings = replace(painter.settings, sampler=settings)
-                begun = time.perf_counter()
-                codes = painter.paint(judge.codes[:, :1], Brief(text, null, list(range(len(judge.prompts)))))
-                piece = (time.perf_counter() - begun) / len(codes) * 10 / (FRAMES / judge.codec.frame_rate)
-                figures = judge.figures(codes)
+                brief = Brief(text, null, list(range(len(judge.prompts))))
+                figures = judge.figures(painter.paint(judge.codes[:, :1], brief))
+                piece = seconds_a_piece(painter, judge.codes[:1, :1], brief.rows(slice(1)))
                 found.append({"network": network, "objective": objective, "sampler": sampler, "steps": steps,
                               "evaluations": settings.evaluations, "seconds": piece, **figures})  # fmt: skip
                 cells = [network, objective, sampler, str(steps), str(settings.evaluations), f"{piece:.2f}"]
                 rows.append([*cells, *(f"{figures[k]:.3f}" for k in FIGURES)])
                 print(" | ".join(rows[-1]), flush=True)
     return rows, {"prompts": len(judge.prompts), "threads": torch.get_num_threads(), "rows": found}
+
+
+def guidance(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
+    """True sketches of the validation split painted by each run at each scale, towards text and sketch alike."""
+    judge = Judge(arguments.store, arguments.prompts, split="valid")
+    text, null = judge.text()
+    rows, found = [["run", "scale", *TITLES]], []
+    for run in arguments.runs:
+        folder, painter = open_model_folder(run, task="diffusion"), load_painter(run, judge)
+        told = {"objective": folder.config.diffusion.objective, "step": int(folder.card["step"])}
+        for scale in arguments.scales:
+            painter.settings = replace(painter.settings, guidance_scale=scale, sketch_scale=scale)
+            codes = painter.paint(judge.codes[:, :1], Brief(text, null, list(range(len(judge.prompts)))))
+            found.append({**told, "scale": scale, **judge.figures(codes)})
+            cells = [f"{told['objective']}, {told['step']} steps", f"{scale:g}"]
+            rows.append([*cells, *(f"{found[-1][k]:.3f}" for k in FIGURES)])
+            print(" | ".join(rows[-1]), flush=True)
+    return rows, {"prompts": len(judge.prompts), "rows": found}
 
 
 def melody(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
@@ -224,13 +243,23 @@ def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
     return rows, {"milliseconds": found, "exponents": exponents}
 
 
+def seconds_a_piece(painter: Painter, sketch: Tensor, brief: Brief) -> float:
+    """Time to paint one sketch [1, 1, T], as of 10 s, the median of three."""
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        painter.paint(sketch, brief)
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times)) * 10 * painter.codec.frame_rate / sketch.shape[-1]
+
+
 def load_painter(run: Path, judge: Judge) -> Painter:
     """The painter of a run, its codec the judge's."""
     folder = open_model_folder(run, task="diffusion")
     return Painter(load_denoiser(folder), judge.codec, PaintSettings.of(folder.config))
 
 
-KINDS = {"compare": compare, "samplers": samplers, "melody": melody, "length": length}
+KINDS = {"compare": compare, "samplers": samplers, "guidance": guidance, "melody": melody, "length": length}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -244,6 +273,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind.add_argument("--prompts", type=int, default=96)
     kinds.choices["compare"].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     kinds.choices["samplers"].add_argument("--steps", type=int, nargs="+", default=[2, 4, 8, 16, 50, 100])
+    kind = kinds.add_parser("guidance")
+    kind.add_argument("store")
+    kind.add_argument("runs", nargs="+", type=Path)
+    kind.add_argument("--scales", type=float, nargs="+", default=[1, 2, 3, 4])
+    kind.add_argument("--prompts", type=int, default=48)
     kind = kinds.add_parser("melody")
     kind.add_argument("store")
     kind.add_argument("model")
