@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from small_stores import CODEBOOK_SIZE, TEXT_DIM, lm_config, small_codec, write_codes_store
 from test_resume import assert_same, everything, train_with_stops
 from test_sample_cli import WordEncoder
+from torch.distributions import Categorical, kl_divergence
 
 from ssmttm import checkpoint
 from ssmttm.distill.matching import traced_mixers
@@ -17,6 +18,7 @@ from ssmttm.errors import UserError
 from ssmttm.generation import pipeline
 from ssmttm.generation.loading import load_model, open_model_folder
 from ssmttm.models import TokenLM
+from ssmttm.models.wishes import Wishes
 from ssmttm.training import distill, loop
 from ssmttm.training.distill import DistillTask, cache_teacher
 from ssmttm.training.export import export
@@ -99,6 +101,86 @@ def test_a_student_learns_its_teachers_distribution(config_of):
         with torch.no_grad():
             near[name] = sum(losses_of(task, batch=n)["kl"].item() for n in range(5)) / 5
     assert near["kl"] < 0.8 * near["data"], near
+
+
+@pytest.mark.parametrize(("divergence", "temperature"), [("forward", 1.0), ("forward", 2.5), ("reverse", 0.5)])
+def test_the_kl_loss_is_that_of_softened_distributions_at_real_positions(divergence, temperature, config_of):
+    """Against torch.distributions, position by position; times the temperature's square (arXiv 1503.02531)."""
+    weights = [4, 3, 2, 1]
+    told = (f"distill.divergence={divergence}", f"distill.temperature={temperature}", "data.frames=24")
+    task = DistillTask(config_of(*told, f"train.codebook_weights={weights}"))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    assert not bool(batch["frame_mask"].all())
+    given = task._given(batch, task.wishes.of(batch))
+    with torch.no_grad():
+        student, teacher = (m(given.codes, batch["text"]) for m in (task.model, task.teacher.model))
+    q, p = (Categorical(logits=logits / temperature) for logits in (student, teacher))
+    each = kl_divergence(p, q) if divergence == "forward" else kl_divergence(q, p)  # [b, K, S]
+    by_codebook = [each[:, k][given.real[:, k]].mean().item() for k in range(4)]
+    expected = temperature**2 * sum(w * value for w, value in zip(weights, by_codebook, strict=True)) / sum(weights)
+    assert losses_of(task)["kl"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_padding_is_not_learnt_from(config_of):
+    """The same segments, whole, in a row of 20 frames and of 29."""
+    short, long = (losses_of(DistillTask(config_of("losses.hidden=1", f"data.frames={n}"))) for n in (20, 29))
+    for name in ("cross_entropy", "kl", "hidden", "distillation"):
+        torch.testing.assert_close(short[name], long[name], rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_micro_batches_add_up(config_of):
+    task = DistillTask(config_of("losses.hidden=1", "data.frames=24"))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    counts, whole = task.counts(batch), losses_of(task)
+    parts = [
+        {k: type(v)(*(t[rows] for t in v)) if k == "text" else v[rows] for k, v in batch.items()}
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    found = [task.losses(task.modules, part, counts, 0)["model"] for part in parts]
+    for name in ("cross_entropy", "kl", "hidden", "distillation"):
+        torch.testing.assert_close(found[0][name] + found[1][name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("predict", [(True, False), (False, True)], ids=["teacher", "student"])
+def test_a_logit_for_the_special_token_is_no_part_of_the_distribution(predict, store, config_of, tmp_path):
+    """Only one of them has it: their distributions of the codes are compared all the same."""
+    of_teacher, of_student = (f"model.predict_special={str(it).lower()}" for it in predict)
+    teacher = loop.train(lm_config(store, tmp_path / "special", *WIDE, of_teacher, "train.steps=2"))
+    task = DistillTask(config_of(*twin(f"teacher={teacher}", of_student, "distill.transfer.layers=even")))
+    assert losses_of(task)["kl"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_teachers_work_is_counted_a_third(config_of, tmp_path):
+    """It has no backward pass; guided it runs twice, and cached or unasked not at all."""
+    asked = ("data.fixed_crops=true",)
+    cache = cache_teacher(config_of(*asked), tmp_path / "cache", 4)
+    told = {"plain": (), "guided": ("distill.guidance_scale=3",), "cached": (*asked, f"distill.cache={cache}"),
+            "alone": ("losses.kl=0",)}  # fmt: skip
+    flops = {}
+    for name, overrides in told.items():
+        task = DistillTask(config_of(*overrides))
+        batch = task.loader("train", 4, 0, 1).batch(0)
+        flops[name] = task.work(batch)[2]
+    length = task.pattern.sequence_length(20)
+    tokens, of_null = batch["text"].mask.shape[1], task.teacher.null_text.mask.shape[1]
+    teacher, null = (4 * task.teacher.model.flops(length, n) / 3 for n in (tokens, of_null))
+    alone = 4 * task.model.flops(length, tokens)
+    assert flops["alone"] == flops["cached"] == alone
+    assert flops["plain"] == pytest.approx(alone + teacher)
+    assert flops["guided"] == pytest.approx(alone + teacher + null)
+
+
+@pytest.mark.parametrize("kind", ["tempo", "chroma"])
+def test_teacher_and_student_hear_the_same_wishes(kind, store, config_of, tmp_path):
+    """A twin of a teacher that hears has nothing to learn from it, whatever is wished for or withheld."""
+    told = (f"model.{kind}=true", f"data.{kind}_dropout=0.5")
+    teacher = loop.train(lm_config(store, tmp_path / "hearing", *WIDE, *told, "train.steps=30"))
+    task = DistillTask(config_of(*twin(*told, f"teacher={teacher}", "distill.transfer.layers=even")))
+    assert losses_of(task)["kl"].item() == pytest.approx(0, abs=1e-5)
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    given = task._given(batch, task.wishes.of(batch))
+    asked, unasked = (task.teacher(given.codes, batch["text"], wishes)[0] for wishes in (given.wishes, Wishes()))
+    assert not torch.allclose(asked, unasked, atol=1e-4)
 
 
 def test_temperature_and_kind_of_divergence_matter(config_of):
