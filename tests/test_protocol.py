@@ -29,6 +29,7 @@ class Model:
 
     def __init__(self, name="model", weights="a" * 64):
         self.facts, self.asked = {"model": {"name": name, "weights_sha256": weights}}, []
+        self.guidance_scale = 3.0
 
     def __call__(self, prompts, seeds, duration, **settings):
         self.asked += prompts
@@ -82,7 +83,7 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
         assert figure["low"] <= figure["high"] and figure["fingerprint"]["n"] == N
     facts = names["fad_tiny"]["fingerprint"]
     known = {"embedder", "weights", "sample_rate", "clip_seconds", "seed", "guidance_scale", "n_reference", "prompts"}
-    assert known <= facts.keys()
+    assert known <= facts.keys() and facts["guidance_scale"] == 3
     true = {figure["name"]: figure["value"] for figure in found["true_music"]}
     assert names["kl_tiny"]["value"] > 1 and true["clap_tiny"] > names["clap_tiny"]["value"] + 0.2
     assert names["fad_tiny"]["value"] > 3 * true["fad_tiny"]
@@ -100,7 +101,10 @@ def test_pieces_of_another_model_are_not_taken(benchmark, tmp_path, model):
     protocol.evaluate(settings(benchmark, tmp_path))
     with pytest.raises(UserError, match="guidance_scale differ"):
         protocol.evaluate(settings(benchmark, tmp_path, "guidance=5"))
-    model.facts = {"model": {"name": "model", "weights_sha256": "b" * 64}}
+    model.guidance_scale = 1.0  # a student with its teacher's guidance within
+    with pytest.raises(UserError, match="guidance_scale differ"):
+        protocol.evaluate(settings(benchmark, tmp_path))
+    model.guidance_scale, model.facts = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
     with pytest.raises(UserError, match="model differ"):
         protocol.evaluate(settings(benchmark, tmp_path))
 

@@ -74,12 +74,12 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     true, bad_true = readable(list(dict.fromkeys([*task.references, *paired])), protocol.seconds)
     references = [path for path in task.references if str(path) not in bad_true]
     _check(task, references, embedders, protocol.seconds)
-    decoding = _decoding(settings)
     if settings.audio:
         pieces, unmatched = match_audio(Path(settings.audio), task.prompts)
         facts = {"model": str(settings.audio), **_shared_settings(list(pieces.values()))}
     else:
         pipeline = MusicPipeline.from_pretrained(settings.checkpoint, painter=settings.painter)
+        decoding = _decoding(settings, pipeline)
         named = [(prompt.name, prompt.caption) for prompt in task.prompts]
         made = generate(pipeline, named, decoding, out / "audio", settings.batch)
         pieces, unmatched = dict(zip((name for name, _ in named), made, strict=True)), []
@@ -217,10 +217,15 @@ def _check(task: Task, references: Sequence[Path], embedders: Sequence[Embedder]
         raise UserError("no true audio can be read, and no embedder reads captions: give references=DIR, or tiny")
 
 
-def _decoding(settings: DictConfig) -> Decoding:
-    first = settings.seed * 1_000_003 % 2**31
-    seconds, guidance = float(settings.eval.seconds), float(settings.guidance)
-    return Decoding(seconds, guidance, float(settings.temperature), settings.top_k, float(settings.top_p), first)
+def _decoding(settings: DictConfig, pipeline: MusicPipeline) -> Decoding:
+    return Decoding(
+        duration=float(settings.eval.seconds),
+        guidance_scale=pipeline.guidance_scale if settings.guidance is None else float(settings.guidance),
+        temperature=float(settings.temperature),
+        top_k=settings.top_k,
+        top_p=float(settings.top_p),
+        first_seed=settings.seed * 1_000_003 % 2**31,
+    )
 
 
 def _clips(task: Task, pieces: Mapping[str, Path], references: set[Path]) -> list[Clip]:
