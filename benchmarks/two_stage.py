@@ -26,18 +26,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment, paired
-from ssmttm import MusicPipeline, audio, config
-from ssmttm.codecs import load_codec
-from ssmttm.codecs.losses import spectral_distances
+from ssmttm import MusicPipeline, config
 from ssmttm.codecs.quality import chroma_similarity, frame_chroma
-from ssmttm.data import open_store
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings
-from ssmttm.evaluation import frechet_distance, kernel_distance
-from ssmttm.evaluation.detectors import Detectors
-from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.figures import markdown
-from ssmttm.evaluation.prompts import balanced_prompts
 from ssmttm.generation.engine import generate
 from ssmttm.generation.loading import load_denoiser, open_model_folder
 from ssmttm.generation.painter import Brief, Painter, PaintSettings
@@ -49,61 +43,8 @@ from ssmttm.sweeps.report import interval
 from ssmttm.text.condition import TextCondition
 
 RESULTS = Path(__file__).parent / "results"
-FRAMES = 200  # 8 s, what the models were trained on
-ATTRIBUTES = ("family", "tempo_class", "mode")
 FIGURES = ("mel", "fad", "kad", *ATTRIBUTES)
 TITLES = ["mel distance", "FAD", "KAD", "family heard", "tempo class heard", "mode heard"]
-
-
-class Judge:
-    """Held-out captions with their true codes and audio, and what the measures say of other codes for them."""
-
-    def __init__(self, path: str, n: int, split: str = "test") -> None:
-        self.store, self.codec = open_store(path), load_codec("tiny")
-        self.store.require_codec(self.codec)
-        self.prompts = balanced_prompts(self.store, n, seed=0, split=split)
-        rows = [prompt.row for prompt in self.prompts]
-        self.codes = torch.stack([torch.from_numpy(self.store.codes(row)[:, :FRAMES].astype(np.int64)) for row in rows])
-        self.true = torch.stack([self._audio(row) for row in rows])  # [n, S]
-        self.embedder, self.detectors = load_embedder("tiny"), Detectors.from_pretrained()
-        others = np.concatenate([self.store.indices("valid"), self.store.indices("test")])
-        music = torch.stack([self._audio(int(row)) for row in others if row not in rows])
-        self.reference = self._embedded(music)
-
-    def text(self) -> tuple[TextCondition, TextCondition]:
-        """The captions, and the empty one."""
-        captions = [*(prompt.caption for prompt in self.prompts), ""]
-        rows = [torch.from_numpy(self.store.text(caption).astype(np.float32)) for caption in captions]
-        return TextCondition.stack(rows[:-1]), TextCondition.stack(rows[-1:])
-
-    def figures(self, codes: Tensor) -> dict[str, float]:
-        """Of codes [n, K, T]; K may be fewer than the codec's."""
-        whole = self.codec.n_codebooks
-        self.codec.keep_codebooks(codes.shape[1])
-        wav = torch.cat([self.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : self.true.shape[1]]
-        self.codec.keep_codebooks(whole)
-        return self.heard(wav) | {"mel": spectral_distances(wav, self.true, self.codec.sample_rate)["mel"].item()}
-
-    def heard(self, wav: Tensor) -> dict[str, float]:
-        """FAD and KAD with the tiny embedder; the share of prompts whose attributes are heard. wav [n, S]."""
-        heard = [found for part in wav.split(8) for found in self.detectors.detect(part, self.codec.sample_rate)]
-        pairs = list(zip(heard, self.prompts, strict=True))
-        shares = {
-            name: float(np.mean([getattr(found, name) == prompt.expected[name] for found, prompt in pairs]))
-            for name in ATTRIBUTES
-        }
-        found = self._embedded(wav)
-        distances = {"fad": frechet_distance(found, self.reference), "kad": kernel_distance(found, self.reference)}
-        return {**distances, **shares}
-
-    def _audio(self, row: int) -> Tensor:
-        """[S]."""
-        return audio.read(self.store.audio_path(row), self.codec.sample_rate)[0][0, : FRAMES * self.codec.hop_length]
-
-    def _embedded(self, wav: Tensor) -> Tensor:
-        wav = audio.resample(wav, self.codec.sample_rate, self.embedder.sample_rate)
-        with torch.inference_mode():
-            return torch.cat([self.embedder.embed(part) for part in wav.split(8)]).flatten(0, 1).double()
 
 
 def compare(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
