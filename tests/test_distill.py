@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from processes import train_in_two_processes
 from small_stores import CODEBOOK_SIZE, TEXT_DIM, lm_config, small_codec, write_codes_store
 from test_resume import assert_same, everything, train_with_stops
 from test_sample_cli import WordEncoder
@@ -243,6 +244,22 @@ def test_a_transformer_teaches_a_state_space_student(store, root, config_of, tmp
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     mixer = [row["mixer"] for row in rows if "mixer" in row]
     assert len(mixer) == 8 and mixer[-1] < mixer[0]
+
+
+@pytest.mark.parametrize("weighting", ["gradient", "uncertainty"])
+def test_two_processes_learn_as_one(weighting, config_of, tmp_path):
+    """With a guided teacher, micro-batches, and each phase in turn."""
+    told = ("losses.hidden=0.5", "distill.guidance_scale=2", f"distill.weighting={weighting}", "train.steps=5")
+    phases = ("distill.mixer_steps=1", "distill.hidden_steps=1", "train.micro_batch_size=1", "train.eval_every=0")
+    one = config_of(*twin(*told, *phases), name="one")
+    loop.train(one)
+    train_in_two_processes(one, tmp_path / "two")
+
+    def figures(run):
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [[row["loss"], row["grad_norm"], row["weight_kl"]] for row in rows if "loss" in row]
+
+    torch.testing.assert_close(torch.tensor(figures("two")), torch.tensor(figures("one")), rtol=1e-3, atol=1e-4)
 
 
 # --- weighting ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from processes import train_in_two_processes
 from small_stores import CODEBOOK_SIZE, N_CODEBOOKS, codec_config, lm_config, write_audio_store, write_codes_store
 from torch import nn
 from torch.nn import functional as F
@@ -93,37 +94,12 @@ def test_two_processes_give_the_losses_of_one(codes_store, tmp_path):
     overrides = ("train.steps=4", "data.batch_size=6", "train.eval_every=2", "train.micro_batch_size=2", *TAGS)
     one = lm_config(codes_store, tmp_path / "one", *overrides)
     loop.train(one)
-    two = OmegaConf.merge(one, {"run_dir": str(tmp_path / "two")})
-    settings = [f"{key}={value}" for key, value in flat(two).items()]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(
-        [*command, "--main_process_port", "0", "train.py", "experiment=debug", *settings],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "2 x cpu" in ran.stdout
+    train_in_two_processes(one, tmp_path / "two")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
     for figure in ("grad_norm", "valid/loss"):
         both = [[row[figure] for row in rows(tmp_path / run) if figure in row] for run in ("one", "two")]
         np.testing.assert_allclose(*both, atol=1e-5)
     assert len(checkpoint.read_document(checkpoint.latest_good(tmp_path / "two"), "rng")) == 2
-
-
-def flat(settings):
-    """What a command line must say to get these settings."""
-    plain = config.load("experiment=debug")
-    found = {}
-
-    def walk(node, other, prefix):
-        for key in node:
-            if OmegaConf.is_dict(node[key]):
-                walk(node[key], other[key], f"{prefix}{key}.")
-            elif node[key] != other[key]:
-                found[f"{prefix}{key}"] = node[key]
-
-    walk(settings, plain, "")
-    return found
 
 
 def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path, monkeypatch):

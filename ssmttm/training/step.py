@@ -29,8 +29,9 @@ class Player:
         self._accelerator = accelerator
 
     def wrap(self) -> None:
-        """Autocast and DDP around the module; call it once the weights are loaded."""
-        self.wrapped = self._accelerator.prepare_model(self.module)
+        """Autocast and DDP around the module, unless it has nothing to train; call it once the weights are loaded."""
+        if any(parameter.requires_grad for parameter in self.module.parameters()):
+            self.wrapped = self._accelerator.prepare_model(self.module)
 
     @property
     def has_gradients(self) -> bool:

@@ -1,0 +1,42 @@
+"""A training in two processes on the CPU, as on two devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ssmttm import config
+
+ROOT = Path(__file__).parents[1]
+
+
+def train_in_two_processes(settings: DictConfig, run_dir: Path) -> None:
+    """The same training into another run folder."""
+    settings = OmegaConf.merge(settings, {"run_dir": str(run_dir)})
+    told = [f"{key}={'null' if value is None else value}" for key, value in flat(settings).items()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run(
+        [*command, "--main_process_port", "0", "train.py", "experiment=debug", *told],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    assert "2 x cpu" in ran.stdout
+
+
+def flat(settings: DictConfig) -> dict[str, object]:
+    """What a command line must say to get these settings."""
+    plain = config.load("experiment=debug")
+    found = {}
+
+    def walk(node: DictConfig, other: DictConfig, prefix: str) -> None:
+        for key in node:
+            if OmegaConf.is_dict(node[key]):
+                walk(node[key], other[key], f"{prefix}{key}.")
+            elif node[key] != other[key]:
+                found[f"{prefix}{key}"] = node[key]
+
+    walk(settings, plain, "")
+    return found
