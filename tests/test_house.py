@@ -31,7 +31,7 @@ ALLOWED = {
         "errors", "files", "ops", "models", "patterns", "codecs", "text", "checkpoint", "audio", "diffusion",
         "generation",
     },
-    "distill": {"errors", "files", "data", "text", "mixers", "models", "ops", "generation", "distill"},
+    "distill": {"errors", "files", "codecs", "data", "text", "mixers", "models", "ops", "generation", "distill"},
     "training": {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
         "diffusion", "generation", "distill", "training", "signals",

@@ -5,21 +5,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssmttm.codecs import student, tiny
 from ssmttm.codecs.base import Codec, CodecOutput
-from ssmttm.codecs.tiny import MODEL_TYPE, TinyCodec, TinyCodecConfig
+from ssmttm.codecs.student import StudentCodec, StudentConfig
+from ssmttm.codecs.tiny import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_codec"
 
-__all__ = ["Codec", "CodecOutput", "TinyCodec", "TinyCodecConfig", "build_codec", "load_codec"]
+__all__ = [
+    "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig", "build_codec",
+    "load_codec",
+]  # fmt: skip
+_OURS = {tiny.MODEL_TYPE: TinyCodec, student.MODEL_TYPE: StudentCodec}
 
 
 def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None) -> Codec:
     """Load a codec in eval mode.
 
     Args:
-        name_or_path: "tiny" (embedded); a folder with config.json and model.safetensors, of ours or of transformers'
-            DacModel, EncodecModel or MimiModel; or a hub name such as "descript/dac_44khz".
+        name_or_path: "tiny" (embedded); a folder with config.json and model.safetensors, of ours (a
+            student only decodes) or of transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
+            "descript/dac_44khz".
         n_codebooks: keep only the first so many codebooks.
 
     Raises:
@@ -58,8 +65,9 @@ def _load(name_or_path: str | Path) -> Codec:
         return TinyCodec.load(TINY_FOLDER, "tiny")
     folder = Path(name)
     if folder.is_dir():
-        if _model_type(folder) == MODEL_TYPE:
-            return TinyCodec.load(folder)
+        ours = _OURS.get(_model_type(folder))
+        if ours is not None:
+            return ours.load(folder)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"codec {name}: no such folder, and no hub name such as descript/dac_44khz; `tiny` is embedded")
     from ssmttm.codecs import hf

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,11 +63,7 @@ class Codec(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 of the weights (names and float32 values)."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.weights().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """The state dict without what only training needs."""
@@ -205,6 +201,15 @@ class Codec(nn.Module, ABC):
                 f"codec {self.name}: codes must lie in [0, {self.codebook_size}), got {int(codes.min())} to "
                 f"{int(codes.max())}: a special token was left in"
             )
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of names and float32 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def nearest(vectors: Tensor, book: Tensor, similarity: str) -> Tensor:

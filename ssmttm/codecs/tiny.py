@@ -1,17 +1,15 @@
 """TinyCodec: a spectral codec that trains and decodes on a CPU."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssmttm.codecs.base import Codec, CodecOutput
+from ssmttm.codecs.folder import read_folder, write_folder
 from ssmttm.codecs.quantiser import ResidualQuantiser
 from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, spectral_features
 from ssmttm.errors import UserError
@@ -132,35 +130,14 @@ class TinyCodec(Codec):
 
     def save(self, folder: Path | str, half: bool = True) -> None:
         """Write config.json and model.safetensors (float16 if `half`) into a folder; `load` gives float32 back."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        dtype = torch.float16 if half else torch.float32
-        weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.weights().items()}
-        save_file(weights, folder / "model.safetensors")
+        write_folder(folder, MODEL_TYPE, dataclasses.asdict(self.config), self.weights(), half)
 
     @classmethod
     def load(cls, folder: Path | str, name: str | None = None) -> "TinyCodec":
         """Read what `save` wrote, in eval mode. A folder that lacks it or does not fit raises UserError."""
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            config.pop("model_type", None)
-            codec = cls(TinyCodecConfig(**config), name or folder.name)
-            weights = load_file(folder / "model.safetensors")
-        except FileNotFoundError as error:
-            raise UserError(f"codec folder {folder} lacks config.json or model.safetensors") from error
-        except (TypeError, json.JSONDecodeError, SafetensorError) as error:
-            raise UserError(f"codec folder {folder} cannot be read: {error}") from error
-        expected = codec.weights()
-        wrong = [k for k in expected.keys() | weights.keys() if k not in weights or k not in expected
-                 or weights[k].shape != expected[k].shape]  # fmt: skip
-        if wrong:
-            raise UserError(f"codec folder {folder}: weights do not fit config.json at {', '.join(sorted(wrong)[:3])}")
-        codec.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+        codec = read_folder(folder, lambda config: cls(TinyCodecConfig(**config), name or Path(folder).name))
         codec.quantiser.seeded.fill_(True)
-        return codec.eval()
+        return codec
 
 
 def _decoder_context(c: TinyCodecConfig) -> tuple[int, int]:

@@ -94,7 +94,8 @@ def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> 
     found = config.get("task", "lm")
     found = "lm" if found == "distill" else found
     if found != task:
-        kinds = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec"}
+        kinds = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec",
+                 "distill_codec": "a codec's decoder"}  # fmt: skip
         raise UserError(
             f"{path} holds {kinds.get(found, found)}, not {kinds[task]}: give the folder of a run with task={task}"
         )

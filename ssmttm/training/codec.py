@@ -7,7 +7,7 @@ player's gradients reach that player only (and DDP sees one forward a player a m
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmttm.codecs import build_codec
+from ssmttm.codecs import Codec, CodecOutput, build_codec
 from ssmttm.codecs.discriminators import Judgement, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import adversarial_losses, discriminator_loss, reconstruction_losses
 from ssmttm.data.loader import AudioLoader
@@ -40,7 +40,7 @@ class CodecTask:
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
-        self.codec = build_codec(config.codec)
+        self.codec = self.build(config)
         self.adversarial_start: int | None = config.codec_training.adversarial_start
         if self.store.info["sample_rate"] != self.codec.sample_rate:
             raise UserError(
@@ -51,9 +51,29 @@ class CodecTask:
         if self.adversarial_start is not None:
             self.modules["discriminator"] = MultiResolutionDiscriminator()
         self.samples_per_item = round(config.data.seconds * self.codec.sample_rate)
-        self._flops_per_item = _forward_flops(self.codec, self.samples_per_item)
+        self._flops_per_item = self.flops_per_item()
         self._figures: dict[str, float] = {}
         self._last_audio: Tensor | None = None
+
+    def build(self, config: DictConfig) -> Codec:
+        """The codec that learns."""
+        return build_codec(config.codec)
+
+    @property
+    def encoder(self) -> Codec:
+        """The codec that makes the codes."""
+        return self.codec
+
+    def reconstruct(self, model: nn.Module, wav: Tensor) -> CodecOutput:
+        """What the wrapped codec makes of a waveform [b, 1, S]."""
+        return model(wav)
+
+    def flops_per_item(self) -> float:
+        """Of one item's forward."""
+        training = self.codec.training
+        flops = count_flops(lambda: self.codec.eval()(torch.zeros(1, 1, self.samples_per_item)))
+        self.codec.train(training)
+        return flops
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> AudioLoader:
         return AudioLoader(self.store, split, batch_size, self.samples_per_item, self.config.seed, rank, world_size)
@@ -62,10 +82,15 @@ class CodecTask:
         return torch.tensor([float(len(batch["ids"]))])
 
     def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+        self._last_audio = batch["audio"]
+        return self.losses_of(self.reconstruct(players["model"], batch["audio"]), players, batch, counts, step)
+
+    def losses_of(
+        self, output: CodecOutput, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """`losses`, once the batch is reconstructed."""
         wav = batch["audio"]  # [b, 1, S]
-        self._last_audio = wav
         share = len(wav) / counts[0]
-        output = players["model"](wav)
         losses = {"model": reconstruction_losses(output, wav, self.codec.sample_rate)}
         if self.adversarial_start is not None and step >= self.adversarial_start:
             real, fake = _halves(players["discriminator"](torch.cat([wav, output.audio.detach()])))
@@ -76,7 +101,7 @@ class CodecTask:
         return {player: {name: share * loss for name, loss in named.items()} for player, named in losses.items()}
 
     def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        output = players["model"](batch["audio"])
+        output = self.reconstruct(players["model"], batch["audio"])
         losses = reconstruction_losses(output, batch["audio"], self.codec.sample_rate)
         return {name: len(batch["ids"]) / counts[0] * loss for name, loss in losses.items()}
 
@@ -99,7 +124,7 @@ class CodecTask:
         count = min(N_SAMPLES, len(self.store.indices("valid")))
         batch = AudioLoader(self.store, "valid", count, round(SAMPLE_SECONDS * rate), self.config.seed).batch(0)
         wav = batch["audio"].to(next(self.codec.parameters()).device)
-        decoded = self.codec.decode(self.codec.encode(wav))[..., : wav.shape[-1]]
+        decoded = self.codec.decode(self.encoder.encode(wav))[..., : wav.shape[-1]]
         pairs = {"original": wav, "decoded": decoded}
         return [Sample(f"{i}-{kind}", audio[i], rate) for i in range(count) for kind, audio in pairs.items()]
 
@@ -116,10 +141,8 @@ def _halves(judgements: list[Judgement]) -> tuple[list[Judgement], list[Judgemen
     return half(0), half(1)
 
 
-def _forward_flops(codec: nn.Module, samples: int) -> int:
-    """FLOPs of one item's forward: matrix products and convolutions, counted while it runs."""
-    training = codec.training
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of what is run: matrix products and convolutions."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        codec.eval()(torch.zeros(1, 1, samples))
-    codec.train(training)
+        run()
     return counter.get_total_flops()

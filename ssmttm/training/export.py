@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssmttm import checkpoint
-from ssmttm.codecs import build_codec
+from ssmttm.codecs import StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
 from ssmttm.files import written_aside
 from ssmttm.generation.loading import (
@@ -26,7 +26,7 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
 
     A language model or a denoiser: config.yaml, model.safetensors (averaged weights where there are any) and card.json.
-    A codec: config.json and model.safetensors as `load_codec` reads them, and card.json.
+    A codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json.
 
     Args:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
@@ -58,8 +58,9 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         "config_hash": state["config_hash"],
         "versions": state["versions"],
     }
-    if config.task == "codec":
-        codec = build_codec(config.codec)
+    if config.task in ("codec", "distill_codec"):
+        learnt = config.task == "codec"
+        codec = build_codec(config.codec) if learnt else StudentCodec(StudentConfig(**state["data"]["student"]))
         codec.load_state_dict(weights)
         codec.save(out, half=half)
     else:

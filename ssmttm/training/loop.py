@@ -170,7 +170,11 @@ def build_task(config: DictConfig) -> Task:
         from ssmttm.training.distill import DistillTask
 
         return DistillTask(config)
-    raise UserError(f"task={config.task} is unknown: there are lm, diffusion, codec and distill")
+    if config.task == "distill_codec":
+        from ssmttm.training.distill_codec import CodecDistillTask
+
+        return CodecDistillTask(config)
+    raise UserError(f"task={config.task} is unknown: there are lm, diffusion, codec, distill and distill_codec")
 
 
 def _due(step: int, steps: int, every: int) -> bool:

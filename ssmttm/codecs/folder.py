@@ -1,0 +1,55 @@
+"""A codec of ours on disk: config.json with its `model_type`, and model.safetensors."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssmttm.codecs.base import Codec
+from ssmttm.errors import UserError
+
+C = TypeVar("C", bound=Codec)
+
+
+def write_folder(
+    folder: Path | str, model_type: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], half: bool
+) -> None:
+    """Write config.json and model.safetensors (float16 if `half`, else float32)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **config}, indent=2) + "\n")
+    dtype = torch.float16 if half else torch.float32
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+
+
+def read_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
+    """The codec of a folder, in float32 and eval mode.
+
+    Args:
+        build: from the config of the folder to a codec with any weights; a TypeError says that fields are wrong.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights are not of the codec that the config describes.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("model_type", None)
+        codec = build(config)
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(f"codec folder {folder} lacks config.json or model.safetensors") from error
+    except (TypeError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"codec folder {folder} cannot be read: {error}") from error
+    expected = codec.weights()
+    wrong = [k for k in expected.keys() | weights.keys() if k not in weights or k not in expected
+             or weights[k].shape != expected[k].shape]  # fmt: skip
+    if wrong:
+        raise UserError(f"codec folder {folder}: weights do not fit config.json at {', '.join(sorted(wrong)[:3])}")
+    codec.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    return codec.eval()
