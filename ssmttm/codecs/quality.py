@@ -15,18 +15,19 @@ _ONSET_WINDOW, _ONSET_MELS = 1024, 64
 
 
 @torch.no_grad()
-def codec_quality(codec: Codec, wav: Tensor) -> dict[str, float]:
+def codec_quality(codec: Codec, wav: Tensor, encoder: Codec | None = None) -> dict[str, float]:
     """Encode and decode held-out audio and measure what became of it.
 
     Args:
         codec: any.
         wav: float [B, 1, S], S of a second or more.
+        encoder: makes the codes; None: the codec does. A student decodes those of its teacher.
 
     Returns:
         `mel_distance` (log10 magnitudes), `chroma_similarity` in [0, 1], `onset_f` in [0, 1], `kbps`, `codebook_usage`
         (share of the entries that occur) and `codebook_perplexity`, the last two the lowest over codebooks.
     """
-    codes = codec.encode(wav)
+    codes = (encoder or codec).encode(wav)
     decoded, original = codec.decode(codes)[:, 0, : wav.shape[-1]], wav[:, 0]
     usage, perplexity = codebook_statistics(codes, codec.codebook_size)
     rate = codec.sample_rate

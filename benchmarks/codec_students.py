@@ -1,0 +1,115 @@
+"""Students of a codec's decoder against that decoder: held-out music, parameters, FLOPs, and time on one thread.
+
+    python benchmarks/codec_students.py --store STORE transfer=exported/student scratch=exported/other
+
+Quality: the first clips of the store's test split, encoded by the teacher, decoded by each; 95 % intervals of the mean
+difference between two decoders on the same clips, by bootstrap. Time: whole decodes, and a stream that is fed five
+frames a piece.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from paired import environment, paired, summary
+from torch import Tensor
+from tqdm import tqdm
+
+from ssmttm import audio
+from ssmttm.codecs import Codec, StudentCodec, load_codec
+from ssmttm.codecs.cost import decoding_cost
+from ssmttm.codecs.quality import codec_quality
+from ssmttm.data import open_store
+
+TEACHER = "teacher"
+QUALITY = ("mel_distance", "chroma_similarity", "onset_f")
+SECONDS, PIECE = 10.0, 5  # of a clip; frames of a streamed piece
+
+
+def held_out(store_path: str, clips: int, sample_rate: int) -> list[Tensor]:
+    """The beginnings of test segments, [1, 1, S] each, each of a piece of music of its own."""
+    store = open_store(store_path)
+    rows = store.indices("test")[:clips]
+    length = round(SECONDS * sample_rate)
+    parts = (audio.read_part(store.audio_path(int(row)), 0, length)[0] for row in rows)
+    return [torch.from_numpy(part)[None, None] for part in parts]
+
+
+def quality(codecs: dict[str, Codec], clips: list[Tensor]) -> dict[str, dict[str, np.ndarray]]:
+    """Figures of every clip, [n], by codec."""
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in codecs}
+    for clip in tqdm(clips, desc="held-out clips", leave=False):
+        for name, codec in codecs.items():
+            figures[name].append(codec_quality(codec, clip, codecs[TEACHER]))
+    return {name: {key: np.array([row[key] for row in rows]) for key in QUALITY} for name, rows in figures.items()}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of the mean."""
+    draws = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
+    return [float(end) for end in np.percentile(values[draws].mean(1), (2.5, 97.5))]
+
+
+def compared(figures: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Means, and differences of each codec to each one before it."""
+    names = list(figures)
+    means = {name: {key: float(values.mean()) for key, values in rows.items()} for name, rows in figures.items()}
+    pairs = [(a, b) for i, b in enumerate(names) for a in names[:i]]
+    differences = {
+        f"{b} - {a}": {key: interval(figures[b][key] - figures[a][key]) for key in QUALITY} for a, b in pairs
+    }
+    return {"means": means, "differences_95": differences}
+
+
+def decode_of(codec: Codec, codes: Tensor) -> Callable[[], object]:
+    return lambda: codec.decode(codes)
+
+
+def stream_of(codec: Codec, codes: Tensor) -> Callable[[], object]:
+    return lambda: list(codec.decode_stream(codes.split(PIECE, dim=-1)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("students", nargs="+", metavar="NAME=FOLDER", help="exported students of one teacher")
+    parser.add_argument("--store", required=True, help="whose test split is decoded")
+    parser.add_argument("--teacher", default="tiny", help="their codec (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/codec_students.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    codecs: dict[str, Codec] = {TEACHER: load_codec(arguments.teacher)}
+    codecs |= {name: load_codec(folder) for name, _, folder in (given.partition("=") for given in arguments.students)}
+    teacher = codecs[TEACHER]
+    for codec in codecs.values():
+        assert codec is teacher or (isinstance(codec, StudentCodec) and codec.fingerprint == teacher.fingerprint)
+
+    cost = {name: decoding_cost(codec)._asdict() for name, codec in codecs.items()}
+    clips = held_out(arguments.store, arguments.clips, teacher.sample_rate)
+    codes = teacher.encode(clips[0])  # [1, K, T]
+    seconds = codes.shape[-1] / teacher.frame_rate
+    timed = {}
+    for kind, case_of in (("whole", decode_of), ("stream", stream_of)):
+        times = paired({name: case_of(codec, codes) for name, codec in codecs.items()}, arguments.rounds, kind)
+        timed[kind] = summary(times, TEACHER)
+        for name, figures in timed[kind].items():
+            figures["times_real_time"] = 1e3 * seconds / figures["median_ms"]
+            figures["times_the_teacher"] = 1 / figures.pop("ratio")
+            if kind == "stream":
+                figures["look_ahead_ms"] = codecs[name].look_ahead_ms
+                figures["ms_a_piece"] = figures["median_ms"] * PIECE / codes.shape[-1]
+    document = {
+        "environment": environment(), "clips": len(clips), "seconds_a_clip": SECONDS, "frames_a_piece": PIECE,
+        "quality": compared(quality(codecs, clips)), "cost": cost, "time": timed,
+    }  # fmt: skip
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
