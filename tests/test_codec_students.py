@@ -15,6 +15,7 @@ from transformers.models.dac.modeling_dac import DacConfig, DacDecoder
 from ssmttm import config
 from ssmttm.codecs import StudentCodec, TinyCodec, TinyCodecConfig, build_codec, load_codec
 from ssmttm.codecs.cost import decoding_cost
+from ssmttm.codecs.quality import codec_quality
 from ssmttm.distill.codec_matching import StageProjections, at_one_rate, decoder_stages, traced_outputs
 from ssmttm.distill.codec_transfer import transfer_decoder
 from ssmttm.errors import UserError
@@ -317,6 +318,13 @@ def test_a_student_does_not_encode_and_is_no_teacher():
         StudentCodec.of(student, SPECTRAL)
     with pytest.raises(UserError, match="other codebooks"):
         student.check_codebooks(shaken(TinyCodec(TINY)))
+
+
+def test_the_quality_of_a_student_is_that_of_its_teachers_codes():
+    teacher = teacher_of("spectral")
+    student, _ = student_of(teacher, SPECTRAL)
+    wav = 0.1 * torch.randn(1, 1, 16000)
+    assert codec_quality(student, wav, teacher) == pytest.approx(codec_quality(teacher, wav), abs=1e-3)
 
 
 @pytest.mark.parametrize(
