@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssmttm import __version__
+from ssmttm.compression import cli as compression
 from ssmttm.errors import run_cli
 from ssmttm.evaluation import cli as evaluation
 from ssmttm.listening import cli as listening
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     add_importers(commands)
     add_deployment(commands)
+    compression.add_commands(commands)
     evaluation.add_commands(commands)
     sweeps.add_commands(commands)
     listening.add_commands(commands)

@@ -36,6 +36,10 @@ ALLOWED = {
         "errors", "files", "config", "checkpoint", "audio", "patterns", "codecs", "text", "data", "models",
         "diffusion", "generation", "distill", "training", "signals",
     },
+    "compression": {
+        "errors", "files", "config", "checkpoint", "codecs", "text", "models", "ops", "generation", "training",
+        "evaluation", "sweeps", "signals", "compression",
+    },
     "listening": {"errors", "files", "audio", "generation", "evaluation", "listening"},
     "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},
     "importers": {"errors", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},

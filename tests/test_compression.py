@@ -1,0 +1,218 @@
+"""`ssmttm compress`: the parts of a recipe, trained, put together and told apart from their teacher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_stores import TEXT_DIM, lm_config, small_codec, write_codes_store
+from test_sample_cli import WordEncoder
+from torch import nn
+
+from ssmttm import MusicPipeline, config
+from ssmttm.cli import main
+from ssmttm.codecs import StudentCodec
+from ssmttm.compression import recipe
+from ssmttm.compression.assembly import assemble
+from ssmttm.compression.sizes import Component, comparison, components, total
+from ssmttm.errors import Preempted, UserError
+from ssmttm.generation import pipeline
+from ssmttm.ops.int8 import Int8Linear
+from ssmttm.training import loop
+from ssmttm.training.export import export
+
+BUDGET = 89.2e6  # arXiv 2406.17159
+LM = ("experiment=tinyttm_lm,model.d_model=16,model.n_layers=2,model.headdim=8,model.d_state=4,model.n_codebooks=4,"
+      f"model.codebook_size=16,model.text_dim={TEXT_DIM},data.frames=20,train.steps=4,distill.guidance_scale=2,"
+      "train.eval_every=0,train.checkpoint_every=2")  # fmt: skip
+CODEC = ("experiment=tinyttm_codec,codec_student.width=8,codec_student.blocks=[1,1],data.seconds=0.5,"
+         "data.batch_size=2,train.steps=3,train.eval_every=0,train.checkpoint_every=2")  # fmt: skip
+
+
+class Encoder(WordEncoder):
+    """Of the small stores' width and fingerprint, with weights to count."""
+
+    dim, fingerprint, name = TEXT_DIM, "1" * 16, "fake"
+
+    def __init__(self):
+        self.model = nn.Linear(3, 5)
+
+    def encode(self, captions):
+        made = super().encode(captions)
+        return made._replace(embeddings=made.embeddings[..., :TEXT_DIM])
+
+
+@pytest.fixture(autouse=True)
+def encoder(monkeypatch):
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: Encoder())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compression")
+    return write_codes_store(root / "codes", codec=small_codec(root / "codec"))
+
+
+@pytest.fixture(scope="module")
+def teacher(store):
+    wide = ("model.d_model=32", "model.n_layers=4", "data.batch_size=4", "train.eval_every=0", "train.steps=5")
+    return loop.train(lm_config(store, store.parent / "teacher", *wide, "train.checkpoint_every=1000"))
+
+
+@pytest.fixture
+def told(store, teacher, tmp_path):
+    """What a recipe of a part or more is told on the command line."""
+
+    def build(**parts):
+        parts = {"text": "null", "codec": "null", "lm": "null", **parts}
+        keys = [f"recipe.{part}={value}" for part, value in parts.items()]
+        return ["recipe=tinyttm_tiny", f"teacher={teacher}", f"store={store}", f"work={tmp_path / 'work'}",
+                f"out={tmp_path / 'out'}", *keys]  # fmt: skip
+
+    return build
+
+
+def listed(keys):
+    """A part's keys as a list on the command line: [a,b]."""
+    parts, depth, start = [], 0, 0
+    for at, letter in enumerate(keys + ","):
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and not depth:
+            parts.append(f"'{keys[start:at]}'")
+            start = at + 1
+    return f"[{','.join(parts)}]"
+
+
+def test_a_recipe_becomes_a_system_that_plays(told, teacher, tmp_path, capsys):
+    words = told(lm=listed(LM), codec=listed(CODEC), int8="true")
+    assert main(["compress", *words]) == 0
+    out = tmp_path / "out"
+    pipe = MusicPipeline.from_pretrained(out, "cpu")
+    assert pipe.guidance_scale == 1 and isinstance(pipe.model.heads, Int8Linear)
+    assert isinstance(pipe.codec, StudentCodec) and pipe.codec.decoder.config.width == 8
+    audio = pipe("a march", duration=0.4).audios
+    assert audio.shape[-1] == 960 and bool(audio.isfinite().all())
+    card = json.loads((out / "card.json").read_text())
+    assert card["weights"] == "int8" and card["data"]["codec"]["name"] == "./codec" and card["data"]["teacher"]
+    assert str(tmp_path) not in "".join(p.read_text() for p in out.rglob("*") if p.suffix in (".json", ".yaml"))
+    said = capsys.readouterr().out
+    assert "codec decoder" in said and "less" in (out / "sizes.md").read_text() and str(out) in said
+    with pytest.raises(UserError, match="not empty"):
+        main(["compress", *words])
+
+
+def test_what_is_trained_is_not_trained_again(told, tmp_path):
+    words = told(lm=listed(LM))
+    main(["compress", *words])
+    metrics = (tmp_path / "work" / "lm" / "metrics.jsonl").read_text()
+    words[4] = f"out={tmp_path / 'again'}"
+    main(["compress", *words])
+    assert (tmp_path / "work" / "lm" / "metrics.jsonl").read_text() == metrics
+    first, second = (MusicPipeline.from_pretrained(tmp_path / name).model for name in ("out", "again"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_an_exported_teacher_keeps_what_no_part_replaces(told, teacher, tmp_path):
+    whole = export(teacher, tmp_path / "exported", half=False)
+    words = told(int8="true")
+    words[1] = f"teacher={whole}"
+    main(["compress", *words])
+    ours, theirs = (MusicPipeline.from_pretrained(folder, "cpu") for folder in (tmp_path / "out", whole))
+    assert type(ours.codec) is type(theirs.codec) and ours.guidance_scale == theirs.guidance_scale == 3
+    assert torch.equal(ours.model.embedding.weight, theirs.model.embedding.weight.half().float())
+
+
+def test_parts_follow_each_other(told, teacher, tmp_path):
+    """The text encoder is fitted to the language model that goes on, the decoder to the teacher's codec."""
+    words = told(lm=listed(LM), codec=listed(CODEC), text="['experiment=tinyttm_lm']")
+    found = recipe.trainings(config.load(*words, root="compress"))
+    assert list(found) == ["lm", "text", "codec"]
+    teachers = {part: config.load(*keys).teacher for part, keys in found.items()}
+    expected = (str(teacher), str(tmp_path / "work" / "lm"), str(teacher.parent / "codec"))
+    assert teachers == dict(zip(("lm", "text", "codec"), expected, strict=True))
+    alone = recipe.trainings(config.load(*told(text="['experiment=tinyttm_lm']"), root="compress"))
+    assert f"teacher={teacher}" in alone["text"]
+    with pytest.raises(UserError, match=r"train\.steps"):
+        recipe.trainings(config.load(*told(text="['train.stepz=3']"), root="compress"))
+
+
+@pytest.mark.parametrize(("code", "error"), [(2, UserError), (75, Preempted), (1, subprocess.CalledProcessError)])
+def test_how_a_training_ends_is_how_a_compression_ends(code, error):
+    recipe.run([sys.executable, "-c", "pass"], "lm")
+    with pytest.raises(error):
+        recipe.run([sys.executable, "-c", f"raise SystemExit({code})"], "lm")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])
+def test_a_signal_asks_the_training_to_stop(number, error, tmp_path):
+    """It has the time that it takes to write a checkpoint."""
+    parent, note = os.getpid(), tmp_path / "stopped"
+    code = f"""
+import os, pathlib, signal, time
+def stop(*_):
+    time.sleep(0.5); pathlib.Path({str(note)!r}).touch(); os._exit(75)
+signal.signal(signal.SIGTERM, stop); os.kill({parent}, {int(number)}); time.sleep(60)
+"""
+    with pytest.raises(error):
+        recipe.run([sys.executable, "-c", code], "lm")
+    assert note.exists()
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_those_of_the_parts(teacher):
+    pipe = MusicPipeline.from_pretrained(teacher, "cpu")
+    text, language, decoder = components(pipe)
+    assert (text.name, text.parameters, text.stored) == ("text encoder", 20, 80)
+    assert language.parameters == sum(p.numel() for p in pipe.model.parameters()) == language.stored / 4
+    assert decoder.parameters < sum(p.numel() for p in pipe.codec.parameters())  # its encoder is left out
+    pipe.guidance_scale = 1.0
+    once = components(pipe)[1]
+    assert language.flops == 2 * once.flops
+    state = pipe.model.init_state(1)
+    carried = sum(t.numel() * 4 for s in state.blocks for b in s if b.inner is not None for _, t in b.inner._tensors())
+    positions = pipe.pattern.sequence_length(250) / 10
+    assert language.read - once.read == pytest.approx(2 * carried * positions)
+
+
+def test_a_table_compares_part_by_part_and_in_all():
+    old, new = ([Component(name, n * 10**6, 0, 3e6 * n, 2e6) for name in "ab"] for n in (4, 1))
+    assert total(old) == Component("all", 8_000_000, 0, 24e6, 4e6)
+    lines = comparison(old, new).splitlines()
+    assert lines[2] == "| a | 4.0 → 1.0 (4.0 x less) | 0.0 → 0.0 | 12.0 → 3.0 (4.0 x less) | 2.0 → 2.0 (1.0 x less) |"
+    assert lines[4].startswith("| all | 8.0 → 2.0 (4.0 x less) |")
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, "changes nothing"),
+        ({"teacher": "null"}, "teacher is not set"),
+        ({"store": "null"}, "store is not set"),
+        ({"teacher": "nowhere"}, "nowhere"),
+        ({"recipe": "null"}, "no recipe is named"),
+    ],
+)
+def test_mistakes_are_one_clear_line(told, change, says):
+    words = told(int8="true" if "teacher" in change else "false") + [f"{key}={value}" for key, value in change.items()]
+    if "recipe" in change:
+        words = words[1:4]
+    with pytest.raises(UserError, match=says):
+        main(["compress", *words])
+
+
+def test_a_decoder_of_other_codes_is_refused(told, teacher, store, tmp_path):
+    other = tmp_path / "other"
+    torch.manual_seed(9)
+    codec = StudentCodec.of(type(small_codec(other))(small_codec(other).config), {"kind": "spectral", "width": 8})
+    codec.save(tmp_path / "student")
+    with pytest.raises(UserError, match="decodes the codes of"):
+        assemble(teacher, tmp_path / "student", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
