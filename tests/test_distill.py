@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from processes import train_in_two_processes
 from small_stores import CODEBOOK_SIZE, TEXT_DIM, lm_config, small_codec, write_codes_store
@@ -296,6 +297,28 @@ def test_gradients_weigh_losses_alike(config_of):
     norms = torch.stack([torch.autograd.grad(named[n], at, retain_graph=True)[0].norm() for n in given])
     pulls = task.modules["weighting"].weights() * norms
     assert pulls.max() < 1.1 * pulls.min() and norms.max() > 2 * norms.min()
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """A process may otherwise train in one precision only."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_teacher_runs_in_the_precision_of_the_training(precision, config_of, monkeypatch, fresh_accelerator):
+    seen = set()
+
+    def watched(self, *args, **kwargs):
+        seen.add((torch.is_autocast_enabled("cpu"), self.norm.weight.requires_grad))
+        return plain(self, *args, **kwargs)
+
+    plain = TokenLM.forward
+    monkeypatch.setattr(TokenLM, "forward", watched)
+    loop.train(config_of(f"train.precision={precision}", "train.steps=1", "train.eval_every=0"))
+    assert seen == {(precision == "bf16", True), (precision == "bf16", False)}
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------

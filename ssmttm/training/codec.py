@@ -7,7 +7,7 @@ player's gradients reach that player only (and DDP sees one forward a player a m
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class CodecTask:
     Raises:
         UserError: no such codec kind, or the store's audio has another sample rate.
     """
+
+    frozen: Sequence[nn.Module] = ()
 
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses

@@ -4,7 +4,7 @@ Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S channels of 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class DiffusionTask:
     Raises:
         UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
     """
+
+    frozen: Sequence[nn.Module] = ()
 
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses

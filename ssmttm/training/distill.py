@@ -55,6 +55,7 @@ class DistillTask(LanguageModelTask):
         self.settings, self.loss_weights = settings, {"distillation": 1.0}
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         self.teacher = Teacher(config.teacher, settings.guidance_scale, null)
+        self.frozen = [self.teacher.model]
         self.teacher.check_student(config.model, config.pattern, self.store.info)
         self.blocks = layer_map(settings.layer_map, config.model.n_layers, self.teacher.model.config.n_layers)
         if settings.mixer_steps:

@@ -40,6 +40,8 @@ class LanguageModelTask:
             are not one positive number a codebook.
     """
 
+    frozen: Sequence[nn.Module] = ()
+
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)

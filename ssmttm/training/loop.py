@@ -79,6 +79,8 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     facts = task.facts()  # now that the weights are in: a denoiser's hold the statistics of its latents
     for player in players.values():
         player.wrap()
+    for module in task.frozen:
+        accelerator.prepare_model(module, evaluation_mode=True)  # changes the module itself
     last_saved = progress.step if resumed and resumed.parent == run_dir / "checkpoints" else None
     log = MetricsLog(run_dir, config, progress.step) if main else None
 

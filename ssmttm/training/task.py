@@ -1,6 +1,6 @@
 """What the loop asks of a task: a kind of model, what it learns from, and how to hear how far it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -30,10 +30,12 @@ class Task(Protocol):
 
     Attributes:
         modules: the players by name, each with its own optimiser; "model" comes first and is what the export holds.
+        frozen: networks that are asked and not trained: they run on the device and in the precision of the training.
         loss_weights: weight by loss name; a loss without one is logged and not trained on.
     """
 
     modules: dict[str, nn.Module]
+    frozen: Sequence[nn.Module]
     loss_weights: Mapping[str, float]
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> Loader:
