@@ -99,13 +99,13 @@ class CodesLoader(_Loader):
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:
-        """Batch n: codes int64 [b, K, T], frame_mask bool [b, T], text TextCondition, ids list[str], first int64 [b]:
-        the frame of its segment where each crop begins."""
+        """Batch n: codes int64 [b, K, T], frame_mask bool [b, T], captions list[str], their text TextCondition, ids
+        list[str], first int64 [b]: the frame of its segment where each crop begins."""
         sample = [(0 if self.fixed else epoch, row) for epoch, row in self.sample(n)]
         ids = self.store.ids(np.array([row for _, row in sample]))
         codes = np.zeros((len(sample), self.n_codebooks, self.frames), np.int64)  # [b, K, T]
         mask = np.zeros((len(sample), self.frames), bool)  # [b, T]
-        texts, begins = [], []
+        captions, begins = [], []
         for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
             whole = self.store.codes(row)  # [K, frames]
             length = min(self.frames, whole.shape[1])
@@ -113,11 +113,12 @@ class CodesLoader(_Loader):
             codes[item, :, :length] = whole[:, first : first + length]
             mask[item, :length] = True
             begins.append(first)
-            texts.append(torch.from_numpy(self.store.text(self._caption(epoch, row, segment_id)).astype(np.float32)))
-        text = TextCondition.stack(texts)
+            captions.append(self._caption(epoch, row, segment_id))
+        text = TextCondition.stack([torch.from_numpy(self.store.text(c).astype(np.float32)) for c in captions])
         return {
             "codes": torch.from_numpy(codes),
             "frame_mask": torch.from_numpy(mask),
+            "captions": captions,
             "text": text,
             "ids": ids,
             "first": torch.tensor(begins),

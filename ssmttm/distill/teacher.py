@@ -20,7 +20,7 @@ class Teacher:
     Args:
         name: which.
         guidance_scale: its logits are those that a sampler with this guidance draws from; 1 takes them as they are.
-        null_text: the null condition, one row.
+        null_text: the null condition, one row; needed with guidance.
 
     Raises:
         UserError: there is no such model.
@@ -28,7 +28,7 @@ class Teacher:
 
     model: TokenLM
 
-    def __init__(self, name: str, guidance_scale: float, null_text: TextCondition) -> None:
+    def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)
         self.model = load_model(self.folder).requires_grad_(False)
         self.guidance_scale, self.null_text = guidance_scale, null_text
@@ -85,6 +85,11 @@ class Teacher:
             raise UserError(f"the teacher {name} reads captions with visible padding, which no student here learns to")
         if pattern != self.folder.config.pattern:
             raise UserError(f"pattern={pattern}, but the teacher {name} learnt {self.folder.config.pattern}: set that")
+        self.check_store(info)
+
+    def check_store(self, info: dict[str, Any]) -> None:
+        """Raises UserError unless a store was made with the teacher's codec and text encoder."""
+        name = self.folder.name
         for kind in ("codec", "text"):
             theirs_made, made = self.folder.fact(kind), info[kind]
             if theirs_made["fingerprint"] != made["fingerprint"]:

@@ -94,6 +94,8 @@ def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> 
     found = config.get("task", "lm")
     found = "lm" if found == "distill" else found
     if found != task:
+        if found == "distill_text":
+            raise UserError(f"{path} holds a text encoder beside its language model: `ssmttm export` makes one of them")
         kinds = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec",
                  "distill_codec": "a codec's decoder"}  # fmt: skip
         raise UserError(

