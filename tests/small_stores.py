@@ -1,5 +1,6 @@
 """Stores small enough to train on in seconds: random codes with captions, and short tones; configs that fit them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ssmttm.codecs import Codec, TinyCodec, TinyCodecConfig
 from ssmttm.data.store import text_name
 from ssmttm.data.text_table import write_text_table
 from ssmttm.data.writer import StoreWriter
+from ssmttm.text import load_text_encoder
 
 N_CODEBOOKS, CODEBOOK_SIZE, TEXT_DIM, FRAMES = 4, 16, 8, 20
 SAMPLE_RATE, HOP, CODEBOOK_DIM = 2400, 96, 3
@@ -27,10 +29,21 @@ def small_codec(folder: Path) -> TinyCodec:
     return TinyCodec.load(folder, str(folder))
 
 
-def write_codes_store(path: Path, segments: int = 24, seed: int = 0, codec: Codec | None = None) -> Path:
+CAPTIONS = tuple(f"caption {i}" for i in range(6))
+
+
+def write_codes_store(
+    path: Path,
+    segments: int = 24,
+    seed: int = 0,
+    codec: Codec | None = None,
+    captions: Sequence[str] = CAPTIONS,
+    text_folder: Path | None = None,
+) -> Path:
     """Codes [4, 14..20] in which each codebook repeats the one before it, so that there is something to learn.
 
-    With a codec, it is the store's; every segment then has a tone as its audio, and every other one a tempo.
+    With a codec, it is the store's; every segment then has a tone as its audio, and every other one a tempo. With the
+    folder of a text encoder, that is the store's; otherwise its embeddings are random.
     """
     rng = np.random.default_rng(seed)
     facts = {
@@ -38,13 +51,12 @@ def write_codes_store(path: Path, segments: int = 24, seed: int = 0, codec: Code
         "sample_rate": SAMPLE_RATE, "frame_rate": 25.0, "n_codebooks": N_CODEBOOKS, "codebook_size": CODEBOOK_SIZE,
     }  # fmt: skip
     writer = StoreWriter(path, {"seed": seed}, codec=facts, sample_rate=SAMPLE_RATE)
-    captions = [f"caption {i}" for i in range(6)]
     for i in range(segments):
         length = int(rng.integers(FRAMES - 6, FRAMES + 1))
         codes = np.repeat(rng.integers(0, CODEBOOK_SIZE, (1, length)), N_CODEBOOKS, axis=0)
         row = {
             "id": f"s{i}", "split": "valid" if i % 6 == 5 else "train", "licence": "CC0-1.0", "duration": length / 25,
-            "captions": [captions[i % 6]], "tags": [f"tag {i % 6}", "music"],
+            "captions": [captions[i % len(captions)]], "tags": [f"tag {i % 6}", "music"],
         }  # fmt: skip
         if codec:
             row |= {"audio": f"audio/{i}.wav", "truth": {"bpm": 60 + 5 * i} if i % 2 else {}}
@@ -52,12 +64,18 @@ def write_codes_store(path: Path, segments: int = 24, seed: int = 0, codec: Code
             tone = np.sin(2 * np.pi * (220 + 40 * i) * np.arange(length * HOP) / SAMPLE_RATE)
             sf.write(path / row["audio"], 0.5 * tone, SAMPLE_RATE)
         writer.add(row, codes)
-    embeddings = {text: rng.standard_normal((1 + len(text) % 3, TEXT_DIM)) for text in ["", *captions]}
+    if text_folder is None:
+        text = {"name": "fake", "fingerprint": TEXT_FINGERPRINT, "dim": TEXT_DIM}
+        embeddings = {text: rng.standard_normal((1 + len(text) % 3, TEXT_DIM)) for text in ["", *captions]}
+    else:
+        encoder = load_text_encoder(text_folder)
+        text = {"name": str(text_folder), "fingerprint": encoder.fingerprint, "dim": encoder.dim}
+        embeddings = {text: encoder.encode([text]).embeddings[0].numpy() for text in ["", *captions]}
     write_text_table(
-        path / text_name("fake"), embeddings, lambda texts: [embeddings[text] for text in texts], TEXT_DIM,
-        TEXT_FINGERPRINT,
+        path / text_name(text["name"]), embeddings, lambda texts: [embeddings[text] for text in texts], text["dim"],
+        text["fingerprint"],
     )  # fmt: skip
-    writer.finish(text={"name": "fake", "fingerprint": TEXT_FINGERPRINT, "dim": TEXT_DIM})
+    writer.finish(text=text)
     return path
 
 

@@ -32,7 +32,7 @@ def trim(model: Any, tokenizer: Any, captions: Iterable[str]) -> tuple[Any, Any]
     Raises:
         UserError: the captions hold no word that is known, or the tokenizer is of a kind that cannot be trimmed.
     """
-    captions = sorted(set(captions))
+    captions = sorted({"", *captions})
     before = tokenizer(captions)["input_ids"]
     kept = _kept(json.loads(tokenizer_json(tokenizer)), {piece for ids in before for piece in ids})
     new_id = {old: new for new, old in enumerate(kept)}
@@ -71,10 +71,10 @@ def _kept(description: dict[str, Any], used: set[int]) -> list[int]:
     ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])} if unigram else model["vocab"]
     unknown = model["unk_id"] if unigram else ids[model["unk_token"]]
     marks = {unknown, *(added["id"] for added in description["added_tokens"])}
-    if not used - marks:
+    prefix = _SPACE if unigram else model.get("continuing_subword_prefix", "")
+    if not used - marks - {ids.get(prefix)}:
         raise UserError("there is no word in the captions that the text encoder knows: nothing is left of its "
                         "vocabulary; set text_student.trim=false")  # fmt: skip
-    prefix = _SPACE if unigram else model.get("continuing_subword_prefix", "")
     small = {i for piece, i in ids.items() if _is_small(piece.removeprefix(prefix)) or _BYTE.fullmatch(piece)}
     if unigram:  # the unknown piece's score hangs on the lowest one
         scores = [(score, i) for i, (_, score) in enumerate(model["vocab"])]

@@ -1,0 +1,131 @@
+"""A text student against the encoder that it stands for, on the test split of a store.
+
+    python train.py experiment=tinyttm_text data.store=STORE run_dir=RUN
+    ssmttm export RUN/checkpoints/step-00000760 regressed      # before the language model joins
+    ssmttm export RUN joint
+    python benchmarks/text_students.py --store STORE --regressed regressed --joint joint
+
+How far the projected text is off, parameters and bytes, the time of one caption on one thread, and the language model's
+cross-entropy on held-out codes with the one text and the other, with the same captions and crops.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from paired import environment, paired, summary
+from tqdm import tqdm
+
+from ssmttm import MusicPipeline
+from ssmttm.data.loader import CodesLoader
+from ssmttm.data.store import Store, open_store
+from ssmttm.text.alignment import align, cut
+from ssmttm.text.encoders import TextEncoder
+from ssmttm.training.lm import interleave, token_losses
+
+BATCH, FRAMES, SHOWN = 8, 100, "a slow waltz in D minor on a music box, with a soft harp behind it"
+Measured = dict[str, Any]
+
+
+@torch.inference_mode()
+def regression_error(teacher: MusicPipeline, student: TextEncoder, captions: list[str]) -> dict[str, float]:
+    """Square distance of the projected states over all tokens, as a share of the original's square and of its variance
+    over all tokens (1: no better than one constant)."""
+    theirs, ours = [], []
+    for caption in tqdm(captions, desc="captions", leave=False):
+        wanted, said = (teacher.model.text(e.encode([caption])).tokens[0] for e in (teacher.text_encoder, student))
+        pieces = [cut(e.tokenizer, [caption], e.max_tokens)[0] for e in (student, teacher.text_encoder)]
+        theirs.append(align(*pieces) @ wanted)
+        ours.append(said)
+    wanted, said = torch.cat(theirs), torch.cat(ours)  # [tokens, D]
+    off = (said - wanted).square().sum()
+    spread = (wanted - wanted.mean(0)).square().sum()
+    return {"of_square": float(off / wanted.square().sum()), "of_variance": float(off / spread), "tokens": len(wanted)}
+
+
+@torch.inference_mode()
+def cross_entropy(pipe: MusicPipeline, encoder: TextEncoder, store: Store, caption: Callable[[str], str]) -> np.ndarray:
+    """Nats a code of each test segment, mean over codebooks; its caption goes through `caption` first. [n]"""
+    model, found = pipe.model, []
+    loader = CodesLoader(store, "test", BATCH, FRAMES, seed=0, fixed=True)
+    for n in tqdm(range(len(loader) // BATCH), desc="segments", leave=False):
+        batch = loader.batch(n)
+        codes = batch["codes"][:, : model.config.n_codebooks]
+        sequence, real = interleave(pipe.pattern, codes, batch["frame_mask"], model.special_token_id)
+        start = torch.full_like(sequence[..., :1], model.special_token_id)
+        text = encoder.encode([caption(given) for given in batch["captions"]])
+        logits = model(torch.cat([start, sequence[..., :-1]], -1), text)
+        for item in range(len(codes)):
+            rows = slice(item, item + 1)
+            plain, _ = token_losses(logits[rows], sequence[rows], real[rows], model.config.codebook_size, 0.0)
+            found.append(float((plain / real[rows].sum((0, 2))).mean()))
+    return np.array(found)
+
+
+def compared(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """The mean, and how far it lies above that of `base`, paired by segment, with half of its 95 % interval."""
+    above = values - base
+    half = 1.96 * above.std(ddof=1) / len(above) ** 0.5
+    return {"cross_entropy": float(values.mean()), "above": float(above.mean()), "half_95": float(half)}
+
+
+def size_of(encoder: TextEncoder, folder: Path | None) -> dict[str, int]:
+    """Parameters and vocabulary; bytes of the weights on disk."""
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    files = [] if folder is None else list(folder.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in files) or 4 * parameters
+    return {"parameters": parameters, "bytes": stored, "vocabulary": len(encoder.tokenizer)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--teacher", default="tiny_lm", help="the language model with its own encoder")
+    parser.add_argument("--regressed", type=Path, required=True, help="exported before the language model joined")
+    parser.add_argument("--joint", type=Path, required=True, help="exported after it did")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/text_students.json"))
+    parser.add_argument("--rounds", type=int, default=61)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    store = open_store(arguments.store)
+    folders = arguments.teacher, arguments.regressed, arguments.joint
+    teacher, regressed, joint = (MusicPipeline.from_pretrained(folder, "cpu") for folder in folders)
+    original, student = teacher.text_encoder, joint.text_encoder
+    captions = sorted({text for row in store.indices("test") for text in store.captions(int(row))})
+    both = {"student": student, "original": original}
+    times = paired({name: partial(encoder.encode, [SHOWN]) for name, encoder in both.items()}, arguments.rounds, "text")
+
+    def whole(text: str) -> str:
+        return text
+
+    base = cross_entropy(teacher, original, store, whole)
+    results: Measured = {
+        "sizes": {"original": size_of(original, None), "student": size_of(student, arguments.joint / "text_encoder")},
+        "regression": {
+            name: regression_error(teacher, pipe.text_encoder, captions)
+            for name, pipe in (("regressed", regressed), ("joint", joint))
+        },
+        "captions": len(captions),
+        "one_caption": summary(times, "student"),
+        "segments": len(base),
+        "held_out": {
+            "original": compared(base, base),
+            "student": compared(cross_entropy(regressed, regressed.text_encoder, store, whole), base),
+            "student, joint": compared(cross_entropy(joint, student, store, whole), base),
+            "original encoder, joint language model": compared(cross_entropy(joint, original, store, whole), base),
+            "no caption": compared(cross_entropy(teacher, original, store, lambda text: ""), base),
+        },
+    }
+    document = {"environment": environment(), "results": results}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

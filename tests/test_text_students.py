@@ -1,0 +1,458 @@
+"""Text students: alignment of tokens, trimmed vocabularies, smaller encoders, their training and what it leaves."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_encoders import CAPTIONS, write_bert, write_t5
+from small_stores import lm_config, small_codec, write_codes_store
+from test_resume import assert_same, everything, train_with_stops
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ssmttm import MusicPipeline, checkpoint
+from ssmttm.errors import UserError
+from ssmttm.generation.loading import open_model_folder
+from ssmttm.text import load_text_encoder
+from ssmttm.text.alignment import Pieces, align, cut
+from ssmttm.text.encoders import TextEncoder
+from ssmttm.text.student import (
+    PROJECTION,
+    StudentEncoder,
+    StudentShape,
+    build_student,
+    cut_down,
+    describe,
+    from_description,
+)
+from ssmttm.text.vocabulary import trim
+from ssmttm.training import loop
+from ssmttm.training.distill_text import TextDistillTask
+from ssmttm.training.export import export
+from ssmttm.training.step import micro_batches
+
+KINDS = {"bert": write_bert, "t5": write_t5}
+UNSEEN = ("violins", "a quiet café", "静かなピアノ", "x", "")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("text-students")
+
+
+@pytest.fixture(scope="module")
+def folders(root):
+    return {kind: write(root / kind) for kind, write in KINDS.items()}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def encoder(request, folders):
+    return load_text_encoder(folders[request.param])
+
+
+@pytest.fixture(scope="module")
+def store(root, folders):
+    codec = small_codec(root / "codec")
+    return write_codes_store(root / "codes", codec=codec, captions=CAPTIONS, text_folder=folders["bert"])
+
+
+@pytest.fixture(scope="module")
+def teacher(root, store):
+    options = ("model.text_dim=16", "data.batch_size=4", "train.eval_every=0", "train.checkpoint_every=1000")
+    return loop.train(lm_config(store, root / "teacher", *options, "train.steps=20"))
+
+
+@pytest.fixture
+def config_of(store, teacher, tmp_path):
+    def build(*overrides, name="student"):
+        fixed = ("task=distill_text", f"teacher={teacher}", "data.batch_size=4", "train.eval_batches=2",
+                 "train.eval_every=0", "train.checkpoint_every=1000", "optim.warmup_steps=0")  # fmt: skip
+        return lm_config(store, tmp_path / name, *fixed, *overrides)
+
+    return build
+
+
+SMALL = ("text_student.n_layers=1", "text_student.d_model=8", "text_student.d_ff=16")
+
+
+def losses_of(task, step=0, n=0, counts=None, batch=None):
+    batch = batch or task.loader("train", 4, 0, 1).batch(n)
+    counts = task.counts(batch) if counts is None else counts
+    return task.losses(task.modules, batch, counts, step)["model"]
+
+
+def states_of(model, tokenizer, captions, max_tokens=40):
+    return TextEncoder("", model.eval(), tokenizer, "", max_tokens).encode(captions)
+
+
+# --- alignment ------------------------------------------------------------------------------------------------------
+
+
+def pieces_of(spans, name="x", front=1, behind=1):
+    """Tokens over these characters between marks; their names tell the two sides apart."""
+    special = [True] * front + [False] * len(spans) + [True] * behind
+    marked = [(0, 0)] * front + list(spans) + [(0, 0)] * behind
+    names = [f"{name}{i}" for i in range(len(marked))]
+    return Pieces(list(range(len(marked))), names, special, marked)
+
+
+def spans(most=30):
+    """Tokens one behind the other, some characters left out between them."""
+    borders = st.lists(st.integers(0, most), min_size=2, max_size=12, unique=True).map(sorted)
+    pairs = borders.map(lambda b: list(itertools.pairwise(b)))
+    return pairs.flatmap(lambda p: st.lists(st.booleans(), min_size=len(p), max_size=len(p)).map(
+        lambda keep: [span for span, kept in zip(p, keep, strict=True) if kept] or p[:1]))  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(spans(), spans())
+def test_tokens_align_as_their_characters_do(ours, theirs):
+    made = align(pieces_of(ours, "a"), pieces_of(theirs, "b"))
+    assert made.shape == (len(ours) + 2, len(theirs) + 2)
+    for row, (first, end) in zip(made[1:-1], ours, strict=True):
+        shared = [bool(set(range(first, end)) & set(range(a, b))) for a, b in theirs]
+        if not any(shared):  # how many characters lie between them
+            between = [min(abs(i - j) for i in range(first, end) for j in range(a, b)) for a, b in theirs]
+            shared = [place == between.index(min(between)) for place in range(len(theirs))]
+        wanted = torch.tensor([0, *shared, 0]).float()
+        torch.testing.assert_close(row, wanted / wanted.sum())
+    assert torch.equal(made[[0, -1]], torch.eye(made.shape[1])[[0, -1]])  # marks in front, marks behind
+
+
+def test_marks_have_the_marks_of_their_side_or_all():
+    words = [(0, 2), (2, 4)]
+    both, behind, none = pieces_of(words, "a"), pieces_of(words, "b", front=0), pieces_of(words, "c", 0, 0)
+    assert align(both, behind).tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert align(behind, both)[-1].tolist() == [0, 0, 0, 1]
+    assert align(both, none)[0].tolist() == [0.5, 0.5]
+    empty, other = pieces_of([], "a"), pieces_of([], "b", front=0)
+    assert align(empty, other).tolist() == [[1], [1]] and align(other, empty).tolist() == [[0, 1]]
+    assert align(both, pieces_of([], "b"))[1].tolist() == [0.5, 0.5]  # a caption that the other finds empty
+
+
+def test_equal_tokens_answer_one_by_one():
+    whole = pieces_of([(0, 1), (0, 1)])  # as of two bytes of one character
+    assert torch.equal(align(whole, whole._replace(spans=None)), torch.eye(4))
+    with pytest.raises(UserError, match="which characters a token stands for"):
+        align(whole._replace(spans=None), pieces_of([(0, 1)], "y"))
+
+
+def test_two_real_tokenizers_align(folders):
+    bert, t5 = (cut(load_text_encoder(folders[kind]).tokenizer, ["slowly, pianos"], 40)[0] for kind in KINDS)
+    assert bert.names == ["[CLS]", "slow", "##ly", ",", "piano", "##s", "[SEP]"]
+    assert t5.names == ["▁slow", "ly", ",", "▁piano", "s", "</s>"]
+    answers = [[t5.names[i] for i in row.nonzero()[:, 0]] for row in align(bert, t5)]
+    assert answers == [["</s>"], ["▁slow"], ["ly"], [","], ["▁piano"], ["s"], ["</s>"]]
+
+
+# --- vocabulary -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trimmed_encoder_says_the_same_of_the_captions(encoder):
+    model, tokenizer = trim(encoder.model, encoder.tokenizer, CAPTIONS)
+    assert len(tokenizer) == model.config.vocab_size < len(encoder.tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert not {"violin", "▁violin", "é"} & set(tokenizer.get_vocab())
+    texts = [*CAPTIONS, "", "drums, drums with pianos"]
+    before, after = encoder.encode(texts), states_of(model, tokenizer, texts)
+    assert torch.equal(before.embeddings, after.embeddings) and torch.equal(before.mask, after.mask)
+
+
+def test_other_texts_still_have_tokens(encoder):
+    """Words fall into characters, what has none into the unknown piece."""
+    model, tokenizer = trim(encoder.model, encoder.tokenizer, CAPTIONS)
+    made = states_of(model, tokenizer, UNSEEN)
+    assert torch.isfinite(made.embeddings).all() and (made.mask[:4].sum(1) > made.mask[4].sum()).all()
+    names = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(list(UNSEEN))["input_ids"]]
+    assert tokenizer.unk_token in names[2] and tokenizer.unk_token not in names[0]
+    assert "".join(names[0]).replace("##", "").strip("▁").replace("[CLS]", "").startswith("violins")
+
+
+def test_an_unknown_piece_costs_what_it_did(folders):
+    """Unigram weighs it by the lowest score of all: a caption with one is cut as before."""
+    encoder = load_text_encoder(folders["t5"])
+    captions = ["piano λ slow", "a flute"]
+    model, tokenizer = trim(encoder.model, encoder.tokenizer, captions)
+    assert "ß" in tokenizer.get_vocab() and min(model.get_input_embeddings().weight.shape) > 3
+    assert torch.equal(states_of(model, tokenizer, captions).embeddings, encoder.encode(captions).embeddings)
+
+
+def test_minilm_can_be_trimmed():
+    minilm = load_text_encoder("minilm")
+    captions = ["A slow waltz in F# minor, on harpsichord", "lo-fi hip hop; 92 bpm"]
+    model, tokenizer = trim(minilm.model, minilm.tokenizer, captions)
+    assert len(tokenizer) < 250
+    made = states_of(model, tokenizer, captions)
+    assert torch.equal(made.embeddings, minilm.encode(captions).embeddings)
+    whole, trimmed = (cut(each, captions, 128) for each in (minilm.tokenizer, tokenizer))
+    assert [a.names for a in whole] == [a.names for a in trimmed]
+
+
+def test_what_cannot_be_trimmed(encoder):
+    for captions in ([], [""], ["静かな"]):
+        with pytest.raises(UserError, match="nothing is left"):
+            trim(encoder.model, encoder.tokenizer, captions)
+    pairs = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    pairs.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="a BPE vocabulary cannot be trimmed"):
+        trim(encoder.model, PreTrainedTokenizerFast(tokenizer_object=pairs, unk_token="<unk>"), ["a"])
+
+
+# --- the student ----------------------------------------------------------------------------------------------------
+
+
+def test_a_student_of_the_whole_shape_is_its_source(encoder):
+    for captions in (None, CAPTIONS):
+        student, tokenizer = build_student(encoder.model, encoder.tokenizer, 16, StudentShape(), captions)
+        made = states_of(student, tokenizer, CAPTIONS)
+        torch.testing.assert_close(made.embeddings, encoder.encode(CAPTIONS).embeddings, rtol=0, atol=1e-6)
+    assert all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+def test_a_smaller_student_is_made_of_layers_and_slices(encoder):
+    bert = encoder.model.config.model_type == "bert"
+    student = cut_down(encoder.model, StudentShape([2], 8, 12, 20))
+    ours, theirs = student.state_dict(), encoder.model.state_dict()
+    stack, hidden = ("layer", "intermediate.dense.weight") if bert else ("block", "layer.1.DenseReluDense.wi.weight")
+    mlp = ours[f"encoder.{stack}.0.{hidden}"]
+    assert torch.equal(mlp, theirs[f"encoder.{stack}.1.{hidden}"][:12, :8])
+    if bert:
+        table = "embeddings.position_embeddings.weight"
+        assert torch.equal(ours[table], theirs[table][:20, :8])
+        assert student.config.num_attention_heads == 1 and student.config.hidden_dropout_prob == 0
+    else:
+        bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        assert torch.equal(ours[bias], theirs[bias][:, :1])  # of the first layer, which alone has one
+    made = states_of(StudentEncoder(student, 16), encoder.tokenizer, CAPTIONS, 20)
+    assert made.embeddings.shape[-1] == 16 and torch.isfinite(made.embeddings).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (StudentShape(width=12), "heads are 8 wide"),
+        (StudentShape(width=24), "width 24 cannot be cut from an encoder with 16"),
+        (StudentShape(mlp=0), "mlp 0 cannot be cut"),
+    ],
+)
+def test_shapes_that_do_not_fit(shape, message, encoder):
+    with pytest.raises(UserError, match=message):
+        cut_down(encoder.model, shape)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_student_comes_back_from_its_folder(half, encoder, tmp_path):
+    torch.manual_seed(0)
+    student, tokenizer = build_student(encoder.model, encoder.tokenizer, 24, StudentShape([1], 8), CAPTIONS)
+    torch.nn.init.normal_(student.projection.weight)
+    student.save(tmp_path / "a", tokenizer, half)
+    loaded = load_text_encoder(tmp_path / "a")
+    assert (loaded.dim, len(loaded.fingerprint), loaded.name) == (24, 16, "a")
+    texts = [*CAPTIONS, *UNSEEN]
+    wanted = states_of(student, tokenizer, texts)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if half else {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(loaded.encode(texts).embeddings, wanted.embeddings, **tolerance)
+    alone = loaded.encode([CAPTIONS[0]])  # padding changes nothing
+    together = loaded.encode([*CAPTIONS])
+    torch.testing.assert_close(together.embeddings[0][together.mask[0]], alone.embeddings[0], rtol=0, atol=1e-5)
+    built, words = from_description(json.loads(json.dumps(describe(student, tokenizer))))
+    built.load_state_dict(student.state_dict())
+    assert torch.equal(states_of(built, words, texts).embeddings, wanted.embeddings)
+
+
+def test_a_student_is_known_by_weights_projection_and_words(encoder, tmp_path):
+    student, tokenizer = build_student(encoder.model, encoder.tokenizer, 16, StudentShape([1]), CAPTIONS)
+    student.save(tmp_path / "a", tokenizer)
+    found = {load_text_encoder(tmp_path / "a").fingerprint}
+    with torch.no_grad():
+        student.projection.bias += 1
+    student.save(tmp_path / "a", tokenizer)
+    found.add(load_text_encoder(tmp_path / "a").fingerprint)
+    file = tmp_path / "a" / "tokenizer.json"
+    file.write_text(file.read_text().replace("lute", "luge"))
+    found.add(load_text_encoder(tmp_path / "a").fingerprint)
+    assert len(found) == 3
+    (tmp_path / "a" / PROJECTION).write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="does not fit the encoder beside it"):
+        load_text_encoder(tmp_path / "a")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_itself_has_nothing_to_learn(config_of):
+    task = TextDistillTask(config_of())
+    assert losses_of(task)["text"].item() < 1e-6  # the store holds float16
+    named = losses_of(TextDistillTask(config_of("text_student.joint_step=0")))
+    assert named["kl"].item() < 1e-5 and named["cross_entropy"] > 0.5
+    assert losses_of(TextDistillTask(config_of(*SMALL)))["text"] > 0.1
+
+
+def test_the_loss_is_a_share_of_the_projected_text(config_of):
+    """By hand, caption by caption; 1 for a student that says what projects to nothing."""
+    task = TextDistillTask(config_of(*SMALL))
+    loader, student = task.loader("train", 4, 0, 1), TextEncoder("", task.encoder.eval(), task.tokenizer, "", 40)
+    read = task.teacher.model.text
+
+    def rows(encoder, caption):
+        return read(encoder.encode([caption])).tokens[0]
+
+    captions = [caption for n in range(4) for caption in loader.batch(n)["captions"]]
+    sizes = torch.cat([rows(task.replaced, caption).square().sum(-1) for caption in captions])
+    assert task._mean_square == pytest.approx(sizes.mean().item(), rel=1e-3)
+    first = loader.batch(0)["captions"]
+    off = torch.cat([(rows(student, c) - rows(task.replaced, c)).square().sum(-1) for c in first])
+    assert losses_of(task)["text"].item() == pytest.approx(off.mean().item() / task._mean_square, rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_shares_of_micro_batches_add_up(step, config_of):
+    """So neither padding nor the split of a batch changes what is learnt."""
+    task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=5", "model.dropout=0"))
+    task.model.eval()
+    batch = task.loader("train", 4, 0, 1).batch(1)
+    counts = task.counts(batch)
+    whole = losses_of(task, step, counts=counts, batch=batch)
+    parts = [losses_of(task, step, counts=counts, batch=micro) for micro in micro_batches(batch, 1)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-4, atol=1e-5)
+    assert ("kl" in whole) == (step == 5)
+
+
+def test_the_gradient_of_the_regression(config_of):
+    task = TextDistillTask(config_of())
+    task.teacher.model.text.double()
+    read = task.loader("train", 4, 0, 1).batch(0)["read"]
+    states = torch.randn(*read.targets.shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: task._distance(x, read), states)
+    slope = torch.autograd.grad(task._distance(states, read), states)[0]
+    assert not slope[~read.mask].any() and slope[read.mask].any(-1).all()
+
+
+def test_the_language_model_joins_late(config_of):
+    task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=3"))
+    for step, joins in ((2, False), (3, True)):
+        named = losses_of(task, step)
+        sum(task.loss_weights[name] * loss for name, loss in named.items() if name in task.loss_weights).backward()
+        assert all(p.grad is not None for p in task.encoder.parameters())
+        assert all((p.grad is not None) == joins for p in task.model.parameters())
+    text_only = losses_of(task, 2)["text"]
+    assert torch.equal(text_only, losses_of(task, 3)["text"])
+
+
+def test_the_empty_caption_is_learnt_too(config_of):
+    """Guidance needs it. A model that knows no text instead is told none."""
+    task = TextDistillTask(config_of("data.caption_dropout=1", "text_student.joint_step=0"))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    assert batch["captions"] == [""] * 4 and batch["read"].mask.sum(1).tolist() == [2] * 4
+    wanted = task.replaced.encode([""]).embeddings
+    torch.testing.assert_close(batch["read"].targets, wanted.expand(4, -1, -1), rtol=1e-2, atol=1e-2)
+    text = batch["text"]
+    assert torch.equal(task._heard(text, batch["captions"]).mask, text.mask)
+    task.teacher.folder.card["data"]["text"]["reading"] = "null_is_nothing"
+    assert task._heard(text, ["", "a", "", "b"]).mask.any(1).tolist() == [False, True, False, True]
+
+
+def test_training_brings_the_student_nearer_and_leaves_the_language_model(config_of, teacher):
+    run = loop.train(config_of(*SMALL, "train.steps=60", "optim.lr=0.02", "train.eval_every=60"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [row["text"] for row in rows if "text" in row]
+    assert found[-1] < 0.35 * found[0]
+    assert {"valid/text", "valid/cross_entropy", "valid/kl"} <= rows[-1].keys()
+    folder = checkpoint.latest_good(run)
+    before = checkpoint.load_weights(checkpoint.latest_good(teacher))
+    after = checkpoint.load_weights(folder, player="lm")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_student_with_another_tokenizer_learns(config_of, folders):
+    told = (*SMALL, f"text_student.encoder={folders['t5']}", "train.steps=40", "optim.lr=0.02")
+    run = loop.train(config_of(*told))
+    found = [json.loads(line).get("text") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found[-1] < 0.6 * found[0]
+
+
+def test_a_run_of_two_phases_resumes_exactly(config_of, monkeypatch):
+    asked = (*SMALL, "text_student.joint_step=4", "train.steps=7", "data.caption_dropout=0.3", "train.eval_every=4")
+    stopped = config_of(*asked, name="stopped")
+    train_with_stops(stopped, TextDistillTask, (2, 5), monkeypatch)
+    unbroken = everything(loop.train(config_of(*asked, name="unbroken")))
+    assert_same(unbroken, everything(Path(stopped.run_dir)))
+    assert {"model", "lm", "ema", "optimizer"} == unbroken[0].keys()
+
+
+# --- what it leaves -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("joint", ["null", "4"])
+def test_an_exported_folder_plays_by_itself(joint, config_of, teacher, tmp_path):
+    run = loop.train(config_of(*SMALL, f"text_student.joint_step={joint}", "train.steps=6"))
+    with pytest.raises(UserError, match="ssmttm export"):
+        open_model_folder(run)
+    out = shutil.move(export(run, tmp_path / "out"), tmp_path / "elsewhere")
+    pipe = MusicPipeline.from_pretrained(out)
+    assert isinstance(pipe.text_encoder.model, StudentEncoder) and pipe.text_encoder.dim == 16
+    made = pipe(["a slow piano", "violins"], duration=0.4)
+    assert made.audios.shape[0] == 2 and torch.isfinite(made.audios).all()
+    card = json.loads((Path(out) / "card.json").read_text())
+    assert card["data"]["text"] == {"name": "./text_encoder", "fingerprint": pipe.text_encoder.fingerprint,
+                                    "reading": "plain"}  # fmt: skip
+    assert "blueprint" not in card["data"] and card["data"]["teacher"]["name"].startswith("teacher/")
+    assert card["parameters"] == sum(p.numel() for p in pipe.model.parameters())
+    before = MusicPipeline.from_pretrained(teacher).model.state_dict()
+    same = [torch.equal(value.half(), before[name].half()) for name, value in pipe.model.state_dict().items()]
+    assert all(same) == (joint == "null") and str(tmp_path) not in (Path(out) / "config.yaml").read_text()
+
+
+def test_a_student_can_be_cut_again(config_of, folders, tmp_path):
+    """An exported folder is a teacher like others; cut to nothing less, its student says the same."""
+    encoder = load_text_encoder(folders["bert"])
+    student, tokenizer = build_student(encoder.model, encoder.tokenizer, 24, StudentShape([1], 8))
+    torch.nn.init.normal_(student.projection.weight)
+    again, words = build_student(student, tokenizer, 24, StudentShape())
+    assert torch.equal(states_of(again, words, CAPTIONS).embeddings, states_of(student, tokenizer, CAPTIONS).embeddings)
+
+
+def changed_card(teacher, tmp_path, change):
+    out = export(teacher, tmp_path / "exported")
+    card = json.loads((out / "card.json").read_text())
+    change(card)
+    (out / "card.json").write_text(json.dumps(card))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda card: card["data"].pop("text"), "names no text"),
+        (lambda card: card["data"]["text"].update(reading="visible_padding"), "visible padding"),
+        (lambda card: card.update(weights="int8"), "int8"),
+        (lambda card: card["data"]["text"].update(fingerprint="0" * 16), "was trained with text"),
+    ],
+)
+def test_teachers_that_cannot_be_had(change, message, config_of, teacher, tmp_path):
+    folder = changed_card(teacher, tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        TextDistillTask(config_of(f"teacher={folder}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher=null", "teacher is not set"),
+        ("losses.text=0", "losses.text=0"),
+        ("losses.kl=-1", "losses.kl=-1"),
+        ("losses.tags=1", "losses.tags"),
+        ("text_student.d_model=12", "heads are 8 wide"),
+        ("text_student.n_layers=0", "text_student.n_layers=0"),
+    ],
+)
+def test_settings_that_contradict_themselves(override, message, config_of):
+    with pytest.raises(UserError, match=message):
+        TextDistillTask(config_of(override))
