@@ -54,6 +54,7 @@ class TextDistillTask(LanguageModelTask):
             raise UserError("teacher is not set: give a run, a model folder or an embedded model: teacher=tiny_lm")
         _check_settings(config)
         self.teacher = Teacher(config.teacher)
+        self.frozen = [self.teacher.model]
         folder, lm = self.teacher.folder, self.teacher.model.config
         _check_teacher(folder.name, folder.reading, folder.card)
         config = config.copy()
@@ -131,7 +132,7 @@ class TextDistillTask(LanguageModelTask):
 
     def _projected(self, states: Tensor, mask: Tensor) -> Tensor:
         """As the teacher's language model projects them, 0 at padding: [b, L, E] -> [b, L, D]."""
-        return self.teacher.model.text.to(states.device)(TextCondition(states, mask)).tokens
+        return self.teacher.model.text(TextCondition(states, mask)).tokens
 
     def _language(self, lm: nn.Module, states: Tensor, batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
         given = self._given(batch, wishes)
