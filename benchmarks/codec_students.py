@@ -31,7 +31,7 @@ SECONDS, PIECE = 10.0, 5  # of a clip; frames of a streamed piece
 
 
 def held_out(store_path: str, clips: int, sample_rate: int) -> list[Tensor]:
-    """The beginnings of test segments, [1, 1, S] each, each of a piece of music of its own."""
+    """The beginnings of test segments, [1, 1, S] each."""
     store = open_store(store_path)
     rows = store.indices("test")[:clips]
     length = round(SECONDS * sample_rate)
