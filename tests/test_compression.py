@@ -12,6 +12,7 @@ from small_stores import TEXT_DIM, lm_config, small_codec, write_codes_store
 from test_sample_cli import WordEncoder
 from torch import nn
 
+from benchmarks.end_to_end import random_system
 from ssmttm import MusicPipeline, config
 from ssmttm.cli import main
 from ssmttm.codecs import StudentCodec
@@ -185,6 +186,17 @@ def test_a_table_compares_part_by_part_and_in_all():
     lines = comparison(old, new).splitlines()
     assert lines[2] == "| a | 4.0 → 1.0 (4.0 x less) | 0.0 → 0.0 | 12.0 → 3.0 (4.0 x less) | 2.0 → 2.0 (1.0 x less) |"
     assert lines[4].startswith("| all | 8.0 → 2.0 (4.0 x less) |")
+
+
+@pytest.mark.parametrize("name", ["tinyttm_89m", "tinyttm_ssm_89m"])
+def test_the_presets_keep_to_the_budget_of_the_paper(name):
+    """Counted as it counts: text encoder, language model and decoder; and they make sound."""
+    pipe = random_system(name)
+    parts = components(pipe)
+    assert 0.95 * BUDGET < total(parts).parameters <= BUDGET
+    assert [part.name for part in parts] == ["text encoder", "language model", "codec decoder"]
+    audio = pipe("a march", duration=0.1).audios
+    assert audio.shape == (1, 1, 3200) and bool(audio.isfinite().all())
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
