@@ -16,7 +16,7 @@ from ssmttm import config
 from ssmttm.codecs import StudentCodec, TinyCodec, TinyCodecConfig, build_codec, load_codec
 from ssmttm.codecs.cost import decoding_cost
 from ssmttm.codecs.quality import codec_quality
-from ssmttm.distill.codec_matching import StageProjections, at_one_rate, decoder_stages, traced_outputs
+from ssmttm.distill.codec_matching import StageProjections, at_one_rate, matched_stages, traced_outputs
 from ssmttm.distill.codec_transfer import transfer_decoder
 from ssmttm.errors import UserError
 from ssmttm.training import distill_codec, loop
@@ -154,8 +154,10 @@ def test_an_encodec_gets_a_spectral_student():
     student, taken = student_of(teacher.eval(), SPECTRAL)
     codes = codes_for(teacher, 9)
     assert taken == [] and student.decode(codes).shape == (2, 1, 9 * 40) == teacher.decode(codes).shape
-    with pytest.raises(UserError, match=r"losses\.decoder=0"):
-        decoder_stages(teacher)
+    with traced_outputs(student.decoder_stages()) as ours, traced_outputs(teacher.decoder_stages()) as theirs:
+        student.decode(codes), teacher.decode(codes)
+    assert [x.shape[1] for x in theirs] == [9, 9 * 5, 9 * 20, 9 * 40]
+    assert matched_stages(ours, theirs) == [0, 0]  # frames at 1 and 2 times the codes'
 
 
 # --- decoders ---------------------------------------------------------------------------------------------------------
@@ -269,9 +271,10 @@ def test_projections_begin_as_the_best_and_a_copy_is_at_distance_0():
     teacher = teacher_of("conv")
     student, _ = student_of(teacher, CONV)
     codes = codes_for(teacher)
-    with traced_outputs(decoder_stages(student)) as ours, traced_outputs(decoder_stages(teacher)) as theirs:
+    with traced_outputs(student.decoder_stages()) as ours, traced_outputs(teacher.decoder_stages()) as theirs:
         student.decode(codes), teacher.decode(codes)
     assert [x.shape for x in ours] == [x.shape for x in theirs] == [(2, 199, 16), (2, 596, 8), (2, 1192, 4)]
+    assert matched_stages(ours, theirs) == [0, 1, 2] and matched_stages(ours[:1], [*theirs[:1], *theirs]) == [1]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
@@ -460,6 +463,12 @@ def test_a_conv_student_of_another_kind_of_teacher_learns_too(config_of):
 def test_mistakes_are_one_clear_line(config_of, overrides, says):
     with pytest.raises(UserError, match=says):
         distill_codec.CodecDistillTask(config_of(*overrides))
+
+
+def test_a_teacher_without_known_stages_is_told_of(config_of, monkeypatch):
+    monkeypatch.setattr(TinyCodec, "decoder_stages", lambda self: [])
+    with pytest.raises(UserError, match=r"losses\.decoder=0"):
+        distill_codec.CodecDistillTask(config_of())
 
 
 def test_going_on_with_other_codebooks_is_refused(config_of, teacher_folder, tmp_path):

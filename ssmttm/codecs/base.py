@@ -77,6 +77,11 @@ class Codec(nn.Module, ABC):
         self.n_codebooks = n
         return self
 
+    def decoder_stages(self) -> list[nn.Module]:
+        """The modules of the decoder, from the codes to the audio, with whose outputs a student's may be compared:
+        [B, D, T'] each, of a `Stack` [B, T', D]. Empty: none are known."""
+        return []
+
     @abstractmethod
     def codebook_vectors(self) -> Tensor:
         """All codebooks, float [K or more, V, c]."""

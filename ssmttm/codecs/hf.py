@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
+from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecResnetBlock
 
 from ssmttm.codecs.base import Codec, CodecOutput
 from ssmttm.codecs.quantiser import reseed, unused
@@ -66,6 +67,9 @@ class DacCodec(TransformersCodec):
         self.usage.zero_()
         return dead.sum(dim=1)
 
+    def decoder_stages(self) -> list[nn.Module]:
+        return list(self.model.decoder.block)
+
     def codebook_vectors(self) -> Tensor:
         return torch.stack([layer.codebook.weight for layer in self.model.quantizer.quantizers])
 
@@ -97,6 +101,9 @@ class EncodecCodec(TransformersCodec):
         self.model, self.name = model, name
         self.sample_rate, self.hop_length = config.sampling_rate, math.prod(config.upsampling_ratios)
         self.n_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
+
+    def decoder_stages(self) -> list[nn.Module]:
+        return [layer for layer in self.model.decoder.layers if isinstance(layer, EncodecLSTM | EncodecResnetBlock)]
 
     def codebook_vectors(self) -> Tensor:
         return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])

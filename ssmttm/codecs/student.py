@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmttm.codecs.base import Codec, CodecOutput, weights_fingerprint
 from ssmttm.codecs.decoders import ConvConfig, ConvDecoder, SpectralConfig, SpectralDecoder
@@ -96,6 +96,9 @@ class StudentCodec(Codec):
     def decoder_fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 of its own weights."""
         return weights_fingerprint(self.weights())
+
+    def decoder_stages(self) -> list[nn.Module]:
+        return list(self.decoder.stages)
 
     def codebook_vectors(self) -> Tensor:
         return self.codebooks

@@ -106,6 +106,9 @@ class TinyCodec(Codec):
         """
         return self.quantiser.revive(self._analyse(self.pad(wav)).float())
 
+    def decoder_stages(self) -> list[nn.Module]:
+        return [self.decoder_coarse, self.decoder_fine]
+
     def codebook_vectors(self) -> Tensor:
         return self.quantiser.codebooks
 

@@ -1,38 +1,31 @@
-"""A student decoder against its codec's decoder inside: what comes out of their stages, at matched depth.
+"""A student decoder against its codec's decoder inside: what comes out of their stages.
 
 Shapes: B batch, T frames of a stage, D channels of the student's, W of the teacher's.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.codecs import Codec, StudentCodec, TinyCodec
 from ssmttm.codecs.spectral import Stack
 from ssmttm.distill.losses import output_error
-from ssmttm.errors import UserError
 
 _FEWEST = 1e-6  # singular values below this share of the largest count as none
 
 
-def decoder_stages(codec: Codec) -> list[nn.Module]:
-    """The modules of a codec's decoder that a student is compared with, from the codes to the audio.
+def matched_stages(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[int]:
+    """Which of a teacher's stages each of its student's answers to: that whose frames come at the nearest rate, the
+    deepest of such.
 
-    Raises:
-        UserError: the codec is of a kind whose stages are not known here.
+    Args:
+        ours, theirs: what comes out of the stages for the same codes, [B, T, .] each.
     """
-    if isinstance(codec, StudentCodec):
-        return list(codec.decoder.stages)
-    if isinstance(codec, TinyCodec):
-        return [codec.decoder_coarse, codec.decoder_fine]
-    decoder = getattr(getattr(codec, "model", None), "decoder", None)
-    if not hasattr(decoder, "block"):
-        raise UserError(f"the decoder of {codec.name} has no stages that a student could be compared with: set "
-                        "losses.decoder=0")  # fmt: skip
-    return list(decoder.block)
+    apart = [[abs(math.log(a.shape[1] / b.shape[1])) for b in theirs] for a in ours]
+    return [max(range(len(row)), key=lambda i: (-round(row[i], 2), i)) for row in apart]
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ssmttm.codecs import TINY_FOLDER, Codec, CodecOutput, StudentCodec, load_codec
 from ssmttm.codecs.student import DECODERS
-from ssmttm.distill.codec_matching import StageProjections, decoder_stages, traced_outputs
+from ssmttm.distill.codec_matching import StageProjections, matched_stages, traced_outputs
 from ssmttm.distill.codec_transfer import transfer_decoder
-from ssmttm.distill.layers import layer_map
 from ssmttm.errors import UserError
 from ssmttm.training.codec import CodecTask, count_flops
 from ssmttm.training.task import Batch, Losses
@@ -48,9 +47,8 @@ class CodecDistillTask(CodecTask):
         self.transferred = transfer_decoder(self.teacher, self.codec, shown) if settings.transfer else []
         self.stages: tuple[list[nn.Module], list[nn.Module]] | None = None  # of the student, and as many of the teacher
         if matched:
-            ours, theirs = decoder_stages(self.codec), decoder_stages(self.teacher)
-            self.stages = ours, [theirs[n - 1] for n in layer_map("even", len(ours), len(theirs))]
-            self.modules["projections"] = self._projections(shown)
+            self.stages = self.codec.decoder_stages(), self.teacher.decoder_stages()
+            self.modules["projections"] = self._match_stages(torch.cat(shown))
 
     @property
     def encoder(self) -> Codec:
@@ -117,11 +115,16 @@ class CodecDistillTask(CodecTask):
         loader = self.loader("train", self.config.data.batch_size, 0, 1)
         return [self.teacher.encode(loader.batch(n)["audio"]) for n in range(_CALIBRATION)]
 
-    def _projections(self, shown: list[Tensor]) -> StageProjections:
-        codes = torch.cat(shown)
+    def _match_stages(self, codes: Tensor) -> StageProjections:
+        """Keep those of the teacher's stages that the student's answer to, and see how the latter map to them."""
+        if not self.stages[1]:
+            raise UserError(f"the decoder of {self.teacher.name} has no stages to compare with: set losses.decoder=0")
         with torch.no_grad(), traced_outputs(self.stages[0]) as ours:
             self.codec(codes)
-        return StageProjections.fitted(ours, self._teachers(codes))
+        theirs = self._teachers(codes)
+        chosen = matched_stages(ours, theirs)
+        self.stages = self.stages[0], [self.stages[1][index] for index in chosen]
+        return StageProjections.fitted(ours, [theirs[index] for index in chosen])
 
 
 def decoder_settings(settings: DictConfig, teacher: Codec) -> dict[str, Any]:
