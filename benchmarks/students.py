@@ -104,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def runs_of(sweep: Path) -> list[tuple[str, str, str]]:
-    """(student, seed, run) of the teacher and of every job that is done."""
-    runs = [("teacher", seed, "tiny_lm") for seed in "012"]
+    """(student, seed, run) of every job that is done, and of the teacher."""
+    runs = []
     for done in sorted(sweep.glob("jobs/*/done.json")):
         labels = json.loads((done.parent / "job.json").read_text())["labels"]
         runs.append((labels["student"], labels["seed"], str(done.parent / "run")))
-    return runs
+    return [*runs, *(("teacher", seed, "tiny_lm") for seed in "012")]
 
 
 def table(found: Mapping[str, Any]) -> list[list[str]]:

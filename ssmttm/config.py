@@ -50,6 +50,12 @@ def load(*overrides: str, root: str = "config") -> DictConfig:
     return config
 
 
+def override(key: str, value: object) -> str:
+    """key=value for `load`, whatever signs the value holds, such as the commas and blanks of a path."""
+    quoted = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
+
+
 def names(group: str) -> list[str]:
     """The files of a config group, such as `names("experiment")`."""
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))

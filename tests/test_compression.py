@@ -135,7 +135,7 @@ def test_parts_follow_each_other(told, teacher, tmp_path):
     expected = (str(teacher), str(tmp_path / "work" / "lm"), str(teacher.parent / "codec"))
     assert teachers == dict(zip(("lm", "text", "codec"), expected, strict=True))
     alone = recipe.trainings(config.load(*told(text="['experiment=tinyttm_lm']"), root="compress"))
-    assert f"teacher={teacher}" in alone["text"]
+    assert f"teacher='{teacher}'" in alone["text"]
     with pytest.raises(UserError, match=r"train\.steps"):
         recipe.trainings(config.load(*told(text="['train.stepz=3']"), root="compress"))
 

@@ -62,6 +62,11 @@ def test_every_model_takes_a_step(name):
     assert loss().item() < before.item()
 
 
+@pytest.mark.parametrize("path", ["plain", "a, b = [c]", "it's", r"C:\here", "{x: 1}", "null"])
+def test_an_override_holds_any_path(path):
+    assert config.load(config.override("data.store", path)).data.store == path
+
+
 def test_paper_prefix_simba_has_the_papers_size():
     loaded = config.load("experiment=paper_prefix_simba")
     assert (loaded.model.n_layers, loaded.model.d_model, loaded.model.n_codebooks) == (24, 1024, 1)

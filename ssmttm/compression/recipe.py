@@ -64,7 +64,8 @@ def trainings(settings: DictConfig) -> dict[str, list[str]]:
         if keys is None:
             continue
         teacher = open_model_folder(settings.teacher).source("codec") if part == "codec" else language
-        found[part] = [*keys, f"teacher={teacher}", f"data.store={settings.store}", f"run_dir={work / part}"]
+        given = {"teacher": teacher, "data.store": settings.store, "run_dir": work / part}
+        found[part] = [*keys, *(configs.override(key, value) for key, value in given.items())]
         configs.load(*found[part])
         if part == "lm":
             language = str(work / part)
