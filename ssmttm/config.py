@@ -1,6 +1,7 @@
 """Configs: Hydra groups under `configs/`, composed from overrides such as `experiment=tiny train.steps=100`."""
 
 import difflib
+import re
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -52,7 +53,7 @@ def load(*overrides: str, root: str = "config") -> DictConfig:
 
 def override(key: str, value: object) -> str:
     """key=value for `load`, whatever signs the value holds, such as the commas and blanks of a path."""
-    quoted = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", r"\'"), str(value))
     return f"{key}='{quoted}'"
 
 

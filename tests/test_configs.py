@@ -62,7 +62,7 @@ def test_every_model_takes_a_step(name):
     assert loss().item() < before.item()
 
 
-@pytest.mark.parametrize("path", ["plain", "a, b = [c]", "it's", r"C:\here", "{x: 1}", "null"])
+@pytest.mark.parametrize("path", ["plain", "a, b = [c]", "it's", r"C:\here", "C:\\", r"a\'b", "{x: 1}", "null"])
 def test_an_override_holds_any_path(path):
     assert config.load(config.override("data.store", path)).data.store == path
 
