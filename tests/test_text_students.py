@@ -427,6 +427,22 @@ def changed_card(teacher, tmp_path, change):
     return out
 
 
+def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
+    """As MusicGen's: a dropped caption is no token at all, in training and behind the export."""
+    folder = changed_card(teacher, tmp_path, lambda card: card["data"]["text"].update(reading="null_is_nothing"))
+    asked = (f"teacher={folder}", "text_student.joint_step=0", "data.caption_dropout=1", "train.steps=2")
+    task = TextDistillTask(config_of(*asked))
+    before = losses_of(task)
+    with torch.no_grad():
+        task.encoder.projection.bias += 1
+    after = losses_of(task)
+    assert torch.equal(before["cross_entropy"], after["cross_entropy"]) and before["text"] < after["text"]
+    assert before["kl"].item() < 1e-5
+    out = export(loop.train(config_of(*asked)), tmp_path / "out")
+    assert open_model_folder(out).reading == "null_is_nothing"
+    assert torch.isfinite(MusicPipeline.from_pretrained(out)("a flute", duration=0.2).audios).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,7 +22,7 @@ from ssmttm.generation.loading import (
     open_model_folder,
     open_painter_folder,
 )
-from ssmttm.text.encoders import load_text_encoder
+from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import from_description
 
 TEXT_ENCODER = "text_encoder"  # of an exported model, the folder of a text encoder of its own
@@ -116,7 +116,8 @@ def write_text_student(folder: Path, out: Path, data: dict[str, Any], half: bool
     blueprint, weights = data["blueprint"], checkpoint.load_weights(folder, player="lm")
     encoder, tokenizer = from_description(blueprint["encoder"])
     checkpoint.fill(encoder, checkpoint.load_weights(folder), folder)
-    encoder.save(out / TEXT_ENCODER, tokenizer, half)
+    with quiet_transformers():
+        encoder.save(out / TEXT_ENCODER, tokenizer, half)
     with written_aside(out / "model.safetensors") as path:
         save_file(shrunk(weights, half), path)
     with written_aside(out / "config.yaml") as path:
