@@ -5,16 +5,15 @@
     ssmttm export RUN joint
     python benchmarks/text_students.py --store STORE --regressed regressed --joint joint
 
-How far the projected text is off, parameters and bytes, the time of one caption on one thread, and the language model's
-cross-entropy on held-out codes with the one text and the other, with the same captions and crops.
+How far the projected text is off, parameters and bytes, the time of one caption on one thread, and what the language
+model says of held-out codes when it reads the one encoder or the other, with the same captions and crops.
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +23,20 @@ from tqdm import tqdm
 from ssmttm import MusicPipeline
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
+from ssmttm.distill.losses import divergence
 from ssmttm.text.alignment import align, cut
 from ssmttm.text.encoders import TextEncoder
 from ssmttm.training.lm import interleave, token_losses
 
 BATCH, FRAMES, SHOWN = 8, 100, "a slow waltz in D minor on a music box, with a soft harp behind it"
-Measured = dict[str, Any]
+
+
+class Told(NamedTuple):
+    """Of each segment, means over codebooks, in nats a code: the cross-entropy, and the divergence of the distributions
+    from those of the original system."""
+
+    cross_entropy: list[float]
+    kl: list[float]
 
 
 @torch.inference_mode()
@@ -49,29 +56,39 @@ def regression_error(teacher: MusicPipeline, student: TextEncoder, captions: lis
 
 
 @torch.inference_mode()
-def cross_entropy(pipe: MusicPipeline, encoder: TextEncoder, store: Store, caption: Callable[[str], str]) -> np.ndarray:
-    """Nats a code of each test segment, mean over codebooks; its caption goes through `caption` first. [n]"""
-    model, found = pipe.model, []
+def held_out(
+    pipe: MusicPipeline, encoder: TextEncoder, teacher: MusicPipeline, store: Store, told: bool = True
+) -> Told:
+    """What a language model that reads an encoder says of each test segment; not `told`, its captions are empty."""
+    said = Told([], [])
     loader = CodesLoader(store, "test", BATCH, FRAMES, seed=0, fixed=True)
+    size, special = pipe.model.config.codebook_size, pipe.model.special_token_id
     for n in tqdm(range(len(loader) // BATCH), desc="segments", leave=False):
         batch = loader.batch(n)
-        codes = batch["codes"][:, : model.config.n_codebooks]
-        sequence, real = interleave(pipe.pattern, codes, batch["frame_mask"], model.special_token_id)
-        start = torch.full_like(sequence[..., :1], model.special_token_id)
-        text = encoder.encode([caption(given) for given in batch["captions"]])
-        logits = model(torch.cat([start, sequence[..., :-1]], -1), text)
-        for item in range(len(codes)):
-            rows = slice(item, item + 1)
-            plain, _ = token_losses(logits[rows], sequence[rows], real[rows], model.config.codebook_size, 0.0)
-            found.append(float((plain / real[rows].sum((0, 2))).mean()))
-    return np.array(found)
+        sequence, real = interleave(pipe.pattern, batch["codes"], batch["frame_mask"], special)
+        shown = torch.cat([torch.full_like(sequence[..., :1], special), sequence[..., :-1]], -1)
+        logits = pipe.model(shown, encoder.encode([caption * told for caption in batch["captions"]]))
+        wanted = teacher.model(shown, teacher.text_encoder.encode(batch["captions"]))
+        pair = (each[..., :size].log_softmax(-1) for each in (logits, wanted))
+        apart = divergence(*pair).masked_fill(~real, 0)  # [b, K, S]
+        for item in range(len(shown)):
+            rows, codes = slice(item, item + 1), real[item].sum(-1)  # [K]
+            plain, _ = token_losses(logits[rows], sequence[rows], real[rows], size, 0.0)
+            said.cross_entropy.append(float((plain / codes).mean()))
+            said.kl.append(float((apart[item].sum(-1) / codes).mean()))
+    return said
 
 
-def compared(values: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """The mean, and how far it lies above that of `base`, paired by segment, with half of its 95 % interval."""
-    above = values - base
-    half = 1.96 * above.std(ddof=1) / len(above) ** 0.5
-    return {"cross_entropy": float(values.mean()), "above": float(above.mean()), "half_95": float(half)}
+def compared(said: Told, base: Told) -> dict[str, float]:
+    """The means, and how far the cross-entropy lies above that of `base`, paired by segment, with half of its 95 %
+    interval."""
+    above = np.array(said.cross_entropy) - np.array(base.cross_entropy)
+    return {
+        "cross_entropy": float(np.mean(said.cross_entropy)),
+        "above": float(above.mean()),
+        "half_95": float(1.96 * above.std(ddof=1) / len(above) ** 0.5),
+        "kl": float(np.mean(said.kl)),
+    }
 
 
 def size_of(encoder: TextEncoder, folder: Path | None) -> dict[str, int]:
@@ -100,11 +117,15 @@ def main() -> None:
     both = {"student": student, "original": original}
     times = paired({name: partial(encoder.encode, [SHOWN]) for name, encoder in both.items()}, arguments.rounds, "text")
 
-    def whole(text: str) -> str:
-        return text
-
-    base = cross_entropy(teacher, original, store, whole)
-    results: Measured = {
+    base = held_out(teacher, original, teacher, store)
+    rows = {
+        "original": base,
+        "student": held_out(regressed, regressed.text_encoder, teacher, store),
+        "student, joint": held_out(joint, student, teacher, store),
+        "original encoder, joint language model": held_out(joint, original, teacher, store),
+        "no caption": held_out(teacher, original, teacher, store, told=False),
+    }
+    results = {
         "sizes": {"original": size_of(original, None), "student": size_of(student, arguments.joint / "text_encoder")},
         "regression": {
             name: regression_error(teacher, pipe.text_encoder, captions)
@@ -112,14 +133,8 @@ def main() -> None:
         },
         "captions": len(captions),
         "one_caption": summary(times, "student"),
-        "segments": len(base),
-        "held_out": {
-            "original": compared(base, base),
-            "student": compared(cross_entropy(regressed, regressed.text_encoder, store, whole), base),
-            "student, joint": compared(cross_entropy(joint, student, store, whole), base),
-            "original encoder, joint language model": compared(cross_entropy(joint, original, store, whole), base),
-            "no caption": compared(cross_entropy(teacher, original, store, lambda text: ""), base),
-        },
+        "segments": len(base.kl),
+        "held_out": {name: compared(said, base) for name, said in rows.items()},
     }
     document = {"environment": environment(), "results": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
