@@ -7,6 +7,7 @@ EXTRAS = {
     "audio": ["torchaudio>=2.6", "torchcodec"],
     "data": ["tinysoundfont>=0.3.6", "pretty_midi>=0.2.11"],
     "eval": ["librosa>=0.11", "matplotlib>=3.9"],
+    "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "sweep": ["matplotlib>=3.9", "optuna>=4"],
     "web": ["gradio>=5"],
     "track": ["wandb", "trackio"],

@@ -94,14 +94,20 @@ def add_importers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_deployment(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """quantise MODEL OUT."""
+    """quantise MODEL OUT and onnx MODEL OUT."""
     int8 = commands.add_parser(
         "quantise",
         help="write a model with int8 weights: smaller files, quicker steps on a CPU",
         epilog="example: ssmttm quantise exported/my-model exported/my-model-int8",
     )
     int8.set_defaults(run=run_quantise)
-    for command in (int8,):
+    onnx = commands.add_parser(
+        "onnx",
+        help="write a model as ONNX graphs, for programs without torch",
+        epilog="example: ssmttm onnx tiny_lm exported/tiny-onnx",
+    )
+    onnx.set_defaults(run=run_onnx)
+    for command in (int8, onnx):
         command.add_argument("model", metavar="MODEL", help="an exported folder, tiny_lm, or a hub id")
         command.add_argument("out", type=Path, metavar="OUT", help="the folder to write, a new one")
 
@@ -111,6 +117,13 @@ def run_quantise(arguments: argparse.Namespace) -> None:
     from ssmttm.generation.quantised import export_int8
 
     print(export_int8(arguments.model, arguments.out))
+
+
+def run_onnx(arguments: argparse.Namespace) -> None:
+    """Write a model as ONNX graphs."""
+    from ssmttm.onnx import export_onnx
+
+    print(export_onnx(arguments.model, arguments.out))
 
 
 def run_import_musicgen(arguments: argparse.Namespace) -> None:

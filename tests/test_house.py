@@ -42,7 +42,8 @@ ALLOWED = {
     },
     "listening": {"errors", "files", "audio", "generation", "evaluation", "listening"},
     "sweeps": {"errors", "files", "config", "checkpoint", "signals", "models", "evaluation", "sweeps"},
-    "importers": {"errors", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
+    "onnx": {"errors", "files", "mixers", "models", "codecs", "text", "generation", "onnx"},
+    "importers": {"errors", "files", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
     "evaluation": {
         "errors", "files", "config", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation",
     },
@@ -59,6 +60,8 @@ ADAPTERS = {
     "soundfile": {"audio"},
     "tinysoundfont": {"data_prep"},
     "pyloudnorm": {"audio"},
+    "onnx": {"onnx"},
+    "onnxruntime": set(),
 }
 
 

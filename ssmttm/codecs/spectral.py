@@ -31,7 +31,11 @@ class STFT(nn.Module):
 
     def inverse(self, spectrum: Tensor) -> Tensor:
         """Complex spectrum [B, n, window / 2 + 1] -> wav [B, n * hop] (Griffin & Lim 1984, equation 6)."""
-        frames = torch.fft.irfft(spectrum, len(self.window)) * self.window
+        return self.join(torch.fft.irfft(spectrum, len(self.window)))
+
+    def join(self, frames: Tensor) -> Tensor:
+        """Frames [B, n, window], windowed once more and added up where they overlap -> wav [B, n * hop]."""
+        frames = frames * self.window
         weight = self.window.square().expand(1, frames.shape[1], -1)
         length = frames.shape[1] * self.hop
         wav, norm = (self._overlap_add(x)[:, self.margin : self.margin + length] for x in (frames, weight))
@@ -102,4 +106,8 @@ class InverseSTFTHead(nn.Module):
     def synthesise(self, log_magnitude: Tensor, phase: Tensor) -> Tensor:
         """Natural-log magnitude and phase in radians, both [B, n, F] -> wav [B, n * hop]."""
         magnitude = log_magnitude.clamp(max=MAX_LOG_MAGNITUDE).exp()
-        return self.stft.inverse(torch.complex(magnitude * phase.cos(), magnitude * phase.sin()))
+        return self.inverse(magnitude * phase.cos(), magnitude * phase.sin())
+
+    def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        """The two parts of a spectrum, both [B, n, F] -> wav [B, n * hop]."""
+        return self.stft.inverse(torch.complex(real, imaginary))

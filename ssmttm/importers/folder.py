@@ -1,10 +1,6 @@
-"""The model folder that an importer writes: whole or not at all, without a path of this machine."""
+"""The model folder that an importer writes, without a path of this machine."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,27 +12,6 @@ from ssmttm.codecs import Codec
 from ssmttm.errors import UserError
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.text.encoders import TextEncoder
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or vanishes on any error.
-
-    Raises:
-        UserError: `out` is there already, or its place cannot be written to.
-    """
-    if out.exists():
-        raise UserError(f"{out} is there already: give the name of a new folder")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
-    try:
-        yield aside
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_model(folder: Path, model: TokenLM, pattern: str, card: dict[str, Any]) -> None:

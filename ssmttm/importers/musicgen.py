@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ssmttm.codecs import load_codec
 from ssmttm.errors import UserError
+from ssmttm.files import new_folder
 from ssmttm.generation.pipeline import MusicPipeline
-from ssmttm.importers.folder import card_of, new_folder, write_model
+from ssmttm.importers.folder import card_of, write_model
 from ssmttm.importers.names import fill, renamed
 from ssmttm.models.token_lm import TokenLM, TokenLMConfig
 from ssmttm.patterns import get_pattern

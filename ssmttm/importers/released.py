@@ -15,7 +15,8 @@ import torch
 
 from ssmttm.codecs import load_codec
 from ssmttm.errors import UserError
-from ssmttm.importers.folder import card_of, new_folder, write_model
+from ssmttm.files import new_folder
+from ssmttm.importers.folder import card_of, write_model
 from ssmttm.importers.names import fill
 from ssmttm.models.token_lm import TokenLM, TokenLMConfig
 from ssmttm.text.encoders import load_text_encoder

@@ -47,6 +47,12 @@ class AttentionState(TensorState):
         self.values[rows, slots] = values[rows, positions].to(self.values.dtype)
         self.lengths += length if counts is None else counts
 
+    def filled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, S, H, P] up to the longest row's end or a little further, and which are real, [B, S]."""
+        slots = math.ceil(self.longest / BLOCK) * BLOCK
+        real = torch.arange(slots, device=self.lengths.device) < self.lengths[:, None]
+        return self.keys[:, :slots], self.values[:, :slots], real
+
     def put(self, rows: slice, part: "AttentionState") -> None:
         self._reserve(part.longest)
         for cache, new in ((self.keys, part.keys), (self.values, part.values)):
@@ -107,7 +113,7 @@ class Attention(HeadProjections):
             UserError: the state is of another batch size.
         """
         if state is not None:
-            check_state(len(state.lengths), len(x))
+            check_state(state.lengths.shape[0], x.shape[0])
         if mask is None:
             return self._attend(x, state, None)
         compacted = Compacted(x, mask)
@@ -120,12 +126,11 @@ class Attention(HeadProjections):
         Raises:
             UserError: the state is of another batch size.
         """
-        check_state(len(state.lengths), len(x))
+        check_state(state.lengths.shape[0], x.shape[0])
         q, k, v = self._project(x[:, None], state.lengths[:, None])  # [B, 1, H, P]
         state.append(k, v)
-        slots = math.ceil(state.longest / BLOCK) * BLOCK
-        seen = torch.arange(slots, device=x.device) < state.lengths[:, None]  # [B, S]
-        y = _look(q.to(state.keys.dtype), state.keys[:, :slots], state.values[:, :slots], seen[:, None])
+        keys, values, seen = state.filled()
+        y = _look(q.to(keys.dtype), keys, values, seen[:, None])
         return self.out_proj(y[:, 0].to(q.dtype))
 
     def init_state(

@@ -73,7 +73,7 @@ class Mamba1(nn.Module):
             UserError: the state is of another batch size.
         """
         if state is not None:
-            check_state(len(state.ssm_state), len(x))
+            check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._scan(x, state, None)
         compacted = Compacted(x, mask)
@@ -86,7 +86,7 @@ class Mamba1(nn.Module):
         Raises:
             UserError: the state is of another batch size.
         """
-        check_state(len(state.ssm_state), len(x))
+        check_state(state.ssm_state.shape[0], x.shape[0])
         x, z = self.in_proj(x).chunk(2, -1)  # [B, I]
         x = causal_conv_step(x, self.conv1d.weight[:, 0], self.conv1d.bias, state.conv_state, "silu")
         y = selective_scan_step(x, *self._operands(x), state.ssm_state)

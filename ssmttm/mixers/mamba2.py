@@ -100,7 +100,7 @@ class Mamba2(nn.Module):
             UserError: the state is of another batch size.
         """
         if state is not None:
-            check_state(len(state.ssm_state), len(x))
+            check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._scan(x, state, None)
         compacted = Compacted(x, mask)
@@ -113,7 +113,7 @@ class Mamba2(nn.Module):
         Raises:
             UserError: the state is of another batch size.
         """
-        check_state(len(state.ssm_state), len(x))
+        check_state(state.ssm_state.shape[0], x.shape[0])
         z, xBC, dt = self._project(x)
         xBC = causal_conv_step(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, state.conv_state, "silu")
         y = ssd_step(*self._operands(xBC, dt), state.ssm_state)

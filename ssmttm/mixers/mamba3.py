@@ -115,7 +115,7 @@ class Mamba3(nn.Module):
             UserError: the state is of another batch size.
         """
         if state is not None:
-            check_state(len(state.ssm_state), len(x))
+            check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._scan(x, state, None)
         compacted = Compacted(x, mask)
@@ -128,7 +128,7 @@ class Mamba3(nn.Module):
         Raises:
             UserError: the state is of another batch size.
         """
-        check_state(len(state.ssm_state), len(x))
+        check_state(state.ssm_state.shape[0], x.shape[0])
         z, operands = self._operands(self.in_proj(x))
         return self._out(mamba3_step(*operands, state.tensors()), z)
 

@@ -70,7 +70,7 @@ class S4D(nn.Module):
             UserError: the state is of another batch size.
         """
         if state is not None:
-            check_state(len(state.ssm_state), len(x))
+            check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._filter(x, state, None)
         compacted = Compacted(x, mask)
@@ -83,7 +83,7 @@ class S4D(nn.Module):
         Raises:
             UserError: the state is of another batch size.
         """
-        check_state(len(state.ssm_state), len(x))
+        check_state(state.ssm_state.shape[0], x.shape[0])
         if state.system is None:
             dt, A, C, D = self._system(state.ssm_state.dtype)
             state.system = *discretise(dt, A), C, D

@@ -65,7 +65,7 @@ class CrossAttention(HeadProjections):
         Raises:
             UserError: the keys are of another batch size.
         """
-        check_state(len(keys.mask), len(x))
+        check_state(keys.mask.shape[0], x.shape[0])
         q = self._heads(self.q_proj(x))  # [B, H, T, P]
         any_text = keys.mask.any(1, keepdim=True)  # [B, 1]
         seen = (keys.mask | ~any_text)[:, None, None]  # [B, 1, 1, L], never wholly masked

@@ -251,7 +251,7 @@ class TokenLM(nn.Module):
     def _told(self, x: Tensor, wishes: Wishes | None) -> Tensor:
         """Add what is wished to x [B, S, D], positions of the audio."""
         wishes = wishes or Wishes()
-        wishes.check(self.config, "language model", len(x), x.shape[1])
+        wishes.check(self.config, "language model", *x.shape[:2])
         if self.chroma is not None:
             x = x + self.chroma(wishes.chroma)
         if self.tempo is not None:

@@ -1,0 +1,65 @@
+"""A codec's decoder in a form that ONNX can hold: real numbers only, and lengths that no tensor's value decides."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from ssmttm.codecs.base import Codec
+from ssmttm.codecs.spectral import InverseSTFTHead
+
+
+def exportable(codec: Codec) -> Codec:
+    """A copy whose `_decode` can be traced; what it gives differs by rounding alone."""
+    codec = copy.deepcopy(codec)
+    for parent in list(codec.modules()):
+        if parametrize.is_parametrized(parent, "weight"):
+            parametrize.remove_parametrizations(parent, "weight")
+        for name, child in parent.named_children():
+            if isinstance(child, InverseSTFTHead):
+                setattr(parent, name, MatrixHead(child))
+            elif type(child).__name__ == "EncodecConv1d" and int(child.stride) == 1:
+                setattr(parent, name, FixedPaddingConv(child))
+    return codec
+
+
+class MatrixHead(InverseSTFTHead):
+    """An `InverseSTFTHead` whose inverse DFT is two matrix products: the real part of a spectrum makes the even part of
+    a frame, the imaginary part the odd one, and one half of each tells the other."""
+
+    even: Tensor
+    odd: Tensor
+
+    def __init__(self, head: InverseSTFTHead) -> None:
+        nn.Module.__init__(self)
+        self.stft, self.norm, self.project = head.stft, head.norm, head.project
+        window = len(head.stft.window)
+        bins = torch.eye(window // 2 + 1, dtype=torch.float64)
+        for name, spectra in (("even", bins), ("odd", 1j * bins)):
+            waves = torch.fft.irfft(spectra, window)[:, : window // 2 + 1].float()  # [F, window / 2 + 1]
+            self.register_buffer(name, waves, persistent=False)
+
+    def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        even, odd = real @ self.even, imaginary @ self.odd  # [B, n, window / 2 + 1]
+        return self.stft.join(torch.cat([even + odd, (even - odd)[..., 1:-1].flip(-1)], -1))
+
+
+class FixedPaddingConv(nn.Module):
+    """transformers' EncodecConv1d at stride 1, which computes its constant padding with tensors."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.conv, self.mode = layer.conv, layer.pad_mode
+        self.norm = layer.norm if layer.norm_type == "time_group_norm" else nn.Identity()
+        total = int(layer.padding_total)
+        after = 0 if layer.causal else total // 2
+        self.padding = (total - after, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T] -> [B, C', T]. What is too short to be reflected gets zeros first, which are cut off again."""
+        missing = torch.sym_max(0, max(self.padding) + 1 - x.shape[-1])
+        padded = F.pad(F.pad(x, (0, missing)), self.padding, self.mode)
+        return self.norm(self.conv(padded[..., : x.shape[-1] + sum(self.padding)]))

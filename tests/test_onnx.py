@@ -1,0 +1,229 @@
+"""ONNX graphs give in ONNX Runtime what the modules give in torch; the example makes the pipeline's music by them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import soundfile
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from ssmttm import MusicPipeline, UserError
+from ssmttm.cli import main
+from ssmttm.codecs import build_codec, load_codec
+from ssmttm.models import TokenLM, TokenLMConfig
+from ssmttm.onnx import export, export_onnx
+from ssmttm.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, StepGraph
+from ssmttm.onnx.states import named
+from ssmttm.text import TextCondition, load_text_encoder
+from ssmttm.text.encoders import TextEncoder
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "generate_onnx.py"
+K, V, E, D = 3, 32, 12, 48
+DAC = {"sampling_rate": 16000, "encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "upsampling_ratios": [4, 2],
+       "decoder_hidden_size": 16, "n_codebooks": K, "codebook_size": V, "codebook_dim": 4,
+       "hidden_size": 32}  # fmt: skip
+ENCODEC = {"sampling_rate": 16000, "upsampling_ratios": [4, 2], "num_filters": 4, "hidden_size": 16,
+           "codebook_size": V, "codebook_dim": 16, "target_bandwidths": [32.0], "num_lstm_layers": 1}  # fmt: skip
+TINY = {"hop_length": 64, "window": 128, "n_codebooks": K, "codebook_size": V, "encoder_width": 8,
+        "encoder_blocks": [0, 1], "decoder_width": 16, "decoder_blocks": [1, 1]}  # fmt: skip
+
+
+class Runtime:
+    """A graph in ONNX Runtime: named arrays in, named arrays out."""
+
+    def __init__(self, graph, path):
+        export.write_graph(graph, path)
+        self.graph, self.session = graph, onnxruntime.InferenceSession(path)
+
+    def __call__(self, **inputs):
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        return dict(zip(self.graph.outputs, self.session.run(None, arrays), strict=True))
+
+
+def close(given, expected):
+    np.testing.assert_allclose(given, expected.numpy(), rtol=1e-4, atol=2e-6)
+
+
+def make_model(**options) -> TokenLM:
+    torch.manual_seed(0)
+    sizes = {"n_codebooks": K, "codebook_size": V, "d_model": D, "d_state": 8, "headdim": 16, "n_heads": 4}
+    model = TokenLM(TokenLMConfig(**sizes | {"text_dim": E, "init_std": 0.3, "n_layers": 1} | options)).eval()
+    for wish in filter(None, (model.chroma, model.tempo)):
+        torch.nn.init.normal_(wish.null)
+    return model
+
+
+def initial(graph, rows):
+    """States before anything, by hand: zeros, and caches of no slot."""
+    free = {"batch": rows, "cached": 0}
+    return {
+        name: torch.zeros([free.get(graph.axes[name].get(axis), size) for axis, size in enumerate(example.shape)],
+                          dtype=example.dtype)
+        for name, example in graph.examples.items() if name in graph.carried
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": ["mamba1", "mamba2", "mamba3", "s4d", "attention"], "n_layers": 5, "predict_special": True},
+        {"layers": "attention", "conditioning": "cross_attention", "positions": "sinusoidal", "chroma": True},
+        {"layers": "mamba2", "ngroups": 2, "conditioning": "adaln", "tempo": True, "norm": "layer"},
+        {"layers": "attention", "positions": "sinusoidal", "layer_scale": 0.5},
+    ],
+    ids=["all mixers", "cross-attention", "adaln", "positions of a prefix"],
+)
+def test_a_step_is_the_models(options, tmp_path):
+    """Text, then codes, one position after the other, from states of zeros; with one row, two and three."""
+    model = make_model(**options)
+    step = Runtime(StepGraph(model), tmp_path / "step.onnx")
+    condition = Runtime(ConditionGraph(model), tmp_path / "condition.onnx")
+    for rows, length in ((1, 1), (2, 4), (3, 2)):
+        text = TextCondition(torch.randn(rows, length, E), torch.ones(rows, length, dtype=torch.bool))
+        codes, state = torch.randint(V + 1, (rows, K, 5)), model.init_state(rows)
+        expected = [model.prefill(codes[..., :1], text, state)]
+        expected += [model.step(codes[..., position], state) for position in range(1, 5)]
+        states = initial(step.graph, rows)
+        told = condition(text=text.embeddings, mask=text.mask)
+        if "position" in states and "prefix" in told:
+            states["position"] = states["position"] - length
+        prefix, inputs = told.pop("prefix", None), [codes[..., position] for position in range(5)]
+        if prefix is not None:
+            inputs = [*prefix.swapaxes(0, 1), *inputs]
+        found = []
+        for given in inputs:
+            is_token = given.shape != (rows, K)
+            if prefix is not None:
+                told = {"prefix": given if is_token else prefix[:, 0], "is_prefix": np.full(rows, is_token)}
+            made = step(codes=np.zeros((rows, K), np.int64) if is_token else given, **states, **told)
+            states = {name: made[f"next.{name}"] for name in states}
+            found.append(made["logits"])
+        for logits, wanted in zip(found[-5:], expected, strict=True):
+            close(logits, wanted[..., :V])
+        for name, tensor in named(state.blocks).items():
+            if name.endswith("_state"):
+                close(states[name], tensor)
+
+
+def test_rows_of_other_lengths_share_a_cache(tmp_path):
+    """As the example stacks them: the shorter row's cache has empty slots at its end."""
+    model = make_model(layers="attention", positions="rotary")
+    step = Runtime(StepGraph(model), tmp_path / "step.onnx")
+    lengths, parts, expected, codes = (5, 2), [], [], torch.randint(V, (2, K, 4))
+    told = {"prefix": np.zeros((1, D), np.float32), "is_prefix": np.array([False])}
+    for row, length in enumerate(lengths):
+        past, state, states = torch.randint(V, (1, K, length)), model.init_state(1), initial(step.graph, 1)
+        for position in range(length):
+            model.step(past[..., position], state)
+            made = step(codes=past[..., position], **states, **told)
+            states = {name: made[f"next.{name}"] for name in states}
+        parts.append(states)
+        expected.append([model.step(codes[row : row + 1, :, position], state) for position in range(4)])
+    longest = max(lengths)
+    states = {
+        name: np.concatenate([np.pad(p[name], [(0, 0), (0, longest - p[name].shape[1]), (0, 0), (0, 0)])
+                              if p[name].ndim == 4 else p[name] for p in parts])
+        for name in parts[0]
+    }  # fmt: skip
+    told = {name: np.repeat(value, 2, 0) for name, value in told.items()}
+    for position in range(4):
+        made = step(codes=codes[..., position], **states, **told)
+        states = {name: made[f"next.{name}"] for name in states}
+        close(made["logits"], torch.cat([row[position] for row in expected]))
+
+
+@pytest.mark.parametrize("fields", [{"kind": "tiny"} | TINY, {"kind": "dac"} | DAC, {"kind": "encodec"} | ENCODEC],
+                         ids=["tiny", "dac", "encodec"])  # fmt: skip
+def test_a_codec_decodes_as_in_torch(fields, tmp_path):
+    torch.manual_seed(0)
+    codec = build_codec(fields).eval()
+    decode = Runtime(DecoderGraph(codec), tmp_path / "decoder.onnx")
+    for rows, frames in ((1, 1), (2, 3), (1, 40)):
+        codes = torch.randint(V, (rows, codec.n_codebooks, frames))
+        wav = decode(codes=codes)["wav"]
+        assert wav.shape == (rows, 1, frames * codec.hop_length)
+        np.testing.assert_allclose(wav, codec.decode(codes).numpy(), atol=3e-6)
+
+
+def test_t5_reads_as_in_torch(tmp_path):
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4))
+    encode = Runtime(EncoderGraph(TextEncoder("t5", model, None, "", 128)), tmp_path / "encoder.onnx")
+    for rows, length in ((1, 1), (3, 6), (2, 40)):
+        ids, mask = torch.randint(40, (rows, length)), torch.ones(rows, length, dtype=torch.int64)
+        mask[0, length // 2 + 1 :] = 0
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        real = mask.bool()
+        close(encode(input_ids=ids, attention_mask=mask)["text"][real.numpy()], expected[real])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("onnx") / "tiny"
+    assert main(["onnx", "tiny_lm", str(out)]) == 0
+    return out
+
+
+def test_the_folder_says_what_it_is(folder):
+    files = {"text_encoder.onnx", "condition.onnx", "step.onnx", "codec_decoder.onnx", "tokenizer.json", "system.json"}
+    assert {path.name for path in folder.iterdir()} == files
+    facts = json.loads((folder / "system.json").read_text())
+    pipe = MusicPipeline.from_pretrained("tiny_lm")
+    assert facts["facts"]["model"] == pipe.facts["model"] and set(facts["card"]["data"]["licences"]) == {"CC0-1.0"}
+    assert facts["sample_rate"] == 24000 and facts["guidance_scale"] == 3.0
+    assert facts["states"]["block7.branch0.ssm_state"] == {"shape": ["batch", 8, 64, 64], "dtype": "float32"}
+
+
+def test_the_embedded_encoder_and_codec_give_the_same(folder):
+    from tokenizers import Tokenizer
+
+    encoder, codec = load_text_encoder("minilm"), load_codec("tiny")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    session = onnxruntime.InferenceSession(folder / "text_encoder.onnx")
+    for caption in ("a slow waltz on a flute", "", "медленный вальс 🎻", "word " * 200):
+        ids = np.array([tokenizer.encode(caption).ids])
+        (text,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        np.testing.assert_allclose(text, encoder.encode([caption]).embeddings.numpy(), rtol=1e-3, atol=1e-5)
+    codes = torch.randint(1024, (1, 8, 30))
+    (wav,) = onnxruntime.InferenceSession(folder / "codec_decoder.onnx").run(None, {"codes": codes.numpy()})
+    np.testing.assert_allclose(wav, codec.decode(codes).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [None, "1"])
+def test_the_example_makes_the_pipelines_music_without_torch(folder, guidance, tmp_path):
+    """With top-k 1 nothing is left to chance: sample by sample the pipeline's audio."""
+    prompt, out = "a slow waltz on a flute", tmp_path / "x.wav"
+    block = "import runpy, sys; sys.modules.update(dict.fromkeys(['torch', 'ssmttm', 'transformers']))"
+    code = f"{block}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    asked = [str(folder), prompt, "--duration", "1.23", "--top-k", "1", "--out", str(out)]
+    asked += [] if guidance is None else ["--guidance", guidance]
+    subprocess.run([sys.executable, "-c", code, str(EXAMPLE), *asked], check=True)
+    pipe = MusicPipeline.from_pretrained("tiny_lm", device="cpu")
+    expected = pipe(prompt, duration=1.23, top_k=1, guidance_scale=None if guidance is None else float(guidance))
+    wav, rate = soundfile.read(out)
+    assert rate == 24000 and wav.shape == expected.audios[0, 0].shape
+    np.testing.assert_allclose(wav, expected.audios[0, 0].clamp(-1, 1).numpy(), atol=1e-4)
+
+
+def test_the_example_is_short():
+    assert len(EXAMPLE.read_text().splitlines()) <= 60
+
+
+def test_what_cannot_be_written_is_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="two stages"):
+        export_onnx("tiny_two_stage", tmp_path / "two")
+    with pytest.raises(UserError, match="already"):
+        export_onnx("tiny_lm", folder)
+    monkeypatch.setattr(export.ModelFolder, "reading", "visible_padding")
+    with pytest.raises(UserError, match="'visible_padding'"):
+        export_onnx("tiny_lm", tmp_path / "other")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"ssmttm\[export\]"):
+        export_onnx("tiny_lm", tmp_path / "other")
+    assert not list(tmp_path.iterdir())
