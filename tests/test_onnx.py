@@ -28,7 +28,7 @@ DAC = {"sampling_rate": 16000, "encoder_hidden_size": 8, "downsampling_ratios": 
        "decoder_hidden_size": 16, "n_codebooks": K, "codebook_size": V, "codebook_dim": 4,
        "hidden_size": 32}  # fmt: skip
 ENCODEC = {"sampling_rate": 16000, "upsampling_ratios": [4, 2], "num_filters": 4, "hidden_size": 16,
-           "codebook_size": V, "codebook_dim": 16, "target_bandwidths": [32.0], "num_lstm_layers": 1}  # fmt: skip
+           "codebook_size": V, "codebook_dim": 16, "target_bandwidths": [32.0], "num_lstm_layers": 2}  # fmt: skip
 TINY = {"hop_length": 64, "window": 128, "n_codebooks": K, "codebook_size": V, "encoder_width": 8,
         "encoder_blocks": [0, 1], "decoder_width": 16, "decoder_blocks": [1, 1]}  # fmt: skip
 

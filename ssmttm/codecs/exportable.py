@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from ssmttm.codecs.base import Codec
 from ssmttm.codecs.spectral import InverseSTFTHead
@@ -16,13 +15,13 @@ def exportable(codec: Codec) -> Codec:
     """A copy whose `_decode` can be traced; what it gives differs by rounding alone."""
     codec = copy.deepcopy(codec)
     for parent in list(codec.modules()):
-        if parametrize.is_parametrized(parent, "weight"):
-            parametrize.remove_parametrizations(parent, "weight")
         for name, child in parent.named_children():
             if isinstance(child, InverseSTFTHead):
                 setattr(parent, name, MatrixHead(child))
             elif type(child).__name__ == "EncodecConv1d" and int(child.stride) == 1:
                 setattr(parent, name, FixedPaddingConv(child))
+            elif isinstance(child, nn.LSTM):
+                setattr(parent, name, OnnxLSTM(child))
     return codec
 
 
@@ -63,3 +62,25 @@ class FixedPaddingConv(nn.Module):
         missing = torch.sym_max(0, max(self.padding) + 1 - x.shape[-1])
         padded = F.pad(F.pad(x, (0, missing)), self.padding, self.mode)
         return self.norm(self.conv(padded[..., : x.shape[-1] + sum(self.padding)]))
+
+
+class OnnxLSTM(nn.Module):
+    """An nn.LSTM that starts at zero, by ONNX's operator, whose gates stand in the order i, o, f, c. For tracing only:
+    in torch it computes nothing. What torch itself writes for an LSTM keeps the length of the example."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.n_layers, self.width = lstm.num_layers, lstm.hidden_size
+        for name, weights in lstm.named_parameters():
+            i, f, c, o = weights.detach().chunk(4)
+            self.register_buffer(name, torch.cat([i, o, f, c])[None])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[T, B, C] -> [T, B, H], and no state."""
+        for layer in range(self.n_layers):
+            kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            W, R, W_bias, R_bias = (self.get_buffer(f"{kind}_l{layer}") for kind in kinds)
+            operands, shape = (x, W, R, torch.cat([W_bias, R_bias], 1)), (x.shape[0], 1, x.shape[1], self.width)
+            y = torch.onnx.ops.symbolic("LSTM", operands, {"hidden_size": self.width}, dtype=x.dtype, shape=shape)
+            x = y.squeeze(1)
+        return x, None
