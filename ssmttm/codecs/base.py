@@ -129,6 +129,10 @@ class Codec(nn.Module, ABC):
     def to_latents(self, codes: Tensor) -> Tensor:
         """Codebook vectors of codes [B, K, T], stacked over the codebooks: [B, C, T]."""
         self._check_codes(codes)
+        return self._look_up(codes)
+
+    def _look_up(self, codes: Tensor) -> Tensor:
+        """`to_latents` of codes known to be good."""
         books = self.codebook_vectors()
         rows = [books[k][codes[:, k].long()] for k in range(codes.shape[1])]  # K x [B, T, c]
         return torch.cat(rows, dim=-1).transpose(1, 2)

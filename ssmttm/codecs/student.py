@@ -116,7 +116,7 @@ class StudentCodec(Codec):
         raise UserError(f"codec {self.name} only decodes: encode with {self.config.teacher}, whose codes it speaks")
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self.decoder(self.to_latents(codes))
+        return self.decoder(self._look_up(codes))
 
     def save(self, folder: Path | str, half: bool = True) -> None:
         """Write config.json and model.safetensors (float16 if `half`) into a folder; `load` gives float32 back."""
