@@ -1,8 +1,8 @@
 """Distillation as a training: what the student is told, phases, weightings, cache, resumption, what a run leaves."""
 
 import json
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from ssmttm.generation import pipeline
 from ssmttm.generation.loading import load_model, open_model_folder
 from ssmttm.models import TokenLM
 from ssmttm.models.wishes import Wishes
-from ssmttm.training import distill, loop
+from ssmttm.training import distill, lm, loop
 from ssmttm.training.distill import DistillTask, cache_teacher
 from ssmttm.training.export import export
 
@@ -411,13 +411,81 @@ def test_the_export_is_a_language_model_that_names_its_teacher(config_of, tmp_pa
     assert not torch.equal(first, pipe("a march", duration=0.5, guidance_scale=4.0).codes)
 
 
+def changed(teacher, folder, change):
+    """The teacher, exported, with something else in its card."""
+    card = json.loads((export(teacher, folder) / "card.json").read_text())
+    change(card)
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
 def test_the_licences_of_the_teachers_data_are_the_students_too(config_of, teacher, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(export(teacher, tmp_path / "exported"), other)
-    card = json.loads((other / "card.json").read_text())
-    card["data"]["licences"] = {"CC-BY-SA-4.0": 3}
-    (other / "card.json").write_text(json.dumps(card))
-    assert DistillTask(config_of(f"teacher={other}")).facts()["licences"] == {"CC0-1.0": 24, "CC-BY-SA-4.0": 3}
+    """Those of what it was started from among them; a count is that of the student's own store."""
+
+    def change(card):
+        card["data"]["licences"] = {"CC-BY-SA-4.0": 3, "CC0-1.0": 7}
+
+    other = changed(teacher, tmp_path / "other", change)
+    assert DistillTask(config_of(f"teacher={other}")).facts()["licences"] == {"CC-BY-SA-4.0": 3, "CC0-1.0": 24}
+    twin_shape = ("model.d_model=32", "model.n_layers=4", "task=lm", f"init={other}", "train.steps=1")
+    tuned = loop.train(config_of(*twin_shape, name="tuned"))
+    assert open_model_folder(tuned).licences == {"CC-BY-SA-4.0": 3, "CC0-1.0": 24}
+    assert "CC-BY-SA-4.0" in DistillTask(config_of(f"teacher={tuned}")).facts()["licences"]
+
+
+def test_a_student_of_a_model_that_reads_nothing_for_null_reads_so_too(config_of, teacher, tmp_path):
+    """As an imported MusicGen does: a caption that is withheld is no token at all, to teacher and student."""
+    folder = changed(teacher, tmp_path / "other", lambda card: card["data"]["text"].update(reading="null_is_nothing"))
+    told = (f"teacher={folder}", "data.caption_dropout=1", "distill.guidance_scale=2", "train.steps=2")
+    task = DistillTask(config_of(*told))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    given = task._given(batch, task.wishes.of(batch))
+    answer, _ = task._asked(batch, given)
+    without = task.teacher.model(given.codes, None)[..., :CODEBOOK_SIZE].log_softmax(-1)
+    torch.testing.assert_close(answer.log_p, without, rtol=1e-4, atol=1e-4)  # the null condition and the caption alike
+    blank = batch | {"text": batch["text"]._replace(embeddings=torch.zeros_like(batch["text"].embeddings))}
+    counts = task.counts(batch)
+    found = [task.losses(task.modules, each, counts, 0)["model"]["cross_entropy"] for each in (batch, blank)]
+    assert torch.equal(*found)
+    assert open_model_folder(export(loop.train(config_of(*told)), tmp_path / "out")).reading == "null_is_nothing"
+
+
+def test_a_reading_that_no_student_learns_is_refused(config_of, teacher, tmp_path):
+    folder = changed(teacher, tmp_path / "other", lambda card: card["data"]["text"].update(reading="visible_padding"))
+    with pytest.raises(UserError, match="reads captions as visible_padding"):
+        DistillTask(config_of(f"teacher={folder}"))
+
+
+def test_guidance_within_is_handed_down_and_not_taken_twice(config_of, monkeypatch):
+    guided = loop.train(config_of("distill.guidance_scale=2", "train.steps=1", name="guided"))
+    grandchild = loop.train(config_of(f"teacher={guided}", "train.steps=1", name="grandchild"))
+    for run in (guided, grandchild):
+        assert open_model_folder(run).guidance_within == 2 and open_model_folder(run).guidance_scale == 1
+    with pytest.raises(UserError, match="has guidance 2 within already"):
+        DistillTask(config_of(f"teacher={guided}", "distill.guidance_scale=3"))
+
+    class Pipeline:
+        def __init__(self, *parts, reading, guidance_scale):
+            seen.append((reading, guidance_scale))
+
+        def __call__(self, prompts, **options):
+            return SimpleNamespace(audios=[torch.zeros(1, 4)] * len(prompts), sample_rate=8)
+
+    seen: list[tuple[str, float]] = []
+    monkeypatch.setattr(lm, "MusicPipeline", Pipeline)
+    for overrides in ((), ("distill.guidance_scale=2",), (f"teacher={guided}",)):
+        task = DistillTask(config_of(*overrides))
+        task._codec, task._text_encoder = task.model, object()
+        task.samples(0)
+    assert seen == [("plain", 3.0), ("plain", 1.0), ("plain", 1.0)]
+
+
+def test_no_path_of_this_machine_is_exported(config_of, tmp_path):
+    asked = ("data.fixed_crops=true", "train.steps=1")
+    cache = cache_teacher(config_of(*asked), tmp_path / "cache", 4)
+    out = export(loop.train(config_of(*asked, f"distill.cache={cache}")), tmp_path / "out")
+    text = "".join((out / name).read_text() for name in ("config.yaml", "card.json"))
+    assert str(tmp_path) not in text and "teacher.yaml" not in text
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

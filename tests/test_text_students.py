@@ -353,10 +353,10 @@ def test_the_empty_caption_is_learnt_too(config_of):
     assert batch["captions"] == [""] * 4 and batch["read"].mask.sum(1).tolist() == [2] * 4
     wanted = task.replaced.encode([""]).embeddings
     torch.testing.assert_close(batch["read"].targets, wanted.expand(4, -1, -1), rtol=1e-2, atol=1e-2)
-    text = batch["text"]
-    assert torch.equal(task._heard(text, batch["captions"]).mask, text.mask)
-    task.teacher.folder.card["data"]["text"]["reading"] = "null_is_nothing"
-    assert task._heard(text, ["", "a", "", "b"]).mask.any(1).tolist() == [False, True, False, True]
+    assert task._text(batch).mask.all(1).tolist() == [True] * 4
+    task.reading = "null_is_nothing"
+    mixed = batch | {"captions": ["", "a", "", "b"]}
+    assert task._text(mixed).mask.any(1).tolist() == [False, True, False, True]
 
 
 def test_training_brings_the_student_nearer_and_leaves_the_language_model(config_of, teacher):
@@ -447,7 +447,7 @@ def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
     ("change", "message"),
     [
         (lambda card: card["data"].pop("text"), "names no text"),
-        (lambda card: card["data"]["text"].update(reading="visible_padding"), "visible padding"),
+        (lambda card: card["data"]["text"].update(reading="visible_padding"), "visible_padding"),
         (lambda card: card.update(weights="int8"), "int8"),
         (lambda card: card["data"]["text"].update(fingerprint="0" * 16), "was trained with text"),
     ],

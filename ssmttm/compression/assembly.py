@@ -62,4 +62,11 @@ def _put_codec(folder: Path, codec: str | Path) -> None:
     if speaks != needs:
         raise UserError(f"{codec} decodes the codes of {speaks}, the language model writes those of {needs}")
     card["data"]["codec"] = {"name": f"./{CODEC}", "fingerprint": speaks}
+    card["data"]["licences"] = _licences(folder / CODEC) | (card["data"].get("licences") or {})
     write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
+
+
+def _licences(codec: Path) -> dict[str, int | None]:
+    """Of the data that a decoder learnt from; without a card they are not known."""
+    card = codec / "card.json"
+    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}

@@ -13,6 +13,8 @@ from ssmttm.models import TokenLM
 from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 
+READINGS = ("plain", "null_is_nothing")
+
 
 class Teacher:
     """A trained TokenLM: a run, a checkpoint, an exported or imported folder, or the name of an embedded model.
@@ -31,6 +33,13 @@ class Teacher:
     def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)
         self.model = load_model(self.folder).requires_grad_(False)
+        if guidance_scale != 1 and self.folder.guidance_within != 1:
+            raise UserError(
+                f"the teacher {self.folder.name} has guidance {self.folder.guidance_within:g} within already: set "
+                "distill.guidance_scale=1, its students have it too"
+            )
+        if null_text is not None and self.folder.reading == "null_is_nothing":
+            null_text = null_text._replace(mask=torch.zeros_like(null_text.mask))
         self.guidance_scale, self.null_text = guidance_scale, null_text
         self.fingerprint = file_sha256(self.folder.weights_file)[:16]
 
@@ -60,8 +69,15 @@ class Teacher:
 
     def facts(self) -> dict[str, Any]:
         """What a student's card must know: name, hash of the weights, guidance."""
-        return {"name": self.folder.name, "weights_sha256": file_sha256(self.folder.weights_file),
-                "guidance_scale": self.guidance_scale}  # fmt: skip
+        return {
+            "name": self.folder.name, "weights_sha256": file_sha256(self.folder.weights_file),
+            "guidance_scale": self.guidance_scale, "guidance_within": self.folder.guidance_within,
+        }  # fmt: skip
+
+    @property
+    def guidance_of_student(self) -> float:
+        """What its student is sampled with: once, by whoever has it within."""
+        return self.folder.guidance_scale if self.guidance_scale == 1 else 1.0
 
     def check_student(self, model: Any, pattern: str, info: dict[str, Any]) -> None:
         """Check that a student speaks of the same codes and hears the same text.
@@ -81,11 +97,18 @@ class Teacher:
                     f"the student has model.{key}={ours[key]}, its teacher {name} {getattr(theirs, key)}: set "
                     f"model.{key}={getattr(theirs, key)}"
                 )
-        if self.folder.reading != "plain":
-            raise UserError(f"the teacher {name} reads captions with visible padding, which no student here learns to")
+        self.check_reading()
         if pattern != self.folder.config.pattern:
             raise UserError(f"pattern={pattern}, but the teacher {name} learnt {self.folder.config.pattern}: set that")
         self.check_store(info)
+
+    def check_reading(self) -> None:
+        """Raises UserError if its captions are read in a way that no student here learns."""
+        if self.folder.reading not in READINGS:
+            raise UserError(
+                f"the teacher {self.folder.name} reads captions as {self.folder.reading}, a student can learn from "
+                f"{' and '.join(READINGS)}: give another teacher"
+            )
 
     def check_store(self, info: dict[str, Any]) -> None:
         """Raises UserError unless a store was made with the teacher's codec and text encoder."""

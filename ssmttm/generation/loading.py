@@ -61,8 +61,14 @@ class ModelFolder:
     @property
     def guidance_scale(self) -> float:
         """What it is sampled with unless asked otherwise: 1 for a student that has its teacher's guidance within."""
-        distilled = self.config.get("task") == "distill" and self.config.distill.guidance_scale != 1
-        return 1.0 if distilled else GUIDANCE_SCALE
+        return GUIDANCE_SCALE if self.guidance_within == 1 else 1.0
+
+    @property
+    def guidance_within(self) -> float:
+        """The guidance that it follows in one pass, learnt from its teacher or in it already; 1: none."""
+        own = self.config.distill.guidance_scale if self.config.get("task") == "distill" else 1.0
+        teacher = (self.card.get("data") or {}).get("teacher") or {}
+        return own if own != 1 else teacher.get("guidance_within", 1.0)
 
     @property
     def reading(self) -> str:
@@ -71,8 +77,9 @@ class ModelFolder:
 
     @property
     def licences(self) -> Any:
-        """Licences of the training data, as its store counts them."""
-        return self._data.get("licences")
+        """Licences of the training data, as its store counts them, and of what it was started from."""
+        of_start, of_store = (self.card.get("init") or {}).get("licences"), self._data.get("licences")
+        return of_start | of_store if of_start and of_store else of_start or of_store
 
     @property
     def _data(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ visible_padding   both padded together to 60 tokens, padding standing as text (t
 Shapes: L text tokens, E text width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ssmttm.errors import UserError
@@ -26,6 +27,15 @@ def build_reader(kind: str, encoder: TextEncoder) -> Reader:
     if kind not in READINGS:
         raise UserError(f"unknown reading of captions {kind!r}: choose from {', '.join(READINGS)}")
     return READINGS[kind](encoder)
+
+
+def as_read(kind: str, text: TextCondition, captions: Sequence[str]) -> TextCondition:
+    """Captions of a batch as a model in training reads them: one that was withheld as the empty caption or, with
+    "null_is_nothing", as no token at all."""
+    if kind != "null_is_nothing":
+        return text
+    told = torch.tensor([bool(caption) for caption in captions], device=text.mask.device)
+    return text._replace(mask=text.mask & told[:, None])
 
 
 def _plain(encoder: TextEncoder) -> Reader:

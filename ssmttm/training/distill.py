@@ -55,7 +55,8 @@ class DistillTask(LanguageModelTask):
         self.settings, self.loss_weights = settings, {"distillation": 1.0}
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         self.teacher = Teacher(config.teacher, settings.guidance_scale, null)
-        self.frozen = [self.teacher.model]
+        self.frozen, self.reading = [self.teacher.model], self.teacher.folder.reading
+        self.guidance_scale = self.teacher.guidance_of_student
         self.teacher.check_student(config.model, config.pattern, self.store.info)
         self.blocks = layer_map(settings.layer_map, config.model.n_layers, self.teacher.model.config.n_layers)
         if settings.mixer_steps:
@@ -79,7 +80,7 @@ class DistillTask(LanguageModelTask):
         given = self._given(batch, wishes)
         matching, hidden = step < self.settings.mixer_steps, "projections" in self.modules
         behind = range(1, len(self.blocks) + 1) if hidden else []
-        said = players["model"](given.codes, batch["text"], streams_behind=behind, wishes=given.wishes)
+        said = players["model"](given.codes, self._text(batch), streams_behind=behind, wishes=given.wishes)
         logits, streams = said if behind else (said, [])
         named = self._code_losses(logits, given, counts)
         traced = traced_mixers(self.teacher.model, self.blocks) if matching else contextlib.nullcontext()
@@ -92,7 +93,7 @@ class DistillTask(LanguageModelTask):
             named["hidden"] = (distances * given.real.float().mean(1)).sum() / counts[:-1].mean()
         share = len(batch["ids"]) / counts[-1]
         if matching:
-            named["mixer"] = share * mixer_error(self.model, self.model.text(batch["text"]), self.blocks, seen)
+            named["mixer"] = share * mixer_error(self.model, self.model.text(self._text(batch)), self.blocks, seen)
         named["distillation"] = self._total(players, named, share, step)
         return {"model": named}
 
@@ -120,13 +121,15 @@ class DistillTask(LanguageModelTask):
     def facts(self) -> dict[str, Any]:
         """With the teacher, the licences of whose data are the student's too, and how many parameters came from it."""
         facts = super().facts()
-        licences = facts["licences"] | (self.teacher.folder.licences or {})
-        return facts | {"licences": licences, "teacher": self.teacher.facts() | {"transferred": len(self.transferred)}}
+        licences = (self.teacher.folder.licences or {}) | facts["licences"]
+        text = facts["text"] | {"reading": self.reading}
+        teacher = self.teacher.facts() | {"transferred": len(self.transferred)}
+        return facts | {"licences": licences, "text": text, "teacher": teacher}
 
     def ask(self, batch: Batch, k: int | None) -> Target:
         """The teacher's distributions for a batch, [b, K, S, n], at the temperature of the settings."""
         given = self._given(batch, self.wishes.of(batch))
-        return target(self.teacher(given.codes, batch["text"], given.wishes)[0], self.settings.temperature, k)
+        return target(self.teacher(given.codes, self._text(batch), given.wishes)[0], self.settings.temperature, k)
 
     def _asked(self, batch: Batch, given: Given) -> tuple[Target, list[Tensor]]:
         """The teacher's distributions, from the cache if there is one, and its streams behind the mapped blocks, if any
@@ -134,7 +137,7 @@ class DistillTask(LanguageModelTask):
         if self.cached is not None:
             return Target(*(None if p is None else p.to(given.codes.device) for p in self.cached(batch["ids"]))), []
         blocks = self.blocks if "projections" in self.modules else []
-        logits, streams = self.teacher(given.codes, batch["text"], given.wishes, blocks)
+        logits, streams = self.teacher(given.codes, self._text(batch), given.wishes, blocks)
         return target(logits, self.settings.temperature), streams
 
     def _kl(self, logits: Tensor, answer: Target, given: Given, counts: Tensor) -> Tensor:
@@ -171,7 +174,7 @@ class DistillTask(LanguageModelTask):
         if asked.width == "importance":
             loader = self.loader("train", self.config.data.batch_size, 0, 1)
             batches = [loader.batch(n) for n in range(_CALIBRATION)]
-            shown = [(self._given(b, self.wishes.of(b)), b["text"]) for b in batches]
+            shown = [(self._given(b, self.wishes.of(b)), self._text(b)) for b in batches]
             importance = channel_importance(self.teacher.model, [(given.codes, text) for given, text in shown])
         self.transferred = transfer_weights(self.teacher.model, self.model, asked.layers, asked.width, importance)
 

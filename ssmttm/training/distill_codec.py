@@ -99,7 +99,7 @@ class CodecDistillTask(CodecTask):
         codec = {"name": teacher.teacher, "fingerprint": teacher.fingerprint}
         return facts | {
             "codec": codec,
-            "licences": facts["licences"] | _licences(self.config.teacher),
+            "licences": _licences(self.config.teacher) | facts["licences"],
             "teacher": codec | {"transferred": len(self.transferred)},
             "student": asdict(self.codec.config),
         }
@@ -149,7 +149,7 @@ def decoder_settings(settings: DictConfig, teacher: Codec) -> dict[str, Any]:
 
 
 def _licences(teacher: str) -> dict[str, Any]:
-    """Licences of a codec's training data as its card counts them, where it has one."""
+    """Licences of a codec's training data as its card counts them; without a card they are not known."""
     folder = TINY_FOLDER if teacher == "tiny" else Path(teacher)
     card = folder / "card.json"
-    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {}
+    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}

@@ -27,13 +27,13 @@ from ssmttm.models.wishes import Wishes
 from ssmttm.text.alignment import Pieces, align, cut
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
+from ssmttm.text.reading import as_read
 from ssmttm.text.student import StudentEncoder, StudentShape, build_student, describe
 from ssmttm.training.data import check_same
 from ssmttm.training.lm import LanguageModelTask
 from ssmttm.training.task import Batch, Losses, Sample
 
 LOSSES = ("text", "cross_entropy", "kl")
-READINGS = ("plain", "null_is_nothing")
 _CALIBRATION = 4  # batches that tell how large the projected text is
 
 
@@ -56,7 +56,9 @@ class TextDistillTask(LanguageModelTask):
         self.teacher = Teacher(config.teacher)
         self.frozen = [self.teacher.model]
         folder, lm = self.teacher.folder, self.teacher.model.config
-        _check_teacher(folder.name, folder.reading, folder.card)
+        self.teacher.check_reading()
+        _check_teacher(folder.name, folder.card)
+        self.reading, self.guidance_scale = folder.reading, folder.guidance_scale
         config = config.copy()
         config.model, config.pattern = {"kind": "token_lm", **asdict(lm)}, folder.config.pattern
         super().__init__(config)
@@ -109,11 +111,13 @@ class TextDistillTask(LanguageModelTask):
         """With the teacher, the licences of whose data are the student's too, and what the export builds them from."""
         facts, folder = super().facts(), self.teacher.folder
         told = {key: folder.config[key] for key in ("task", "pattern", "distill") if key in folder.config}
+        if told.get("distill"):
+            told["distill"] = {**told["distill"], "cache": None}  # a path of this machine
         blueprint = {
             "lm": OmegaConf.to_container(OmegaConf.create(told | {"model": self.config.model})),
             "encoder": describe(self.encoder, self.tokenizer),
         }
-        licences = facts["licences"] | (folder.licences or {})
+        licences = (folder.licences or {}) | facts["licences"]
         text = facts["text"] | {"reading": folder.reading}
         return facts | {
             "licences": licences, "text": text, "teacher": self.teacher.facts(), "blueprint": blueprint,
@@ -136,21 +140,14 @@ class TextDistillTask(LanguageModelTask):
 
     def _language(self, lm: nn.Module, states: Tensor, batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
         given = self._given(batch, wishes)
-        heard = self._heard(TextCondition(states, batch["read"].mask), batch["captions"])
+        heard = as_read(self.reading, TextCondition(states, batch["read"].mask), batch["captions"])
         logits = lm(given.codes, heard, wishes=given.wishes)
         named = self._code_losses(logits, given, counts)
         if self.config.losses.kl:
-            answer = target(self.teacher(given.codes, self._heard(batch["text"], batch["captions"]), given.wishes)[0])
+            answer = target(self.teacher(given.codes, self._text(batch), given.wishes)[0])
             each = divergence(student_log_q(logits[..., : self.codebook_size], answer), answer.log_p)  # [b, K, S]
             named["kl"] = self._over_codebooks(each.masked_fill(~given.real, 0).sum((0, 2)), counts)
         return named
-
-    def _heard(self, text: TextCondition, captions: list[str]) -> TextCondition:
-        """A caption that was dropped as the language model knows it: as the empty one, or as nothing at all."""
-        if self.teacher.folder.reading == "plain":
-            return text
-        told = torch.tensor([bool(caption) for caption in captions], device=text.mask.device)
-        return text._replace(mask=text.mask & told[:, None])
 
     def _student(self, source: TextEncoder) -> tuple[StudentEncoder, Any]:
         """The student where it starts, and its tokenizer."""
@@ -233,8 +230,6 @@ def _check_settings(config: DictConfig) -> None:
             raise UserError(f"text_student.{name}={config.text_student[name]}: give 1 or more, or null for all")
 
 
-def _check_teacher(name: str, reading: str, card: dict[str, Any]) -> None:
-    if reading not in READINGS:
-        raise UserError(f"the teacher {name} reads captions with visible padding, which no student here learns to")
+def _check_teacher(name: str, card: dict[str, Any]) -> None:
     if "weights" in card:
         raise UserError(f"the weights of the teacher {name} are {card['weights']}: give the one it was made from")

@@ -76,6 +76,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         here = ("run_dir", "init", "resume", "teacher")
         kept = OmegaConf.masked_copy(config, [key for key in config if key not in here])
         OmegaConf.update(kept, "data.store", state["data"]["store"])
+        if OmegaConf.select(kept, "distill.cache"):
+            OmegaConf.update(kept, "distill.cache", None)
         with written_aside(out / "model.safetensors") as path:
             save_file(shrunk(weights, half), path)
         with written_aside(out / "config.yaml") as path:

@@ -16,11 +16,14 @@ from ssmttm.codecs import Codec
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
+from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import build_model
 from ssmttm.models.wishes import Wishes
 from ssmttm.patterns import Pattern, get_pattern
+from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
+from ssmttm.text.reading import as_read
 from ssmttm.training.data import check_complete, check_same, codec_of, store_facts
 from ssmttm.training.tags import TagHead, TagVocabulary, tag_losses
 from ssmttm.training.task import Batch, Losses, Sample
@@ -41,6 +44,7 @@ class LanguageModelTask:
     """
 
     frozen: Sequence[nn.Module] = ()
+    guidance_scale, reading = GUIDANCE_SCALE, "plain"  # how it is sampled
 
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
@@ -90,16 +94,20 @@ class LanguageModelTask:
         return self._losses(players, batch, counts, self.wishes.of(batch))
 
     def _losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
-        given = self._given(batch, wishes)
+        given, text = self._given(batch, wishes), self._text(batch)
         if self.tags is None:
-            return self._code_losses(players["model"](given.codes, batch["text"], wishes=given.wishes), given, counts)
+            return self._code_losses(players["model"](given.codes, text, wishes=given.wishes), given, counts)
         behind = [self.config.tag_head.block]
-        logits, (stream,) = players["model"](given.codes, batch["text"], streams_behind=behind, wishes=given.wishes)
+        logits, (stream,) = players["model"](given.codes, text, streams_behind=behind, wishes=given.wishes)
         log_odds = players["tag_head"](stream)  # [b, S, n]
         targets = self.tags.targets(batch["ids"]).to(log_odds.device)
         from_text, mean = tag_losses(log_odds, targets, given.real.any(1))
         named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
         return named | self._code_losses(logits, given, counts)
+
+    def _text(self, batch: Batch) -> TextCondition:
+        """The captions as the model reads them."""
+        return as_read(self.reading, batch["text"], batch["captions"])
 
     def _given(self, batch: Batch, wishes: Wishes) -> "Given":
         codes = batch["codes"][:, : self.n_codebooks]
@@ -132,7 +140,8 @@ class LanguageModelTask:
         """`train.prompts`, always with the same seeds."""
         assert self._codec is not None and self._text_encoder is not None  # loaded when train.sample_every is set
         device = next(self.model.parameters()).device
-        pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern)
+        how = {"reading": self.reading, "guidance_scale": self.guidance_scale}
+        pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern, **how)
         prompts = list(self.config.train.prompts)
         out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
         return [Sample(f"{i}-{_file_name(prompt)}", out.audios[i], out.sample_rate) for i, prompt in enumerate(prompts)]
