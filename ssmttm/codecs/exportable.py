@@ -12,8 +12,8 @@ from ssmttm.codecs.spectral import InverseSTFTHead
 
 
 def exportable(codec: Codec) -> Codec:
-    """A copy whose `_decode` can be traced; the graph gives what the codec gives, but for rounding. Where it has an LSTM
-    it is for tracing only."""
+    """A copy whose `_decode` can be traced; the graph gives what the codec gives, but for rounding. With an LSTM it is
+    for tracing only."""
     codec = copy.deepcopy(codec)
     for parent in list(codec.modules()):
         for name, child in parent.named_children():
