@@ -24,6 +24,8 @@ from ssmttm import MusicPipeline
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
 from ssmttm.distill.losses import divergence
+from ssmttm.models import TokenLM
+from ssmttm.patterns import Pattern
 from ssmttm.text.alignment import align, cut
 from ssmttm.text.encoders import TextEncoder
 from ssmttm.training.lm import interleave, token_losses
@@ -55,27 +57,35 @@ def regression_error(teacher: MusicPipeline, student: TextEncoder, captions: lis
     return {"of_square": float(off / wanted.square().sum()), "of_variance": float(off / spread), "tokens": len(wanted)}
 
 
+class Listener(NamedTuple):
+    """A language model, the encoder that it reads, and whether it is told the captions or the empty one."""
+
+    model: TokenLM
+    encoder: TextEncoder
+    told: bool = True
+
+
 @torch.inference_mode()
-def held_out(
-    pipe: MusicPipeline, encoder: TextEncoder, teacher: MusicPipeline, store: Store, told: bool = True
-) -> Told:
-    """What a language model that reads an encoder says of each test segment; not `told`, its captions are empty."""
-    said = Told([], [])
+def held_out(listeners: dict[str, Listener], pattern: Pattern, store: Store) -> dict[str, Told]:
+    """What each says of the test segments; the first one is the original system."""
+    said = {name: Told([], []) for name in listeners}
     loader = CodesLoader(store, "test", BATCH, FRAMES, seed=0, fixed=True)
-    size, special = pipe.model.config.codebook_size, pipe.model.special_token_id
+    size = next(iter(listeners.values())).model.config.codebook_size
     for n in tqdm(range(len(loader) // BATCH), desc="segments", leave=False):
         batch = loader.batch(n)
-        sequence, real = interleave(pipe.pattern, batch["codes"], batch["frame_mask"], special)
-        shown = torch.cat([torch.full_like(sequence[..., :1], special), sequence[..., :-1]], -1)
-        logits = pipe.model(shown, encoder.encode([caption * told for caption in batch["captions"]]))
-        wanted = teacher.model(shown, teacher.text_encoder.encode(batch["captions"]))
-        pair = (each[..., :size].log_softmax(-1) for each in (logits, wanted))
-        apart = divergence(*pair).masked_fill(~real, 0)  # [b, K, S]
-        for item in range(len(shown)):
-            rows, codes = slice(item, item + 1), real[item].sum(-1)  # [K]
-            plain, _ = token_losses(logits[rows], sequence[rows], real[rows], size, 0.0)
-            said.cross_entropy.append(float((plain / codes).mean()))
-            said.kl.append(float((apart[item].sum(-1) / codes).mean()))
+        sequence, real = interleave(pattern, batch["codes"], batch["frame_mask"], size)
+        shown = torch.cat([torch.full_like(sequence[..., :1], size), sequence[..., :-1]], -1)  # [b, K, S]
+        original = None
+        for name, (model, encoder, told) in listeners.items():
+            logits = model(shown, encoder.encode([caption * told for caption in batch["captions"]]))
+            log_p = logits[..., :size].log_softmax(-1)
+            original = log_p if original is None else original
+            apart = divergence(log_p, original).masked_fill(~real, 0)  # [b, K, S]
+            for item in range(len(shown)):
+                rows, codes = slice(item, item + 1), real[item].sum(-1)  # [K]
+                plain, _ = token_losses(logits[rows], sequence[rows], real[rows], size, 0.0)
+                said[name].cross_entropy.append(float((plain / codes).mean()))
+                said[name].kl.append(float((apart[item].sum(-1) / codes).mean()))
     return said
 
 
@@ -117,14 +127,14 @@ def main() -> None:
     both = {"student": student, "original": original}
     times = paired({name: partial(encoder.encode, [SHOWN]) for name, encoder in both.items()}, arguments.rounds, "text")
 
-    base = held_out(teacher, original, teacher, store)
-    rows = {
-        "original": base,
-        "student": held_out(regressed, regressed.text_encoder, teacher, store),
-        "student, joint": held_out(joint, student, teacher, store),
-        "original encoder, joint language model": held_out(joint, original, teacher, store),
-        "no caption": held_out(teacher, original, teacher, store, told=False),
+    listeners = {
+        "original": Listener(teacher.model, original),
+        "student": Listener(regressed.model, regressed.text_encoder),
+        "student, joint": Listener(joint.model, student),
+        "original encoder, joint language model": Listener(joint.model, original),
+        "no caption": Listener(teacher.model, original, told=False),
     }
+    said = held_out(listeners, teacher.pattern, store)
     results = {
         "sizes": {"original": size_of(original, None), "student": size_of(student, arguments.joint / "text_encoder")},
         "regression": {
@@ -133,8 +143,8 @@ def main() -> None:
         },
         "captions": len(captions),
         "one_caption": summary(times, "student"),
-        "segments": len(base.kl),
-        "held_out": {name: compared(said, base) for name, said in rows.items()},
+        "segments": len(said["original"].kl),
+        "held_out": {name: compared(of_one, said["original"]) for name, of_one in said.items()},
     }
     document = {"environment": environment(), "results": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
