@@ -471,11 +471,11 @@ def test_a_teacher_without_known_stages_is_told_of(config_of, monkeypatch):
         distill_codec.CodecDistillTask(config_of())
 
 
-def test_going_on_with_other_codebooks_is_refused(config_of, teacher_folder, tmp_path):
+def test_going_on_with_another_teacher_is_refused(config_of, teacher_folder, tmp_path):
     own = tmp_path / "codec"
     small_codec(own)
     loop.train(config_of(f"teacher={own}", "train.steps=1"))
     torch.manual_seed(5)
     shaken(load_codec(own)).save(own)
-    with pytest.raises(UserError, match="other codebooks"):
+    with pytest.raises(UserError, match=r"learnt from another teacher, codec .*: give that one as teacher"):
         loop.train(config_of(f"teacher={own}", "train.steps=2"))

@@ -117,6 +117,21 @@ def test_what_is_trained_is_not_trained_again(told, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def test_a_part_whose_teacher_was_trained_on_is_refused(told, tmp_path):
+    """A second language model stands for the text encoder here: it learns from the first."""
+
+    def follow(steps):
+        lm = f"{LM},train.precision=fp32,train.eval_every=0"
+        words = told(lm=listed(f"{lm},train.steps={steps}"), text=listed(lm))
+        for keys in recipe.trainings(config.load(*words, root="compress")).values():
+            loop.train(config.load(*keys))
+
+    follow(2)
+    follow(2)
+    with pytest.raises(UserError, match=r"text/.* learnt from another teacher, lm/step-00000002 .* lm/step-00000003"):
+        follow(3)
+
+
 def test_an_exported_teacher_keeps_what_no_part_replaces(told, teacher, tmp_path):
     whole = export(teacher, tmp_path / "exported", half=False)
     words = told(int8="true")

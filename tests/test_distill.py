@@ -381,6 +381,25 @@ def test_caches_that_do_not_fit(config_of, teacher, store, root, tmp_path):
         cache_teacher(config_of(*asked), tmp_path / "cache", 4)
 
 
+# --- another teacher ------------------------------------------------------------------------------------------------
+
+
+def test_going_on_with_another_teacher_is_refused(config_of, store, tmp_path):
+    """A run that was trained on since, for a distillation under way and for one that is done."""
+    taught_by = tmp_path / "trained_on"
+    loop.train(lm_config(store, taught_by, *WIDE, "train.steps=2"))
+    asked = (f"teacher={taught_by}", "train.steps=2")
+    run = loop.train(config_of(*asked))
+    loop.train(config_of(*asked, "train.steps=3"))
+    loop.train(lm_config(store, taught_by, *WIDE, "train.steps=3"))
+    for steps in (3, 4):
+        with pytest.raises(UserError) as caught:
+            loop.train(config_of(*asked, f"train.steps={steps}"))
+        said = str(caught.value)
+        assert "trained_on/step-00000002" in said and "trained_on/step-00000003" in said and "run_dir" in said
+    assert checkpoint.read_state(checkpoint.latest_good(run))["step"] == 3
+
+
 # --- what is left ---------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
     """Bring everything back to where `save` left it.
 
     Raises:
-        UserError: the checkpoint was trained on another store.
+        UserError: the checkpoint was trained on another store, or learnt from another teacher.
     """
     state = checkpoint.read_state(folder)
     old, new = state["data"]["fingerprint"], facts["fingerprint"]
@@ -81,6 +81,7 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
         raise UserError(
             f"{folder} was trained on another store (fingerprint {old}, not {new}): give that one as data.store"
         )
+    _check_same_teacher(folder, state["data"].get("teacher", {}), facts.get("teacher", {}))
     optimizers = unflatten_optimizers(
         checkpoint.read_tensors(folder, "optimizer"), checkpoint.read_document(folder, "optimizer")
     )
@@ -96,6 +97,16 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
         print(f"rank {rank} was not there at {folder}: its dropout starts from the step", flush=True)
         rng.seed_all(state["step"], rank)
     return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "flops", "valid", "init")})
+
+
+def _check_same_teacher(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """A language model is known by the hash of its weights, a codec by its fingerprint."""
+    for key in ("weights_sha256", "fingerprint"):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"{folder} learnt from another teacher, {old['name']} ({key} {old[key][:16]}), not from {new['name']} "
+                f"({new[key][:16]}): give that one as teacher, or another run_dir"
+            )
 
 
 def start_from(model: str | Path, module: nn.Module, codec: dict[str, Any] | None = None) -> dict[str, Any]:
