@@ -228,7 +228,22 @@ def test_attention_starts_mamba2_as_linear_attention(groups, expand, state):
     out = mamba.out_proj.weight.view(width, mamba.nheads, size)
     assert torch.equal(out[:, places].flatten(1), attention.out_proj.weight)
     silent = [head for head in range(mamba.nheads) if head not in places]
-    assert not found[:, :, silent].any() and not out[:, silent].any()
+    assert not found[:, :, silent].any() and out[:, silent].all()
+
+
+def test_surplus_heads_and_states_of_mamba2_learn():
+    """They are silent at the start, but a gradient reaches every number within two steps."""
+    torch.manual_seed(0)
+    attention = Attention(16, n_heads=4).double()
+    mamba = Mamba2(16, d_state=8, expand=2, headdim=4, ngroups=2).double()
+    attention_to_mamba2(attention, mamba, torch.arange(16))
+    optimizer, inputs, wanted = torch.optim.SGD(mamba.parameters(), 0.1), *torch.randn(2, 3, 9, 16).double()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (mamba(inputs) - wanted).square().mean().backward()
+        optimizer.step()
+    for name, parameter in mamba.named_parameters():
+        assert bool((parameter.grad != 0).all()), name
 
 
 def test_a_transformer_hands_its_blocks_to_mamba2(codes):

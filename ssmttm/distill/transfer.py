@@ -221,7 +221,8 @@ def attention_to_mamba2(attention: Attention, mamba: Mamba2, kept: Tensor) -> li
     """Start a Mamba-2 as the attention without its softmax: C reads as Q does, B writes as K, x holds V, O goes out.
 
     Each group of heads takes the mean of its heads' Q and K; the convolution starts as the identity. What attention has
-    not, the gate z, dt, A and D, keeps its start; heads beyond the attention's, and states beyond P, start silent.
+    not, the gate z, dt, A and D, keeps its start. Heads beyond the attention's and states beyond P start silent: x of
+    the ones and C of the others are 0, while out and B keep their start, so that a gradient reaches them all.
 
     Args:
         kept: the model's channels, int64 [D of the student].
@@ -247,12 +248,11 @@ def attention_to_mamba2(attention: Attention, mamba: Mamba2, kept: Tensor) -> li
     x.zero_()
     x.view(mamba.nheads, width, -1)[places] = v.view(heads, width, -1)
     for rows, source in ((write, k), (read, q)):
-        rows.zero_()
         rows.view(groups, state, -1)[:, :width] = source.view(groups, theirs, width, -1).mean(1)
+    read.view(groups, state, -1)[:, width:] = 0
     mamba.conv1d.weight.zero_()
     mamba.conv1d.weight[..., -1] = 1
     mamba.conv1d.bias.zero_()
-    mamba.out_proj.weight.zero_()
     out = mamba.out_proj.weight.view(len(kept), mamba.nheads, width)
     out[:, places] = attention.out_proj.weight[kept].view(len(kept), heads, width)
     return ["in_proj.weight", "conv1d.weight", "conv1d.bias", "out_proj.weight"]
