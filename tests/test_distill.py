@@ -19,6 +19,7 @@ from ssmttm.distill.matching import traced_mixers
 from ssmttm.errors import UserError
 from ssmttm.generation import pipeline
 from ssmttm.generation.loading import load_model, open_model_folder
+from ssmttm.generation.quantised import export_int8
 from ssmttm.models import TokenLM
 from ssmttm.models.wishes import Wishes
 from ssmttm.training import distill, lm, loop
@@ -546,3 +547,10 @@ def test_a_teacher_of_other_codes_or_another_text_encoder_is_refused(config_of, 
         (out / "card.json").write_text(json.dumps(card))
         with pytest.raises(UserError, match=f"trained with {kind} strange"):
             DistillTask(config_of(f"teacher={out}"))
+
+
+def test_a_teacher_of_int8_weights_can_be_asked_but_not_copied(config_of, teacher, tmp_path):
+    int8 = export_int8(export(teacher, tmp_path / "whole"), tmp_path / "int8")
+    assert losses_of(DistillTask(config_of(f"teacher={int8}")))["kl"] > 0
+    with pytest.raises(UserError, match=r"are int8, which distill\.transfer cannot take"):
+        DistillTask(config_of(*twin(f"teacher={int8}", "distill.transfer.layers=even")))

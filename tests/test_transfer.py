@@ -10,6 +10,7 @@ from ssmttm.distill.transfer import attention_to_mamba2, channel_importance, tra
 from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM, TokenLMConfig
+from ssmttm.ops.int8 import quantise
 
 HEARING = {"chroma": True, "tempo": True}
 MIXERS = {"mamba1": {}, "mamba2": {"ngroups": 2}, "mamba3": {}, "s4d": {"expand": 1}, "s4d wide": {}, "attention": {}}
@@ -107,6 +108,15 @@ def test_without_layers_the_blocks_keep_their_start():
         taken = teacher.state_dict()[name] if name in done else value
         assert torch.equal(student.state_dict()[name], taken), name
     assert {"embedding.weight", "heads.weight", "text.linear.weight", "norm.weight"} <= set(done)
+
+
+def test_only_what_was_set_is_reported():
+    """A teacher of int8 weights keeps its matrices where no parameter is."""
+    teacher, student, fresh = quantise(build(0)).float(), build(1).float(), build(1).float()
+    done = transfer_weights(teacher, student, "even", "first")
+    before = dict(fresh.named_parameters())
+    assert set(done) == {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert "embedding.weight" in done and "blocks.0.branches.0.inner.in_proj.weight" not in done
 
 
 # --- slices ---------------------------------------------------------------------------------------------------------

@@ -199,10 +199,8 @@ def _transfer_slices(
     choice: dict[str, Tensor] = dict(chosen(teacher, student, energy, source)) | {"model": kept}
     if isinstance(getattr(student, "in_proj", None), nn.Identity):  # S4D whose channels are the model's own
         choice["inner"] = kept
-    sizes = _axis_sizes(teacher)
-    for name, value in teacher.named_parameters():
-        _put(student, name, cut(value, AXES[type(teacher)][name], choice, sizes))
-    return [name for name, _ in student.named_parameters()]
+    sizes, axes = _axis_sizes(teacher), AXES[type(teacher)]
+    return [_put(student, name, cut(value, axes[name], choice, sizes)) for name, value in teacher.named_parameters()]
 
 
 def _axis_sizes(layer: nn.Module) -> dict[str, int]:

@@ -170,6 +170,12 @@ class DistillTask(LanguageModelTask):
         asked = self.settings.transfer
         if asked.layers is None and asked.width is None:
             return
+        folder = self.teacher.folder
+        if "weights" in folder.card:
+            raise UserError(
+                f"the weights of the teacher {folder.name} are {folder.card['weights']}, which distill.transfer cannot "
+                f"take: give the one it was made from"
+            )
         importance = None
         if asked.width == "importance":
             loader = self.loader("train", self.config.data.batch_size, 0, 1)
