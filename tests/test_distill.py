@@ -309,7 +309,10 @@ def fresh_accelerator():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_teacher_runs_in_the_precision_of_the_training(precision, config_of, monkeypatch, fresh_accelerator):
+def test_the_teacher_runs_in_the_precision_of_the_training(
+    precision, config_of, tmp_path, monkeypatch, fresh_accelerator
+):
+    """And so it does when it is asked for a cache, which a student has no part in."""
     seen = set()
 
     def watched(self, *args, **kwargs):
@@ -320,15 +323,23 @@ def test_the_teacher_runs_in_the_precision_of_the_training(precision, config_of,
     monkeypatch.setattr(TokenLM, "forward", watched)
     loop.train(config_of(f"train.precision={precision}", "train.steps=1", "train.eval_every=0"))
     assert seen == {(precision == "bf16", True), (precision == "bf16", False)}
+    seen.clear()
+    asked = ("data.fixed_crops=true", f"train.precision={precision}", "distill.transfer.width=importance")
+    monkeypatch.setattr(distill, "channel_importance", None)
+    cache_teacher(config_of(*asked), tmp_path / "cache", 4)
+    assert seen == {(precision == "bf16", False)}
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("k", "tolerance"), [(CODEBOOK_SIZE, 2e-3), (4, None)])
-def test_a_cached_run_equals_an_online_one(k, tolerance, config_of, tmp_path):
+@pytest.mark.parametrize(
+    ("k", "tolerance", "precision"), [(CODEBOOK_SIZE, 2e-3, "fp32"), (CODEBOOK_SIZE, 2e-3, "bf16"), (4, None, "fp32")]
+)
+def test_a_cached_run_equals_an_online_one(k, tolerance, precision, config_of, tmp_path, fresh_accelerator):
     """With all codes kept, but for the rounding to float16; several epochs, each shows a segment alike."""
-    asked = ("train.steps=15", "data.fixed_crops=true", "data.caption_dropout=0.3", "distill.temperature=1.5")
+    asked = ("train.steps=15", f"train.precision={precision}")
+    asked += ("data.fixed_crops=true", "data.caption_dropout=0.3", "distill.temperature=1.5")
     cache = cache_teacher(config_of(*asked), tmp_path / "cache", k)
     online = everything(loop.train(config_of(*asked, name="online")))
     cached = everything(loop.train(config_of(*asked, f"distill.cache={cache}", name="cached")))

@@ -25,7 +25,9 @@ from ssmttm.distill.transfer import channel_importance, transfer_weights
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
 from ssmttm.text.condition import TextCondition
+from ssmttm.training.accelerator import build_accelerator
 from ssmttm.training.lm import Given, LanguageModelTask
+from ssmttm.training.step import to_device
 from ssmttm.training.task import Batch, Losses
 
 LOSSES = ("cross_entropy", "kl", "hidden")
@@ -198,6 +200,8 @@ def cache_facts(config: DictConfig, task: DistillTask) -> dict[str, Any]:
 def cache_teacher(config: DictConfig, out: Path, k: int) -> Path:
     """Write the teacher's answers for every segment of the training split, as `data.fixed_crops` shows them.
 
+    It is asked on the device and in the precision that the training would have here.
+
     Args:
         config: of the distillation that is to read them.
         k: codes kept of each distribution.
@@ -207,10 +211,13 @@ def cache_teacher(config: DictConfig, out: Path, k: int) -> Path:
     """
     config = config.copy()
     config.data.fixed_crops, config.distill.cache = True, None
+    config.distill.transfer.layers = config.distill.transfer.width = None  # of the student, who is not asked
+    accelerator = build_accelerator(config.train.precision)
     task = DistillTask(config)
+    accelerator.prepare_model(task.teacher.model, evaluation_mode=True)
     loader = task.loader("train", config.data.batch_size, 0, 1)
     steps = tqdm(range(loader.steps_per_epoch), desc="asking the teacher", unit="batch")
-    answers = ((batch["ids"], task.ask(batch, k)) for batch in map(loader.batch, steps))
+    answers = ((b["ids"], task.ask(to_device(b, accelerator.device), k)) for b in map(loader.batch, steps))
     return write_cache(out, cache_facts(config, task) | {"k": k, "model": asdict(task.teacher.model.config)}, answers)
 
 

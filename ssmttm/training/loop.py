@@ -6,21 +6,20 @@ at step n and goes on is the run that never stopped (on a CPU bit for bit).
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
 from ssmttm.errors import Preempted, UserError
 from ssmttm.files import claimed
 from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
-from ssmttm.training.cpu import has_bf16, keep_freed_memory
+from ssmttm.training.accelerator import build_accelerator
 from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
@@ -53,9 +52,7 @@ def train(config: DictConfig) -> Path:
         KeyboardInterrupt: Ctrl-C came; a checkpoint is written.
     """
     check_settings(config)
-    accelerator = _accelerator(config.train.precision)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    accelerator = build_accelerator(config.train.precision)
     with claimed(Path(config.run_dir), "training") if accelerator.is_main_process else contextlib.nullcontext():
         return _train(config, accelerator)
 
@@ -187,19 +184,6 @@ def build_task(config: DictConfig) -> Task:
 def _due(step: int, steps: int, every: int) -> bool:
     """Every so many steps and at the last one; `every` 0 is never."""
     return bool(every) and (step % every == 0 or step == steps)
-
-
-def _accelerator(precision: str) -> Accelerator:
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"train.precision={precision} is unknown: there are auto, fp32 and bf16")
-    gpu = torch.cuda.is_available()
-    capable = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else has_bf16()
-    if precision == "bf16" and gpu and not capable:
-        raise UserError("train.precision=bf16: this GPU has no bf16, use fp32")
-    mixed = "bf16" if precision == "bf16" or (precision == "auto" and capable) else "no"
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    on_cpu = not gpu and "WORLD_SIZE" in os.environ  # unasked, Accelerate lets each launched process train on its own
-    return Accelerator(mixed_precision=mixed, cpu=on_cpu, kwargs_handlers=[ddp])
 
 
 def _agreed_resume_folder(config: DictConfig, accelerator: Accelerator) -> Path | None:
