@@ -462,6 +462,7 @@ def test_teachers_that_cannot_be_had(change, message, config_of, teacher, tmp_pa
     ("override", "message"),
     [
         ("teacher=null", "teacher is not set"),
+        ("init=somewhere", "set init=null"),
         ("losses.text=0", "losses.text=0"),
         ("losses.kl=-1", "losses.kl=-1"),
         ("losses.tags=1", "losses.tags"),

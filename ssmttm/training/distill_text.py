@@ -218,6 +218,11 @@ def _spread(student: Pieces, replaced: Pieces, states: Tensor) -> Tensor:
 
 
 def _check_settings(config: DictConfig) -> None:
+    if config.init:
+        raise UserError(
+            f"init={config.init} has no place here, a text student and its language model start from text_student.encoder "
+            "and teacher: set init=null and name those"
+        )
     for name in LOSSES:
         if config.losses[name] < 0:
             raise UserError(f"losses.{name}={config.losses[name]}: give 0 or more")
