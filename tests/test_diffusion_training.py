@@ -236,7 +236,7 @@ def test_work_is_what_was_asked_for(task_of):
     task = task_of()
     batch = first_batch(task)
     frames = int(batch["frame_mask"].sum())
-    codes, seconds, flops = task.work(batch)
+    codes, seconds, flops = task.work(batch, 0)
     assert (codes, seconds) == (3 * frames, frames / 25)
     assert flops == 4 * task.model.flops(FRAMES, batch["text"].mask.shape[1])
 

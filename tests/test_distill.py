@@ -163,7 +163,7 @@ def test_the_teachers_work_is_counted_a_third(config_of, tmp_path):
     for name, overrides in told.items():
         task = DistillTask(config_of(*overrides))
         batch = task.loader("train", 4, 0, 1).batch(0)
-        flops[name] = task.work(batch)[2]
+        flops[name] = task.work(batch, 0)[2]
     length = task.pattern.sequence_length(20)
     tokens, of_null = batch["text"].mask.shape[1], task.teacher.null_text.mask.shape[1]
     teacher, null = (4 * task.teacher.model.flops(length, n) / 3 for n in (tokens, of_null))
@@ -171,6 +171,9 @@ def test_the_teachers_work_is_counted_a_third(config_of, tmp_path):
     assert flops["alone"] == flops["cached"] == alone
     assert flops["plain"] == pytest.approx(alone + teacher)
     assert flops["guided"] == pytest.approx(alone + teacher + null)
+    matching = DistillTask(config_of(*twin("losses.kl=0", "distill.mixer_steps=1")))
+    asked, unasked = (matching.work(batch, step)[2] for step in (0, 1))
+    assert asked - unasked == pytest.approx(teacher)
 
 
 @pytest.mark.parametrize("kind", ["tempo", "chroma"])

@@ -56,7 +56,7 @@ def everything(run_dir):
     """All tensors, generator states and progress of the newest checkpoint, and the losses of every step."""
     folder = checkpoint.latest_good(run_dir)
     files = {path.stem: copies(checkpoint.read_tensors(folder, path.stem)) for path in folder.glob("*.safetensors")}
-    state = {key: checkpoint.read_state(folder)[key] for key in ("step", "samples_seen", "valid")}
+    state = {key: checkpoint.read_state(folder)[key] for key in ("step", "samples_seen", "flops", "valid")}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row]
     return files, checkpoint.read_document(folder, "rng"), state, losses

@@ -378,6 +378,16 @@ def test_a_student_with_another_tokenizer_learns(config_of, folders):
     assert found[-1] < 0.6 * found[0]
 
 
+def test_work_is_that_of_the_phase(config_of):
+    """Whatever was asked before; from the joint step on the language model takes part, and its frozen self a third."""
+    task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=3"))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    (codes, _, joint), (none, _, alone) = task.work(batch, 3), task.work(batch, 2)
+    length, tokens = task.pattern.sequence_length(20), batch["text"].mask.shape[1]
+    assert none == 0 and codes == 4 * batch["frame_mask"].sum()
+    assert joint - alone == pytest.approx(4 * task.model.flops(length, tokens) * 4 / 3)
+
+
 def test_a_run_of_two_phases_resumes_exactly(config_of, monkeypatch):
     asked = (*SMALL, "text_student.joint_step=4", "train.steps=7", "data.caption_dropout=0.3", "train.eval_every=4")
     stopped = config_of(*asked, name="stopped")

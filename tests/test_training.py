@@ -296,7 +296,7 @@ def test_a_model_learns_under_every_pattern(codes_store, tmp_path, name, positio
     task = lm.LanguageModelTask(settings)
     batch = task.loader("train", 2, 0, 1).batch(0)
     assert task.counts(batch).tolist() == [batch["frame_mask"].sum()] * N_CODEBOOKS + [2]
-    assert task.work(batch)[2] == 2 * task.model.flops(positions, batch["text"].mask.shape[1])
+    assert task.work(batch, 0)[2] == 2 * task.model.flops(positions, batch["text"].mask.shape[1])
 
 
 def test_codebooks_weigh_in_the_loss_as_asked(codes_store, tmp_path):

@@ -115,7 +115,7 @@ class CodecTask:
             self._figures = {"codes_revived": float(dead.sum())}
         return self._figures
 
-    def work(self, batch: Batch) -> tuple[float, float, float]:
+    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
         items, seconds = len(batch["ids"]), self.samples_per_item / self.codec.sample_rate
         tokens = items * seconds * self.codec.frame_rate * self.codec.n_codebooks
         return tokens, items * seconds, items * self._flops_per_item

@@ -86,7 +86,7 @@ class DiffusionTask:
     def after_step(self, step: int) -> dict[str, float]:
         return {}
 
-    def work(self, batch: Batch) -> tuple[float, float, float]:
+    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
         """Codes found, seconds of audio and FLOPs."""
         frames, config = float(batch["frame_mask"].sum()), self.config.model
         flops = len(batch["ids"]) * self.model.flops(batch["codes"].shape[-1], batch["text"].mask.shape[1])

@@ -112,10 +112,10 @@ class DistillTask(LanguageModelTask):
             self._observed = None
         return {f"weight_{n}": w for n, w in zip(weighting.given, weighting.weights().tolist(), strict=True)}
 
-    def work(self, batch: Batch) -> tuple[float, float, float]:
+    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
         """As of a language model; the teacher has no backward pass, so its FLOPs count a third."""
-        codes, seconds, flops = super().work(batch)
-        if self.asks and self.cached is None:
+        codes, seconds, flops = super().work(batch, step)
+        if (self.asks or step < self.settings.mixer_steps) and self.cached is None:
             length, items = self.pattern.sequence_length(batch["codes"].shape[-1]), len(batch["ids"])
             flops += items * self.teacher.flops(length, batch["text"].mask.shape[1]) / 3
         return codes, seconds, flops

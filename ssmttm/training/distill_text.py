@@ -72,7 +72,6 @@ class TextDistillTask(LanguageModelTask):
         self.encoder, self.tokenizer = self._student(source)
         self.modules = {"model": self.encoder, "lm": self.model}
         self.joint_step: int | None = asked.joint_step
-        self._joint = False  # whether the language model took part in the last step
         self._mean_square = self._measured()
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> "CaptionLoader":
@@ -86,19 +85,18 @@ class TextDistillTask(LanguageModelTask):
     def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """`text`, the square distance of the projected states in units of the teacher's mean square; later also
         `cross_entropy`, each `codebook_k`, and `kl` from what the teacher says of the same codes."""
-        self._joint = self.joint_step is not None and step >= self.joint_step
-        wishes = self.wishes.withheld(self.wishes.of(batch)) if self._joint else None
+        wishes = self.wishes.withheld(self.wishes.of(batch)) if self._is_joint(step) else None
         return {"model": self._named(players, batch, counts, wishes)}
 
     def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """All of them from the first step on, with neither tempo nor melody withheld."""
         return self._named(players, batch, counts, self.wishes.of(batch))
 
-    def work(self, batch: Batch) -> tuple[float, float, float]:
-        """Of the phase that the last step was in; the teacher has no backward pass, so its FLOPs count a third."""
-        _, seconds, of_lm = super().work(batch)
+    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
+        """Of the phase that the step is in; the teacher has no backward pass, so its FLOPs count a third."""
+        _, seconds, of_lm = super().work(batch, step)
         flops = float(self.encoder.flops(batch["read"].mask.numel()))
-        if not self._joint:
+        if not self._is_joint(step):
             return 0.0, seconds, flops
         return float(batch["frame_mask"].sum()) * self.n_codebooks, seconds, flops + of_lm * (1 + 1 / 3)
 
@@ -122,6 +120,10 @@ class TextDistillTask(LanguageModelTask):
         return facts | {
             "licences": licences, "text": text, "teacher": self.teacher.facts(), "blueprint": blueprint,
         }  # fmt: skip
+
+    def _is_joint(self, step: int) -> bool:
+        """Whether the language model learns along."""
+        return self.joint_step is not None and step >= self.joint_step
 
     def _named(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, wishes: Wishes | None) -> Losses:
         """The losses of the student, and with wishes those of the language model that reads it."""
@@ -220,8 +222,8 @@ def _spread(student: Pieces, replaced: Pieces, states: Tensor) -> Tensor:
 def _check_settings(config: DictConfig) -> None:
     if config.init:
         raise UserError(
-            f"init={config.init} has no place here, a text student and its language model start from text_student.encoder "
-            "and teacher: set init=null and name those"
+            f"init={config.init} has no place here, a text student and its language model start from "
+            "text_student.encoder and teacher: set init=null and name those"
         )
     for name in LOSSES:
         if config.losses[name] < 0:

@@ -130,7 +130,7 @@ class LanguageModelTask:
     def after_step(self, step: int) -> dict[str, float]:
         return {}
 
-    def work(self, batch: Batch) -> tuple[float, float, float]:
+    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
         frames = float(batch["frame_mask"].sum())
         items, length = len(batch["ids"]), self.pattern.sequence_length(batch["codes"].shape[-1])
         flops = items * self.model.flops(length, batch["text"].mask.shape[1])

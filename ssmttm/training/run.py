@@ -112,7 +112,7 @@ def horizon(task: Task, config: DictConfig, loader: Loader, first: list[Batch], 
     """What is about to be trained, and on how much: a few lines for the console."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in task.modules.items()}
     tokens, seconds, flops = (
-        sum(figures) * world_size for figures in zip(*(task.work(batch) for batch in first), strict=True)
+        sum(figures) * world_size for figures in zip(*(task.work(batch, start) for batch in first), strict=True)
     )
     steps, epoch = config.train.steps, loader.steps_per_epoch
     to_come = steps - start

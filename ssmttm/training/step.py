@@ -58,7 +58,7 @@ def gradients(
     totals: Losses = {}
     tokens = seconds = flops = 0.0
     for index, batch in enumerate(micro):
-        figures = task.work(batch)
+        figures = task.work(batch, step)
         tokens, seconds, flops = tokens + figures[0], seconds + figures[1], flops + 3 * figures[2]
         with contextlib.ExitStack() as stack:
             if index < len(micro) - 1:  # ranks exchange gradients once a step

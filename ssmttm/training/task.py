@@ -59,8 +59,8 @@ class Task(Protocol):
     def after_step(self, step: int) -> dict[str, float]:
         """Bookkeeping once the optimisers have stepped; returns figures to log."""
 
-    def work(self, batch: Batch) -> tuple[float, float, float]:
-        """Codes predicted, seconds of audio and forward FLOPs of a micro-batch."""
+    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
+        """Codes predicted, seconds of audio and forward FLOPs of a micro-batch, when `step` steps are done."""
 
     def samples(self, step: int) -> list[Sample]:
         """Fixed prompts or items with fixed seeds, made with the weights that `modules["model"]` now holds."""
