@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from scipy import stats
 
 from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
 from ssmttm.evaluation.figures import markdown
 from ssmttm.generation.loading import load_model, open_model_folder
-from ssmttm.sweeps.report import interval
 from ssmttm.training.lm import LanguageModelTask
 
 RESULTS = Path(__file__).parent / "results" / "students.json"
 PIECE = 10.0  # seconds
-FIGURES = ("cross_entropy", "fad", "kad", "kl", *ATTRIBUTES)
+FIGURES = {"cross_entropy": 3, "fad": 0, "kad": 2, "kl": 2, **dict.fromkeys(ATTRIBUTES, 2)}  # and their decimals
 
 
 @torch.no_grad()
@@ -117,10 +117,19 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["student", "seeds", *FIGURES, "M parameters", "MFLOP a second", "real-time factor"]]
     for student, row in found.items():
         seeds = list(row["seeds"].values())
-        cells = [interval(np.array([figures[name] for figures in seeds])) for name in FIGURES]
+        cells = [interval([figures[name] for figures in seeds], decimals) for name, decimals in FIGURES.items()]
         costs = [f"{row['parameters'] / 1e6:.2f}", f"{row['flops_a_second'] / 1e6:,.0f}"]
         rows.append([student, str(len(seeds)), *cells, *costs, f"{row['real_time_factor']:.3f}"])
     return rows
+
+
+def interval(values: list[float], decimals: int) -> str:
+    """Mean and half the width of its 95 % interval (Student's t), which one value has not."""
+    mean = f"{np.mean(values):.{decimals}f}"
+    if len(values) < 2:
+        return mean
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean} ± {half:.{decimals}f}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The model that ships with the package, with the codec and text encoder that ship with it."""
+"""The models that ship with the package, with the codecs and text encoders that ship with them."""
 
 import pytest
 import torch
 
 from ssmttm import MusicPipeline
 from ssmttm.codecs.quality import chroma_similarity
+from ssmttm.compression.sizes import components, total
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return MusicPipeline.from_pretrained()
+@pytest.fixture(scope="module", params=[None, "tinyttm_tiny"])
+def pipe(request):
+    return MusicPipeline.from_pretrained(request.param)
 
 
 def test_it_makes_sound_that_follows_seed_and_prompt(pipe):
@@ -36,8 +37,16 @@ def test_it_reads_ten_thousand_words_emoji_and_any_script(pipe, caplog):
 
 def test_it_says_what_it_is(pipe):
     assert len(pipe.facts["model"]["weights_sha256"]) == 64
-    assert pipe.facts["codec"]["name"] == "tiny" and pipe.facts["text_encoder"]["name"] == "minilm"
+    parts = [pipe.facts[part]["name"] for part in ("codec", "text_encoder")]
+    assert parts == (["tiny", "minilm"] if pipe.guidance_scale == 3 else ["codec", "text_encoder"])
     assert set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
+
+
+def test_the_embedded_student_is_a_seventh_of_its_teacher():
+    teacher, student = (components(MusicPipeline.from_pretrained(name)) for name in ("tiny_lm", "tinyttm_tiny"))
+    for old, new in zip(teacher, student, strict=True):
+        assert new.parameters < old.parameters / 3 and new.flops < old.flops / 4 and new.read < old.read / 4
+    assert total(student).parameters < total(teacher).parameters / 7
 
 
 def test_the_embedded_model_of_two_stages_makes_sound_and_streams():

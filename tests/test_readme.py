@@ -24,6 +24,11 @@ SMALLER = {
     "experiment=tiny_two_stage_sketch": TWO_STEPS,
     "experiment=tiny_two_stage_paint": TWO_STEPS,
     "experiment=tinyttm_lm": TWO_STEPS,
+    "ssmttm compress": [
+        "recipe.lm=['experiment=tinyttm_lm','model.n_layers=1','train.steps=2','train.eval_every=0','data.batch_size=2']",
+        "recipe.text=['experiment=tinyttm_text','train.steps=2','text_student.joint_step=1','train.eval_every=0','data.batch_size=2']",
+        "recipe.codec=['experiment=tinyttm_codec','train.steps=2','train.eval_every=0','data.batch_size=2']",
+    ],
     "experiment=tiny_codec": [
         "codec=debug", "codec.sample_rate=24000", "codec.hop_length=960", "codec.window=1920", "train.steps=2",
         "train.sample_every=0", "train.eval_every=0", "data.batch_size=2",
