@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssmttm.text.student import StudentEncoder
 from transformers import T5Config, T5EncoderModel
 
 from benchmarks.paired import environment
@@ -32,6 +31,7 @@ from ssmttm.ops.int8 import quantise
 from ssmttm.patterns import get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
+from ssmttm.text.student import StudentEncoder
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 PROMPT, SECONDS = "a slow waltz in D minor on a music box, with a warm pad behind it", 10.0
