@@ -246,27 +246,28 @@ def test_the_distance_of_stages_has_the_right_gradient():
     ours, theirs = ([torch.randn(shape) for shape in side] for side in shapes)
     leaves = [x.clone().requires_grad_() for x in ours]
     inputs = [*leaves, *projections.parameters()]
-    gradients = torch.autograd.grad(projections(leaves, theirs), inputs)
+    gradients = torch.autograd.grad(projections(leaves, theirs).sum(), inputs)
     targets = [theirs[0], theirs[1].view(2, 4, 3, 4).mean(2)]
     for linear, x, target, gradient in zip(projections, ours, targets, gradients, strict=False):
         error = x @ linear.weight.T + linear.bias - target
-        expected = error @ linear.weight * (2 / target.square().sum() / 2)  # of a mean over two stages
+        energy = target.square().sum((1, 2), keepdim=True)  # of each item
+        expected = error @ linear.weight * (2 / energy / 2)  # of a mean over two stages
         torch.testing.assert_close(gradient, expected)
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 def test_projections_begin_as_the_best_and_a_copy_is_at_distance_0():
     torch.manual_seed(0)
-    x, y = torch.randn(2, 30, 4), torch.randn(2, 30, 3)
+    x, y = torch.randn(2, 30, 4), torch.randn(2, 30, 3) * torch.tensor([1.0, 9.0])[:, None, None]
     image = x @ torch.randn(4, 6) + 3
     copied, fitted = (StageProjections.fitted([x], [target]) for target in (image, y))
-    assert copied([x], [image]).item() < 1e-10
-    least = fitted([x], [y]).item()
+    assert copied([x], [image]).max() < 1e-10
+    least = fitted([x], [y]).sum().item()
     with torch.no_grad():
         for parameter in fitted.parameters():
             for change in (0.02, -0.02):
                 parameter.add_(change)
-                assert fitted([x], [y]).item() > least
+                assert fitted([x], [y]).sum().item() > least
                 parameter.sub_(change)
     teacher = teacher_of("conv")
     student, _ = student_of(teacher, CONV)
@@ -439,6 +440,17 @@ def test_the_teacher_stays_as_it_is_and_only_the_decoder_learns(config_of):
     assert task.work(batch, 0)[2] > 4 * task.codec.decoder.flops(frames)
     quiet = distill_codec.CodecDistillTask(config_of("losses.decoder=0"))
     assert quiet.losses(quiet.modules, batch, quiet.counts(batch), 0)["model"].keys() == {"mel", "spectrum"}
+
+
+def test_the_distance_of_stages_adds_up_over_micro_batches(config_of):
+    """Loud items and quiet ones alike."""
+    task = distill_codec.CodecDistillTask(config_of("codec_student.transfer=false"))
+    batch = task.loader("train", 4, 0, 1).batch(0)
+    batch["audio"] *= torch.tensor([0.01, 1.0, 0.1, 1.0])[:, None, None]
+    counts = task.counts(batch)
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
+    whole, *found = (task.losses(task.modules, b, counts, 0)["model"]["decoder"] for b in (batch, *parts))
+    torch.testing.assert_close(sum(found), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_a_conv_student_of_another_kind_of_teacher_learns_too(config_of):

@@ -124,15 +124,19 @@ def test_the_kl_loss_is_that_of_softened_distributions_at_real_positions(diverge
     assert losses_of(task)["kl"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_padding_is_not_learnt_from(config_of):
+@pytest.mark.parametrize("conditioning", ["prefix", "cross_attention"])
+def test_padding_is_not_learnt_from(conditioning, store, root, config_of):
     """The same segments, whole, in a row of 20 frames and of 29."""
-    short, long = (losses_of(DistillTask(config_of("losses.hidden=1", f"data.frames={n}"))) for n in (20, 29))
-    for name in ("cross_entropy", "kl", "hidden", "distillation"):
+    shape = (f"model.conditioning={conditioning}", "model.n_heads=4")
+    teacher = loop.train(lm_config(store, root / conditioning, *WIDE, *shape, "train.steps=2"))
+    told = twin(*shape, f"teacher={teacher}", "losses.hidden=1", "distill.mixer_steps=1")
+    short, long = (losses_of(DistillTask(config_of(*told, f"data.frames={n}"))) for n in (20, 29))
+    for name in ("cross_entropy", "kl", "hidden", "mixer", "distillation"):
         torch.testing.assert_close(short[name], long[name], rtol=1e-5, atol=1e-6)
 
 
 def test_losses_of_micro_batches_add_up(config_of):
-    task = DistillTask(config_of("losses.hidden=1", "data.frames=24"))
+    task = DistillTask(config_of(*twin("losses.hidden=1", "distill.mixer_steps=1", "data.frames=24")))
     batch = task.loader("train", 4, 0, 1).batch(0)
     counts, whole = task.counts(batch), losses_of(task)
     parts = [
@@ -140,7 +144,7 @@ def test_losses_of_micro_batches_add_up(config_of):
         for rows in (slice(0, 1), slice(1, 4))
     ]
     found = [task.losses(task.modules, part, counts, 0)["model"] for part in parts]
-    for name in ("cross_entropy", "kl", "hidden", "distillation"):
+    for name in ("cross_entropy", "kl", "hidden", "mixer", "distillation"):
         torch.testing.assert_close(found[0][name] + found[1][name], whole[name], rtol=1e-5, atol=1e-6)
 
 

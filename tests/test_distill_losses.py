@@ -133,10 +133,11 @@ def test_projections_begin_as_the_identity_whatever_the_streams_size(width, teac
     assert far.shape == (3, 5) and (far > 0.1).all()
 
 
-def test_output_error_is_a_share_of_the_energy():
-    teacher = torch.randn(2, 3, 4)
-    assert output_error(torch.zeros_like(teacher), teacher).item() == pytest.approx(1)
-    assert output_error(1.1 * teacher, teacher).item() == pytest.approx(0.01, rel=1e-3)
+def test_output_error_is_a_share_of_each_items_energy():
+    teacher = torch.randn(2, 3, 4) * torch.tensor([1.0, 100.0])[:, None, None]
+    assert output_error(torch.zeros_like(teacher), teacher).tolist() == pytest.approx([1, 1])
+    changed = teacher * torch.tensor([1.1, 1.2])[:, None, None]
+    assert output_error(changed, teacher).tolist() == pytest.approx([0.01, 0.04], rel=1e-3)
 
 
 # --- weighting ------------------------------------------------------------------------------------------------------

@@ -53,20 +53,21 @@ class StageProjections(nn.ModuleList):
         """By least squares, from the stages' outputs for the same codes, [B, T, D] and [B, T, W]."""
         projections = cls(nn.Linear(a.shape[-1], b.shape[-1]) for a, b in zip(ours, theirs, strict=True))
         for linear, a, b in zip(projections, ours, theirs, strict=True):
-            a, b = (x.flatten(0, 1).double().cpu() for x in at_one_rate(a, b))
-            inputs = F.pad(a, (0, 1), value=1.0)
-            solution = torch.linalg.lstsq(inputs, b, rcond=_FEWEST, driver="gelsd").solution  # [D + 1, W]
+            a, b = (x.double().cpu() for x in at_one_rate(a, b))
+            scale = b.square().sum((1, 2), keepdim=True).clamp_min(1e-12).rsqrt()  # all items count alike
+            inputs, outputs = ((scale * x).flatten(0, 1) for x in (F.pad(a, (0, 1), value=1.0), b))
+            solution = torch.linalg.lstsq(inputs, outputs, rcond=_FEWEST, driver="gelsd").solution  # [D + 1, W]
             linear.weight.copy_(solution[:-1].T)
             linear.bias.copy_(solution[-1])
         return projections
 
     def forward(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-        """Mean over stages of the square error as a share of the teacher's energy: scalar."""
+        """Mean over stages of the square error as a share of the teacher's energy, item by item: [B]."""
         errors = []
         for linear, a, b in zip(self, ours, theirs, strict=True):
             a, b = at_one_rate(a, b)
             errors.append(output_error(linear(a).float(), b.float()))
-        return torch.stack(errors).mean()
+        return torch.stack(errors).mean(0)
 
 
 def at_one_rate(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,8 @@ def stream_distance(projected: Tensor, teacher: Tensor) -> Tensor:
 
 
 def output_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Square error of a layer's output as a share of its teacher's energy: [B, S, D] each -> scalar."""
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
+    """Square error of a layer's output as a share of its teacher's energy, item by item: [B, S, D] each -> [B]."""
+    return (student - teacher).square().sum((1, 2)) / teacher.square().sum((1, 2)).clamp_min(1e-12)
 
 
 def check_temperature(temperature: float) -> None:

@@ -52,20 +52,34 @@ def traced_mixers(teacher: TokenLM, numbers: Sequence[int]) -> Iterator[dict[int
 
 
 def mixer_error(
-    student: TokenLM, text: ProjectedText, numbers: Sequence[int], seen: dict[int, tuple[Any, Tensor]]
+    student: TokenLM,
+    text: ProjectedText,
+    audio: Tensor,
+    numbers: Sequence[int],
+    seen: dict[int, tuple[Any, Tensor]],
 ) -> Tensor:
-    """Mean over the student's blocks of `output_error` of their first mixers, fed with what the teacher's were fed.
+    """Mean over the student's blocks of `output_error` of their first mixers, fed with what the teacher's were fed, at
+    positions that hold text or audio: [B].
 
     Args:
         text: projected by the student.
+        audio: bool [B, S], True at positions of the audio that are no padding.
         numbers: the teacher's block for each of the student's.
         seen: by `traced_mixers`.
     """
+    real = behind_prefix(text.mask, audio) if student.config.conditioning == "prefix" else audio
     errors = []
     for block, number in zip(student.blocks, numbers, strict=True):
         (x, _, _, mask), output = seen[number]
-        errors.append(output_error(block.branches[0](x, text, None, mask), output))
-    return torch.stack(errors).mean()
+        ours = block.branches[0](x, text, None, mask)
+        errors.append(output_error(*(y.masked_fill(~real[..., None], 0) for y in (ours, output))))
+    return torch.stack(errors).mean(0)
+
+
+def behind_prefix(text: Tensor, audio: Tensor) -> Tensor:
+    """Which positions are real once text [B, L] stands in front of audio [B, S], its padding last: [B, L + S]."""
+    order = torch.argsort(~torch.cat([text, torch.ones_like(audio)], 1), dim=1, stable=True)
+    return torch.cat([text, audio], 1).gather(1, order)
 
 
 def check_mixers(student: TokenLM, teacher: TokenLM) -> None:

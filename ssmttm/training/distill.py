@@ -95,7 +95,9 @@ class DistillTask(LanguageModelTask):
             named["hidden"] = (distances * given.real.float().mean(1)).sum() / counts[:-1].mean()
         share = len(batch["ids"]) / counts[-1]
         if matching:
-            named["mixer"] = share * mixer_error(self.model, self.model.text(self._text(batch)), self.blocks, seen)
+            text = self.model.text(self._text(batch))
+            errors = mixer_error(self.model, text, given.real.any(1), self.blocks, seen)  # [b]
+            named["mixer"] = errors.sum() / counts[-1]
         named["distillation"] = self._total(players, named, share, step)
         return {"model": named}
 

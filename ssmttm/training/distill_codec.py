@@ -71,8 +71,8 @@ class CodecDistillTask(CodecTask):
         with traced_outputs(self.stages[0]) as ours:
             output = self.reconstruct(players["model"], batch["audio"])
         named = self.losses_of(output, players, batch, counts, step)
-        distance = players["projections"](ours, self._teachers(output.codes))
-        named["model"]["decoder"] = len(batch["ids"]) / counts[0] * distance
+        distances = players["projections"](ours, self._teachers(output.codes))  # [b]
+        named["model"]["decoder"] = distances.sum() / counts[0]
         return named
 
     def after_step(self, step: int) -> dict[str, float]:
