@@ -478,6 +478,10 @@ def test_teachers_that_cannot_be_had(change, message, config_of, teacher, tmp_pa
         ("losses.tags=1", "losses.tags"),
         ("text_student.d_model=12", "heads are 8 wide"),
         ("text_student.n_layers=0", "text_student.n_layers=0"),
+        ("text_student.d_ff=x", "text_student.d_ff=x is no number"),
+        ("losses.text=null", "losses.text=None is no number"),
+        ("text_student.joint_step=-1", "text_student.joint_step=-1"),
+        ("text_student.joint_step=20", "never reached with train.steps=20"),
     ],
 )
 def test_settings_that_contradict_themselves(override, message, config_of):

@@ -57,8 +57,11 @@ def test_maps_of_layers(kind, n_student, n_teacher, expected):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [([1, 6], "no block 6"), ([0, 1], "no block 0"), ([1], "1 blocks are named"), ("middle", "unknown map")],
-)
+    [
+        (3, "3 is no map"), ([1, True], "is no map"), ([1.0, 2], "is no map"), ([1, 6], "no block 6"),
+        ([0, 1], "no block 0"), ([1], "1 blocks are named"), ("middle", "unknown map"),
+    ],
+)  # fmt: skip
 def test_maps_that_make_no_sense(kind, says):
     with pytest.raises(UserError, match=says):
         layer_map(kind, 2, 5)

@@ -15,10 +15,12 @@ def layer_map(kind: str | Sequence[int], n_student: int, n_teacher: int) -> list
             or the numbers themselves, one a block of the student.
 
     Raises:
-        UserError: there is no such kind, the teacher has too few blocks for it, or a number is out of range.
+        UserError: there is no such kind, the teacher has too few blocks for it, or a number is none or out of range.
     """
     if not isinstance(kind, str):
-        numbers = [int(number) for number in kind]
+        if not isinstance(kind, Sequence) or not all(type(number) is int for number in kind):
+            raise UserError(f"{kind} is no map of layers: choose from {', '.join(LAYER_MAPS)}, or list the blocks")
+        numbers = list(kind)
     elif kind == "even":
         numbers = [-(-index * n_teacher // n_student) for index in range(1, n_student + 1)]
     elif kind not in LAYER_MAPS:

@@ -89,7 +89,7 @@ def output_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 def check_temperature(temperature: float) -> None:
     """Raises UserError unless it is a number above 0."""
-    if not 0 < temperature < float("inf"):
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise UserError(f"distill.temperature={temperature}: give a number above 0 (1 leaves the teacher as it is)")
 
 

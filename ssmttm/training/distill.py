@@ -27,6 +27,7 @@ from ssmttm.errors import UserError
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.accelerator import build_accelerator
 from ssmttm.training.lm import Given, LanguageModelTask
+from ssmttm.training.run import check_least
 from ssmttm.training.step import to_device
 from ssmttm.training.task import Batch, Losses
 
@@ -226,9 +227,16 @@ def cache_teacher(config: DictConfig, out: Path, k: int) -> Path:
 def _check_settings(config: DictConfig) -> None:
     settings, losses = config.distill, config.losses
     check_temperature(settings.temperature)
-    for name in LOSSES:
-        if losses[name] < 0:
-            raise UserError(f"losses.{name}={losses[name]}: give 0 or more")
+    numbers = [f"distill.{name}" for name in ("skew", "guidance_scale", "mixer_steps", "hidden_steps")]
+    check_least(config, dict.fromkeys([*numbers, *(f"losses.{name}" for name in LOSSES)], 0))
+    phases, steps = settings.mixer_steps + settings.hidden_steps, config.train.steps
+    if phases and phases >= steps:
+        raise UserError(
+            f"distill.mixer_steps and distill.hidden_steps are {phases} together, train.steps is {steps}: leave steps "
+            f"for all losses together, after these phases"
+        )
+    if not isinstance(settings.transfer, DictConfig):
+        raise UserError(f"distill.transfer={settings.transfer}: give distill.transfer.layers and .width, or each null")
     if not any(losses[name] for name in LOSSES):
         raise UserError(f"nothing to learn from: give one of {', '.join(f'losses.{name}' for name in LOSSES)} a weight")
     if losses.tags:

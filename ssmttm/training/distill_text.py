@@ -31,6 +31,7 @@ from ssmttm.text.reading import as_read
 from ssmttm.text.student import StudentEncoder, StudentShape, build_student, describe
 from ssmttm.training.data import check_same
 from ssmttm.training.lm import LanguageModelTask
+from ssmttm.training.run import check_least
 from ssmttm.training.task import Batch, Losses, Sample
 
 LOSSES = ("text", "cross_entropy", "kl")
@@ -225,16 +226,18 @@ def _check_settings(config: DictConfig) -> None:
             f"init={config.init} has no place here, a text student and its language model start from "
             "text_student.encoder and teacher: set init=null and name those"
         )
-    for name in LOSSES:
-        if config.losses[name] < 0:
-            raise UserError(f"losses.{name}={config.losses[name]}: give 0 or more")
+    asked, steps = config.text_student, config.train.steps
+    check_least(config, {f"losses.{name}": 0 for name in LOSSES})
+    least = {"n_layers": 1, "d_model": 1, "d_ff": 1, "joint_step": 0}  # or null
+    check_least(config, {f"text_student.{name}": n for name, n in least.items() if asked[name] is not None})
+    if asked.joint_step is not None and asked.joint_step >= steps:
+        raise UserError(
+            f"text_student.joint_step={asked.joint_step} is never reached with train.steps={steps}: give fewer, or null"
+        )
     if not config.losses.text:
         raise UserError("losses.text=0 leaves the text student nothing to learn from: give it a weight")
     if config.losses.tags:
         raise UserError("losses.tags has no tag head in a distillation: set losses.tags=0")
-    for name in ("n_layers", "d_model", "d_ff"):
-        if config.text_student[name] is not None and config.text_student[name] < 1:
-            raise UserError(f"text_student.{name}={config.text_student[name]}: give 1 or more, or null for all")
 
 
 def _check_teacher(name: str, card: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,19 @@ def check_settings(config: DictConfig) -> None:
             "data.store is not set: make one, such as `python -m data_prep builtin --hours 0.5 --out data/builtin`, "
             "and give data.store=data/builtin"
         )
-    for key, least in LEAST.items():
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
-            raise UserError(f"{key}={value} is no number of at least {least}: change it")
+    check_least(config, LEAST)
     for key in CHANCES:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
             raise UserError(f"{key}={value} is no chance: give 0 to 1")
+
+
+def check_least(config: DictConfig, least: Mapping[str, float]) -> None:
+    """Raises UserError unless each of these settings is a number of at least so much."""
+    for key, lowest in least.items():
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= lowest:
+            raise UserError(f"{key}={value} is no number of at least {lowest}: change it")
 
 
 def resume_folder(config: DictConfig) -> Path | None:
