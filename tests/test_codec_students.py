@@ -491,3 +491,14 @@ def test_going_on_with_another_teacher_is_refused(config_of, teacher_folder, tmp
     shaken(load_codec(own)).save(own)
     with pytest.raises(UserError, match=r"learnt from another teacher, codec .*: give that one as teacher"):
         loop.train(config_of(f"teacher={own}", "train.steps=2"))
+
+
+def test_an_lstm_counts():
+    """Which torch's own counter leaves out: two layers of four gates, each of two products, at every frame."""
+    sizes = {"num_filters": 4, "hidden_size": 8, "upsampling_ratios": [4, 2], "codebook_size": 16, "codebook_dim": 8}
+    teacher = build_codec({"kind": "encodec", "sampling_rate": 800, "target_bandwidths": [4.0], **sizes})
+    with_lstm = decoding_cost(teacher).flops
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        teacher.decode(torch.zeros(1, teacher.n_codebooks, 200, dtype=torch.int64))
+    width = teacher.model.decoder.layers[1].lstm.hidden_size
+    assert with_lstm - counter.get_total_flops() / 2 == 2 * 2 * 8 * width**2 * teacher.frame_rate

@@ -25,8 +25,8 @@ SECONDS = 10.0  # of the piece over which the text's cost is spread
 
 class Component(NamedTuple):
     """parameters: of what making music needs. stored: bytes of these as they are held. flops: for a second of audio, of
-    matrix products and convolutions. read: bytes of weights and states read and written for a second of audio, for a
-    piece of 10 s made in one go, its codes decoded together."""
+    matrix products, convolutions and LSTMs. read: bytes of weights and states, read and written, for a second of audio
+    of a piece of 10 s made in one go, its codes decoded together."""
 
     name: str
     parameters: int

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ssmttm.codecs import Codec, CodecOutput, build_codec
+from ssmttm.codecs.cost import counted_flops
 from ssmttm.codecs.discriminators import Judgement, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import adversarial_losses, discriminator_loss, reconstruction_losses
 from ssmttm.data.loader import AudioLoader
@@ -144,7 +144,7 @@ def _halves(judgements: list[Judgement]) -> tuple[list[Judgement], list[Judgemen
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of what is run: matrix products and convolutions."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """FLOPs of what is run, as `counted_flops` counts."""
+    with torch.no_grad(), counted_flops() as flops:
         run()
-    return counter.get_total_flops()
+    return flops()
