@@ -121,7 +121,7 @@ def test_a_part_whose_teacher_was_trained_on_is_refused(told, tmp_path):
     """A second language model stands for the text encoder here: it learns from the first."""
 
     def follow(steps):
-        lm = f"{LM},train.precision=fp32,train.eval_every=0"
+        lm = f"{LM},train.precision=fp32,distill.guidance_scale=1"
         words = told(lm=listed(f"{lm},train.steps={steps}"), text=listed(lm))
         for keys in recipe.trainings(config.load(*words, root="compress")).values():
             loop.train(config.load(*keys))

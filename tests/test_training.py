@@ -366,7 +366,7 @@ def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, mo
     heard = []
 
     class Pipe:
-        def __init__(self, model, codec, text_encoder, pattern):
+        def __init__(self, model, codec, text_encoder, pattern, **how):
             self.model = model
 
         def __call__(self, prompts, duration, seeds):
