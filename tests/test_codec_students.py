@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.dac.modeling_dac import DacConfig, DacDecoder
 
 from ssmttm import config
-from ssmttm.codecs import StudentCodec, TinyCodec, TinyCodecConfig, build_codec, load_codec
+from ssmttm.codecs import StudentCodec, TinyCodec, TinyCodecConfig, build_codec, encoder_of, load_codec
 from ssmttm.codecs.cost import decoding_cost
 from ssmttm.codecs.quality import codec_quality
 from ssmttm.distill.codec_matching import StageProjections, at_one_rate, matched_stages, traced_outputs
 from ssmttm.distill.codec_transfer import transfer_decoder
 from ssmttm.errors import UserError
+from ssmttm.evaluation.accuracy import through_codec
 from ssmttm.training import distill_codec, loop
 from ssmttm.training.export import export
 
@@ -502,3 +504,16 @@ def test_an_lstm_counts():
         teacher.decode(torch.zeros(1, teacher.n_codebooks, 200, dtype=torch.int64))
     width = teacher.model.decoder.layers[1].lstm.hidden_size
     assert with_lstm - counter.get_total_flops() / 2 == 2 * 2 * 8 * width**2 * teacher.frame_rate
+
+
+def test_who_gives_the_codes_of_a_student(tmp_path):
+    """So music through a student can be judged: the codec is found by its name, if it is still that."""
+    teacher = small_codec(tmp_path / "codec")
+    student = StudentCodec.of(teacher, {"kind": "spectral", "width": 8})
+    assert encoder_of(teacher) is teacher and encoder_of(student).fingerprint == teacher.fingerprint
+    wav = torch.randn(1, 2000) * 0.1
+    expected = student.decode(teacher.encode(wav[None]))[0][:, :2000]
+    torch.testing.assert_close(through_codec(student, wav, SAMPLE_RATE, encoder_of(student)), expected)
+    student.config = replace(student.config, fingerprint="0" * 16)
+    with pytest.raises(UserError, match="put the original back"):
+        encoder_of(student)

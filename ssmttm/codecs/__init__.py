@@ -15,7 +15,7 @@ TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_codec"
 
 __all__ = [
     "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig", "build_codec",
-    "load_codec",
+    "encoder_of", "load_codec",
 ]  # fmt: skip
 _OURS = {tiny.MODEL_TYPE: TinyCodec, student.MODEL_TYPE: StudentCodec}
 
@@ -34,6 +34,23 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
     """
     codec = _load(name_or_path)
     return codec if n_codebooks is None else codec.keep_codebooks(n_codebooks)
+
+
+def encoder_of(codec: Codec) -> Codec:
+    """What gives the codes that a codec decodes: itself; of a student, the codec whose codes it speaks.
+
+    Raises:
+        UserError: that codec is not found by its name, or is another by now.
+    """
+    if not isinstance(codec, StudentCodec):
+        return codec
+    encoder = load_codec(codec.config.teacher, codec.n_codebooks)
+    if encoder.fingerprint != codec.fingerprint:
+        raise UserError(
+            f"{codec.name} decodes the codes of {codec.config.teacher} ({codec.fingerprint}), what is found under that "
+            f"name is {encoder.fingerprint}: put the original back"
+        )
+    return encoder
 
 
 def build_codec(config: Mapping[str, Any]) -> Codec:

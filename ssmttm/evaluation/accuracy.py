@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmttm import audio
-from ssmttm.codecs import Codec
+from ssmttm.codecs import Codec, encoder_of
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 from ssmttm.evaluation import features
@@ -17,11 +17,11 @@ from ssmttm.evaluation.detectors import WINDOW, Detection, Detectors, pitch_clas
 ATTRIBUTES = ("family", "tempo_class", "mode")
 
 
-def through_codec(codec: Codec, wav: Tensor, sample_rate: int) -> Tensor:
-    """Encode and decode mono audio; wav [1, S] at `sample_rate` -> [1, S]."""
+def through_codec(codec: Codec, wav: Tensor, sample_rate: int, encoder: Codec | None = None) -> Tensor:
+    """Encode (with `encoder` if that is another) and decode mono audio; wav [1, S] at `sample_rate` -> [1, S]."""
     coded = audio.resample(wav, sample_rate, codec.sample_rate)
     with torch.inference_mode():
-        decoded = codec.decode(codec.encode(coded[None]))[0]
+        decoded = codec.decode((encoder or codec).encode(coded[None]))[0]
     back = audio.resample(decoded.clone(), codec.sample_rate, sample_rate)
     return back[:, : wav.shape[-1]]
 
@@ -77,11 +77,11 @@ def _accuracy(
 ) -> dict[str, Any]:
     right: list[dict[str, bool]] = []
     confusion: dict[str, dict[str, dict[str, int]]] = {name: {} for name in ATTRIBUTES}
-    heard = "true audio" if codec is None else "through the codec"
+    heard, encoder = ("true audio", None) if codec is None else ("through the codec", encoder_of(codec))
     for row in tqdm(rows.tolist(), desc=f"held-out accuracy ({heard})", unit="clip"):
         wav, truth = window_of(store, row, seconds), truth_of(store, row)
         if codec is not None:
-            wav = through_codec(codec, wav, features.SAMPLE_RATE)
+            wav = through_codec(codec, wav, features.SAMPLE_RATE, encoder)
         detection = detectors.detect(wav, features.SAMPLE_RATE)[0]
         right.append(agreement(detection, truth))
         for name, expected in expected_of(truth).items():
