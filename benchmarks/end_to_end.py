@@ -90,7 +90,7 @@ def variants(system: str) -> dict[str, MusicPipeline]:
     whole, guided, int8 = (random_system(system) for _ in range(3))
     guided.guidance_scale = 3.0
     quantise(int8.model)
-    return {f"{system}, random weights": whole, "the same, guidance in two passes": guided, "the same, int8": int8}
+    return {system: whole, f"{system}, guidance in two passes": guided, f"{system}, int8": int8}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/int8.py
 
-The embedded model, and one of 100 M parameters with random weights.
+The embedded model, and one of 146 M parameters with random weights.
 """
 
 import argparse
