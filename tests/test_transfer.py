@@ -161,6 +161,12 @@ def test_a_narrower_student_hears_melodies_as_its_teacher_and_learns_tempi_anew(
     assert torch.equal(student.tempo.null, fresh.tempo.null) and not [name for name in done if "tempo" in name]
 
 
+def test_the_importance_leaves_no_hook_behind(codes):
+    teacher = build(0)
+    channel_importance(teacher, [(codes, captions(4, 0, 7))])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
 @pytest.mark.parametrize("layers", ["mamba2", "mamba1", "attention"])
 def test_dead_inner_channels_are_found_and_their_loss_changes_nothing(layers, codes):
     """A teacher whose second half of heads, hidden units and inner channels is switched off, cut to the other half."""

@@ -27,6 +27,13 @@ def write_folder(
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, folder / "model.safetensors")
 
 
+def licences_of(folder: Path) -> dict[str, int | None]:
+    """Licences of a codec's training data as the card in its folder counts them; without a card they are not known,
+    which SPDX calls NOASSERTION."""
+    card = folder / "card.json"
+    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}
+
+
 def read_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
     """The codec of a folder, in float32 and eval mode.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ssmttm import checkpoint
 from ssmttm.codecs import load_codec
+from ssmttm.codecs.folder import licences_of
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 from ssmttm.generation.quantised import export_int8
@@ -60,13 +61,9 @@ def _put_codec(folder: Path, codec: str | Path) -> None:
     card = json.loads((folder / "card.json").read_text())
     speaks, needs = load_codec(folder / CODEC).fingerprint, card["data"]["codec"]["fingerprint"]
     if speaks != needs:
-        raise UserError(f"{codec} decodes the codes of {speaks}, the language model writes those of {needs}")
+        raise UserError(
+            f"{codec} decodes the codes of {speaks}, the language model writes those of {needs}: give a student of that"
+        )
     card["data"]["codec"] = {"name": f"./{CODEC}", "fingerprint": speaks}
-    card["data"]["licences"] = _licences(folder / CODEC) | (card["data"].get("licences") or {})
+    card["data"]["licences"] = licences_of(folder / CODEC) | (card["data"].get("licences") or {})
     write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")
-
-
-def _licences(codec: Path) -> dict[str, int | None]:
-    """Of the data that a decoder learnt from; without a card they are not known."""
-    card = codec / "card.json"
-    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}

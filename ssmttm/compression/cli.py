@@ -8,7 +8,7 @@ examples:
                                            train the students, write exported/tinyttm_tiny
   ssmttm compress recipe=tinyttm_tiny teacher=tiny_lm store=data/builtin recipe.codec=null
                                            the same, the teacher's decoder stays
-the same command goes on where it was stopped; all keys stand in configs/compress.yaml; recipes: {names}
+the same command goes on where it was stopped; all keys stand in configs/compress.yaml; recipes: configs/recipe/*.yaml
 """
 
 
@@ -18,7 +18,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "compress",
         help="make a whole system small: train students of its parts by a recipe and put them together",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_EPILOG.format(names="configs/recipe/*.yaml"),
+        epilog=_EPILOG,
     )
     compress.add_argument("words", nargs="+", metavar="recipe=NAME teacher=MODEL store=STORE [KEY=VALUE ...]")
     compress.set_defaults(run=lambda arguments: run(arguments.words))

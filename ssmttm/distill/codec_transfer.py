@@ -5,7 +5,7 @@ follows them become one `LatentConv`. With equal sizes the student decodes as it
 Shapes: B batch, K codebooks of width c, T frames, D and D' channels of teacher and student.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,14 +68,19 @@ def channel_energy(
 
         return hook
 
-    handles = [m.register_forward_pre_hook(note(name)) for name, modules in probes.items() for m in modules]
+    _watched(teacher, batches, {module: note(name) for name, modules in probes.items() for module in modules})
+    return energies
+
+
+def _watched(teacher: Codec, batches: Sequence[Tensor], hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+    """Decode batches of codes while each module's hook sees what goes into it."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
     try:
         for codes in batches:
             teacher.decode(codes)
     finally:
         for handle in handles:
             handle.remove()
-    return energies
 
 
 # --- TinyCodec to SpectralDecoder ---------------------------------------------------------------------------------
@@ -158,13 +163,7 @@ def _fitted_norms(
         spread, of_few = (v.var(-1, correction=0).add(norm.eps).sqrt() for v in (x, few))
         seen[norm].append(torch.stack([of_few / spread, (few.mean(-1) - x.mean(-1)) / spread]).flatten(1).mean(1))
 
-    handles = [norm.register_forward_pre_hook(look) for norm in norms]
-    try:
-        for codes in batches:
-            teacher.decode(codes)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _watched(teacher, batches, dict.fromkeys(norms, look))
     fitted = {}
     for norm, kept in norms.items():
         ratio, shift = torch.stack(seen[norm]).mean(0)

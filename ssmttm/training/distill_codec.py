@@ -3,7 +3,6 @@
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ssmttm.codecs import TINY_FOLDER, Codec, CodecOutput, StudentCodec, load_codec
+from ssmttm.codecs.folder import licences_of
 from ssmttm.codecs.student import DECODERS
 from ssmttm.distill.codec_matching import StageProjections, matched_stages, traced_outputs
 from ssmttm.distill.codec_transfer import transfer_decoder
@@ -97,9 +97,10 @@ class CodecDistillTask(CodecTask):
         self.codec.check_codebooks(self.teacher)
         facts, teacher = super().facts(), self.codec.config
         codec = {"name": teacher.teacher, "fingerprint": teacher.fingerprint}
+        folder = TINY_FOLDER if self.config.teacher == "tiny" else Path(self.config.teacher)
         return facts | {
             "codec": codec,
-            "licences": _licences(self.config.teacher) | facts["licences"],
+            "licences": licences_of(folder) | facts["licences"],
             "teacher": codec | {"transferred": len(self.transferred)},
             "student": asdict(self.codec.config),
         }
@@ -146,10 +147,3 @@ def decoder_settings(settings: DictConfig, teacher: Codec) -> dict[str, Any]:
             )
         chosen["ratios"] = list(of_teacher)
     return chosen
-
-
-def _licences(teacher: str) -> dict[str, Any]:
-    """Licences of a codec's training data as its card counts them; without a card they are not known."""
-    folder = TINY_FOLDER if teacher == "tiny" else Path(teacher)
-    card = folder / "card.json"
-    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}
