@@ -48,6 +48,11 @@ SCHEMA = pa.schema(
         pa.field("duration", pa.float64()),  # seconds
         pa.field("audio", pa.string()),  # path inside the store, or null
         pa.field("truth", pa.string()),  # JSON, or null
+        pa.field("track", pa.string()),  # id of the work that it was cut from
+        pa.field("artist", pa.string()),  # identity across data sets, or empty
+        pa.field("work", pa.string()),  # identity of the recording across data sets, or empty
+        pa.field("evidence", pa.string()),  # where the licence is stated
+        pa.field("loudness", pa.float64()),  # LUFS
     ]
 )
 

@@ -1,21 +1,22 @@
-"""Writing a store: shards of bounded size, each whole or absent, `store.json` last, so that a stopped run goes on.
+"""Writing a store: rows and codes streamed to disk, `store.json` last, so that a folder without it is no store.
 
-A shard carries the ids of its segments and the hash of the config it was made under. A second run with the same config
-takes every finished shard as it stands; with another config it is refused before anything is touched.
+Memory does not grow with the store: what is held is one shard of codes and one batch of rows.
 """
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssmttm.data.store import FORMAT, SCHEMA, SPLITS, VERSION, Store, open_store, shard_name, text_name
-from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
+from ssmttm.data.tensorfile import write_tensors
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256, write_text, written_aside
 
@@ -29,14 +30,14 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 class StoreWriter:
-    """Writes one store, or goes on with one that was stopped.
+    """Writes one store, its rows in the order in which they are added.
 
     Args:
         path: the store's folder.
         config: everything that decides what the codes are; a JSON-able dict.
         codec: name, fingerprint, sample_rate, frame_rate, n_codebooks, codebook_size; None for a store of audio only.
         sample_rate: Hz of the store's audio files.
-        shard_segments: segments a shard, the unit of what a stopped run keeps.
+        shard_segments: segments a shard.
 
     Raises:
         UserError: the folder holds a store of another config.
@@ -51,106 +52,95 @@ class StoreWriter:
         shard_segments: int = 2048,
     ) -> None:
         self.path = Path(path)
-        self.config_hash = config_hash(config)
-        self._codec, self._sample_rate, self._shard_segments = codec, sample_rate, shard_segments
+        self._config, self._codec, self._sample_rate = config, codec, sample_rate
+        self._shard_segments = shard_segments
         claim(self.path, config)
-        self._done: dict[str, tuple[int, int, int]] = {}  # id -> shard, offset, frames
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._pending: list[tuple[str, np.ndarray]] = []
-        self._next_shard = 0
-        if codec is not None:
-            self._read_finished_shards()
-
-    def __contains__(self, segment_id: str) -> bool:
-        """Whether the segment's codes are on disk already."""
-        return segment_id in self._done
+        (self.path / "store.json").unlink(missing_ok=True)
+        self._spool = tempfile.TemporaryFile(dir=self.path)
+        self._batches = pa.ipc.new_stream(self._spool, SCHEMA)
+        self._rows: list[dict[str, Any]] = []
+        self._codes: list[np.ndarray] = []
+        self._shards = 0
+        self._counts: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
+        self._licences: Counter[str] = Counter()
 
     def add(self, row: dict[str, Any], codes: np.ndarray | None = None) -> None:
         """Add one segment.
 
         Args:
             row: the manifest's columns; `id`, `split`, `licence` and `duration` are needed, the rest has defaults.
-            codes: [K, frames] integers; None for an audio-only store or a segment whose codes are on disk already.
+            codes: [K, frames] integers; None for an audio-only store.
         """
         missing = [key for key in _REQUIRED if row.get(key) is None]
         unknown = sorted(row.keys() - set(SCHEMA.names))
         if missing or unknown or row["split"] not in SPLITS:
             raise ValueError(f"bad manifest row: missing {missing}, unknown {unknown}, split {row.get('split')!r}")
-        if row["id"] in self._rows:
-            raise ValueError(f"segment {row['id']} was added twice")
         truth = row.get("truth")
-        self._rows[row["id"]] = {**_DEFAULTS, **row, "truth": json.dumps(truth) if isinstance(truth, dict) else truth}
-        if self._codec is None or row["id"] in self._done:
-            return
-        if codes is None or codes.shape[0] != self._codec["n_codebooks"]:
-            raise ValueError(f"segment {row['id']} needs codes [{self._codec['n_codebooks']}, frames]")
-        self._pending.append((row["id"], codes.astype(np.uint16)))
-        if len(self._pending) >= self._shard_segments:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the segments added so far as a shard."""
-        if not self._pending:
-            return
-        ids = [segment_id for segment_id, _ in self._pending]
-        lengths = [codes.shape[1] for _, codes in self._pending]
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [n+1]
-        codes = np.concatenate([codes for _, codes in self._pending], axis=1)  # [K, T_total]
-        metadata = {"config_hash": self.config_hash, "ids": json.dumps(ids)}
-        write_tensors(self.path / shard_name(self._next_shard), {"codes": codes, "offsets": offsets}, metadata)
-        self._take(self._next_shard, ids, offsets)
-        self._next_shard += 1
-        self._pending.clear()
+        whole = {**_DEFAULTS, **row, "truth": json.dumps(truth) if isinstance(truth, dict) else truth}
+        if self._codec is not None:
+            if codes is None or codes.shape[0] != self._codec["n_codebooks"]:
+                raise ValueError(f"segment {row['id']} needs codes [{self._codec['n_codebooks']}, frames]")
+            self._codes.append(codes.astype(np.uint16))
+        self._rows.append(whole)
+        self._counts[row["split"]] += 1
+        self._seconds[row["split"]] += row["duration"]
+        self._licences[row["licence"]] += 1
+        if len(self._rows) >= self._shard_segments:
+            self._flush()
 
     def finish(self, text: dict[str, Any] | None = None) -> Store:
-        """Write the manifest, ATTRIBUTION.csv and, last, store.json; returns the store, opened.
+        """Write the manifest and, last, store.json; returns the store, opened.
 
         Args:
             text: name, fingerprint, dim of the encoder whose embeddings stand under text/.
         """
-        self.flush()
-        rows = [self._located(row) for _, row in sorted(self._rows.items())]
-        (self.path / "store.json").unlink(missing_ok=True)
-        with written_aside(self.path / "manifest.parquet") as aside:
-            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
-        names = ["manifest.parquet"]
-        names += [shard_name(shard) for shard in sorted({row["shard"] for row in rows} - {-1})]
-        names += [text_name(text["name"])] if text else []
+        self._flush()
+        self._write_manifest()
+        names = ["manifest.parquet", *map(shard_name, range(self._shards)), *([text_name(text["name"])] if text else [])]
         info = {
             "format": FORMAT,
             "version": VERSION,
             "codec": self._codec,
             "text": text,
             "sample_rate": self._sample_rate,
-            "counts": {split: sum(row["split"] == split for row in rows) for split in SPLITS},
-            "hours": {split: _hours(rows, split) for split in SPLITS},
-            "licences": dict(sorted(Counter(row["licence"] for row in rows).items())),
-            "config_hash": self.config_hash,
-            "config": json.loads((self.path / "prep.json").read_text())["config"],
+            "counts": {split: self._counts[split] for split in SPLITS},
+            "hours": {split: round(self._seconds[split] / 3600, 4) for split in SPLITS},
+            "licences": dict(sorted(self._licences.items())),
+            "config_hash": config_hash(self._config),
+            "config": self._config,
             "files": {name: _entry(self.path / name) for name in names},
         }
         write_text(self.path / "store.json", json.dumps(info, indent=2) + "\n")
         return open_store(self.path)
 
-    def _located(self, row: dict[str, Any]) -> dict[str, Any]:
-        if self._codec is None:
-            return row
-        shard, offset, frames = self._done[row["id"]]
-        return {**row, "shard": shard, "offset": offset, "frames": frames}
+    def _flush(self) -> None:
+        """Write the segments added so far as a shard, and their rows as a batch."""
+        if self._codes:
+            offsets = np.cumsum([0, *(codes.shape[1] for codes in self._codes)], dtype=np.int64)  # [n+1]
+            tensors = {"codes": np.concatenate(self._codes, axis=1), "offsets": offsets}  # codes [K, T_total]
+            write_tensors(self.path / shard_name(self._shards), tensors)
+            for index, row in enumerate(self._rows):
+                frames = int(offsets[index + 1] - offsets[index])
+                row.update(shard=self._shards, offset=int(offsets[index]), frames=frames)
+            self._shards += 1
+        if self._rows:
+            self._batches.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+        self._rows.clear()
+        self._codes.clear()
 
-    def _take(self, shard: int, ids: list[str], offsets: np.ndarray) -> None:
-        for index, segment_id in enumerate(ids):
-            first, last = int(offsets[index]), int(offsets[index + 1])
-            self._done[segment_id] = (shard, first, last - first)
-
-    def _read_finished_shards(self) -> None:
-        while (self.path / shard_name(self._next_shard)).exists():
-            file = self.path / shard_name(self._next_shard)
-            metadata = read_header(file)[1]
-            if metadata.get("config_hash") != self.config_hash:
-                raise UserError(f"{file} was made under another config: prepare into a fresh folder")
-            self._take(self._next_shard, json.loads(metadata["ids"]), map_tensors(file)["offsets"])
-            self._next_shard += 1
+    def _write_manifest(self) -> None:
+        self._batches.close()
+        self._spool.seek(0)
+        path = self.path / "manifest.parquet"
+        with written_aside(path) as aside:
+            with self._spool, pa.ipc.open_stream(self._spool) as batches, pq.ParquetWriter(aside, SCHEMA) as manifest:
+                for batch in batches:
+                    manifest.write_batch(batch)
+            found = pc.value_counts(pq.read_table(aside, columns=["id"])["id"])
+            twice = found.field("values").filter(pc.greater(found.field("counts"), 1))
+            if len(twice):
+                raise ValueError(f"segment {twice[0]} was added twice")
 
 
 def claim(path: Path, config: dict[str, Any]) -> None:
@@ -188,10 +178,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _hours(rows: list[dict[str, Any]], split: str) -> float:
-    return round(sum(row["duration"] for row in rows if row["split"] == split) / 3600, 4)
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""Where shards are made: in processes of this machine, or as Ray tasks and actors. The work itself is the same."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from data_prep.engine.work import Done, Work, do
+from ssmttm.errors import UserError
+
+_LOSSES = 4  # workers killed in a row, with no shard finished in between, before the run gives up
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class Executor(Protocol):
+    """Makes shards, in any order."""
+
+    def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
+        """Yields each shard as it is finished. `device`: the work holds a model, and wants a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes of this machine. A worker that is killed is replaced and its shard made again.
+
+    Args:
+        workers: how many; with 1 the shards are made in this process.
+    """
+
+    workers: int
+
+    def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
+        """As `Executor.run`. Raises UserError if workers are killed again and again."""
+        gpus = _gpus() if device else []
+        size = min(len(gpus) or self.workers, len(works))
+        if size <= 1:
+            yield from map(do, works)
+            return
+        waiting, losses = list(works), 0
+        while waiting:
+            try:
+                for done in _in_pool(waiting, size, gpus):
+                    losses = 0
+                    waiting = [work for work in waiting if work.target != done.folder]
+                    yield done
+            except BrokenProcessPool as error:
+                losses += 1
+                if losses == _LOSSES:
+                    raise UserError(
+                        f"a worker was killed {losses} times while {waiting[0].target.parent.name} was made (out of "
+                        "memory?): give fewer --workers; what is finished is kept"
+                    ) from error
+
+
+def _in_pool(works: Sequence[Work], size: int, gpus: list[str]) -> Iterator[Done]:
+    with _pool(size, gpus) as pool:
+        running: set[Future[Done]] = set()
+        waiting = iter(works)
+        while True:
+            for work in waiting:
+                running.add(pool.submit(do, work))
+                if len(running) >= 4 * size:
+                    break
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+
+
+@contextmanager
+def _pool(size: int, gpus: list[str]) -> Iterator[ProcessPoolExecutor]:
+    """Spawned workers, one thread each, that die with this process and leave Ctrl-C to it; none outlives the block."""
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for place in gpus:
+        places.put(place)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(size, context, _begin_worker, (os.getpid(), places if gpus else None))
+    try:
+        yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
+
+
+def _begin_worker(parent: int, places: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    if places is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = places.get()
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(index) for index in range(torch.cuda.device_count())]
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray cluster that shares a file system: tasks for what needs no model, a pool of actors for what does.
+
+    Tasks of a lost node or a killed worker are run again elsewhere; shards are whole or absent, so it does not matter
+    where a worker was.
+
+    Args:
+        address: of the cluster, such as `auto`; None starts one on this machine.
+    """
+
+    address: str | None = None
+
+    def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
+        """As `Executor.run`. Raises UserError if Ray is not installed or cannot be reached."""
+        ray = _connect(self.address)
+        size = int(ray.cluster_resources().get("GPU" if device else "CPU", 0))
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        if device:
+            gpus = 1 if size else 0
+            actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
+            workers = [actor.remote() for _ in range(min(len(works), size or cpus))]
+            submit = [worker.do.remote for worker in workers]
+            depth = 1
+        else:
+            submit = [ray.remote(num_cpus=1, max_retries=-1)(do).remote]
+            depth = 2 * size
+        yield from _keep_busy(ray, works, submit, depth)
+
+
+class _Worker:
+    """An actor: a process that keeps its model from shard to shard."""
+
+    def do(self, work: Work) -> Done:
+        return do(work)
+
+
+def _keep_busy(ray: Any, works: Sequence[Work], submit: list[Any], depth: int) -> Iterator[Done]:
+    """Hand each submitter up to `depth` works at a time, and yield what is finished."""
+    waiting = iter(works)
+    running: dict[Any, Any] = {}
+
+    def feed(place: Any) -> None:
+        work = next(waiting, None)
+        if work is not None:
+            running[place(work)] = place
+
+    for place in submit:
+        for _ in range(depth):
+            feed(place)
+    while running:
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        place = running.pop(ready)
+        try:
+            done = ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from error
+        yield done
+        feed(place)
+
+
+def _connect(address: str | None) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray needs Ray: pip install 'ssmttm[ray]', or leave --executor out") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"no Ray cluster at {address}: {error}") from error
+    return ray

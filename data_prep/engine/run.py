@@ -1,0 +1,99 @@
+"""A run: its stages one after the other, each over all shards, with progress, and what `status` reads of it."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.engine.executors import Executor
+from data_prep.engine.work import Done, Work, clear_leftovers, find
+from ssmttm.errors import UserError
+from ssmttm.files import write_text
+
+STAGES = "stages.json"
+
+
+class Finished(Exception):
+    """The part of the run that was asked for is done. The message says so."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One task's part of one stage: every `n`-th shard from the `index`-th on."""
+
+    stage: str
+    index: int
+    n: int
+
+
+@dataclass
+class Run:
+    """One run over a folder of work.
+
+    Args:
+        root: where the stages keep their shards.
+        executor: who makes them.
+        until: stop after this stage; None goes to the end.
+        share: make only this part of this stage; the stages before it must be finished.
+    """
+
+    root: Path
+    executor: Executor
+    until: str | None = None
+    share: Share | None = None
+    _stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Clear what an earlier run left half-made; unless this is one task of several, which others may be making."""
+        if self.share is None:
+            clear_leftovers(self.root)
+
+    def stage(self, name: str, works: Sequence[Work], device: bool = False) -> list[Done]:
+        """Make what is not finished of a stage; gives all its shards, in the order of `works`.
+
+        Raises:
+            Finished: after the stage that the run goes up to, or after the share that was asked for.
+            UserError: an earlier stage is not finished and only a share of a later one was asked for.
+        """
+        self._note(name, works)
+        done = {work.target: found for work in works if (found := find(work)) is not None}
+        fresh = [work for work in works if work.target not in done]
+        if self.share is not None and self.share.stage != name and fresh:
+            raise UserError(f"stage {name} lacks {len(fresh)} of {len(works)} shards: run it before {self.share.stage}")
+        if self.share is not None and self.share.stage == name:
+            fresh = [work for work in works[self.share.index :: self.share.n] if work.target not in done]
+        for finished in self._watched(name, works, list(done.values()), fresh, device):
+            done[finished.folder] = finished
+        if self.share is not None and self.share.stage == name:
+            raise Finished(f"share {self.share.index} of {self.share.n} of stage {name} is done")
+        if name == self.until:
+            raise Finished(f"stage {name} is done, the run stops here as asked: {self.root}")
+        return [done[work.target] for work in works]
+
+    def _watched(self, name: str, works: Sequence[Work], done: list[Done], fresh: list[Work], device: bool) -> Any:
+        """The shards as they are finished, with a bar that tells the rate and what was refused."""
+        if not fresh:
+            return
+        refused = sum(int(shard.counts.get("refused", 0)) for shard in done)
+        seconds, begun = 0.0, time.monotonic()
+        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} shards [{elapsed}<{remaining}{postfix}]"
+        with tqdm(total=len(works), initial=len(works) - len(fresh), desc=name, bar_format=shape) as bar:
+            for shard in self.executor.run(fresh, device):
+                seconds += shard.counts.get("seconds", 0.0)
+                refused += int(shard.counts.get("refused", 0))
+                rate = seconds / max(time.monotonic() - begun, 1e-3)
+                sound = f"{seconds / 3600:.2f} h, {rate:.0f}x real time, " if seconds else ""
+                bar.set_postfix_str(f"{sound}{refused} refused", refresh=False)
+                bar.update()
+                yield shard
+
+    def _note(self, name: str, works: Sequence[Work]) -> None:
+        """Tell `status` of the stage."""
+        folder = works[0].target.parent.name if works else name
+        self._stages.append({"name": name, "folder": folder, "shards": len(works)})
+        if self.share is None:
+            write_text(self.root / STAGES, json.dumps(self._stages, indent=1) + "\n")
