@@ -6,6 +6,7 @@ EXTRAS = {
     "cuda": ["mamba-ssm>=2.3", "causal-conv1d>=1.5"],
     "audio": ["torchaudio>=2.6", "torchcodec"],
     "data": ["tinysoundfont>=0.3.6", "pretty_midi>=0.2.11"],
+    "vocals": ["demucs>=4.1"],
     "eval": ["librosa>=0.11", "matplotlib>=3.9"],
     "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "sweep": ["matplotlib>=3.9", "optuna>=4"],

