@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.track import Refused
 from ssmttm import audio
@@ -165,7 +165,7 @@ def speaks_of_voices(name: str) -> bool:
 class _Member(NamedTuple):
     """A model of a bag, and how much its stems count."""
 
-    model: nn.Module
+    model: Any
     weights: list[float]
 
 
