@@ -8,7 +8,6 @@ Shapes: C channels, S samples; float32 in [-1, 1].
 
 import io
 import logging
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from ssmttm.errors import UserError
 from ssmttm.files import written_aside
+from ssmttm.lengths import cut_short, sound_bytes
 
 WRITERS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".mp3": ("MP3", None)}
 _BLOCK = 1 << 20  # samples over all channels read at a time: a header's word is never trusted with memory
 _MAX_CHANNELS = 64
 _RATES = (1_000, 768_000)
-_LOSSY_SLACK = 0.02  # share of an MP3's declared length, a guess in some files, that may be missing
 _log = logging.getLogger(__name__)
 
 
@@ -235,7 +234,7 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
                 yield (block.mean(axis=1)[None] if mono else np.ascontiguousarray(block.T)), file.samplerate
             if seen == 0:
                 raise UserError(f"{path} holds no samples: leave it out or export it again")
-            if seen < file.frames * (1 - _LOSSY_SLACK if file.format == "MP3" else 1):
+            if cut_short(seen, file.frames, exact=file.format != "MP3"):
                 raise UserError(f"{path} is cut short ({seen} of {file.frames} samples): copy it again")
     except sf.SoundFileError as error:
         raise UserError(f"{path} is no audio that can be read, or is damaged ({_reason(error)})") from error
@@ -251,7 +250,7 @@ def _within_full_scale(samples: Tensor, path: Path) -> Tensor:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError unless `path` is a regular file, not empty and, if a WAV, as long as its header says."""
+    """Raises UserError unless `path` is a regular file, not empty and as long as its header says."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name an audio file")
     if not path.exists():
@@ -261,29 +260,13 @@ def check_file(path: Path) -> None:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            declared, present = _wav_data_size(file, size)
+            declared, present = sound_bytes(file, size)
     except PermissionError as error:
         raise UserError(f"{path} may not be read: change its permissions") from error
     if size == 0:
         raise UserError(f"{path} is empty (0 bytes): leave it out or export it again")
     if declared > present:
         raise UserError(f"{path} is cut short: its header tells of {declared} bytes of sound, {present} are there")
-
-
-def _wav_data_size(file: io.BufferedReader, size: int) -> tuple[int, int]:
-    """Bytes of sound that a RIFF header tells of, and those present; (0, 0) for anything else.
-
-    The size 0xFFFFFFFF is what programs write into a pipe, for "until the end".
-    """
-    head = file.read(12)
-    if len(head) < 12 or head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        return 0, 0
-    while len(chunk := file.read(8)) == 8:
-        (length,) = struct.unpack("<I", chunk[4:])
-        if chunk[:4] == b"data":
-            return (0, 0) if length == 0xFFFFFFFF else (length, size - file.tell())
-        file.seek(length + length % 2, io.SEEK_CUR)
-    return 0, 0
 
 
 def _writer_of(path: Path) -> tuple[str, str | None]:

@@ -1,0 +1,57 @@
+"""Whether an audio file is as long as it says: what libsndfile leaves to its caller. No torch, no decoder."""
+
+import io
+import struct
+from collections.abc import Iterator
+
+_SLACK, _SLACK_SAMPLES = 0.02, 4096  # what may be missing of a length that is a guess, as in some MP3 files
+_UNTIL_THE_END = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}  # what programs write into a pipe
+_CHUNKS = 1000  # looked at, at most
+
+
+def sound_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
+    """Bytes of sound that the header of a WAV, RF64, W64, AIFF or AU tells of, and those present.
+
+    (0, 0) for anything else, and for a size that stands for "until the end".
+
+    Args:
+        file: at its beginning.
+        size: bytes of the whole file.
+    """
+    head = file.read(12)
+    if head[:4] in (b".snd", b"dns.") and len(head) == 12:
+        first, declared = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:])
+        return (0, 0) if declared in _UNTIL_THE_END else (declared, size - first)
+    large = None
+    for name, length in _chunks(file, head):
+        if name == b"ds64":
+            large = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
+        if name in (b"data", b"SSND"):
+            declared = large if length == 0xFFFFFFFF and large is not None else length
+            return (0, 0) if declared in _UNTIL_THE_END else (declared, size - file.tell())
+    return 0, 0
+
+
+def _chunks(file: io.BufferedReader, head: bytes) -> Iterator[tuple[bytes, int]]:
+    """Name and length of every chunk of the RIFF family, the file standing at its content."""
+    wide = head[:4] == b"riff"
+    small = {b"RIFF": "<I", b"RF64": "<I", b"BW64": "<I", b"RIFX": ">I", b"FORM": ">I"}.get(head[:4])
+    if not wide and (small is None or head[8:] not in (b"WAVE", b"AIFF", b"AIFC")):
+        return
+    file.seek(40 if wide else 12)
+    for _ in range(_CHUNKS):
+        chunk = file.read(24 if wide else 8)
+        if len(chunk) < (24 if wide else 8):
+            return
+        length = struct.unpack("<Q", chunk[16:])[0] - 24 if wide else struct.unpack(small or "", chunk[4:])[0]
+        place = file.tell()
+        yield chunk[:4], length
+        padded = length + (-length) % (8 if wide else 2)
+        if not 0 <= padded < 1 << 62:
+            return
+        file.seek(place + padded)
+
+
+def cut_short(seen: int, declared: int, exact: bool) -> bool:
+    """Whether `seen` samples are too few for the `declared` ones, which are a guess unless `exact`."""
+    return seen < (declared if exact else declared * (1 - _SLACK) - _SLACK_SAMPLES)

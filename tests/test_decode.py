@@ -1,0 +1,387 @@
+"""Decoding in a child process: the samples are libsndfile's and FFmpeg's own, every bad file is one reason, no process
+is left over."""
+
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep import decoder_child
+from data_prep.decode import Decoder, Limits, Sound, probe
+from data_prep.track import KINDS, Refused
+
+RATE = 44_100
+FFMPEG = decoder_child._ffmpeg()
+needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="there is no FFmpeg")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with Decoder() as decoder:
+        yield decoder
+
+
+def noise(seconds: float = 1.0, channels: int = 2, rate: int = RATE) -> np.ndarray:
+    """Half a tone, half noise: float32 [s, C]."""
+    time = np.arange(round(seconds * rate))[:, None] / rate
+    random = np.random.default_rng(0).uniform(-0.2, 0.2, (len(time), channels))
+    return (random + 0.5 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+
+
+def whole(decoder: Decoder, path: Path) -> tuple[np.ndarray, int]:
+    blocks = list(decoder.blocks(path))
+    return np.concatenate([block for block, _ in blocks], axis=1), blocks[0][1]
+
+
+def refused(decoder: Decoder, path: Path) -> Refused:
+    with pytest.raises(Refused) as caught:
+        list(decoder.blocks(path))
+    assert caught.value.kind in KINDS and caught.value.reason and "\n" not in caught.value.reason
+    assert str(path) not in caught.value.reason
+    return caught.value
+
+
+def ffmpeg(*words: str | Path) -> None:
+    subprocess.run([str(FFMPEG), "-v", "error", "-y", "-nostdin", *map(str, words)], check=True, timeout=60)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def gone_soon(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype"),
+    [
+        ("wav", "PCM_16"), ("wav", "PCM_24"), ("wav", "PCM_32"), ("wav", "FLOAT"), ("wav", "DOUBLE"), ("wav", "PCM_U8"),
+        ("flac", "PCM_16"), ("flac", "PCM_24"), ("ogg", "VORBIS"), ("ogg", "OPUS"), ("mp3", None), ("aiff", "PCM_16"),
+        ("au", "PCM_16"), ("caf", "PCM_24"), ("w64", "PCM_16"), ("rf64", "PCM_16"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 2])
+def test_samples_are_libsndfiles_own(tmp_path, decoder, suffix, subtype, channels):
+    rate = 48_000 if subtype == "OPUS" else RATE
+    path = tmp_path / f"x.{suffix}"
+    sf.write(path, noise(4.0, channels, rate), rate, subtype=subtype)
+    wav, told = whole(decoder, path)
+    assert told == rate and wav.dtype == np.float32
+    assert np.array_equal(wav, sf.read(path, dtype="float32", always_2d=True)[0].T)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    channels=st.integers(1, 8),
+    samples=st.integers(1, 3) | st.integers(30_000, 35_000) | st.integers(260_000, 265_000),
+    rate=st.sampled_from([8000, 22_050, 96_000]),
+)
+def test_any_shape_in_bounded_blocks(tmp_path, decoder, channels, samples, rate):
+    path = tmp_path / "x.wav"
+    pcm = np.random.default_rng(samples).integers(-32768, 32768, (samples, channels), dtype=np.int16)
+    sf.write(path, pcm, rate)
+    blocks = list(decoder.blocks(path))
+    for block, told in blocks:
+        assert block.flags.c_contiguous and block.flags.owndata and block.size <= 1 << 18 and told == rate
+    assert np.array_equal(np.concatenate([block for block, _ in blocks], axis=1) * 32768, pcm.T)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", ["x.m4a", "x.mp4", "x.wma", "x.mka", "x.aac", "x.ac3", "x.tta", "x.wv", "x.webm"])
+def test_what_libsndfile_does_not_know_goes_to_ffmpeg(tmp_path, decoder, name):
+    sf.write(tmp_path / "x.wav", noise(), RATE)
+    path = tmp_path / name
+    ffmpeg("-i", tmp_path / "x.wav", path)
+    wav, rate = whole(decoder, path)
+    assert wav.shape[0] == 2 and abs(wav.shape[1] / rate - 1.0) < 0.1
+    ffmpeg("-i", path, "-c:a", "pcm_f32le", tmp_path / "own.wav")
+    own = sf.read(tmp_path / "own.wav", dtype="float32")[0].T
+    assert own.shape == wav.shape and float(np.abs(own - wav).max()) < 1e-6
+
+
+@needs_ffmpeg
+def test_lossless_through_ffmpeg_is_exact(tmp_path, decoder):
+    pcm = np.random.default_rng(0).integers(-32768, 32768, (RATE, 2), dtype=np.int16)
+    sf.write(tmp_path / "x.wav", pcm, RATE)
+    ffmpeg("-i", tmp_path / "x.wav", "-c:a", "alac", tmp_path / "x.m4a")
+    assert np.array_equal(whole(decoder, tmp_path / "x.m4a")[0] * 32768, pcm.T)
+    assert decoder.probe(tmp_path / "x.m4a") == Sound("mov alac", 2, RATE, 1.0)
+
+
+@needs_ffmpeg
+def test_a_film_gives_its_first_sound(tmp_path, decoder):
+    """Its picture may last longer than its sound: that is no sound cut short."""
+    sf.write(tmp_path / "x.wav", noise(), RATE)
+    picture = ["-f", "lavfi", "-i", "color=black:s=32x32:r=5:d=3", "-i", tmp_path / "x.wav"]
+    ffmpeg(*picture, "-c:v", "mpeg4", tmp_path / "film.mp4")
+    wav, rate = whole(decoder, tmp_path / "film.mp4")
+    assert abs(wav.shape[1] / rate - 1.0) < 0.1
+    ffmpeg(*picture, "-map", "0:v", "-c:v", "mpeg4", tmp_path / "mute.mp4")
+    assert refused(decoder, tmp_path / "mute.mp4").kind == "unreadable"
+
+
+@needs_ffmpeg
+def test_cut_short_before_ffmpeg(tmp_path, decoder):
+    sf.write(tmp_path / "x.wav", noise(5.0), RATE)
+    ffmpeg("-i", tmp_path / "x.wav", "-movflags", "+faststart", tmp_path / "x.m4a")
+    data = (tmp_path / "x.m4a").read_bytes()
+    (tmp_path / "x.m4a").write_bytes(data[: len(data) * 6 // 10])
+    assert refused(decoder, tmp_path / "x.m4a").kind == "unreadable"
+
+
+def test_without_ffmpeg_the_reason_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(1000))
+    (tmp_path / "imageio_ffmpeg.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with Decoder() as decoder:
+        assert "FFmpeg: install it" in refused(decoder, tmp_path / "x.m4a").reason
+
+
+def test_probe(tmp_path):
+    sf.write(tmp_path / "x.flac", noise(2.0), RATE)
+    assert probe(tmp_path / "x.flac") == Sound("FLAC PCM_16", 2, RATE, 2.0)
+    with pytest.raises(Refused, match="no such file"):
+        probe(tmp_path / "none.flac")
+
+
+def bad_file(path: Path, kind: str) -> None:
+    wav = noise()
+    if kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "text":
+        path.write_text("this is no music\n" * 50)
+    elif kind in ("nan", "inf"):
+        wav[30_000, 1] = float(kind)
+        sf.write(path, wav, RATE, subtype="FLOAT", format="WAV")
+    elif kind == "no samples":
+        sf.write(path, np.zeros((0, 2)), RATE, format="WAV")
+    elif kind.startswith("half "):
+        made = path.with_name(f"whole.{kind[5:]}")
+        sf.write(made, wav, RATE)
+        path.write_bytes(made.read_bytes()[: made.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "why", "words"),
+    [
+        ("missing", "missing", "no such file"),
+        ("empty", "unreadable", "is empty"),
+        ("folder", "unreadable", "is a folder"),
+        ("fifo", "unreadable", "not a regular file"),
+        ("socket", "unreadable", "cannot be opened"),
+        ("device", "unreadable", "not a regular file"),
+        ("loop", "unreadable", "cannot be opened"),
+        ("text", "unreadable", "no audio|no format"),
+        ("nan", "unreadable", "NaN"),
+        ("inf", "unreadable", "infinite"),
+        ("no samples", "unreadable", "no samples"),
+        ("half wav", "unreadable", "cut short"),
+        ("half flac", "unreadable", "damaged"),
+        ("half mp3", "unreadable", "cut short"),
+        ("half aiff", "unreadable", "cut short"),
+        ("half w64", "unreadable", "cut short"),
+        ("half caf", "unreadable", "damaged"),
+        ("half au", "unreadable", "cut short"),
+        ("half rf64", "unreadable", "cut short"),
+    ],
+)
+def test_bad_files_are_refused_with_a_reason(tmp_path, decoder, kind, why, words):
+    bad_file(tmp_path / "song.mp3", kind)
+    refusal = refused(decoder, tmp_path / "song.mp3")
+    assert refusal.kind == why
+    assert re.search(words, refusal.reason), refusal.reason
+
+
+def test_streams_of_unknown_length_are_read_to_their_end(tmp_path, decoder):
+    """A size of 0xFFFFFFFF, as programs write into a pipe; a FLAC header without a number of samples."""
+    path = tmp_path / "x.wav"
+    sf.write(path, noise(), RATE)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = struct.pack("<I", 0xFFFFFFFF)
+    path.write_bytes(data)
+    assert whole(decoder, path)[0].shape == (2, RATE)
+    sf.write(tmp_path / "x.flac", noise(), RATE)
+    data = bytearray((tmp_path / "x.flac").read_bytes())
+    data[21] &= 0xF0  # STREAMINFO: 36 bits of total samples
+    data[22:26] = bytes(4)
+    (tmp_path / "x.flac").write_bytes(data)
+    assert whole(decoder, tmp_path / "x.flac")[0].shape == (2, RATE)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(max_bytes=1000), "larger than 1000 bytes"),
+        (Limits(max_seconds=1.5), "longer than 1.5 s"),
+        (Limits(max_channels=1), "2 channels"),
+        (Limits(rates=(1000, 44_000)), "44100 samples a second"),
+        (Limits(rates=(44_200, 96_000)), "44100 samples a second"),
+    ],
+)
+def test_limits(tmp_path, limits, words):
+    sf.write(tmp_path / "x.flac", noise(2.0), RATE)
+    with Decoder(limits) as decoder:
+        refusal = refused(decoder, tmp_path / "x.flac")
+    assert refusal.kind == "limit" and words in refusal.reason
+
+
+def test_what_is_within_the_limits_by_a_hair_is_read(tmp_path):
+    sf.write(tmp_path / "x.flac", noise(2.0), RATE)
+    limits = Limits((tmp_path / "x.flac").stat().st_size, 2.0, max_channels=2, rates=(RATE, RATE))
+    with Decoder(limits) as decoder:
+        assert whole(decoder, tmp_path / "x.flac")[0].shape == (2, 2 * RATE)
+
+
+def test_a_crash_is_a_refusal_and_the_next_file_is_read(tmp_path):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    with Decoder() as decoder:
+        blocks = decoder.blocks(tmp_path / "x.wav")
+        next(blocks)
+        os.kill(decoder.pid, signal.SIGSEGV)
+        with pytest.raises(Refused, match=r"the decoder crashed on it \(signal 11\)") as caught:
+            list(blocks)
+        assert caught.value.kind == "unreadable"
+        assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
+        os.kill(decoder.pid, signal.SIGKILL)  # while it is idle
+        assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
+
+
+def test_a_hang_ends_at_the_wall_limit(tmp_path):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    with Decoder(Limits(wall_seconds=0.5)) as decoder:
+        blocks = decoder.blocks(tmp_path / "x.wav")
+        next(blocks)
+        pid = decoder.pid
+        os.kill(pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(Refused, match=r"longer than 0\.5 s") as caught:
+            list(blocks)
+        assert caught.value.kind == "limit" and time.monotonic() - begun < 5 and not alive(pid)
+        assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
+
+
+def test_the_callers_time_is_not_the_decoders(tmp_path):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    with Decoder(Limits(wall_seconds=0.5)) as decoder:
+        for _ in decoder.blocks(tmp_path / "x.wav"):
+            time.sleep(0.3)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, decoder):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    blocks = decoder.blocks(tmp_path / "x.wav")
+    next(blocks)
+    with open(tmp_path / "x.wav", "r+b") as file:
+        file.truncate(1_000_000)
+    with pytest.raises(Refused, match=r"cut short|changed while"):
+        list(blocks)
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    blocks = decoder.blocks(tmp_path / "x.wav")
+    next(blocks)
+    (tmp_path / "x.wav").open("ab").write(b"more")
+    with pytest.raises(Refused, match="changed while"):
+        list(blocks)
+
+
+def test_one_child_serves_good_files_and_a_new_one_follows_a_bad_one(tmp_path):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt " + bytes(100))
+    with Decoder() as decoder:
+        whole(decoder, tmp_path / "x.wav")
+        pid = decoder.pid
+        next(decoder.blocks(tmp_path / "x.wav"))  # the rest is not wanted
+        whole(decoder, tmp_path / "x.wav")
+        refused(decoder, tmp_path / "none.wav")
+        assert decoder.pid == pid
+        assert len(os.listdir(f"/proc/{pid}/fd")) < 8  # nothing stays open
+        refused(decoder, tmp_path / "bad.wav")
+        whole(decoder, tmp_path / "x.wav")
+        assert decoder.pid != pid and not alive(pid)
+        last = decoder.pid
+    assert not alive(last)
+
+
+def test_two_files_at_once_are_a_mistake_of_the_program(tmp_path, decoder):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    blocks = decoder.blocks(tmp_path / "x.wav")
+    next(blocks)
+    with pytest.raises(RuntimeError, match="one file at a time"):
+        next(decoder.blocks(tmp_path / "x.wav"))
+    assert sum(block.shape[1] for block, _ in blocks) < 10 * RATE
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from data_prep.decode import Decoder
+decoder = Decoder()
+blocks = decoder.blocks(Path(sys.argv[1]))
+next(blocks)
+print(decoder.pid, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("suffix", ["wav", pytest.param("m4a", marks=needs_ffmpeg)])
+def test_the_child_dies_with_its_parent_even_while_it_hangs(tmp_path, suffix):
+    sf.write(tmp_path / "x.wav", noise(100.0), RATE)
+    if suffix == "m4a":
+        ffmpeg("-i", tmp_path / "x.wav", "-c:a", "alac", tmp_path / "x.m4a")
+    command = [sys.executable, "-c", PARENT, tmp_path / f"x.{suffix}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(parent.stdout.readline())]
+        pids += map(int, Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text().split())
+        assert len(pids) == (2 if suffix == "m4a" else 1) and all(map(alive, pids))
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+    assert all(map(gone_soon, pids))
+
+
+@needs_ffmpeg
+def test_ffmpeg_ends_when_the_caller_has_enough(tmp_path, decoder):
+    sf.write(tmp_path / "x.wav", noise(100.0), RATE)
+    ffmpeg("-i", tmp_path / "x.wav", "-c:a", "alac", tmp_path / "x.m4a")
+    blocks = decoder.blocks(tmp_path / "x.m4a")
+    next(blocks)
+    (pid,) = map(int, Path(f"/proc/{decoder.pid}/task/{decoder.pid}/children").read_text().split())
+    blocks.close()
+    assert gone_soon(pid) and not Path(f"/proc/{decoder.pid}/task/{decoder.pid}/children").read_text()
+
+
+def test_decoding_needs_no_torch():
+    code = "import sys, data_prep.decode, data_prep.paths; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
