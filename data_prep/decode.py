@@ -253,8 +253,8 @@ class Decoder:
         numbers = (os.getpid(), limits.memory_bytes, 4 * _BLOCK, limits.max_seconds + 1, limits.wall_seconds)
         with link:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", str(program), *map(str, numbers)], stdin=link.fileno(), stdout=subprocess.DEVNULL,
-                start_new_session=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                [sys.executable, "-P", str(program), *map(str, numbers)],
+                stdin=link.fileno(), stdout=subprocess.DEVNULL, start_new_session=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             )  # fmt: skip
         self._files = 0
         self._link.settimeout(_START_SECONDS)
