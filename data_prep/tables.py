@@ -1,6 +1,13 @@
-"""The tables that pass between stages, as Arrow schemas."""
+"""The tables that pass between stages, as Arrow schemas, and how they are written."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.track import Refusal
 
 _TEXT, _TEXTS = pa.string(), pa.list_(pa.string())
 
@@ -38,6 +45,27 @@ SEGMENTS = pa.schema(
         "content_hash": _TEXT,  # sha256 of the 16-bit samples
         "loudness": pa.float64(),  # LUFS
         "truth": _TEXT,  # JSON, or null
+        "captions": _TEXTS,  # of this segment; null: those of the track
+        "tags": _TEXTS,  # the same
     }
 )
+QUARANTINE_FILE = "quarantine.parquet"
 QUARANTINE = pa.schema({"item": _TEXT, "stage": _TEXT, "kind": _TEXT, "reason": _TEXT})
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as a Parquet table."""
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def write_quarantine(folder: Path, stage: str, refused: list[Refusal]) -> None:
+    """Write what a stage refused on a shard as `quarantine.parquet`, sorted."""
+    rows = [{"stage": stage, **asdict(refusal)} for refusal in refused]
+    rows = [{name: printable(value) for name, value in row.items()} for row in rows]
+    rows.sort(key=lambda row: (row["item"], row["kind"], row["reason"]))
+    write_rows(folder / QUARANTINE_FILE, rows, QUARANTINE)
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8, whatever a file name holds."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""A track: one work of a source, as its metadata describe it, before its sound was looked at; and why one is refused."""
+"""A track: one work of a source, as its metadata describe it, before its sound is looked at; and why one is refused."""
 
 from dataclasses import dataclass
 

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from ssmttm.data import StoreWriter, open_store
 from ssmttm.data.store import shard_name, text_name
-from ssmttm.data.tensorfile import map_tensors, write_tensors
-from ssmttm.data.text_table import TextTable, write_text_table
+from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
+from ssmttm.data.text_table import TextTable, merge_text_tables, write_text_table
 from ssmttm.errors import UserError
 from ssmttm.files import written_aside
 
@@ -96,26 +98,29 @@ def test_captions_whose_hashes_share_a_beginning(tmp_path, monkeypatch):
     assert table["b"][:, 0].tolist() == [1, 2]
 
 
-def test_text_table_encodes_only_what_is_new(tmp_path):
-    asked: list[str] = []
+def test_tables_of_several_shards_become_one(tmp_path):
+    parts = []
+    for index, captions in enumerate((["b", "a", "b"], ["a", "ccc"], [])):
+        parts.append(tmp_path / f"{index}.safetensors")
+        write_text_table(parts[-1], captions, lambda texts, i=index: [embed(text) + i for text in texts], 5, "one")
+    merge_text_tables(tmp_path / "text" / "all.safetensors", parts)
+    table = TextTable(tmp_path / "text" / "all.safetensors")
+    for caption, index in {"": 0, "a": 0, "b": 0, "ccc": 1}.items():
+        np.testing.assert_array_equal(table[caption], embed(caption) + index)
+    assert "d" not in table and read_header(tmp_path / "text" / "all.safetensors")[1] == {"fingerprint": "one"}
 
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        asked.extend(texts)
-        return [embed(text) for text in texts]
 
-    path = tmp_path / "text" / "t.safetensors"
-    write_text_table(path, ["b", "a", "b"], encode, 5, "one")
-    assert sorted(asked) == ["", "a", "b"]
-    asked.clear()
-    write_text_table(path, ["a", "ccc"], encode, 5, "one")
-    assert asked == ["ccc"] and "b" not in TextTable(path)
-    np.testing.assert_array_equal(TextTable(path)["ccc"], embed("ccc"))
-    np.testing.assert_array_equal(TextTable(path)["a"], embed("a"))
-    write_text_table(path, ["a"], encode, 5, "another encoder")
-    assert sorted(asked) == ["", "a", "ccc"]
-    path.write_bytes(path.read_bytes()[:-1])
-    write_text_table(path, ["a"], encode, 5, "another encoder")
-    np.testing.assert_array_equal(TextTable(path)[""], embed(""))
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.lists(st.text(max_size=8), max_size=30), min_size=1, max_size=4))
+def test_merged_tables_find_every_caption(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("tables")
+    parts = [folder / f"{index}" for index in range(len(shards))]
+    for part, captions in zip(parts, shards, strict=True):
+        write_text_table(part, captions, lambda texts: [*map(embed, texts)], 5, "one")
+    merge_text_tables(folder / "all", parts)
+    table = TextTable(folder / "all")
+    for caption in ["", *(caption for captions in shards for caption in captions)]:
+        np.testing.assert_array_equal(table[caption], embed(caption))
 
 
 def test_same_content_same_fingerprint_and_other_content_another(tmp_path):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .captions import describe
     from .composer import compose
-    from .corpus import produce, segments
+    from .corpus import render_shard, segments
     from .score import Piece
     from .synth import render
 
-__all__ = ["Piece", "compose", "describe", "produce", "render", "segments"]
+__all__ = ["Piece", "compose", "describe", "render", "render_shard", "segments"]
 
-_HOMES = {"Piece": "score", "compose": "composer", "describe": "captions", "produce": "corpus", "render": "synth",
+_HOMES = {"Piece": "score", "compose": "composer", "describe": "captions", "render": "synth", "render_shard": "corpus",
           "segments": "corpus"}
 
 

@@ -1,8 +1,10 @@
 """A run: its stages one after the other, each over all shards, with progress, and what `status` reads of it."""
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.engine.executors import Executor
-from data_prep.engine.work import Done, Work, clear_leftovers, find
+from data_prep.engine.work import DONE, Counts, Done, Work, clear_leftovers, do, find
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 
@@ -45,12 +47,24 @@ class Run:
     executor: Executor
     until: str | None = None
     share: Share | None = None
+    done: list[Done] = field(default_factory=list)  # of all stages so far
     _stages: list[dict[str, Any]] = field(default_factory=list)
 
     def begin(self) -> None:
         """Clear what an earlier run left half-made; unless this is one task of several, which others may be making."""
         if self.share is None:
             clear_leftovers(self.root)
+
+    def alone(self, name: str, make: Callable[[Path], Counts]) -> Path:
+        """A stage of one shard that is made anew by every run, and taken as it is by one task of several."""
+        work = Work(self.root / name / "all", uuid.uuid4().hex, make)
+        self._note(name, [work])
+        if self.share is None or self.share.stage == name:
+            self.done.append(do(work))
+            self._stop_after(name)
+        elif not (work.target / DONE).is_file():
+            raise UserError(f"stage {name} is not finished: run it before {self.share.stage}")
+        return work.target
 
     def stage(self, name: str, works: Sequence[Work], device: bool = False) -> list[Done]:
         """Make what is not finished of a stage; gives all its shards, in the order of `works`.
@@ -60,6 +74,8 @@ class Run:
             UserError: an earlier stage is not finished and only a share of a later one was asked for.
         """
         self._note(name, works)
+        if self.share is None:
+            _remove_others(works)
         done = {work.target: found for work in works if (found := find(work)) is not None}
         fresh = [work for work in works if work.target not in done]
         if self.share is not None and self.share.stage != name and fresh:
@@ -68,13 +84,20 @@ class Run:
             fresh = [work for work in works[self.share.index :: self.share.n] if work.target not in done]
         for finished in self._watched(name, works, list(done.values()), fresh, device):
             done[finished.folder] = finished
+        self._stop_after(name)
+        ordered = [done[work.target] for work in works]
+        self.done += ordered
+        return ordered
+
+    def _stop_after(self, name: str) -> None:
         if self.share is not None and self.share.stage == name:
             raise Finished(f"share {self.share.index} of {self.share.n} of stage {name} is done")
         if name == self.until:
             raise Finished(f"stage {name} is done, the run stops here as asked: {self.root}")
-        return [done[work.target] for work in works]
 
-    def _watched(self, name: str, works: Sequence[Work], done: list[Done], fresh: list[Work], device: bool) -> Any:
+    def _watched(
+        self, name: str, works: Sequence[Work], done: list[Done], fresh: list[Work], device: bool
+    ) -> Iterator[Done]:
         """The shards as they are finished, with a bar that tells the rate and what was refused."""
         if not fresh:
             return
@@ -97,3 +120,12 @@ class Run:
         self._stages.append({"name": name, "folder": folder, "shards": len(works)})
         if self.share is None:
             write_text(self.root / STAGES, json.dumps(self._stages, indent=1) + "\n")
+
+
+def _remove_others(works: Sequence[Work]) -> None:
+    """Remove shards of a stage that are none of the run's any more, such as those of tracks that are gone."""
+    targets = {work.target for work in works}
+    for folder in {target.parent for target in targets}:
+        for path in folder.glob("*"):
+            if path not in targets:
+                shutil.rmtree(path)

@@ -1,7 +1,7 @@
 """One shard of one stage: made aside, fsynced, renamed; done once, whatever is killed on the way.
 
-A finished shard is a folder with `done.json`: what it was made from, what came out, each file's size and sha256. The
-stage's settings are in the path of the stage's folder, so that two configs never meet; other inputs make the shard anew.
+A finished shard is a folder with `done.json`: what it was made from, what came out, each file's size and sha256. A
+stage's settings are in the path of its folder, so that two configs never meet; other inputs make the shard anew.
 """
 
 import json
@@ -41,11 +41,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished shard: its folder, its counts, and a hash of what it holds."""
+    """A finished shard: its folder, its counts, and the sha256 of each file."""
 
     folder: Path
     counts: Counts
-    outputs: str
+    hashes: dict[str, str]
+
+    @property
+    def outputs(self) -> str:
+        """A hash of all that it holds."""
+        return config_hash(self.hashes)
 
 
 def stage_folder(root: Path, stage: str, settings: dict[str, Any]) -> Path:
@@ -60,7 +65,7 @@ def find(work: Work) -> Done | None:
         whole = all((work.target / name).stat().st_size == entry["bytes"] for name, entry in facts["files"].items())
         if not whole or facts["inputs"] != work.inputs or facts["version"] != __version__:
             return None
-        return Done(work.target, facts["counts"], _outputs(facts["files"]))
+        return Done(work.target, facts["counts"], _hashes(facts["files"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -88,7 +93,7 @@ def do(work: Work) -> Done:
         (aside / DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _fsync_all(aside)
         _publish(aside, work)
-        return Done(work.target, counts, _outputs(entries))
+        return Done(work.target, counts, _hashes(entries))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -117,8 +122,8 @@ def _fsync_all(folder: Path) -> None:
     fsync(folder)
 
 
-def _outputs(files: dict[str, Any]) -> str:
-    return config_hash({name: entry["sha256"] for name, entry in files.items()})
+def _hashes(files: dict[str, Any]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in files.items()}
 
 
 @contextmanager

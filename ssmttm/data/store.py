@@ -157,12 +157,7 @@ class Store:
 
     def audio_path(self, row: int) -> Path:
         """The segment's audio file. Raises UserError if the store keeps no audio."""
-        name = self.manifest["audio"][int(row)].as_py()
-        if name is None:
-            raise UserError(f"{self.path} keeps no audio: prepare it from audio files again")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{self.path} names audio outside itself ({name}): it is damaged or not to be trusted")
-        return self.path / name
+        return audio_inside(self.path, self.manifest["audio"][int(row)].as_py())
 
     def require_codec(self, codec: CodecLike) -> None:
         """Raises UserError unless the codes were made by this very codec."""
@@ -181,6 +176,15 @@ class Store:
         for name, entry in self.info["files"].items():
             if file_sha256(self.path / name) != entry["sha256"]:
                 raise UserError(f"{self.path / name} is damaged (its sha256 differs): {_AGAIN}")
+
+
+def audio_inside(path: Path, name: str | None) -> Path:
+    """A segment's audio file by its name in the manifest of the store at `path`; errors as `Store.audio_path`."""
+    if name is None:
+        raise UserError(f"{path} keeps no audio: prepare it from audio files again")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{path} names audio outside itself ({name}): it is damaged or not to be trusted")
+    return path / name
 
 
 def shard_name(shard: int) -> str:

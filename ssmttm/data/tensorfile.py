@@ -15,7 +15,7 @@ import numpy as np
 from ssmttm.errors import UserError
 from ssmttm.files import written_aside
 
-_CODES = {"uint8": "U8", "uint16": "U16", "int64": "I64", "float16": "F16", "float32": "F32"}
+_CODES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "int64": "I64", "float16": "F16", "float32": "F32"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
 _CHUNK = 1 << 24
 
@@ -24,7 +24,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """Write arrays as one safetensors file, whole or not at all; a memory-mapped array is streamed.
 
     Args:
-        tensors: name -> array of uint8, uint16, int64, float16 or float32.
+        tensors: name -> array of uint8, uint16, uint32, int64, float16 or float32.
         metadata: strings kept in the header.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

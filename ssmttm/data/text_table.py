@@ -7,13 +7,12 @@ embeddings  float16 [tokens, E]
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
-from ssmttm.errors import UserError
 
 _WINDOW = 512  # captions sorted by length together, so that a batch has little padding
 
@@ -59,42 +58,56 @@ def write_text_table(
     encode: Callable[[list[str]], list[np.ndarray]],
     dim: int,
     fingerprint: str,
-    progress: Callable[[int], object] = lambda n: None,
 ) -> None:
-    """Embed captions, and the empty one, into a table; what the same encoder made before is kept.
+    """Embed captions, and the empty one, into a table.
 
     Args:
         path: the table.
         captions: texts, in any order, repeated at will.
         encode: a list of captions -> one float [L_i, dim] a caption.
         fingerprint: of the encoder.
-        progress: told how many captions are done, bit by bit.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = _earlier(path, fingerprint)
     ordered = sorted({"", *captions}, key=caption_hash)
-    lengths: list[int] = []
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
+
+    def embeddings() -> Iterator[np.ndarray]:
         for first in range(0, len(ordered), _WINDOW):
             window = ordered[first : first + _WINDOW]
-            fresh = sorted((text for text in window if known is None or text not in known), key=len)
-            made = dict(zip(fresh, encode(fresh), strict=True)) if fresh else {}
-            for text in window:
-                rows = made[text] if text in made or known is None else known[text]
-                spool.write(np.ascontiguousarray(rows, np.float16).tobytes())
-                lengths.append(len(rows))
-            progress(len(window))
+            by_length = sorted(window, key=len)
+            made = dict(zip(by_length, encode(by_length), strict=True))
+            yield from (made[text] for text in window)
+
+    _write_table(path, b"".join(map(caption_hash, ordered)), embeddings(), dim, fingerprint)
+
+
+def merge_text_tables(path: Path, tables: Sequence[Path]) -> None:
+    """One table of all captions of several, which are of one encoder; of a caption's embeddings the first counts."""
+    maps = [map_tensors(table) for table in tables]
+    keys = np.concatenate([tensors["hashes"] for tensors in maps])  # [n, 16]
+    sizes = np.cumsum([0, *(len(tensors["hashes"]) for tensors in maps)])
+    chosen = np.unique(keys.view("V16")[:, 0], return_index=True)[1]
+    places = np.searchsorted(sizes, chosen, side="right") - 1
+
+    def embeddings() -> Iterator[np.ndarray]:
+        for table, index in zip(places, chosen - sizes[places], strict=True):
+            offsets = maps[table]["offsets"]
+            yield maps[table]["embeddings"][offsets[index] : offsets[index + 1]]
+
+    dim, fingerprint = maps[0]["embeddings"].shape[1], read_header(tables[0])[1]["fingerprint"]
+    _write_table(path, keys[chosen].tobytes(), embeddings(), dim, fingerprint)
+
+
+def _write_table(path: Path, hashes: bytes, embeddings: Iterable[np.ndarray], dim: int, fingerprint: str) -> None:
+    """Stream embeddings, one float [L_i, dim] a hash, to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lengths: list[int] = []
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        for rows in embeddings:
+            spool.write(np.ascontiguousarray(rows, np.float16).tobytes())
+            lengths.append(len(rows))
         spool.flush()
         tensors = {
-            "hashes": np.frombuffer(b"".join(map(caption_hash, ordered)), np.uint8).reshape(-1, 16),
+            "hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 16),
             "offsets": np.cumsum([0, *lengths], dtype=np.int64),
             "embeddings": np.memmap(spool, np.float16, "r", shape=(sum(lengths), dim)),
         }
         write_tensors(path, tensors, {"fingerprint": fingerprint})
-
-
-def _earlier(path: Path, fingerprint: str) -> TextTable | None:
-    try:
-        return TextTable(path) if read_header(path)[1].get("fingerprint") == fingerprint else None
-    except UserError:  # none there, or a damaged one: all captions are embedded again
-        return None

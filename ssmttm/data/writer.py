@@ -56,7 +56,7 @@ class StoreWriter:
         self._shard_segments = shard_segments
         claim(self.path, config)
         (self.path / "store.json").unlink(missing_ok=True)
-        self._spool = tempfile.TemporaryFile(dir=self.path)
+        self._spool = tempfile.TemporaryFile(dir=self.path)  # noqa: SIM115 - read back by finish
         self._batches = pa.ipc.new_stream(self._spool, SCHEMA)
         self._rows: list[dict[str, Any]] = []
         self._codes: list[np.ndarray] = []
@@ -97,7 +97,8 @@ class StoreWriter:
         """
         self._flush()
         self._write_manifest()
-        names = ["manifest.parquet", *map(shard_name, range(self._shards)), *([text_name(text["name"])] if text else [])]
+        names = ["manifest.parquet", *map(shard_name, range(self._shards))]
+        names += [text_name(text["name"])] if text else []
         info = {
             "format": FORMAT,
             "version": VERSION,

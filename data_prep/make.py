@@ -1,0 +1,112 @@
+"""From arguments to what they ask for: an opening, wishes, a run."""
+
+import argparse
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.codes import Coder
+from data_prep.cut import Cut
+from data_prep.decode import Limits
+from data_prep.embed import Embedder
+from data_prep.encode import Windows
+from data_prep.engine.executors import Processes, Ray
+from data_prep.engine.run import Run
+from data_prep.openings import BuiltIn, FromStore, FromTracks, Opening
+from data_prep.options import checked, share_of
+from data_prep.pipeline import Wishes
+from data_prep.quality import Filters
+from data_prep.sources import SOURCES
+from data_prep.sources.references import read_references
+from data_prep.vocals import VocalDetection, VocalRemoval
+from ssmttm.errors import UserError
+
+_LONGEST_WINDOW = 30.0  # seconds that a codec is given at a time
+
+
+def opening_of(arguments: argparse.Namespace) -> Opening:
+    """Where the segments come from. Raises UserError for values that cannot be."""
+    if arguments.command == "builtin":
+        if not (math.isfinite(arguments.hours) and arguments.hours > 0):
+            raise UserError(f"--hours must be above 0, not {arguments.hours:g}")
+        return BuiltIn(arguments.hours, arguments.seed)
+    if arguments.command == "pack":
+        return FromStore(arguments.root)
+    root, out = arguments.root, arguments.out
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: give the data set's folder as --root")
+    if out.resolve() == root.resolve():
+        raise UserError(f"--out is the same folder as --root ({root}): give the store a folder of its own")
+    tracks = SOURCES[arguments.command].tracks(root, arguments.index)
+    against = [read_references(path) for path in arguments.against]
+    return FromTracks(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
+
+
+def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
+    """What is done with the segments. Raises UserError for a device or a model that is not there."""
+    device = _device(arguments.device)
+    windows = Windows(seconds=min(opening.seconds, _LONGEST_WINDOW))
+    return Wishes(
+        vocals=_vocals(arguments, device),
+        captions=_captions(arguments, device),
+        coder=None if arguments.codec == "none" else Coder(arguments.codec, windows, device),
+        embedder=None if arguments.text == "none" else Embedder(arguments.text, device),
+    )
+
+
+def run_of(arguments: argparse.Namespace, root: Path) -> Run:
+    """Who does the work."""
+    executor = Ray(arguments.ray_address) if arguments.executor == "ray" else Processes(arguments.workers)
+    run = Run(root, executor, arguments.until, share_of(arguments))
+    run.begin()
+    return run
+
+
+def _cut(arguments: argparse.Namespace) -> Cut:
+    checked(arguments.segment, 1.0, 3600.0, "--segment", " seconds")
+    rate = arguments.sample_rate or _rate_of(arguments.codec)
+    checked(rate, 1_000, 192_000, "--sample-rate", " Hz")
+    filters = _given(
+        Filters(), max_silence=arguments.max_silence, max_clipped=arguments.max_clipped,
+        min_bandwidth=arguments.min_bandwidth, dual_mono=not arguments.refuse_dual_mono,
+    )  # fmt: skip
+    seconds = None if arguments.max_hours is None else arguments.max_hours * 3600
+    limits = _given(Limits(), max_seconds=seconds, max_bytes=arguments.max_bytes)
+    return Cut(rate, arguments.segment, arguments.tail, filters, limits)
+
+
+def _given(defaults: Any, **values: Any) -> Any:
+    """A dataclass with those of the values that are given."""
+    names = {field.name for field in fields(defaults)}
+    return replace(defaults, **{name: value for name, value in values.items() if value is not None and name in names})
+
+
+def _rate_of(codec: str) -> int:
+    if codec == "none":
+        return 24_000
+    from ssmttm.codecs import load_codec
+
+    return load_codec(codec).sample_rate
+
+
+def _vocals(arguments: argparse.Namespace, device: str) -> VocalDetection | VocalRemoval | None:
+    if arguments.vocals == "keep":
+        return None
+    kind = VocalRemoval if arguments.vocals == "remove" else VocalDetection
+    return _given(kind(device=device), weights=arguments.vocal_model)
+
+
+def _captions(arguments: argparse.Namespace, device: str) -> Any:
+    return None
+
+
+def _device(asked: str) -> str:
+    """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here: leave --device out")
+    return asked

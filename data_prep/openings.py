@@ -1,0 +1,208 @@
+"""How a run begins: with a source's tracks, with the built-in composer, or with a store that exists.
+
+Each opening makes the segments that the later stages work on, shard by shard.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.parquet as pq
+
+from data_prep.cut import Cut, cut_shard
+from data_prep.engine.run import Run
+from data_prep.engine.work import Counts, Done, Work, stage_folder
+from data_prep.pack import DECONTAMINATION, QUARANTINE_CSV
+from data_prep.plan import shards_of, write_plan
+from data_prep.segments import ROWS_FILE, Segments, write_segments
+from data_prep.selection import Against, fingerprint_files, select_shards
+from data_prep.sources.references import References
+from data_prep.tables import QUARANTINE, QUARANTINE_FILE, write_rows
+from data_prep.track import Refusal, Track
+from ssmttm import audio
+from ssmttm.data.store import SCHEMA, audio_inside, open_store
+from ssmttm.data.writer import config_hash
+
+_REFERENCE_FILES = 64  # a shard
+_STORE_ROWS = 512  # a shard
+
+
+class Opening(Protocol):
+    """Where the segments come from.
+
+    Attributes:
+        stages: name of each stage, and whether it is made of many shards.
+        sample_rate: Hz of the segments.
+        seconds: their length.
+    """
+
+    stages: tuple[tuple[str, bool], ...]
+    sample_rate: int
+    seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides the segments, for the store's config."""
+
+    def segments(self, run: Run) -> list[Segments]:
+        """Make them."""
+
+
+class FromTracks:
+    """A source's tracks: planned, cut, selected.
+
+    Args:
+        name: of the source.
+        root: of the source's files.
+        tracks: what the source yields.
+        cut: how files become segments.
+        licence: of tracks that name none; None refuses them.
+        policy: which licences come in, a key of `data_prep.licences.POLICIES`.
+        against: evaluation sets that are kept out.
+    """
+
+    stages = (("plan", False), ("reference", True), ("cut", True), ("select", False))
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        tracks: Iterable[Track | Refusal],
+        cut: Cut,
+        licence: str | None = None,
+        policy: str = "research-nc",
+        against: Sequence[References] = (),
+    ) -> None:
+        self.sample_rate, self.seconds = cut.sample_rate, cut.segment
+        self._name, self._root, self._cut, self._against = name, root.resolve(), cut, against
+        self._plan = partial(write_plan, tracks, self._root, licence, policy)
+
+    def facts(self) -> dict[str, Any]:
+        """The source's name, how it is cut, and what is kept out."""
+        return {"name": self._name, "cut": self._cut.settings(), "against": sorted(set_.name for set_ in self._against)}
+
+    def segments(self, run: Run) -> list[Segments]:
+        """As `Opening.segments`."""
+        plan = run.alone("plan", self._plan)
+        against = _fingerprinted(run, self._against)
+        folder = stage_folder(run.root, "cut", {"source": self._name, **self._cut.settings()})
+        works = [
+            Work(folder / key, inputs, partial(cut_shard, self._root, plan, index, self._cut))
+            for index, (key, inputs) in enumerate(shards_of(plan))
+        ]
+        return _selected(run, run.stage("cut", works), against, self._cut.modifications)
+
+
+class BuiltIn:
+    """Music composed and rendered here.
+
+    Args:
+        hours: at least this much.
+        seed: another seed, other music.
+    """
+
+    stages = (("render", True), ("select", False))
+
+    def __init__(self, hours: float, seed: int) -> None:
+        from data_prep.builtin import corpus
+
+        self._corpus, self._hours, self._seed = corpus, hours, seed
+        self.sample_rate, self.seconds = corpus.SAMPLE_RATE, corpus.SEGMENT
+
+    def facts(self) -> dict[str, Any]:
+        """Version of the composer, hours and seed."""
+        return {"name": "builtin", "version": self._corpus.VERSION, "hours": self._hours, "seed": self._seed}
+
+    def segments(self, run: Run) -> list[Segments]:
+        """As `Opening.segments`."""
+        made = run.stage("render", self._corpus.works(run.root, self._hours, self._seed))
+        return _selected(run, made, [], f"{self.seconds:g} s segment")
+
+
+class FromStore:
+    """The segments of a store with audio, as they are: for another codec, text encoder or captions.
+
+    Args:
+        root: the store; it may be the folder that the new store is written to.
+
+    Raises:
+        UserError: there is no store, or it keeps no audio.
+    """
+
+    stages = (("take", True),)
+
+    def __init__(self, root: Path) -> None:
+        if not ((root / "manifest.parquet").is_file() and (root / "prep.json").is_file()):
+            open_store(root)
+        self._root, self._rows = root.resolve(), pq.read_table(root / "manifest.parquet")
+        self._facts = json.loads((root / "prep.json").read_text(encoding="utf-8"))["config"]["source"]
+        names = self._rows["audio"].to_pylist()
+        files = [audio_inside(self._root, name) for name in names]
+        self.sample_rate = audio.read_part(files[0], 0, 1)[1]
+        self.seconds = max(self._rows["duration"].to_pylist())
+
+    def facts(self) -> dict[str, Any]:
+        """What the store's own segments were decided by."""
+        return self._facts
+
+    def segments(self, run: Run) -> list[Segments]:
+        """As `Opening.segments`."""
+        folder = stage_folder(run.root, "take", {"root": str(self._root)})
+        works = []
+        for index, first in enumerate(range(0, len(self._rows), _STORE_ROWS)):
+            rows = [_without_codes(row) for row in self._rows.slice(first, _STORE_ROWS).to_pylist()]
+            make = partial(take_shard, rows, self._root if index == 0 else None)
+            works.append(Work(folder / f"{index:05d}", config_hash({"rows": rows}), make))
+        done = run.stage("take", works)
+        return [Segments(shard.folder.name, shard.folder / ROWS_FILE, self._root, shard.outputs) for shard in done]
+
+
+def take_shard(rows: list[dict[str, Any]], root: Path | None, folder: Path) -> Counts:
+    """Write rows of a store; with the first ones, what the store of `root` tells of refusals."""
+    write_segments(folder, rows)
+    if root is not None and (root / QUARANTINE_CSV).is_file():
+        with open(root / QUARANTINE_CSV, encoding="utf-8", newline="") as file:
+            write_rows(folder / QUARANTINE_FILE, list(csv.DictReader(file)), QUARANTINE)
+    if root is not None and (root / DECONTAMINATION).is_file():
+        shutil.copyfile(root / DECONTAMINATION, folder / DECONTAMINATION)
+    return {"segments": len(rows), "seconds": sum(row["duration"] for row in rows)}
+
+
+def _without_codes(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in SCHEMA.names} | {"shard": -1, "offset": 0, "frames": 0}
+
+
+def _selected(run: Run, cuts: Sequence[Done], against: Sequence[Against], modifications: str) -> list[Segments]:
+    """The stage `select` over the first stage's shards."""
+    shards = [done.folder for done in cuts]
+    settings = {"modifications": modifications, "against": [set_.references.name for set_ in against]}
+    inputs = config_hash({"cuts": [done.outputs for done in cuts], "against": [set_.inputs for set_ in against]})
+    target = stage_folder(run.root, "select", settings) / "all"
+    (done,) = run.stage("select", [Work(target, inputs, partial(select_shards, shards, against, modifications))])
+    chosen = []
+    for cut in cuts:
+        name = f"{cut.folder.name}/{ROWS_FILE}"
+        inputs = config_hash({"rows": done.hashes[name], "sound": cut.outputs})
+        chosen.append(Segments(cut.folder.name, target / name, cut.folder, inputs))
+    return chosen
+
+
+def _fingerprinted(run: Run, references: Sequence[References]) -> list[Against]:
+    """The evaluation sets with the fingerprints of their audio."""
+    works, owners = [], []
+    for set_ in references:
+        folder = stage_folder(run.root, "reference", {"name": set_.name})
+        for index, first in enumerate(range(0, len(set_.audio), _REFERENCE_FILES)):
+            files = [file.resolve() for file in set_.audio[first : first + _REFERENCE_FILES]]
+            stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+            make = partial(fingerprint_files, files)
+            works.append(Work(folder / f"{index:05d}", config_hash({"files": stamps}), make))
+            owners.append(set_)
+    done = run.stage("reference", works)
+    return [
+        Against(set_, tuple(shard for shard, owner in zip(done, owners, strict=True) if owner is set_))
+        for set_ in references
+    ]

@@ -1,0 +1,142 @@
+"""From an opening to a store: the stages in their order, each skipped where it is not asked for."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_prep.codes import Coder, encode_shard
+from data_prep.embed import Embedder, embed_shard
+from data_prep.engine.run import Run
+from data_prep.engine.status import WORK
+from data_prep.engine.work import Counts, Done, Work, stage_folder
+from data_prep.openings import Opening
+from data_prep.pack import QUARANTINE_CSV, Parts, pack, write_quarantine_csv
+from data_prep.quality import Filters
+from data_prep.segments import Segments, taken_on
+from data_prep.vocals import VocalDetection, VocalRemoval
+from data_prep.voices import detect_shard, remove_shard
+from ssmttm.data.store import Store, open_store
+from ssmttm.data.writer import claim, config_hash
+from ssmttm.errors import UserError
+from ssmttm.files import write_text
+
+PACKED = "packed.json"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is to be done with the segments.
+
+    Attributes:
+        vocals: taken out, or a reason to refuse a segment; None leaves them.
+        captions: how captions are made; None leaves those that the source gives.
+        coder: None for a store of audio only.
+        embedder: None for a store without caption embeddings.
+    """
+
+    vocals: VocalDetection | VocalRemoval | None = None
+    captions: Any = None
+    coder: Coder | None = None
+    embedder: Embedder | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that decides what the stages after the opening make."""
+        return {
+            "vocals": self.vocals and {"how": type(self.vocals).__name__, **self.vocals.facts()},
+            "captions": self.captions and self.captions.facts(),
+            "codec": self.coder and self.coder.facts(),
+        }
+
+    @property
+    def stages(self) -> tuple[tuple[str, bool, bool], ...]:
+        """Name, whether of many shards, and whether it holds a model."""
+        asked = {"vocals": self.vocals, "captions": self.captions, "codes": self.coder, "text": self.embedder}
+        return tuple((name, True, True) for name, wish in asked.items() if wish is not None)
+
+
+def stages_of(opening: Opening, wishes: Wishes) -> list[tuple[str, bool, bool]]:
+    """All stages of a run in order: name, whether of many shards, whether it holds a model."""
+    first = [(name, many, False) for name, many in opening.stages]
+    return [*first, *wishes.stages, ("pack", False, False)]
+
+
+def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
+    """Make a store, or go on making it.
+
+    Raises:
+        UserError: `out` was prepared with other settings, or nothing came through.
+        Finished: the part of the run that was asked for is done.
+    """
+    config = {"source": opening.facts(), **wishes.facts()}
+    claim(out, config)
+    segments = opening.segments(run)
+    if isinstance(wishes.vocals, VocalRemoval):
+        make = partial(remove_shard, wishes.vocals, Filters())
+        segments = taken_on(segments, _each(run, "vocals", config["vocals"], segments, make), audio=True)
+    elif wishes.vocals is not None:
+        make = partial(detect_shard, wishes.vocals)
+        segments = taken_on(segments, _each(run, "vocals", config["vocals"], segments, make), audio=False)
+    if wishes.captions is not None:
+        make = partial(describe_shard, wishes.captions)
+        segments = taken_on(segments, _each(run, "captions", config["captions"], segments, make), audio=False)
+    if not any(pq.read_metadata(part.rows).num_rows for part in segments):
+        raise _nothing(out, run)
+    codec = text = codes = texts = None
+    if wishes.coder is not None:
+        codec = config["codec"]
+        codes = _folders(_each(run, "codes", codec, segments, partial(encode_shard, wishes.coder)))
+    if wishes.embedder is not None:
+        text = wishes.embedder.facts()
+        texts = _folders(_each(run, "text", text, segments, partial(embed_shard, wishes.embedder)))
+    parts = Parts(segments, codes, texts, _folders(run.done))
+    return _packed(parts, out, config, codec, text, opening.sample_rate, [done.outputs for done in run.done])
+
+
+def _each(
+    run: Run, name: str, settings: dict[str, Any], segments: Sequence[Segments], make: Callable[..., Counts]
+) -> list[Done]:
+    """One stage that holds a model, over every shard of segments."""
+    folder = stage_folder(run.root, name, settings)
+    works = [Work(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)) for part in segments]
+    return run.stage(name, works, device=True)
+
+
+def _folders(done: Sequence[Done]) -> list[Path]:
+    return [shard.folder for shard in done]
+
+
+def _packed(
+    parts: Parts,
+    out: Path,
+    config: dict[str, Any],
+    codec: dict[str, Any] | None,
+    text: dict[str, Any] | None,
+    sample_rate: int,
+    outputs: list[str],
+) -> Store:
+    """The store, put together unless it is there and was made of the same shards."""
+    mark = config_hash({"config": config, "text": text, "shards": outputs})
+    file = out / WORK / PACKED
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["inputs"] == mark:
+        try:
+            return open_store(out)
+        except UserError:  # it was moved or damaged since: it is put together again
+            pass
+    store = pack(parts, out, config, codec, text, sample_rate)
+    write_text(file, json.dumps({"inputs": mark}) + "\n")
+    return store
+
+
+def _nothing(out: Path, run: Run) -> UserError:
+    """Why there is no segment at all, with the first refusal."""
+    write_quarantine_csv(out / QUARANTINE_CSV, _folders(run.done))
+    with open(out / QUARANTINE_CSV, encoding="utf-8", newline="") as file:
+        first = next(csv.DictReader(file), None)
+    why = f": {first['item']}: {first['reason']}" if first else ""
+    return UserError(f"nothing can be used, {out / QUARANTINE_CSV} says why{why}")

@@ -1,0 +1,114 @@
+"""The stage `select`: of all tracks together, which stay and in which split; and each shard's segments that follow."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.decode import Decoder
+from data_prep.engine.work import Counts, Done
+from data_prep.fingerprint import Fingerprinter
+from data_prep.pack import DECONTAMINATION
+from data_prep.segments import ROWS_FILE
+from data_prep.select import Reference, select
+from data_prep.shard import FINGERPRINTS_FILE
+from data_prep.sources.references import References
+from data_prep.tables import write_quarantine
+from data_prep.track import Refusal, Refused
+from ssmttm.data.store import SCHEMA
+from ssmttm.data.tensorfile import map_tensors, write_tensors
+from ssmttm.data.writer import config_hash
+
+_TRACK_COLUMNS = ("licence", "licence_url", "title", "author", "source_url", "artist", "work", "evidence")
+
+
+@dataclass(frozen=True)
+class Against:
+    """An evaluation set that is kept out, and the shards that hold its audio's fingerprints."""
+
+    references: References
+    shards: tuple[Done, ...]
+
+    @property
+    def inputs(self) -> str:
+        """A hash of all that is kept out by it."""
+        works, artists = sorted(self.references.works), sorted(self.references.artists)
+        return config_hash({"works": works, "artists": artists, "sound": [shard.outputs for shard in self.shards]})
+
+
+def fingerprint_files(files: Sequence[Path], folder: Path) -> Counts:
+    """Write the fingerprints of an evaluation set's audio files, in their order; what cannot be read has none."""
+    words: list[np.ndarray] = []
+    refused: list[Refusal] = []
+    with Decoder() as decoder:
+        for file in files:
+            try:
+                words.append(_fingerprint(decoder, file))
+            except Refused as refusal:
+                words.append(np.empty(0, np.uint32))
+                refused.append(refusal.of(file.name))
+    offsets = np.cumsum([0, *map(len, words)], dtype=np.int64)
+    joined = np.concatenate([np.empty(0, np.uint32), *words])
+    write_tensors(folder / FINGERPRINTS_FILE, {"words": joined, "offsets": offsets})
+    write_quarantine(folder, "reference", refused)
+    return {"tracks": len(files), "refused": len(refused)}
+
+
+def select_shards(shards: Sequence[Path], against: Sequence[Against], modifications: str, folder: Path) -> Counts:
+    """Choose among the tracks of all shards, and write the rows of their segments, one folder a shard."""
+    tracks, sounds = (pa.concat_tables(pq.read_table(shard / f"{name}.parquet") for shard in shards)
+                      for name in ("tracks", "sounds"))  # fmt: skip
+    references = [Reference(set_.references, list(_words([shard.folder for shard in set_.shards]))) for set_ in against]
+    selection = select(tracks, sounds, _words(shards), references)
+    kept = dict(zip(selection.kept["id"].to_pylist(), selection.kept["split"].to_pylist(), strict=True))
+    counts = {"tracks": len(kept), "segments": 0, "refused": len(selection.refusals)}
+    for shard in shards:
+        rows = list(_rows(shard, kept, modifications))
+        (folder / shard.name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / shard.name / ROWS_FILE)
+        counts["segments"] += len(rows)
+    write_quarantine(folder, "select", selection.refusals)
+    (folder / DECONTAMINATION).write_text(json.dumps(selection.report, indent=1, ensure_ascii=False) + "\n")
+    return counts
+
+
+def _rows(shard: Path, kept: dict[str, str], modifications: str) -> Iterator[dict[str, Any]]:
+    """A store's rows for a shard's segments of the kept tracks."""
+    tracks = {track["id"]: track for track in pq.read_table(shard / "tracks.parquet").to_pylist()}
+    for segment in pq.read_table(shard / "segments.parquet").to_pylist():
+        track = tracks[segment["track"]]
+        if track["id"] not in kept:
+            continue
+        texts = {name: track[name] if segment[name] is None else segment[name] for name in ("captions", "tags")}
+        yield {
+            **segment,
+            **texts,
+            **{name: track[name] for name in _TRACK_COLUMNS},
+            "split": kept[track["id"]],
+            "modifications": modifications,
+            "shard": -1,
+            "offset": 0,
+            "frames": 0,
+        }
+
+
+def _fingerprint(decoder: Decoder, file: Path) -> np.ndarray:
+    fingerprinter = None
+    for block, rate in decoder.blocks(file):
+        fingerprinter = fingerprinter or Fingerprinter(rate)
+        fingerprinter.add(block.mean(axis=0))
+    return np.empty(0, np.uint32) if fingerprinter is None else fingerprinter.finish()
+
+
+def _words(folders: Iterable[Path]) -> Iterator[np.ndarray]:
+    """The fingerprints, uint32 [n], of every track of folders, memory-mapped."""
+    for folder in folders:
+        tensors = map_tensors(folder / FINGERPRINTS_FILE)
+        edges = tensors["offsets"].tolist()
+        yield from (tensors["words"][first:end] for first, end in pairwise(edges))
