@@ -37,14 +37,15 @@ _TERSE = (
 )
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
     """The phrase with "a" or "an" before it."""
     first = phrase.split()[0].lower()
-    vowel = (first[0] in "aeiou" and not first.startswith(("eu", "uni", "one"))) or first[:2] == "8-"
+    vowel = first[0] in "aeiou" and not first.startswith(("eu", "uk", "uni", "one"))
+    vowel = vowel or first.startswith(("8-", "r&b"))
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
-def _join(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
     """Items as an English list."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
@@ -80,7 +81,7 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     pool = INSTRUMENTS[lead["name"]]
     solo = rng.choice(FAMILY_WORDS[lead["family"]]) if rng.random() < 0.05 else rng.choice(pool)
     plural = solo.endswith("s") and not solo.endswith(("brass", "ss"))
-    player = solo if plural else _article(solo)
+    player = solo if plural else article(solo)
     key, plainkey = _key_phrases(rng, truth)
     tempo, mood = rng.choice(TEMPO[truth["tempo_class"]]), rng.choice((truth["mood"], *MOODS.get(truth["mood"], ())))
     style = rng.choice(STYLE_NOUNS[truth["style"]])
@@ -91,9 +92,9 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     rng.shuffle(adjectives)
     if "{feel}" not in template and truth["density"] != "moderate" and rng.random() < 0.2:
         adjectives.insert(0, "sparse" if truth["density"] == "sparse" else rng.choice(("dense", "busy")))
-    np = _article(" ".join([", ".join(adjectives), style]).strip())
+    np = article(" ".join([", ".join(adjectives), style]).strip())
     backers = _backers(rng, truth)
-    band = _join(backers)
+    band = listed(backers)
     backing = rng.choice((f"accompanied by {band}", f"over {band}", f"backed by {band}", f"with {band}"))
     if not truth["drums"] and rng.random() < 0.3:
         backing = rng.choice((f"{backing} and no drums", f"{backing}, without drums"))
@@ -103,7 +104,7 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
         "beats": beats, "bpm": rng.choice((f"at {beats}", f"at {beats}", f"at a tempo of {beats}")), "feel": feel,
         "metre": rng.choice(METRE_WORDS[truth["metre"]]), "backing": backing, "backers": band,
         "lead": rng.choice((f"played on {player}", f"on {player}", f"led by {player}",
-                            f"with {player} in front", f"featuring {player}", f"with {_article(solo + ' melody')}")),
+                            f"with {player} in front", f"featuring {player}", f"with {article(solo + ' melody')}")),
     }
 
 
