@@ -1,0 +1,255 @@
+"""Which of many sounds are the same: pairs of fingerprints that agree, found without comparing all with all.
+
+What two sounds have in common votes for the pair and for how they lie upon each other; where enough agree, the two are
+compared bit by bit. Votes are gathered in passes over a part of the words each and wait on the disk, so that memory
+stays within a limit however many sounds there are. The work grows with the words of all sounds; with their square only
+as far as chance brings words together, and each is then paired with its few next alone.
+
+Shapes: N sounds, T words of one, P pairs.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.fingerprint import NONE, RATE, Alignment, at_offset, bit_error_rate
+from ssmttm.errors import UserError
+
+SAME, SUSPECT = 0.25, 0.35  # bit error rates: benchmarks/duplicates.py
+_LEAST = 8 * RATE  # words of the shortest overlap that counts
+_LAG = 4  # words apart that a gram's two words stand: they have no frame in common
+_GRAM_BITS = 20  # of either word, those of the lowest bands
+_REACH = 4  # sounds that a gram's next ones are paired with
+_COMMON = 1_000  # sounds with one gram: it tells nothing
+_VOTES = 2
+_UNRELATED = 0.44  # bit error rate over which no better offset is looked for
+_PARTS = 64  # files that votes wait in
+_OFFSET_BITS, _PAIR_BITS = 18, 23  # of a vote: half the offset, either sound
+_CHUNK = 1 << 22  # words that are hashed at a time
+_PER_WORD = 32  # bytes of memory for each word of a pass
+
+
+class Prints:
+    """The fingerprints of N sounds, in blocks of which each may be memory-mapped."""
+
+    def __init__(self, blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Each block: words uint32 [T of all], starts int64 [n + 1] of each sound in them and the end."""
+        self._blocks = [block for block in blocks if len(block[1]) > 1]
+        self._firsts = np.cumsum([0, *(len(starts) - 1 for _, starts in self._blocks)])
+        self.lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(starts) for _, starts in self._blocks)])
+
+    @classmethod
+    def of(cls, fingerprints: Iterable[np.ndarray]) -> "Prints":
+        """Of fingerprints uint32 [T] in memory."""
+        parts = [np.empty(0, np.uint32), *fingerprints]
+        return cls([(np.concatenate(parts), np.cumsum([len(part) for part in parts]))])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, sound: int) -> np.ndarray:
+        block = int(np.searchsorted(self._firsts, sound, side="right")) - 1
+        words, starts = self._blocks[block]
+        inside = sound - int(self._firsts[block])
+        return words[starts[inside] : starts[inside + 1]]
+
+    def __add__(self, other: "Prints") -> "Prints":
+        """The sounds of both, these first."""
+        return Prints([*self._blocks, *other._blocks])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Sounds that agree, `a` before `b`, in order.
+
+    Attributes:
+        a, b: sounds, int64 [P]. offset, rate, overlap: as in `fingerprint.Alignment`, [P].
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    offset: np.ndarray
+    rate: np.ndarray
+    overlap: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def where(self, chosen: np.ndarray) -> "Pairs":
+        """The chosen ones, bool [P]."""
+        return Pairs(*(column[chosen] for column in (self.a, self.b, self.offset, self.rate, self.overlap)))
+
+
+def near_pairs(
+    prints: Prints, order: np.ndarray | None = None, limit: float = SUSPECT, memory: int = 1 << 30,
+    folder: Path | None = None,
+) -> Pairs:
+    """The pairs of sounds that agree over 8 s or more.
+
+    Args:
+        order: the sounds to look at, as numbers of `prints`, int64 [N]; None for all. `Pairs` tells places in it, and
+            what is found does not depend on how `prints` are ordered.
+        limit: bit error rate up to which two sounds agree.
+        memory: bytes, about, that are used at a time.
+        folder: for what waits on the disk, up to 32 bytes a word; None is the system's.
+
+    Raises:
+        UserError: more than eight million sounds.
+    """
+    order = np.arange(len(prints)) if order is None else order
+    if len(order) >= 1 << _PAIR_BITS:
+        raise UserError(f"{len(order)} sounds are more than can be compared at once: compare them in parts")
+    with tempfile.TemporaryDirectory(dir=folder) as waiting:
+        votes = _Votes(Path(waiting), len(order))
+        for grams in _passes(prints, order, memory):
+            votes.add(grams)
+        found = [(a, b, *match) for a, b, match in _agreeing(prints, order, votes, limit)]
+    columns = zip(*sorted(found), strict=True) if found else [()] * 5
+    return Pairs(*(np.array(column, kind) for column, kind in zip(columns, (int, int, int, float, int), strict=True)))
+
+
+def groups(pairs: tuple[np.ndarray, np.ndarray], n: int) -> np.ndarray:
+    """The group of each of n things of which some pairs belong together: the first of its group, int64 [n]."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_array((np.ones(len(pairs[0]), np.int8), pairs), shape=(n, n))
+    _, labels = connected_components(edges, directed=False)
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+@dataclass(frozen=True)
+class _Grams:
+    """Grams that several sounds have, ordered: equal ones together, and by sound within. All int64 [n]."""
+
+    gram: np.ndarray
+    sound: np.ndarray
+    place: np.ndarray
+
+
+def _passes(prints: Prints, order: np.ndarray, memory: int) -> Iterator[_Grams]:
+    """Every sound's first of each gram, where a few other sounds have it too; a part of all grams at a time."""
+    lengths = prints.lengths[order]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    bits = max(0, int(np.ceil(np.log2(max(1, starts[-1] * _PER_WORD / memory)))))
+    for turn in range(1 << bits):
+        yield _shared(np.sort(_keys(prints, order, starts, bits, turn)), starts, bits)
+
+
+def _keys(prints: Prints, order: np.ndarray, starts: np.ndarray, bits: int, turn: int) -> np.ndarray:
+    """Hash (32 - bits) and place in all words (32 + bits) of each gram whose hash begins with `turn`. uint64"""
+    keys = [np.empty(0, np.uint64)]
+    begin = 0
+    while begin < len(order):
+        end = max(begin + 1, int(np.searchsorted(starts, starts[begin] + _CHUNK, side="right")) - 1)
+        words = np.concatenate([prints[sound] for sound in order[begin:end].tolist()])
+        hashes, usable = _hashes(words, starts[begin:end] - starts[begin])
+        mine = usable if bits == 0 else usable & (hashes >> np.uint32(32 - bits) == turn)
+        places = np.flatnonzero(mine)
+        kept = (hashes[places] << np.uint32(bits) if bits else hashes[places]).astype(np.uint64)
+        keys.append((kept << np.uint64(32)) | (places + starts[begin]).astype(np.uint64))
+        begin = end
+    return np.concatenate(keys)
+
+
+def _hashes(words: np.ndarray, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of the gram that begins at each word, uint32 [T], and whether it tells anything, bool [T].
+
+    Not so across the end of a sound, beside silence, or where it repeats the one before.
+    """
+    hashes, usable = np.zeros(len(words), np.uint32), np.zeros(len(words), bool)
+    if len(words) <= _LAG:
+        return hashes, usable
+    low = words & np.uint32((1 << _GRAM_BITS) - 1)
+    gram = (low[:-_LAG].astype(np.uint64) << np.uint64(_GRAM_BITS)) | low[_LAG:]
+    usable[:-_LAG] = (words[:-_LAG] != 0) & (words[_LAG:] != 0)
+    repeated = np.concatenate([[False], gram[1:] == gram[:-1]])
+    repeated[begins[begins < len(gram)]] = False
+    usable[:-_LAG] &= ~repeated
+    for back in range(1, _LAG + 1):
+        usable[begins[begins >= back] - back] = False
+    with np.errstate(over="ignore"):
+        hashes[:-_LAG] = (gram * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    return hashes, usable
+
+
+def _shared(keys: np.ndarray, starts: np.ndarray, bits: int) -> _Grams:
+    grams = keys >> np.uint64(32 + bits)
+    same = grams[1:] == grams[:-1]
+    several = np.zeros(len(keys), bool)
+    several[1:] |= same
+    several[:-1] |= same
+    keys, grams = keys[several], grams[several].astype(np.int64)
+    place = (keys & np.uint64((1 << (32 + bits)) - 1)).astype(np.int64)
+    sound = np.searchsorted(starts, place, side="right") - 1
+    first = np.ones(len(keys), bool)
+    first[1:] = (grams[1:] != grams[:-1]) | (sound[1:] != sound[:-1])
+    grams, sound, place = grams[first], sound[first], (place - starts[sound])[first]
+    runs = np.flatnonzero(np.diff(grams, prepend=-1))
+    rare = np.repeat(np.diff(runs, append=len(grams)) <= _COMMON, np.diff(runs, append=len(grams)))
+    return _Grams(grams[rare], sound[rare], place[rare])
+
+
+class _Votes:
+    """Votes of grams for two sounds and half the offset between them, one number each, in files by the first sound."""
+
+    def __init__(self, folder: Path, sounds: int) -> None:
+        self._files = [folder / f"{part:02d}.votes" for part in range(_PARTS)]
+        ends = np.arange(1, _PARTS) * max(1, sounds) // _PARTS
+        self._ends = ends.astype(np.uint64) << np.uint64(_PAIR_BITS + _OFFSET_BITS)
+
+    def add(self, grams: _Grams) -> None:
+        votes = np.sort(np.concatenate([_votes(grams, reach) for reach in range(1, _REACH + 1)]))
+        for file, part in zip(self._files, np.split(votes, np.searchsorted(votes, self._ends)), strict=True):
+            with file.open("ab") as held:
+                part.tofile(held)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The votes, sorted, a part at a time. uint64"""
+        for file in self._files:
+            yield np.sort(np.fromfile(file, np.uint64)) if file.exists() else np.empty(0, np.uint64)
+
+
+def _votes(grams: _Grams, reach: int) -> np.ndarray:
+    """Of each gram with the same one `reach` sounds further. uint64"""
+    at = np.flatnonzero(grams.gram[reach:] == grams.gram[:-reach])
+    half = (grams.place[at] - grams.place[at + reach]) // 2 + (1 << (_OFFSET_BITS - 1))
+    pair = (grams.sound[at] << _PAIR_BITS) | grams.sound[at + reach]
+    return ((pair << _OFFSET_BITS) | np.clip(half, 0, (1 << _OFFSET_BITS) - 1)).astype(np.uint64)
+
+
+def _agreeing(
+    prints: Prints, order: np.ndarray, votes: _Votes, limit: float
+) -> Iterator[tuple[int, int, Alignment]]:
+    """The pairs with enough votes that agree."""
+    for part in votes:
+        for pair, offset in zip(*_best_offsets(part), strict=True):
+            a, b = pair >> _PAIR_BITS, pair & ((1 << _PAIR_BITS) - 1)
+            match = _compare(prints[order[a]], prints[order[b]], offset)
+            if match.rate <= limit and match.overlap >= _LEAST:
+                yield a, b, match
+
+
+def _best_offsets(votes: np.ndarray) -> tuple[list[int], list[int]]:
+    """Each pair with enough votes for offsets that differ by 3 at most, and the offset with the most."""
+    vote, count = np.unique(votes, return_counts=True)
+    vote = vote.astype(np.int64)
+    count[:-1] += np.where(vote[1:] == vote[:-1] + 1, count[1:], 0)
+    vote, count = vote[count >= _VOTES], count[count >= _VOTES]
+    order = np.lexsort((-count, vote >> _OFFSET_BITS))
+    pair, first = np.unique(vote[order] >> _OFFSET_BITS, return_index=True)
+    half = (vote[order][first] & ((1 << _OFFSET_BITS) - 1)) - (1 << (_OFFSET_BITS - 1))
+    return pair.tolist(), (2 * half).tolist()
+
+
+def _compare(a: np.ndarray, b: np.ndarray, offset: int) -> Alignment:
+    """The best alignment at the offset or up to 3 words later; of all where those agree a little, as loops may."""
+    near = [match for later in range(4) if (match := at_offset(a, b, offset + later)).overlap >= _LEAST]
+    best = min(near, key=lambda match: match.rate, default=NONE)
+    if SAME < best.rate < _UNRELATED:
+        best = min(best, bit_error_rate(a, b, _LEAST), key=lambda match: match.rate)
+    return best

@@ -1,0 +1,203 @@
+"""Copies are found, however they were treated; other music is not, and nor is what all sounds share."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from music import clips
+
+from data_prep.duplicates import SAME, Prints, groups, near_pairs
+from data_prep.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
+from ssmttm import audio
+
+HERTZ = 24_000
+PIECES = 12
+
+
+@pytest.fixture(scope="module")
+def music():
+    """Clips of 10 s of as many pieces, one after the other: float32 [S]."""
+    wavs, _ = clips(0, PIECES)
+    return [torch.cat(wavs[3 * i : 3 * i + 3], dim=1)[0].numpy() for i in range(PIECES)]
+
+
+@pytest.fixture(scope="module")
+def prints(music):
+    return [fingerprint(wav, HERTZ) for wav in music]
+
+
+def encoded(tmp_path, wav, extension, rate=HERTZ):
+    path = audio.write(tmp_path / f"x.{extension}", torch.from_numpy(wav)[None], rate)
+    return audio.read(path)[0][0].numpy()
+
+
+def resampled(wav, rate):
+    return audio.resample(torch.from_numpy(wav), HERTZ, rate).numpy()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 90_000), max_size=9), st.sampled_from([8_000, 44_100, 96_000]), st.integers(0, 9))
+def test_blocks_change_nothing(cuts, rate, seed):
+    rng = np.random.default_rng(seed)
+    wav = rng.standard_normal(rng.integers(1, 13 * rate)).astype(np.float32) * np.float32(0.1)
+    maker, at = Fingerprinter(rate), 0
+    for cut in cuts:
+        maker.add(wav[at : at + cut])
+        at += cut
+    maker.add(wav[at:])
+    found = maker.finish()
+    assert found.dtype == np.uint32
+    assert np.array_equal(found, fingerprint(wav, rate))
+    assert len(found) == max(0, int((len(wav) - round(0.74 * rate)) // (rate / RATE)) + 1 - 4)
+
+
+@pytest.mark.parametrize("rate", [1_000, 2_000, 7_999, 8_000, 384_000])
+def test_any_rate(rate):
+    wav = np.random.default_rng(0).standard_normal(3 * rate).astype(np.float32)
+    assert len(fingerprint(wav, rate)) == 19
+
+
+def test_nothing_and_next_to_nothing():
+    assert len(Fingerprinter(HERTZ).finish()) == 0
+    assert len(fingerprint(np.zeros(HERTZ, np.float32), HERTZ)) == 0
+
+
+TREATMENTS = {
+    "mp3": lambda wav, folder: encoded(folder, wav, "mp3"),
+    "ogg": lambda wav, folder: encoded(folder, wav, "ogg"),
+    "louder, clipped": lambda wav, folder: np.clip(2 * wav, -1, 1),
+    "much quieter": lambda wav, folder: np.round(0.05 * wav * 32767).astype(np.float32) / 32767,
+    "trimmed by half a hop": lambda wav, folder: wav[HERTZ * 7 // 20 :],
+    "trimmed on both sides": lambda wav, folder: encoded(folder, wav[12_345 : -3 * HERTZ], "mp3"),
+    "its middle": lambda wav, folder: wav[10 * HERTZ : 21 * HERTZ],
+    "with silence around": lambda wav, folder: np.pad(wav, (5 * HERTZ, 3 * HERTZ)),
+    "dull": lambda wav, folder: audio.resample(torch.from_numpy(resampled(wav, 8_000)), 8_000, HERTZ).numpy(),
+    "with noise": lambda wav, folder: wav + np.random.default_rng(0).normal(0, 0.005, len(wav)).astype(np.float32),
+    "inverted": lambda wav, folder: -wav,
+}
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_a_copy_is_found(music, prints, treatment, tmp_path):
+    copies = [fingerprint(TREATMENTS[treatment](wav, tmp_path), HERTZ) for wav in music[:4]]
+    found = near_pairs(Prints.of([*prints, *copies]))
+    assert list(zip(found.a.tolist(), found.b.tolist(), strict=True)) == [(i, PIECES + i) for i in range(4)]
+    assert (found.rate < 0.2).all()
+    assert (found.overlap > 0.8 * min(map(len, copies)) - 80).all()
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000])
+def test_the_rate_hardly_matters(music, prints, rate):
+    for wav, found in zip(music[:3], prints, strict=False):
+        match = bit_error_rate(fingerprint(resampled(wav, rate), rate), found, 100)
+        assert match.offset == 0 and match.rate < 0.03
+
+
+def test_other_music_is_not_found(prints):
+    worst = min(
+        bit_error_rate(a, b, 100).rate for i, a in enumerate(prints) for b in prints[:i]
+    )
+    assert worst > 0.38
+    assert len(near_pairs(Prints.of(prints))) == 0
+
+
+def test_silence_and_drones_match_nothing():
+    time = np.arange(30 * HERTZ) / HERTZ
+    chord = sum(0.1 * np.sin(2 * np.pi * hertz * time) for hertz in (330, 440, 555, 1_234)).astype(np.float32)
+    faint = np.random.default_rng(0).normal(0, 1e-5, len(time)).astype(np.float32)
+    for still in (np.zeros(30 * HERTZ, np.float32), faint, chord):
+        found = fingerprint(still, HERTZ)
+        assert len(found) > 280 and not found.any()
+        assert len(near_pairs(Prints.of([found] * 5))) == 0
+
+
+def test_a_shared_intro_is_not_enough(music, prints):
+    """Five seconds in common are not looked for; what follows differs."""
+    others = [np.concatenate([music[0][: 5 * HERTZ], music[i][: 20 * HERTZ]]) for i in (1, 2)]
+    found = near_pairs(Prints.of([fingerprint(wav, HERTZ) for wav in others] + prints[:1]))
+    assert not (found.rate < SAME).any()
+
+
+def test_a_loop_is_found_wherever_it_is_cut(music):
+    """Of a bar played over and over, every word comes again and again."""
+    looped = np.tile(music[3][: 2 * HERTZ + 137], 20)
+    cut = looped[13 * HERTZ + 501 : -9 * HERTZ]
+    found = near_pairs(Prints.of([fingerprint(looped, HERTZ), fingerprint(cut, HERTZ)]))
+    assert len(found) == 1 and found.rate[0] < SAME
+
+
+def test_bit_error_rate_by_hand():
+    a = np.array([9, 1, 2, 3, 4, 0, 6], np.uint32)
+    b = np.array([2, 3, 4 + 8, 5, 6], np.uint32)
+    match = bit_error_rate(a, b, 3)
+    assert match == at_offset(a, b, 2) and match.offset == 2
+    assert (match.overlap, match.rate) == (4, 1 / 128)
+    assert bit_error_rate(b, a, 3)[0] == -2
+    assert bit_error_rate(a, b, 7).rate == 1 == at_offset(a, b, 90).rate
+
+
+def slowest(a, b, least):
+    """What `bit_error_rate` finds, by trying every offset."""
+    all_of = [at_offset(a, b, offset) for offset in range(-len(b) + 1, len(a))]
+    return max(((0.5 - m.rate) * m.overlap**0.5 for m in all_of if m.overlap >= least), default=None)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12), st.integers(0, 99))
+def test_bit_error_rate_is_the_best(n, m, least, seed):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.integers(0, 2**32, k, dtype=np.uint32) * (rng.random(k) < 0.8) for k in (n, m))
+    a, b = a.astype(np.uint32), b.astype(np.uint32)
+    found, best = bit_error_rate(a, b, least), slowest(a, b, least)
+    if best is None:
+        assert found.rate == 1
+    else:
+        assert (0.5 - found.rate) * found.overlap**0.5 == pytest.approx(best, abs=1e-4)
+
+
+def planted(seed, n, copies):
+    """Random fingerprints, the last ones copies with every tenth word spoilt."""
+    rng = np.random.default_rng(seed)
+    sounds = [rng.integers(1, 2**32, rng.integers(150, 300), dtype=np.uint32) for _ in range(n)]
+    for _ in range(copies):
+        words = sounds[rng.integers(n)].copy()
+        words[::10] ^= np.uint32(rng.integers(1, 2**32))
+        sounds.append(words)
+    return sounds
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 1 << 16])
+def test_memory_and_order_change_nothing(memory):
+    sounds = planted(0, 60, 20)
+    found = near_pairs(Prints.of(sounds))
+    pairs = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
+    assert {b for _, b in pairs} == set(range(60, 80))
+    shuffled = np.random.default_rng(1).permutation(80)
+    half = Prints.of([sounds[i] for i in shuffled[:33]]) + Prints.of([sounds[i] for i in shuffled[33:]])
+    again = near_pairs(half, np.argsort(shuffled), memory=memory)
+    for name in ("a", "b", "offset", "rate", "overlap"):
+        assert np.array_equal(getattr(found, name), getattr(again, name))
+
+
+def test_some_sounds_are_left_out_or_empty():
+    sounds = planted(3, 5, 0)
+    prints = Prints.of([sounds[0], np.empty(0, np.uint32), sounds[1], sounds[0]])
+    assert len(prints) == 4 and len(prints[1]) == 0 and np.array_equal(prints[3], sounds[0])
+    found = near_pairs(prints, np.array([3, 1, 0]))
+    assert (found.a.tolist(), found.b.tolist(), found.rate.tolist()) == ([0], [2], [0.0])
+    assert len(near_pairs(prints, np.array([1, 2]))) == len(near_pairs(Prints.of([]))) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=30), st.randoms())
+def test_groups(n, edges, random):
+    edges = [(a, b) for a, b in edges if a < n and b < n]
+    expected = list(range(n))
+    for _ in range(n):
+        for a, b in edges:
+            expected[a] = expected[b] = min(expected[a], expected[b])
+    for _ in range(2):
+        a, b = np.array([*zip(*edges, strict=True)], int).reshape(2, -1) if edges else np.empty((2, 0), int)
+        assert groups((a, b), n).tolist() == expected
+        edges = [edge[::-1] for edge in random.sample(edges, len(edges))]
