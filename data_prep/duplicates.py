@@ -9,7 +9,7 @@ Shapes: N sounds, T words of one, P pairs.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,35 +30,6 @@ _PARTS = 64  # files that votes wait in
 _OFFSET_BITS, _PAIR_BITS = 18, 23  # of a vote: half the offset, either sound
 _CHUNK = 1 << 22  # words that are hashed at a time
 _PER_WORD = 32  # bytes of memory for each word of a pass
-
-
-class Prints:
-    """The fingerprints of N sounds, in blocks of which each may be memory-mapped."""
-
-    def __init__(self, blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Each block: words uint32 [T of all], starts int64 [n + 1] of each sound in them and the end."""
-        self._blocks = [block for block in blocks if len(block[1]) > 1]
-        self._firsts = np.cumsum([0, *(len(starts) - 1 for _, starts in self._blocks)])
-        self.lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(starts) for _, starts in self._blocks)])
-
-    @classmethod
-    def of(cls, fingerprints: Iterable[np.ndarray]) -> "Prints":
-        """Of fingerprints uint32 [T] in memory."""
-        parts = [np.empty(0, np.uint32), *fingerprints]
-        return cls([(np.concatenate(parts), np.cumsum([len(part) for part in parts]))])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, sound: int) -> np.ndarray:
-        block = int(np.searchsorted(self._firsts, sound, side="right")) - 1
-        words, starts = self._blocks[block]
-        inside = sound - int(self._firsts[block])
-        return words[starts[inside] : starts[inside + 1]]
-
-    def __add__(self, other: "Prints") -> "Prints":
-        """The sounds of both, these first."""
-        return Prints([*self._blocks, *other._blocks])
 
 
 @dataclass(frozen=True)
@@ -84,12 +55,13 @@ class Pairs:
 
 
 def near_pairs(
-    prints: Prints, order: np.ndarray | None = None, limit: float = SUSPECT, memory: int = 1 << 30,
+    prints: Sequence[np.ndarray], order: np.ndarray | None = None, limit: float = SUSPECT, memory: int = 1 << 30,
     folder: Path | None = None,
 ) -> Pairs:
     """The pairs of sounds that agree over 8 s or more.
 
     Args:
+        prints: a fingerprint of each sound, uint32 [T]; they may be memory-mapped.
         order: the sounds to look at, as numbers of `prints`, int64 [N]; None for all. `Pairs` tells places in it, and
             what is found does not depend on how `prints` are ordered.
         limit: bit error rate up to which two sounds agree.
@@ -131,16 +103,15 @@ class _Grams:
     place: np.ndarray
 
 
-def _passes(prints: Prints, order: np.ndarray, memory: int) -> Iterator[_Grams]:
+def _passes(prints: Sequence[np.ndarray], order: np.ndarray, memory: int) -> Iterator[_Grams]:
     """Every sound's first of each gram, where a few other sounds have it too; a part of all grams at a time."""
-    lengths = prints.lengths[order]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.cumsum([0, *(len(prints[sound]) for sound in order.tolist())])
     bits = max(0, int(np.ceil(np.log2(max(1, starts[-1] * _PER_WORD / memory)))))
     for turn in range(1 << bits):
         yield _shared(np.sort(_keys(prints, order, starts, bits, turn)), starts, bits)
 
 
-def _keys(prints: Prints, order: np.ndarray, starts: np.ndarray, bits: int, turn: int) -> np.ndarray:
+def _keys(prints: Sequence[np.ndarray], order: np.ndarray, starts: np.ndarray, bits: int, turn: int) -> np.ndarray:
     """Hash (32 - bits) and place in all words (32 + bits) of each gram whose hash begins with `turn`. uint64"""
     keys = [np.empty(0, np.uint64)]
     begin = 0
@@ -223,7 +194,7 @@ def _votes(grams: _Grams, reach: int) -> np.ndarray:
 
 
 def _agreeing(
-    prints: Prints, order: np.ndarray, votes: _Votes, limit: float
+    prints: Sequence[np.ndarray], order: np.ndarray, votes: _Votes, limit: float
 ) -> Iterator[tuple[int, int, Alignment]]:
     """The pairs with enough votes that agree."""
     for part in votes:

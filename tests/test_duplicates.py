@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from music import clips
 
-from data_prep.duplicates import SAME, Prints, groups, near_pairs
+from data_prep.duplicates import SAME, groups, near_pairs
 from data_prep.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
 from ssmttm import audio
 
@@ -81,7 +81,7 @@ TREATMENTS = {
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_a_copy_is_found(music, prints, treatment, tmp_path):
     copies = [fingerprint(TREATMENTS[treatment](wav, tmp_path), HERTZ) for wav in music[:4]]
-    found = near_pairs(Prints.of([*prints, *copies]))
+    found = near_pairs([*prints, *copies])
     assert list(zip(found.a.tolist(), found.b.tolist(), strict=True)) == [(i, PIECES + i) for i in range(4)]
     assert (found.rate < 0.2).all()
     assert (found.overlap > 0.8 * min(map(len, copies)) - 80).all()
@@ -99,7 +99,7 @@ def test_other_music_is_not_found(prints):
         bit_error_rate(a, b, 100).rate for i, a in enumerate(prints) for b in prints[:i]
     )
     assert worst > 0.38
-    assert len(near_pairs(Prints.of(prints))) == 0
+    assert len(near_pairs(prints)) == 0
 
 
 def test_silence_and_drones_match_nothing():
@@ -109,13 +109,13 @@ def test_silence_and_drones_match_nothing():
     for still in (np.zeros(30 * HERTZ, np.float32), faint, chord):
         found = fingerprint(still, HERTZ)
         assert len(found) > 280 and not found.any()
-        assert len(near_pairs(Prints.of([found] * 5))) == 0
+        assert len(near_pairs([found] * 5)) == 0
 
 
 def test_a_shared_intro_is_not_enough(music, prints):
     """Five seconds in common are not looked for; what follows differs."""
     others = [np.concatenate([music[0][: 5 * HERTZ], music[i][: 20 * HERTZ]]) for i in (1, 2)]
-    found = near_pairs(Prints.of([fingerprint(wav, HERTZ) for wav in others] + prints[:1]))
+    found = near_pairs([fingerprint(wav, HERTZ) for wav in others] + prints[:1])
     assert not (found.rate < SAME).any()
 
 
@@ -123,7 +123,7 @@ def test_a_loop_is_found_wherever_it_is_cut(music):
     """Of a bar played over and over, every word comes again and again."""
     looped = np.tile(music[3][: 2 * HERTZ + 137], 20)
     cut = looped[13 * HERTZ + 501 : -9 * HERTZ]
-    found = near_pairs(Prints.of([fingerprint(looped, HERTZ), fingerprint(cut, HERTZ)]))
+    found = near_pairs([fingerprint(looped, HERTZ), fingerprint(cut, HERTZ)])
     assert len(found) == 1 and found.rate[0] < SAME
 
 
@@ -170,23 +170,21 @@ def planted(seed, n, copies):
 @pytest.mark.parametrize("memory", [1 << 30, 1 << 16])
 def test_memory_and_order_change_nothing(memory):
     sounds = planted(0, 60, 20)
-    found = near_pairs(Prints.of(sounds))
+    found = near_pairs(sounds)
     pairs = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
     assert {b for _, b in pairs} == set(range(60, 80))
     shuffled = np.random.default_rng(1).permutation(80)
-    half = Prints.of([sounds[i] for i in shuffled[:33]]) + Prints.of([sounds[i] for i in shuffled[33:]])
-    again = near_pairs(half, np.argsort(shuffled), memory=memory)
+    again = near_pairs([sounds[i] for i in shuffled], np.argsort(shuffled), memory=memory)
     for name in ("a", "b", "offset", "rate", "overlap"):
         assert np.array_equal(getattr(found, name), getattr(again, name))
 
 
 def test_some_sounds_are_left_out_or_empty():
     sounds = planted(3, 5, 0)
-    prints = Prints.of([sounds[0], np.empty(0, np.uint32), sounds[1], sounds[0]])
-    assert len(prints) == 4 and len(prints[1]) == 0 and np.array_equal(prints[3], sounds[0])
+    prints = [sounds[0], np.empty(0, np.uint32), sounds[1], sounds[0]]
     found = near_pairs(prints, np.array([3, 1, 0]))
     assert (found.a.tolist(), found.b.tolist(), found.rate.tolist()) == ([0], [2], [0.0])
-    assert len(near_pairs(prints, np.array([1, 2]))) == len(near_pairs(Prints.of([]))) == 0
+    assert len(near_pairs(prints, np.array([1, 2]))) == len(near_pairs([])) == 0
 
 
 @settings(max_examples=60, deadline=None)
