@@ -68,11 +68,15 @@ class _Crashed(Refused):
     """The child is dead."""
 
 
+class _Harmless(Refused):
+    """The child did not touch what was refused."""
+
+
 class Decoder:
     """Decodes one file after the other; a context manager, for one thread.
 
-    Its process starts with the first file, anew after each refused one (nothing of a bad file stays behind), and ends
-    with this object or this process, however that dies.
+    Its process starts with the first file, anew after one that libsndfile refused (nothing of a bad file stays behind),
+    and ends with this object or this process, however that dies.
     """
 
     def __init__(self, limits: Limits = Limits()) -> None:
@@ -134,7 +138,7 @@ class Decoder:
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The file open in the child; gives what the child tells of it. A refusal ends the child."""
+        """The file open in the child; gives what the child tells of it."""
         if self._busy:
             raise RuntimeError("a Decoder reads one file at a time")
         handle, before = _open(path, self._limits.max_bytes)
@@ -146,7 +150,7 @@ class Decoder:
             if _state(handle) != before:
                 raise Refused("unreadable", "it changed while it was read")
             self._request(b"C")
-        except GeneratorExit:  # the caller has enough of it
+        except (GeneratorExit, _Harmless):
             with suppress(Refused):
                 self._request(b"C")
             raise
@@ -210,12 +214,12 @@ class Decoder:
         header = memoryview(bytearray(_HEADER))
         self._receive(header, deadline)
         kind, size = bytes(header[:1]), int.from_bytes(header[1:], "little")
-        if kind not in (wanted, b"X") or size > len(self._buffer):
+        if kind not in (wanted, b"X", b"F") or size > len(self._buffer):
             raise Refused("unreadable", "the decoder went astray on it")
         self._receive(memoryview(self._buffer)[:size], deadline)
         self._left -= time.monotonic() - begun
-        if kind == b"X":
-            raise Refused(*json.loads(self._buffer[:size]))
+        if kind != wanted:
+            raise (_Harmless if kind == b"F" else Refused)(*json.loads(self._buffer[:size]))
         return size
 
     def _receive(self, into: memoryview, deadline: float) -> None:
@@ -254,8 +258,11 @@ class Decoder:
         with link:
             self._child = subprocess.Popen(
                 [sys.executable, "-P", str(program), *map(str, numbers)],
-                stdin=link.fileno(), stdout=subprocess.DEVNULL, start_new_session=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-            )  # fmt: skip
+                stdin=link.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
         self._files = 0
         self._link.settimeout(_START_SECONDS)
         ready = b""

@@ -3,8 +3,8 @@
 It is run by its path, imports nothing of this project, may write no file, has a limit of memory, and dies with its
 parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor comes along), R (read a
 block) or C (close). O and R are answered with a message each: a byte (its kind), its length and its content. Kinds: S,
-the sound in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a refusal in JSON. What
-libsndfile does not know goes to FFmpeg, if there is one, of which the same holds.
+the sound in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a refusal in JSON; F,
+the same by FFmpeg, a process of its own. It gets what libsndfile does not know, and has the same bounds.
 """
 
 import contextlib
@@ -29,24 +29,29 @@ HEADER = struct.Struct("<cI")
 CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "SVX", "VOC"}
 # What FFmpeg may take a file for: containers and decoders of sound, nothing that names other files or the network.
 DEMUXERS = (
-    "mov,matroska,asf,ogg,mp3,aac,loas,flac,wav,w64,aiff,caf,au,avi,flv,mpegts,mpeg,amr,ac3,eac3,dts,dtshd,truehd,mlp,"
-    "wv,ape,tta,tak,mpc,mpc8,dsf,iff,rm,oma,shn,bonk,osq,qoa,voc"
+    "mov,matroska,asf,ogg,mp3,aac,loas,flac,wav,w64,aiff,caf,au,amr,ac3,eac3,dts,dtshd,truehd,mlp,wv,ape,tta,tak,mpc,mpc8,"
+    "dsf,iff,shn,osq,qoa,voc"
 )
 DECODERS = (
     "aac,aac_latm,alac,als,mp1,mp1float,mp2,mp2float,mp3,mp3float,opus,libopus,vorbis,libvorbis,flac,wavpack,ape,tta,tak,"
-    "wmav1,wmav2,wmapro,wmalossless,ac3,eac3,dca,truehd,mlp,amrnb,amrwb,mpc7,mpc8,cook,ra_144,ra_288,sipr,atrac1,atrac3,"
-    "atrac3p,dsd_lsbf,dsd_msbf,dsd_lsbf_planar,dsd_msbf_planar,shorten,bonk,osq,qoa,gsm,gsm_ms,speex,libspeex,nellymoser,"
-    "pcm_u8,pcm_s8,pcm_s8_planar,pcm_s16le,pcm_s16be,pcm_s24le,pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,"
-    "pcm_f64le,pcm_f64be,pcm_alaw,pcm_mulaw,pcm_dvd,pcm_bluray,adpcm_ms,adpcm_ima_wav,adpcm_ima_qt,adpcm_swf,8svx_exp,8svx_fib"
+    "wmav1,wmav2,wmapro,wmalossless,ac3,eac3,dca,truehd,mlp,amrnb,amrwb,mpc7,mpc8,dsd_lsbf,dsd_msbf,dsd_lsbf_planar,"
+    "dsd_msbf_planar,shorten,osq,qoa,gsm,gsm_ms,speex,libspeex,pcm_u8,pcm_s8,pcm_s8_planar,pcm_s16le,pcm_s16be,pcm_s24le,"
+    "pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be,pcm_alaw,pcm_mulaw,adpcm_ms,adpcm_ima_wav,"
+    "adpcm_ima_qt,adpcm_swf,8svx_exp,8svx_fib"
 )
 # Containers whose header states how long the sound is, so that a file cut short can be told.
 _TIMED = {"mov", "matroska", "asf", "wv", "ape", "tta", "tak"}
 _UNKNOWN = {1, 4}  # libsndfile: format not recognised, encoding not supported
+_UNKNOWN_WORDS = ("unimplemented", "regular file")  # the second is what it says of text that it takes for MP3
 _NO_MEMORY = "it needs more memory to decode than allowed"
 
 
 class Refusal(Exception):
     """A kind of `data_prep.track.KINDS` and a reason."""
+
+
+class FFmpegRefusal(Refusal):
+    """The same, after which this process is as it was."""
 
 
 class _Forwards(soundfile.SoundFile):
@@ -63,7 +68,7 @@ class SndFile:
         try:
             self._file = _Forwards(handle, closefd=False)
         except soundfile.LibsndfileError as error:
-            if error.code in _UNKNOWN or "unimplemented" in error.error_string.lower():
+            if error.code in _UNKNOWN or any(word in error.error_string for word in _UNKNOWN_WORDS):
                 raise LookupError from error
             raise _damaged(error) from error
         if self._file.format not in CONTAINERS:
@@ -99,7 +104,8 @@ class FFmpeg:
     def __init__(self, handle: int, seconds: tuple[float, float]) -> None:
         program = _ffmpeg()
         if program is None:
-            raise Refusal("unreadable", "it is in no format that libsndfile reads, and there is no FFmpeg: install it")
+            reason = "it is in no format that libsndfile reads, and there is no FFmpeg: install it"
+            raise FFmpegRefusal("unreadable", reason)
         self._log, log = os.pipe()
         os.set_blocking(log, False)
         os.set_blocking(self._log, False)
@@ -111,14 +117,11 @@ class FFmpeg:
         os.close(log)
         assert self._process.stdout is not None
         self._out: IO[bytes] = self._process.stdout
-        header = bytearray(24)
-        if self._fill(memoryview(header)) < 24:
-            self._finish()
-            raise Refusal("unreadable", "it is no audio that libsndfile or FFmpeg can read")
-        _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
-        self._fill(memoryview(bytearray(offset - 24)))
-        self.sound = {"channels": channels, "sample_rate": rate, "exact": False, "big_endian": True}
-        self.sound |= _described(self._words(), rate)
+        try:
+            self.sound = self._begin()
+        except Refusal:
+            self.close()
+            raise
 
     def read(self, buffer: memoryview) -> int:
         """Fill `buffer` with samples; returns the bytes that were filled."""
@@ -133,6 +136,16 @@ class FFmpeg:
         self._out.close()
         os.close(self._log)
 
+    def _begin(self) -> dict[str, Any]:
+        header = bytearray(24)
+        if self._fill(memoryview(header)) < 24:
+            self._finish()
+            raise FFmpegRefusal("unreadable", "it is no audio that libsndfile or FFmpeg can read")
+        _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
+        self._fill(memoryview(bytearray(offset - 24)))
+        known = {"channels": channels, "sample_rate": rate, "exact": False, "big_endian": True}
+        return known | _described(self._words(), rate)
+
     def _fill(self, buffer: memoryview) -> int:
         filled = 0
         while filled < len(buffer) and (size := self._out.readinto(buffer[filled:])):  # type: ignore[attr-defined]
@@ -144,12 +157,12 @@ class FFmpeg:
         if code == 0:
             return
         if "Cannot allocate memory" in self._words():
-            raise Refusal("limit", _NO_MEMORY)
+            raise FFmpegRefusal("limit", _NO_MEMORY)
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            raise Refusal("limit", "the system ended FFmpeg on it, as it does when memory or time runs out")
+            raise FFmpegRefusal("limit", "the system ended FFmpeg on it, as it does when memory or time runs out")
         if code < 0:
-            raise Refusal("unreadable", f"the decoder crashed on it (signal {-code})")
-        raise Refusal("unreadable", "it is no audio that libsndfile or FFmpeg can read, or damaged")
+            raise FFmpegRefusal("unreadable", f"the decoder crashed on it (signal {-code})")
+        raise FFmpegRefusal("unreadable", "it is no audio that libsndfile or FFmpeg can read, or damaged")
 
     def _words(self) -> str:
         with contextlib.suppress(BlockingIOError):
@@ -233,7 +246,7 @@ class Server:
             try:
                 self._answer(request, handles)
             except Refusal as refusal:
-                self._send(b"X", json.dumps(refusal.args).encode())
+                self._send(b"F" if isinstance(refusal, FFmpegRefusal) else b"X", json.dumps(refusal.args).encode())
             except MemoryError:
                 self._send(b"X", json.dumps(("limit", _NO_MEMORY)).encode())
 

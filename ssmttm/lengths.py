@@ -21,9 +21,9 @@ def sound_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
     head = file.read(12)
     if head[:4] in (b".snd", b"dns.") and len(head) == 12:
         first, declared = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:])
-        return (0, 0) if declared in _UNTIL_THE_END else (declared, size - first)
+        return (0, 0) if declared in _UNTIL_THE_END else (declared, max(0, size - first))
     large = None
-    for name, length in _chunks(file, head):
+    for name, length in _chunks(file, head, size):
         if name == b"ds64":
             large = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
         if name in (b"data", b"SSND"):
@@ -32,7 +32,7 @@ def sound_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _chunks(file: io.BufferedReader, head: bytes) -> Iterator[tuple[bytes, int]]:
+def _chunks(file: io.BufferedReader, head: bytes, size: int) -> Iterator[tuple[bytes, int]]:
     """Name and length of every chunk of the RIFF family, the file standing at its content."""
     wide = head[:4] == b"riff"
     small = {b"RIFF": "<I", b"RF64": "<I", b"BW64": "<I", b"RIFX": ">I", b"FORM": ">I"}.get(head[:4])
@@ -46,10 +46,10 @@ def _chunks(file: io.BufferedReader, head: bytes) -> Iterator[tuple[bytes, int]]
         length = struct.unpack("<Q", chunk[16:])[0] - 24 if wide else struct.unpack(small or "", chunk[4:])[0]
         place = file.tell()
         yield chunk[:4], length
-        padded = length + (-length) % (8 if wide else 2)
-        if not 0 <= padded < 1 << 62:
+        following = place + length + (-length) % (8 if wide else 2)
+        if not place <= following < size:
             return
-        file.seek(place + padded)
+        file.seek(following)
 
 
 def cut_short(seen: int, declared: int, exact: bool) -> bool:
