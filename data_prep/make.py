@@ -2,13 +2,13 @@
 
 import argparse
 import math
-from dataclasses import fields, replace
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from data_prep.codes import Coder
 from data_prep.cut import Cut
 from data_prep.decode import Limits
+from data_prep.describe import Describing
 from data_prep.embed import Embedder
 from data_prep.encode import Windows
 from data_prep.engine.executors import Processes, Ray
@@ -19,6 +19,7 @@ from data_prep.pipeline import Wishes
 from data_prep.quality import Filters
 from data_prep.sources import SOURCES
 from data_prep.sources.references import read_references
+from data_prep.track import Refusal, Track
 from data_prep.vocals import VocalDetection, VocalRemoval
 from ssmttm.errors import UserError
 
@@ -38,7 +39,7 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
         raise UserError(f"there is no folder {root}: give the data set's folder as --root")
     if out.resolve() == root.resolve():
         raise UserError(f"--out is the same folder as --root ({root}): give the store a folder of its own")
-    tracks = SOURCES[arguments.command].tracks(root, arguments.index)
+    tracks = _outside(SOURCES[arguments.command].tracks(root, arguments.index), root, out)
     against = [read_references(path) for path in arguments.against]
     return FromTracks(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
 
@@ -58,28 +59,29 @@ def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
 def run_of(arguments: argparse.Namespace, root: Path) -> Run:
     """Who does the work."""
     executor = Ray(arguments.ray_address) if arguments.executor == "ray" else Processes(arguments.workers)
-    run = Run(root, executor, arguments.until, share_of(arguments))
-    run.begin()
-    return run
+    return Run(root, executor, arguments.until, share_of(arguments))
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:
     checked(arguments.segment, 1.0, 3600.0, "--segment", " seconds")
     rate = arguments.sample_rate or _rate_of(arguments.codec)
     checked(rate, 1_000, 192_000, "--sample-rate", " Hz")
-    filters = _given(
-        Filters(), max_silence=arguments.max_silence, max_clipped=arguments.max_clipped,
-        min_bandwidth=arguments.min_bandwidth, dual_mono=not arguments.refuse_dual_mono,
-    )  # fmt: skip
-    seconds = None if arguments.max_hours is None else arguments.max_hours * 3600
-    limits = _given(Limits(), max_seconds=seconds, max_bytes=arguments.max_bytes)
+    filters = Filters(
+        max_silence=checked(arguments.max_silence, 0.0, 1.0, "--max-silence", ""),
+        max_clipped=checked(arguments.max_clipped, 0.0, 1.0, "--max-clipped", ""),
+        min_bandwidth=checked(arguments.min_bandwidth, 0.0, 96_000.0, "--min-bandwidth", " Hz"),
+        dual_mono=not arguments.refuse_dual_mono,
+    )
+    limits = Limits(max_seconds=arguments.max_hours * 3600, max_bytes=arguments.max_bytes)
     return Cut(rate, arguments.segment, arguments.tail, filters, limits)
 
 
-def _given(defaults: Any, **values: Any) -> Any:
-    """A dataclass with those of the values that are given."""
-    names = {field.name for field in fields(defaults)}
-    return replace(defaults, **{name: value for name, value in values.items() if value is not None and name in names})
+def _outside(tracks: Iterable[Track | Refusal], root: Path, out: Path) -> Iterable[Track | Refusal]:
+    """The tracks, but for what an earlier run wrote where the store lies within the source's own folder."""
+    if root.resolve() not in out.resolve().parents:
+        return tracks
+    inside = f"{out.resolve().relative_to(root.resolve()).as_posix()}/"
+    return (item for item in tracks if not (isinstance(item, Track) and item.path.startswith(inside)))
 
 
 def _rate_of(codec: str) -> int:
@@ -94,11 +96,21 @@ def _vocals(arguments: argparse.Namespace, device: str) -> VocalDetection | Voca
     if arguments.vocals == "keep":
         return None
     kind = VocalRemoval if arguments.vocals == "remove" else VocalDetection
-    return _given(kind(device=device), weights=arguments.vocal_model)
+    return kind(weights=arguments.vocal_model or kind.weights, device=device)
 
 
-def _captions(arguments: argparse.Namespace, device: str) -> Any:
-    return None
+def _captions(arguments: argparse.Namespace, device: str) -> Describing | None:
+    """What is asked for beside the captions that the source gives; None for nothing."""
+    how, rephrase = arguments.captions, arguments.rephrase or ""
+    if how == "source" and not rephrase:
+        return None
+    return Describing(
+        templates=0 if how == "source" else Describing.templates,
+        captioner="" if how in ("source", "tags") else how,
+        rephrase=rephrase,
+        instrumental=arguments.vocals != "keep",
+        device=device,
+    )
 
 
 def _device(asked: str) -> str:

@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 from data_prep.cut import TAILS
+from data_prep.decode import Limits
 from data_prep.engine.run import Share
 from data_prep.licences import POLICIES
+from data_prep.quality import Filters
 from data_prep.sources import SOURCES
 from ssmttm.errors import UserError
 
@@ -78,8 +80,8 @@ def _files() -> argparse.ArgumentParser:
     option("--policy", default="research-nc", choices=list(POLICIES), help=f"licences let in. {policies}")
     option(
         "--against", type=Path, action="append", default=[], metavar="SET",
-        help="an evaluation set whose works, artists and recordings are kept out (a table of MusicCaps, Song Describer or "
-        "MTG-Jamendo, a folder of audio, a store); may be given several times",
+        help="an evaluation set whose works, artists and recordings are kept out: a table of MusicCaps, Song Describer "
+        "or MTG-Jamendo, a folder of audio, a store; may be given several times",
     )  # fmt: skip
     option = group.add_argument_group("segments").add_argument
     option("--segment", type=float, default=30.0, metavar="SECONDS", help="their length (default: %(default)s)")
@@ -87,13 +89,16 @@ def _files() -> argparse.ArgumentParser:
     option("--tail", default="keep", choices=list(TAILS), help=f"the end of a track. {tails}")
     option("--sample-rate", type=int, metavar="HZ", help="of the stored audio; default: the codec's, else 24000")
     option = group.add_argument_group("quality").add_argument
-    option("--max-silence", type=float, metavar="SHARE", help="of a segment that may be silent")
-    option("--max-clipped", type=float, metavar="SHARE", help="of a segment's samples that may be clipped")
-    option("--min-bandwidth", type=float, metavar="HZ", help="up to which a segment must hold sound")
+    default = "(default: %(default)g)"
+    silence, clipped, bandwidth = Filters.max_silence, Filters.max_clipped, Filters.min_bandwidth
+    option("--max-silence", type=float, default=silence, metavar="SHARE", help=f"of a segment's time {default}")
+    option("--max-clipped", type=float, default=clipped, metavar="SHARE", help=f"of its samples {default}")
+    option("--min-bandwidth", type=float, default=bandwidth, metavar="HZ", help=f"that its sound reaches {default}")
     option("--refuse-dual-mono", action="store_true", help="refuse stereo whose channels are the same")
     option = group.add_argument_group("limits for one file").add_argument
-    option("--max-hours", type=float, metavar="H", help="of sound")
-    option("--max-bytes", type=int, metavar="N", help="of its size")
+    hours = Limits.max_seconds / 3600
+    option("--max-hours", type=float, default=hours, metavar="H", help=f"of sound {default}")
+    option("--max-bytes", type=int, default=Limits.max_bytes, metavar="N", help="of its size (default: %(default)d)")
     return group
 
 
@@ -101,13 +106,14 @@ def _later() -> argparse.ArgumentParser:
     """What is done with segments, whatever they come from."""
     group = argparse.ArgumentParser(add_help=False)
     option = group.add_argument_group("voices").add_argument
-    option("--vocals", default="keep", choices=("keep", "remove", "refuse"), help="remove them, or refuse a segment with any")
+    choices = ("keep", "remove", "refuse")
+    option("--vocals", default="keep", choices=choices, help="remove them, or refuse segments with any")
     option("--vocal-model", metavar="MODEL", help="of the separator or the detector; a name or a folder")
     option = group.add_argument_group("captions").add_argument
     option(
         "--captions", default="source", metavar="HOW",
-        help="source: as given (default); tags: made from tags where none is given; else an audio language model's folder "
-        "or hub name, such as Qwen/Qwen2-Audio-7B-Instruct",
+        help="source: as given (default); tags: and some made from tags; else, and one by an audio language model: its "
+        "folder or hub name, such as Qwen/Qwen2-Audio-7B-Instruct",
     )  # fmt: skip
     option("--rephrase", metavar="MODULE:FUNCTION", help="your function: a list of captions -> other wordings of each")
     option = group.add_argument_group("encoders").add_argument
@@ -122,7 +128,7 @@ def _machine() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
     option = group.add_argument_group("who does the work").add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    option("--workers", type=_count, default=cores, metavar="N", help="processes, each on one core (default: %(default)s)")
+    option("--workers", type=_count, default=cores, metavar="N", help="processes, one core each (default: %(default)s)")
     executors = "processes of this machine (default), a chain of Slurm arrays, or a Ray cluster"
     option("--executor", default="processes", choices=("processes", "slurm", "ray"), help=executors)
     option("--ray-address", metavar="ADDRESS", help="of the cluster, such as auto; default: one on this machine")

@@ -10,7 +10,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data_prep.captioning import caption_shard
 from data_prep.codes import Coder, encode_shard
+from data_prep.describe import Describing
 from data_prep.embed import Embedder, embed_shard
 from data_prep.engine.run import Run
 from data_prep.engine.status import WORK
@@ -41,7 +43,7 @@ class Wishes:
     """
 
     vocals: VocalDetection | VocalRemoval | None = None
-    captions: Any = None
+    captions: Describing | None = None
     coder: Coder | None = None
     embedder: Embedder | None = None
 
@@ -83,7 +85,7 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
         make = partial(detect_shard, wishes.vocals)
         segments = taken_on(segments, _each(run, "vocals", config["vocals"], segments, make), audio=False)
     if wishes.captions is not None:
-        make = partial(describe_shard, wishes.captions)
+        make = partial(caption_shard, wishes.captions)
         segments = taken_on(segments, _each(run, "captions", config["captions"], segments, make), audio=False)
     if not any(pq.read_metadata(part.rows).num_rows for part in segments):
         raise _nothing(out, run)

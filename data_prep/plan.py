@@ -26,9 +26,10 @@ from ssmttm.data.writer import config_hash
 from ssmttm.errors import UserError
 
 TRACKS_FILE, SHARDS_FILE = "tracks.arrow", "shards.json"
-_SHARD_TRACKS = 32  # at most, on average; the unit of what a stopped run does again
+_TRACKS = (4, 32)  # of a shard, on average: the fewest and the most
+_SHARDS = 64  # that are aimed at in between: work for many, and little to do again after a stop
 _BATCH = 8192
-_PLANNED = TRACKS.append(pa.field("shard", pa.int32()))
+_PLANNED = TRACKS.append(pa.field("shard", pa.int64()))
 
 
 def write_plan(found: Iterable[Track | Refusal], root: Path, licence: str | None, policy: str, folder: Path) -> Counts:
@@ -46,7 +47,7 @@ def write_plan(found: Iterable[Track | Refusal], root: Path, licence: str | None
     fallback = normalise(licence) if licence else None
     refused: list[Refusal] = []
     table = pa.Table.from_batches(_batches(_usable(found, fallback, policy, refused)), _PLANNED)
-    bits = max(0, math.ceil(math.log2(max(1, table.num_rows) / _SHARD_TRACKS)))
+    bits = _bits(table.num_rows)
     table = _with_shards(table, bits)
     shards = []
     with pa.OSFile(str(folder / TRACKS_FILE), "wb") as file, pa.ipc.new_file(file, TRACKS) as writer:
@@ -103,7 +104,7 @@ def _usable(
         seen.add(key)
         row = {name: _clean(value) for name, value in asdict(item).items()}
         row |= {"licence": licence.spdx, "licence_url": licence.url}
-        yield row | {"shard": int.from_bytes(key[:4], "big") >> 1}
+        yield row | {"shard": int.from_bytes(key[:4], "big")}
 
 
 def _clean(value: str | tuple[str, ...]) -> str | list[str]:
@@ -141,9 +142,15 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
     yield pa.RecordBatch.from_pylist(held, schema=_PLANNED)
 
 
+def _bits(tracks: int) -> int:
+    """The logarithm of how many shards there are."""
+    fewest, most = (max(1, tracks) / size for size in reversed(_TRACKS))
+    return max(0, math.ceil(math.log2(min(most, max(fewest, _SHARDS)))))
+
+
 def _with_shards(table: pa.Table, bits: int) -> pa.Table:
     """Sorted by shard, which is the first `bits` bits of the id's hash, and id."""
-    shards = pc.shift_right(table["shard"], pa.scalar(31 - bits, pa.int32()))
+    shards = pc.shift_right(table["shard"], pa.scalar(32 - bits, pa.int64()))
     table = table.set_column(table.column_names.index("shard"), "shard", shards)
     return table.sort_by([("shard", "ascending"), ("id", "ascending")])
 

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.engine.executors import Executor
-from data_prep.engine.work import DONE, Counts, Done, Work, clear_leftovers, do, find
+from data_prep.engine.work import DONE, Counts, Done, Work, do, find
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 
@@ -50,11 +50,6 @@ class Run:
     done: list[Done] = field(default_factory=list)  # of all stages so far
     _stages: list[dict[str, Any]] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """Clear what an earlier run left half-made; unless this is one task of several, which others may be making."""
-        if self.share is None:
-            clear_leftovers(self.root)
-
     def alone(self, name: str, make: Callable[[Path], Counts]) -> Path:
         """A stage of one shard that is made anew by every run, and taken as it is by one task of several."""
         work = Work(self.root / name / "all", uuid.uuid4().hex, make)
@@ -74,8 +69,6 @@ class Run:
             UserError: an earlier stage is not finished and only a share of a later one was asked for.
         """
         self._note(name, works)
-        if self.share is None:
-            _remove_others(works)
         done = {work.target: found for work in works if (found := find(work)) is not None}
         fresh = [work for work in works if work.target not in done]
         if self.share is not None and self.share.stage != name and fresh:
@@ -84,6 +77,8 @@ class Run:
             fresh = [work for work in works[self.share.index :: self.share.n] if work.target not in done]
         for finished in self._watched(name, works, list(done.values()), fresh, device):
             done[finished.folder] = finished
+        if self.share is None:
+            _remove_others(works)
         self._stop_after(name)
         ordered = [done[work.target] for work in works]
         self.done += ordered
@@ -123,9 +118,9 @@ class Run:
 
 
 def _remove_others(works: Sequence[Work]) -> None:
-    """Remove shards of a stage that are none of the run's any more, such as those of tracks that are gone."""
+    """Remove what killed workers left half-made of a stage, and shards of tracks that are gone."""
     targets = {work.target for work in works}
     for folder in {target.parent for target in targets}:
         for path in folder.glob("*"):
             if path not in targets:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)

@@ -98,12 +98,6 @@ def do(work: Work) -> Done:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def clear_leftovers(root: Path) -> None:
-    """Remove what killed workers left half-made. Only for the process that leads the run."""
-    for path in root.glob("*/.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _publish(aside: Path, work: Work) -> None:
     """Rename `aside` to the target; what stands there of other inputs goes first."""
     if work.target.exists() and find(work) is None:

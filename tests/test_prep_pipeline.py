@@ -1,0 +1,248 @@
+"""From a mixed folder to a store: exactly the right segments, counts and reasons; growing, changing, packing anew."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from planted import RATE, Planted, music, plant, save
+from small_stores import small_codec
+
+from data_prep.__main__ import main
+from data_prep.decoder_child import find_ffmpeg
+from data_prep.engine.status import WORK
+from ssmttm.codecs import load_codec
+from ssmttm.data import CodesLoader, open_store
+from ssmttm.errors import UserError
+
+
+def quarantine(store: Path) -> dict[str, tuple[str, str]]:
+    """Kind and reason by item; every item once."""
+    with open(store / "quarantine.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["item"] for row in rows}) == len(rows)
+    return {row["item"]: (row["kind"], row["reason"]) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"), find_ffmpeg())
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codec") / "small"
+    small_codec(folder)
+    return folder
+
+
+BARE = ["--codec", "none", "--text", "none", "--workers", "1"]
+
+
+def bare(root: Path, out: Path) -> list[str]:
+    """The arguments of a store of audio only."""
+    return ["--root", str(root), "--out", str(out), "--licence", "CC0-1.0", *BARE]
+
+
+def prepare(planted: Planted, out: Path, codec: Path, *more: object) -> None:
+    sets = [word for path in planted.against for word in ("--against", path)]
+    words = ["folder", "--root", planted.root, "--out", out, "--licence", "CC0-1.0", "--segment", "20", *sets,
+             "--codec", codec, "--sample-rate", "24000", "--text", "none", "--workers", "1", *more]  # fmt: skip
+    main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def made(planted, codec, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("made") / "store"
+    prepare(planted, out, codec)
+    return out
+
+
+def test_exactly_the_right_segments(planted, made):
+    store = open_store(made)
+    counts: dict[str, int] = {}
+    for track in store.manifest["track"].to_pylist():
+        counts[track] = counts.get(track, 0) + 1
+    assert counts == planted.kept
+    assert sum(store.info["counts"].values()) == sum(planted.kept.values())
+    rows = store.manifest.to_pylist()
+    assert {row["track"]: row["captions"] for row in rows if row["captions"]} == planted.captions
+    one = next(row for row in rows if row["track"] == "rock/one.flac")
+    assert (one["title"], one["author"], one["source_url"]) == ("One", "Ann", "https://example.org/1")
+    assert (one["licence"], one["licence_url"]) == ("CC-BY-4.0", "https://creativecommons.org/licenses/by/4.0/")
+    assert one["evidence"] == "captions.csv line 2" and "resampled to 24000 Hz" in one["modifications"]
+    assert {row["licence"] for row in rows} == {"CC0-1.0", "CC-BY-4.0"}
+    assert all(-40 < row["loudness"] < 0 for row in rows)
+
+
+def test_exactly_the_right_reasons(planted, made):
+    told = quarantine(made)
+    assert {item: kind for item, (kind, _) in told.items()} == planted.refused
+    words = {
+        "copies/bytes.flac": "the same file as rock/one.flac",
+        "copies/samples.wav": "the same sound as rock/one.flac",
+        "copies/encoded.mp3": "nearly the same sound as rock/one.flac",
+        "copies/louder.ogg": "nearly the same sound as three.ogg",
+        "licences/nd.flac": "needs --policy nd",
+        "licences/unknown.flac": "'all rights reserved' is not known",
+        "licences/versionless.flac": "names no version",
+        "evaluation/artist.flac": "its artist jamendo:artist:11 is in song_describer",
+        "evaluation/sound.flac": "it sounds like clip.wav of kept_out",
+        "bad/empty.wav": "empty",
+        "bad/nan.wav": "NaN",
+        "bad/short.flac": "shorter than 3 s",
+        "bad/telephone.wav": "nothing above",
+        "bad/cut short.wav": "cut short",
+        "gone.wav": "no such file",
+    }
+    for item, word in words.items():
+        assert word in told[item][1], (item, told[item])
+
+
+def test_decontamination_is_told(made):
+    report = json.loads((made / "decontamination.json").read_text())
+    left_out = {set_["name"]: sorted(set_["left_out"]) for set_ in report["evaluation"]}
+    assert left_out == {
+        "song_describer": ["evaluation/artist.flac"],
+        "kept_out": ["evaluation/sound again.ogg", "evaluation/sound.flac"],
+    }
+
+
+def test_the_sound_is_the_files_own(planted, made):
+    """Every segment against the file, read and resampled in one go by other means."""
+    from ssmttm import audio
+
+    store = open_store(made)
+    for index, row in enumerate(store.manifest.to_pylist()):
+        wav, rate = sf.read(store.audio_path(index), dtype="float32")
+        assert rate == RATE and len(wav) == round(row["duration"] * RATE)
+        if row["track"].endswith(".m4a"):
+            continue
+        whole = audio.read(planted.root / row["track"], RATE)[0][0].numpy()
+        first = int(row["id"].rsplit("-", 1)[1]) * 20 * RATE
+        inner = slice(200, len(wav) - 200)  # a segment is resampled on its own
+        np.testing.assert_allclose(wav[inner], whole[first : first + len(wav)][inner], atol=2e-3)
+
+
+def test_codes_are_those_of_the_audio(made, codec):
+    store, coder = open_store(made), load_codec(str(codec))
+    from data_prep.encode import Windows, encode_all
+    from ssmttm import audio
+
+    wavs = [audio.read(store.audio_path(index), coder.sample_rate)[0] for index in range(len(store))]
+    for index, codes in enumerate(encode_all(wavs, coder, Windows(20.0))):
+        np.testing.assert_array_equal(store.codes(index), codes)
+
+
+def test_a_second_run_does_nothing_and_a_grown_folder_little(planted, made, codec, tmp_path, monkeypatch):
+    root = tmp_path / "music"
+    shutil.copytree(planted.root, root, symlinks=True)
+    again = Planted(root, planted.against, planted.kept, planted.refused, planted.captions)
+    prepare(again, tmp_path / "s", codec)
+    first = open_store(tmp_path / "s")
+    assert first.fingerprint == open_store(made).fingerprint
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / WORK).glob("c*/*/done.json")}
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.openings.cut_shard", lambda *_: pytest.fail("cut again"))
+        prepare(again, tmp_path / "s", codec)
+    save(root / "new.flac", music(30))
+    prepare(again, tmp_path / "s", codec)
+    grown = open_store(tmp_path / "s")
+    assert len(grown) == len(first) + 2
+    fresh = [path for path, time in shards.items() if path.stat().st_mtime_ns != time]
+    assert 1 <= len(fresh) <= 2, "the shard of the new track, cut and encoded"
+    (root / "new.flac").unlink()
+    prepare(again, tmp_path / "s", codec)
+    assert open_store(tmp_path / "s").fingerprint == first.fingerprint
+    assert len(list((tmp_path / "s" / "audio").rglob("*.flac"))) == len(first)
+
+
+def test_other_settings_never_mix(planted, made, codec, tmp_path):
+    before = open_store(made).fingerprint
+    with pytest.raises(UserError, match=r"other settings .source\.cut\.tail 'keep' -> 'drop'"):
+        prepare(planted, made, codec, "--tail", "drop")
+    assert open_store(made).fingerprint == before
+
+
+@pytest.mark.parametrize(("tail", "lengths"), [("drop", [20.0, 20.0]), ("overlap", [20.0, 20.0, 20.0])])
+def test_tails(tmp_path, tail, lengths):
+    save(tmp_path / "music" / "a.wav", np.concatenate([music(0), music(1)[: 7 * RATE]]))
+    main(["folder", *bare(tmp_path / "music", tmp_path / "s"), "--segment", "20", "--tail", tail])
+    store = open_store(tmp_path / "s")
+    assert store.manifest["duration"].to_pylist() == lengths
+    if tail == "overlap":
+        last, _ = sf.read(store.audio_path(2), dtype="float32")
+        np.testing.assert_allclose(last, np.concatenate([music(0)[27 * RATE :], music(1)[: 7 * RATE]]), atol=1e-4)
+
+
+def test_a_store_is_packed_anew(made, codec, tmp_path):
+    """Another codec into a new store, and an audio-only store that gets its codes in place."""
+    main(["pack", "--root", str(made), "--out", str(tmp_path / "b"), *BARE])
+    bare, first = open_store(tmp_path / "b"), open_store(made)
+    assert bare.info["codec"] is None and bare.manifest["id"] == first.manifest["id"]
+    assert quarantine(bare.path) == quarantine(made)
+    assert (bare.path / "decontamination.json").read_bytes() == (made / "decontamination.json").read_bytes()
+    more = ["--codec", str(codec), "--text", "minilm", "--workers", "1"]
+    main(["pack", "--root", str(bare.path), *more])
+    packed = open_store(bare.path)
+    for index in range(len(first)):
+        np.testing.assert_array_equal(packed.codes(index), first.codes(index))
+    assert packed.text("a song that is known").shape[1] == 384 and packed.text("").shape[1] == 384
+    split = packed.manifest["split"][0].as_py()
+    assert CodesLoader(packed, split, 2, 50, 0).batch(0)["codes"].shape[0] == 2
+    packed.verify()
+
+
+def test_an_interrupted_pack_in_place_goes_on(made, codec, tmp_path, monkeypatch):
+    main(["pack", "--root", str(made), "--out", str(tmp_path / "b"), *BARE])
+    words = ["pack", "--root", str(tmp_path / "b"), "--codec", str(codec), "--text", "none", "--workers", "1"]
+    for place in ("ssmttm.data.writer.write_text", "data_prep.pack._settle", "data_prep.pack.write_attribution"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                main(words)
+    main(words)
+    assert open_store(tmp_path / "b").manifest["id"] == open_store(made).manifest["id"]
+
+
+def test_captions_from_tags(tmp_path):
+    save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
+    (tmp_path / "music" / "captions.csv").write_text("path,tags\na.wav,genre---jazz;instrument---piano\n")
+    main(["folder", *bare(tmp_path / "music", tmp_path / "s"), "--captions", "tags"])
+    captions = open_store(tmp_path / "s").captions(0)
+    assert captions != [""] and "jazz" in " ".join(captions).lower()
+
+
+def test_a_store_inside_the_folder_is_not_prepared_again(tmp_path):
+    save(tmp_path / "a.wav", music(0)[: 6 * RATE])
+    for _ in range(2):
+        main(["folder", *bare(tmp_path, tmp_path / "s")])
+    assert len(open_store(tmp_path / "s")) == 1
+
+
+def test_nothing_usable_is_one_line_with_the_first_reason(tmp_path):
+    (tmp_path / "music").mkdir()
+    (tmp_path / "music" / "x.wav").touch()
+    with pytest.raises(UserError, match=r"nothing can be used, .*quarantine.csv says why: x.wav: it is empty"):
+        main(["folder", *bare(tmp_path / "music", tmp_path / "s")])
+    assert quarantine(tmp_path / "s") == {"x.wav": ("unreadable", "it is empty (0 bytes)")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--segment", "0"], "--segment must be between 1 and 3600"),
+        (["--max-silence", "2"], "--max-silence must be between 0 and 1"),
+        (["--sample-rate", "5"], "--sample-rate must be between 1000 and 192000"),
+        (["--licence", "free beer"], "'free beer' is not known"),
+        (["--against", "nowhere.csv"], "there is no nowhere.csv"),
+        (["--codec", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, words, message):
+    save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
+    with pytest.raises(UserError, match=message):
+        main(["folder", "--root", str(tmp_path / "music"), "--out", str(tmp_path / "s"), *words])

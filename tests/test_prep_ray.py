@@ -1,0 +1,135 @@
+"""The engine on Ray: real clusters on this machine, workers and a whole node killed; slow, as Ray is to start."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data_prep.engine.executors import Ray
+from data_prep.engine.run import Run
+from data_prep.engine.work import Work
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.timeout(600)
+COMMAND = str(Path(sys.executable).with_name("ray"))
+HERE = str(Path(__file__).parent)
+ENVIRONMENT = os.environ | {
+    "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": HERE,
+    "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}  # fmt: skip
+
+
+def slow_file(index: int, seconds: float, folder: Path) -> dict[str, float]:
+    """A shard that takes its time, and tells which process and node made it."""
+    with open(folder.parent.parent / "begun.log", "a") as log:
+        log.write(f"{index} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
+    time.sleep(seconds)
+    (folder / "text").write_text(f"shard {index}")
+    return {"segments": 1}
+
+
+def works(root: Path, n: int, seconds: float) -> list[Work]:
+    return [Work(root / "cut-0" / f"{i:05d}", f"in{i}", partial(slow_file, i, seconds)) for i in range(n)]
+
+
+def start(*arguments: str) -> None:
+    command = [COMMAND, "start", "--num-cpus=2", "--disable-usage-stats", "--object-store-memory=80000000", *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def raylets() -> dict[int, int]:
+    """The raylets of this machine and the port that tells them apart, by process."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"raylet/raylet"):
+            found[int(path.parent.name)] = len(found)
+    return found
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """A head node with two processors; gives its address."""
+    subprocess.run([COMMAND, "stop", "--force"], env=ENVIRONMENT, capture_output=True)
+    with tempfile.TemporaryDirectory(prefix="r") as short:  # the path of a socket has a limit
+        start("--head", "--port=26379", "--include-dashboard=false", f"--temp-dir={short}")
+        yield "127.0.0.1:26379"
+        ray.shutdown()
+        subprocess.run([COMMAND, "stop", "--force"], env=ENVIRONMENT, capture_output=True)
+
+
+def made(root: Path, n: int) -> None:
+    """Every shard is there, whole, once."""
+    assert [path.name for path in sorted((root / "cut-0").iterdir())] == [f"{i:05d}" for i in range(n)]
+    for i in range(n):
+        assert (root / "cut-0" / f"{i:05d}" / "text").read_text() == f"shard {i}"
+
+
+def begun(root: Path) -> list[list[str]]:
+    log = root / "begun.log"
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_workers_may_be_killed(cluster, tmp_path, device):
+    """Twenty times a process at work is killed: as a task, and as an actor that holds a model."""
+    root, killed, over = tmp_path / "work", [], threading.Event()
+
+    def kill() -> None:
+        rng = random.Random(3)
+        while not over.is_set() and len(killed) < 20:
+            time.sleep(rng.uniform(0.1, 0.9))
+            alive = [int(pid) for _, pid, _ in begun(root)[-2:] if Path(f"/proc/{pid}").exists()]
+            if alive:
+                os.kill(alive[-1], signal.SIGKILL)
+                killed.append(alive[-1])
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    done = Run(root, Ray(cluster)).stage("cut", works(root, 24, 0.7), device)
+    over.set()
+    killer.join()
+    assert len(done) == 24 and len(killed) >= 10, killed
+    assert len(begun(root)) > 24
+    made(root, 24)
+
+
+def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
+    before = set(raylets())
+    start("--address=127.0.0.1:26379")
+    (second,) = set(raylets()) - before
+    root, lost = tmp_path / "work", []
+
+    def kill() -> None:
+        while len({node for _, _, node in begun(root)}) < 2 or len(begun(root)) < 8:
+            time.sleep(0.1)
+        lost.append(len(begun(root)))
+        os.kill(second, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    done = Run(root, Ray(cluster)).stage("cut", works(root, 24, 0.8))
+    killer.join()
+    assert len(done) == 24 and lost
+    nodes = [node for _, _, node in begun(root)]
+    assert len(set(nodes)) == 2 and len(set(nodes[-6:])) == 1, "the last ones ran on the node that is left"
+    made(root, 24)
+
+
+def test_a_shard_that_fails_is_a_bug_with_its_traceback(cluster, tmp_path):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])
