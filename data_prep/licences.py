@@ -1,25 +1,45 @@
 """Licence names and links, as people write them, to SPDX identifiers; and which of them a corpus may hold.
 
 Identifiers: spdx.org/licenses. A ported Creative Commons licence that SPDX does not list becomes a LicenseRef and keeps
-its link. Nothing is guessed: what names no version, or no known licence, is refused with the reason.
+its link. Nothing is guessed: what names no version, several licences or no known one is refused with the reason.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ssmttm.errors import UserError
 
-_CC_URL = re.compile(r"creativecommons\.org/licenses/(by(?:-nc|-nd|-sa)*)/(\d\.\d)(?:/([a-z]{2,4}))?(?:[/#?]|$)")
+_CC_URL = re.compile(r"creativecommons\.org/licenses/(by(?:-nc|-nd|-sa)*)/(\d\.\d)(?:/([a-z]{2,8}))?(?:[/#?]|$)")
 _CC_NAME = re.compile(r"(?:cc|creative commons)[\s:_-]*")
 _CC_PARTS = {"by": "by", "attribution": "by", "nc": "nc", "noncommercial": "nc", "nd": "nd", "noderivatives": "nd",
-             "noderivs": "nd", "sa": "sa", "sharealike": "sa"}  # fmt: skip
+             "noderivs": "nd", "noderivative": "nd", "sa": "sa", "sharealike": "sa"}  # fmt: skip
 _CC_KINDS = {"by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd"}
 _CC_VERSIONS = {"1.0", "2.0", "2.5", "3.0", "4.0"}
+_PORTED_VERSIONS = {"1.0", "2.0", "2.1", "2.5", "3.0"}
+_FILLING = {"licence", "license", "v", "version", "works", "international", "unported", "generic", "universal", "deed"}
+_COUNTRIES = {
+    "argentina": "ar", "australia": "au", "austria": "at", "belgium": "be", "brazil": "br", "bulgaria": "bg",
+    "canada": "ca", "chile": "cl", "china mainland": "cn", "colombia": "co", "costa rica": "cr", "croatia": "hr",
+    "czech republic": "cz", "denmark": "dk", "ecuador": "ec", "egypt": "eg", "estonia": "ee", "finland": "fi",
+    "france": "fr", "germany": "de", "greece": "gr", "guatemala": "gt", "hong kong": "hk", "hungary": "hu",
+    "igo": "igo", "india": "in", "ireland": "ie", "israel": "il", "italy": "it", "japan": "jp", "luxembourg": "lu",
+    "macedonia": "mk", "malaysia": "my", "malta": "mt", "mexico": "mx", "netherlands": "nl", "new zealand": "nz",
+    "norway": "no", "peru": "pe", "philippines": "ph", "poland": "pl", "portugal": "pt", "puerto rico": "pr",
+    "romania": "ro", "serbia": "rs", "singapore": "sg", "slovenia": "si", "south africa": "za", "south korea": "kr",
+    "korea": "kr", "spain": "es", "sweden": "se", "switzerland": "ch", "taiwan": "tw", "thailand": "th",
+    "uganda": "ug", "uk england wales": "uk", "uk england and wales": "uk", "uk england": "uk",
+    "uk scotland": "scotland", "united states": "us", "usa": "us", "venezuela": "ve", "vietnam": "vn",
+}  # fmt: skip
+_CODES = {*_COUNTRIES.values()}
 _PORTS = {"2.5": {"by": {"AU"}},
           "2.0": {"by-nc-sa": {"DE", "FR", "UK"}, "by-sa": {"UK"}},
           "2.1": {"by-sa": {"JP"}},
           "3.0": {"by": {"AT", "AU", "DE", "IGO", "NL", "US"}, "by-nc": {"DE"}, "by-nc-nd": {"DE", "IGO"},
                   "by-nc-sa": {"DE", "IGO"}, "by-nd": {"DE"}, "by-sa": {"AT", "DE", "IGO"}}}  # fmt: skip
+_CC0 = re.compile(r"(?:cc[\s-]?0|creative commons (?:cc[\s-]?0|zero))(?:[\s-]*v?1(?:\.0)?)?(?: universal)?"
+                  r"(?: public domain dedication)?")  # fmt: skip
+_PUBLIC_DOMAIN_MARK = re.compile(r"(?:cc-pdm-1\.0|(?:cc |creative commons )?public domain mark 1\.0)(?: universal)?")
 _FREE_ART = re.compile(r"(?:artlibre\.org|free art licen[cs]e|licence art libre|^lal\b)")
 
 
@@ -58,39 +78,66 @@ def normalise(text: str) -> Licence:
     """The licence that a name, an SPDX identifier or a link stands for.
 
     Raises:
-        UserError: no known licence, or one without its version.
+        UserError: no known licence, one without its version, or several.
     """
     shown, lowered = text.strip(), " ".join(text.strip().lower().split())
     if not lowered:
         raise UserError("no licence is given")
-    if "creativecommons.org/publicdomain/" in lowered or lowered.startswith("cc-pdm"):
-        return _public_domain(lowered, shown)
-    if re.fullmatch(r"(?:cc[\s-]?0|creative commons zero)(?:[\s-]*v?1(?:\.0)?)?(?: universal)?", lowered):
-        return _CC0
+    if len(set(_CC_URL.findall(lowered))) > 1 or re.search(r"\b(?:and|or|with)\b.*\b(?:cc|gpl|gfdl|mit)\b", lowered):
+        raise UserError(f"licence {shown!r} names several: say which one of them counts")
+    plain = " ".join(re.sub(r"\([^()]*\)", " ", lowered).split())
+    if _CC0.fullmatch(plain) or "creativecommons.org/publicdomain/zero/1.0" in lowered:
+        return Licence("CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/")
+    if _PUBLIC_DOMAIN_MARK.fullmatch(plain) or "creativecommons.org/publicdomain/mark/1.0" in lowered:
+        return Licence("CC-PDM-1.0", "https://creativecommons.org/publicdomain/mark/1.0/")
+    if plain == "cc-pddc" or re.search(r"creativecommons\.org/licenses/publicdomain(?:[/#?]|$)", lowered):
+        return Licence("CC-PDDC", "https://creativecommons.org/licenses/publicdomain/")
     if _FREE_ART.search(lowered):
         return _free_art(lowered, shown)
     found = _CC_URL.search(lowered)
     if found:
-        return _creative_commons(_kind(set(found[1].split("-"))), found[2], (found[3] or "").upper(), shown)
-    return _from_cc_name(lowered.removeprefix("licenseref-"), shown)
+        return _creative_commons(_kind(set(found[1].split("-"))), found[2], found[3] or "", shown)
+    return _from_cc_name(plain.removeprefix("licenseref-"), shown)
 
 
 def allowed(licence: Licence, policy: str) -> str | None:
     """Why a policy refuses a licence; None if it does not."""
-    rank = list(POLICIES).index(policy)
-    needed = 3 if licence.no_derivatives else 2 if licence.non_commercial else 1 if licence.share_alike else 0
-    return None if rank >= needed else f"licence {licence.spdx} needs --policy {list(POLICIES)[needed]}"
+    needed = _tier(licence)
+    return None if _rank(policy) >= _rank(needed) else f"licence {licence.spdx} needs --policy {needed}"
 
 
-_CC0 = Licence("CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/")
+def tier(licence: str) -> str:
+    """The narrowest of POLICIES that lets a licence in. Raises UserError as `normalise`."""
+    return _tier(normalise(licence))
 
 
-def _public_domain(lowered: str, shown: str) -> Licence:
-    if "/zero/1.0" in lowered:
-        return _CC0
-    if "/mark/1.0" in lowered or lowered == "cc-pdm-1.0":
-        return Licence("CC-PDM-1.0", "https://creativecommons.org/publicdomain/mark/1.0/")
-    raise _unknown(shown)
+def strictest(licences: Iterable[str]) -> str:
+    """The SPDX identifier of the strictest of some licences: what holds for all that is made from works under them.
+
+    From public domain over attribution, share-alike, non-commercial, both of them, and no-derivatives to
+    non-commercial no-derivatives; of equally strict ones the last by name. It is a guide for model cards and no legal
+    advice: share-alike licences may also exclude each other.
+
+    Raises:
+        UserError: there is none among them, or as `normalise`.
+    """
+    known = [normalise(licence) for licence in licences]
+    if not known:
+        raise UserError("there is no licence to compare")
+    return max(known, key=lambda licence: (_strictness(licence), licence.spdx)).spdx
+
+
+def _tier(licence: Licence) -> str:
+    conditions = (licence.share_alike, licence.non_commercial, licence.no_derivatives)
+    return list(POLICIES)[max((rank for rank, asked in enumerate(conditions, 1) if asked), default=0)]
+
+
+def _strictness(licence: Licence) -> tuple[bool, bool, bool, bool]:
+    return licence.no_derivatives, licence.non_commercial, licence.share_alike, licence.wants_attribution
+
+
+def _rank(policy: str) -> int:
+    return list(POLICIES).index(policy)
 
 
 def _free_art(lowered: str, shown: str) -> Licence:
@@ -110,17 +157,19 @@ def _from_cc_name(lowered: str, shown: str) -> Licence:
     rest = lowered[start.end() :] if start else lowered
     rest = re.sub(r"non[\s-]+commercial", "noncommercial", re.sub(r"no[\s-]+deriv", "noderiv", rest))
     rest = re.sub(r"share[\s-]+alike", "sharealike", rest)
-    version = re.search(r"\b(\d\.\d)\b", rest)
-    words = re.findall(r"[a-z]+", rest[: version.start()] if version else rest)
-    parts = {_CC_PARTS[word] for word in words if word in _CC_PARTS}
-    strange = [word for word in words if word not in _CC_PARTS and word not in ("licence", "license", "v", "version")]
-    kind = _kind(parts)
-    if strange or kind not in _CC_KINDS:
+    version = re.search(r"\b\d\.\d\b", rest)
+    words = _words(rest[: version.start()] if version else rest)
+    kind = _kind({_CC_PARTS[word] for word in words if word in _CC_PARTS})
+    if kind not in _CC_KINDS or any(word not in _CC_PARTS for word in words):
         raise _unknown(shown)
     if version is None:
         raise UserError(f"licence {shown!r} names no version (such as 4.0)")
-    port = re.match(r"[\s-]*([a-z]{2}|igo)\b", rest[version.end() :])
-    return _creative_commons(kind, version[1], port[1].upper() if port else "", shown)
+    place = " ".join(_words(rest[version.end() :]))
+    return _creative_commons(kind, version[0], _COUNTRIES.get(place, place), shown)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[^\W_]+", text) if word not in _FILLING]
 
 
 def _kind(parts: set[str]) -> str:
@@ -128,14 +177,16 @@ def _kind(parts: set[str]) -> str:
 
 
 def _creative_commons(kind: str, version: str, port: str, shown: str) -> Licence:
-    if kind not in _CC_KINDS or (version not in _CC_VERSIONS and not port):
+    """`port`: the country's part of the link, in lower case, or nothing."""
+    port = "" if port == "deed" else port
+    versions = _PORTED_VERSIONS if port else _CC_VERSIONS
+    if kind not in _CC_KINDS or version not in versions or (port and port not in _CODES):
         raise _unknown(shown)
-    port = "" if port == "DEED" else port
-    name = f"CC-{kind.upper()}-{version}" + (f"-{port}" if port else "")
-    if port and port not in _PORTS.get(version, {}).get(kind, set()):
+    name = f"CC-{kind.upper()}-{version}" + (f"-{port.upper()}" if port else "")
+    if port and port.upper() not in _PORTS.get(version, {}).get(kind, set()):
         name = f"LicenseRef-{name}"
-    place = f"{port.lower()}/" if port else ""
-    return Licence(name, f"https://creativecommons.org/licenses/{kind}/{version}/{place}")
+    part = "by-nd-nc" if (kind, version) == ("by-nc-nd", "1.0") else kind
+    return Licence(name, f"https://creativecommons.org/licenses/{part}/{version}/{f'{port}/' if port else ''}")
 
 
 def _unknown(shown: str) -> UserError:

@@ -1,0 +1,163 @@
+"""FMA (Defferrard et al. 2017, github.com/mdeff/fma): the Free Music Archive with genres, tags and official splits.
+
+tracks.csv has two header rows and a third that names the index. Its licence is a title without a link, so that of
+raw_tracks.csv, which has both, is what counts where it is there.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.listing import check_root, first_present
+from data_prep.sources.records import CsvTable, Positions, csv_records, listed, refusal_of, require
+from data_prep.track import Refusal, Refused, Track
+from ssmttm.errors import UserError
+
+LAYOUT = """\
+ROOT/fma_metadata/tracks.csv             the tracks (or as --index)
+ROOT/fma_metadata/raw_tracks.csv         licences with their links (left out: the titles in tracks.csv)
+ROOT/fma_metadata/genres.csv             the genres' names
+ROOT/fma_full/000/000002.mp3 ...         the audio: fma_full, fma_large, fma_medium, fma_small or ROOT itself"""
+
+SPLITS = {"training": "train", "validation": "valid", "test": "test", "": ""}
+WITHOUT_AUDIO = {99134, 108925, 133297}  # the data set's errata
+_SUBSETS = ("small", "medium", "large", "full")
+_NEEDED = (("track", "title"), ("track", "license"), ("artist", "id"), ("artist", "name"), ("set", "subset"))
+
+
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+    """Tracks of FMA. `index`: another tracks.csv; the other tables stand beside it.
+
+    A track of a subset whose audio was not unpacked (of fma_large, where only fma_small is there) is no item at all.
+
+    Raises:
+        UserError: no tracks.csv, or it is another table, or no folder of audio.
+    """
+    check_root(root)
+    table = require(index or root / "fma_metadata" / "tracks.csv", "the tracks of FMA, from fma_metadata.zip")
+    places, largest = _audio(root)
+    licences = _Licences(table.parent / "raw_tracks.csv")
+    genres = _genres(table.parent / "genres.csv")
+    for record in _records(table):
+        if isinstance(record.values, Refused):
+            yield refusal_of(table, record)
+            continue
+        try:
+            values = record.values
+            number = int(values["id"]) if values["id"].isdecimal() and len(values["id"]) <= 12 else -1
+            if number < 0:
+                raise Refused("metadata", f"line {record.line} begins with no track number")
+            if _rank(values["set", "subset"]) <= largest:
+                yield _track(root, places, number, values, record.line, licences, genres)
+        except Refused as refused:
+            yield refused.of(f"fma:{record.values['id'] or f'line {record.line}'}")
+
+
+def _track(
+    root: Path, places: list[str], number: int, values: Any, line: int, licences: "_Licences", genres: dict[str, str]
+) -> Track:
+    if number in WITHOUT_AUDIO:
+        raise Refused("missing", "the data set's errata list it as without audio")
+    file = f"{number:06d}"
+    path = first_present(root, [f"{place}{file[:3]}/{file}.mp3" for place in places])
+    if path is None:
+        raise Refused("missing", f"there is no file {file[:3]}/{file}.mp3")
+    title, link, page, evidence = licences.of(number)
+    title = title or values["track", "license"]
+    if "fma-limited" in title.lower():
+        raise Refused("licence", f"{title}: it may be listened to and no more")
+    if values["set", "split"] not in SPLITS:
+        raise Refused("metadata", f"line {line} names a split {values['set', 'split'][:40]!r} that is none")
+    return Track(
+        id=f"fma:{number}",
+        path=path,
+        licence=link or title,
+        title=values["track", "title"],
+        author=values["artist", "name"],
+        source_url=page,
+        artist=f"fma:artist:{values['artist', 'id']}" if values["artist", "id"] else "",
+        work=f"fma:{number}",
+        evidence=(evidence or f"tracks.csv line {line}") if link or title else "",
+        tags=_tags(values, genres),
+        split=SPLITS[values["set", "split"]],
+    )
+
+
+class _Licences:
+    """raw_tracks.csv: the licence's title and link, and the track's page."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = CsvTable(path, ("track_id", "licence_title", "licence_url")) if path.is_file() else None
+        self._positions = Positions()
+        for record in self._table or ():
+            if not isinstance(record.values, Refused) and record.values["track_id"].isdecimal():
+                self._positions.add(int(record.values["track_id"][:12]), record.offset, record.line)
+
+    def of(self, number: int) -> tuple[str, str, str, str]:
+        """Title and link of the licence, the track's page, and where they stand; empty where nothing is known."""
+        found = self._positions.of(number)
+        if not (self._table and found):
+            return "", "", "", ""
+        offset, line = found[0]
+        values = self._table.at(offset)
+        link = values["licence_url"]
+        known = "creativecommons.org" in link or "artlibre.org" in link
+        page = values.get("track_url", "")
+        return values["licence_title"], link if known else "", page, f"raw_tracks.csv line {line}"
+
+
+def _records(table: Path) -> Iterator[Any]:
+    """Records of tracks.csv: values by (first, second) header, and the index as "id"."""
+    columns: dict[Any, int] = {}
+    first: list[str] | None = None
+    for record in csv_records(table):
+        cells = record.values
+        if not columns:
+            if isinstance(cells, Refused):
+                raise UserError(f"{table} is no tracks.csv of FMA: {cells.reason}")
+            if first is None:
+                first = cells
+                continue
+            columns = {pair: index for index, pair in enumerate(zip(first, cells, strict=False)) if index}
+            if missing := [pair for pair in _NEEDED if pair not in columns]:
+                raise UserError(f"{table} is no tracks.csv of FMA: it has no column {'/'.join(missing[0])} in its two "
+                                "first lines")  # fmt: skip
+            columns["id"] = 0
+            continue
+        if isinstance(cells, Refused):
+            yield record
+        elif cells[0].strip() != "track_id":
+            values = {name: cells[place].strip() if place < len(cells) else "" for name, place in columns.items()}
+            yield record._replace(values={("set", "split"): ""} | values)
+    if not columns:
+        raise UserError(f"{table} is no tracks.csv of FMA: it is empty")
+
+
+def _tags(values: Any, genres: dict[str, str]) -> tuple[str, ...]:
+    top = values.get(("track", "genre_top"), "")
+    names = [top, *(genres.get(str(number), "") for number in listed(values.get(("track", "genres_all"), "")))]
+    free = [tag for tag in listed(values.get(("track", "tags"), "")) if isinstance(tag, str)]
+    tags = [f"genre---{name.strip().lower()}" for name in names if name.strip()]
+    return tuple(dict.fromkeys(tags + [f"tag---{tag.strip().lower()}" for tag in free if tag.strip()]))
+
+
+def _genres(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    records = CsvTable(path, ("genre_id", "title"))
+    return {record.values["genre_id"]: record.values["title"] for record in records
+            if not isinstance(record.values, Refused)}  # fmt: skip
+
+
+def _audio(root: Path) -> tuple[list[str], int]:
+    """Folders that hold audio, the fullest first, and the rank of the largest subset."""
+    found = [(_rank(name), f"fma_{name}/") for name in reversed(_SUBSETS) if (root / f"fma_{name}").is_dir()]
+    if not found and any(path.is_dir() and path.name.isdecimal() for path in root.glob("[0-9][0-9][0-9]")):
+        found = [(_rank("full"), "")]
+    if not found:
+        raise UserError(f"there is no audio under {root}: unpack fma_large.zip (or another one) there")
+    return [place for _, place in found], found[0][0]
+
+
+def _rank(subset: str) -> int:
+    return _SUBSETS.index(subset) if subset in _SUBSETS else len(_SUBSETS) - 1

@@ -1,0 +1,225 @@
+"""A folder of audio files, with what is known of them in a table, or in a file beside each."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.listing import EXTENSIONS, check_root, folders, is_audio, within
+from data_prep.sources.records import (
+    MAX_LINE,
+    NOT_UTF8,
+    CsvTable,
+    JsonLines,
+    Positions,
+    good,
+    listed,
+    open_table,
+    parse_object,
+    text,
+    texts,
+)
+from data_prep.track import Refusal, Refused, Track
+from ssmttm.errors import UserError
+
+LAYOUT = """\
+ROOT/**/song.wav ...                     audio files, in any depth; hidden ones are left out
+ROOT/captions.csv                        the columns path (relative to ROOT, needed), caption, licence, title, author,
+                                         source_url, artist, tags, split; several lines of one path: several captions
+ROOT/captions.jsonl, metadata.jsonl      instead: the same keys; file_name for path; caption and tags may be lists
+ROOT/**/song.txt, song.json              beside song.wav: a caption a line; the same keys
+A table of another name is --index."""
+
+TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+ALIASES = {"file_name": "path", "captions": "caption"}
+_SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
+           "dev": "valid", "test": "test", "eval": "test", "": ""}  # fmt: skip
+_SINGLE = ("licence", "title", "author", "source_url", "artist", "split")
+
+
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+    """Audio files under `root` in the order of their paths. `index`: a table of another name, .csv or .jsonl.
+
+    Raises:
+        UserError: no folder; no audio file and none named; a table that cannot be read, or two of them.
+    """
+    check_root(root)
+    notes = _Table(root, index)
+    yield from notes.read()
+    empty = True
+    for found in folders(root):
+        if isinstance(found, Refusal):
+            yield found
+            continue
+        inside, names = found
+        prefix, present = f"{inside}/" if inside else "", set(names)
+        for name in names:
+            if is_audio(name):
+                empty = False
+                yield _item(root, prefix + name, notes, present)
+    for path, reason in notes.unfound(root):
+        empty = False
+        yield _item(root, path, notes, set()) if reason is None else reason.of(path)
+    if empty:
+        raise UserError(f"there is no audio file under {root} ({', '.join(sorted(EXTENSIONS))})")
+
+
+@dataclass
+class Notes:
+    """What is known of a file. Later statements of a single thing replace earlier ones, captions and tags add up."""
+
+    captions: dict[str, None] = field(default_factory=dict)
+    tags: dict[str, None] = field(default_factory=dict)
+    single: dict[str, str] = field(default_factory=dict)
+    evidence: str = ""
+
+    def take(self, values: dict[str, Any], where: str) -> None:
+        """Add a record, which stands at `where`. Raises Refused for values of a wrong kind."""
+        self.captions |= dict.fromkeys(texts(values.get("caption")))
+        self.tags |= dict.fromkeys(_tags(values.get("tags")))
+        stated = {name: written for name in _SINGLE if (written := text(values.get(name)))}
+        self.single |= stated
+        self.evidence = where if "licence" in stated else self.evidence
+
+
+class _Table:
+    """The folder's table: where the records of each path stand in it, once it was read."""
+
+    def __init__(self, root: Path, index: Path | None) -> None:
+        found = [index] if index else [root / name for name in TABLES if (root / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1].name} both describe the folder: keep one, or name it as --index")
+        if index and not index.is_file():
+            raise UserError(f"there is no file {index}: --index names a table of captions, .csv or .jsonl")
+        self._table: CsvTable | JsonLines | None = None
+        if found and found[0].suffix.lower() in (".jsonl", ".json", ".ndjson"):
+            self._table = JsonLines(found[0], ALIASES)
+        elif found:
+            self._table = CsvTable(found[0], ("path",), ALIASES)
+        self._positions = Positions()
+
+    def read(self) -> Iterator[Refusal]:
+        """Note where the records stand; gives those that cannot be used."""
+        usable = 0
+        for record, path in self._records():
+            if isinstance(path, Refused):
+                if path.reason.endswith(NOT_UTF8) and self._table:
+                    raise UserError(f"{self._table.path} {path.reason}: save it as UTF-8")
+                yield path.of(self._where(record.line))
+            elif path:
+                usable += 1
+                self._positions.add(hash(path), record.offset, record.line)
+        if isinstance(self._table, JsonLines) and not usable:
+            raise UserError(f"{self._table.path} has no line that is a JSON object with a path or file_name")
+
+    def notes(self, path: str) -> Notes:
+        """What the table says of a file. Raises Refused for values of a wrong kind."""
+        notes = Notes()
+        for offset, line in self._positions.of(hash(path)):
+            assert self._table is not None
+            values = self._table.at(offset)
+            if _path(values) == path:
+                notes.take(values, self._where(line))
+        return notes
+
+    def unfound(self, root: Path) -> Iterator[tuple[str, Refused | None]]:
+        """Named paths that a walk for audio files does not come to, each once; why they cannot be used, or None."""
+        for record, path in self._records():
+            if isinstance(path, Refused) or not path or self._positions.first(hash(path)) != record.offset:
+                continue
+            try:
+                if os.path.isfile(os.path.join(root, within(path))):
+                    hidden = any(part.startswith(".") for part in path.split("/"))
+                    if hidden or not is_audio(path):
+                        yield path, None
+                else:
+                    yield path, Refused("missing", f"{self._where(record.line)} names it, but there is no such file")
+            except Refused as refused:
+                yield path, refused
+
+    def _records(self) -> Iterator[tuple[Any, str | Refused]]:
+        for record in self._table or ():
+            try:
+                values = good(record.values)
+                Notes().take(values, "")
+                yield record, _path(values)
+            except Refused as refused:
+                yield record, refused
+
+    def _where(self, line: int) -> str:
+        assert self._table is not None
+        return f"{self._table.path.name} line {line}"
+
+
+def _path(values: dict[str, Any]) -> str:
+    """The path of a record, as the walk writes it where that can be."""
+    written = text(values.get("path"))
+    try:
+        return within(written) if written else ""
+    except Refused:
+        return written
+
+
+def _item(root: Path, path: str, notes: _Table, present: set[str]) -> Track | Refusal:
+    """The track of one file; `present` are the names beside it."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return Refusal(path.encode("utf-8", "replace").decode(), "metadata", "its name is not UTF-8: rename it")
+    try:
+        known = notes.notes(path)
+        _take_sidecars(root, path, known, present)
+        split = known.single.get("split", "").lower()
+        if split not in _SPLITS:
+            raise Refused("metadata", f"its split {split[:40]!r} is none of train, valid, test")
+    except Refused as refused:
+        return refused.of(path)
+    single = known.single
+    return Track(
+        id=path,
+        path=path,
+        licence=single.get("licence", ""),
+        title=single.get("title") or os.path.splitext(os.path.basename(path))[0],
+        author=single.get("author", ""),
+        source_url=single.get("source_url", ""),
+        artist=single.get("artist", ""),
+        evidence=known.evidence,
+        captions=tuple(known.captions),
+        tags=tuple(known.tags),
+        split=_SPLITS[split],
+    )
+
+
+def _take_sidecars(root: Path, path: str, notes: Notes, present: set[str]) -> None:
+    stem = os.path.splitext(path)[0]
+    name = os.path.basename(stem)
+    if f"{name}.json" in present:
+        try:
+            notes.take(parse_object(_read(root / f"{stem}.json"), ALIASES), f"{name}.json")
+        except Refused as refused:
+            raise Refused("metadata", f"{name}.json {refused.reason}") from refused
+    if f"{name}.txt" in present:
+        try:
+            lines = _read(root / f"{stem}.txt").decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise Refused("metadata", f"{name}.txt is not UTF-8 text") from error
+        notes.take({"caption": lines}, f"{name}.txt")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        with open_table(file) as opened:
+            data = opened.read(MAX_LINE + 1)
+    except UserError as error:
+        raise Refused("metadata", f"{file.name} beside it cannot be read") from error
+    if len(data) > MAX_LINE:
+        raise Refused("metadata", f"{file.name} beside it is longer than {MAX_LINE} bytes")
+    return data
+
+
+def _tags(value: Any) -> list[str]:
+    """Tags from a JSON list, a Python list written out, or words parted by commas or semicolons."""
+    if isinstance(value, str):
+        value = listed(value) if value.lstrip().startswith("[") else value.replace(";", ",").split(",")
+    return [tag if "---" in tag else f"tag---{tag}" for tag in texts(value)]

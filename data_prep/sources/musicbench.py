@@ -1,0 +1,89 @@
+"""MusicBench (Melechovsky et al. 2024): MusicCaps with altered copies of its clips, rephrased captions and features.
+
+It is MusicCaps: every track carries the video as its work, so that it is kept out where MusicCaps is evaluated on. Its
+licence, CC BY-SA 3.0, is the captions'.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.listing import check_root, first_present, within
+from data_prep.sources.musiccaps import video
+from data_prep.sources.records import CsvTable, JsonLines, listed, refusal_of, require, text, texts
+from data_prep.track import Refusal, Refused, Track
+from ssmttm.errors import UserError
+
+LAYOUT = """\
+ROOT/MusicBench_train.json               an object a line (or as --index: MusicBench_test_A.json ..., also as .csv)
+ROOT/datashare/data_aug2/...wav          the audio as in MusicBench.tar.gz; also under data or ROOT itself
+The audio states no licence: it comes in only with --licence, if you may use it."""
+
+_PLACES = ("", "datashare/", "data/", "datashare/data/", "MusicBench/", "MusicBench/datashare/")
+_VIDEO = re.compile(r"[\w-]{11}(?=$|[_.\-])", re.ASCII)
+
+
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+    """Clips of MusicBench. `index`: one of its other tables, JSON lines or CSV; its name tells the split.
+
+    The captions are the main and the alternative one; the sentences about chords, beats, tempo and key (`prompt_...`)
+    are parts of the main captions already.
+
+    Raises:
+        UserError: no table, or one of another form.
+    """
+    check_root(root)
+    path = require(index or root / "MusicBench_train.json", "MusicBench's captions")
+    records = read_table(path)
+    split = "test" if "test" in path.stem.lower() else "train" if "train" in path.stem.lower() else ""
+    for record in records:
+        if isinstance(record.values, Refused):
+            yield refusal_of(path, record)
+            continue
+        try:
+            yield _track(root, record.values, split)
+        except Refused as refused:
+            yield Refusal(f"{path.name} line {record.line}", refused.kind, f"line {record.line} {refused.reason}")
+
+
+def read_table(path: Path) -> CsvTable | JsonLines:
+    """One of MusicBench's tables. Raises UserError for a JSON file that does not hold an object a line."""
+    if path.suffix.lower() == ".csv":
+        return CsvTable(path, ("location", "main_caption"))
+    with open(path, "rb") as file:
+        if not file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            raise UserError(f"{path} does not hold a JSON object a line: MusicBench's own files do, take those")
+    return JsonLines(path)
+
+
+def work_of(location: str) -> str:
+    """The video that a file such as `data_aug2/-0SdAVK79lg_3.wav` was cut from. Raises Refused if it names none."""
+    found = _VIDEO.match(location.rpartition("/")[2])
+    return f"youtube:{video(found[0] if found else '')}"
+
+
+def _track(root: Path, values: dict[str, Any], split: str) -> Track:
+    location = within(text(values.get("location")))
+    name = location.rpartition("/")[2]
+    path = first_present(root, [f"{place}{location}" for place in _PLACES] + [f"{place}{name}" for place in _PLACES])
+    if path is None:
+        raise Refused("missing", f"names {location}, which is not there")
+    work = work_of(location)
+    captions = [values.get("main_caption"), values.get("alt_caption")]
+    return Track(
+        id=f"musicbench:{location}",
+        path=path,
+        title=name.rpartition(".")[0],
+        source_url=f"https://www.youtube.com/watch?v={work.removeprefix('youtube:')}",
+        work=work,
+        captions=tuple(texts(captions)),
+        tags=_key(values.get("key")),
+        split=split,
+    )
+
+
+def _key(value: Any) -> tuple[str, ...]:
+    """The key as a tag: a list such as `['G', 'minor']`, itself or written out as a cell of a CSV."""
+    parts = texts(listed(text(value)) if not isinstance(value, list) else value)
+    return (f"key---{' '.join(parts).lower()}",) if parts else ()

@@ -1,0 +1,79 @@
+"""MusicCaps (Agostinelli et al. 2023): captions and aspects by musicians for 10 s of 5,521 videos of YouTube.
+
+Its licence, CC BY-SA 4.0, is the captions'. The audio has none here.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.sources.listing import audio_files, check_root
+from data_prep.sources.records import CsvTable, listed, refusal_of, require, texts
+from data_prep.track import Refusal, Refused, Track
+
+LAYOUT = """\
+ROOT/musiccaps-public.csv                captions (or as --index)
+ROOT/**/[-0SdAVK79lg]-[30-40].wav        the clips, in any folder; also -0SdAVK79lg.wav, -0SdAVK79lg_30.wav,
+                                         -0SdAVK79lg_30_40.wav, -0SdAVK79lg_30000_40000.wav (milliseconds), with - for _
+The audio states no licence: it comes in only with --licence, if you may use it."""
+
+NEEDED = ("ytid", "start_s", "end_s", "caption", "aspect_list")
+
+
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+    """Clips of MusicCaps; those of AudioSet's evaluation part are the test split. `index`: another CSV.
+
+    Raises:
+        UserError: no CSV, or one without MusicCaps' columns.
+    """
+    check_root(root)
+    table = CsvTable(require(index or root / "musiccaps-public.csv", "the captions of MusicCaps"), NEEDED)
+    clips = {os.path.splitext(os.path.basename(path))[0]: path for path in audio_files(root)}
+    for record in table:
+        if isinstance(record.values, Refused):
+            yield refusal_of(table.path, record)
+            continue
+        name = f"musiccaps:{record.values['ytid']}"
+        try:
+            yield _track(name, record.values, clips)
+        except Refused as refused:
+            yield Refusal(name, refused.kind, f"line {record.line} {refused.reason}")
+
+
+def video(text: str) -> str:
+    """A video's id of YouTube. Raises Refused for anything else."""
+    if len(text) != 11 or not text.isascii() or not text.replace("-", "").replace("_", "").isalnum():
+        raise Refused("metadata", "names no video of 11 characters")
+    return text
+
+
+def _track(name: str, values: dict[str, str], clips: dict[str, str]) -> Track:
+    work = video(values["ytid"])
+    path = next((clips[stem] for stem in _stems(work, values["start_s"], values["end_s"]) if stem in clips), None)
+    if path is None:
+        raise Refused("missing", f"there is no clip of {work}")
+    return Track(
+        id=name,
+        path=path,
+        title=f"{work} {values['start_s']}-{values['end_s']} s",
+        source_url=f"https://www.youtube.com/watch?v={work}&t={values['start_s']}s",
+        work=f"youtube:{work}",
+        captions=tuple(texts(values["caption"])),
+        tags=tuple(f"aspect---{aspect}" for aspect in texts(listed(values["aspect_list"]))),
+        split={"true": "test", "false": "train"}.get(values.get("is_audioset_eval", "").lower(), ""),
+    )
+
+
+def _stems(work: str, start: str, end: str) -> list[str]:
+    """File names in use for a clip, without the extension, the most exact first."""
+    try:
+        first, last = int(float(start)), int(float(end))
+    except (ValueError, OverflowError) as error:
+        raise Refused("metadata", "names no start and end in seconds") from error
+    spans = [(first, last), (first * 1000, last * 1000)]
+    stems = [f"[{work}]-[{first}-{last}]"]
+    for lead in (work, f"Y{work}"):
+        stems += [f"{lead}{mark}{a}{second}{b}" for a, b in spans for mark in "_-" for second in "_-"]
+        stems += [f"{lead}{mark}{a}" for a, _ in spans for mark in "_-"]
+        stems.append(lead)
+    return stems

@@ -1,0 +1,346 @@
+"""The tables that data sets come with, record by record.
+
+Nothing in a table is trusted with memory: lines, cells and list-like strings are bounded. A record that cannot be read
+is told apart with its line (`Refused`) and the next one is read; only a table that is none at all is a UserError.
+"""
+
+import ast
+import csv
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from data_prep.track import Refusal, Refused
+from ssmttm.errors import UserError
+
+MAX_LINE = 1 << 20
+NOT_UTF8 = "is not UTF-8 text"
+_MAX_LIST = 20_000
+_BOM = b"\xef\xbb\xbf"
+_LONE_CR = re.compile(rb"(?<=\r)(?!\n)")
+
+
+class Record(NamedTuple):
+    """One record of a table.
+
+    Attributes:
+        line: its first line, from 1.
+        offset: its first byte.
+        values: by column; or why it cannot be read.
+    """
+
+    line: int
+    offset: int
+    values: Any
+
+
+def require(path: Path, what: str) -> Path:
+    """The path of a file that must be there; `what` says what it is and where it comes from.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: it is {what}")
+    return path
+
+
+def good(values: Any) -> Any:
+    """A record's values. Raises Refused if it cannot be read."""
+    if isinstance(values, Refused):
+        raise values
+    return values
+
+
+def refusal_of(path: Path, record: Record) -> Refusal:
+    """The refusal of a record that cannot be read."""
+    return record.values.of(f"{path.name} line {record.line}")
+
+
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines with their end. One longer than MAX_LINE comes as its first MAX_LINE + 1 bytes, the rest is skipped."""
+    while line := file.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE + 1)
+        yield line
+
+
+def csv_records(path: Path, start: int = 0) -> Iterator[Record]:
+    """Records of a comma-separated file, values a list of cells, blank lines left out; from byte `start` on.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    with open_table(path) as file:
+        file.seek(start)
+        lines = _Lines(file)
+        reader = csv.reader(lines)
+        while True:
+            line, offset = lines.number + 1, lines.offset
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Record(line, offset, Refused("metadata", f"line {line} is no CSV that can be read ({error})"))
+                continue
+            if problem := lines.problem(cells):
+                yield Record(line, offset, Refused("metadata", f"line {line} {problem}"))
+            elif cells:
+                yield Record(line, offset, cells)
+
+
+class CsvTable:
+    """A comma-separated table with a header, UTF-8.
+
+    Args:
+        path: the file.
+        needed: columns that must be there.
+        aliases: other names of columns; names are compared in lower case, `license` is read as `licence`.
+
+    Raises:
+        UserError: no such file, not UTF-8, or a column is missing.
+    """
+
+    def __init__(self, path: Path, needed: Iterable[str], aliases: dict[str, str] | None = None) -> None:
+        self.path = path
+        first = next(csv_records(path), None)
+        if first is None or isinstance(first.values, Refused):
+            why = "it is empty" if first is None else first.values.reason
+            raise UserError(f"{path} is no CSV with a header ({why}): save it as comma-separated UTF-8")
+        self._header_offset, self._n_cells = first.offset, len(first.values)
+        self._columns: dict[str, int] = {}
+        for index, name in enumerate(first.values):
+            self._columns.setdefault(column(name, aliases or {}), index)
+        missing = [name for name in needed if name not in self._columns]
+        if missing:
+            shown = " ".join(", ".join(first.values)[:200].split())
+            raise UserError(f"{path} has no column {missing[0]!r} in its first line ({shown})")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __iter__(self) -> Iterator[Record]:
+        """Records, values by column; a column that is absent or a cell that is not filled is the empty string."""
+        for record in csv_records(self.path):
+            if record.offset > self._header_offset:
+                yield self._named(record)
+
+    def at(self, offset: int) -> dict[str, str]:
+        """The values of the record that begins at a byte `offset` which iterating told."""
+        return good(self._named(next(csv_records(self.path, offset))).values)
+
+    def _named(self, record: Record) -> Record:
+        cells = record.values
+        if isinstance(cells, Refused):
+            return record
+        if any(cell.strip() for cell in cells[self._n_cells :]):
+            reason = f"line {record.line} has {len(cells)} cells, the header {self._n_cells}: put commas in quotes"
+            return record._replace(values=Refused("metadata", reason))
+        values = {name: cells[index].strip() if index < len(cells) else "" for name, index in self._columns.items()}
+        return record._replace(values=values)
+
+
+class JsonLines:
+    """A file with a JSON object a line, UTF-8.
+
+    Args:
+        path: the file.
+        aliases: other names of keys; compared as in `CsvTable`.
+    """
+
+    def __init__(self, path: Path, aliases: dict[str, str] | None = None) -> None:
+        self.path, self._aliases = path, aliases or {}
+
+    def __iter__(self) -> Iterator[Record]:
+        """Records, values by key; blank lines are left out."""
+        offset = 0
+        with open_table(self.path) as file:
+            for number, line in enumerate(read_lines(file), 1):
+                if stripped := line.removeprefix(_BOM).strip():
+                    yield Record(number, offset, self._parsed(stripped, number))
+                offset = file.tell() if len(line) > MAX_LINE else offset + len(line)
+
+    def at(self, offset: int) -> dict[str, Any]:
+        """The values of the record that begins at a byte `offset` which iterating told."""
+        with open_table(self.path) as file:
+            file.seek(offset)
+            return good(self._parsed(next(read_lines(file)).removeprefix(_BOM), 0))
+
+    def _parsed(self, line: bytes, number: int) -> Any:
+        try:
+            return parse_object(line, self._aliases)
+        except Refused as refused:
+            return Refused(refused.kind, f"line {number} {refused.reason}")
+
+
+def parse_object(data: bytes, aliases: dict[str, str] | None = None) -> dict[str, Any]:
+    """A JSON object from bytes.
+
+    Raises:
+        Refused: too long, not UTF-8, not JSON, nested too deeply, or no object.
+    """
+    if len(data) > MAX_LINE:
+        raise Refused("metadata", f"is longer than {MAX_LINE} bytes")
+    try:
+        found = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refused("metadata", NOT_UTF8) from error
+    except (ValueError, RecursionError) as error:
+        raise Refused("metadata", "is no JSON that can be read") from error
+    if not isinstance(found, dict):
+        raise Refused("metadata", "is no JSON object")
+    return {column(key, aliases or {}): value for key, value in found.items()}
+
+
+def column(name: str, aliases: dict[str, str]) -> str:
+    """A column's name as the readers compare it: stripped, lower case, British, and its alias resolved."""
+    name = name.strip().lower().replace("license", "licence")
+    return aliases.get(name, name)
+
+
+def text(value: Any) -> str:
+    """A JSON value as text: stripped; numbers as written, null as nothing.
+
+    Raises:
+        Refused: a list, an object, or text that no file can hold (half of a surrogate pair).
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str | int | float):
+        raise Refused("metadata", f"holds a {type(value).__name__} where text belongs")
+    written = str(value).strip()
+    try:
+        written.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Refused("metadata", "holds half a surrogate pair, which is no text") from error
+    return written
+
+
+def texts(value: Any) -> list[str]:
+    """A JSON list of texts, or one text, without empty ones and repetitions. Raises Refused as `text`."""
+    values = value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(written for item in values if (written := text(item))))
+
+
+def listed(cell: str) -> list[Any]:
+    """A cell that holds a Python list, such as `['low quality', 'slow tempo']`; nothing for an empty cell.
+
+    Raises:
+        Refused: too long, or no list.
+    """
+    if not cell:
+        return []
+    if len(cell) > _MAX_LIST:
+        raise Refused("metadata", f"holds a list longer than {_MAX_LIST} characters")
+    try:
+        found = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise Refused("metadata", "holds a list that cannot be read") from error
+    if not isinstance(found, list):
+        raise Refused("metadata", "holds something else where a list belongs")
+    return found
+
+
+class Positions:
+    """Where the records of each key stand in a file: 24 bytes a record, however long it is.
+
+    Keys are 64-bit integers. Two names may share one, so a reader looks at the record it finds.
+    """
+
+    def __init__(self) -> None:
+        self._keys, self._offsets, self._lines = array("q"), array("q"), array("q")
+        self._sorted = True
+
+    def add(self, key: int, offset: int, line: int) -> None:
+        """Note a record of `key` at a byte and a line."""
+        self._keys.append(key)
+        self._offsets.append(offset)
+        self._lines.append(line)
+        self._sorted = False
+
+    def of(self, key: int) -> list[tuple[int, int]]:
+        """(offset, line) of every record of `key`, in the order they were added."""
+        found = []
+        index = self._find(key)
+        while index < len(self._keys) and self._keys[index] == key:
+            found.append((self._offsets[index], self._lines[index]))
+            index += 1
+        return found
+
+    def first(self, key: int) -> int:
+        """Offset of the first record of a key that is there."""
+        return self._offsets[self._find(key)]
+
+    def _find(self, key: int) -> int:
+        if not self._sorted:
+            self._sort()
+        return bisect_left(self._keys, key)
+
+    def _sort(self) -> None:
+        import numpy as np
+
+        order = np.argsort(np.frombuffer(self._keys, np.int64), kind="stable")
+        columns = (self._keys, self._offsets, self._lines)
+        self._keys, self._offsets, self._lines = (
+            array("q", np.frombuffer(values, np.int64)[order].tobytes()) for values in columns
+        )
+        self._sorted = True
+
+
+class _Lines:
+    """Lines of text for csv.reader, which says nothing of bytes: where the next line begins, and what was wrong."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.offset, self.number = file.tell(), 0
+        self._file, self._lines = file, read_lines(file)
+        self._pieces: deque[bytes] = deque()
+        self._too_long = self._ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if not self._pieces:
+            line = next(self._lines, b"")
+            self._ended = not line
+            if not line:
+                raise StopIteration
+            if len(line) > MAX_LINE:
+                self._too_long, self.offset, self.number = True, self._file.tell(), self.number + 1
+                return "\n"
+            self._pieces.extend(piece for piece in _LONE_CR.split(line) if piece)
+        piece = self._pieces.popleft()
+        at_start = self.offset == 0
+        self.offset, self.number = self.offset + len(piece), self.number + 1
+        return (piece.removeprefix(_BOM) if at_start else piece).decode("utf-8", "surrogateescape")
+
+    def problem(self, cells: list[str]) -> str | None:
+        """What is wrong with the record just read."""
+        too_long, self._too_long = self._too_long, False
+        if too_long:
+            return f"is longer than {MAX_LINE} bytes"
+        if self._ended:
+            return "opens a quotation mark that is never closed"
+        joined = "".join(cells)
+        if "\0" in joined:
+            return "holds NUL bytes"
+        try:
+            joined.encode("utf-8")
+        except UnicodeEncodeError:
+            return NOT_UTF8
+        return None
+
+
+def open_table(path: Path) -> BinaryIO:
+    """A table's file, opened for reading. Raises UserError if that cannot be."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
