@@ -143,7 +143,8 @@ def test_silence_is_no_duplicate():
 
 def test_evaluation_sets_are_kept_out():
     corpus = Corpus().add("a", 1, work="jamendo:1").add("b", spoilt(words(1)))
-    corpus.add("c", 2, artist="jamendo:artist:7").add("d", 3).add("e", spoilt(words(3))).add("f", 4, work="jamendo:9", artist="x").add("g", 3, file="file of d")
+    corpus.add("c", 2, artist="jamendo:artist:7").add("d", 3).add("e", spoilt(words(3)))
+    corpus.add("f", 4, work="jamendo:9", artist="x").add("g", 3, file="file of d")
     by_name = Reference(Names(works={"jamendo:1", ""}, artists={"jamendo:artist:7", ""}))
     files = [Path("x/one.wav"), Path("x/two.wav")]
     by_sound = Reference(Names("MusicCaps", audio=files), [words(3)[50:150], words(77)])
