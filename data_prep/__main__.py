@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from data_prep.options import parser
+from data_prep.options import parser, share_of
 from ssmttm.errors import Preempted, run_cli
 
 
@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.engine.run import Finished
+    from data_prep.engine.run import Finished, Run
     from data_prep.engine.slurm import Slurm, submit
     from data_prep.engine.status import WORK
-    from data_prep.make import opening_of, run_of, wishes_of
+    from data_prep.make import executor_of, opening_of, wishes_of
     from data_prep.pack import summary
     from data_prep.pipeline import prepare, stages_of
 
@@ -37,8 +37,8 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
         slurm = Slurm(arguments.tasks, arguments.workers, tuple(arguments.sbatch), tuple(arguments.sbatch_device))
         submit(slurm, scripts, stages_of(opening, wishes), argv)
         return
-    with _held(out / WORK, arguments), _preemptible():
-        run = run_of(arguments, out / WORK)
+    with _held(out / WORK, arguments), _preemptible(), executor_of(arguments) as executor:
+        run = Run(out / WORK, executor, arguments.until, share_of(arguments))
         try:
             print(summary(prepare(opening, wishes, out, run)))
         except Finished as finished:

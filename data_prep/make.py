@@ -1,4 +1,4 @@
-"""From arguments to what they ask for: an opening, wishes, a run."""
+"""From arguments to what they ask for: an opening, wishes, an executor."""
 
 import argparse
 import math
@@ -12,9 +12,8 @@ from data_prep.describe import Describing
 from data_prep.embed import Embedder
 from data_prep.encode import Windows
 from data_prep.engine.executors import Processes, Ray
-from data_prep.engine.run import Run
 from data_prep.openings import BuiltIn, FromStore, FromTracks, Opening
-from data_prep.options import checked, share_of
+from data_prep.options import checked
 from data_prep.pipeline import Wishes
 from data_prep.quality import Filters
 from data_prep.sources import SOURCES
@@ -56,10 +55,9 @@ def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
     )
 
 
-def run_of(arguments: argparse.Namespace, root: Path) -> Run:
-    """Who does the work."""
-    executor = Ray(arguments.ray_address) if arguments.executor == "ray" else Processes(arguments.workers)
-    return Run(root, executor, arguments.until, share_of(arguments))
+def executor_of(arguments: argparse.Namespace) -> Processes | Ray:
+    """Who does the work; a context manager."""
+    return Ray(arguments.ray_address) if arguments.executor == "ray" else Processes(arguments.workers)
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:

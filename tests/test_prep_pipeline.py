@@ -12,7 +12,7 @@ from planted import RATE, Planted, music, plant, save
 from small_stores import small_codec
 
 from data_prep.__main__ import main
-from data_prep.decoder_child import find_ffmpeg
+from data_prep.decoder_child import _ffmpeg
 from data_prep.engine.status import WORK
 from ssmttm.codecs import load_codec
 from ssmttm.data import CodesLoader, open_store
@@ -29,7 +29,7 @@ def quarantine(store: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Planted:
-    return plant(tmp_path_factory.mktemp("planted"), find_ffmpeg())
+    return plant(tmp_path_factory.mktemp("planted"), _ffmpeg())
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 from data_prep.engine.work import Done, Work, do
@@ -25,31 +26,44 @@ class Executor(Protocol):
         """Yields each shard as it is finished. `device`: the work holds a model, and wants a GPU where there is one."""
 
 
-@dataclass(frozen=True)
 class Processes:
-    """Processes of this machine. A worker that is killed is replaced and its shard made again.
+    """Processes of this machine, kept from stage to stage. A worker that is killed is replaced, its shard made again.
+
+    A context manager: none of the processes outlives the block, and at an error they are killed.
 
     Args:
         workers: how many; with 1 the shards are made in this process.
     """
 
-    workers: int
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pools: dict[int, ProcessPoolExecutor] = {}  # by size; of one for each GPU, or of all workers
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for size in list(self._pools):
+            self._close(size, kill=error is not None)
 
     def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
         """As `Executor.run`. Raises UserError if workers are killed again and again."""
         gpus = _gpus() if device else []
-        size = min(len(gpus) or self.workers, len(works))
-        if size <= 1:
+        size = len(gpus) or self._workers
+        if min(size, len(works)) <= 1:
             yield from map(do, works)
             return
         waiting, losses = list(works), 0
         while waiting:
             try:
-                for done in _in_pool(waiting, size, gpus):
+                for done in _in_pool(self._pool(size, gpus), waiting, 4 * size):
                     losses = 0
                     waiting = [work for work in waiting if work.target != done.folder]
                     yield done
             except BrokenProcessPool as error:
+                self._close(size, kill=True)
                 losses += 1
                 if losses == _LOSSES:
                     raise UserError(
@@ -57,46 +71,50 @@ class Processes:
                         "memory?): give fewer --workers; what is finished is kept"
                     ) from error
 
+    def _pool(self, size: int, gpus: list[str]) -> ProcessPoolExecutor:
+        if size not in self._pools:
+            context = multiprocessing.get_context("spawn")
+            places = context.Queue()
+            for place in gpus:
+                places.put(place)
+            pool = ProcessPoolExecutor(size, context, _begin_worker, (os.getpid(), places if gpus else None))
+            with _one_thread_each():
+                pool.submit(os.getpid)  # the processes begin with the first task
+            self._pools[size] = pool
+        return self._pools[size]
 
-def _in_pool(works: Sequence[Work], size: int, gpus: list[str]) -> Iterator[Done]:
-    with _pool(size, gpus) as pool:
-        running: set[Future[Done]] = set()
-        waiting = iter(works)
-        while True:
-            for work in waiting:
-                running.add(pool.submit(do, work))
-                if len(running) >= 4 * size:
-                    break
-            if not running:
-                return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield future.result()
+    def _close(self, size: int, kill: bool) -> None:
+        pool = self._pools.pop(size)
+        for process in list(pool._processes.values()) if kill else []:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_pool(pool: ProcessPoolExecutor, works: Sequence[Work], ahead: int) -> Iterator[Done]:
+    running: set[Future[Done]] = set()
+    waiting = iter(works)
+    while True:
+        while len(running) < ahead and (work := next(waiting, None)) is not None:
+            running.add(pool.submit(do, work))
+        if not running:
+            return
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            yield future.result()
 
 
 @contextmanager
-def _pool(size: int, gpus: list[str]) -> Iterator[ProcessPoolExecutor]:
-    """Spawned workers, one thread each, that die with this process and leave Ctrl-C to it; none outlives the block."""
-    context = multiprocessing.get_context("spawn")
-    places = context.Queue()
-    for place in gpus:
-        places.put(place)
-    threads = os.environ.get("OMP_NUM_THREADS")
+def _one_thread_each() -> Iterator[None]:
+    """What is set here, a process that begins here finds before it loads its libraries."""
+    before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(size, context, _begin_worker, (os.getpid(), places if gpus else None))
     try:
-        yield pool
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()
-        raise
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
-        if threads is None:
+        if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
-            os.environ["OMP_NUM_THREADS"] = threads
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _begin_worker(parent: int, places: Any) -> None:
@@ -129,6 +147,16 @@ class Ray:
     """
 
     address: str | None = None
+
+    def __enter__(self) -> "Ray":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        ray.shutdown()
 
     def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
         """As `Executor.run`. Raises UserError if Ray is not installed or cannot be reached."""

@@ -160,7 +160,7 @@ def claim(path: Path, config: dict[str, Any]) -> None:
         known = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: prepare into a fresh folder") from error
-    old, new = _flat(known), _flat(config)
+    old, new = _flat(known), _flat(json.loads(json.dumps(config)))
     changes = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
                if old.get(key) != new.get(key) and known.get(key.split(".")[0], 0) is not None]  # fmt: skip
     if changes:
