@@ -18,6 +18,7 @@ EXTRAS = {
         "pytest-xdist",
         "pytest-timeout",
         "hypothesis",
+        "mlcroissant>=1.1",
         "webdataset>=1",
         "ruff",
         "mypy",

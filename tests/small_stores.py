@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -10,7 +11,7 @@ from omegaconf import DictConfig
 
 from ssmttm import config
 from ssmttm.codecs import Codec, TinyCodec, TinyCodecConfig
-from ssmttm.data.store import text_name
+from ssmttm.data.store import Store, text_name
 from ssmttm.data.text_table import write_text_table
 from ssmttm.data.writer import StoreWriter
 from ssmttm.text import load_text_encoder
@@ -18,6 +19,14 @@ from ssmttm.text import load_text_encoder
 N_CODEBOOKS, CODEBOOK_SIZE, TEXT_DIM, FRAMES = 4, 16, 8, 20
 SAMPLE_RATE, HOP, CODEBOOK_DIM = 2400, 96, 3
 TEXT_FINGERPRINT = "1" * 16
+
+
+def write_rows_store(path: Path, rows: list[dict[str, Any]]) -> Store:
+    """A store of nothing but a manifest of these rows."""
+    writer = StoreWriter(path, {"source": {}}, None, SAMPLE_RATE)
+    for row in rows:
+        writer.add(row)
+    return writer.finish()
 
 
 def small_codec(folder: Path) -> TinyCodec:

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_stores import write_rows_store
 
 from data_prep.sources import SOURCES, records
 from data_prep.sources.references import read_references
 from data_prep.track import KINDS, Refusal, Track
-from ssmttm.data.store import Store
-from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
 
 TRACKS = "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS"
@@ -24,13 +23,6 @@ def write(path: Path, content: str | bytes = b"") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def small_store(path: Path, rows: list[dict]) -> Store:
-    writer = StoreWriter(path, {"source": {}}, None, 8000)
-    for row in rows:
-        writer.add(row)
-    return writer.finish()
 
 
 def write_csv(path: Path, *rows: tuple) -> Path:
@@ -646,7 +638,7 @@ def test_references_of_sound_and_of_a_store(tmp_path):
     assert heard.audio == [tmp_path / "heard" / "a" / "x.wav"] and heard.name == "heard" and not heard.works
     rows = [{"id": split, "split": split, "licence": "CC0-1.0", "duration": 1.0, "audio": f"audio/{split}.flac"}
             for split in ("train", "test")]  # fmt: skip
-    store = small_store(tmp_path / "store", rows)
+    store = write_rows_store(tmp_path / "store", rows)
     assert read_references(store.path).audio == [store.path / "audio" / "test.flac"]
 
 
