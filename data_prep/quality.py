@@ -81,12 +81,12 @@ def measure(channels: np.ndarray, rate: int) -> Quality:
 def judge(quality: Quality, filters: Filters) -> Refused | None:
     """Why the filters refuse a segment; None if they do not."""
     share = f"{quality.silence:.0%}".replace("%", " %")
+    if quality.stereo == "out-of-phase" and not filters.out_of_phase:
+        return Refused("phase", "its channels cancel each other when mixed down to mono: invert one of them")
     if quality.loudness == float("-inf"):
         return Refused("silent", "it is silent throughout")
     if quality.silence > filters.max_silence:
         return Refused("silent", f"it is silent for {share} of its length")
-    if quality.stereo == "out-of-phase" and not filters.out_of_phase:
-        return Refused("phase", "its channels cancel each other when mixed down to mono: invert one of them")
     if quality.clipped > filters.max_clipped:
         return Refused("clipped", f"it is clipped for {100 * quality.clipped:.1f} % of its samples")
     if quality.bandwidth < filters.min_bandwidth:

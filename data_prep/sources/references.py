@@ -34,8 +34,8 @@ class References:
 def read_references(path: Path) -> References:
     """Read song_describer.csv, a CSV of MusicCaps, a table of MusicBench or MTG-Jamendo, a store or a folder of audio.
 
-    Audio is what lies in a folder `audio` beside a table, else what lies beside it. Of a store it is the test split. A
-    folder that holds one of the tables is read as that table.
+    Audio is what lies in a folder `audio` beside a table; a set laid out otherwise can be named once more, as a folder of
+    audio. Of a store it is the test split. A folder that holds one of the tables is read as that table.
 
     Raises:
         UserError: none of them, or one that cannot be read.
@@ -133,5 +133,5 @@ def _number(cell: str) -> int:
 
 
 def _beside(table: Path) -> list[Path]:
-    folder = table.parent / "audio" if (table.parent / "audio").is_dir() else table.parent
-    return [folder / inside for inside in audio_files(folder)]
+    folder = table.parent / "audio"
+    return [folder / inside for inside in audio_files(folder)] if folder.is_dir() else []
