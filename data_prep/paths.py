@@ -40,3 +40,9 @@ def check_name(name: str) -> None:
         raise Refused("metadata", "the path holds control characters, or is no valid Unicode")
     if len(name.encode()) > _LONGEST or max(len(part.encode()) for part in parts) > _LONGEST_PART:
         raise Refused("metadata", "the path is too long")
+
+
+def printable(name: str) -> str:
+    """A name for a message or a table, at most 200 characters of it; what cannot be shown is escaped."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name[:200])
+    return shown if len(name) <= 200 else f"{shown}..."

@@ -1,0 +1,363 @@
+"""Tars out and in: the same bytes each time, what goes out comes back, and an archive of a stranger harms nothing."""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.tar_stream import BadArchive, Bounds, members
+from data_prep.track import KINDS, Refusal, Track
+from data_prep.webdataset import ArchiveLimits, export, tracks_from
+from ssmttm.data.store import Store
+from ssmttm.data.writer import StoreWriter
+from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
+
+RATE, K = 8000, 2
+IDS = ["a0-0000", "jamendo:948-0001", "disc 1/track.02", "100%.5", "é" * 40 + "x" * 80]
+CODEC = {
+    "name": "fake", "fingerprint": "0" * 16, "sample_rate": RATE, "frame_rate": 50.0, "n_codebooks": K,
+    "codebook_size": 1024,
+}  # fmt: skip
+
+
+def write_store(path: Path, codec: bool = True) -> Store:
+    rng = np.random.default_rng(0)
+    writer = StoreWriter(path, {}, CODEC if codec else None, RATE)
+    (path / "audio").mkdir(parents=True)
+    for index, name in enumerate(IDS):
+        sf.write(path / f"audio/{index}.flac", rng.uniform(-0.1, 0.1, RATE), RATE)
+        row = {
+            "id": name, "split": ("train", "valid", "test")[index % 3], "licence": "CC-BY-4.0", "duration": 1.0,
+            "licence_url": "https://creativecommons.org/licenses/by/4.0/", "title": f"Title {index} – “x”",
+            "author": "Ann", "source_url": f"https://example.org/{index}", "audio": f"audio/{index}.flac",
+            "captions": ["a slow piece", "Ein langsames Stück"][: 1 + index % 2], "tags": ["genre---rock"],
+            "truth": {"tempo": 100 + index}, "content_hash": "00",
+        }  # fmt: skip
+        writer.add(row, rng.integers(0, 1024, (K, 50 + index)) if codec else None)
+    store = writer.finish()
+    (path / "ATTRIBUTION.csv").write_text("title,author\n")
+    return store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return write_store(tmp_path_factory.mktemp("store") / "s")
+
+
+def tar_of(path: Path, files: list[tuple[str | tarfile.TarInfo, bytes]], mode: str = "w", format: int = 2) -> Path:
+    with tarfile.open(path, mode, format=format) as archive:
+        for name, data in files:
+            entry = tarfile.TarInfo(name) if isinstance(name, str) else name
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+LIMITS = ArchiveLimits()
+
+
+def found(tars: Path, out: Path, limits: ArchiveLimits = LIMITS) -> tuple[list[Track], list[Refusal]]:
+    """Tracks and refusals; there is a file for each track and no other one."""
+    results = list(tracks_from(tars, out, limits))
+    tracks = [result for result in results if isinstance(result, Track)]
+    refusals = [result for result in results if isinstance(result, Refusal)]
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(
+        {track.path for track in tracks}
+    )
+    for refusal in refusals:
+        assert refusal.kind in KINDS and refusal.reason.isprintable() and refusal.item.isprintable()
+    return tracks, refusals
+
+
+SOUND = [("a.wav", b"sound"), ("a.json", b'{"license": "CC0-1.0"}')]
+
+
+def test_there_and_back(store, tmp_path):
+    archives = export(store, tmp_path / "tars")
+    assert [path.name for path in archives] == ["shard-000000.tar"]
+    tracks, refusals = found(tmp_path / "tars", tmp_path / "in")
+    assert not refusals and [track.id for track in tracks] == IDS
+    for row, track in enumerate(tracks):
+        known = store.manifest.slice(row, 1).to_pylist()[0]
+        for name in ("licence", "title", "author", "source_url", "split"):
+            assert getattr(track, name) == known[name]
+        assert list(track.captions) == known["captions"] and list(track.tags) == known["tags"]
+        assert (tmp_path / "in" / track.path).read_bytes() == store.audio_path(row).read_bytes()
+        assert track.evidence.startswith("shard-000000.tar:") and track.path.startswith("shard-000000/")
+
+
+def test_export_is_deterministic_and_tells_of_itself(store, tmp_path):
+    first, second = export(store, tmp_path / "1", 20_000), export(store, tmp_path / "2", 20_000)
+    assert len(first) > 2 and all(path.stat().st_size <= 20_480 for path in first)
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    index = json.loads((tmp_path / "1" / "dataset.json").read_text())
+    assert [entry["sha256"] for entry in index["shards"]] == [file_sha256(path) for path in first]
+    assert index["codec"] == CODEC and (tmp_path / "1" / "ATTRIBUTION.csv").is_file()
+    for path in first:
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                assert (entry.mtime, entry.uid, entry.gid, entry.uname, entry.mode) == (0, 0, 0, "", 0o644)
+
+
+def test_each_archive_holds_whole_samples_of_every_segment(store, tmp_path):
+    seen = {}
+    for path in export(store, tmp_path / "tars", 1):
+        with tarfile.open(path) as archive:
+            files = {name: archive.extractfile(name).read() for name in archive.getnames()}
+        (known,) = (json.loads(data) for name, data in files.items() if name.endswith(".json"))
+        (codes,) = (np.load(io.BytesIO(data)) for name, data in files.items() if name.endswith(".codes.npy"))
+        assert len(files) == 3 and len({name.partition(".")[0] for name in files}) == 1
+        seen[known["id"]] = codes
+    for row, name in enumerate(IDS):
+        assert seen[name].dtype == np.uint16 and np.array_equal(seen[name], store.codes(row))
+
+
+def test_a_store_without_codes_and_one_that_lacks_a_file(tmp_path):
+    store = write_store(tmp_path / "s", codec=False)
+    with tarfile.open(export(store, tmp_path / "tars")[0]) as archive:
+        assert sorted({name.partition(".")[2] for name in archive.getnames()}) == ["flac", "json"]
+    with pytest.raises(UserError, match="is there already"):
+        export(store, tmp_path / "tars")
+    (tmp_path / "s" / "audio" / "3.flac").unlink()
+    with pytest.raises(UserError, match=r"3\.flac is missing"):
+        export(store, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "tars"]
+
+
+def test_the_webdataset_package_reads_our_archives(store, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    paths = [str(path) for path in export(store, tmp_path / "tars", 20_000)]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode())
+    assert [sample["json"]["id"] for sample in samples] == IDS
+    for row, sample in enumerate(samples):
+        assert np.array_equal(sample["codes.npy"], store.codes(row))
+        assert sample["flac"] == store.audio_path(row).read_bytes()
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_every_kind_of_tar(tmp_path, format, mode):
+    names = ["a.wav", "folder/b.WAV", "./c.flac", "f" * 90 + "/" + "n" * 60 + ".mp3"]
+    names += [] if format == tarfile.USTAR_FORMAT else ["é" * 60 + "/" + "日" * 50 + ".ogg"]
+    files = [(name, os.urandom(index * 700)) for index, name in enumerate(names)]
+    tar_of(tmp_path / "x.tar", files, mode, format)
+    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
+    assert not refusals and len(tracks) == len(files)
+    for track, (_, data) in zip(tracks, files, strict=True):
+        assert (tmp_path / "in" / track.path).read_bytes() == data
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    files=st.lists(st.tuples(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=200)
+                             .filter(lambda name: not name.endswith("/")), st.binary(max_size=1500)), max_size=6),
+    format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)  # fmt: skip
+def test_the_reader_agrees_with_tarfile(tmp_path, files, format):
+    tar_of(tmp_path / "x.tar", files, format=format)
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        expected = [(entry.name, archive.extractfile(entry).read()) for entry in archive]
+    with open(tmp_path / "x.tar", "rb") as file:
+        assert [(entry.name, b"".join(entry.chunks())) for entry in members(file, Bounds())] == expected
+
+
+def test_what_foreign_json_and_texts_say(tmp_path):
+    known = {
+        "license": "CC BY 4.0", "caption": " one ", "captions": ["two", "one", 3, None, ""], "text": "three",
+        "artist": "Bob", "title": 7, "url": "https://example.org", "tags": "rock, slow", "split": "testing",
+    }  # fmt: skip
+    files = [
+        ("a.mp3", b"1"), ("a.json", json.dumps(known).encode()), ("a.txt", b"\xef\xbb\xbffour\n"), ("a.png", b"2"),
+        ("b.txt", b"alone with sound"), ("b.opus", b"3"), ("README", b"x"), ("._c.wav", b"x"),
+        ("c.wav", b"4"), ("c.json", b'{"title": "\\ud800", "captions": {"no": "list"}, "id": "own"}'),
+    ]  # fmt: skip
+    tracks, refusals = found(tar_of(tmp_path / "x.tar", files), tmp_path / "in")
+    assert tracks == [
+        Track("x/a.mp3", "x/a.mp3", "CC BY 4.0", "", "Bob", "https://example.org", evidence="x.tar:a.json",
+              captions=("two", "one", "three", "four"), tags=("rock", "slow")),
+        Track("x/b.opus", "x/b.opus", captions=("alone with sound",)),
+        Track("own", "x/c.wav", title="?"),
+    ]  # fmt: skip
+    assert [refusal.item for refusal in refusals] == []
+
+
+def test_a_folder_of_archives_in_their_order(tmp_path):
+    for name in ("z.tar", "a.tgz", "deep/z.tar.gz", "deep/no.zip", "b.TAR"):
+        (tmp_path / "tars" / name).parent.mkdir(parents=True, exist_ok=True)
+        tar_of(tmp_path / "tars" / name, SOUND, "w:gz" if name.endswith("gz") else "w")
+    tracks, _ = found(tmp_path / "tars", tmp_path / "in")
+    assert [track.path for track in tracks] == ["a/a.wav", "b/a.wav", "deep/z/a.wav", "z/a.wav"]
+    assert [track.evidence for track in tracks][2] == "deep/z.tar.gz:a.json"
+    with pytest.raises(UserError, match="no archive"):
+        found(tmp_path / "in", tmp_path / "other")
+
+
+def entry(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, target
+    return made
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        ([("../evil.wav", b"x")], "outside"),
+        ([("/tmp/evil.wav", b"x")], "outside"),
+        ([("b/../../evil.wav", b"x")], "outside"),
+        ([(entry("evil.wav", tarfile.SYMTYPE, "/etc/passwd"), b"")], "unreadable"),
+        ([(entry("evil", tarfile.SYMTYPE, ".."), b""), ("evil/evil.wav", b"x")], "unreadable"),
+        ([(entry("evil.wav", tarfile.LNKTYPE, "a.wav"), b"")], "unreadable"),
+        ([(entry("evil.wav", tarfile.CHRTYPE), b"")], "unreadable"),
+        ([(entry("evil.wav", tarfile.FIFOTYPE), b"")], "unreadable"),
+        ([("ev\nil.wav", b"x")], "metadata"),
+        ([("e" * 300 + ".wav", b"x")], "metadata"),
+        ([("evil.wav", b"x"), ("evil.mp3", b"y")], "metadata"),
+        ([("evil.wav", b"x"), ("evil.json", b"{"), ("evil.txt", b"x")], "metadata"),
+        ([("evil.wav", b"x"), ("evil.json", b"[" * 9_000)], "metadata"),
+        ([("evil.wav", b"x"), ("evil.json", b"[]")], "metadata"),
+        ([("evil.wav", b"x"), ("evil.json", b"{}"), ("evil.json", b"{}")], "metadata"),
+        ([("evil.wav", b"x"), ("evil.txt", b"\xff\xfe")], "metadata"),
+        ([("evil.json", b"{}")], "missing"),
+        ([("evil.wav", b"x"), ("other.wav", b"y"), ("evil.wav", b"z")], "metadata"),
+        ([("other.wav/evil.wav", b"x"), ("other.wav", b"y")], "metadata"),
+        ([("evil.wav", bytes(2001))], "limit"),
+        ([("evil.txt", bytes(10_001)), ("evil.wav", b"x")], "limit"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_what_is_bad_costs_only_itself(tmp_path, bad, kind, mode):
+    """Before and after it stand good samples."""
+    tar_of(tmp_path / "x.tar", [*SOUND, *bad, ("z.wav", b"last")], mode)
+    (tmp_path / "root").mkdir()
+    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "root" / "in", ArchiveLimits(2000, 10_000))
+    assert [track.path for track in tracks][:: len(tracks) - 1] == ["x/a.wav", "x/z.wav"]
+    assert (tmp_path / "root" / "in" / "x" / "a.wav").read_bytes() == b"sound"
+    assert kind in [refusal.kind for refusal in refusals]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "x.tar"]
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["in"]
+    assert not any(path.is_symlink() for path in (tmp_path / "root").rglob("*"))
+
+
+def test_a_link_that_waits_in_the_output_is_not_followed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "x").symlink_to("../elsewhere")
+    results = list(tracks_from(tar_of(tmp_path / "x.tar", SOUND), tmp_path / "in"))
+    assert [result.kind for result in results if isinstance(result, Refusal)] == ["outside"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def patched(path: Path, place: int, data: bytes) -> None:
+    """Change bytes of the first header of a tar, and its checksum with them."""
+    header = bytearray(path.read_bytes())
+    header[place : place + len(data)] = data
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    path.write_bytes(header)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        (b"77777777777\0", "limit"),  # 8 GiB, more than a sound may have
+        (b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7, "limit"),
+        (b"\x80" + b"\0" * 8 + b"\x10\0\0", "unreadable"),  # 1 MiB, which is not there
+        (b"\xff" + b"\xff" * 9 + b"\xfe\0", "unreadable"),  # -512
+        (b"-0000000512\0", "unreadable"),
+        (b"00000000 12\0", "unreadable"),
+    ],
+)
+def test_sizes_that_lie(tmp_path, size, kind):
+    tar_of(tmp_path / "x.tar", [("b.wav", b"x"), *SOUND])
+    patched(tmp_path / "x.tar", 124, size)
+    begun = time.monotonic()
+    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
+    assert not tracks and {refusal.kind for refusal in refusals} >= {kind} and time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_archives_cut_short(tmp_path, share, mode):
+    files = [(f"{index}.wav", os.urandom(5000)) for index in range(10)]
+    data = tar_of(tmp_path / "x.tar", files, mode).read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[: round(len(data) * share) | 1])
+    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
+    assert len(tracks) < 10 and refusals[-1].item == "x.tar" and refusals[-1].kind == "unreadable"
+    for track, (_, sound) in zip(tracks, files, strict=False):
+        assert (tmp_path / "in" / track.path).read_bytes() == sound
+
+
+def test_bombs(tmp_path):
+    """A gigabyte of zeros in a megabyte; a header of a gigabyte; members without end."""
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", 1) as file:
+        header = tarfile.TarInfo("a.wav")
+        header.size = 1 << 30
+        file.write(header.tobuf())
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    begun = time.monotonic()
+    _, refusals = found(tmp_path / "bomb.tar.gz", tmp_path / "1")
+    assert ("limit", "the archive unpacks to more than 100 times its size") in [(r.kind, r.reason) for r in refusals]
+    assert time.monotonic() - begun < 5
+
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 30
+    with open(tmp_path / "header.tar", "wb") as file:
+        file.write(header.tobuf())
+        file.truncate(1 << 31)
+    _, refusals = found(tmp_path / "header.tar", tmp_path / "2")
+    assert [refusal.kind for refusal in refusals] == ["limit"]
+
+    limits = ArchiveLimits(bounds=Bounds(members=10, total_bytes=1 << 20))
+    tar_of(tmp_path / "many.tar", [(f"{index}.wav", b"") for index in range(40)])
+    tracks, refusals = found(tmp_path / "many.tar", tmp_path / "3", limits)
+    assert len(tracks) < 40 and refusals[-1].kind == "limit"
+    tar_of(tmp_path / "large.tar", [("a.wav", bytes(1 << 19)), ("b.wav", bytes(1 << 20))])
+    tracks, refusals = found(tmp_path / "large.tar", tmp_path / "4", limits)
+    assert [track.id for track in tracks] == ["large/a.wav"] and refusals[-1].kind == "limit"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x1f\x8b", b"text" * 1000, b"\x1f\x8b" + bytes(5000), bytes(100), b"PK\3\4" * 500]
+)
+def test_what_is_no_archive(tmp_path, data):
+    (tmp_path / "x.tar").write_bytes(data)
+    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
+    assert not tracks and all(refusal.kind == "unreadable" for refusal in refusals)
+    assert len(refusals) == (0 if not data.strip(b"\0") else 1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=20)), min_size=1, max_size=4),
+    repair=st.booleans(),
+    packed=st.booleans(),
+)
+def test_edited_archives_never_break_out(tmp_path, edits, repair, packed):
+    path = tar_of(tmp_path / "x.tar", [("é" * 60 + ".wav", b"x" * 600), *SOUND])
+    for place, data in edits:
+        raw = bytearray(path.read_bytes())
+        raw[place : place + len(data)] = data
+        path.write_bytes(raw)
+    if repair:
+        patched(path, 0, b"")
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes(), 1))
+    with open(path, "rb") as file:
+        try:
+            for member in members(file, Bounds()):
+                assert sum(map(len, member.chunks())) == member.size
+        except BadArchive:
+            pass
+    list(tracks_from(path, tmp_path / "in"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "x.tar"]
