@@ -1,26 +1,41 @@
-"""ATTRIBUTION.csv: title, author, source, licence and modifications of every work in a store."""
+"""ATTRIBUTION.csv: title, author, source, licence, modifications and evidence of every work in a store.
+
+The texts stand as their authors wrote them, so a title may begin with a sign that a spreadsheet takes for a formula:
+import the file there with all columns as text.
+"""
 
 import csv
-import io
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from ssmttm.data.store import Store
-from ssmttm.files import write_text
+from ssmttm.files import written_aside
 
-COLUMNS = ("title", "author", "source_url", "licence", "licence_url", "modifications", "segments")
+FILE = "ATTRIBUTION.csv"
+COLUMNS = ("title", "author", "source_url", "licence", "licence_url", "modifications", "evidence", "segments")
+_BATCH = 8192
 
 
 def write_attribution(store: Store) -> Path:
-    """Write one line a work (segments that share all columns are one), in the manifest's order; returns the file."""
-    works: dict[tuple[str, ...], int] = {}
-    for batch in store.manifest.select(COLUMNS[:-1]).to_batches():
-        for row in batch.to_pylist():
-            work = tuple(row[column] or "" for column in COLUMNS[:-1])
-            works[work] = works.get(work, 0) + 1
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
-    table.writerows((*work, count) for work, count in works.items())
-    path = store.path / "ATTRIBUTION.csv"
-    write_text(path, text.getvalue())
+    """Write one line a work, in the manifest's order, with the number of its segments; returns the file.
+
+    Rows that follow each other and share all columns are one work, so the memory that this takes does not grow with the
+    store.
+    """
+    path = store.path / FILE
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for work, segments in groupby(_works(store)):
+            table.writerow((*work, sum(1 for _ in segments)))
     return path
+
+
+def _works(store: Store) -> Iterator[tuple[str, ...]]:
+    """The work of each segment: all columns but the last."""
+    present = [name for name in COLUMNS if name in store.manifest.column_names]
+    for batch in store.manifest.select(present).to_batches(_BATCH):
+        blank = [""] * batch.num_rows
+        cells = (batch[name].to_pylist() if name in present else blank for name in COLUMNS[:-1])
+        yield from zip(*([cell or "" for cell in column] for column in cells), strict=True)
