@@ -25,7 +25,7 @@ def write_attribution(store: Store) -> Path:
     """
     path = store.path / FILE
     with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
+        table = csv.writer(file)  # with CRLF, or a carriage return in a title would end the line
         table.writerow(COLUMNS)
         for work, segments in groupby(_works(store)):
             table.writerow((*work, sum(1 for _ in segments)))

@@ -3,7 +3,7 @@
 import csv
 import tracemalloc
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_stores import write_rows_store
 
@@ -20,7 +20,8 @@ def read(path) -> list[tuple[str, ...]]:
     return [tuple(row) for row in rows]
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@example(works=[("a\rb", "c\nd", 1), ("\r", '"', 2)], batch=2)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(works=st.lists(st.tuples(TEXT, TEXT, st.integers(1, 4)), min_size=1, max_size=6), batch=st.integers(1, 5))
 def test_every_work_once_and_word_for_word(tmp_path_factory, works, batch):
     rows = [
