@@ -47,12 +47,14 @@ def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
     """What is done with the segments. Raises UserError for a device or a model that is not there."""
     device = _device(arguments.device)
     windows = Windows(seconds=min(opening.seconds, _LONGEST_WINDOW))
-    return Wishes(
+    wishes = Wishes(
         vocals=_vocals(arguments, device),
         captions=_captions(arguments, device),
         coder=None if arguments.codec == "none" else Coder(arguments.codec, windows, device),
         embedder=None if arguments.text == "none" else Embedder(arguments.text, device),
     )
+    wishes.facts()  # what is not there is said before anything is written
+    return wishes
 
 
 def executor_of(arguments: argparse.Namespace) -> Processes | Ray:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from data_prep.builtin import compose, corpus, produce, render, segments, synth
+from data_prep.builtin import compose, corpus, render, segments, synth
+from data_prep.builtin.corpus import render_shard, works
 from ssmttm.errors import UserError
 
 RATE = 24_000
@@ -19,7 +21,8 @@ HOURS = 3 * 40 / 3600  # three pieces
 @pytest.fixture(scope="module")
 def produced(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("corpus")
-    return folder, list(produce(HOURS, 5, folder))
+    render_shard(5, 0, 3, folder)
+    return folder, pq.read_table(folder / "segments.parquet").to_pylist()
 
 
 def test_audio_is_full_sized_audible_and_unclipped() -> None:
@@ -72,43 +75,33 @@ def test_the_rows_hold_what_the_store_needs(produced) -> None:
         assert hashlib.sha256(pcm.astype("<i2").tobytes()).hexdigest() == row["content_hash"]
         truth = json.loads(row["truth"])
         assert truth["piece"] == row["id"][:-2] and truth["segment"] == int(row["id"][-1])
-        assert row["licence"] == "CC0-1.0" and row["author"] == "ssmttm" and 4 <= len(row["captions"]) <= 6
-        assert (row["shard"], row["offset"], row["frames"]) == (-1, 0, 0)
+        assert 4 <= len(row["captions"]) <= 6 and -40 < row["loudness"] < -10 and row["track"] == row["id"][:-2]
+    for track in pq.read_table(folder / "tracks.parquet").to_pylist():
+        assert track["licence"] == "CC0-1.0" and track["author"] == "ssmttm" and track["title"]
+        assert track["split"] == corpus.split_of(track["id"])
     assert segments(compose(5, 0)) == [(0, 480_000), (480_000, 480_000)]
-    assert not list((folder / "audio").glob(".*")), "a file left aside"
 
 
-def test_any_number_of_processes_gives_the_same_bytes(produced, tmp_path: Path) -> None:
+def test_a_piece_is_the_same_in_any_shard(produced, tmp_path: Path) -> None:
     folder, rows = produced
-    assert list(produce(HOURS, 5, tmp_path, processes=2)) == rows
-    for row in rows:
+    render_shard(5, 1, 1, tmp_path)
+    alone = pq.read_table(tmp_path / "segments.parquet").to_pylist()
+    assert alone == rows[2:4]
+    for row in alone:
         assert (tmp_path / row["audio"]).read_bytes() == (folder / row["audio"]).read_bytes()
 
 
-def test_resume_keeps_whole_files_and_mends_broken_ones(produced, tmp_path: Path, monkeypatch) -> None:
-    _, rows = produced
-    list(produce(40 / 3600, 5, tmp_path))
-    first, second = (tmp_path / row["audio"] for row in rows[:2])
-    whole = first.read_bytes()
-    rendered = []
-    monkeypatch.setattr(corpus, "render", lambda piece, rate: rendered.append(piece.id) or render(piece, rate))
-    assert list(produce(40 / 3600, 5, tmp_path)) == rows[:2] and not rendered
-    first.write_bytes(whole[: len(whole) // 2])
-    second.unlink()
-    assert list(produce(40 / 3600, 5, tmp_path)) == rows[:2] and len(rendered) == 1
-    assert first.read_bytes() == whole and second.is_file()
+def test_more_hours_leave_whole_shards_as_they_are(tmp_path: Path) -> None:
+    few, many = works(tmp_path, 20 * 40 / 3600, 5), works(tmp_path, 40 * 40 / 3600, 5)
+    assert len(few) == 2 and len(many) == 3
+    assert few[0].inputs == many[0].inputs and few[0].target == many[0].target and few[1].inputs != many[1].inputs
+    assert works(tmp_path, 20 * 40 / 3600, 6)[0].target != few[0].target
 
 
 def test_splits_are_disjoint_by_piece_and_near_ninety_five_five() -> None:
     splits = [corpus.split_of(f"builtin-1-{index:06d}") for index in range(4000)]
     shares = {name: splits.count(name) / len(splits) for name in ("train", "valid", "test")}
     assert shares == pytest.approx({"train": 0.9, "valid": 0.05, "test": 0.05}, abs=0.015)
-
-
-def test_both_segments_of_a_piece_share_a_split(produced) -> None:
-    _, rows = produced
-    for row in rows:
-        assert row["split"] == corpus.split_of(row["id"].rsplit("-", 1)[0])
 
 
 def test_a_missing_soundfont_is_said_in_one_line(monkeypatch) -> None:

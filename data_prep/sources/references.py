@@ -34,8 +34,8 @@ class References:
 def read_references(path: Path) -> References:
     """Read song_describer.csv, a CSV of MusicCaps, a table of MusicBench or MTG-Jamendo, a store or a folder of audio.
 
-    Audio is what lies in a folder `audio` beside a table; a set laid out otherwise can be named once more, as a folder of
-    audio. Of a store it is the test split. A folder that holds one of the tables is read as that table.
+    Audio is what lies in a folder `audio` beside a table; a set laid out otherwise can be named once more, as a folder
+    of audio. Of a store it is the test split. A folder that holds one of the tables is read as that table.
 
     Raises:
         UserError: none of them, or one that cannot be read.
