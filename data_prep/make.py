@@ -12,7 +12,7 @@ from data_prep.describe import Describing
 from data_prep.embed import Embedder
 from data_prep.encode import Windows
 from data_prep.engine.executors import Processes, Ray
-from data_prep.openings import BuiltIn, FromStore, FromTracks, Opening
+from data_prep.openings import BuiltIn, FromArchives, FromStore, FromTracks, Opening
 from data_prep.options import checked
 from data_prep.pipeline import Wishes
 from data_prep.quality import Filters
@@ -38,8 +38,10 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
         raise UserError(f"there is no folder {root}: give the data set's folder as --root")
     if out.resolve() == root.resolve():
         raise UserError(f"--out is the same folder as --root ({root}): give the store a folder of its own")
-    tracks = _outside(SOURCES[arguments.command].tracks(root, arguments.index), root, out)
     against = [read_references(path) for path in arguments.against]
+    if arguments.command == "webdataset":
+        return FromArchives(root, _cut(arguments), arguments.licence, arguments.policy, against)
+    tracks = _outside(SOURCES[arguments.command].tracks(root, arguments.index), root, out)
     return FromTracks(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
 
 

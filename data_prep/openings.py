@@ -23,6 +23,7 @@ from data_prep.selection import Against, fingerprint_files, select_shards
 from data_prep.sources.references import References
 from data_prep.tables import QUARANTINE, QUARANTINE_FILE, write_rows
 from data_prep.track import Refusal, Track
+from data_prep.webdataset import archives_of, unpack, unpacked
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA, audio_inside, open_store
 from ssmttm.data.writer import config_hash
@@ -77,8 +78,8 @@ class FromTracks:
         against: Sequence[References] = (),
     ) -> None:
         self.sample_rate, self.seconds = cut.sample_rate, cut.segment
-        self._name, self._root, self._cut, self._against = name, root.resolve(), cut, against
-        self._plan = partial(write_plan, tracks, self._root, licence, policy)
+        self._name, self._root, self._tracks, self._cut = name, root.resolve(), tracks, cut
+        self._licence, self._policy, self._against = licence, policy, against
 
     def facts(self) -> dict[str, Any]:
         """The source's name, how it is cut, and what is kept out."""
@@ -86,14 +87,44 @@ class FromTracks:
 
     def segments(self, run: Run) -> list[Segments]:
         """As `Opening.segments`."""
-        plan = run.alone("plan", self._plan)
+        root, tracks = self._found(run)
+        plan = run.alone("plan", partial(write_plan, tracks, root, self._licence, self._policy))
         against = _fingerprinted(run, self._against)
         folder = stage_folder(run.root, "cut", {"source": self._name, **self._cut.settings()})
         works = [
-            Work(folder / key, inputs, partial(cut_shard, self._root, plan, index, self._cut))
+            Work(folder / key, inputs, partial(cut_shard, root, plan, index, self._cut))
             for index, (key, inputs) in enumerate(shards_of(plan))
         ]
         return _selected(run, run.stage("cut", works), against, self._cut.modifications)
+
+    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Refusal]]:
+        """The tracks, and the folder that their paths start from."""
+        return self._root, self._tracks
+
+
+class FromArchives(FromTracks):
+    """The samples of WebDataset archives, unpacked one archive a shard; `root` is an archive or a folder of them.
+
+    Raises:
+        UserError: there is no archive.
+    """
+
+    stages = (("unpack", True), *FromTracks.stages)
+
+    def __init__(
+        self, root: Path, cut: Cut, licence: str | None, policy: str, against: Sequence[References] = ()
+    ) -> None:
+        super().__init__("webdataset", root, (), cut, licence, policy, against)
+        self._archives = archives_of(self._root)
+
+    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Refusal]]:
+        folder = stage_folder(run.root, "unpack", {})
+        works = []
+        for index, archive in enumerate(self._archives):
+            stamp = [str(archive), archive.stat().st_size, archive.stat().st_mtime_ns]
+            works.append(Work(folder / f"{index:05d}", config_hash({"archive": stamp}), partial(unpack, archive)))
+        done = run.stage("unpack", works)
+        return folder, (item for shard in done for item in unpacked(shard.folder))
 
 
 class BuiltIn:

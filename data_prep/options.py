@@ -45,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--index", type=Path, metavar="FILE", help="another table, where the data set has several")
         one.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
 
+    archives = commands.add_parser(
+        "webdataset", parents=[files, later, machine], help="WebDataset tars, such as `export` writes"
+    )
+    archives.add_argument("--root", type=Path, required=True, metavar="DIR", help="the folder of .tar or .tar.gz files")
+    archives.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
+
     builtin = commands.add_parser("builtin", parents=[later, machine], help="music composed here, CC0-1.0")
     builtin.add_argument("--hours", type=float, required=True, metavar="H", help="at least this much audio")
     builtin.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other music")

@@ -50,7 +50,8 @@ def write_sound(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
     Returns:
         Its row's `id`, `duration`, `audio` (in a folder of that name) and `content_hash`.
     """
-    pcm = (wav / max(1.0, float(wav.abs().max())) * 32767).round().to(torch.int16)
+    scaled = wav / max(1.0, float(wav.abs().max())) * 32768  # what was 16 bit stays as it is
+    pcm = scaled.round().clamp(-32768, 32767).to(torch.int16)
     audio.write(path, pcm, sample_rate)
     return {
         "id": path.stem,

@@ -15,7 +15,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from data_prep.engine.work import Counts
 from data_prep.paths import check_name, inside, printable
 from data_prep.tar_stream import BadArchive, Bounds, Member, members
 from data_prep.track import Refusal, Refused, Track
@@ -30,7 +31,7 @@ from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256, new_folder
 
-INDEX = "dataset.json"
+INDEX, ITEMS_FILE = "dataset.json", "items.jsonl"
 SOUNDS = {
     "wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "caf", "w64", "m4a", "mp4", "aac", "wma",
     "wv", "ape", "tta", "webm", "mka",
@@ -151,13 +152,40 @@ def tracks_from(tars: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()) 
     Raises:
         UserError: there is no archive.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    for archive in archives_of(tars):
+        name = archive.name if archive == tars else archive.relative_to(tars).as_posix()
+        yield from _Archive(archive, name, out, limits).tracks()
+
+
+def archives_of(tars: Path) -> list[Path]:
+    """An archive, or those in a folder in any depth, by name. Raises UserError if there is none."""
     archives = [tars] if tars.is_file() else sorted(path for path in tars.rglob("*") if _is_archive(path))
     if not archives:
         raise UserError(f"there is no archive at {tars} (.tar, .tar.gz, .tgz)")
-    out.mkdir(parents=True, exist_ok=True)
-    for archive in archives:
-        name = archive.name if archive == tars else archive.relative_to(tars).as_posix()
-        yield from _Archive(archive, name, out, limits).tracks()
+    return archives
+
+
+def unpack(archive: Path, folder: Path) -> Counts:
+    """The stage `unpack`: put an archive's sound aside in a shard's folder, and write what is known of it."""
+    items = list(tracks_from(archive, folder))
+    with open(folder / ITEMS_FILE, "w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps({type(item).__name__: asdict(item)}) + "\n")
+    tracks = sum(isinstance(item, Track) for item in items)
+    return {"tracks": tracks, "refused": len(items) - tracks}
+
+
+def unpacked(folder: Path) -> Iterator[Track | Refusal]:
+    """What `unpack` wrote into a shard's folder, with the paths from the stage's folder on."""
+    with open(folder / ITEMS_FILE, encoding="utf-8") as file:
+        for line in file:
+            ((kind, facts),) = json.loads(line).items()
+            if kind == "Refusal":
+                yield Refusal(**facts)
+            else:
+                texts = {name: tuple(facts[name]) for name in ("captions", "tags")}
+                yield Track(**{**facts, **texts, "path": f"{folder.name}/{facts['path']}"})
 
 
 def _is_archive(path: Path) -> bool:

@@ -139,6 +139,25 @@ def test_probe_and_status(tmp_path, capsys):
     assert "the store is finished" in shown and "cut" in shown and "select" in shown
 
 
+def test_a_store_out_as_archives_and_in_again(tmp_path):
+    for index in range(5):
+        save(tmp_path / "music" / f"{index}.wav", music(index)[: (6 + index) * MUSIC_RATE])
+    (tmp_path / "music" / "captions.csv").write_text("path,caption,title\n3.wav,a quiet song,Third\n")
+    more = ["--codec", "none", "--text", "none", "--workers", "1"]
+    first = ["folder", "--root", str(tmp_path / "music"), "--out", str(tmp_path / "a"), "--licence", "CC-BY-SA-4.0"]
+    command.main([*first, *more])
+    command.main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "tars")])
+    words = ["webdataset", "--root", str(tmp_path / "tars"), "--out", str(tmp_path / "b"), *more]
+    command.main(words)
+    old, new = (open_store(tmp_path / name).manifest.to_pylist() for name in "ab")
+    told = [[(row["title"], row["captions"], row["licence"], row["duration"], row["split"], row["content_hash"])
+             for row in sorted(rows, key=lambda row: row["content_hash"])] for rows in (old, new)]  # fmt: skip
+    assert told[0] == told[1] and len(old) == 5 and "a quiet song" in str(told)
+    fingerprint = open_store(tmp_path / "b").fingerprint
+    command.main(words)
+    assert open_store(tmp_path / "b").fingerprint == fingerprint
+
+
 def test_shares_of_stages_make_the_same_store(tmp_path, capsys):
     """What the scripts for Slurm do: every stage in two shares, one after the other."""
     for index in range(6):
