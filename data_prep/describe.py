@@ -35,7 +35,7 @@ class Describing:
     """How segments get captions.
 
     Attributes:
-        templates: captions made of the tags, at most.
+        templates: captions made of the tags, at most, where the source gives none.
         captioner: an audio language model that adds one: a folder or a hub name, such as Qwen/Qwen2-Audio-7B-Instruct;
             empty for none.
         prompt: what it is asked; empty: `ssmttm.text.captioner.PROMPT`.
@@ -76,12 +76,12 @@ def describe(
     settings: Describing,
     sounds: Iterable[Sound] = (),
 ) -> tuple[list[list[str]], list[Refusal]]:
-    """The captions of each segment: those known, each with its other wordings behind it; the model's; the tags'.
+    """The captions of each segment: those known and the model's, each with its other wordings behind it; else of tags.
 
     Args:
         ids: of the segments.
         known: what their source says of them, which is kept as it is.
-        tags: `category---name`.
+        tags: `category---name`; captions are made of them where nothing is known.
         sounds: audio [C, S] and Hz of each, read one batch at a time; needed for a captioner only.
 
     Returns:
@@ -100,8 +100,9 @@ def describe(
                 captions.append(caption)
     if settings.rephrase:
         said = _with_rewordings(said, load_rephraser(settings.rephrase))
-    for captions, names, id in zip(said, tags, ids, strict=True):
-        captions += template_captions(names, id, settings.templates, settings.instrumental)
+    for id, captions, given, names in zip(ids, said, known, tags, strict=True):
+        if not given:
+            captions += template_captions(names, id, settings.templates, settings.instrumental)
     return [list(dict.fromkeys(captions)) for captions in said], refusals
 
 
@@ -202,6 +203,7 @@ def _source_of(hook: Rephraser) -> str:
         return repr(hook)
 
 
+_MOST = (2, 4, 2, 1, 1, 1, 1)  # of each kind of fact in one caption
 _PLAIN = re.compile(r"\w(?:[\w&'’+#♭♯ -]|\.(?=\w))*")
 
 
@@ -252,8 +254,7 @@ def _worded(kind: str, name: str) -> tuple[str, str]:
 
 def _some_of(facts: _Facts, rng: Random, everything: bool) -> _Facts:
     """A few of the facts of each kind, at least one in all; `everything` leaves no kind out."""
-    most = _Facts(2, 4, 2, 1, 1, 1, 1)  # type: ignore[arg-type]
-    chosen = _Facts(*(rng.sample(group, min(len(group), limit)) for group, limit in zip(facts, most, strict=True)))
+    chosen = _Facts(*(rng.sample(group, min(len(group), most)) for group, most in zip(facts, _MOST, strict=True)))
     if not everything:
         some = [group if rng.random() < 0.65 else [] for group in chosen]
         chosen = _Facts(*some) if any(some) else chosen

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,6 +21,13 @@ from ssmttm import audio
 from ssmttm.evaluation.page_style import STYLE
 from ssmttm.evaluation.pictures import spectrogram_png, ticks
 from ssmttm.files import write_text
+
+
+class Block(Protocol):
+    """Something on a page."""
+
+    def html(self) -> str:
+        """As HTML."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Picture:
 class Row:
     """Blocks side by side where there is room."""
 
-    blocks: Sequence["Text | Facts | Table | Player | Picture | Curve"]
+    blocks: Sequence[Block]
 
     def html(self) -> str:
         """As HTML."""
@@ -153,7 +161,7 @@ class Section:
     """A heading and what stands under it."""
 
     title: str
-    blocks: Sequence[Text | Facts | Table | Player | Picture | Row | Curve]
+    blocks: Sequence[Block]
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section], lead: str = "") -> Path:

@@ -31,5 +31,21 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } text { stroke:
   var(--violet); }
 .name0 { fill: var(--accent); } .name1 { fill: var(--blue); } .name2 { fill: var(--green); } .name3 { fill:
   var(--violet); }
-@media (max-width: 640px) { svg { font-size: 18px; } }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1rem; margin: 0; }
+.numbers div { display: block; } .numbers dd { font-size: 1.6rem; font-weight: 600; line-height: 1.2; }
+.bars { list-style: none; margin: .5rem 0; padding: 0; display: grid; gap: .45rem; font-size: .9rem; }
+.bars li { display: grid; grid-template-columns: minmax(6rem, 12rem) 1fr minmax(5.5rem, auto); gap: .15rem .8rem;
+  align-items: center; } .bars .value { text-align: right; font-variant-numeric: tabular-nums; }
+.bars .track { height: .7rem; border-radius: 4px; background: var(--edge); overflow: hidden; }
+.bars .track i { display: block; height: 100%; min-width: 2px; background: var(--blue); border-radius: 4px; }
+.row .bars li { grid-template-columns: 1fr auto; }
+.row .bars .track { grid-row: 2; grid-column: 1 / -1; height: .5rem; }
+.bars small, .note { grid-column: 1 / -1; color: var(--soft); } .note { font-size: .9rem; margin: .25rem 0 .75rem; }
+.bars bdi, td, figure { overflow-wrap: anywhere; } .clip audio { margin: 0; } .clip p { margin: .3rem 0; }
+.histogram { font-size: 16px; max-width: 34rem; } rect { fill: var(--blue); } h3 { font-size: 1rem; margin: 0 0 .3rem; }
+* + h3 { margin-top: 1.2rem; } h2 + h3 { margin-top: 0; } section > :last-child { margin-bottom: 0; }
+.clip { padding-bottom: .75rem; } .clip dt { flex: none; } a { color: var(--accent); }
+summary { cursor: pointer; color: var(--soft); } td { vertical-align: top; }
+@media (max-width: 640px) { svg { font-size: 18px; } .histogram { font-size: 26px; }
+  .bars li { grid-template-columns: 1fr auto; } .bars .track { grid-row: 2; grid-column: 1 / -1; } }
 """

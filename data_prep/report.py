@@ -1,0 +1,370 @@
+"""A page about a store: how much of what, under which licences, what was refused and why, and how some of it sounds.
+
+Everything is counted by columns (pyarrow), so that a million segments take seconds.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.licences import POLICIES, allowed, normalise
+from data_prep.tag_words import CATEGORIES
+from data_prep.track import KINDS
+from ssmttm.data.store import SPLITS, Store
+from ssmttm.errors import UserError
+from ssmttm.evaluation.page import Block, Facts, Row, Section, Table, Text, write_page
+from ssmttm.evaluation.page_charts import Bar, Bars, Clip, Folded, Heading, Histogram, Numbers, Stack, plain
+from ssmttm.evaluation.pictures import ticks
+
+_SHOWN = 15  # bars of one kind
+_CATEGORIES = 4  # of tags
+_EXAMPLES = 12
+_REASONS = 3  # examples of refusals, a kind
+_SEARCHED = 1000  # refusals of a kind that are looked through for them
+_LISTED = 5  # of a list in decontamination.json
+
+
+def write_report(store: Store, out: Path) -> Path:
+    """Write the page; its players name the store's audio by relative paths, so that both can be moved together.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the file cannot be written, or the store is not to be trusted.
+    """
+    table, tags, refusals = store.manifest, _tags_of(store.manifest), _read_quarantine(store.path / "quarantine.csv")
+    music, by_hours = _music(table, tags)
+    sections = [
+        Section("At a glance", [Numbers(_headline(store)), *_what_was_refused(refusals)]),
+        Section("Licences", _licences(table)),
+        Section("What kind of music", music),
+        Section("Splits", _splits(table)),
+        Section("Segments", _segments(table)),
+        Section("Captions", _captions(table)),
+        Section("Refused", _refused(refusals)),
+        Section("Evaluation sets kept out", _decontamination(store.path / "decontamination.json")),
+        Section("Examples", _examples(store, _chosen(table, tags, by_hours), out)),
+        Section("How it was made", _config(store)),
+    ]
+    lead = "A store is a corpus made ready for training and evaluation. This page tells what this one holds."
+    return write_page(out, plain(f"The store {store.path.resolve().name}"), sections, lead)
+
+
+def _headline(store: Store) -> dict[str, str]:
+    table = store.manifest
+    size = sum(entry["bytes"] for entry in store.info["files"].values()) + _size_of(store.path / "audio")
+    return {
+        "music": _time(pc.sum(table["duration"]).as_py() or 0.0),
+        "segments": f"{len(store):,}",
+        "works": f"{_distinct(table, ('track',), ('title', 'author', 'source_url')):,}",
+        "artists": f"{_distinct(table, ('artist',), ('author',)):,}",
+        "on disk": _bytes(size),
+    }
+
+
+def _distinct(table: pa.Table, *choices: tuple[str, ...]) -> int:
+    """Different values of the first of some groups of columns that says anything; rows that say nothing left out."""
+    for columns in choices:
+        if set(columns) <= set(table.column_names):
+            known = table.select(columns).group_by(list(columns)).aggregate([])
+            count = sum(any(values) for values in zip(*(known[name].to_pylist() for name in columns), strict=True))
+            if count:
+                return count
+    return 0
+
+
+def _licences(table: pa.Table) -> list[Block]:
+    found = table.group_by("licence").aggregate([("duration", "sum"), ("id", "count"), ("licence_url", "max")])
+    bars = []
+    for row in sorted(found.to_pylist(), key=lambda row: -row["duration_sum"]):
+        seconds, remark = row["duration_sum"], f"{_tier(row['licence'] or '')}; {_many(row['id_count'], 'segment')}"
+        bars.append(Bar(row["licence"] or "none stated", seconds, _time(seconds), row["licence_url_max"] or "", remark))
+    told = "; ".join(f"{policy}: {what}" for policy, what in POLICIES.items())
+    note = f"Each with the narrowest policy that lets it in ({told}). ATTRIBUTION.csv names every work."
+    return [Heading("Hours by licence", note), Bars(bars)]
+
+
+def _tier(licence: str) -> str:
+    try:
+        known = normalise(licence)
+    except UserError:
+        return "no policy lets it in"
+    return f"policy {next(policy for policy in POLICIES if allowed(known, policy) is None)}"
+
+
+class _Tags(NamedTuple):
+    """The tags of all segments, one after the other: the row of each one's segment, and the tag."""
+
+    rows: pa.ChunkedArray
+    names: pa.ChunkedArray
+
+
+def _tags_of(table: pa.Table) -> _Tags:
+    lists = table["tags"]
+    return _Tags(pc.list_parent_indices(lists), pc.list_flatten(lists))
+
+
+def _music(table: pa.Table, tags: _Tags) -> tuple[list[Block], list[str]]:
+    """Bars of the categories of tags, genre first; and the tags of the first category, those of most hours first.
+
+    Where no tag has a category, a segment's first one is taken for its genre.
+    """
+    by_category: dict[str, list[tuple[float, str, str]]] = {}
+    for tag, seconds in _seconds_of(tags.names, table["duration"].take(tags.rows)).items():
+        category, mark, name = tag.partition("---")
+        category = CATEGORIES.get(category, category) if mark else "tag"
+        by_category.setdefault(category, []).append((-seconds, name if mark else tag, tag))
+    if not by_category:
+        return [Text("No segment has a tag.")], []
+    if list(by_category) == ["tag"]:
+        firsts = table.filter(pc.greater(pc.list_value_length(table["tags"]), 0))
+        found = _seconds_of(pc.list_element(firsts["tags"], 0), firsts["duration"])
+        by_category["first tag"] = [(-seconds, tag, tag) for tag, seconds in found.items()]
+    order = sorted(by_category, key=lambda category: (category not in ("genre", "first tag"), category))
+    charts = [_chart(category, sorted(by_category[category])) for category in order[:_CATEGORIES]]
+    note = Text("A segment with several tags counts for each of them.")
+    return [note, Row(charts)], [tag for _, _, tag in sorted(by_category[order[0]])]
+
+
+def _seconds_of(names: pa.ChunkedArray, seconds: pa.ChunkedArray) -> dict[str, float]:
+    """The seconds of each name."""
+    found = pa.table({"name": names, "seconds": seconds}).drop_null().group_by("name").aggregate([("seconds", "sum")])
+    return dict(zip(found["name"].to_pylist(), found["seconds_sum"].to_pylist(), strict=True))
+
+
+def _chart(category: str, tags: list[tuple[float, str, str]]) -> Block:
+    bars = [Bar(name, -minus_seconds, _time(-minus_seconds)) for minus_seconds, name, _ in tags[:_SHOWN]]
+    rest = [Text(f"and {len(tags) - _SHOWN:,} more")] if len(tags) > _SHOWN else []
+    return Stack([Heading(f"Hours by {category}"), Bars(bars), *rest])
+
+
+def _splits(table: pa.Table) -> list[Block]:
+    found = table.select(["split", "duration"]).group_by("split").aggregate([("duration", "sum"), ("split", "count")])
+    sums = {row["split"]: (row["duration_sum"], row["split_count"]) for row in found.to_pylist()}
+    bars = []
+    for split in SPLITS:
+        seconds, count = sums.get(split, (0.0, 0))
+        bars.append(Bar(split, seconds, _time(seconds), remark=_many(count, "segment")))
+    note = "Train is learned from, valid is watched while learning, test is for the figures that are reported."
+    return [Heading("Hours by split", note), Bars(bars)]
+
+
+def _segments(table: pa.Table) -> list[Block]:
+    heading = Heading("Lengths", "How many segments there are of each length.")
+    blocks: list[Block] = [Stack([heading, _histogram(table["duration"].drop_null().to_numpy(), "seconds")])]
+    loudness = table["loudness"].drop_null().to_numpy() if "loudness" in table.column_names else np.empty(0)
+    loudness = loudness[np.isfinite(loudness)]
+    if len(loudness):
+        heading = Heading("Loudness", "How many segments are how loud (ITU-R BS.1770).")
+        blocks.append(Stack([heading, _histogram(loudness, "LUFS")]))
+    return [Row(blocks)]
+
+
+def _captions(table: pa.Table) -> list[Block]:
+    texts = pc.list_flatten(table["captions"]).drop_null()
+    if len(texts) == 0:
+        return [Text("No segment has a caption.")]
+    without = pc.equal(pc.list_value_length(table["captions"]).fill_null(0), 0)
+    words = pc.add(pc.count_substring(texts, " "), 1).to_numpy()
+    facts = {
+        "captions": f"{len(texts):,}",
+        "different ones": f"{pc.count_distinct(texts).as_py():,}",
+        "a segment": f"{len(texts) / len(table):.2g}",
+        "segments without any": f"{pc.sum(without).as_py():,}",
+        "median of words": f"{np.median(words):.0f}",
+    }
+    heading = Heading("Lengths", "How many captions there are of each length.")
+    return [Facts(facts), heading, _histogram(words, "words", whole=True)]
+
+
+def _histogram(values: np.ndarray, unit: str, whole: bool = False) -> Block:
+    """Between round numbers; the outermost 0.05 % at either end are put to those before them."""
+    low, high = (float(edge) for edge in np.quantile(values, (0.0005, 0.9995)))
+    if low == high:
+        return Text(f"All of them: {low:g} {unit}.")
+    edges = ticks(low, high, about=24)
+    if whole and edges[1] - edges[0] < 1:
+        edges = [float(edge) for edge in range(int(low), int(high) + 2)]
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+    return Histogram(edges, counts.tolist(), unit)
+
+
+class _Refusals(NamedTuple):
+    """What quarantine.csv tells: how many of each stage and kind, and a few of each kind whose reasons differ."""
+
+    counts: Counter[tuple[str, str]]
+    examples: dict[str, dict[str, str]]  # kind -> reason -> item
+
+    def of(self, kind: str) -> int:
+        """How many there are of a kind."""
+        return sum(count for (_, other), count in self.counts.items() if other == kind)
+
+
+def _read_quarantine(file: Path) -> _Refusals | None:
+    """None if there is no such file. Raises UserError if it is no quarantine table."""
+    if not file.is_file():
+        return None
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[str, dict[str, str]] = {}
+    shapes: set[tuple[str, str]] = set()
+    try:
+        with open(file, encoding="utf-8", errors="replace", newline="") as lines:
+            table = csv.reader(lines)
+            if next(table, []) != ["item", "stage", "kind", "reason"]:
+                raise UserError(f"{file} is no quarantine table: prepare the store again")
+            for item, stage, kind, reason in table:
+                counts[stage, kind] += 1
+                some = examples.setdefault(kind, {})
+                if len(some) == _REASONS or counts[stage, kind] > _SEARCHED:
+                    continue
+                if (shape := (kind, re.sub(r"\d+", "0", reason)[:40])) not in shapes:
+                    shapes.add(shape)
+                    some[reason] = item
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): prepare the store again") from error
+    return _Refusals(counts, examples)
+
+
+def _what_was_refused(refusals: _Refusals | None) -> list[Block]:
+    if refusals is None:
+        return []
+    copies, held_out, total = refusals.of("duplicate"), refusals.of("evaluation"), refusals.counts.total()
+    return [Text(f"{_many(total, 'item')} refused: {copies:,} as duplicates, {held_out:,} because an evaluation set "
+                 f"holds them, {total - copies - held_out:,} for other reasons, which stand below.")]  # fmt: skip
+
+
+def _refused(refusals: _Refusals | None) -> list[Block]:
+    if refusals is None:
+        return [Text("This store keeps no record of what was refused.")]
+    if not refusals.counts:
+        return [Text("Nothing was refused.")]
+    bars, rows = [], []
+    for kind in sorted(refusals.examples, key=lambda kind: (-refusals.of(kind), kind)):
+        stages = ", ".join(f"{stage} {n:,}" for (stage, other), n in sorted(refusals.counts.items()) if other == kind)
+        remark = f"{KINDS.get(kind, 'no known kind')} (stage: {stages})"
+        bars.append(Bar(kind, refusals.of(kind), f"{refusals.of(kind):,}", remark=remark))
+        rows += [(_short(kind), _short(item), _short(reason)) for reason, item in refusals.examples[kind].items()]
+    note = "A refused item never stops a run. quarantine.csv holds all of them."
+    some = Table(["kind", "item", "why"], rows)
+    return [Heading("Refusals by kind", note), Bars(bars), Heading("Some of them"), some]
+
+
+def _decontamination(file: Path) -> list[Block]:
+    if not file.is_file():
+        return [Text("None were named: give them as --against when the store is prepared, before a score is reported.")]
+    try:
+        told = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): prepare the store again") from error
+    return [Table(["what", "value"], [(_short(name), _short(value)) for name, value in _flat(told)])]
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested JSON as lines; of a list how many it holds, and the first ones."""
+    if isinstance(value, dict):
+        return [line for key, part in value.items() for line in _flat(part, f"{name}, {key}" if name else str(key))]
+    if isinstance(value, list):
+        first = ", ".join(part if isinstance(part, str) else json.dumps(part) for part in value[:_LISTED])
+        return [(name, f"{len(value):,}" + (f": {first}" + ", ..." * (len(value) > _LISTED) if value else ""))]
+    return [(name, value if isinstance(value, str) else json.dumps(value))]
+
+
+def _chosen(table: pa.Table, tags: _Tags, by_hours: Sequence[str]) -> list[int]:
+    """Rows to listen to: one of each of the commonest tags, then some spread over the table; always the same ones."""
+    rows: dict[int, None] = {}
+    for tag in by_hours[:_EXAMPLES]:
+        of_it = tags.rows.filter(pc.equal(tags.names, tag))
+        rows[of_it[int(hashlib.sha256(tag.encode()).hexdigest(), 16) % len(of_it)].as_py()] = None
+    for place in range(_EXAMPLES):
+        if len(rows) < min(_EXAMPLES, len(table)):
+            rows[(2 * place + 1) * len(table) // (2 * _EXAMPLES)] = None
+    has_audio = table["audio"]
+    return [row for row in rows if has_audio[row].as_py()]
+
+
+def _examples(store: Store, rows: Sequence[int], out: Path) -> list[Block]:
+    if not rows:
+        return [Text("This store keeps no audio.")]
+    columns = [name for name in store.manifest.column_names if name not in ("truth", "content_hash")]
+    chosen = store.manifest.select(columns).take(pa.array(rows)).to_pylist()
+    return [Row([_clip(row, _beside(store.audio_path(index), out)) for index, row in zip(rows, chosen, strict=True)])]
+
+
+def _clip(row: dict[str, Any], path: str) -> Clip:
+    facts = {
+        "by": row["author"] or "unknown",
+        "licence": row["licence"],
+        "split": row["split"],
+        "length": f"{row['duration']:.1f} s",
+        "tags": ", ".join(tag.partition("---")[2] or tag for tag in (row["tags"] or [])[:8]),
+        "id": row["id"],
+    }
+    loudness = row.get("loudness")
+    if loudness is not None:
+        facts["loudness"] = f"{loudness:.1f} LUFS"
+    told = {name: _short(value) for name, value in facts.items() if value}
+    captions = [_short(caption) for caption in (row["captions"] or [])[:3]]
+    return Clip(path, _short(row["title"] or row["id"], 80), captions, told, row["source_url"] or "")
+
+
+def _beside(file: Path, out: Path) -> str:
+    """A file's path as seen from the page."""
+    return Path(os.path.relpath(file.resolve(), out.resolve().parent)).as_posix()
+
+
+def _config(store: Store) -> list[Block]:
+    info = store.info
+    codec, text = info["codec"], info["text"]
+    facts = {
+        "audio": f"{info['sample_rate']:,} Hz" if info.get("sample_rate") else "none",
+        "codec": f"{codec['name']} ({codec['fingerprint']})" if codec else "none",
+        "text encoder": f"{text['name']} ({text['fingerprint']})" if text else "none",
+        "config": info.get("config_hash", "unknown"),
+        "store": store.fingerprint,
+    }
+    settings = json.dumps(info.get("config"), indent=2)
+    return [Facts({name: _short(value) for name, value in facts.items()}),
+            Folded("All settings", [Text(settings, code=True)])]  # fmt: skip
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files of a folder."""
+    if not folder.is_dir():
+        return 0
+    with os.scandir(folder) as entries:
+        return sum(_size_of(Path(entry)) if entry.is_dir() else entry.stat().st_size for entry in entries)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size / 1e3:.0f} kB"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _short(text: str, most: int = 300) -> str:
+    """Anybody's text on one line that is not too long."""
+    return plain(text if len(text) <= most else f"{text[:most]} ...")
