@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,21 +121,28 @@ def _music(table: pa.Table, tags: _Tags) -> tuple[list[Block], list[str]]:
 
     Where no tag has a category, a segment's first one is taken for its genre.
     """
-    by_category: dict[str, list[tuple[float, str, str]]] = {}
+    by_category: dict[str, dict[str, float]] = {}
+    tag_of: dict[tuple[str, str], str] = {}
     for tag, seconds in _seconds_of(tags.names, table["duration"].take(tags.rows)).items():
         category, mark, name = tag.partition("---")
-        category = CATEGORIES.get(category, category) if mark else "tag"
-        by_category.setdefault(category, []).append((-seconds, name if mark else tag, tag))
+        category, name = (CATEGORIES.get(category, category), name) if mark else ("tag", tag)
+        amounts = by_category.setdefault(category, {})
+        amounts[name] = amounts.get(name, 0.0) + seconds
+        tag_of[category, name] = tag
     if not by_category:
         return [Text("No segment has a tag.")], []
     if list(by_category) == ["tag"]:
         firsts = table.filter(pc.greater(pc.list_value_length(table["tags"]), 0))
-        found = _seconds_of(pc.list_element(firsts["tags"], 0), firsts["duration"])
-        by_category["first tag"] = [(-seconds, tag, tag) for tag, seconds in found.items()]
+        by_category["first tag"] = _seconds_of(pc.list_element(firsts["tags"], 0), firsts["duration"])
     order = sorted(by_category, key=lambda category: (category not in ("genre", "first tag"), category))
-    charts = [_chart(category, sorted(by_category[category])) for category in order[:_CATEGORIES]]
+    charts = [_chart(category, _most_first(by_category[category])) for category in order[:_CATEGORIES]]
     note = Text("A segment with several tags counts for each of them.")
-    return [note, Row(charts)], [tag for _, _, tag in sorted(by_category[order[0]])]
+    return [note, Row(charts)], [tag_of.get((order[0], name), name) for name in _most_first(by_category[order[0]])]
+
+
+def _most_first(seconds: dict[str, float]) -> dict[str, float]:
+    """By amount, then by name."""
+    return dict(sorted(seconds.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _seconds_of(names: pa.ChunkedArray, seconds: pa.ChunkedArray) -> dict[str, float]:
@@ -143,9 +151,9 @@ def _seconds_of(names: pa.ChunkedArray, seconds: pa.ChunkedArray) -> dict[str, f
     return dict(zip(found["name"].to_pylist(), found["seconds_sum"].to_pylist(), strict=True))
 
 
-def _chart(category: str, tags: list[tuple[float, str, str]]) -> Block:
-    bars = [Bar(name, -minus_seconds, _time(-minus_seconds)) for minus_seconds, name, _ in tags[:_SHOWN]]
-    rest = [Text(f"and {len(tags) - _SHOWN:,} more")] if len(tags) > _SHOWN else []
+def _chart(category: str, seconds: dict[str, float]) -> Block:
+    bars = [Bar(name, amount, _time(amount)) for name, amount in islice(seconds.items(), _SHOWN)]
+    rest = [Text(f"and {len(seconds) - _SHOWN:,} more")] if len(seconds) > _SHOWN else []
     return Stack([Heading(f"Hours by {category}"), Bars(bars), *rest])
 
 

@@ -131,6 +131,18 @@ def test_examples_are_spread_over_the_genres_and_can_be_heard(page):
     assert "A caption of" in page
 
 
+def test_a_rare_genre_is_heard_too(tmp_path):
+    page = page_of(write_store(tmp_path / "a", 300, tags=lambda i: ["genre---polka" if i == 7 else "genre---rock"]))
+    names = [player["src"] for player in page.of("audio")]
+    assert names[1] == "audio/s7.flac" and names[0] != "audio/s0.flac", "of a genre not just the first"
+
+
+def test_categories_of_one_meaning_are_one(tmp_path):
+    tags = [["mood/theme---calm"], ["mood---calm"], ["speed---fast"]]
+    page = page_of(write_store(tmp_path / "a", rows=3, tags=lambda i: tags[i]))
+    assert "Hours by mood calm 1 min Hours by speed fast 30 s" in page
+
+
 def test_the_page_is_whole_and_fetches_nothing(page):
     assert page.open == [], "every tag is closed"
     assert not {"script", "link", "iframe", "img", "object"} & {tag for tag, _ in page.tags}
@@ -158,7 +170,7 @@ def test_the_same_store_gives_the_same_page(tmp_path):
 
 HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "' onmouseover='alert(1)", "a\nb\r\nc",
            "\u202egnp.exe", "שלום", "\u2066x", "&lt;b&gt;", "</pre></details></section>", "\x00\x07", "x" * 5000,
-           "javascript:alert(1)", "]]>", "<!--", "{style}"]  # fmt: skip
+           "javascript:alert(1)", 'https://example.org/"onfocus="alert(1)', "]]>", "<!--", "{style}"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE)
