@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.licences import POLICIES, allowed, normalise
+from data_prep.licences import POLICIES, tier
 from data_prep.tag_words import CATEGORIES
 from data_prep.track import KINDS
 from ssmttm.data.store import SPLITS, Store
@@ -98,10 +98,9 @@ def _licences(table: pa.Table) -> list[Block]:
 
 def _tier(licence: str) -> str:
     try:
-        known = normalise(licence)
+        return f"policy {tier(licence)}"
     except UserError:
         return "no policy lets it in"
-    return f"policy {next(policy for policy in POLICIES if allowed(known, policy) is None)}"
 
 
 class _Tags(NamedTuple):
