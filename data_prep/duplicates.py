@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.fingerprint import NONE, RATE, Alignment, at_offset, bit_error_rate
 from ssmttm.errors import UserError
 
-SAME, SUSPECT = 0.25, 0.35  # bit error rates: benchmarks/duplicates.py
+SAME, SUSPECT = 0.22, 0.35  # bit error rates: benchmarks/duplicates.py
 _LEAST = 8 * RATE  # words of the shortest overlap that counts
 _LAG = 4  # words apart that a gram's two words stand: they have no frame in common
 _GRAM_BITS = 20  # of either word, those of the lowest bands
@@ -49,6 +49,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.a)
 
+    def match(self, at: int) -> Alignment:
+        """How the two of one pair agree."""
+        return Alignment(int(self.offset[at]), float(self.rate[at]), int(self.overlap[at]))
+
     def where(self, chosen: np.ndarray) -> "Pairs":
         """The chosen ones, bool [P]."""
         return Pairs(*(column[chosen] for column in (self.a, self.b, self.offset, self.rate, self.overlap)))
@@ -58,7 +62,7 @@ def near_pairs(
     prints: Sequence[np.ndarray], order: np.ndarray | None = None, limit: float = SUSPECT, memory: int = 1 << 30,
     folder: Path | None = None,
 ) -> Pairs:
-    """The pairs of sounds that agree over 8 s or more.
+    """The pairs of sounds that agree over 8 s or more; of many copies of one sound, each with its next few.
 
     Args:
         prints: a fingerprint of each sound, uint32 [T]; they may be memory-mapped.
@@ -108,7 +112,9 @@ def _passes(prints: Sequence[np.ndarray], order: np.ndarray, memory: int) -> Ite
     starts = np.cumsum([0, *(len(prints[sound]) for sound in order.tolist())])
     bits = max(0, int(np.ceil(np.log2(max(1, starts[-1] * _PER_WORD / memory)))))
     for turn in range(1 << bits):
-        yield _shared(np.sort(_keys(prints, order, starts, bits, turn)), starts, bits)
+        keys = _keys(prints, order, starts, bits, turn)
+        keys.sort()
+        yield _shared(keys, starts, bits)
 
 
 def _keys(prints: Sequence[np.ndarray], order: np.ndarray, starts: np.ndarray, bits: int, turn: int) -> np.ndarray:
@@ -174,7 +180,8 @@ class _Votes:
         self._ends = ends.astype(np.uint64) << np.uint64(_PAIR_BITS + _OFFSET_BITS)
 
     def add(self, grams: _Grams) -> None:
-        votes = np.sort(np.concatenate([_votes(grams, reach) for reach in range(1, _REACH + 1)]))
+        votes = np.concatenate([_votes(grams, reach) for reach in range(1, _REACH + 1)])
+        votes.sort()
         for file, part in zip(self._files, np.split(votes, np.searchsorted(votes, self._ends)), strict=True):
             with file.open("ab") as held:
                 part.tofile(held)
@@ -182,7 +189,9 @@ class _Votes:
     def __iter__(self) -> Iterator[np.ndarray]:
         """The votes, sorted, a part at a time. uint64"""
         for file in self._files:
-            yield np.sort(np.fromfile(file, np.uint64)) if file.exists() else np.empty(0, np.uint64)
+            votes = np.fromfile(file, np.uint64) if file.exists() else np.empty(0, np.uint64)
+            votes.sort()
+            yield votes
 
 
 def _votes(grams: _Grams, reach: int) -> np.ndarray:

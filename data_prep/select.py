@@ -12,6 +12,7 @@ Shapes: N tracks with a sound, in the order of their ids.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.duplicates import SAME, SUSPECT, Pairs, groups, near_pairs
-from data_prep.fingerprint import RATE
+from data_prep.fingerprint import NONE, RATE, Alignment, bit_error_rate
 from data_prep.licences import POLICIES, allowed, normalise
 from data_prep.track import Refusal
 from ssmttm.data.store import SPLITS
@@ -32,6 +33,7 @@ from ssmttm.errors import UserError
 
 KEPT = pa.schema({"id": pa.string(), "split": pa.string()})
 _SHARE = 0.8  # of the shorter sound, that must agree
+_COMPARED = 16  # of the tracks that stay of one recording, at most
 _LIMITS = (90, 95, 100)  # of a hash modulo 100, for each of SPLITS
 _DESCRIBED = ("title", "author", "source_url", "artist", "work", "evidence")
 _SHOWN = 100  # suspected pairs in the report
@@ -155,13 +157,19 @@ class _Alike:
     Attributes:
         pairs: rows of tracks. same: which of them are nearly the same recording. bool [P]
         links: pairs that share some sound, [2, L].
+        prints: of each row.
         known: of a row, the (number of a reference, reason) of the closest of the references' sounds.
     """
 
     pairs: Pairs
     same: np.ndarray
     links: np.ndarray
+    prints: Sequence[np.ndarray]
     known: dict[int, tuple[int, str]]
+
+    def match(self, a: int, b: int) -> Alignment:
+        """How two rows lie best upon each other, by the larger part of the shorter one."""
+        return bit_error_rate(self.prints[a], self.prints[b], _enough(self.prints[a], self.prints[b]))
 
 
 def _coded(texts: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, list[str]]:
@@ -228,19 +236,24 @@ def _alike(
     foreign = found.where((found.a < len(unique)) & (found.b >= len(unique)) & (found.rate <= SAME))
     for at in np.argsort(foreign.rate, kind="stable").tolist():
         reference, name = owners[int(foreign.b[at]) - len(unique)]
-        reason = f"it sounds like {name} of {references[reference].set.name} ({_agreement(foreign, at)})"
+        reason = f"it sounds like {name} of {references[reference].set.name} ({_agreement(foreign.match(at))})"
         known.setdefault(int(unique[foreign.a[at]]), (reference, reason))
     own = found.where(found.b < len(unique))
     pairs = Pairs(unique[own.a], unique[own.b], own.offset, own.rate, own.overlap)
-    telling = [min(np.count_nonzero(prints[heard.row[a]]), np.count_nonzero(prints[heard.row[b]]))
-               for a, b in zip(pairs.a.tolist(), pairs.b.tolist(), strict=True)]  # fmt: skip
-    same = (pairs.rate <= SAME) & (pairs.overlap >= _SHARE * np.array(telling, float))
+    by_row = [prints[row] for row in heard.row.tolist()]
+    enough = [_enough(by_row[a], by_row[b]) for a, b in zip(pairs.a.tolist(), pairs.b.tolist(), strict=True)]
+    same = (pairs.rate <= SAME) & (pairs.overlap >= np.array(enough, int))
     links = pairs.where(pairs.rate <= SAME)
-    return _Alike(pairs, same, np.stack([links.a, links.b]), known)
+    return _Alike(pairs, same, np.stack([links.a, links.b]), by_row, known)
 
 
-def _agreement(pairs: Pairs, at: int) -> str:
-    return f"bit error rate {pairs.rate[at]:.2f} over {pairs.overlap[at] / RATE:.0f} s"
+def _enough(a: np.ndarray, b: np.ndarray) -> int:
+    """Words that two recordings which are the same must have in common, 1 or more."""
+    return max(1, math.ceil(_SHARE * min(np.count_nonzero(a), np.count_nonzero(b))))
+
+
+def _agreement(match: Alignment) -> str:
+    return f"bit error rate {match.rate:.2f} over {match.overlap / RATE:.0f} s"
 
 
 def _evaluated(
@@ -272,19 +285,24 @@ def _evaluated(
 
 
 def _duplicates(heard: _Heard, best: np.ndarray, alike: _Alike, usable: np.ndarray) -> dict[int, tuple[str, str]]:
-    """The rows that are the same as one that stays: how, and as which. The better described ones are asked first."""
+    """The rows that are the same as one that stays: how, and as which. The better described ones are asked first.
+
+    Of many copies of one recording not all pairs were looked at, so each is compared with those that stay so far.
+    """
     out: dict[int, tuple[str, str]] = {}
     same = alike.pairs.where(alike.same & usable[alike.pairs.a] & usable[alike.pairs.b])
-    near: dict[int, list[tuple[int, int]]] = {}
-    for at, (a, b) in enumerate(zip(same.a.tolist(), same.b.tolist(), strict=True)):
-        worse, better = (a, b) if heard.rank[a] > heard.rank[b] else (b, a)
-        near.setdefault(worse, []).append((better, at))
-    for row in sorted(near, key=lambda row: heard.rank[row]):
-        staying = [(same.rate[at], better, at) for better, at in near[row] if better not in out]
-        if staying:
-            _, better, at = min(staying)
-            words = f"nearly the same sound as {heard.ids[better]} ({_agreement(same, at)})"
+    group = groups((same.a, same.b), len(heard))
+    staying: dict[int, list[int]] = {}
+    rows = np.unique(np.concatenate([same.a, same.b]))
+    for row in rows[np.argsort(heard.rank[rows])].tolist():
+        others = staying.setdefault(int(group[row]), [])
+        matches = [(alike.match(row, other), other) for other in others[:_COMPARED]]
+        match, other = min(matches, key=lambda pair: pair[0].rate, default=(NONE, -1))
+        if match.rate <= SAME:
+            words = f"nearly the same sound as {heard.ids[other]} ({_agreement(match)})"
             out[row] = ("nearly the same sound", words)
+        else:
+            others.append(row)
     for row in np.flatnonzero((best != np.arange(len(best))) & usable).tolist():
         other = int(best[row])
         if heard.file[row] >= 0 and heard.file[row] == heard.file[other]:
@@ -298,7 +316,7 @@ def _suspects(heard: _Heard, alike: _Alike, kept: np.ndarray) -> dict[str, Any]:
     """Kept tracks that agree less than duplicates do, or over a smaller part: for people to listen to."""
     pairs = alike.pairs.where(kept[alike.pairs.a] & kept[alike.pairs.b])
     shown = [
-        {"tracks": [heard.ids[pairs.a[at]], heard.ids[pairs.b[at]]], "agreement": _agreement(pairs, at)}
+        {"tracks": [heard.ids[pairs.a[at]], heard.ids[pairs.b[at]]], "agreement": _agreement(pairs.match(at))}
         for at in islice(np.argsort(pairs.rate, kind="stable").tolist(), _SHOWN)
     ]
     return {"pairs": len(pairs), "closest": shown}

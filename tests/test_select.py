@@ -134,6 +134,15 @@ def test_nothing_is_left_out_for_one_that_goes_itself():
     assert found.kept["id"].to_pylist() == ["clip 1", "clip 2"]
 
 
+def test_many_copies_of_one_recording():
+    corpus = Corpus().add("z", 1, captions=["x"])
+    for number in range(40):
+        corpus.add(f"copy {number}", spoilt(words(1)[number % 7 :], 0.08))
+    assert corpus.select().kept["id"].to_pylist() == ["z"]
+    reference = Reference(Names(audio=[Path("x.wav")]), [words(1)])
+    assert len(corpus.select([reference]).kept) == 0
+
+
 def test_silence_is_no_duplicate():
     corpus = Corpus()
     for name in "abc":
