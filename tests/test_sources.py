@@ -615,6 +615,8 @@ def test_references_of_tables(describer, jamendo, tmp_path):
     (describer / "song_describer.csv").write_text(
         (describer / "song_describer.csv").read_text().replace("6,x,", "6,216,")
     )
+    write(describer / "audio" / "99" / "999.mp3")  # of the corpus, perhaps
+    write(describer / "audio" / "other.mp3")
     sdd = read_references(describer / "song_describer.csv")
     assert sdd.works == {f"jamendo:{number}" for number in (948, 214, 215, 216)}  # also those of no valid caption
     assert sdd.artists == {"jamendo:artist:87", "jamendo:artist:14"} and sdd.name == "song_describer"
@@ -626,10 +628,15 @@ def test_references_of_tables(describer, jamendo, tmp_path):
     assert test.works == {"jamendo:948", "jamendo:215"} and test.artists == sdd.artists
     assert test.audio == [jamendo / "audio" / "48" / "948.mp3", jamendo / "audio" / "15" / "215.mp3"]
 
+    clips = [write(tmp_path / "caps" / "audio" / name) for name in sorted(NAMES)]
+    write(tmp_path / "caps" / "audio" / "abcdefghijk.wav")
     caps = read_references(write_csv(tmp_path / "caps" / "musiccaps-public.csv", CAPS, caps_row(VIDEO)))
-    assert caps.works == {f"youtube:{VIDEO}"} and not caps.artists and not caps.audio
-    bench = read_references(write(tmp_path / "bench" / "MusicBench_test_A.json", json.dumps(BENCH)))
-    assert bench.works == caps.works
+    assert caps.works == {f"youtube:{VIDEO}"} and not caps.artists and caps.audio == clips
+    bench = read_references(write(tmp_path / "caps" / "MusicBench_test_A.json", json.dumps(BENCH)))
+    assert bench.works == caps.works and bench.audio == clips
+    (tmp_path / "caps" / "audio" / "Y123456789a_30.wav").touch()
+    write_csv(tmp_path / "caps" / "musiccaps-public.csv", CAPS, caps_row("Y123456789a"))
+    assert [path.name for path in read_references(tmp_path / "caps").audio] == ["Y123456789a_30.wav"]
 
 
 def test_references_of_sound_and_of_a_store(tmp_path):

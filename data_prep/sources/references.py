@@ -34,8 +34,8 @@ class References:
 def read_references(path: Path) -> References:
     """Read song_describer.csv, a CSV of MusicCaps, a table of MusicBench or MTG-Jamendo, a store or a folder of audio.
 
-    Audio is what lies in a folder `audio` beside a table; a set laid out otherwise can be named once more, as a folder
-    of audio. Of a store it is the test split. A folder that holds one of the tables is read as that table.
+    Audio is what lies of its works in a folder `audio` beside a table; a set laid out otherwise can be named once more,
+    as a folder of audio. Of a store it is the test split. A folder that holds one of the tables is read as that table.
 
     Raises:
         UserError: none of them, or one that cannot be read.
@@ -55,7 +55,7 @@ def read_references(path: Path) -> References:
         return _of_song_describer(table)
     if "ytid" in table:
         works = _values(table, lambda row: f"youtube:{musiccaps.video(row['ytid'])}")
-        return References(path.stem, works, set(), _beside(path))
+        return References(path.stem, works, set(), _beside(path, works, _videos_of))
     raise UserError(f"{path} is no table of Song Describer, MusicCaps, MusicBench or MTG-Jamendo: it has other columns")
 
 
@@ -103,13 +103,13 @@ def _of_jamendo(path: Path) -> References:
 def _of_musicbench(path: Path) -> References:
     table = musicbench.read_table(path)
     works = _values(table, lambda row: musicbench.work_of(text(row.get("location"))))
-    return References(path.stem, works, set(), _beside(path))
+    return References(path.stem, works, set(), _beside(path, works, _videos_of))
 
 
 def _of_song_describer(table: CsvTable) -> References:
     works = _values(table, lambda row: f"jamendo:{_number(row['track_id'])}")
     artists = _values(table, lambda row: f"jamendo:artist:{_number(row['artist_id'])}")
-    return References(table.path.stem, works, artists, _beside(table.path))
+    return References(table.path.stem, works, artists, _beside(table.path, works, _track_of))
 
 
 def _values(table: Any, identity: Callable[[dict[str, Any]], str]) -> set[str]:
@@ -132,6 +132,18 @@ def _number(cell: str) -> int:
     return int(digits)
 
 
-def _beside(table: Path) -> list[Path]:
+def _beside(table: Path, works: set[str], works_of: Callable[[str], set[str]]) -> list[Path]:
+    """Files of the works in a folder `audio` beside a table; what else lies there may be the very corpus."""
     folder = table.parent / "audio"
-    return [folder / inside for inside in audio_files(folder)] if folder.is_dir() else []
+    files = audio_files(folder) if folder.is_dir() else ()
+    return [folder / inside for inside in files if works & works_of(Path(inside).stem)]
+
+
+def _videos_of(stem: str) -> set[str]:
+    """The video that a clip's name begins with, be it after a bracket or a Y."""
+    return {f"youtube:{stem[:11]}", f"youtube:{stem[1:12]}"}
+
+
+def _track_of(stem: str) -> set[str]:
+    number = stem.partition(".")[0]
+    return {f"jamendo:{int(number)}"} if number.isdecimal() and number.isascii() else set()
