@@ -1,69 +1,43 @@
 """A preparation that is killed at random moments, again and again, gives the same store as one that never was."""
 
-import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from planted import RATE, music, save
+from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder
 
 from data_prep.engine.status import WORK
 
 pytestmark = pytest.mark.timeout(900)
-ROOT = Path(__file__).parents[1]
 KILLS = 20
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def command(root: Path, out: Path, *more: str) -> list[str]:
-    words = ["folder", "--root", root, "--out", out, "--licence", "CC0-1.0", "--segment", "5", "--workers", "2", *more]
-    return [sys.executable, "-m", "data_prep", *map(str, words)]
-
-
-def files(store: Path) -> dict[str, bytes]:
-    """Every file of a store but those of the work."""
-    found = (path for path in sorted(store.rglob("*")) if path.is_file() and WORK not in path.relative_to(store).parts)
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """24 short pieces, one of them twice, and one that cannot be read."""
-    folder = tmp_path_factory.mktemp("kills") / "music"
-    for index in range(24):
-        start = 5 * (index % 4) * RATE
-        save(folder / f"{index:02d}.flac", music(index // 4)[start : start + 8 * RATE])
-    (folder / "again.flac").write_bytes((folder / "03.flac").read_bytes())
-    (folder / "broken.flac").write_bytes((folder / "04.flac").read_bytes()[:9000])
-    return folder
+    return small_folder(tmp_path_factory.mktemp("kills") / "music")
 
 
 @pytest.fixture(scope="module")
 def unbroken(root) -> dict[str, bytes]:
-    out = root.parent / "unbroken"
-    subprocess.run(command(root, out), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    return files(out)
+    prepare(root, root.parent / "unbroken")
+    return files(root.parent / "unbroken")
 
 
-def same(store: Path, unbroken: dict[str, bytes]) -> None:
-    found = files(store)
-    assert found.keys() == unbroken.keys()
-    assert [name for name in found if found[name] != unbroken[name]] == []
-    assert not list((store / WORK).rglob("*.tmp*"))
+def start(root: Path, out: Path) -> subprocess.Popen:
+    return subprocess.Popen(command(root, out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
 
 
 def test_the_run_itself_is_killed(root, unbroken, tmp_path):
-    rng, killed = random.Random(7), 0
-    out = tmp_path / "store"
-    longest = 12.0
+    """Each time in another stage, as time is counted from the first shard on; a finished store is begun anew."""
+    rng, killed, out = random.Random(7), 0, tmp_path / "store"
     while killed < KILLS:
-        run = subprocess.Popen(command(root, out), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        run = start(root, out)
+        while run.poll() is None and not (out / WORK / "stages.json").exists():
+            pass
         try:
-            run.wait(rng.uniform(1.0, longest))
-            longest *= 0.8  # it came to its end: kill earlier, and from the start again
+            run.wait(rng.uniform(0.0, 12.0))
             assert run.returncode == 0
             same(out, unbroken)
             out = tmp_path / f"store {killed}"
@@ -71,5 +45,22 @@ def test_the_run_itself_is_killed(root, unbroken, tmp_path):
             run.send_signal(signal.SIGKILL)
             run.wait()
             killed += 1
-    subprocess.run(command(root, out), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    prepare(root, out)
+    same(out, unbroken)
+
+
+def test_its_workers_are_killed(root, unbroken, tmp_path):
+    """One of its processes after the other, which the run itself replaces."""
+    rng, out = random.Random(8), tmp_path / "store"
+    run, killed = start(root, out), 0
+    while run.poll() is None:
+        try:
+            run.wait(rng.uniform(0.5, 4.0))
+        except subprocess.TimeoutExpired:
+            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            if workers and killed < 8:
+                subprocess.run(["kill", "-KILL", rng.choice(workers)], check=False)
+                killed += 1
+    assert run.returncode == 0 and killed >= 3
     same(out, unbroken)

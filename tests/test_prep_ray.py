@@ -9,10 +9,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder
 
 from data_prep.engine.executors import Ray
 from data_prep.engine.run import Run
@@ -22,8 +24,8 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(600)
 COMMAND = str(Path(sys.executable).with_name("ray"))
 HERE = str(Path(__file__).parent)
-ENVIRONMENT = os.environ | {
-    "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": HERE,
+RAY = ENVIRONMENT | {
+    "PYTHONPATH": HERE,
     "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }  # fmt: skip
@@ -44,8 +46,16 @@ def works(root: Path, n: int, seconds: float) -> list[Work]:
 
 def start(*arguments: str) -> None:
     command = [COMMAND, "start", "--num-cpus=2", "--disable-usage-stats", "--object-store-memory=80000000", *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, env=RAY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def title(pid: int) -> str:
+    """What a process calls itself: `ray::do` at work, `ray::IDLE` else."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("ray::IDLE", "")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def raylets() -> dict[int, int]:
@@ -64,12 +74,12 @@ def raylets() -> dict[int, int]:
 @pytest.fixture
 def cluster() -> Iterator[str]:
     """A head node with two processors; gives its address."""
-    subprocess.run([COMMAND, "stop", "--force"], env=ENVIRONMENT, capture_output=True)
+    subprocess.run([COMMAND, "stop", "--force"], env=RAY, capture_output=True)
     with tempfile.TemporaryDirectory(prefix="r") as short:  # the path of a socket has a limit
         start("--head", "--port=26379", "--include-dashboard=false", f"--temp-dir={short}")
         yield "127.0.0.1:26379"
         ray.shutdown()
-        subprocess.run([COMMAND, "stop", "--force"], env=ENVIRONMENT, capture_output=True)
+        subprocess.run([COMMAND, "stop", "--force"], env=RAY, capture_output=True)
 
 
 def made(root: Path, n: int) -> None:
@@ -106,6 +116,25 @@ def test_workers_may_be_killed(cluster, tmp_path, device):
     assert len(done) == 24 and len(killed) >= 10, killed
     assert len(begun(root)) > 24
     made(root, 24)
+
+
+def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
+    """Whatever they do, from the second on; the store is the one that nothing was killed for, byte for byte."""
+    root = small_folder(tmp_path / "music")
+    prepare(root, tmp_path / "unbroken")
+    words = command(root, tmp_path / "store", "--executor", "ray", "--ray-address", cluster)
+    run = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    rng, killed = random.Random(4), []
+    while run.poll() is None:
+        time.sleep(rng.uniform(0.2, 1.5))
+        busy = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if title(pid).startswith("ray::")]
+        if busy and len(killed) < 20:
+            killed.append(rng.choice(busy))
+            with suppress(ProcessLookupError):
+                os.kill(killed[-1], signal.SIGKILL)
+    assert run.returncode == 0, run.stderr.read()[-3000:]
+    assert len(killed) == 20
+    same(tmp_path / "store", files(tmp_path / "unbroken"))
 
 
 def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
