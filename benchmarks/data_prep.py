@@ -229,8 +229,8 @@ def many_tracks() -> Iterator[Track]:
     for index in range(MILLION):
         yield Track(
             f"set:{index}", f"{index % 100:02d}/{index}.mp3", licences[index % 4], f"Title {index}",
-            f"Author {index % 5000}", f"https://example.org/{index}", f"set:artist:{index % 5000}", f"set:{index}", "list line 1", (),
-            ("genre---rock", "mood/theme---happy"),
+            f"Author {index % 5000}", f"https://example.org/{index}", f"set:artist:{index % 5000}", f"set:{index}",
+            "list line 1", (), ("genre---rock", "mood/theme---happy"),
         )  # fmt: skip
 
 

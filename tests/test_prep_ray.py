@@ -123,7 +123,8 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
     root = small_folder(tmp_path / "music")
     prepare(root, tmp_path / "unbroken")
     words = command(root, tmp_path / "store", "--executor", "ray", "--ray-address", cluster)
-    run = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
     rng, killed = random.Random(4), []
     while run.poll() is None:
         time.sleep(rng.uniform(0.2, 1.5))
@@ -132,7 +133,7 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
             killed.append(rng.choice(busy))
             with suppress(ProcessLookupError):
                 os.kill(killed[-1], signal.SIGKILL)
-    assert run.returncode == 0, run.stderr.read()[-3000:]
+    assert run.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     assert len(killed) == 20
     same(tmp_path / "store", files(tmp_path / "unbroken"))
 
