@@ -265,7 +265,7 @@ def _some_of(facts: _Facts, rng: Random, everything: bool) -> _Facts:
 _WITH_PLAYERS = (
     "{np} with {players}", "{np} featuring {players}", "{np} with {players} in it", "{bare} with {players}",
     "{np} built around {players}", "This is {np} with {players}", "{np} in which one hears {players}",
-    "{bare} that features {players}", "{bare}: {players}",
+    "{bare} that features {players}",
 )  # fmt: skip
 _WITHOUT = ("{np}", "{bare}", "This is {np}", "{bare}", "{np}")
 _NOUNS = ("piece", "track", "composition", "piece of music")

@@ -32,7 +32,7 @@ _CATEGORIES = 4  # of tags
 _EXAMPLES = 12
 _REASONS = 3  # examples of refusals, a kind
 _SEARCHED = 1000  # refusals of a kind that are looked through for them
-_LISTED = 5  # of a list in decontamination.json
+_LISTED = 5  # tracks of one evaluation set, pairs that are alike
 
 
 def write_report(store: Store, out: Path) -> Path:
@@ -46,6 +46,7 @@ def write_report(store: Store, out: Path) -> Path:
     """
     table, tags, refusals = store.manifest, _tags_of(store.manifest), _read_quarantine(store.path / "quarantine.csv")
     music, by_hours = _music(table, tags)
+    sets, alike = _selection(store.path / "decontamination.json")
     sections = [
         Section("At a glance", [Numbers(_headline(store)), *_what_was_refused(refusals)]),
         Section("Licences", _licences(table)),
@@ -53,8 +54,8 @@ def write_report(store: Store, out: Path) -> Path:
         Section("Splits", _splits(table)),
         Section("Segments", _segments(table)),
         Section("Captions", _captions(table)),
-        Section("Refused", _refused(refusals)),
-        Section("Evaluation sets kept out", _decontamination(store.path / "decontamination.json")),
+        Section("Refused", [*_refused(refusals), *alike]),
+        Section("Evaluation sets kept out", sets),
         Section("Examples", _examples(store, _chosen(table, tags, by_hours), out)),
         Section("How it was made", _config(store)),
     ]
@@ -267,24 +268,43 @@ def _refused(refusals: _Refusals | None) -> list[Block]:
     return [Heading("Refusals by kind", note), Bars(bars), Heading("Some of them"), some]
 
 
-def _decontamination(file: Path) -> list[Block]:
-    if not file.is_file():
-        return [Text("None were named: give them as --against when the store is prepared, before a score is reported.")]
+def _selection(file: Path) -> tuple[list[Block], list[Block]]:
+    """What decontamination.json tells: of evaluation sets, and of tracks that were kept though they sound alike.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    told: dict[str, Any] = {}
     try:
-        told = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:
+        if file.is_file():
+            told = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        sets = [block for one in told.get("evaluation", []) for block in _kept_out(one)]
+        alike = _alike(told["suspected_duplicates"]) if told.get("suspected_duplicates") else []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): prepare the store again") from error
-    return [Table(["what", "value"], [(_short(name), _short(value)) for name, value in _flat(told)])]
+    none = "None were named: give them as --against when the store is prepared, before a score is reported."
+    return sets or [Text(none)], alike
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Nested JSON as lines; of a list how many it holds, and the first ones."""
-    if isinstance(value, dict):
-        return [line for key, part in value.items() for line in _flat(part, f"{name}, {key}" if name else str(key))]
-    if isinstance(value, list):
-        first = ", ".join(part if isinstance(part, str) else json.dumps(part) for part in value[:_LISTED])
-        return [(name, f"{len(value):,}" + (f": {first}" + ", ..." * (len(value) > _LISTED) if value else ""))]
-    return [(name, value if isinstance(value, str) else json.dumps(value))]
+def _kept_out(one: dict[str, Any]) -> list[Block]:
+    """Of one evaluation set how much is known of it, and what was left out for it."""
+    left = {str(item): str(reason) for item, reason in one["left_out"].items()}
+    facts = {"known works": one["works"], "artists": one["artists"], "recordings that could be heard": one["heard"]}
+    blocks: list[Block] = [
+        Heading(str(one["name"]), f"{_many(len(left), 'item')} left out."),
+        Facts({name: f"{count:,}" for name, count in facts.items()}),
+    ]
+    some = [(_short(item), _short(reason)) for item, reason in islice(left.items(), _LISTED)]
+    return [*blocks, Table(["item", "why"], some)] if some else blocks
+
+
+def _alike(suspected: dict[str, Any]) -> list[Block]:
+    """Pairs of tracks for people to listen to."""
+    if not suspected["pairs"]:
+        return []
+    note = f"Pairs of kept tracks that agree, but less than copies do: {suspected['pairs']:,}. The closest:"
+    rows = [(*map(_short, pair["tracks"]), _short(pair["agreement"])) for pair in suspected["closest"][:_LISTED]]
+    return [Heading("Kept, though alike", note), Table(["track", "and", "how far"], rows)]
 
 
 def _chosen(table: pa.Table, tags: _Tags, by_hours: Sequence[str]) -> list[int]:

@@ -23,6 +23,19 @@ BY, SA = "https://creativecommons.org/licenses/by/4.0/", "https://creativecommon
 GENRES = ("rock", "rock", "rock", "jazz", "jazz", "folk")
 
 
+# As data_prep.select writes it.
+SELECTED = {
+    "tracks": 30, "kept": 24, "split_by": "artist", "duplicates": {"file": 3},
+    "suspected_duplicates": {
+        "pairs": 7,
+        "closest": [{"tracks": [f"p{i}", f"q{i}"], "agreement": f"bit error rate 0.2{i}"} for i in range(7)],
+    },
+    "evaluation": [{"name": "song_describer.csv", "works": 1706, "artists": 350, "audio": 4, "heard": 3,
+                    "left_out": {f"jamendo:{i}": "its artist is in it" for i in range(9)}},
+                   {"name": "mine", "works": 0, "artists": 0, "audio": 2, "heard": 2, "left_out": {}}],
+}  # fmt: skip
+
+
 class Page(HTMLParser):
     """Tags with their attributes, text, and whether every tag was closed in order."""
 
@@ -77,8 +90,7 @@ def page(tmp_path_factory):
     quarantine(path, [("x", "cut", "silent", f"it is silent for {i} % of its length") for i in range(40)]
                + [("y", "select", "duplicate", "the same file as x")] * 3
                + [("z", "select", "evaluation", "its artist is in a set")] * 2)  # fmt: skip
-    told = {"kept": 24, "sets": {"describer": {"works": 706, "ids": [f"jamendo:{i}" for i in range(9)]}}}
-    (path / "decontamination.json").write_text(json.dumps(told))
+    (path / "decontamination.json").write_text(json.dumps(SELECTED))
     return page_of(path)
 
 
@@ -111,9 +123,14 @@ def test_refusals_by_kind_with_examples_that_differ(page):
     assert "it is silent for 1 % of its length" not in page, "one of each sort"
 
 
-def test_decontamination(page):
-    assert "sets, describer, works 706" in page
-    assert "sets, describer, ids 9: jamendo:0, jamendo:1, jamendo:2, jamendo:3, jamendo:4, ..." in page
+def test_evaluation_sets(page):
+    words = "song_describer.csv 9 items left out. known works 1,706 artists 350 recordings that could be heard 3"
+    assert f"{words} item why jamendo:0 its artist is in it" in page and "jamendo:5" not in page
+    assert "mine 0 items left out. known works 0" in page
+
+
+def test_tracks_that_sound_alike(page):
+    assert "less than copies do: 7." in page and "track and how far p0 q0 bit error rate 0.20" in page
 
 
 def test_captions(page):
@@ -179,7 +196,9 @@ def test_anybodys_text_stays_text(tmp_path, text):
     mean |= {"tags": [f"genre---{text}", f"{text}---x", text], "captions": [text], "id": lambda i: f"{text}{i}"}
     path = write_store(tmp_path / "a", rows=3, **mean)
     quarantine(path, [(text, text, text, text)])
-    (path / "decontamination.json").write_text(json.dumps({text: [text, {text: text}]}))
+    pairs = {"pairs": 1, "closest": [{"tracks": [text, text], "agreement": text}]}
+    sets = [{"name": text, "works": 1, "artists": 1, "heard": 1, "left_out": {text: text}}]
+    (path / "decontamination.json").write_text(json.dumps({"evaluation": sets, "suspected_duplicates": pairs}))
     page = page_of(path)
     plain_page = page_of(write_store(tmp_path / "b", rows=3, tags=["genre---x", "y"], captions=["z"]))
     assert page.open == []
@@ -245,9 +264,10 @@ def test_what_is_damaged_is_named(tmp_path):
     with pytest.raises(UserError, match=r"quarantine\.csv cannot be read"):
         page_of(path)
     quarantine(path, [])
-    (path / "decontamination.json").write_text("{")
-    with pytest.raises(UserError, match=r"decontamination\.json is damaged"):
-        page_of(path)
+    for text in ("{", "[]", '{"evaluation": [{}]}', '{"evaluation": 3}', '{"suspected_duplicates": {"pairs": "x"}}'):
+        (path / "decontamination.json").write_text(text)
+        with pytest.raises(UserError, match=r"decontamination\.json is damaged"):
+            page_of(path)
     with pytest.raises(UserError, match="names audio outside itself"):
         page_of(write_store(tmp_path / "b", audio="../secret.flac"))
 

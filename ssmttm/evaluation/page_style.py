@@ -41,7 +41,8 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; } text { stroke:
 .row .bars li { grid-template-columns: 1fr auto; }
 .row .bars .track { grid-row: 2; grid-column: 1 / -1; height: .5rem; }
 .bars small, .note { grid-column: 1 / -1; color: var(--soft); } .note { font-size: .9rem; margin: .25rem 0 .75rem; }
-.bars bdi, td, figure { overflow-wrap: anywhere; } .clip audio { margin: 0; } .clip p { margin: .3rem 0; }
+.bars bdi, figure { overflow-wrap: anywhere; } dl + .scroll, dl + details { margin-top: .6rem; }
+.clip audio { margin: 0; } .clip p { margin: .3rem 0; }
 .histogram { font-size: 16px; max-width: 34rem; } rect { fill: var(--blue); } h3 { font-size: 1rem; margin: 0 0 .3rem; }
 * + h3 { margin-top: 1.2rem; } h2 + h3 { margin-top: 0; } section > :last-child { margin-bottom: 0; }
 .clip { padding-bottom: .75rem; } .clip dt { flex: none; } a { color: var(--accent); }
