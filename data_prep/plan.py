@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import fields
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ TRACKS_FILE, SHARDS_FILE = "tracks.arrow", "shards.json"
 _TRACKS = (4, 32)  # of a shard, on average: the fewest and the most
 _SHARDS = 64  # that are aimed at in between: work for many, and little to do again after a stop
 _BATCH = 8192
+_FIELDS = [field.name for field in fields(Track)]
 _PLANNED = TRACKS.append(pa.field("shard", pa.int64()))
 
 
@@ -102,7 +103,7 @@ def _usable(
             refused.append(refusal.of(item.id))
             continue
         seen.add(key)
-        row = {name: _clean(value) for name, value in asdict(item).items()}
+        row = {name: _clean(getattr(item, name)) for name in _FIELDS}
         row |= {"licence": licence.spdx, "licence_url": licence.url}
         yield row | {"shard": int.from_bytes(key[:4], "big")}
 

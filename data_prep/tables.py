@@ -68,4 +68,4 @@ def write_quarantine(folder: Path, stage: str, refused: list[Refusal]) -> None:
 
 def printable(text: str) -> str:
     """Text that can be written as UTF-8, whatever a file name holds."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
