@@ -21,6 +21,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from typing import IO, Any
 
 import soundfile
@@ -65,14 +66,16 @@ class SndFile:
     """A file that libsndfile reads."""
 
     def __init__(self, handle: int) -> None:
-        try:
-            self._file = _Forwards(handle, closefd=False)
-        except soundfile.LibsndfileError as error:
-            if error.code in _UNKNOWN or any(word in error.error_string for word in _UNKNOWN_WORDS):
-                raise LookupError from error
-            raise _damaged(error) from error
-        if self._file.format not in CONTAINERS:
-            raise LookupError
+        self._pipe: _Pipe | None = None
+        self._file = self._open(handle)
+        if self._file.format == "MP3" and not _tells_its_length(handle):
+            self._file.close()
+            self._pipe = _Pipe(handle, _after_id3(handle))
+            try:
+                self._file = self._open(self._pipe.end)
+            except (LookupError, Refusal):
+                self._pipe.close()
+                raise
         frames = self._file.frames
         self.sound = {
             "format": f"{self._file.format} {self._file.subtype}",
@@ -83,6 +86,17 @@ class SndFile:
             "big_endian": False,
         }
 
+    def _open(self, handle: int) -> _Forwards:
+        try:
+            file = _Forwards(handle, closefd=False)
+        except soundfile.LibsndfileError as error:
+            if error.code in _UNKNOWN or any(word in error.error_string for word in _UNKNOWN_WORDS):
+                raise LookupError from error
+            raise _damaged(error) from error
+        if file.format not in CONTAINERS:
+            raise LookupError
+        return file
+
     def read(self, buffer: memoryview) -> int:
         """Fill `buffer` with samples; returns the bytes that were filled."""
         try:
@@ -92,6 +106,45 @@ class SndFile:
 
     def close(self) -> None:
         self._file.close()
+        if self._pipe is not None:
+            self._pipe.close()
+
+
+class _Pipe:
+    """A file's bytes from `start` on, through a pipe that a thread fills.
+
+    libsndfile guesses the length of an MP3 that does not tell it from its first frames, and reads no further than that;
+    of a pipe it reads all.
+    """
+
+    def __init__(self, handle: int, start: int) -> None:
+        self.end, self._into = os.pipe()
+        self._thread = threading.Thread(target=self._fill, args=(handle, start))
+        self._thread.start()
+
+    def _fill(self, handle: int, place: int) -> None:
+        with contextlib.suppress(BrokenPipeError), open(self._into, "wb") as file:
+            while data := os.pread(handle, 1 << 16, place):
+                file.write(data)
+                place += len(data)
+
+    def close(self) -> None:
+        os.close(self.end)
+        self._thread.join()
+
+
+def _tells_its_length(handle: int) -> bool:
+    """Whether the first frame of an MP3 is one that holds the number of frames."""
+    frame = os.pread(handle, 256, _after_id3(handle))
+    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def _after_id3(handle: int) -> int:
+    """Where the tags before the sound end. The size of a tag is four times seven bits."""
+    place = 0
+    while len(head := os.pread(handle, 10, place)) == 10 and head[:3] == b"ID3":
+        place += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    return place
 
 
 class FFmpeg:
@@ -180,11 +233,11 @@ def _command(program: str, handle: int, seconds: float) -> list[str]:
 
 
 def _described(log: str, rate: int) -> dict[str, Any]:
-    """Format and length of the first input in FFmpeg's log. A tag's text is indented deeper than what is looked for."""
+    """Format and length of the first input in FFmpeg's log."""
     container = re.search(r"^Input #0, ([\w,]+), from", log, re.MULTILINE)
-    codec = re.search(r"^  Stream #0:[^:]*: Audio: (\w+)", log, re.MULTILINE)
+    codec = re.search(r"^ +Stream #0:[^:]*: Audio: (\w+)", log, re.MULTILINE)
     length = re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", log, re.MULTILINE)
-    film = re.search(r"^  Stream #0:[^:]*: Video: (?!.*\(attached pic\))", log, re.MULTILINE)
+    film = re.search(r"^ +Stream #0:[^:]*: Video: (?!.*\(attached pic\))", log, re.MULTILINE)
     name = container[1].split(",")[0] if container else "unknown"
     frames = None
     if length and name in _TIMED and not film:

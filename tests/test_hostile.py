@@ -151,7 +151,7 @@ def test_endless_wav(tmp_path, decoder, files):
     assert isinstance(refusal, Refused) and refusal.kind == "limit"
     with open(path, "r+b") as file:
         file.truncate(LIMITS.max_bytes + 1)
-    refusal = attack(decoder, path, 0.1)
+    refusal = attack(decoder, path, 2)
     assert isinstance(refusal, Refused) and refusal.reason == f"it is larger than {LIMITS.max_bytes} bytes"
 
 
