@@ -26,7 +26,7 @@ from data_prep.voices import detect_shard, remove_shard
 from ssmttm.data.store import Store, open_store
 from ssmttm.data.writer import claim, config_hash
 from ssmttm.errors import UserError
-from ssmttm.files import write_text
+from ssmttm.files import clear_asides, write_text
 
 PACKED = "packed.json"
 
@@ -77,6 +77,9 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
     """
     config = {"source": opening.facts(), **wishes.facts()}
     claim(out, config)
+    if run.share is None:
+        for folder in (out, out / "text", run.root):
+            clear_asides(folder)
     segments = opening.segments(run)
     if isinstance(wishes.vocals, VocalRemoval):
         make = partial(remove_shard, wishes.vocals, Filters())

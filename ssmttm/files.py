@@ -43,6 +43,13 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.unlink()
 
 
+def clear_asides(folder: Path) -> None:
+    """Remove what `written_aside` left half-written in a folder when its process was killed. Nobody may be writing."""
+    for path in folder.glob(".*.tmp*"):
+        if path.is_file():
+            path.unlink()
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, or vanishes on any error.

@@ -56,6 +56,7 @@ class Run:
         self._note(name, [work])
         if self.share is None or self.share.stage == name:
             self.done.append(do(work))
+            _remove_others([work])
             self._stop_after(name)
         elif not (work.target / DONE).is_file():
             raise UserError(f"stage {name} is not finished: run it before {self.share.stage}")
