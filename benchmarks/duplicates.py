@@ -31,7 +31,7 @@ from data_prep.quality import measure
 from ssmttm import audio
 
 OUT = Path(__file__).parent / "results" / "duplicates.json"
-HERTZ, COPIED = 44_100, 100
+HERTZ, COPIED = 44_100, 60
 SHARE = 0.8  # of the shorter, that must agree
 CLIP = 10 * RATE
 
@@ -68,7 +68,6 @@ def main() -> None:
 def treatments() -> dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]]:
     """What is done to float32 [S] at HERTZ."""
     return {
-        "MP3 128 kb/s": lambda wav, rng: encoded(wav, "MP3", 0.7),
         "MP3 64 kb/s": lambda wav, rng: encoded(wav, "MP3", 0.88),
         "Vorbis 64 kb/s": lambda wav, rng: encoded(wav, "OGG", 0.95),
         "6 dB louder, clipped": lambda wav, rng: np.clip(2 * wav, -1, 1),

@@ -104,6 +104,19 @@ def test_clipping(stereo, ceiling):
     assert judge(of(1.5), Filters()) is None
 
 
+def test_lone_peaks_are_not_clipped():
+    wav = np.tile(np.float32([1, 1, 0]), RATE)[None]
+    assert measure(wav, RATE).clipped == 0
+    assert measure(np.tile(np.float32([1, 1, 1, 0]), RATE)[None], RATE).clipped == 0.75
+
+
+def test_what_a_codec_made_of_clipped_sound_is_clipped():
+    """The flat tops come back wavy, and beyond full scale."""
+    time = np.arange(RATE) / RATE
+    wavy = np.clip(8 * np.sin(2 * np.pi * 200 * time), -1, 1) * (1.02 + 0.01 * np.sin(2 * np.pi * 7_000 * time))
+    assert measure(wavy[None].astype(np.float32), RATE).clipped > 0.8
+
+
 def test_one_clipped_channel_counts(stereo):
     wav = stereo.copy()
     wav[1] = np.clip(wav[1] * 30, -0.3, 0.3)
