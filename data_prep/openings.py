@@ -61,7 +61,7 @@ class FromTracks:
         tracks: what the source yields.
         cut: how files become segments.
         licence: of tracks that name none; None refuses them.
-        policy: which licences come in, a key of `data_prep.licences.POLICIES`.
+        policy: which licences come in, a key of `ssmttm.licences.POLICIES`.
         against: evaluation sets that are kept out.
     """
 

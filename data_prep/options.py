@@ -7,10 +7,10 @@ from pathlib import Path
 from data_prep.cut import TAILS
 from data_prep.decode import Limits
 from data_prep.engine.run import Share
-from data_prep.licences import POLICIES
 from data_prep.quality import Filters
 from data_prep.sources import SOURCES
 from ssmttm.errors import UserError
+from ssmttm.licences import POLICIES
 
 ABOUT = """\
 Make a store: the folder that training and evaluation read (manifest, audio, codes, caption embeddings).

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.engine.work import Counts
-from data_prep.licences import Licence, allowed, normalise
 from data_prep.tables import TRACKS, printable, write_quarantine
 from data_prep.track import Refusal, Refused, Track
 from ssmttm.data.writer import config_hash
 from ssmttm.errors import UserError
+from ssmttm.licences import Licence, allowed, normalise
 
 TRACKS_FILE, SHARDS_FILE = "tracks.arrow", "shards.json"
 _TRACKS = (4, 32)  # of a shard, on average: the fewest and the most
@@ -40,7 +40,7 @@ def write_plan(found: Iterable[Track | Refusal], root: Path, licence: str | None
         found: what a source yields.
         root: the folder that the tracks' paths start from.
         licence: of tracks whose source names none; None refuses those.
-        policy: a key of `data_prep.licences.POLICIES`.
+        policy: a key of `ssmttm.licences.POLICIES`.
 
     Raises:
         UserError: `licence` is not known.

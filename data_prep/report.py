@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.licences import POLICIES, tier
 from data_prep.tag_words import CATEGORIES
 from data_prep.track import KINDS
 from ssmttm.data.store import SPLITS, Store
@@ -26,6 +25,7 @@ from ssmttm.errors import UserError
 from ssmttm.evaluation.page import Block, Facts, Row, Section, Table, Text, write_page
 from ssmttm.evaluation.page_charts import Bar, Bars, Clip, Folded, Heading, Histogram, Numbers, Stack, plain
 from ssmttm.evaluation.pictures import ticks
+from ssmttm.licences import POLICIES, tier
 
 _SHOWN = 15  # bars of one kind
 _CATEGORIES = 4  # of tags

@@ -26,10 +26,10 @@ import pyarrow.compute as pc
 
 from data_prep.duplicates import SAME, SUSPECT, Pairs, groups, near_pairs
 from data_prep.fingerprint import NONE, RATE, Alignment, bit_error_rate
-from data_prep.licences import POLICIES, allowed, normalise
 from data_prep.track import Refusal
 from ssmttm.data.store import SPLITS
 from ssmttm.errors import UserError
+from ssmttm.licences import POLICIES, allowed, normalise
 
 KEPT = pa.schema({"id": pa.string(), "split": pa.string()})
 _SHARE = 0.8  # of the shorter sound, that must agree

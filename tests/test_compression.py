@@ -99,6 +99,7 @@ def test_a_recipe_becomes_a_system_that_plays(told, teacher, tmp_path, capsys):
     card = json.loads((out / "card.json").read_text())
     assert card["weights"] == "int8" and card["data"]["codec"]["name"] == "./codec" and card["data"]["teacher"]
     assert card["data"]["licences"] == {"NOASSERTION": None, "CC0-1.0": 24}  # the small codec has no card
+    assert card["licence"] == "NOASSERTION"
     assert str(tmp_path) not in "".join(p.read_text() for p in out.rglob("*") if p.suffix in (".json", ".yaml"))
     said = capsys.readouterr().out
     assert "codec decoder" in said and "less" in (out / "sizes.md").read_text() and str(out) in said

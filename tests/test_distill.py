@@ -468,6 +468,7 @@ def test_the_licences_of_the_teachers_data_are_the_students_too(config_of, teach
     twin_shape = ("model.d_model=32", "model.n_layers=4", "task=lm", f"init={other}", "train.steps=1")
     tuned = loop.train(config_of(*twin_shape, name="tuned"))
     assert open_model_folder(tuned).licences == {"CC-BY-SA-4.0": 3, "CC0-1.0": 24}
+    assert open_model_folder(tuned).card["licence"] == "CC-BY-SA-4.0"
     assert "CC-BY-SA-4.0" in DistillTask(config_of(f"teacher={tuned}")).facts()["licences"]
 
 

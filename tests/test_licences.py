@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.licences import POLICIES, allowed, normalise, strictest, tier
 from ssmttm.errors import UserError
+from ssmttm.licences import POLICIES, allowed, normalise, strictest, tier
 
 KINDS = ["by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd"]
 ORDER = ["CC0-1.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-2.0-FR", "CC-BY-ND-4.0",
@@ -107,5 +107,6 @@ def test_the_strictest_is_as_strict_as_any(licences):
 def test_the_strictest_of_equals_and_of_none():
     assert strictest(["CC-BY-SA-4.0", "CC-BY-SA-3.0"]) == "CC-BY-SA-4.0"
     assert strictest(["LAL-1.3", "CC-BY-4.0"]) == "LAL-1.3"
+    assert strictest(["CC-BY-NC-ND-4.0", "NOASSERTION", "CC0-1.0"]) == "NOASSERTION"
     with pytest.raises(UserError):
         strictest([])

@@ -75,7 +75,7 @@ def test_a_run_learns_and_records_what_it_did(codes_store, tmp_path, capsys):
     assert [row["step"] for row in valid] == [20, 40] and valid[1]["valid/loss"] < valid[0]["valid/loss"]
     state = checkpoint.read_state(checkpoint.latest_good(run_dir))
     assert state["samples_seen"] == 320 == train_rows[-1]["samples"] and state["flops"] == train_rows[-1]["flops"] > 0
-    assert state["data"]["licences"] == {"CC0-1.0": 24}
+    assert state["data"]["licences"] == {"CC0-1.0": 24} and state["licence"] == "CC0-1.0"
     assert any((run_dir / "tensorboard").iterdir()) and (run_dir / "config.yaml").is_file()
     said = capsys.readouterr().out
     for word in ("parameters", "steps", "batch", "audio", "tokens/s", "audio-s/s", "MFU", "ETA", "valid"):
@@ -448,6 +448,7 @@ def test_an_exported_language_model_is_the_average_with_a_card(codes_store, tmp_
     card = json.loads((out / "card.json").read_text())
     assert card["data"]["codec"] == {"name": "fake", "fingerprint": "0" * 16}
     assert card["data"]["text"]["fingerprint"] == "1" * 16 and card["data"]["licences"] == {"CC0-1.0": 24}
+    assert card["licence"] == "CC0-1.0"
     assert (
         card["step"] == 3
         and "valid/loss" in card["metrics"]

@@ -11,6 +11,7 @@ from ssmttm.codecs.folder import licences_of
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 from ssmttm.generation.quantised import export_int8
+from ssmttm.licences import strictest
 from ssmttm.training.export import export
 
 CODEC = "codec"  # in the folder, the decoder's
@@ -66,4 +67,5 @@ def _put_codec(folder: Path, codec: str | Path) -> None:
         )
     card["data"]["codec"] = {"name": f"./{CODEC}", "fingerprint": speaks}
     card["data"]["licences"] = licences_of(folder / CODEC) | (card["data"].get("licences") or {})
+    card["licence"] = strictest(card["data"]["licences"])
     write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")

@@ -19,6 +19,7 @@ from ssmttm.data.store import FORMAT, SCHEMA, SPLITS, VERSION, Store, open_store
 from ssmttm.data.tensorfile import write_tensors
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256, write_text, written_aside
+from ssmttm.licences import strictest
 
 _DEFAULTS: dict[str, Any] = {"shard": -1, "offset": 0, "frames": 0, "tags": [], "captions": []}
 _REQUIRED = ("id", "split", "licence", "duration")
@@ -108,6 +109,7 @@ class StoreWriter:
             "counts": {split: self._counts[split] for split in SPLITS},
             "hours": {split: round(self._seconds[split] / 3600, 4) for split in SPLITS},
             "licences": dict(sorted(self._licences.items())),
+            "licence": strictest(self._licences) if self._licences else None,
             "config_hash": config_hash(self._config),
             "config": self._config,
             "files": {name: _entry(self.path / name) for name in names},

@@ -49,6 +49,7 @@ def card_of(
         "imported_from": origin,
         "step": None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "licence": "NOASSERTION",
         "data": {
             "licences": {"NOASSERTION": None},
             "codec": {"name": codec[0], "fingerprint": codec[1].fingerprint},

@@ -22,6 +22,7 @@ from ssmttm.generation.loading import (
     open_model_folder,
     open_painter_folder,
 )
+from ssmttm.licences import strictest
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import from_description
 
@@ -52,6 +53,7 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         checkpoint.load_weights(folder),
     )
     out.mkdir(parents=True, exist_ok=True)
+    licences = state["init"].get("licences", {}) | state["data"]["licences"]
     card = {
         "name": out.name,
         "task": config.task,
@@ -59,7 +61,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         "samples_seen": state["samples_seen"],
         "training_seconds": round(state["seconds"]),
         "parameters": state["parameters"],
-        "data": state["data"] | {"licences": state["init"].get("licences", {}) | state["data"]["licences"]},
+        "data": state["data"] | {"licences": licences},
+        "licence": strictest(licences),
         "init": state["init"],
         "metrics": state["valid"],
         "config_hash": state["config_hash"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
+from ssmttm.licences import strictest
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import config_hash
@@ -57,6 +58,7 @@ def save(
             "world_size": accelerator.num_processes,
             "config_hash": config_hash(config),
             "data": facts,
+            "licence": strictest(facts["licences"] | progress.init.get("licences", {})),
             "versions": _versions(),
         }
         checkpoint.save_checkpoint(

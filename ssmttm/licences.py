@@ -115,16 +115,17 @@ def strictest(licences: Iterable[str]) -> str:
     """The SPDX identifier of the strictest of some licences: what holds for all that is made from works under them.
 
     From public domain over attribution, share-alike, non-commercial, both of them, and no-derivatives to
-    non-commercial no-derivatives; of equally strict ones the last by name. It is a guide for model cards and no legal
-    advice: share-alike licences may also exclude each other.
+    non-commercial no-derivatives; what is not known, such as NOASSERTION, may be stricter than all. Of equally strict
+    ones the last by name. It is a guide for model cards and no legal advice: share-alike licences may also exclude each
+    other.
 
     Raises:
-        UserError: there is none among them, or as `normalise`.
+        UserError: there is none among them.
     """
-    known = [normalise(licence) for licence in licences]
-    if not known:
+    ranked = [(_strictness(licence), licence) for licence in licences]
+    if not ranked:
         raise UserError("there is no licence to compare")
-    return max(known, key=lambda licence: (_strictness(licence), licence.spdx)).spdx
+    return max(ranked)[1]
 
 
 def _tier(licence: Licence) -> str:
@@ -132,8 +133,12 @@ def _tier(licence: Licence) -> str:
     return list(POLICIES)[max((rank for rank, asked in enumerate(conditions, 1) if asked), default=0)]
 
 
-def _strictness(licence: Licence) -> tuple[bool, bool, bool, bool]:
-    return licence.no_derivatives, licence.non_commercial, licence.share_alike, licence.wants_attribution
+def _strictness(spdx: str) -> tuple[bool, ...]:
+    try:
+        licence = normalise(spdx)
+    except UserError:
+        return (True,) * 5
+    return False, licence.no_derivatives, licence.non_commercial, licence.share_alike, licence.wants_attribution
 
 
 def _rank(policy: str) -> int:
