@@ -11,6 +11,7 @@ EXTRAS = {
     "eval": ["librosa>=0.11", "matplotlib>=3.9"],
     "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "sweep": ["matplotlib>=3.9", "optuna>=4"],
+    "ray": ["ray>=2.56"],
     "web": ["gradio>=5"],
     "track": ["wandb", "trackio"],
     "dev": [
