@@ -51,9 +51,9 @@ def start(*arguments: str) -> None:
 
 
 def title(pid: int) -> str:
-    """What a process calls itself: `ray::do` at work, `ray::IDLE` else."""
+    """What a process calls itself: `ray::do` a task, `ray::_Worker.do` an actor."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("ray::IDLE", "")
+        return Path(f"/proc/{pid}/cmdline").read_text()
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -128,7 +128,7 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
     rng, killed = random.Random(4), []
     while run.poll() is None:
         time.sleep(rng.uniform(0.2, 1.5))
-        busy = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if title(pid).startswith("ray::")]
+        busy = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if title(pid).startswith(("ray::do", "ray::_W"))]
         if busy and len(killed) < 20:
             killed.append(rng.choice(busy))
             with suppress(ProcessLookupError):
