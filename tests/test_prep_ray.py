@@ -128,7 +128,8 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
     rng, killed = random.Random(4), []
     while run.poll() is None:
         time.sleep(rng.uniform(0.2, 1.5))
-        busy = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if title(pid).startswith(("ray::do", "ray::_W"))]
+        pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+        busy = [pid for pid in pids if title(pid).startswith(("ray::do", "ray::_W"))]
         if busy and len(killed) < 20:
             killed.append(rng.choice(busy))
             with suppress(ProcessLookupError):
