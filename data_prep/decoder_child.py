@@ -67,7 +67,12 @@ class SndFile:
 
     def __init__(self, handle: int) -> None:
         self._pipe: _Pipe | None = None
-        self._file = self._open(handle)
+        try:
+            self._file = self._open(handle)
+        except Refusal as refusal:
+            if os.pread(handle, 4, 0) == b"OggS":  # of FLAC in Ogg it does not know all kinds
+                raise LookupError from refusal
+            raise
         if self._file.format == "MP3" and not _tells_its_length(handle):
             self._file.close()
             self._pipe = _Pipe(handle, _after_id3(handle))
@@ -76,13 +81,14 @@ class SndFile:
             except (LookupError, Refusal):
                 self._pipe.close()
                 raise
-        frames = self._file.frames
+        frames = self._file.frames if self._file.frames >= 0 else 1 << 60
+        self._left = frames  # what is behind them, such as a tag, is no sound
         self.sound = {
             "format": f"{self._file.format} {self._file.subtype}",
             "channels": self._file.channels,
             "sample_rate": self._file.samplerate,
-            "frames": frames if 0 <= frames < 1 << 60 else None,
-            "exact": self._file.format != "MP3",
+            "frames": frames if frames < 1 << 60 else None,
+            "exact": not self._file.subtype.startswith("MPEG"),
             "big_endian": False,
         }
 
@@ -99,10 +105,13 @@ class SndFile:
 
     def read(self, buffer: memoryview) -> int:
         """Fill `buffer` with samples; returns the bytes that were filled."""
+        width = 4 * self._file.channels
         try:
-            return self._file.buffer_read_into(buffer, "float32") * 4 * self._file.channels
+            frames = self._file.buffer_read_into(buffer[: self._left * width], "float32")
         except soundfile.SoundFileError as error:
             raise _damaged(error) from error
+        self._left -= frames
+        return frames * width
 
     def close(self) -> None:
         self._file.close()

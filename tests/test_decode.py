@@ -242,6 +242,25 @@ def test_streams_of_unknown_length_are_read_to_their_end(tmp_path, decoder):
     assert whole(decoder, tmp_path / "x.flac")[0].shape == (2, RATE)
 
 
+@pytest.mark.parametrize("suffix", ["flac", "wav", "aiff", "mp3"])
+def test_a_tag_behind_the_sound_is_no_sound(tmp_path, decoder, suffix):
+    path = tmp_path / f"x.{suffix}"
+    sf.write(path, noise(4.0), RATE)
+    before = whole(decoder, path)[0]
+    path.write_bytes(path.read_bytes() + b"TAG" + b"title".ljust(125))
+    assert np.array_equal(whole(decoder, path)[0], before)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    "how", [["-c:a", "flac", "x.oga"], ["-c:a", "libmp3lame", "-f", "wav", "mp3.wav"], ["-c:a", "adpcm_ms", "ms.wav"]]
+)
+def test_rare_pairs_of_container_and_codec(tmp_path, decoder, how):
+    sf.write(tmp_path / "x.wav", noise(10.0), RATE)
+    ffmpeg("-i", tmp_path / "x.wav", *how[:-1], tmp_path / how[-1])
+    assert abs(whole(decoder, tmp_path / how[-1])[0].shape[1] / RATE - 10.0) < 0.1
+
+
 @needs_ffmpeg
 @pytest.mark.parametrize("tag", [["-id3v2_version", "0"], ["-metadata", f"comment={'x' * 50_000}"]])
 @pytest.mark.parametrize("loud_first", [False, True])
