@@ -87,12 +87,12 @@ class VocalRemoval:
     Attributes:
         weights: as `Separator`.
         device: where the separator runs.
-        batch: windows at a time; bounds memory.
+        batch: windows at a time; bounds memory. More than one is slower on a CPU.
     """
 
     weights: str = "htdemucs"
     device: str = "cpu"
-    batch: int = 4
+    batch: int = 1
 
     def facts(self) -> dict[str, Any]:
         """What decides the sound that is left, as JSON; loads the separator, and raises UserError if it cannot."""
@@ -184,7 +184,7 @@ class Separator:
         UserError: demucs is not installed, no such weights, they are pickled or quantised, or have no stem `vocals`.
     """
 
-    def __init__(self, weights: str = "htdemucs", device: str = "cpu", batch: int = 4) -> None:
+    def __init__(self, weights: str = "htdemucs", device: str = "cpu", batch: int = 1) -> None:
         bag, files = _bag_of(weights)
         models = [_load(file) for file in files]
         first = models[0]

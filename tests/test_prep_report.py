@@ -288,4 +288,5 @@ def test_bars_and_histograms():
     assert re.findall(r"width:([\d.]+)%", html) == ["100.0", "50.0"]
     page = Page(Histogram([0.0, 1.0, 2.0], [4, 2], "things").html())
     assert [float(bar["height"]) for bar in page.of("rect")] == [130.0, 65.0]
+    assert Histogram([0.0, 1.0, 2.0], [3, 3], "things").html().count(">3</text>") == 1
     assert Page(Histogram([0.0, 1.0], [0], "things").html()).open == []

@@ -123,8 +123,8 @@ def test_positions_are_not_drawn_at_random(tmp_path):
     assert torch.equal(*made)
 
 
-def test_memory_is_bounded_by_the_window(separator, monkeypatch):
-    shapes = []
+def test_memory_is_bounded_by_the_window(weights, monkeypatch):
+    separator, shapes = Separator(str(weights), batch=4), []
     separate = separator._separate
     monkeypatch.setattr(separator, "_separate", lambda windows: shapes.append(windows.shape) or separate(windows))
     separator.remove_vocals(noise(1, 12 * RATE), RATE)

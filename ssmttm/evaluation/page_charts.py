@@ -59,7 +59,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many of something lie between neighbouring edges: n counts, n + 1 edges."""
+    """How many of something lie between neighbouring edges: n counts, n >= 1, and n + 1 edges."""
 
     edges: Sequence[float]
     counts: Sequence[int]
@@ -69,7 +69,7 @@ class Histogram:
         """As an inline SVG of 640 x 230."""
         left, right, top, bottom = 8.0, 632.0, 30.0, 160.0
         low, span = self.edges[0], (self.edges[-1] - self.edges[0]) or 1.0
-        most = max(self.counts, default=0) or 1
+        most = max(self.counts) or 1
 
         def across(edge: float) -> float:
             return left + (edge - low) / span * (right - left)
@@ -80,10 +80,10 @@ class Histogram:
             place = f'x="{across(first) + 1:.1f}" y="{bottom - height:.1f}" height="{height:.1f}"'
             width = max(across(end) - across(first) - 2, 1)
             parts.append(f'<rect {place} width="{width:.1f}"><title>{first:g} to {end:g}: {count:,}</title></rect>')
-            if count == most:
-                middle = (across(first) + across(end)) / 2
-                end_of_line = "start" if middle < 80 else "end" if middle > 560 else "middle"
-                parts.append(f'<text x="{middle:.1f}" y="{top - 6}" text-anchor="{end_of_line}">{count:,}</text>')
+        highest = list(self.counts).index(max(self.counts))
+        middle = (across(self.edges[highest]) + across(self.edges[highest + 1])) / 2
+        anchor = "start" if middle < 80 else "end" if middle > 560 else "middle"
+        parts.append(f'<text x="{middle:.1f}" y="{top - 6}" text-anchor="{anchor}">{max(self.counts):,}</text>')
         for edge in ticks(low, low + span):
             if low - 1e-9 <= edge <= low + span + 1e-9:
                 anchor = "start" if across(edge) < 30 else "end" if across(edge) > 610 else "middle"
