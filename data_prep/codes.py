@@ -35,10 +35,12 @@ class Coder:
 
     def facts(self) -> dict[str, Any]:
         """Everything that decides what the codes are."""
-        return codec_facts(self.codec) | {"windows": self.windows.facts(), "device": self.device}
+        codec = _loaded(self.name, "cpu")  # the GPU may be another machine's
+        return codec_facts(codec) | {"windows": self.windows.facts(), "device": self.device}
 
     @property
     def codec(self) -> Encoder:
+        """The codec, loaded."""
         return _loaded(self.name, self.device)
 
 

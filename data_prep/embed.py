@@ -30,11 +30,12 @@ class Embedder:
 
     def facts(self) -> dict[str, Any]:
         """Name, fingerprint and width, as a store keeps them."""
-        encoder = self.encoder
+        encoder = _loaded(self.name, "cpu")  # the GPU may be another machine's
         return {"name": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
 
     @property
     def encoder(self) -> TextEncoder:
+        """The encoder, loaded."""
         return _loaded(self.name, self.device)
 
 

@@ -23,6 +23,7 @@ from data_prep.vocals import VocalDetection, VocalRemoval
 from ssmttm.errors import UserError
 
 _LONGEST_WINDOW = 30.0  # seconds that a codec is given at a time
+_BATCHES = {"cpu": Windows.batch, "cuda": 16}  # windows at a time
 
 
 def opening_of(arguments: argparse.Namespace) -> Opening:
@@ -47,8 +48,8 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
 
 def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
     """What is done with the segments. Raises UserError for a device or a model that is not there."""
-    device = _device(arguments.device)
-    windows = Windows(seconds=min(opening.seconds, _LONGEST_WINDOW))
+    device = _device(arguments)
+    windows = Windows(seconds=min(opening.seconds, _LONGEST_WINDOW), batch=_BATCHES[device])
     wishes = Wishes(
         vocals=_vocals(arguments, device),
         captions=_captions(arguments, device),
@@ -115,12 +116,12 @@ def _captions(arguments: argparse.Namespace, device: str) -> Describing | None:
     )
 
 
-def _device(asked: str) -> str:
+def _device(arguments: argparse.Namespace) -> str:
     """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
     import torch
 
-    if asked == "auto":
+    if arguments.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and arguments.executor == "processes" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave --device out")
-    return asked
+    return arguments.device

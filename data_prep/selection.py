@@ -1,11 +1,13 @@
 """The stage `select`: of all tracks together, which stay and in which split; and each shard's segments that follow."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ from data_prep.sources.references import References
 from data_prep.tables import write_quarantine
 from data_prep.track import Refusal, Refused
 from ssmttm.data.store import SCHEMA
-from ssmttm.data.tensorfile import map_tensors, write_tensors
+from ssmttm.data.tensorfile import gathered, map_tensors, write_tensors
 from ssmttm.data.writer import config_hash
 
 _TRACK_COLUMNS = ("licence", "licence_url", "title", "author", "source_url", "artist", "work", "evidence")
@@ -64,8 +66,13 @@ def select_shards(shards: Sequence[Path], against: Sequence[Against], modificati
     """Choose among the tracks of all shards, and write the rows of their segments, one folder a shard."""
     tracks, sounds = (pa.concat_tables(pq.read_table(shard / f"{name}.parquet") for shard in shards)
                       for name in ("tracks", "sounds"))  # fmt: skip
-    references = [Reference(set_.references, list(_words([shard.folder for shard in set_.shards]))) for set_ in against]
-    selection = select(tracks, sounds, _words(shards), references)
+    with ExitStack() as spools:
+
+        def prints(folders: Sequence[Path]) -> list[np.ndarray]:
+            return _fingerprints(folders, spools.enter_context(TemporaryFile(dir=folder)))
+
+        references = [Reference(set_.references, prints([shard.folder for shard in set_.shards])) for set_ in against]
+        selection = select(tracks, sounds, prints(shards), references, folder=folder)
     kept = dict(zip(selection.kept["id"].to_pylist(), selection.kept["split"].to_pylist(), strict=True))
     counts = {"tracks": len(kept), "segments": 0, "refused": len(selection.refusals)}
     for shard in shards:
@@ -106,9 +113,9 @@ def _fingerprint(decoder: Decoder, file: Path) -> np.ndarray:
     return np.empty(0, np.uint32) if fingerprinter is None else fingerprinter.finish()
 
 
-def _words(folders: Iterable[Path]) -> Iterator[np.ndarray]:
-    """The fingerprints, uint32 [n], of every track of folders, memory-mapped."""
-    for folder in folders:
-        tensors = map_tensors(folder / FINGERPRINTS_FILE)
-        edges = tensors["offsets"].tolist()
-        yield from (tensors["words"][first:end] for first, end in pairwise(edges))
+def _fingerprints(folders: Sequence[Path], spool: BinaryIO) -> list[np.ndarray]:
+    """The fingerprint, uint32 [n], of every track of folders, memory-mapped."""
+    offsets = [np.array(map_tensors(folder / FINGERPRINTS_FILE)["offsets"]) for folder in folders]
+    words = gathered((map_tensors(folder / FINGERPRINTS_FILE)["words"] for folder in folders), spool)
+    ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *map(np.diff, offsets)])).tolist()
+    return [words[first:end] for first, end in pairwise(ends)]

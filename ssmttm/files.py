@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         DiskFull: nothing half-written is left.
         UserError: the folder cannot be written.
     """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside

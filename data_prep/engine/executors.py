@@ -37,7 +37,7 @@ class Processes:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._pools: dict[int, ProcessPoolExecutor] = {}  # by size; of one for each GPU, or of all workers
+        self._pools: dict[bool, ProcessPoolExecutor] = {}  # of a process for each GPU, and of all workers
 
     def __enter__(self) -> "Processes":
         return self
@@ -45,8 +45,8 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for size in list(self._pools):
-            self._close(size, kill=error is not None)
+        for on_gpus in list(self._pools):
+            self._close(on_gpus, kill=error is not None)
 
     def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
         """As `Executor.run`. Raises UserError if workers are killed again and again."""
@@ -63,7 +63,7 @@ class Processes:
                     waiting = [work for work in waiting if work.target != done.folder]
                     yield done
             except BrokenProcessPool as error:
-                self._close(size, kill=True)
+                self._close(bool(gpus), kill=True)
                 losses += 1
                 if losses == _LOSSES:
                     raise UserError(
@@ -72,7 +72,7 @@ class Processes:
                     ) from error
 
     def _pool(self, size: int, gpus: list[str]) -> ProcessPoolExecutor:
-        if size not in self._pools:
+        if bool(gpus) not in self._pools:
             context = multiprocessing.get_context("spawn")
             places = context.Queue()
             for place in gpus:
@@ -80,11 +80,11 @@ class Processes:
             pool = ProcessPoolExecutor(size, context, _begin_worker, (os.getpid(), places if gpus else None))
             with _one_thread_each():
                 pool.submit(os.getpid)  # the processes begin with the first task
-            self._pools[size] = pool
-        return self._pools[size]
+            self._pools[bool(gpus)] = pool
+        return self._pools[bool(gpus)]
 
-    def _close(self, size: int, kill: bool) -> None:
-        pool = self._pools.pop(size)
+    def _close(self, on_gpus: bool, kill: bool) -> None:
+        pool = self._pools.pop(on_gpus)
         for process in list(pool._processes.values()) if kill else []:
             process.kill()
         pool.shutdown(cancel_futures=True)

@@ -6,7 +6,7 @@ safetensors package, gives numpy memory maps: a crop of a shard touches only its
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +78,18 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
         first, last = entry["data_offsets"]
         tensors[name] = raw[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
+
+
+def gathered(arrays: Iterable[np.ndarray], spool: BinaryIO) -> np.ndarray:
+    """Arrays of one kind, joined along their first axis in a temporary file and memory-mapped there: one file held
+    open, however many there were."""
+    total, array = 0, np.empty(0, np.uint8)
+    for array in arrays:
+        spool.write(np.ascontiguousarray(array).tobytes())
+        total += len(array)
+    spool.flush()
+    shape = (total, *array.shape[1:])
+    return np.memmap(spool, array.dtype, "r", shape=shape) if total else np.empty(shape, array.dtype)
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:

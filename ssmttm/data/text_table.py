@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
+from ssmttm.data.tensorfile import gathered, map_tensors, read_header, write_tensors
 
 _WINDOW = 512  # captions sorted by length together, so that a batch has little padding
 
@@ -81,33 +81,34 @@ def write_text_table(
 
 def merge_text_tables(path: Path, tables: Sequence[Path]) -> None:
     """One table of all captions of several, which are of one encoder; of a caption's embeddings the first counts."""
-    maps = [map_tensors(table) for table in tables]
-    keys = np.concatenate([tensors["hashes"] for tensors in maps])  # [n, 16]
-    sizes = np.cumsum([0, *(len(tensors["hashes"]) for tensors in maps)])
+    hashes, lengths = [], []
+    for table in tables:
+        tensors = map_tensors(table)
+        hashes.append(np.array(tensors["hashes"]))
+        lengths.append(np.diff(tensors["offsets"]))
+    keys, ends = np.concatenate(hashes), np.cumsum(np.concatenate(lengths))  # [n, 16], [n]
     chosen = np.unique(keys.view("V16")[:, 0], return_index=True)[1]
-    places = np.searchsorted(sizes, chosen, side="right") - 1
-
-    def embeddings() -> Iterator[np.ndarray]:
-        for table, index in zip(places, chosen - sizes[places], strict=True):
-            offsets = maps[table]["offsets"]
-            yield maps[table]["embeddings"][offsets[index] : offsets[index + 1]]
-
-    dim, fingerprint = maps[0]["embeddings"].shape[1], read_header(tables[0])[1]["fingerprint"]
-    _write_table(path, keys[chosen].tobytes(), embeddings(), dim, fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        rows = gathered((map_tensors(table)["embeddings"] for table in tables), spool)  # [tokens, E]
+        spans = zip(ends[chosen], np.concatenate(lengths)[chosen], strict=True)
+        embeddings = (rows[end - length : end] for end, length in spans)
+        fingerprint = read_header(tables[0])[1]["fingerprint"]
+        _write_table(path, keys[chosen].tobytes(), embeddings, rows.shape[1], fingerprint)
 
 
 def _write_table(path: Path, hashes: bytes, embeddings: Iterable[np.ndarray], dim: int, fingerprint: str) -> None:
     """Stream embeddings, one float [L_i, dim] a hash, to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lengths: list[int] = []
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
+
+    def counted() -> Iterator[np.ndarray]:
         for rows in embeddings:
-            spool.write(np.ascontiguousarray(rows, np.float16).tobytes())
             lengths.append(len(rows))
-        spool.flush()
-        tensors = {
-            "hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 16),
-            "offsets": np.cumsum([0, *lengths], dtype=np.int64),
-            "embeddings": np.memmap(spool, np.float16, "r", shape=(sum(lengths), dim)),
-        }
+            yield rows.astype(np.float16).reshape(-1, dim)
+
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        rows = gathered(counted(), spool)
+        offsets = np.cumsum([0, *lengths], dtype=np.int64)
+        tensors = {"hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 16), "offsets": offsets, "embeddings": rows}
         write_tensors(path, tensors, {"fingerprint": fingerprint})

@@ -168,7 +168,8 @@ def claim(path: Path, config: dict[str, Any]) -> None:
     if changes:
         changed = ", ".join(changes)
         raise UserError(f"{path} was prepared with other settings ({changed}): give the same ones or another folder")
-    _write_claim(file, config)
+    if new != old:
+        _write_claim(file, config)
 
 
 def _write_claim(file: Path, config: dict[str, Any]) -> None:
