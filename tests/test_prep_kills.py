@@ -3,6 +3,7 @@
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,23 @@ def root(tmp_path_factory) -> Path:
 def unbroken(root) -> dict[str, bytes]:
     prepare(root, root.parent / "unbroken")
     return files(root.parent / "unbroken")
+
+
+def children(pid: int) -> list[str]:
+    """The processes that a process has begun, from any of its threads."""
+    return [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in told(path).split()]
+
+
+def command_of(pid: str) -> bytes:
+    return told(Path(f"/proc/{pid}/cmdline")).encode()
+
+
+def told(path: Path) -> str:
+    """What /proc tells; nothing of a process that is gone."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def start(root: Path, out: Path) -> subprocess.Popen:
@@ -50,17 +68,15 @@ def test_the_run_itself_is_killed(root, unbroken, tmp_path):
 
 
 def test_its_workers_are_killed(root, unbroken, tmp_path):
-    """One of its processes after the other, which the run itself replaces."""
+    """One of its processes whenever a shard was finished, which the run itself replaces."""
     rng, out = random.Random(8), tmp_path / "store"
-    run, killed = start(root, out), 0
+    run, killed, seen = start(root, out), 0, 0
     while run.poll() is None:
-        try:
-            run.wait(rng.uniform(0.5, 4.0))
-        except subprocess.TimeoutExpired:
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-            workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            if workers and killed < 8:
-                subprocess.run(["kill", "-KILL", rng.choice(workers)], check=False)
-                killed += 1
+        finished = len(list((out / WORK).glob("*/*/done.json")))
+        workers = [pid for pid in children(run.pid) if b"spawn_main" in command_of(pid)]
+        if workers and finished > seen and killed < 8:
+            subprocess.run(["kill", "-KILL", rng.choice(workers)], check=False)
+            killed, seen = killed + 1, finished
+        time.sleep(rng.uniform(0.0, 0.2))
     assert run.returncode == 0 and killed >= 3
     same(out, unbroken)
