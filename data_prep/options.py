@@ -96,10 +96,11 @@ def _files() -> argparse.ArgumentParser:
     option("--sample-rate", type=int, metavar="HZ", help="of the stored audio; default: the codec's, else 24000")
     option = group.add_argument_group("quality").add_argument
     default = "(default: %(default)g)"
-    silence, clipped, bandwidth = Filters.max_silence, Filters.max_clipped, Filters.min_bandwidth
+    silence, clipped = Filters.max_silence, Filters.max_clipped
+    bandwidth = f"that its sound must reach; {Filters.min_bandwidth:g} refuses what was once a telephone's {default}"
     option("--max-silence", type=float, default=silence, metavar="SHARE", help=f"of a segment's time {default}")
     option("--max-clipped", type=float, default=clipped, metavar="SHARE", help=f"of its samples {default}")
-    option("--min-bandwidth", type=float, default=bandwidth, metavar="HZ", help=f"that its sound reaches {default}")
+    option("--min-bandwidth", type=float, default=0.0, metavar="HZ", help=bandwidth)
     option("--refuse-dual-mono", action="store_true", help="refuse stereo whose channels are the same")
     option = group.add_argument_group("limits for one file").add_argument
     hours = Limits.max_seconds / 3600

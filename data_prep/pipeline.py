@@ -82,7 +82,7 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
             clear_asides(folder)
     segments = opening.segments(run)
     if isinstance(wishes.vocals, VocalRemoval):
-        make = partial(remove_shard, wishes.vocals, Filters())
+        make = partial(remove_shard, wishes.vocals, Filters(min_bandwidth=0.0))
         segments = taken_on(segments, _each(run, "vocals", config["vocals"], segments, make), audio=True)
     elif wishes.vocals is not None:
         make = partial(detect_shard, wishes.vocals)

@@ -55,7 +55,8 @@ def shard_times(store: Path) -> dict[Path, int]:
 def prepare(planted: Planted, out: Path, codec: Path, *more: object) -> None:
     sets = [word for path in planted.against for word in ("--against", path)]
     words = ["folder", "--root", planted.root, "--out", out, "--licence", "CC0-1.0", "--segment", "20", *sets,
-             "--codec", codec, "--sample-rate", "24000", "--text", "none", "--workers", "1", *more]  # fmt: skip
+             "--codec", codec, "--sample-rate", "24000", "--min-bandwidth", "4500", "--text", "none", "--workers", "1",
+             *more]  # fmt: skip
     main([str(word) for word in words])
 
 
