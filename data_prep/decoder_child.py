@@ -128,7 +128,7 @@ class _Pipe:
 
     def __init__(self, handle: int, start: int) -> None:
         self.end, self._into = os.pipe()
-        self._thread = threading.Thread(target=self._fill, args=(handle, start))
+        self._thread = threading.Thread(target=self._fill, args=(handle, start), daemon=True)
         self._thread.start()
 
     def _fill(self, handle: int, place: int) -> None:
