@@ -1,6 +1,6 @@
 """Damaged audio files against the decoder, for as long as asked: what becomes of them, the worst time and memory.
 
-    python benchmarks/fuzz_decode.py --minutes 5 --seed 0
+    python -m benchmarks.fuzz_decode --minutes 5 --seed 0
 
 Small valid files of every format are mutated (bytes overwritten, bits flipped, pieces cut, doubled, swapped between
 files, numbers replaced by extreme ones) and decoded. Anything but samples or a refusal is an error of the program and
