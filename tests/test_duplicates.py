@@ -52,6 +52,13 @@ def test_blocks_change_nothing(cuts, rate, seed):
     assert len(found) == max(0, int((len(wav) - round(0.74 * rate)) // (rate / RATE)) + 1 - 4)
 
 
+@pytest.mark.parametrize("rate", [22_050, 11_127])
+def test_words_are_where_their_frames_are(rate):
+    """What begins 15 s later gives the same words, 150 fewer."""
+    wav = np.random.default_rng(0).standard_normal(22 * rate).astype(np.float32) * np.float32(0.1)
+    assert np.array_equal(fingerprint(wav, rate)[150:], fingerprint(wav[15 * rate :], rate))
+
+
 @pytest.mark.parametrize("rate", [1_000, 2_000, 7_999, 8_000, 384_000])
 def test_any_rate(rate):
     wav = np.random.default_rng(0).standard_normal(3 * rate).astype(np.float32)
