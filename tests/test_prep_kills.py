@@ -22,8 +22,8 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(root) -> dict[str, bytes]:
-    prepare(root, root.parent / "unbroken")
-    return files(root.parent / "unbroken")
+    prepare(root, root.parent / "store")
+    return files(root.parent / "store")
 
 
 def children(pid: int) -> list[str]:
@@ -58,7 +58,7 @@ def test_the_run_itself_is_killed(root, unbroken, tmp_path):
             run.wait(rng.uniform(0.0, 12.0))
             assert run.returncode == 0
             same(out, unbroken)
-            out = tmp_path / f"store {killed}"
+            out = tmp_path / f"{killed}" / "store"
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
             run.wait()

@@ -121,7 +121,7 @@ def test_workers_may_be_killed(cluster, tmp_path, device):
 def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
     """Whatever they do, from the second on; the store is the one that nothing was killed for, byte for byte."""
     root = small_folder(tmp_path / "music")
-    prepare(root, tmp_path / "unbroken")
+    prepare(root, tmp_path / "unbroken" / "store")
     words = command(root, tmp_path / "store", "--executor", "ray", "--ray-address", cluster)
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
@@ -136,7 +136,7 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
                 os.kill(killed[-1], signal.SIGKILL)
     assert run.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     assert len(killed) == 20
-    same(tmp_path / "store", files(tmp_path / "unbroken"))
+    same(tmp_path / "store", files(tmp_path / "unbroken" / "store"))
 
 
 def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
