@@ -3,12 +3,9 @@
 Everything is counted by columns (pyarrow), so that a million segments take seconds.
 """
 
-import csv
 import hashlib
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.report_refused import many, read_quarantine, refused, refused_in_short, selection, short
 from data_prep.tag_words import CATEGORIES
-from data_prep.track import KINDS
 from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.page import Block, Facts, Row, Section, Table, Text, write_page
+from ssmttm.evaluation.page import Block, Facts, Row, Section, Text, write_page
 from ssmttm.evaluation.page_charts import Bar, Bars, Clip, Folded, Heading, Histogram, Numbers, Stack, plain
 from ssmttm.evaluation.pictures import ticks
 from ssmttm.licences import POLICIES, tier
@@ -30,9 +27,6 @@ from ssmttm.licences import POLICIES, tier
 _SHOWN = 15  # bars of one kind
 _CATEGORIES = 4  # of tags
 _EXAMPLES = 12
-_REASONS = 3  # examples of refusals, a kind
-_SEARCHED = 1000  # refusals of a kind that are looked through for them
-_LISTED = 5  # tracks of one evaluation set, pairs that are alike
 
 
 def write_report(store: Store, out: Path) -> Path:
@@ -44,17 +38,17 @@ def write_report(store: Store, out: Path) -> Path:
     Raises:
         UserError: the file cannot be written, or the store is not to be trusted.
     """
-    table, tags, refusals = store.manifest, _tags_of(store.manifest), _read_quarantine(store.path / "quarantine.csv")
+    table, tags, refusals = store.manifest, _tags_of(store.manifest), read_quarantine(store.path / "quarantine.csv")
     music, by_hours = _music(table, tags)
-    sets, alike = _selection(store.path / "decontamination.json")
+    sets, alike = selection(store.path / "decontamination.json")
     sections = [
-        Section("At a glance", [Numbers(_headline(store)), *_what_was_refused(refusals)]),
+        Section("At a glance", [Numbers(_headline(store)), *refused_in_short(refusals)]),
         Section("Licences", _licences(table)),
         Section("What kind of music", music),
         Section("Splits", _splits(table)),
         Section("Segments", _segments(table)),
         Section("Captions", _captions(table)),
-        Section("Refused", [*_refused(refusals), *alike]),
+        Section("Refused", [*refused(refusals), *alike]),
         Section("Evaluation sets kept out", sets),
         Section("Examples", _examples(store, _chosen(table, tags, by_hours), out)),
         Section("How it was made", _config(store)),
@@ -90,7 +84,7 @@ def _licences(table: pa.Table) -> list[Block]:
     found = table.group_by("licence").aggregate([("duration", "sum"), ("id", "count"), ("licence_url", "max")])
     bars = []
     for row in sorted(found.to_pylist(), key=lambda row: -row["duration_sum"]):
-        seconds, remark = row["duration_sum"], f"{_tier(row['licence'] or '')}; {_many(row['id_count'], 'segment')}"
+        seconds, remark = row["duration_sum"], f"{_tier(row['licence'] or '')}; {many(row['id_count'], 'segment')}"
         bars.append(Bar(row["licence"] or "none stated", seconds, _time(seconds), row["licence_url_max"] or "", remark))
     told = "; ".join(f"{policy}: {what}" for policy, what in POLICIES.items())
     note = f"Each with the narrowest policy that lets it in ({told}). ATTRIBUTION.csv names every work."
@@ -163,7 +157,7 @@ def _splits(table: pa.Table) -> list[Block]:
     bars = []
     for split in SPLITS:
         seconds, count = sums.get(split, (0.0, 0))
-        bars.append(Bar(split, seconds, _time(seconds), remark=_many(count, "segment")))
+        bars.append(Bar(split, seconds, _time(seconds), remark=many(count, "segment")))
     note = "Train is learned from, valid is watched while learning, test is for the figures that are reported."
     return [Heading("Hours by split", note), Bars(bars)]
 
@@ -208,105 +202,6 @@ def _histogram(values: np.ndarray, unit: str, whole: bool = False) -> Block:
     return Histogram(edges, counts.tolist(), unit)
 
 
-class _Refusals(NamedTuple):
-    """What quarantine.csv tells: how many of each stage and kind, and a few of each kind whose reasons differ."""
-
-    counts: Counter[tuple[str, str]]
-    examples: dict[str, dict[str, str]]  # kind -> reason -> item
-
-    def of(self, kind: str) -> int:
-        """How many there are of a kind."""
-        return sum(count for (_, other), count in self.counts.items() if other == kind)
-
-
-def _read_quarantine(file: Path) -> _Refusals | None:
-    """None if there is no such file. Raises UserError if it is no quarantine table."""
-    if not file.is_file():
-        return None
-    counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[str, dict[str, str]] = {}
-    shapes: set[tuple[str, str]] = set()
-    try:
-        with open(file, encoding="utf-8", errors="replace", newline="") as lines:
-            table = csv.reader(lines)
-            if next(table, []) != ["item", "stage", "kind", "reason"]:
-                raise UserError(f"{file} is no quarantine table: prepare the store again")
-            for item, stage, kind, reason in table:
-                counts[stage, kind] += 1
-                some = examples.setdefault(kind, {})
-                if len(some) == _REASONS or counts[stage, kind] > _SEARCHED:
-                    continue
-                if (shape := (kind, re.sub(r"\d+", "0", reason)[:40])) not in shapes:
-                    shapes.add(shape)
-                    some[reason] = item
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): prepare the store again") from error
-    return _Refusals(counts, examples)
-
-
-def _what_was_refused(refusals: _Refusals | None) -> list[Block]:
-    if refusals is None:
-        return []
-    copies, held_out, total = refusals.of("duplicate"), refusals.of("evaluation"), refusals.counts.total()
-    return [Text(f"{_many(total, 'item')} refused: {copies:,} as duplicates, {held_out:,} because an evaluation set "
-                 f"holds them, {total - copies - held_out:,} for other reasons, which stand below.")]  # fmt: skip
-
-
-def _refused(refusals: _Refusals | None) -> list[Block]:
-    if refusals is None:
-        return [Text("This store keeps no record of what was refused.")]
-    if not refusals.counts:
-        return [Text("Nothing was refused.")]
-    bars, rows = [], []
-    for kind in sorted(refusals.examples, key=lambda kind: (-refusals.of(kind), kind)):
-        stages = ", ".join(f"{stage} {n:,}" for (stage, other), n in sorted(refusals.counts.items()) if other == kind)
-        remark = f"{KINDS.get(kind, 'no known kind')} (stage: {stages})"
-        bars.append(Bar(kind, refusals.of(kind), f"{refusals.of(kind):,}", remark=remark))
-        rows += [(_short(kind), _short(item), _short(reason)) for reason, item in refusals.examples[kind].items()]
-    note = "A refused item never stops a run. quarantine.csv holds all of them."
-    some = Table(["kind", "item", "why"], rows)
-    return [Heading("Refusals by kind", note), Bars(bars), Heading("Some of them"), some]
-
-
-def _selection(file: Path) -> tuple[list[Block], list[Block]]:
-    """What decontamination.json tells: of evaluation sets, and of tracks that were kept though they sound alike.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    told: dict[str, Any] = {}
-    try:
-        if file.is_file():
-            told = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-        sets = [block for one in told.get("evaluation", []) for block in _kept_out(one)]
-        alike = _alike(told["suspected_duplicates"]) if told.get("suspected_duplicates") else []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): prepare the store again") from error
-    none = "None were named: give them as --against when the store is prepared, before a score is reported."
-    return sets or [Text(none)], alike
-
-
-def _kept_out(one: dict[str, Any]) -> list[Block]:
-    """Of one evaluation set how much is known of it, and what was left out for it."""
-    left = {str(item): str(reason) for item, reason in one["left_out"].items()}
-    facts = {"known works": one["works"], "artists": one["artists"], "recordings that could be heard": one["heard"]}
-    blocks: list[Block] = [
-        Heading(str(one["name"]), f"{_many(len(left), 'item')} left out."),
-        Facts({name: f"{count:,}" for name, count in facts.items()}),
-    ]
-    some = [(_short(item), _short(reason)) for item, reason in islice(left.items(), _LISTED)]
-    return [*blocks, Table(["item", "why"], some)] if some else blocks
-
-
-def _alike(suspected: dict[str, Any]) -> list[Block]:
-    """Pairs of tracks for people to listen to."""
-    if not suspected["pairs"]:
-        return []
-    note = f"Pairs of kept tracks that agree, but less than copies do: {suspected['pairs']:,}. The closest:"
-    rows = [(*map(_short, pair["tracks"]), _short(pair["agreement"])) for pair in suspected["closest"][:_LISTED]]
-    return [Heading("Kept, though alike", note), Table(["track", "and", "how far"], rows)]
-
-
 def _chosen(table: pa.Table, tags: _Tags, by_hours: Sequence[str]) -> list[int]:
     """Rows to listen to: one of each of the commonest tags, then some spread over the table; always the same ones."""
     rows: dict[int, None] = {}
@@ -340,9 +235,9 @@ def _clip(row: dict[str, Any], path: str) -> Clip:
     loudness = row.get("loudness")
     if loudness is not None:
         facts["loudness"] = f"{loudness:.1f} LUFS"
-    told = {name: _short(value) for name, value in facts.items() if value}
-    captions = [_short(caption) for caption in (row["captions"] or [])[:3]]
-    return Clip(path, _short(row["title"] or row["id"], 80), captions, told, row["source_url"] or "")
+    told = {name: short(value) for name, value in facts.items() if value}
+    captions = [short(caption) for caption in (row["captions"] or [])[:3]]
+    return Clip(path, short(row["title"] or row["id"], 80), captions, told, row["source_url"] or "")
 
 
 def _beside(file: Path, out: Path) -> str:
@@ -361,7 +256,7 @@ def _config(store: Store) -> list[Block]:
         "store": store.fingerprint,
     }
     settings = json.dumps(info.get("config"), indent=2)
-    return [Facts({name: _short(value) for name, value in facts.items()}),
+    return [Facts({name: short(value) for name, value in facts.items()}),
             Folded("All settings", [Text(settings, code=True)])]  # fmt: skip
 
 
@@ -386,12 +281,3 @@ def _bytes(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.3g} {name}"
     return f"{size / 1e3:.0f} kB"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def _short(text: str, most: int = 300) -> str:
-    """Anybody's text on one line that is not too long."""
-    return plain(text if len(text) <= most else f"{text[:most]} ...")
