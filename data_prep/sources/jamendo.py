@@ -33,6 +33,7 @@ _FIELDS = re.compile(
 )
 _BLOCK = re.compile(rb"(?m)^[ \t]*\d+/(\d{1,12})(?:\.\w+)*\.mp3[ \t]*\r?$")
 _ROW = re.compile(rb"(?m)^track_(\d{1,12})\t")
+_FROM = b" from Jamendo: "
 _MAX_BLOCK = 1 << 11
 
 
@@ -111,13 +112,17 @@ class Audio:
 
 
 class Statement(NamedTuple):
-    """What audio_licenses.txt says of a track: the licence's link (else its name), title, author, link; its line."""
+    """What audio_licenses.txt says of a track: the licence's link (else its name), the line of the work, and where."""
 
     licence: str = ""
-    title: str = ""
-    author: str = ""
-    url: str = ""
-    line: int = 0
+    work: bytes = b""
+    evidence: str = ""
+
+    def credit(self) -> tuple[str, str, str]:
+        """Title, author and link."""
+        title, _, url = self.work.decode("utf-8", "replace").strip().partition(_FROM.decode())
+        title, author = title.split(" by ") if title.count(" by ") == 1 else (title, "")
+        return title, author, url
 
 
 class Licences:
@@ -148,17 +153,17 @@ class Licences:
         return statements[0] if statements else Statement()
 
     def _read(self, offset: int, line: int) -> Statement:
-        licence = title = author = url = ""
+        licence, work = "", b""
         for part in self._text[offset : offset + _MAX_BLOCK].split(b"\n", 9)[1:9]:
-            if b" from Jamendo: " in part:
-                title, _, url = part.decode("utf-8", "replace").strip().partition(" from Jamendo: ")
-                if title.count(" by ") == 1:
-                    title, _, author = title.partition(" by ")
+            if _FROM in part:
+                work = part
             elif part.lstrip().startswith(b"Available under "):
                 licence = _licence(part)
             elif _BLOCK.match(part):
                 break
-        return Statement(licence, title, author, url, line)
+            if licence and work:
+                break
+        return Statement(licence, work, f"audio_licenses.txt line {line}" if licence else "")
 
 
 class Titles:
@@ -189,17 +194,17 @@ def _track(row: Row, audio: Audio, licences: Licences, titles: Titles | None, sp
         stated = licences.of(row.track)
     except Refused as refused:
         return refused.of(name)
-    title, author, url = (titles.of(row.track) if titles else None) or (stated.title, stated.author, stated.url)
+    title, author, url = (titles.of(row.track) if titles else None) or stated.credit()
     return Track(
         id=name,
         path=path,
         licence=stated.licence,
         title=title,
         author=author,
-        source_url=url or stated.url or f"https://www.jamendo.com/track/{row.track}",
+        source_url=url or f"https://www.jamendo.com/track/{row.track}",
         artist=f"jamendo:artist:{row.artist}",
         work=name,
-        evidence=f"audio_licenses.txt line {stated.line}" if stated.licence else "",
+        evidence=stated.evidence,
         tags=row.tags,
         split=split,
     )

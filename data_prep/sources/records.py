@@ -21,6 +21,7 @@ from ssmttm.errors import UserError
 MAX_LINE = 1 << 20
 NOT_UTF8 = "is not UTF-8 text"
 _MAX_LIST = 20_000
+_PAGE = 64
 _BOM = b"\xef\xbb\xbf"
 _LONE_CR = re.compile(rb"(?<=\r)(?!\n)")
 
@@ -256,6 +257,7 @@ class Positions:
 
     def __init__(self) -> None:
         self._keys, self._offsets, self._lines = array("q"), array("q"), array("q")
+        self._pages: list[int] = []  # every _PAGE-th key: quicker to search than the array, whose numbers are no objects
         self._sorted = True
 
     def add(self, key: int, offset: int, line: int) -> None:
@@ -281,7 +283,8 @@ class Positions:
     def _find(self, key: int) -> int:
         if not self._sorted:
             self._sort()
-        return bisect_left(self._keys, key)
+        page = bisect_left(self._pages, key) * _PAGE
+        return bisect_left(self._keys, key, max(0, page - _PAGE), min(page, len(self._keys)))
 
     def _sort(self) -> None:
         import numpy as np
@@ -291,6 +294,7 @@ class Positions:
         self._keys, self._offsets, self._lines = (
             array("q", np.frombuffer(values, np.int64)[order].tobytes()) for values in columns
         )
+        self._pages = self._keys[::_PAGE].tolist()
         self._sorted = True
 
 

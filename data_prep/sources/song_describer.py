@@ -63,17 +63,18 @@ def _track(
     if path is None:
         raise Refused("missing", f"there is no file {named}.2min.mp3")
     stated = licences.of(number)
+    title, author, url = stated.credit()
     artist = values["artist_id"].removesuffix(".0")
     return Track(
         id=name,
         path=path,
         licence=stated.licence,
-        title=stated.title,
-        author=stated.author,
-        source_url=stated.url or f"https://www.jamendo.com/track/{number}",
+        title=title,
+        author=author,
+        source_url=url or f"https://www.jamendo.com/track/{number}",
         artist=f"jamendo:artist:{int(artist)}" if artist.isdecimal() and len(artist) <= 12 else "",
         work=f"jamendo:{number}",
-        evidence=f"audio_licenses.txt line {stated.line}" if stated.licence else "",
+        evidence=stated.evidence,
         captions=tuple(dict.fromkeys(captions)),
         split="test",
     )
