@@ -257,7 +257,7 @@ class Positions:
 
     def __init__(self) -> None:
         self._keys, self._offsets, self._lines = array("q"), array("q"), array("q")
-        self._pages: list[int] = []  # every _PAGE-th key: quicker to search than the array, whose numbers are no objects
+        self._pages: list[int] = []  # every _PAGE-th key, quicker to search than the array
         self._sorted = True
 
     def add(self, key: int, offset: int, line: int) -> None:
