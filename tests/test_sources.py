@@ -3,6 +3,9 @@
 import csv
 import json
 import os
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -582,7 +585,7 @@ def everything(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", HEADS)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=2000)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(noise=NOISE, keep=st.booleans())
 def test_arbitrary_bytes_in_any_table(everything, name, noise, keep):
     source = name.split()[0]
@@ -665,7 +668,7 @@ def test_references_say_what_is_wrong(describer, jamendo, tmp_path):
         read_references(write_csv(tmp_path / "y.csv", CAPS))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=2000)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(noise=NOISE, head=st.sampled_from([b"", *(HEADS[name][1].encode() for name in HEADS)]))
 def test_arbitrary_bytes_as_references(tmp_path_factory, noise, head):
     path = write(tmp_path_factory.mktemp("any") / "x.csv", head + noise)
@@ -673,6 +676,34 @@ def test_arbitrary_bytes_as_references(tmp_path_factory, noise, head):
         assert read_references(path).works
     except UserError as error:
         assert "\n" not in str(error)
+
+
+def test_rows_are_not_held_in_memory(tmp_path):
+    """Tables of 2 MB of captions, of tags and of licences are read in a fraction of that."""
+    names = [f"{n % 100:02d}/{n}.mp3" for n in range(1, 1001)]
+    for name in names:
+        write(tmp_path / "audio" / name)
+    notes = [(f"audio/{name}", "x" * 2000, *[""] * 4) for name in reversed(names)]
+    write_csv(tmp_path / "captions.csv", COLUMNS, *notes)
+    rows = [f"track_{n}\tartist_1\talbum_1\t{name}\t1.0" + 160 * "\tgenre---rock" for n, name in enumerate(names, 1)]
+    write(tmp_path / "data" / "raw.tsv", "\n".join([TRACKS, *rows]))
+    work = "x" * 1900 + " by A from Jamendo: http://b\nAvailable under a X license: http://c\n"
+    write(tmp_path / "audio_licenses.txt", "".join(f"{name}\n{work}" for name in names))
+    for source in ("folder", "jamendo"):
+        for traced in (False, True):  # once before, for what is loaded late
+            peak = 0
+            if traced:
+                tracemalloc.start()
+            assert sum(isinstance(item, Track) for item in SOURCES[source].tracks(tmp_path)) == 1000
+            if traced:
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+        assert peak < 1e6, source
+
+
+def test_the_registry_is_light():
+    code = "import sys, data_prep.sources; sys.exit(bool({'numpy', 'torch', 'pyarrow', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 def test_sources_are_told():

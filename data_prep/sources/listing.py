@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from data_prep.track import Refusal, Refused
 from ssmttm.errors import UserError
@@ -69,7 +69,7 @@ def within(path: str) -> str:
     Raises:
         Refused: none, absolute, or with `..`.
     """
-    parts = PurePosixPath(path).parts
+    parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts:
         raise Refused("metadata", "it names no file")
     if path.startswith("/") or ".." in parts:
