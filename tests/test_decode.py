@@ -8,8 +8,10 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +330,24 @@ def test_a_hang_ends_at_the_wall_limit(tmp_path):
             list(blocks)
         assert caught.value.kind == "limit" and time.monotonic() - begun < 5 and not alive(pid)
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
+
+
+def test_the_wall_limit_holds_for_all_blocks_together(tmp_path):
+    sf.write(tmp_path / "x.wav", noise(20.0), RATE)
+    with Decoder(Limits(wall_seconds=0.6)) as decoder:
+        blocks = decoder.blocks(tmp_path / "x.wav")
+        next(blocks)
+        pid = decoder.pid
+
+        def wake() -> None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+        with pytest.raises(Refused, match=r"longer than 0\.6 s"):
+            for _ in range(3):
+                os.kill(pid, signal.SIGSTOP)
+                threading.Timer(0.35, wake).start()
+                next(blocks)
 
 
 def test_the_callers_time_is_not_the_decoders(tmp_path):

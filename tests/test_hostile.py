@@ -264,6 +264,18 @@ def test_playlists_are_not_followed(tmp_path, decoder, files, server, kind):
 
 
 @needs_ffmpeg
+def test_a_flood_of_complaints_does_not_block_ffmpeg(tmp_path, decoder):
+    sf.write(tmp_path / "x.wav", samples(60.0), RATE)
+    command = [decoder_child._ffmpeg(), "-v", "error", "-i", tmp_path / "x.wav", tmp_path / "x.aac"]
+    subprocess.run(command, check=True, timeout=60)
+    data = bytearray((tmp_path / "x.aac").read_bytes())
+    for place in range(2000, len(data), 97):
+        data[place] ^= 0x55
+    (tmp_path / "x.aac").write_bytes(data)
+    assert isinstance(attack(decoder, tmp_path / "x.aac"), Refused)
+
+
+@needs_ffmpeg
 @pytest.mark.parametrize("suffix", ["nut", "avi", "ts"])
 def test_containers_that_are_not_on_the_list_are_refused(tmp_path, decoder, files, suffix):
     (tmp_path / "x.wav").write_bytes(files["x.wav"])
