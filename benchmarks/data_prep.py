@@ -127,7 +127,7 @@ def one_shard(root: Path, tracks: list[Track], work: Path, embedder: Embedder) -
 def codec(folder: Path) -> dict[str, Any]:
     """The stage against the bare codec: alternating, medians of the wall time of five rounds."""
     root = folder / "music"
-    tracks = write_music(root, 4, 120, "flac")
+    tracks = write_music(root, 4, 300, "flac")
     segments = cut_segments(root, tracks, folder)
     coder = Coder("tiny", Windows(SEGMENT), "cpu")
     wavs = [audio.read(segments.audio / row["audio"], CODEC_RATE)[0] for row in segments.read()]
@@ -147,7 +147,7 @@ def codec(folder: Path) -> dict[str, Any]:
         for name, allowed in {"one core": cores[:1], "a second core for reading": cores[:2]}.items():
             os.sched_setaffinity(0, allowed)
             stage(), bare()
-            rounds = [(wall(bare), wall(stage)) for _ in range(7)]
+            rounds = [(wall(bare), wall(stage)) for _ in range(5)]
             ratios = sorted(made / plain for plain, made in rounds)
             found[name] = {"bare": round(min(a for a, _ in rounds), 3), "stage": round(min(b for _, b in rounds), 3),
                            "ratio, median": round(ratios[len(ratios) // 2], 3)}  # fmt: skip

@@ -1,6 +1,7 @@
 """The stage `codes`: the segments of a shard as codes of one codec, in batches of one fixed shape."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,17 +58,17 @@ def encode_shard(coder: Coder, segments: Segments, folder: Path) -> Counts:
 def _read_ahead(segments: Segments, rows: list[dict[str, Any]], rate: int) -> Iterator[Tensor]:
     """The waveforms [1, S], read by a thread while the codec works on the ones before."""
 
-    def read(index: int) -> Tensor | None:
-        return audio.read(segments.audio / rows[index]["audio"], rate)[0] if index < len(rows) else None
+    def read(index: int) -> Tensor:
+        if index == len(rows):
+            raise _Over
+        return audio.read(segments.audio / rows[index]["audio"], rate)[0]
 
-    wavs = prefetched(read, 0, 4)
-    try:
-        for wav in wavs:
-            if wav is None:
-                return
-            yield wav
-    finally:
-        wavs.close()
+    with suppress(_Over):
+        yield from prefetched(read, 0, 4)
+
+
+class _Over(Exception):
+    """There is no more sound: it ends the thread that reads."""
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,7 @@ _BLOCK = 1 << 18  # samples over all channels
 _FILES = 500  # that one child decodes at most
 _HEADER = 5  # bytes before a message: kind and length, as the child packs them
 _START_SECONDS = 60.0
+_STARTS = 3  # tries
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,13 @@ class Decoder:
     def _start(self) -> None:
         if self._child is not None and self._child.poll() is None and self._files < _FILES:
             return
+        for _ in range(_STARTS):
+            if self._starts():
+                return
+        raise UserError("the audio decoder does not start: see above, and check that `soundfile` is installed")
+
+    def _starts(self) -> bool:
+        """Begin a child anew; whether it lives and says so. One may be killed on its way, as when memory is short."""
         self._end()
         self._link, link = socket.socketpair()
         limits = self._limits
@@ -270,7 +278,7 @@ class Decoder:
             ready = self._link.recv(1)
         if not ready:
             self._end()
-            raise UserError("the audio decoder does not start: see above, and check that `soundfile` is installed")
+        return bool(ready)
 
     def _end(self) -> None:
         if self._link is not None:
