@@ -128,7 +128,10 @@ def test_jamendo(jamendo):
 
 
 def test_jamendo_without_titles_splits_no_name_that_can_be_split_in_two_ways(jamendo):
-    (jamendo / "data" / "raw.meta.tsv").unlink()
+    titles = jamendo / "data" / "raw.meta.tsv"
+    write(titles, TITLES.replace("chiante\t\t", "chiante\tII\t"))
+    assert read("jamendo", jamendo)[0]["jamendo:214"].title == "Intro chiante II"
+    titles.unlink()
     tracks, _ = read("jamendo", jamendo)
     assert (tracks["jamendo:948"].title, tracks["jamendo:948"].author) == ('Stand by "me" by Ann by Bob', "")
     assert (tracks["jamendo:214"].title, tracks["jamendo:214"].author) == ("Intro chiante", "David TMX")
@@ -538,6 +541,21 @@ def test_huge_cells_and_lines_are_refused_and_the_next_row_is_read(tmp_path):
     tracks, refusals = read("folder", tmp_path)
     assert tracks["a.wav"].captions == ("good",) and tracks["a.wav"].evidence == ""
     assert "longer than" in refusals["captions.jsonl line 1"].reason
+
+
+def test_long_lists_are_refused(tmp_path):
+    write(tmp_path / "a.wav")
+    write_csv(tmp_path / "captions.csv", ("path", "tags"), ("a.wav", str(["x" * 10] * 3000)))
+    assert "longer than" in read("folder", tmp_path)[1]["captions.csv line 2"].reason
+
+
+def test_two_paths_of_one_hash_do_not_share_what_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.sources.folder.hash", lambda path: 7, raising=False)
+    for name in ("a.wav", "b.wav"):
+        write(tmp_path / name)
+    write_csv(tmp_path / "captions.csv", COLUMNS, ("b.wav", "two", "", "", "", ""), ("a.wav", "one", "", "", "", ""))
+    tracks, _ = read("folder", tmp_path)
+    assert (tracks["a.wav"].captions, tracks["b.wav"].captions) == (("one",), ("two",))
 
 
 def test_many_captions_of_one_path(tmp_path):
