@@ -30,17 +30,17 @@ import torch
 
 from benchmarks.paired import environment
 from data_prep.builtin import compose, render
-from data_prep.captioning import caption_shard
-from data_prep.codes import Coder, encode_shard
-from data_prep.cut import Cut, cut_shard
-from data_prep.describe import Describing
-from data_prep.embed import Embedder, embed_shard
-from data_prep.encode import Windows
-from data_prep.pack import Parts, pack
-from data_prep.plan import write_plan
-from data_prep.segments import ROWS_FILE, Segments
-from data_prep.select import select
-from data_prep.selection import select_shards
+from data_prep.stages.captioning import caption_shard
+from data_prep.stages.codes import Coder, encode_shard
+from data_prep.stages.cut import Cut, cut_shard
+from data_prep.stages.describe import Describing
+from data_prep.stages.embed import Embedder, embed_shard
+from data_prep.stages.encode import Windows
+from data_prep.stages.pack import Parts, pack
+from data_prep.stages.plan import write_plan
+from data_prep.stages.segments import ROWS_FILE, Segments
+from data_prep.stages.select import select
+from data_prep.stages.selection import select_shards
 from data_prep.tables import SOUNDS, TRACKS
 from data_prep.track import Track
 from ssmttm import audio

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from benchmarks.paired import environment
 from data_prep.builtin import compose, render
-from data_prep.duplicates import SAME, near_pairs
-from data_prep.fingerprint import RATE, bit_error_rate, fingerprint
-from data_prep.quality import measure
+from data_prep.sound.duplicates import SAME, near_pairs
+from data_prep.sound.fingerprint import RATE, bit_error_rate, fingerprint
+from data_prep.sound.quality import measure
 from ssmttm import audio
 
 OUT = Path(__file__).parent / "results" / "duplicates.json"

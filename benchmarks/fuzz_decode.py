@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from data_prep import decoder_child
-from data_prep.decode import Decoder, Limits
+from data_prep.sound import decoder_child
+from data_prep.sound.decode import Decoder, Limits
 from data_prep.track import Refused
 
 FORMATS = {

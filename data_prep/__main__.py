@@ -25,8 +25,8 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     from data_prep.engine.slurm import Slurm, submit
     from data_prep.engine.status import WORK
     from data_prep.make import executor_of, opening_of, wishes_of
-    from data_prep.pack import summary
     from data_prep.pipeline import prepare, stages_of
+    from data_prep.stages.pack import summary
 
     opening = opening_of(arguments)
     wishes = wishes_of(arguments, opening)
@@ -74,14 +74,14 @@ def _status(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _report(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.report import write_report
+    from data_prep.reports.report import write_report
     from ssmttm.data import open_store
 
     print(write_report(open_store(arguments.store), arguments.out or arguments.store / "report.html"))
 
 
 def _probe(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.decode import probe
+    from data_prep.sound.decode import probe
     from data_prep.track import Refused
 
     for file in arguments.files:
@@ -94,7 +94,7 @@ def _probe(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.webdataset import export
+    from data_prep.archives.webdataset import export
     from ssmttm.data import open_store
 
     for tar in export(open_store(arguments.store), arguments.out):

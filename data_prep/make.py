@@ -5,21 +5,21 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.codes import Coder
-from data_prep.cut import Cut
-from data_prep.decode import Limits
-from data_prep.describe import Describing
-from data_prep.embed import Embedder
-from data_prep.encode import Windows
 from data_prep.engine.executors import Processes, Ray
 from data_prep.openings import BuiltIn, FromArchives, FromStore, FromTracks, Opening
 from data_prep.options import checked
 from data_prep.pipeline import Wishes
-from data_prep.quality import Filters
+from data_prep.sound.decode import Limits
+from data_prep.sound.quality import Filters
+from data_prep.sound.vocals import VocalDetection, VocalRemoval
 from data_prep.sources import SOURCES
 from data_prep.sources.references import read_references
+from data_prep.stages.codes import Coder
+from data_prep.stages.cut import Cut
+from data_prep.stages.describe import Describing
+from data_prep.stages.embed import Embedder
+from data_prep.stages.encode import Windows
 from data_prep.track import Refusal, Track
-from data_prep.vocals import VocalDetection, VocalRemoval
 from ssmttm.errors import UserError
 
 _LONGEST_WINDOW = 30.0  # seconds that a codec is given at a time

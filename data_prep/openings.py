@@ -13,17 +13,17 @@ from typing import Any, Protocol
 
 import pyarrow.parquet as pq
 
-from data_prep.cut import Cut, cut_shard
+from data_prep.archives.webdataset import archives_of, unpack, unpacked
 from data_prep.engine.run import Run
 from data_prep.engine.work import Counts, Done, Work, stage_folder
-from data_prep.pack import DECONTAMINATION, QUARANTINE_CSV
-from data_prep.plan import shards_of, write_plan
-from data_prep.segments import ROWS_FILE, Segments, write_segments
-from data_prep.selection import Against, fingerprint_files, select_shards
 from data_prep.sources.references import References
+from data_prep.stages.cut import Cut, cut_shard
+from data_prep.stages.pack import DECONTAMINATION, QUARANTINE_CSV
+from data_prep.stages.plan import shards_of, write_plan
+from data_prep.stages.segments import ROWS_FILE, Segments, write_segments
+from data_prep.stages.selection import Against, fingerprint_files, select_shards
 from data_prep.tables import QUARANTINE, QUARANTINE_FILE, write_rows
 from data_prep.track import Refusal, Track
-from data_prep.webdataset import archives_of, unpack, unpacked
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA, audio_inside, open_store
 from ssmttm.data.writer import config_hash

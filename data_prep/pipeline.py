@@ -10,19 +10,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.captioning import caption_shard
-from data_prep.codes import Coder, encode_shard
-from data_prep.describe import Describing
-from data_prep.embed import Embedder, embed_shard
 from data_prep.engine.run import Run
 from data_prep.engine.status import WORK
 from data_prep.engine.work import Counts, Done, Work, stage_folder
 from data_prep.openings import Opening
-from data_prep.pack import QUARANTINE_CSV, Parts, pack, write_quarantine_csv
-from data_prep.quality import Filters
-from data_prep.segments import Segments, taken_on
-from data_prep.vocals import VocalDetection, VocalRemoval
-from data_prep.voices import detect_shard, remove_shard
+from data_prep.sound.quality import Filters
+from data_prep.sound.vocals import VocalDetection, VocalRemoval
+from data_prep.stages.captioning import caption_shard
+from data_prep.stages.codes import Coder, encode_shard
+from data_prep.stages.describe import Describing
+from data_prep.stages.embed import Embedder, embed_shard
+from data_prep.stages.pack import QUARANTINE_CSV, Parts, pack, write_quarantine_csv
+from data_prep.stages.segments import Segments, taken_on
+from data_prep.stages.voices import detect_shard, remove_shard
 from ssmttm.data.store import Store, open_store
 from ssmttm.data.writer import claim, config_hash
 from ssmttm.errors import UserError

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_stores import write_rows_store
 
-from data_prep import attribution
-from data_prep.attribution import COLUMNS, write_attribution
+from data_prep.reports import attribution
+from data_prep.reports.attribution import COLUMNS, write_attribution
 
 TEXT = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 

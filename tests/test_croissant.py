@@ -5,8 +5,8 @@ import json
 import pytest
 from small_stores import write_rows_store
 
-from data_prep.attribution import write_attribution
-from data_prep.croissant import write_croissant
+from data_prep.reports.attribution import write_attribution
+from data_prep.reports.croissant import write_croissant
 from ssmttm.files import file_sha256
 
 REQUIRED = ("@context", "@type", "conformsTo", "description", "license", "name", "url", "creator", "datePublished",

@@ -15,8 +15,8 @@ from small_stores import small_codec
 from torch.nn import functional as F
 
 from data_prep import __main__ as command
-from data_prep.encode import Windows, encode_all, plan
 from data_prep.engine.status import WORK
+from data_prep.stages.encode import Windows, encode_all, plan
 from ssmttm.data import open_store
 from ssmttm.errors import UserError
 
@@ -114,7 +114,7 @@ def test_builtin_to_store_and_again(tmp_path, monkeypatch, capsys):
     assert store.captions(0)[0] and store.truth(0)["segment"] == 0 and store.info["licences"] == {"CC0-1.0": len(store)}
     assert f"{len(store)} segments, 0.01 h" in capsys.readouterr().out
     monkeypatch.setattr("data_prep.builtin.corpus.render", lambda *_: pytest.fail("rendered again"))
-    monkeypatch.setattr("data_prep.codes.encode_all", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("data_prep.stages.codes.encode_all", lambda *_: pytest.fail("encoded again"))
     assert command.main([*arguments, "--codec", str(tmp_path / "codec")]) == 0
     assert open_store(out).fingerprint == store.fingerprint
     with pytest.raises(UserError, match=r"source\.seed 5 -> 6"):

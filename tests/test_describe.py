@@ -21,9 +21,9 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from data_prep import describe as module
-from data_prep.describe import Describing, describe, fault_of, load_rephraser, template_captions
-from data_prep.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOICES
+from data_prep.stages import describe as module
+from data_prep.stages.describe import Describing, describe, fault_of, load_rephraser, template_captions
+from data_prep.stages.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOICES
 from ssmttm.errors import UserError
 from ssmttm.text.captioner import AudioCaptioner
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from music import clips
 
-from data_prep.duplicates import SAME, groups, near_pairs
-from data_prep.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
+from data_prep.sound.duplicates import SAME, groups, near_pairs
+from data_prep.sound.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
 from ssmttm import audio
 
 HERTZ = 24_000

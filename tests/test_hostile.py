@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_decode import mutated, samples, valid_files
-from data_prep import decoder_child
-from data_prep.decode import Decoder, Limits
-from data_prep.paths import inside
+from data_prep.sound import decoder_child
+from data_prep.sound.decode import Decoder, Limits
+from data_prep.sound.paths import inside
 from data_prep.track import KINDS, Refused
 
 RATE = 44_100

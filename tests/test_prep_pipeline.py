@@ -12,8 +12,9 @@ from planted import RATE, Planted, music, plant, save
 from small_stores import small_codec
 
 from data_prep.__main__ import main
-from data_prep.decoder_child import _ffmpeg
 from data_prep.engine.status import WORK
+from data_prep.sound.decoder_child import _ffmpeg
+from data_prep.stages import pack
 from ssmttm.codecs import load_codec
 from ssmttm.data import CodesLoader, open_store
 from ssmttm.errors import UserError
@@ -135,7 +136,7 @@ def test_the_sound_is_the_files_own(planted, made):
 
 def test_codes_are_those_of_the_audio(made, codec):
     store, coder = open_store(made), load_codec(str(codec))
-    from data_prep.encode import Windows, encode_all
+    from data_prep.stages.encode import Windows, encode_all
     from ssmttm import audio
 
     wavs = [audio.read(store.audio_path(index), coder.sample_rate)[0] for index in range(len(store))]
@@ -205,7 +206,7 @@ def test_a_store_is_packed_anew(made, codec, tmp_path):
 def test_an_interrupted_pack_in_place_goes_on(made, codec, tmp_path, monkeypatch):
     main(["pack", "--root", str(made), "--out", str(tmp_path / "b"), *BARE])
     words = ["pack", "--root", str(tmp_path / "b"), "--codec", str(codec), "--text", "none", "--workers", "1"]
-    for place in ("ssmttm.data.writer.write_text", "data_prep.pack._settle", "data_prep.pack.write_attribution"):
+    for place in ("ssmttm.data.writer.write_text", f"{pack.__name__}._settle", f"{pack.__name__}.write_attribution"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):

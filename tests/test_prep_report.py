@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import report
-from data_prep.report import write_report
+from data_prep.reports import report
+from data_prep.reports.report import write_report
 from ssmttm.data.store import open_store
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
@@ -23,7 +23,7 @@ BY, SA = "https://creativecommons.org/licenses/by/4.0/", "https://creativecommon
 GENRES = ("rock", "rock", "rock", "jazz", "jazz", "folk")
 
 
-# As data_prep.select writes it.
+# As data_prep.stages.select writes it.
 SELECTED = {
     "tracks": 30, "kept": 24, "split_by": "artist", "duplicates": {"file": 3},
     "suspected_duplicates": {

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.builtin import compose, render
-from data_prep.quality import Filters, _k_weighting, judge, loudness, measure
+from data_prep.sound.quality import Filters, _k_weighting, judge, loudness, measure
 from ssmttm import audio
 
 RATE = 44_100

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.select import Reference, Selection, select, split_of, splits_of
+from data_prep.stages.select import Reference, Selection, select, split_of, splits_of
 from data_prep.tables import SOUNDS, TRACKS
 from ssmttm.data.store import SPLITS
 

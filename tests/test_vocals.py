@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
-from data_prep import vocals
-from data_prep.separator import Separator
-from data_prep.vocals import VocalDetection, VocalDetector, VocalRemoval, speaks_of_voices
+from data_prep.sound import vocals
+from data_prep.sound.separator import Separator
+from data_prep.sound.vocals import VocalDetection, VocalDetector, VocalRemoval, speaks_of_voices
 from ssmttm.errors import UserError
 
 RATE = 8000

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from data_prep.engine.work import Counts, Work, stage_folder
-from data_prep.fingerprint import Fingerprinter
-from data_prep.quality import measure
-from data_prep.segments import write_sound
-from data_prep.shard import Shard
+from data_prep.sound.fingerprint import Fingerprinter
+from data_prep.sound.quality import measure
+from data_prep.stages.segments import write_sound
+from data_prep.stages.shard import Shard
 from ssmttm.data.writer import config_hash
 
 from .captions import describe, tags

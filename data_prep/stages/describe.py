@@ -13,7 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.builtin.captions import article, listed
-from data_prep.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, NAMES, TEMPI, USES, VOICES
+from data_prep.stages.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, NAMES, TEMPI, USES, VOICES
 from data_prep.track import Refusal, Refused
 from ssmttm.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The program that `data_prep.decode` starts and that alone touches the bytes of audio files.
+"""The program that `data_prep.sound.decode` starts and that alone touches the bytes of audio files.
 
 It is run by its path, imports nothing of this project, may write no file, has a limit of memory, and dies with its
 parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor comes along), R (read a

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.report_refused import many, read_quarantine, refused, refused_in_short, selection, short
-from data_prep.tag_words import CATEGORIES
+from data_prep.reports.report_refused import many, read_quarantine, refused, refused_in_short, selection, short
+from data_prep.stages.tag_words import CATEGORIES
 from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError
 from ssmttm.evaluation.page import Block, Facts, Row, Section, Text, write_page

@@ -23,9 +23,9 @@ from urllib.parse import quote
 
 import numpy as np
 
+from data_prep.archives.tar_stream import BadArchive, Bounds, Member, members
 from data_prep.engine.work import Counts
-from data_prep.paths import check_name, inside, printable
-from data_prep.tar_stream import BadArchive, Bounds, Member, members
+from data_prep.sound.paths import check_name, inside, printable
 from data_prep.track import Refusal, Refused, Track
 from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError

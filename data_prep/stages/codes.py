@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data_prep.encode import Encoder, Windows, codec_facts, encode_all
 from data_prep.engine.work import Counts
-from data_prep.segments import Segments
+from data_prep.stages.encode import Encoder, Windows, codec_facts, encode_all
+from data_prep.stages.segments import Segments
 from ssmttm import audio
 from ssmttm.data.prefetch import prefetched
 from ssmttm.data.tensorfile import write_tensors

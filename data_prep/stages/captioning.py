@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_prep.describe import Describing, describe
 from data_prep.engine.work import Counts
-from data_prep.segments import Segments, write_segments
+from data_prep.stages.describe import Describing, describe
+from data_prep.stages.segments import Segments, write_segments
 from data_prep.tables import write_quarantine
 from ssmttm import audio
 

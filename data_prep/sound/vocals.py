@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.separator import OVERLAP, Separator, starts_of
+from data_prep.sound.separator import OVERLAP, Separator, starts_of
 from data_prep.track import Refused
 from ssmttm import audio
 from ssmttm.errors import UserError

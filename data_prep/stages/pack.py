@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.attribution import write_attribution
-from data_prep.codes import CODES_FILE
-from data_prep.croissant import write_croissant
-from data_prep.embed import TEXT_FILE
-from data_prep.segments import Segments
+from data_prep.reports.attribution import write_attribution
+from data_prep.reports.croissant import write_croissant
+from data_prep.stages.codes import CODES_FILE
+from data_prep.stages.embed import TEXT_FILE
+from data_prep.stages.segments import Segments
 from data_prep.tables import QUARANTINE, QUARANTINE_FILE
 from ssmttm.data.store import SPLITS, Store, text_name
 from ssmttm.data.tensorfile import map_tensors

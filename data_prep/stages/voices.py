@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine.work import Counts
-from data_prep.quality import Filters, judge, measure
-from data_prep.segments import Segments, write_segments, write_sound
+from data_prep.sound.quality import Filters, judge, measure
+from data_prep.sound.vocals import VocalDetection, VocalRemoval
+from data_prep.stages.segments import Segments, write_segments, write_sound
 from data_prep.tables import write_quarantine
 from data_prep.track import Refusal
-from data_prep.vocals import VocalDetection, VocalRemoval
 from ssmttm import audio
 
 

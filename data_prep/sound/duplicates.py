@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.fingerprint import NONE, RATE, Alignment, at_offset, bit_error_rate
+from data_prep.sound.fingerprint import NONE, RATE, Alignment, at_offset, bit_error_rate
 from ssmttm.errors import UserError
 
 SAME, SUSPECT = 0.22, 0.35  # bit error rates: benchmarks/duplicates.py

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.decode import Decoder
 from data_prep.engine.work import Counts, Done
-from data_prep.fingerprint import Fingerprinter
-from data_prep.pack import DECONTAMINATION
-from data_prep.segments import ROWS_FILE
-from data_prep.select import Reference, select
-from data_prep.shard import FINGERPRINTS_FILE
+from data_prep.sound.decode import Decoder
+from data_prep.sound.fingerprint import Fingerprinter
 from data_prep.sources.references import References
+from data_prep.stages.pack import DECONTAMINATION
+from data_prep.stages.segments import ROWS_FILE
+from data_prep.stages.select import Reference, select
+from data_prep.stages.shard import FINGERPRINTS_FILE
 from data_prep.tables import write_quarantine
 from data_prep.track import Refusal, Refused
 from ssmttm.data.store import SCHEMA

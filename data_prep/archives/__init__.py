@@ -1,0 +1,1 @@
+"""WebDataset archives, out and in."""

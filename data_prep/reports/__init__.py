@@ -1,0 +1,1 @@
+"""What stands beside a store: attribution, Croissant metadata, a page for people."""

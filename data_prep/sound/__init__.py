@@ -1,0 +1,1 @@
+"""What is done with sound: decoding any file safely, measuring, fingerprints and duplicates, voices."""
