@@ -102,7 +102,7 @@ def share(source: Path, target: Path) -> None:
 def write_quarantine_csv(path: Path, folders: Iterable[Path]) -> None:
     """Gather the quarantine tables of all stages: item, stage, kind, reason."""
     with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
+        table = csv.writer(file)
         table.writerow(QUARANTINE.names)
         for folder in folders:
             if (folder / QUARANTINE_FILE).is_file():
