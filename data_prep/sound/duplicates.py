@@ -24,7 +24,8 @@ _LAG = 4  # words apart that a gram's two words stand: they have no frame in com
 _GRAM_BITS = 20  # of either word, those of the lowest bands
 _REACH = 4  # sounds that a gram's next ones are paired with
 _COMMON = 1_000  # sounds with one gram: it tells nothing
-_VOTES = 2
+_VOTES = 2  # for one offset
+_MANY_VOTES = 3  # for any: loops say the same at many places
 _UNRELATED = 0.44  # bit error rate over which no better offset is looked for
 _PARTS = 64  # files that votes wait in
 _OFFSET_BITS, _PAIR_BITS = 18, 23  # of a vote: half the offset, either sound
@@ -207,29 +208,33 @@ def _agreeing(
 ) -> Iterator[tuple[int, int, Alignment]]:
     """The pairs with enough votes that agree."""
     for part in votes:
-        for pair, offset in zip(*_best_offsets(part), strict=True):
+        for pair, offset, many in zip(*_candidates(part), strict=True):
             a, b = pair >> _PAIR_BITS, pair & ((1 << _PAIR_BITS) - 1)
-            match = _compare(prints[order[a]], prints[order[b]], offset)
+            match = _compare(prints[order[a]], prints[order[b]], offset, many)
             if match.rate <= limit and match.overlap >= _LEAST:
                 yield a, b, match
 
 
-def _best_offsets(votes: np.ndarray) -> tuple[list[int], list[int]]:
-    """Each pair with enough votes for offsets that differ by 3 at most, and the offset with the most."""
+def _candidates(votes: np.ndarray) -> tuple[list[int], list[int], list[bool]]:
+    """Each pair with enough votes, the offset with the most (of offsets that differ by 3 at most), and whether all of
+    them are many."""
     vote, count = np.unique(votes, return_counts=True)
     vote = vote.astype(np.int64)
+    pair, first, inverse = np.unique(vote >> _OFFSET_BITS, return_index=True, return_inverse=True)
+    many = np.bincount(inverse, count, len(pair)) >= _MANY_VOTES
     count[:-1] += np.where(vote[1:] == vote[:-1] + 1, count[1:], 0)
-    vote, count = vote[count >= _VOTES], count[count >= _VOTES]
-    order = np.lexsort((-count, vote >> _OFFSET_BITS))
-    pair, first = np.unique(vote[order] >> _OFFSET_BITS, return_index=True)
-    half = (vote[order][first] & ((1 << _OFFSET_BITS) - 1)) - (1 << (_OFFSET_BITS - 1))
-    return pair.tolist(), (2 * half).tolist()
+    most = np.maximum.reduceat(count, first) if len(pair) else count
+    best = np.flatnonzero(count == most[inverse])
+    best = best[np.unique(inverse[best], return_index=True)[1]]
+    half = (vote[best] & ((1 << _OFFSET_BITS) - 1)) - (1 << (_OFFSET_BITS - 1))
+    enough = (most >= _VOTES) | many
+    return pair[enough].tolist(), (2 * half[enough]).tolist(), many[enough].tolist()
 
 
-def _compare(a: np.ndarray, b: np.ndarray, offset: int) -> Alignment:
-    """The best alignment at the offset or up to 3 words later; of all where those agree a little, as loops may."""
+def _compare(a: np.ndarray, b: np.ndarray, offset: int, many: bool) -> Alignment:
+    """The best alignment at the offset or up to 3 words later; of all where those agree a little, or votes are many."""
     near = [match for later in range(4) if (match := at_offset(a, b, offset + later)).overlap >= _LEAST]
     best = min(near, key=lambda match: match.rate, default=NONE)
-    if SAME < best.rate < _UNRELATED:
+    if best.rate > SAME and (many or best.rate < _UNRELATED):
         best = min(best, bit_error_rate(a, b, _LEAST), key=lambda match: match.rate)
     return best
