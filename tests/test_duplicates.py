@@ -137,6 +137,17 @@ def test_a_loop_is_found_wherever_it_is_cut(music):
     assert len(found) == 1 and found.rate[0] < SAME
 
 
+def test_a_loops_other_turns_do_not_hide_the_whole():
+    """The first turns are the clearest, so that most votes are for an offset by a turn."""
+    rng = np.random.default_rng(0)
+    turn = rng.integers(1, 2**32, 100, dtype=np.uint32)
+    later = turn ^ np.uint32(0x00010001)
+    a = np.concatenate([later, later, turn, later, later])
+    b = np.concatenate([turn, later, later, later, later])
+    found = near_pairs([a, b])
+    assert (found.offset.tolist(), found.overlap.tolist()) == ([0], [500])
+
+
 def test_bit_error_rate_by_hand():
     a = np.array([9, 1, 2, 3, 4, 0, 6], np.uint32)
     b = np.array([2, 3, 4 + 8, 5, 6], np.uint32)

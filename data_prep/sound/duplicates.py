@@ -27,6 +27,7 @@ _COMMON = 1_000  # sounds with one gram: it tells nothing
 _VOTES = 2  # for one offset
 _MANY_VOTES = 3  # for any: loops say the same at many places
 _UNRELATED = 0.44  # bit error rate over which no better offset is looked for
+_WHOLE = 0.9  # of the shorter sound, where no better offset is looked for
 _PARTS = 64  # files that votes wait in
 _OFFSET_BITS, _PAIR_BITS = 18, 23  # of a vote: half the offset, either sound
 _CHUNK = 1 << 22  # words that are hashed at a time
@@ -232,9 +233,15 @@ def _candidates(votes: np.ndarray) -> tuple[list[int], list[int], list[bool]]:
 
 
 def _compare(a: np.ndarray, b: np.ndarray, offset: int, many: bool) -> Alignment:
-    """The best alignment at the offset or up to 3 words later; of all where those agree a little, or votes are many."""
+    """The best alignment at the offset or up to 3 words later; of all where another may be better.
+
+    That is where these agree a little, or votes are many; and where much of the shorter sound is left over, as when the
+    votes were for another turn of a loop.
+    """
     near = [match for later in range(4) if (match := at_offset(a, b, offset + later)).overlap >= _LEAST]
     best = min(near, key=lambda match: match.rate, default=NONE)
-    if best.rate > SAME and (many or best.rate < _UNRELATED):
-        best = min(best, bit_error_rate(a, b, _LEAST), key=lambda match: match.rate)
-    return best
+    if best.rate <= SAME:
+        settled = best.overlap >= _WHOLE * min(len(a), len(b))
+    else:
+        settled = best.rate >= _UNRELATED and not many
+    return best if settled else bit_error_rate(a, b, _LEAST)
