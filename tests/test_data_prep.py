@@ -172,6 +172,9 @@ def test_shares_of_stages_make_the_same_store(tmp_path, capsys):
             command.main([*words, "--out", str(tmp_path / "b"), "--stage", stage, "--share", f"{share}/{shares}"])
     assert open_store(tmp_path / "a").fingerprint == open_store(tmp_path / "b").fingerprint
     assert "share 1 of 2 of stage codes is done" in capsys.readouterr().out
+    command.main(["status", str(tmp_path / "b")])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown[1:-1]] == ["plan", "reference", "cut", "select", "codes"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

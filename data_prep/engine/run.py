@@ -111,10 +111,10 @@ class Run:
                 yield shard
 
     def _note(self, name: str, works: Sequence[Work]) -> None:
-        """Tell `status` of the stage."""
+        """Tell `status` of the stage; of several tasks the first one does."""
         folder = works[0].target.parent.name if works else name
         self._stages.append({"name": name, "folder": folder, "shards": len(works)})
-        if self.share is None:
+        if self.share is None or self.share.index == 0:
             write_text(self.root / STAGES, json.dumps(self._stages, indent=1) + "\n")
 
 
