@@ -119,8 +119,8 @@ def _later() -> argparse.ArgumentParser:
     option = group.add_argument_group("captions").add_argument
     option(
         "--captions", default="source", metavar="HOW",
-        help="source: as given (default); tags: and some made from tags; else, and one by an audio language model: its "
-        "folder or hub name, such as Qwen/Qwen2-Audio-7B-Instruct",
+        help="source: as given (default); tags: made from tags where none is given; else, and one more by an audio "
+        "language model: its folder or hub name, such as Qwen/Qwen2-Audio-7B-Instruct",
     )  # fmt: skip
     option("--rephrase", metavar="MODULE:FUNCTION", help="your function: a list of captions -> other wordings of each")
     option = group.add_argument_group("encoders").add_argument
