@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-settings = dict(word.partition("=")[::2] for word in sys.argv[1:])
+settings = {key: value.strip("'") for key, _, value in (word.partition("=") for word in sys.argv[1:])}
 run = Path(settings["run_dir"])
 run.mkdir(parents=True, exist_ok=True)
 time.sleep(float(os.environ.get("FAKE_IMPORTS", "0")))

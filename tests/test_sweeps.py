@@ -460,7 +460,7 @@ def real_settings(tmp_path, store):
 
 
 def test_a_sweep_of_real_trainings_and_its_report(tmp_path, capsys):
-    folder = run_sweep(real_settings(tmp_path, write_codes_store(tmp_path / "store")))
+    folder = run_sweep(real_settings(tmp_path, write_codes_store(tmp_path / "a store, with a comma")))
     runs = collect(folder)
     assert [run.status for run in runs] == ["done", "done"] and all(run.parameters > 1000 for run in runs)
     for run in runs:

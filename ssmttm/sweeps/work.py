@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ssmttm.config import override
 from ssmttm.errors import PREEMPTED, USER_ERROR, UserError
 from ssmttm.files import is_claimed, write_text
 from ssmttm.sweeps.jobs import Job
@@ -132,9 +133,10 @@ class Work:
     def _command(self, stage: str) -> list[str]:
         folder = self.folder / stage
         if stage == "evaluation":
-            where = [f"checkpoint={self.folder / 'run'}", f"store={self._store}", f"out={folder}"]
-            return [sys.executable, "-m", "ssmttm.cli", "evaluate", *(self._evaluate or ()), *where]
-        overrides = [*self.job.overrides, f"data.store={self._store}", f"run_dir={folder}"]
+            where = {"checkpoint": self.folder / "run", "store": self._store, "out": folder}
+            words = [override(key, value) for key, value in where.items()]
+            return [sys.executable, "-m", "ssmttm.cli", "evaluate", *(self._evaluate or ()), *words]
+        overrides = [*self.job.overrides, override("data.store", self._store), override("run_dir", folder)]
         if stage == "timing":
             overrides += [f"train.steps={_TIMED_STEPS}", "train.log_every=5", "train.eval_every=0"]
         elif self.job.seconds:
