@@ -19,6 +19,7 @@ from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_fol
 from data_prep.engine.executors import Ray
 from data_prep.engine.run import Run
 from data_prep.engine.work import Work
+from ssmttm.errors import UserError
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(600)
@@ -38,6 +39,10 @@ def slow_file(index: int, seconds: float, folder: Path) -> dict[str, float]:
     time.sleep(seconds)
     (folder / "text").write_text(f"shard {index}")
     return {"segments": 1}
+
+
+def refuse(folder: Path) -> dict[str, float]:
+    raise UserError("what, where, what to do")
 
 
 def works(root: Path, n: int, seconds: float) -> list[Work]:
@@ -161,6 +166,9 @@ def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
     made(root, 24)
 
 
-def test_a_shard_that_fails_is_a_bug_with_its_traceback(cluster, tmp_path):
+def test_a_shard_that_fails_ends_the_run_as_it_would_here(cluster, tmp_path):
     with pytest.raises(TypeError, match="unsupported operand"):
         Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])
+    with pytest.raises(UserError) as mistake:
+        Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", refuse)])
+    assert str(mistake.value) == "what, where, what to do"

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -154,9 +155,8 @@ class Ray:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import ray
-
-        ray.shutdown()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
 
     def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
         """As `Executor.run`. Raises UserError if Ray is not installed or cannot be reached."""
@@ -201,7 +201,7 @@ def _keep_busy(ray: Any, works: Sequence[Work], submit: list[Any], depth: int) -
         try:
             done = ray.get(ready)
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from error
+            raise error.cause from error  # a user's mistake stays one line
         yield done
         feed(place)
 
