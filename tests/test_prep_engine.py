@@ -45,6 +45,17 @@ def die(folder: Path) -> dict[str, float]:
     return {}
 
 
+def meet(place: Path, index: int, folder: Path) -> dict[str, float]:
+    """Tell the process and its threads, and wait for the other one."""
+    place.mkdir(exist_ok=True)
+    (place / f"{index}").write_text(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}")
+    deadline = time.monotonic() + 60
+    while not (place / f"{1 - index}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return {}
+
+
 def works(root: Path, n: int, stage: str = "cut") -> list[Work]:
     return [Work(root / f"{stage}-0" / f"{i:05d}", f"in{i}", partial(write_file, f"{stage} {i}")) for i in range(n)]
 
@@ -106,6 +117,16 @@ def test_all_shards_in_order_and_only_fresh_ones(tmp_path, workers):
     assert again.stage("cut", works(tmp_path, 6))[:5] == done
     assert made(tmp_path) == [f"cut {i}" for i in range(6)]
     assert [shard.folder.name for shard in again.done] == [f"{i:05d}" for i in range(6)]
+
+
+def test_every_worker_has_one_thread(tmp_path, monkeypatch):
+    """Also those that begin later: what a library computes must not depend on how many cores there are."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    some = [Work(tmp_path / "cut-0" / f"{i}", "x", partial(meet, tmp_path / "met", i)) for i in range(2)]
+    Run(tmp_path, Processes(2)).stage("cut", some)
+    threads = dict((tmp_path / "met" / f"{i}").read_text().split() for i in range(2))
+    assert list(threads.values()) == ["1", "1"], "two processes"
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_a_killed_worker_is_replaced(tmp_path):

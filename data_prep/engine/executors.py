@@ -24,7 +24,7 @@ class Executor(Protocol):
     """Makes shards, in any order."""
 
     def run(self, works: Sequence[Work], device: bool) -> Iterator[Done]:
-        """Yields each shard as it is finished. `device`: the work holds a model, and wants a GPU where there is one."""
+        """Yields each shard as it is finished. `device`: the work wants a GPU for itself."""
 
 
 class Processes:
@@ -56,19 +56,19 @@ class Processes:
         if min(size, len(works)) <= 1:
             yield from map(do, works)
             return
-        waiting, losses = list(works), 0
+        waiting, losses = {work.target: work for work in works}, 0
         while waiting:
             try:
-                for done in _in_pool(self._pool(size, gpus), waiting, 4 * size):
+                for done in _in_pool(self._pool(size, gpus), list(waiting.values()), 4 * size):
                     losses = 0
-                    waiting = [work for work in waiting if work.target != done.folder]
+                    del waiting[done.folder]
                     yield done
             except BrokenProcessPool as error:
                 self._close(bool(gpus), kill=True)
                 losses += 1
                 if losses == _LOSSES:
                     raise UserError(
-                        f"a worker was killed {losses} times while {waiting[0].target.parent.name} was made (out of "
+                        f"a worker was killed {losses} times while {works[0].target.parent.name} was made (out of "
                         "memory?): give fewer --workers; what is finished is kept"
                     ) from error
 
@@ -78,10 +78,8 @@ class Processes:
             places = context.Queue()
             for place in gpus:
                 places.put(place)
-            pool = ProcessPoolExecutor(size, context, _begin_worker, (os.getpid(), places if gpus else None))
-            with _one_thread_each():
-                pool.submit(os.getpid)  # the processes begin with the first task
-            self._pools[bool(gpus)] = pool
+            begin = (os.getpid(), places if gpus else None)
+            self._pools[bool(gpus)] = ProcessPoolExecutor(size, context, _begin_worker, begin)
         return self._pools[bool(gpus)]
 
     def _close(self, on_gpus: bool, kill: bool) -> None:
@@ -96,7 +94,8 @@ def _in_pool(pool: ProcessPoolExecutor, works: Sequence[Work], ahead: int) -> It
     waiting = iter(works)
     while True:
         while len(running) < ahead and (work := next(waiting, None)) is not None:
-            running.add(pool.submit(do, work))
+            with _one_thread_each():
+                running.add(pool.submit(do, work))  # a process begins where none is idle
         if not running:
             return
         finished, running = wait(running, return_when=FIRST_COMPLETED)
