@@ -33,7 +33,7 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
             raise UserError(f"--hours must be above 0, not {arguments.hours:g}")
         return BuiltIn(arguments.hours, arguments.seed)
     if arguments.command == "pack":
-        return FromStore(arguments.root)
+        return _packed_anew(arguments)
     root, out = arguments.root, arguments.out
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: give the data set's folder as --root")
@@ -44,6 +44,13 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
         return FromArchives(root, _cut(arguments), arguments.licence, arguments.policy, against)
     tracks = _outside(SOURCES[arguments.command].tracks(root, arguments.index), root, out)
     return FromTracks(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
+
+
+def _packed_anew(arguments: argparse.Namespace) -> FromStore:
+    in_place = arguments.out is None or arguments.out.resolve() == arguments.root.resolve()
+    if in_place and (arguments.vocals != "keep" or arguments.captions != "source" or arguments.rephrase):
+        raise UserError("--vocals, --captions and --rephrase change a store's segments: name a new store with --out")
+    return FromStore(arguments.root)
 
 
 def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
@@ -120,6 +127,8 @@ def _device(arguments: argparse.Namespace) -> str:
     """`auto` is the GPU where there is one. Raises UserError for a device that is not there."""
     import torch
 
+    if arguments.device == "auto" and arguments.executor == "slurm":  # each job of the chain decides the same
+        return "cuda" if any("gpu" in line for line in arguments.sbatch_device) else "cpu"
     if arguments.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.device == "cuda" and arguments.executor == "processes" and not torch.cuda.is_available():

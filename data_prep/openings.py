@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.archives.webdataset import archives_of, unpack, unpacked
@@ -20,16 +21,19 @@ from data_prep.sources.references import References
 from data_prep.stages.cut import Cut, cut_shard
 from data_prep.stages.pack import DECONTAMINATION, QUARANTINE_CSV
 from data_prep.stages.plan import shards_of, write_plan
-from data_prep.stages.segments import ROWS_FILE, Segments, write_segments
+from data_prep.stages.segments import ROWS_FILE, Segments
 from data_prep.stages.selection import Against, fingerprint_files, select_shards
 from data_prep.tables import QUARANTINE, QUARANTINE_FILE, write_rows
 from data_prep.track import Refusal, Track
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA, audio_inside, open_store
 from ssmttm.data.writer import config_hash
+from ssmttm.errors import UserError
+from ssmttm.files import file_sha256
 
 _REFERENCE_FILES = 64  # a shard
 _STORE_ROWS = 512  # a shard
+_TOLD = (QUARANTINE_CSV, DECONTAMINATION)
 
 
 class Opening(Protocol):
@@ -46,7 +50,7 @@ class Opening(Protocol):
     seconds: float
 
     def facts(self) -> dict[str, Any]:
-        """Everything that decides the segments, for the store's config."""
+        """Everything that decides the segments, for the store's config: `source`, and what was done to them since."""
 
     def segments(self, run: Run) -> list[Segments]:
         """Make them."""
@@ -83,7 +87,8 @@ class FromTracks:
 
     def facts(self) -> dict[str, Any]:
         """The source's name, how it is cut, and what is kept out."""
-        return {"name": self._name, "cut": self._cut.settings(), "against": sorted(set_.name for set_ in self._against)}
+        against = sorted(set_.name for set_ in self._against)
+        return {"source": {"name": self._name, "cut": self._cut.settings(), "against": against}}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `Opening.segments`."""
@@ -145,7 +150,8 @@ class BuiltIn:
 
     def facts(self) -> dict[str, Any]:
         """Version of the composer, hours and seed."""
-        return {"name": "builtin", "version": self._corpus.VERSION, "hours": self._hours, "seed": self._seed}
+        version = self._corpus.VERSION
+        return {"source": {"name": "builtin", "version": version, "hours": self._hours, "seed": self._seed}}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `Opening.segments`."""
@@ -169,37 +175,41 @@ class FromStore:
         if not ((root / "manifest.parquet").is_file() and (root / "prep.json").is_file()):
             open_store(root)
         self._root, self._rows = root.resolve(), pq.read_table(root / "manifest.parquet")
-        self._facts = json.loads((root / "prep.json").read_text(encoding="utf-8"))["config"]["source"]
-        names = self._rows["audio"].to_pylist()
-        files = [audio_inside(self._root, name) for name in names]
+        self._config = json.loads((root / "prep.json").read_text(encoding="utf-8"))["config"]
+        files = [audio_inside(self._root, name) for name in self._rows["audio"].to_pylist()]
+        outside = next((id for id in self._rows["id"].to_pylist() if "/" in id or "\0" in id), None)
+        if outside is not None:
+            raise UserError(f"{root} has a segment {outside!r}, which is no file's name: it is not to be trusted")
         self.sample_rate = audio.read_part(files[0], 0, 1)[1]
         self.seconds = max(self._rows["duration"].to_pylist())
 
     def facts(self) -> dict[str, Any]:
         """What the store's own segments were decided by."""
-        return self._facts
+        return {name: self._config.get(name) for name in ("source", "vocals", "captions")}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `Opening.segments`."""
         folder = stage_folder(run.root, "take", {"root": str(self._root)})
+        told = [file_sha256(file) for name in _TOLD if (file := self._root / name).is_file()]
         works = []
         for index, first in enumerate(range(0, len(self._rows), _STORE_ROWS)):
             rows = [_without_codes(row) for row in self._rows.slice(first, _STORE_ROWS).to_pylist()]
-            make = partial(take_shard, rows, self._root if index == 0 else None)
-            works.append(Work(folder / f"{index:05d}", config_hash({"rows": rows}), make))
+            make = partial(take_shard, pa.Table.from_pylist(rows, SCHEMA), self._root if index == 0 else None)
+            inputs = config_hash({"rows": rows, "told": told if index == 0 else []})
+            works.append(Work(folder / f"{index:05d}", inputs, make))
         done = run.stage("take", works)
         return [Segments(shard.folder.name, shard.folder / ROWS_FILE, self._root, shard.outputs) for shard in done]
 
 
-def take_shard(rows: list[dict[str, Any]], root: Path | None, folder: Path) -> Counts:
+def take_shard(rows: pa.Table, root: Path | None, folder: Path) -> Counts:
     """Write rows of a store; with the first ones, what the store of `root` tells of refusals."""
-    write_segments(folder, rows)
+    pq.write_table(rows, folder / ROWS_FILE)
     if root is not None and (root / QUARANTINE_CSV).is_file():
         with open(root / QUARANTINE_CSV, encoding="utf-8", newline="") as file:
             write_rows(folder / QUARANTINE_FILE, list(csv.DictReader(file)), QUARANTINE)
     if root is not None and (root / DECONTAMINATION).is_file():
         shutil.copyfile(root / DECONTAMINATION, folder / DECONTAMINATION)
-    return {"segments": len(rows), "seconds": sum(row["duration"] for row in rows)}
+    return {"segments": len(rows), "seconds": sum(rows["duration"].to_pylist())}
 
 
 def _without_codes(row: dict[str, Any]) -> dict[str, Any]:
@@ -223,14 +233,14 @@ def _selected(run: Run, cuts: Sequence[Done], against: Sequence[Against], modifi
 
 def _fingerprinted(run: Run, references: Sequence[References]) -> list[Against]:
     """The evaluation sets with the fingerprints of their audio."""
+    folder = stage_folder(run.root, "reference", {})
     works, owners = [], []
-    for set_ in references:
-        folder = stage_folder(run.root, "reference", {"name": set_.name})
+    for number, set_ in enumerate(references):
         for index, first in enumerate(range(0, len(set_.audio), _REFERENCE_FILES)):
             files = [file.resolve() for file in set_.audio[first : first + _REFERENCE_FILES]]
             stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
             make = partial(fingerprint_files, files)
-            works.append(Work(folder / f"{index:05d}", config_hash({"files": stamps}), make))
+            works.append(Work(folder / f"{number:02d}-{index:05d}", config_hash({"files": stamps}), make))
             owners.append(set_)
     done = run.stage("reference", works)
     return [

@@ -126,7 +126,8 @@ def _later() -> argparse.ArgumentParser:
     option = group.add_argument_group("encoders").add_argument
     option("--codec", default="tiny", help="tiny (embedded), a codec's folder or hub name, or none: audio only")
     option("--text", default="minilm", help="minilm (embedded), a T5's name or folder, or none")
-    option("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where models run (auto: as here)")
+    auto = "auto: on a GPU where there is one here; on Slurm, where --sbatch-device asks for one"
+    option("--device", default="auto", choices=("auto", "cpu", "cuda"), help=f"where models run ({auto})")
     return group
 
 

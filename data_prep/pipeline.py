@@ -29,6 +29,7 @@ from ssmttm.errors import UserError
 from ssmttm.files import clear_asides, write_text
 
 PACKED = "packed.json"
+Wish = VocalDetection | VocalRemoval | Describing | Coder | Embedder
 
 
 @dataclass(frozen=True)
@@ -75,41 +76,51 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
         UserError: `out` was prepared with other settings, or nothing came through.
         Finished: the part of the run that was asked for is done.
     """
-    config = {"source": opening.facts(), **wishes.facts()}
+    config = _config(opening, wishes)
     claim(out, config)
     if run.share is None:
         for folder in (out, out / "text", run.root):
             clear_asides(folder)
     segments = opening.segments(run)
-    if isinstance(wishes.vocals, VocalRemoval):
-        make = partial(remove_shard, wishes.vocals, Filters(min_bandwidth=0.0))
-        segments = taken_on(segments, _each(run, "vocals", config["vocals"], segments, make), audio=True)
-    elif wishes.vocals is not None:
-        make = partial(detect_shard, wishes.vocals)
-        segments = taken_on(segments, _each(run, "vocals", config["vocals"], segments, make), audio=False)
+    if wishes.vocals is not None:
+        made = _each(run, "vocals", config["vocals"], segments, _without_voices(wishes.vocals), wishes.vocals)
+        segments = taken_on(segments, made, audio=isinstance(wishes.vocals, VocalRemoval))
     if wishes.captions is not None:
         make = partial(caption_shard, wishes.captions)
-        segments = taken_on(segments, _each(run, "captions", config["captions"], segments, make), audio=False)
+        made = _each(run, "captions", config["captions"], segments, make, wishes.captions)
+        segments = taken_on(segments, made, audio=False)
     if not any(pq.read_metadata(part.rows).num_rows for part in segments):
         raise _nothing(out, run)
     codec = text = codes = texts = None
     if wishes.coder is not None:
-        codec = config["codec"]
-        codes = _folders(_each(run, "codes", codec, segments, partial(encode_shard, wishes.coder)))
+        codec = wishes.coder.exact_facts()
+        codes = _folders(_each(run, "codes", codec, segments, partial(encode_shard, wishes.coder), wishes.coder))
     if wishes.embedder is not None:
         text = wishes.embedder.facts()
-        texts = _folders(_each(run, "text", text, segments, partial(embed_shard, wishes.embedder)))
+        texts = _folders(_each(run, "text", text, segments, partial(embed_shard, wishes.embedder), wishes.embedder))
     parts = Parts(segments, codes, texts, _folders(run.done))
     return _packed(parts, out, config, codec, text, opening.sample_rate, [done.outputs for done in run.done])
 
 
+def _config(opening: Opening, wishes: Wishes) -> dict[str, Any]:
+    """Everything that decides the store's segments and codes; what is wished overrides what the opening had done."""
+    known, wished = opening.facts(), wishes.facts()
+    return known | {name: facts for name, facts in wished.items() if facts is not None or name not in known}
+
+
+def _without_voices(how: VocalDetection | VocalRemoval) -> Callable[..., Counts]:
+    if isinstance(how, VocalRemoval):
+        return partial(remove_shard, how, Filters(min_bandwidth=0.0))
+    return partial(detect_shard, how)
+
+
 def _each(
-    run: Run, name: str, settings: dict[str, Any], segments: Sequence[Segments], make: Callable[..., Counts]
+    run: Run, name: str, settings: dict[str, Any], segments: Sequence[Segments], make: Callable[..., Counts], wish: Wish
 ) -> list[Done]:
     """One stage that holds a model, over every shard of segments."""
     folder = stage_folder(run.root, name, settings)
     works = [Work(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)) for part in segments]
-    return run.stage(name, works, device=True)
+    return run.stage(name, works, device=wish.device == "cuda")
 
 
 def _folders(done: Sequence[Done]) -> list[Path]:
@@ -126,7 +137,7 @@ def _packed(
     outputs: list[str],
 ) -> Store:
     """The store, put together unless it is there and was made of the same shards."""
-    mark = config_hash({"config": config, "text": text, "shards": outputs})
+    mark = config_hash({"config": config, "codec": codec, "text": text, "shards": outputs})
     file = out / WORK / PACKED
     if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["inputs"] == mark:
         try:

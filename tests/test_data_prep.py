@@ -61,6 +61,16 @@ def test_encoding_has_one_shape():
         np.testing.assert_array_equal(codes, codec.encode(wav[None])[0].numpy())
 
 
+@pytest.mark.parametrize("seconds", [0.04, 0.2, 1.0, 1.36])
+def test_a_window_shorter_than_its_margins(seconds):
+    """A resampled segment may be a sample longer than was asked for, so a frame longer than the window."""
+    codec = FakeCodec()
+    window = round(seconds * RATE)
+    for samples in (window, window + 1, 3 * window):
+        (codes,) = encode_all([torch.rand(1, samples)], codec, Windows(seconds, 1.0, 2))
+        assert codes.shape[1] == -(-samples // codec.hop_length)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 from planted import RATE, Planted, music, plant, save
@@ -13,6 +15,8 @@ from small_stores import small_codec
 
 from data_prep.__main__ import main
 from data_prep.engine.status import WORK
+from data_prep.make import _BATCHES, _device
+from data_prep.options import parser
 from data_prep.sound.decoder_child import _ffmpeg
 from data_prep.stages import pack
 from ssmttm.codecs import load_codec
@@ -213,6 +217,71 @@ def test_an_interrupted_pack_in_place_goes_on(made, codec, tmp_path, monkeypatch
                 main(words)
     main(words)
     assert open_store(tmp_path / "b").manifest["id"] == open_store(made).manifest["id"]
+
+
+def test_in_place_a_store_gets_codes_and_nothing_else(codec, tmp_path):
+    """What was done to its segments before stays known; a foreign one that names files elsewhere is refused."""
+    save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
+    (tmp_path / "music" / "captions.csv").write_text("path,tags\na.wav,genre---jazz\n")
+    out = tmp_path / "s"
+    main(["folder", *bare(tmp_path / "music", out), "--captions", "tags"])
+    words = ["pack", "--root", str(out), "--text", "none", "--workers", "1"]
+    for more in (["--captions", "tags"], ["--rephrase", "m:f"], ["--vocals", "remove"], ["--vocals", "refuse"]):
+        with pytest.raises(UserError, match="name a new store with --out"):
+            main([*words, "--codec", "none", *more, "--out", str(out / ".." / "s")])
+    captions = open_store(out).info["config"]["captions"]
+    main([*words, "--codec", str(codec)])
+    assert captions and open_store(out).info["config"]["captions"] == captions and len(open_store(out).codes(0))
+    table = pq.read_table(out / "manifest.parquet")
+    foreign = table.set_column(0, table.schema.field("id"), pa.array(["../../../gone"]))
+    pq.write_table(foreign, out / "manifest.parquet")
+    with pytest.raises(UserError, match="no file's name"):
+        main([*words, "--codec", str(codec)])
+
+
+def test_a_store_packed_again_tells_what_its_root_tells_now(tmp_path):
+    save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
+    words = ["pack", "--root", str(tmp_path / "a"), "--out", str(tmp_path / "b"), *BARE]
+    for _ in range(2):
+        main(["folder", *bare(tmp_path / "music", tmp_path / "a")])
+        main(words)
+        assert quarantine(tmp_path / "b") == quarantine(tmp_path / "a")
+        (tmp_path / "music" / "x.wav").touch()
+
+
+def test_evaluation_sets_of_one_name_are_both_heard(tmp_path):
+    save(tmp_path / "music" / "a.wav", music(0))
+    save(tmp_path / "music" / "b.wav", music(1))
+    save(tmp_path / "music" / "c.wav", music(2))
+    sets = []
+    for index in range(2):
+        save(tmp_path / str(index) / "audio" / "clip.wav", music(index)[5 * RATE : 25 * RATE])
+        sets += ["--against", str(tmp_path / str(index) / "audio")]
+    main(["folder", *bare(tmp_path / "music", tmp_path / "s"), *sets])
+    assert {item: kind for item, (kind, _) in quarantine(tmp_path / "s").items()} == dict.fromkeys(
+        ("a.wav", "b.wav"), "evaluation"
+    )
+
+
+def test_a_run_may_go_on_where_there_is_a_gpu(codec, tmp_path, monkeypatch):
+    """On a machine without one it stopped before the models; other batches are no other settings."""
+    save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
+    words = ["folder", "--root", str(tmp_path / "music"), "--out", str(tmp_path / "s"), "--licence", "CC0-1.0",
+             "--codec", str(codec), "--sample-rate", "24000", "--text", "none", "--workers", "1"]  # fmt: skip
+    main([*words, "--until", "select"])
+    monkeypatch.setitem(_BATCHES, "cpu", 2)
+    main(words)
+    assert open_store(tmp_path / "s").info["codec"]["batch"] == 2
+    monkeypatch.setitem(_BATCHES, "cpu", 3)
+    main(words)
+    assert open_store(tmp_path / "s").info["codec"]["batch"] == 3, "and codes are of one machine's kind"
+
+
+@pytest.mark.parametrize(("asked", "device"), [("gres=gpu:2", "cuda"), ("partition=big", "cpu")])
+def test_every_job_of_a_chain_has_one_device(asked, device):
+    words = ["builtin", "--hours", "1", "--out", "x", "--executor", "slurm", "--sbatch-device", asked]
+    for more in ([], ["--stage", "pack"]):
+        assert _device(parser().parse_args([*words, *more])) == device
 
 
 def test_captions_from_tags(tmp_path):

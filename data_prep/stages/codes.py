@@ -35,9 +35,13 @@ class Coder:
     device: str
 
     def facts(self) -> dict[str, Any]:
-        """Everything that decides what the codes are."""
+        """What decides the codes, but for a machine's rounding."""
         codec = _loaded(self.name, "cpu")  # the GPU may be another machine's
-        return codec_facts(codec) | {"windows": self.windows.facts(), "device": self.device}
+        return codec_facts(codec) | {"windows": self.windows.facts()}
+
+    def exact_facts(self) -> dict[str, Any]:
+        """Everything that decides the codes."""
+        return self.facts() | {"batch": self.windows.batch, "device": self.device}
 
     @property
     def codec(self) -> Encoder:

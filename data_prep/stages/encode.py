@@ -9,7 +9,7 @@ Shapes: K codebooks, T frames, S samples.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +41,8 @@ class Windows:
     batch: int = 4
 
     def facts(self) -> dict[str, Any]:
-        """For store.json."""
-        return asdict(self) | {"dtype": "float32"}
+        """For store.json; what a batch holds is the machine's."""
+        return {"seconds": self.seconds, "margin_seconds": self.margin_seconds, "dtype": "float32"}
 
 
 def codec_facts(codec: Encoder) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def encode_all(
         uint16 [K, ceil(S / hop)].
     """
     window = math.ceil(windows.seconds * codec.frame_rate)
-    margin = math.ceil(windows.margin_seconds * codec.frame_rate)
+    margin = min(math.ceil(windows.margin_seconds * codec.frame_rate), (window - 1) // 2)
     samples = window * codec.hop_length
     pieces: list[Tensor] = []  # [1, <= samples] each
     kept: list[tuple[int, int, bool]] = []  # first, end, last of its waveform
