@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from music import clips
 
-from data_prep.sound.duplicates import SAME, groups, near_pairs
+from data_prep.sound.duplicates import SAME, _candidates, _passes, groups, near_pairs
 from data_prep.sound.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
 from ssmttm import audio
 
@@ -198,6 +198,35 @@ def test_memory_and_order_change_nothing(memory):
     again = near_pairs([sounds[i] for i in shuffled], np.argsort(shuffled), memory=memory)
     for name in ("a", "b", "offset", "rate", "overlap"):
         assert np.array_equal(getattr(found, name), getattr(again, name))
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 1 << 16])
+def test_every_shared_gram_is_looked_at_once(memory):
+    """Against counting in a dictionary. Repeated words, and words across the end of a sound, are no grams."""
+    rng = np.random.default_rng(0)
+    sounds = [np.repeat(rng.integers(1, 60, 150, dtype=np.uint32), rng.integers(1, 3, 150)) for _ in range(20)]
+    first: dict[tuple[int, int], dict[int, int]] = {}
+    for sound, words in enumerate(sounds):
+        grams = list(zip(words[:-4].tolist(), words[4:].tolist(), strict=True))
+        for place, gram in enumerate(grams):
+            if place == 0 or gram != grams[place - 1]:
+                first.setdefault(gram, {}).setdefault(sound, place)
+    expected = sorted(where for places in first.values() if len(places) > 1 for where in places.items())
+    found = []
+    for grams in _passes(sounds, np.arange(20), memory):
+        _, inverse, count = np.unique(grams.gram, return_inverse=True, return_counts=True)
+        places = zip(grams.sound.tolist(), grams.place.tolist(), (count[inverse] > 1).tolist(), strict=True)
+        found += [(sound, place) for sound, place, shared in places if shared]
+    assert sorted(found) == expected and len(expected) > 100
+
+
+def test_votes_for_neighbouring_offsets_count_together():
+    pair = (3 << 23) | 5
+    votes = np.array([(pair << 18) | (half + (1 << 17)) for half in (-4, -3, 7)], np.uint64)
+    assert _candidates(votes) == ([pair], [-8], [True])
+    assert _candidates(votes[:2]) == ([pair], [-8], [False])
+    assert _candidates(votes[1:]) == ([], [], [])
+    assert _candidates(votes[:0]) == ([], [], [])
 
 
 def test_some_sounds_are_left_out_or_empty():
