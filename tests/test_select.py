@@ -174,6 +174,16 @@ def test_evaluation_sets_are_kept_out():
     assert (second["heard"], sorted(second["left_out"])) == (2, ["d", "e", "g"])
 
 
+def test_what_shares_some_sound_with_an_evaluation_set_is_kept_out():
+    half, other = words(1, 150), words(2, 150)
+    corpus = Corpus().add("a", np.concatenate([half, other]), work="w").add("b", np.concatenate([words(3, 150), half]))
+    corpus.add("b again", corpus.prints[1], file="file of b").add("c", np.concatenate([words(3, 150), words(4, 150)]))
+    found = corpus.select([Reference(Names(works={"w"}))])
+    assert found.kept["id"].to_pylist() == ["c"]
+    why = "it shares some sound with a, which is left out: its work w is in Song Describer"
+    assert reasons(found)["b"] == reasons(found)["b again"] == ("evaluation", why)
+
+
 def test_a_reference_that_cannot_be_heard():
     reference = Reference(Names(audio=[Path("broken.wav")]), [np.empty(0, np.uint32)])
     assert len(Corpus().add("a", 1).select([reference, Reference(Names(audio=[Path("not heard.wav")]))]).kept) == 1

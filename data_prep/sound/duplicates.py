@@ -31,7 +31,7 @@ _WHOLE = 0.9  # of the shorter sound, where no better offset is looked for
 _PARTS = 64  # files that votes wait in
 _OFFSET_BITS, _PAIR_BITS = 18, 23  # of a vote: half the offset, either sound
 _CHUNK = 1 << 22  # words that are hashed at a time
-_PER_WORD = 32  # bytes of memory for each word of a pass
+_PER_WORD = 64  # bytes of memory for each word of a pass
 
 
 @dataclass(frozen=True)

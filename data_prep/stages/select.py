@@ -3,7 +3,8 @@
 Pure functions of the tracks' metadata, hashes and fingerprints; how the rows are ordered changes nothing. In order:
 
 1. Same file, same samples, nearly the same sound (fingerprints, a clip of a longer one too).
-2. Left out: tracks whose work, artist or sound is in an evaluation set, and all that are the same recording.
+2. Left out: tracks whose work, artist or sound is in an evaluation set, all that are the same recording, and what
+   shares some sound with them.
 3. Of the same recording the best described one stays: with captions, with more metadata, with the freer licence, the
    longer, the first by id. Nothing is left out but for its likeness to a track that stays.
 4. Splits: as the source says, else by artist, else by the recording.
@@ -281,7 +282,20 @@ def _evaluated(
             other = first[int(group[row])]
             number, reason = own[other]
             reasons[row] = (number, f"it is the same recording as {heard.ids[other]}, which is left out: {reason}")
-    return reasons
+    return reasons | _sharing(heard, exact, alike, reasons)
+
+
+def _sharing(
+    heard: _Heard, exact: np.ndarray, alike: _Alike, reasons: Mapping[int, tuple[int, str]]
+) -> dict[int, tuple[int, str]]:
+    """The rows, copies too, that have some sound in common with one that is left out: of which set, and why."""
+    more: dict[int, tuple[int, str]] = {}
+    for out, other in np.concatenate([alike.links, alike.links[::-1]], axis=1).T.tolist():
+        if out in reasons and other not in reasons:
+            number, reason = reasons[out]
+            told = (number, f"it shares some sound with {heard.ids[out]}, which is left out: {reason}")
+            more |= {row: told for row in np.flatnonzero(exact == exact[other]).tolist() if row not in more}
+    return more
 
 
 def _duplicates(heard: _Heard, best: np.ndarray, alike: _Alike, usable: np.ndarray) -> dict[int, tuple[str, str]]:
