@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_prep.options import parser, share_of
-from ssmttm.errors import Preempted, run_cli
+from ssmttm.errors import Preempted, UserError, run_cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +31,7 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     opening = opening_of(arguments)
     wishes = wishes_of(arguments, opening)
     out = arguments.out or arguments.root
+    _check_stages(arguments, [name for name, _, _ in stages_of(opening, wishes)])
     if arguments.executor == "slurm" and arguments.stage is None:
         scripts = out / WORK / "slurm"
         scripts.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,14 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
             print(summary(prepare(opening, wishes, out, run)))
         except Finished as finished:
             print(finished)
+
+
+def _check_stages(arguments: argparse.Namespace, names: list[str]) -> None:
+    for option, name in (("--until", arguments.until), ("--stage", arguments.stage)):
+        if name is not None and name not in names:
+            raise UserError(f"{option} {name}: this run has no such stage; its stages are {', '.join(names)}")
+    if arguments.stage is None and arguments.share != (0, 1):
+        raise UserError("--share is a share of a stage: name it with --stage")
 
 
 def _held(folder: Path, arguments: argparse.Namespace) -> AbstractContextManager[None]:

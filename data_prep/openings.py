@@ -223,10 +223,10 @@ def _selected(run: Run, cuts: Sequence[Done], against: Sequence[Against], modifi
     inputs = config_hash({"cuts": [done.outputs for done in cuts], "against": [set_.inputs for set_ in against]})
     target = stage_folder(run.root, "select", settings) / "all"
     (done,) = run.stage("select", [Work(target, inputs, partial(select_shards, shards, against, modifications))])
-    chosen = []
+    chosen, hashes = [], done.hashes
     for cut in cuts:
         name = f"{cut.folder.name}/{ROWS_FILE}"
-        inputs = config_hash({"rows": done.hashes[name], "sound": cut.outputs})
+        inputs = config_hash({"rows": hashes[name], "sound": cut.outputs})
         chosen.append(Segments(cut.folder.name, target / name, cut.folder, inputs))
     return chosen
 

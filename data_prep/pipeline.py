@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.engine.run import Run
+from data_prep.engine.run import Finished, Run
 from data_prep.engine.status import WORK
 from data_prep.engine.work import Counts, Done, Work, stage_folder
 from data_prep.openings import Opening
@@ -98,6 +98,8 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
     if wishes.embedder is not None:
         text = wishes.embedder.facts()
         texts = _folders(_each(run, "text", text, segments, partial(embed_shard, wishes.embedder), wishes.embedder))
+    if run.share is not None and run.share.index > 0:
+        raise Finished(f"the first share of stage {run.share.stage} is all of it")
     parts = Parts(segments, codes, texts, _folders(run.done))
     return _packed(parts, out, config, codec, text, opening.sample_rate, [done.outputs for done in run.done])
 

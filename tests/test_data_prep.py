@@ -81,6 +81,9 @@ def test_a_window_shorter_than_its_margins(seconds):
         ("folder --root . --out x --codec none --text none --segment 0.1", "--segment must be"),
         ("folder --root . --out x --codec nosuchcodec --text none", "nosuchcodec"),
         ("folder --root . --out x --codec none --text none --rephrase nothing:here", "nothing"),
+        ("builtin --hours 1 --out x --codec none --text none --until cut", "stages are render, select, pack"),
+        ("builtin --hours 1 --out x --codec none --text none --stage codes", "--stage codes: this run has no such"),
+        ("builtin --hours 1 --out x --codec none --text none --share 1/2", "name it with --stage"),
         ("pack --root nowhere --codec none --text none", "no store at nowhere"),
         ("status nowhere", "nothing was prepared in nowhere"),
         ("report nowhere", "no store at nowhere"),
@@ -176,8 +179,8 @@ def test_shares_of_stages_make_the_same_store(tmp_path, capsys):
     words = ["folder", "--root", str(tmp_path / "music"), "--licence", "CC0-1.0", "--workers", "1", "--text", "none",
              "--codec", str(tmp_path / "codec"), "--sample-rate", "24000"]  # fmt: skip
     command.main([*words, "--out", str(tmp_path / "a")])
-    for stage, shares in (("plan", 1), ("reference", 2), ("cut", 2), ("select", 1), ("codes", 2), ("pack", 1)):
-        for share in range(shares):
+    for stage, shares in (("plan", 1), ("reference", 2), ("cut", 2), ("select", 1), ("codes", 2), ("pack", 2)):
+        for share in reversed(range(shares)):
             assert not (tmp_path / "b" / "store.json").exists()
             command.main([*words, "--out", str(tmp_path / "b"), "--stage", stage, "--share", f"{share}/{shares}"])
     assert open_store(tmp_path / "a").fingerprint == open_store(tmp_path / "b").fingerprint

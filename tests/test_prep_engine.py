@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from data_prep.engine.slurm import Slurm, submit
 from data_prep.engine.status import WORK, status
 from data_prep.engine.work import DONE, Work, do, find, stage_folder
 from ssmttm.errors import UserError
+from ssmttm.files import claimed
 
 
 def write_file(text: str, folder: Path) -> dict[str, float]:
@@ -26,6 +28,12 @@ def write_file(text: str, folder: Path) -> dict[str, float]:
     (folder / "deep").mkdir()
     (folder / "deep" / "text").write_text(text)
     return {"segments": 1, "seconds": 2.0, "refused": text.count("bad")}
+
+
+def many_files(folder: Path, last: int = 99) -> dict[str, float]:
+    for index in [*range(99), last]:
+        (folder / f"{index}").write_text(f"{index}")
+    return {}
 
 
 def fail(folder: Path) -> dict[str, float]:
@@ -84,6 +92,14 @@ def test_other_inputs_or_another_version_make_it_anew(tmp_path, monkeypatch):
     assert (work.target / "deep" / "text").read_text() == "changed"
     monkeypatch.setattr("data_prep.engine.work.__version__", "99")
     assert find(changed) is None
+
+
+def test_what_a_run_keeps_of_a_shard_does_not_grow_with_its_files(tmp_path):
+    done = do(Work(tmp_path / "cut-0" / "00000", "x", many_files))
+    assert len(pickle.dumps(done)) < 1000 and len(done.hashes) == 100
+    (done.folder / "7").write_text("8")
+    other = do(Work(tmp_path / "cut-0" / "00001", "x", partial(many_files, last=100)))
+    assert other.outputs != done.outputs and other.counts == done.counts
 
 
 def test_settings_are_in_the_path(tmp_path):
@@ -186,6 +202,16 @@ def test_status_tells_stages_and_refusals(tmp_path):
     lines = status(tmp_path).splitlines()
     assert lines[1].split()[:5] == ["cut", "4/4", "0.00", "h", "2"] and lines[2].split()[:2] == ["codes", "0/4"]
     assert "give the same command again" in lines[-1]
+
+
+def test_status_tells_days(tmp_path):
+    root = tmp_path / WORK
+    Run(root, Processes(1)).stage("cut", works(root, 2))
+    Run(root, Processes(1))._note("cut", works(root, 5))
+    for index in range(2):
+        os.utime(root / "cut-0" / f"{index:05d}" / DONE, (0, 36_000 * index))
+    with claimed(root, "test"):
+        assert status(tmp_path).splitlines()[1].split()[-1] == "30:00:00"
 
 
 def test_slurm_arrays_follow_each_other(tmp_path, monkeypatch):

@@ -205,6 +205,18 @@ def test_a_store_is_packed_anew(made, codec, tmp_path):
     split = packed.manifest["split"][0].as_py()
     assert CodesLoader(packed, split, 2, 50, 0).batch(0)["codes"].shape[0] == 2
     packed.verify()
+    main(["pack", "--root", str(bare.path), *more, "--text", "none"])
+    assert list((bare.path / "text").iterdir()) == [], "embeddings that the store does not name"
+
+
+def test_copies_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """Where a disk has no links, or the store is on another one."""
+    (tmp_path / "a.flac").write_text("sound")
+    seen = []
+    monkeypatch.setattr(pack, "fsync", lambda path: seen.append((path, (tmp_path / "b" / "a.flac").exists())))
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    pack.share(tmp_path / "a.flac", tmp_path / "b" / "a.flac")
+    assert seen == [(tmp_path / "b" / "a.tmp", False)] and (tmp_path / "b" / "a.flac").read_text() == "sound"
 
 
 def test_an_interrupted_pack_in_place_goes_on(made, codec, tmp_path, monkeypatch):
@@ -284,11 +296,13 @@ def test_every_job_of_a_chain_has_one_device(asked, device):
         assert _device(parser().parse_args([*words, *more])) == device
 
 
-def test_captions_from_tags(tmp_path):
+def test_captions_from_tags(tmp_path, capsys):
     save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
     (tmp_path / "music" / "captions.csv").write_text("path,tags\na.wav,genre---jazz;instrument---piano\n")
-    main(["folder", *bare(tmp_path / "music", tmp_path / "s"), "--captions", "tags"])
-    captions = open_store(tmp_path / "s").captions(0)
+    out = tmp_path / "work" / "s"
+    main(["folder", *bare(tmp_path / "music", out), "--captions", "tags"])
+    assert "0.2 MB" in capsys.readouterr().out, "whatever the folders above it are called"
+    captions = open_store(out).captions(0)
     assert captions != [""] and "jazz" in " ".join(captions).lower()
 
 

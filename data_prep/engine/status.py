@@ -1,9 +1,10 @@
 """How far a run is: read from its folder alone, while it works or after it stopped."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from data_prep.engine.run import STAGES
 from data_prep.engine.work import DONE
@@ -45,7 +46,7 @@ def _line(root: Path, stage: dict[str, Any], running: bool) -> str:
         a_shard = (last - first) / (len(shards) - 1)
         rate = f"{1 / max(a_shard, 1e-3):.2f}/s"
         remaining = a_shard * (stage["shards"] - len(shards))
-        left = time.strftime("%H:%M:%S", time.gmtime(remaining)) if running and remaining else ""
+        left = tqdm.format_interval(remaining) if running and remaining else ""
     done = f"{len(shards)}/{stage['shards']}"
     sound = f"{seconds / 3600:.2f} h" if seconds else ""
     return f"{stage['name']:<11}{done:>15}{sound:>12}{refused:>9}{rate:>12}{left:>9}"

@@ -41,16 +41,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished shard: its folder, its counts, and the sha256 of each file."""
+    """A finished shard: its folder, its counts, and a hash of all that it holds."""
 
     folder: Path
     counts: Counts
-    hashes: dict[str, str]
+    outputs: str
 
     @property
-    def outputs(self) -> str:
-        """A hash of all that it holds."""
-        return config_hash(self.hashes)
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each file, read from the shard: of all shards they would fill the memory."""
+        return _hashes(json.loads((self.folder / DONE).read_text(encoding="utf-8"))["files"])
 
 
 def stage_folder(root: Path, stage: str, settings: dict[str, Any]) -> Path:
@@ -65,7 +65,7 @@ def find(work: Work) -> Done | None:
         whole = all((work.target / name).stat().st_size == entry["bytes"] for name, entry in facts["files"].items())
         if not whole or facts["inputs"] != work.inputs or facts["version"] != __version__:
             return None
-        return Done(work.target, facts["counts"], _hashes(facts["files"]))
+        return Done(work.target, facts["counts"], config_hash(_hashes(facts["files"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -93,7 +93,7 @@ def do(work: Work) -> Done:
         (aside / DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _fsync_all(aside)
         _publish(aside, work)
-        return Done(work.target, counts, _hashes(entries))
+        return Done(work.target, counts, config_hash(_hashes(entries)))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data_prep.engine.status import WORK
 from data_prep.reports.attribution import write_attribution
 from data_prep.reports.croissant import write_croissant
 from data_prep.stages.codes import CODES_FILE
@@ -74,7 +75,8 @@ def pack(
     _copy_decontamination(out, parts.folders)
     store = writer.finish(text)
     _settle(out / "audio", kept)
-    _settle(out / "shards", set(store.info["files"]))
+    for name in ("shards", "text"):
+        _settle(out / name, set(store.info["files"]))
     write_attribution(store)
     write_croissant(store)
     return store
@@ -96,6 +98,7 @@ def share(source: Path, target: Path) -> None:
         os.link(source, aside)
     except OSError:
         shutil.copyfile(source, aside)
+        fsync(aside)
     aside.replace(target)
 
 
@@ -113,13 +116,22 @@ def summary(store: Store) -> str:
     """One line: segments, hours by split, size, place."""
     counts, hours = store.info["counts"], store.info["hours"]
     splits = ", ".join(f"{split} {counts[split]} / {hours[split]:.2f} h" for split in SPLITS)
-    files = [file for file in store.path.rglob("*") if file.is_file() and "work" not in file.parts]
     codec, text = store.info["codec"], store.info["text"]
     return (
         f"{store.path}: {len(store)} segments, {sum(hours.values()):.2f} h ({splits}), "
-        f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB, "
+        f"{_bytes(store.path) / 1e6:.1f} MB, "
         f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}"
     )
+
+
+def _bytes(store: Path) -> int:
+    """The size of a store without the folder of its work."""
+    size = 0
+    for place, folders, names in os.walk(store):
+        if Path(place) == store and WORK in folders:
+            folders.remove(WORK)
+        size += sum(os.stat(os.path.join(place, name)).st_size for name in names)
+    return size
 
 
 def _codes(folder: Path) -> list[Any]:
@@ -138,8 +150,8 @@ def _copy_decontamination(out: Path, folders: Iterable[Path]) -> None:
 
 def _settle(folder: Path, kept: set[str]) -> None:
     """Remove files that an earlier run left and this store does not name; see that the others are on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            fsync(path)
-        elif path.relative_to(folder.parent).as_posix() not in kept:
-            path.unlink()
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if path.relative_to(folder.parent).as_posix() not in kept:
+                path.unlink()
+        fsync(Path(place))
