@@ -31,12 +31,14 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     opening = opening_of(arguments)
     wishes = wishes_of(arguments, opening)
     out = arguments.out or arguments.root
-    _check_stages(arguments, [name for name, _, _ in stages_of(opening, wishes)])
+    stages = stages_of(opening, wishes)
+    names = [name for name, _, _ in stages]
+    _check_stages(arguments, names)
     if arguments.executor == "slurm" and arguments.stage is None:
         scripts = out / WORK / "slurm"
         scripts.mkdir(parents=True, exist_ok=True)
         slurm = Slurm(arguments.tasks, arguments.workers, tuple(arguments.sbatch), tuple(arguments.sbatch_device))
-        submit(slurm, scripts, stages_of(opening, wishes), argv)
+        submit(slurm, scripts, stages[: names.index(arguments.until or "pack") + 1], argv)
         return
     with _held(out / WORK, arguments), _preemptible(), executor_of(arguments) as executor:
         run = Run(out / WORK, executor, arguments.until, share_of(arguments))

@@ -190,6 +190,15 @@ def test_shares_of_stages_make_the_same_store(tmp_path, capsys):
     assert [line.split()[0] for line in shown[1:-1]] == ["plan", "reference", "cut", "select", "codes"]
 
 
+def test_a_chain_of_jobs_ends_where_it_was_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ["builtin", "--hours", "1", "--out", str(tmp_path / "s"), "--codec", "none", "--text", "none"]
+    for more, scripts in (["--until", "render"], {"0-render"}), ([], {"0-render", "1-select", "2-pack"}):
+        with pytest.raises(UserError, match="there is no sbatch here"):
+            command.main([*words, "--executor", "slurm", *more])
+        assert {path.stem for path in (tmp_path / "s" / WORK / "slurm").glob("*.sbatch")} == scripts
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_an_interrupted_run_says_one_line_and_goes_on(tmp_path, number, code):
     for index in range(9):

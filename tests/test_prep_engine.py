@@ -3,10 +3,13 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from data_prep.engine.executors import Processes
 from data_prep.engine.run import Finished, Run, Share
 from data_prep.engine.slurm import Slurm, submit
 from data_prep.engine.status import WORK, status
-from data_prep.engine.work import DONE, Work, do, find, stage_folder
+from data_prep.engine.work import DONE, Done, Work, do, find, stage_folder
 from ssmttm.errors import UserError
 from ssmttm.files import claimed
 
@@ -107,6 +110,27 @@ def test_settings_are_in_the_path(tmp_path):
     assert stage_folder(tmp_path, "cut", {"a": 1}) != stage_folder(tmp_path, "cut", {"a": 2})
 
 
+def test_two_that_replace_a_shard_at_once(tmp_path, monkeypatch):
+    """One finds that the other has just removed what stood there of other inputs."""
+    (work,) = works(tmp_path, 1)
+    do(work)
+    remove = shutil.rmtree
+    monkeypatch.setattr("shutil.rmtree", lambda path, **how: [remove(path, True), remove(path, **how)])
+    changed = replace(work, inputs="others")
+    assert find(do(changed) and changed)
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    (work,) = works(tmp_path, 1)
+    seen = []
+    monkeypatch.setattr("data_prep.engine.work.fsync", lambda path: seen.append((path, work.target.exists())))
+    do(work)
+    *inside, (parent, named) = seen
+    assert (parent, named) == (work.target.parent, True) and not any(named for _, named in inside)
+    aside = inside[-1][0]
+    assert {path for path, _ in inside} == {aside, aside / "deep", aside / "deep" / "text", aside / DONE}
+
+
 def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="a bug"):
         do(Work(tmp_path / "cut-0" / "00000", "x", fail))
@@ -160,6 +184,17 @@ def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(tmp_path):
     assert all(find(work) for work in works(tmp_path, 3))
 
 
+def test_workers_may_be_lost_as_often_as_shards_are_finished(tmp_path, monkeypatch):
+    def one_then_lost(pool: None, waiting: list[Work], ahead: int) -> Iterator[Done]:
+        yield do(waiting[0])
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("data_prep.engine.executors._in_pool", one_then_lost)
+    monkeypatch.setattr(Processes, "_pool", lambda *_: None)
+    monkeypatch.setattr(Processes, "_close", lambda *_, **__: None)
+    assert len(Run(tmp_path, Processes(2)).stage("cut", works(tmp_path, 7))) == 7
+
+
 def test_shards_of_tracks_that_are_gone_are_removed(tmp_path):
     Run(tmp_path, Processes(1)).stage("cut", works(tmp_path, 4))
     Run(tmp_path, Processes(1)).stage("cut", works(tmp_path, 2))
@@ -172,6 +207,8 @@ def test_until_and_shares(tmp_path):
     stages = ("codes", works(tmp_path, 5, "codes"))
     with pytest.raises(UserError, match="stage cut lacks 1 of 3 shards: run it before codes"):
         Run(tmp_path, Processes(1), share=Share("codes", 0, 2)).stage("cut", works(tmp_path, 3))
+    others = tmp_path / "codes-0" / ".00001.other.tmp"
+    others.mkdir(parents=True)
     for index in range(2):
         run = Run(tmp_path, Processes(1), share=Share("codes", index, 2))
         assert len(run.stage("cut", works(tmp_path, 2))) == 2
@@ -179,6 +216,7 @@ def test_until_and_shares(tmp_path):
             run.stage(*stages)
         shares = [0, 2, 4] if index == 0 else range(5)
         assert made(tmp_path, "codes") == [f"codes {i}" for i in shares]
+    assert others.exists(), "another task is at work on it"
 
 
 def test_a_stage_of_one_is_made_anew_but_not_by_tasks(tmp_path):

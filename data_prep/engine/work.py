@@ -101,7 +101,7 @@ def do(work: Work) -> Done:
 def _publish(aside: Path, work: Work) -> None:
     """Rename `aside` to the target; what stands there of other inputs goes first."""
     if work.target.exists() and find(work) is None:
-        shutil.rmtree(work.target)
+        shutil.rmtree(work.target, ignore_errors=True)  # another process may be at it
     try:
         aside.rename(work.target)
     except OSError:
