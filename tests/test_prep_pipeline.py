@@ -222,11 +222,15 @@ def test_copies_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypat
 def test_an_interrupted_pack_in_place_goes_on(made, codec, tmp_path, monkeypatch):
     main(["pack", "--root", str(made), "--out", str(tmp_path / "b"), *BARE])
     words = ["pack", "--root", str(tmp_path / "b"), "--codec", str(codec), "--text", "none", "--workers", "1"]
-    for place in ("ssmttm.data.writer.write_text", f"{pack.__name__}._settle", f"{pack.__name__}.write_attribution"):
+    writer, packing = "ssmttm.data.writer", pack.__name__
+    for place in (f"{writer}.write_text", f"{writer}.strictest", f"{packing}._settle", f"{packing}.write_attribution"):
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 main(words)
+        if place.endswith("strictest"):
+            with pytest.raises(UserError, match="is unfinished"):
+                open_store(tmp_path / "b")
     main(words)
     assert open_store(tmp_path / "b").manifest["id"] == open_store(made).manifest["id"]
 
