@@ -236,6 +236,7 @@ def test_status_tells_stages_and_refusals(tmp_path):
     bad = Work(root / "cut-0" / "00007", "x", partial(write_file, "bad bad"))
     run = Run(root, Processes(1))
     run.stage("cut", [*works(root, 3), bad])
+    shutil.copytree(bad.target, root / "cut-0" / ".00009.other.tmp")
     run._note("codes", works(root, 4, "codes"))
     lines = status(tmp_path).splitlines()
     assert lines[1].split()[:5] == ["cut", "4/4", "0.00", "h", "2"] and lines[2].split()[:2] == ["codes", "0/4"]

@@ -37,7 +37,7 @@ def status(store: Path) -> str:
 
 
 def _line(root: Path, stage: dict[str, Any], running: bool) -> str:
-    shards = [_read(path) for path in sorted((root / stage["folder"]).glob(f"*/{DONE}"))]
+    shards = [_read(path) for path in sorted((root / stage["folder"]).glob(f"[!.]*/{DONE}"))]
     seconds = sum(shard["counts"].get("seconds", 0.0) for shard in shards)
     refused = sum(int(shard["counts"].get("refused", 0)) for shard in shards)
     rate, left = "", ""
