@@ -314,7 +314,7 @@ def test_a_store_inside_the_folder_is_not_prepared_again(tmp_path):
     save(tmp_path / "a.wav", music(0)[: 6 * RATE])
     for _ in range(2):
         main(["folder", *bare(tmp_path, tmp_path / "s")])
-    assert len(open_store(tmp_path / "s")) == 1
+    assert len(open_store(tmp_path / "s")) == 1 and quarantine(tmp_path / "s") == {}
 
 
 def test_nothing_usable_is_one_line_with_the_first_reason(tmp_path):
