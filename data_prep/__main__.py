@@ -25,7 +25,7 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     from data_prep.engine.slurm import Slurm, submit
     from data_prep.engine.status import WORK
     from data_prep.make import executor_of, opening_of, wishes_of
-    from data_prep.pipeline import prepare, stages_of
+    from data_prep.pipeline import prepare, stages_of, tell_refusals
     from data_prep.stages.pack import summary
 
     opening = opening_of(arguments)
@@ -34,6 +34,8 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     stages = stages_of(opening, wishes)
     names = [name for name, _, _ in stages]
     _check_stages(arguments, names)
+    if wishes.embedder is not None and arguments.until is None and arguments.stage is None:
+        wishes.embedder.facts()  # an encoder that is not there is said before hours are spent
     if arguments.executor == "slurm" and arguments.stage is None:
         scripts = out / WORK / "slurm"
         scripts.mkdir(parents=True, exist_ok=True)
@@ -45,6 +47,7 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
         try:
             print(summary(prepare(opening, wishes, out, run)))
         except Finished as finished:
+            tell_refusals(out, run)
             print(finished)
 
 

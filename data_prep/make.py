@@ -35,8 +35,10 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
     if arguments.command == "pack":
         return _packed_anew(arguments)
     root, out = arguments.root, arguments.out
-    if not root.is_dir():
+    if not (root.is_dir() or (arguments.command == "webdataset" and root.is_file())):
         raise UserError(f"there is no folder {root}: give the data set's folder as --root")
+    if (root / "store.json").is_file():
+        raise UserError(f"{root} is a store: `python -m data_prep pack --root {root}` encodes or captions it anew")
     if out.resolve() == root.resolve():
         raise UserError(f"--out is the same folder as --root ({root}): give the store a folder of its own")
     against = [read_references(path) for path in arguments.against]
@@ -82,6 +84,8 @@ def _cut(arguments: argparse.Namespace) -> Cut:
         min_bandwidth=checked(arguments.min_bandwidth, 0.0, 96_000.0, "--min-bandwidth", " Hz"),
         dual_mono=not arguments.refuse_dual_mono,
     )
+    checked(arguments.max_hours, 0.001, 1000.0, "--max-hours", "")
+    checked(arguments.max_bytes, 1, 1 << 62, "--max-bytes", "")
     limits = Limits(max_seconds=arguments.max_hours * 3600, max_bytes=arguments.max_bytes)
     return Cut(rate, arguments.segment, arguments.tail, filters, limits)
 

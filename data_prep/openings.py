@@ -94,6 +94,8 @@ class FromTracks:
         """As `Opening.segments`."""
         root, tracks = self._found(run)
         plan = run.alone("plan", partial(write_plan, tracks, root, self._licence, self._policy))
+        if not shards_of(plan):
+            return []
         against = _fingerprinted(run, self._against)
         folder = stage_folder(run.root, "cut", {"source": self._name, **self._cut.settings()})
         works = [

@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     archives = commands.add_parser(
         "webdataset", parents=[files, later, machine], help="WebDataset tars, such as `export` writes"
     )
-    archives.add_argument("--root", type=Path, required=True, metavar="DIR", help="the folder of .tar or .tar.gz files")
+    tars = "a .tar or .tar.gz file, or a folder of them"
+    archives.add_argument("--root", type=Path, required=True, metavar="PATH", help=tars)
     archives.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
 
     builtin = commands.add_parser("builtin", parents=[later, machine], help="music composed here, CC0-1.0")

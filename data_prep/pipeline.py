@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from data_prep.engine.run import Finished, Run
 from data_prep.engine.status import WORK
-from data_prep.engine.work import Counts, Done, Work, stage_folder
+from data_prep.engine.work import DONE, Counts, Done, Work, stage_folder
 from data_prep.openings import Opening
 from data_prep.sound.quality import Filters
 from data_prep.sound.vocals import VocalDetection, VocalRemoval
@@ -24,7 +24,7 @@ from data_prep.stages.pack import QUARANTINE_CSV, Parts, pack, write_quarantine_
 from data_prep.stages.segments import Segments, taken_on
 from data_prep.stages.voices import detect_shard, remove_shard
 from ssmttm.data.store import Store, open_store
-from ssmttm.data.writer import claim, config_hash
+from ssmttm.data.writer import CLAIM, claim, config_hash
 from ssmttm.errors import UserError
 from ssmttm.files import clear_asides, write_text
 
@@ -77,6 +77,8 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
         Finished: the part of the run that was asked for is done.
     """
     config = _config(opening, wishes)
+    if run.share is None and not _begun(out):
+        (out / CLAIM).unlink(missing_ok=True)  # of a command that ended in a mistake before anything was made
     claim(out, config)
     if run.share is None:
         for folder in (out, out / "text", run.root):
@@ -102,6 +104,18 @@ def prepare(opening: Opening, wishes: Wishes, out: Path, run: Run) -> Store:
         raise Finished(f"the first share of stage {run.share.stage} is all of it")
     parts = Parts(segments, codes, texts, _folders(run.done))
     return _packed(parts, out, config, codec, text, opening.sample_rate, [done.outputs for done in run.done])
+
+
+def tell_refusals(out: Path, run: Run) -> None:
+    """Write what a run that stops before its end has refused so far; a finished store keeps its own."""
+    if run.share is None and not (out / "store.json").is_file():
+        write_quarantine_csv(out / QUARANTINE_CSV, _folders(run.done))
+
+
+def _begun(out: Path) -> bool:
+    """Whether there is a shard or a store, which other settings would not fit. The plan is made anew anyway."""
+    made = any((out / name).exists() for name in ("manifest.parquet", "store.json"))
+    return made or next((out / WORK).glob(f"*-*/*/{DONE}"), None) is not None
 
 
 def _config(opening: Opening, wishes: Wishes) -> dict[str, Any]:

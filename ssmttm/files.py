@@ -98,10 +98,15 @@ def claimed(folder: Path, work: str) -> Iterator[None]:
     """Hold a folder for this process; the system lets go of it if the process dies.
 
     Raises:
-        UserError: another process holds it; `work`, such as "training", is what it is said to do.
+        UserError: it cannot be written to, or another process holds it; `work`, such as "training", is what it is
+            said to do.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -113,9 +118,9 @@ def is_claimed(folder: Path) -> bool:
     """Whether a process holds the folder."""
     if not (folder / ".lock").is_file():
         return False
-    with (folder / ".lock").open("r+") as lock:
+    with (folder / ".lock").open() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False

@@ -80,16 +80,16 @@ class Run:
             done[finished.folder] = finished
         if self.share is None:
             _remove_others(works)
-        self._stop_after(name)
-        ordered = [done[work.target] for work in works]
+        ordered = [done[work.target] for work in works if work.target in done]
         self.done += ordered
+        self._stop_after(name)
         return ordered
 
     def _stop_after(self, name: str) -> None:
         if self.share is not None and self.share.stage == name:
             raise Finished(f"share {self.share.index} of {self.share.n} of stage {name} is done")
         if name == self.until:
-            raise Finished(f"stage {name} is done, the run stops here as asked: {self.root}")
+            raise Finished(f"stage {name} is done: give the same command without --until to go on")
 
     def _watched(
         self, name: str, works: Sequence[Work], done: list[Done], fresh: list[Work], device: bool

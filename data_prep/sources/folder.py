@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.listing import EXTENSIONS, check_root, folders, is_audio, within
+from data_prep.sources.listing import check_root, folders, is_audio, within
 from data_prep.sources.records import (
     MAX_LINE,
     NOT_UTF8,
@@ -62,7 +62,7 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
         empty = False
         yield _item(root, path, notes, set()) if reason is None else reason.of(path)
     if empty:
-        raise UserError(f"there is no audio file under {root} ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"there is no audio file under {root} (.flac, .mp3, .wav ...): give the folder of the music")
 
 
 @dataclass

@@ -122,7 +122,8 @@ class CsvTable:
         missing = [name for name in needed if name not in self._columns]
         if missing:
             shown = " ".join(", ".join(first.values)[:200].split())
-            raise UserError(f"{path} has no column {missing[0]!r} in its first line ({shown})")
+            hint = "separate the columns by commas" if {";", "\t"} & set(shown) else "give the first line that name"
+            raise UserError(f"{path} has no column {missing[0]!r} in its first line ({shown}): {hint}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns

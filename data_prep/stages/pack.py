@@ -113,14 +113,17 @@ def write_quarantine_csv(path: Path, folders: Iterable[Path]) -> None:
 
 
 def summary(store: Store) -> str:
-    """One line: segments, hours by split, size, place."""
+    """One line: segments, hours by split, size, place; another one if anything was refused."""
     counts, hours = store.info["counts"], store.info["hours"]
     splits = ", ".join(f"{split} {counts[split]} / {hours[split]:.2f} h" for split in SPLITS)
     codec, text = store.info["codec"], store.info["text"]
+    with open(store.path / QUARANTINE_CSV, encoding="utf-8", newline="") as file:
+        refused = sum(1 for _ in csv.DictReader(file))
+    why = f"\n{refused} refused, {store.path / QUARANTINE_CSV} says why" if refused else ""
     return (
         f"{store.path}: {len(store)} segments, {sum(hours.values()):.2f} h ({splits}), "
         f"{_bytes(store.path) / 1e6:.1f} MB, "
-        f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}"
+        f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}{why}"
     )
 
 

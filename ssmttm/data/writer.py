@@ -21,8 +21,10 @@ from ssmttm.errors import UserError
 from ssmttm.files import file_sha256, write_text, written_aside
 from ssmttm.licences import strictest
 
+CLAIM = "prep.json"
 _DEFAULTS: dict[str, Any] = {"shard": -1, "offset": 0, "frames": 0, "tags": [], "captions": []}
 _REQUIRED = ("id", "split", "licence", "duration")
+_SHOWN = 3  # settings that differ, in an error
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -154,7 +156,7 @@ def claim(path: Path, config: dict[str, Any]) -> None:
     Raises:
         UserError: it is the folder of another config; the line names what differs.
     """
-    file = path / "prep.json"
+    file = path / CLAIM
     if not file.exists():
         _write_claim(file, config)
         return
@@ -163,10 +165,12 @@ def claim(path: Path, config: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: prepare into a fresh folder") from error
     old, new = _flat(known), _flat(json.loads(json.dumps(config)))
-    changes = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys())
+    keys = old.keys() | new.keys()  # what has another value is named first, then names
+    order = sorted(keys, key=lambda key: (None in (old.get(key), new.get(key)), "name" not in key, key))
+    changes = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in order
                if old.get(key) != new.get(key) and known.get(key.split(".")[0], 0) is not None]  # fmt: skip
     if changes:
-        changed = ", ".join(changes)
+        changed = ", ".join(changes[:_SHOWN]) + (f" and {len(changes) - _SHOWN} more" if changes[_SHOWN:] else "")
         raise UserError(f"{path} was prepared with other settings ({changed}): give the same ones or another folder")
     if new != old:
         _write_claim(file, config)
