@@ -1,0 +1,55 @@
+"""The scripts for Slurm, run by a stand-in for sbatch: the chain makes the store that processes make."""
+
+import os
+from pathlib import Path
+
+from planted import RATE, music, save
+from small_stores import small_codec
+
+from data_prep import __main__ as command
+from data_prep.engine.status import WORK
+from ssmttm.data import open_store
+
+SBATCH = """\
+#!/bin/bash
+# Runs all tasks of the script (the last argument) here, the last one first; hands out 100, 101, ...
+script="${@: -1}"
+echo "$*" >> "$0.log"
+last=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
+for task in $(seq "$last" -1 0); do
+    SLURM_ARRAY_TASK_ID=$task bash "$script" >> "$0.out" 2>&1 || { echo "task $task of $script failed" >&2; exit 1; }
+done
+echo "$((99 + $(wc -l < "$0.log")));cluster"
+"""
+
+
+def test_the_chain_makes_the_store_that_processes_make(tmp_path, monkeypatch, capsys):
+    for index in range(6):
+        save(tmp_path / "music" / f"{index}.wav", music(index)[: 6 * RATE])
+    save(tmp_path / "music" / "short.wav", music(6)[:RATE])
+    small_codec(tmp_path / "codec")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(SBATCH)
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    words = ["folder", "--root", "music", "--licence", "CC0-1.0", "--workers", "1", "--text", "none",
+             "--codec", str(tmp_path / "codec"), "--sample-rate", "8000"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    command.main([*words, "--out", "by processes"])
+    command.main([*words, "--out", "by slurm", "--executor", "slurm", "--tasks", "2"])
+    one, other = open_store(tmp_path / "by processes"), open_store(tmp_path / "by slurm")
+    assert one.fingerprint == other.fingerprint and len(one) == 6
+    for name in ("quarantine.csv", "ATTRIBUTION.csv", "decontamination.json"):
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
+    assert "short.wav,cut,short" in (other.path / "quarantine.csv").read_text()
+    stages = ["0-plan", "1-reference", "2-cut", "3-select", "4-codes", "5-pack"]
+    told = (tmp_path / "bin" / "sbatch.log").read_text().splitlines()
+    assert [Path(line.split(" ", 1)[1].split("sbatch ")[-1]).stem for line in told] == stages
+    assert ["--dependency" in line for line in told] == [False, True, True, True, True, True]
+    assert not list((other.path / WORK).glob("**/.*.tmp"))
+    capsys.readouterr()
+    command.main([*words, "--out", "by slurm"])
+    assert "shards" not in capsys.readouterr().err  # nothing is made again
+    assert open_store(tmp_path / "by slurm").fingerprint == other.fingerprint
