@@ -2,8 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Iterable
-from pathlib import Path
 
 from data_prep.engine.executors import Processes, Ray
 from data_prep.openings import BuiltIn, FromArchives, FromStore, FromTracks, Opening
@@ -19,7 +17,6 @@ from data_prep.stages.cut import Cut
 from data_prep.stages.describe import Describing
 from data_prep.stages.embed import Embedder
 from data_prep.stages.encode import Windows
-from data_prep.track import Refusal, Track
 from ssmttm.errors import UserError
 
 _LONGEST_WINDOW = 30.0  # seconds that a codec is given at a time
@@ -44,7 +41,7 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
     against = [read_references(path) for path in arguments.against]
     if arguments.command == "webdataset":
         return FromArchives(root, _cut(arguments), arguments.licence, arguments.policy, against)
-    tracks = _outside(SOURCES[arguments.command].tracks(root, arguments.index), root, out)
+    tracks = SOURCES[arguments.command].tracks(root, arguments.index)
     return FromTracks(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
 
 
@@ -88,14 +85,6 @@ def _cut(arguments: argparse.Namespace) -> Cut:
     checked(arguments.max_bytes, 1, 1 << 62, "--max-bytes", "")
     limits = Limits(max_seconds=arguments.max_hours * 3600, max_bytes=arguments.max_bytes)
     return Cut(rate, arguments.segment, arguments.tail, filters, limits)
-
-
-def _outside(tracks: Iterable[Track | Refusal], root: Path, out: Path) -> Iterable[Track | Refusal]:
-    """The tracks, but for what an earlier run wrote where the store lies within the source's own folder."""
-    if root.resolve() not in out.resolve().parents:
-        return tracks
-    inside = f"{out.resolve().relative_to(root.resolve()).as_posix()}/"
-    return (item for item in tracks if not (isinstance(item, Track) and item.path.startswith(inside)))
 
 
 def _rate_of(codec: str) -> int:

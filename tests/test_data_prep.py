@@ -1,5 +1,6 @@
 """The command `python -m data_prep`: encoding in one shape, mistakes in one line, the built-in music, interruptions."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -232,12 +233,12 @@ def test_an_interrupted_run_says_one_line_and_goes_on(tmp_path, number, code):
     begin += "from ssmttm.errors import run_cli; from data_prep.__main__ import main; "
     run = subprocess.Popen(
         [sys.executable, "-c", begin + "sys.exit(run_cli(main)) if __name__ == '__main__' else None", *map(str, words)],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     end = time.monotonic() + 120
     while time.monotonic() < end and not list((tmp_path / "s" / WORK).glob("cut-*")):
         time.sleep(0.05)
-    run.send_signal(number)
+    os.killpg(run.pid, number)  # as a terminal and a scheduler do
     error = run.communicate(timeout=60)[1]
     assert run.returncode == code and "Traceback" not in error and "is kept" in error.splitlines()[-1], error
     command.main([str(word) for word in words])
