@@ -27,6 +27,13 @@ A run that was stopped goes on when the same command is given again; what was fi
 be used stands in OUT/quarantine.csv with the reason.
 """
 
+_TARS = """\
+A sample is a run of files of one name up to the first dot:
+
+KEY.flac, .mp3, .wav ...                 its sound
+KEY.json                                 what is known of it: caption, licence, title, author, tags ...
+KEY.txt                                  a caption
+"""
 _PLAIN = argparse.RawDescriptionHelpFormatter
 
 
@@ -39,20 +46,24 @@ def parser() -> argparse.ArgumentParser:
         parents = [files, later, machine]
         one = commands.add_parser(
             source.name, parents=parents, help=source.help, description=_described(source.help, source.layout),
-            formatter_class=_PLAIN,
+            usage=_usage(source.name, "--root DIR --out STORE"), formatter_class=_PLAIN,
         )  # fmt: skip
         one.add_argument("--root", type=Path, required=True, metavar="DIR", help="the data set's folder, as above")
         one.add_argument("--index", type=Path, metavar="FILE", help="another table, where the data set has several")
         one.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
 
     archives = commands.add_parser(
-        "webdataset", parents=[files, later, machine], help="WebDataset tars, such as `export` writes"
-    )
+        "webdataset", parents=[files, later, machine], help="WebDataset tars, such as `export` writes",
+        usage=_usage("webdataset", "--root PATH --out STORE"), description=_TARS, formatter_class=_PLAIN,
+    )  # fmt: skip
     tars = "a .tar or .tar.gz file, or a folder of them"
     archives.add_argument("--root", type=Path, required=True, metavar="PATH", help=tars)
     archives.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
 
-    builtin = commands.add_parser("builtin", parents=[later, machine], help="music composed here, CC0-1.0")
+    usage = _usage("builtin", "--hours H --out STORE")
+    builtin = commands.add_parser(
+        "builtin", parents=[later, machine], help="music composed here, CC0-1.0", usage=usage
+    )  # fmt: skip
     builtin.add_argument("--hours", type=float, required=True, metavar="H", help="at least this much audio")
     builtin.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other music")
     builtin.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
@@ -74,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _usage(command: str, needed: str) -> str:
+    """What is needed, without a wall of options; those are listed below it."""
+    return f"python -m data_prep {command} {needed} [option ...]"
+
+
 def _described(help_: str, layout: str) -> str:
     return f"{help_[0].upper()}{help_[1:]}.\n\n{layout}"
 
@@ -83,7 +99,7 @@ def _files() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
     option = group.add_argument_group("licences and what is kept out").add_argument
     option("--licence", metavar="SPDX", help="of tracks for which the data set names none, such as CC-BY-4.0")
-    policies = "; ".join(f"{name}: {what}" for name, what in POLICIES.items())
+    policies = "; ".join(f"{name}: {what}" for name, what in POLICIES.items()) + " (default: %(default)s)"
     option("--policy", default="research-nc", choices=list(POLICIES), help=f"licences let in. {policies}")
     option(
         "--against", type=Path, action="append", default=[], metavar="SET",
@@ -93,7 +109,7 @@ def _files() -> argparse.ArgumentParser:
     option = group.add_argument_group("segments").add_argument
     option("--segment", type=float, default=30.0, metavar="SECONDS", help="their length (default: %(default)s)")
     tails = "; ".join(f"{name}: {what}" for name, what in TAILS.items())
-    option("--tail", default="keep", choices=list(TAILS), help=f"the end of a track. {tails}")
+    option("--tail", default="keep", choices=list(TAILS), help=f"the end of a track. {tails} (default: %(default)s)")
     option("--sample-rate", type=int, metavar="HZ", help="of the stored audio; default: the codec's, else 24000")
     option = group.add_argument_group("quality").add_argument
     default = "(default: %(default)g)"
@@ -115,7 +131,8 @@ def _later() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
     option = group.add_argument_group("voices").add_argument
     choices = ("keep", "remove", "refuse")
-    option("--vocals", default="keep", choices=choices, help="remove them, or refuse segments with any")
+    voices = "keep them (default), remove them, or refuse segments with any"
+    option("--vocals", default="keep", choices=choices, help=voices)
     option("--vocal-model", metavar="MODEL", help="of the separator or the detector; a name or a folder")
     option = group.add_argument_group("captions").add_argument
     option(
