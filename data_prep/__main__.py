@@ -98,13 +98,17 @@ def _probe(arguments: argparse.Namespace, argv: list[str]) -> None:
     from data_prep.sound.decode import probe
     from data_prep.track import Refused
 
+    refused = 0
     for file in arguments.files:
         try:
             sound = probe(file)
             length = "length unknown" if sound.seconds is None else f"{sound.seconds:.1f} s"
             print(f"{file}: {sound.format}, {sound.channels} channels, {sound.sample_rate} Hz, {length}")
         except Refused as refusal:
+            refused += 1
             print(f"{file}: refused ({refusal.kind}): {refusal.reason}")
+    if refused:
+        raise UserError(f"{refused} of {len(arguments.files)} files cannot be used, as told above")
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> None:

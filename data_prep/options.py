@@ -68,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
     builtin.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other music")
     builtin.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
 
-    pack = commands.add_parser("pack", parents=[later, machine], help="a store that exists, encoded or captioned anew")
+    pack = commands.add_parser(
+        "pack", parents=[later, machine], help="a store that exists, encoded or captioned anew",
+        usage=_usage("pack", "--root STORE [--out STORE]"),
+    )  # fmt: skip
     pack.add_argument("--root", type=Path, required=True, metavar="STORE", help="a store with audio")
     pack.add_argument("--out", type=Path, metavar="STORE", help="the new store; default: --root itself gets the codes")
 

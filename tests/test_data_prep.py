@@ -161,7 +161,8 @@ def test_builtin_to_store_and_again(tmp_path, monkeypatch, capsys):
 def test_probe_and_status(tmp_path, capsys):
     save(tmp_path / "music" / "a.wav", music(0)[: 6 * MUSIC_RATE], 44_100, 2)
     (tmp_path / "music" / "b.mp3").write_text("no music")
-    command.main(["probe", str(tmp_path / "music" / "a.wav"), str(tmp_path / "music" / "b.mp3")])
+    with pytest.raises(UserError, match="1 of 2 files cannot be used"):
+        command.main(["probe", str(tmp_path / "music" / "a.wav"), str(tmp_path / "music" / "b.mp3")])
     first, second = capsys.readouterr().out.splitlines()
     assert "2 channels, 44100 Hz, 6.0 s" in first and "refused (unreadable)" in second
     words = ["folder", "--root", str(tmp_path / "music"), "--out", str(tmp_path / "s"), "--licence", "CC0-1.0",

@@ -166,6 +166,11 @@ def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
     made(root, 24)
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:9"), Ray("127.0.0.1:9") as executor:
+        Run(tmp_path, executor).stage("cut", works(tmp_path, 1, 0.0))
+
+
 def test_a_shard_that_fails_ends_the_run_as_it_would_here(cluster, tmp_path):
     with pytest.raises(TypeError, match="unsupported operand"):
         Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])

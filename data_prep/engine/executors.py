@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -210,9 +211,20 @@ def _connect(address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise UserError("--executor ray needs Ray: pip install 'ssmttm[ray]', or leave --executor out") from error
+    _check_reachable(address)
     if not ray.is_initialized():
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
         except (ConnectionError, ValueError) as error:
             raise UserError(f"no Ray cluster at {address}: {error}") from error
     return ray
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself waits for minutes. Raises UserError."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"no Ray cluster at {address}: {error.strerror or error}") from error
