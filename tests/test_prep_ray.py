@@ -166,6 +166,17 @@ def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
     made(root, 24)
 
 
+def die(folder: Path) -> dict[str, float]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.engine.executors._RETRIES", 1)
+    with pytest.raises(UserError, match="a worker was lost 2 times over one shard"):
+        Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", die)])
+
+
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
     with pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:9"), Ray("127.0.0.1:9") as executor:
         Run(tmp_path, executor).stage("cut", works(tmp_path, 1, 0.0))

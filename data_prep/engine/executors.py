@@ -18,6 +18,7 @@ from data_prep.engine.work import Done, Work, do
 from ssmttm.errors import UserError
 
 _LOSSES = 4  # workers killed in a row, with no shard finished in between, before the run gives up
+_RETRIES = 16  # of a shard on Ray, whose workers or nodes were lost
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -165,12 +166,12 @@ class Ray:
         cpus = int(ray.cluster_resources().get("CPU", 1))
         if device:
             gpus = 1 if size else 0
-            actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
+            actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
             workers = [actor.remote() for _ in range(min(len(works), size or cpus))]
             submit = [worker.do.remote for worker in workers]
             depth = 1
         else:
-            submit = [ray.remote(num_cpus=1, max_retries=-1)(do).remote]
+            submit = [ray.remote(num_cpus=1, max_retries=_RETRIES)(do).remote]
             depth = 2 * size
         yield from _keep_busy(ray, works, submit, depth)
 
@@ -202,6 +203,11 @@ def _keep_busy(ray: Any, works: Sequence[Work], submit: list[Any], depth: int) -
             done = ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error  # a user's mistake stays one line
+        except ray.exceptions.RayError as error:
+            raise UserError(
+                f"a worker was lost {_RETRIES + 1} times over one shard (out of memory?): give Ray fewer CPUs a node; "
+                "what is finished is kept"
+            ) from error
         yield done
         feed(place)
 
