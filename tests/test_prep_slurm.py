@@ -27,6 +27,8 @@ def test_the_chain_makes_the_store_that_processes_make(tmp_path, monkeypatch, ca
     for index in range(6):
         save(tmp_path / "music" / f"{index}.wav", music(index)[: 6 * RATE])
     save(tmp_path / "music" / "short.wav", music(6)[:RATE])
+    save(tmp_path / "music" / "nd.wav", music(7)[: 6 * RATE])
+    (tmp_path / "music" / "captions.csv").write_text("path,licence\nnd.wav,CC BY-ND 4.0\n")
     small_codec(tmp_path / "codec")
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
@@ -43,7 +45,8 @@ def test_the_chain_makes_the_store_that_processes_make(tmp_path, monkeypatch, ca
     assert one.fingerprint == other.fingerprint and len(one) == 6
     for name in ("quarantine.csv", "ATTRIBUTION.csv", "decontamination.json"):
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
-    assert "short.wav,cut,short" in (other.path / "quarantine.csv").read_text()
+    told = (other.path / "quarantine.csv").read_text()
+    assert "short.wav,cut,short" in told and "nd.wav,plan,licence" in told
     stages = ["0-plan", "1-reference", "2-cut", "3-select", "4-codes", "5-pack"]
     told = (tmp_path / "bin" / "sbatch.log").read_text().splitlines()
     assert [Path(line.split(" ", 1)[1].split("sbatch ")[-1]).stem for line in told] == stages

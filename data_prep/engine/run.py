@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.engine.executors import Executor
-from data_prep.engine.work import DONE, Counts, Done, Work, do, find
+from data_prep.engine.work import Counts, Done, Work, do, find, find_any
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 
@@ -58,8 +58,11 @@ class Run:
             self.done.append(do(work))
             _remove_others([work])
             self._stop_after(name)
-        elif not (work.target / DONE).is_file():
+            return work.target
+        found = find_any(work.target)
+        if found is None:
             raise UserError(f"stage {name} is not finished: run it before {self.share.stage}")
+        self.done.append(found)
         return work.target
 
     def stage(self, name: str, works: Sequence[Work], device: bool = False) -> list[Done]:

@@ -60,12 +60,17 @@ def stage_folder(root: Path, stage: str, settings: dict[str, Any]) -> Path:
 
 def find(work: Work) -> Done | None:
     """The finished shard, if it is there, was made from the same inputs, and no file of it is missing or cut short."""
+    return find_any(work.target, work.inputs)
+
+
+def find_any(folder: Path, inputs: str | None = None) -> Done | None:
+    """A finished shard by its folder, made from these inputs, or from whatever it was."""
     try:
-        facts = json.loads((work.target / DONE).read_text(encoding="utf-8"))
-        whole = all((work.target / name).stat().st_size == entry["bytes"] for name, entry in facts["files"].items())
-        if not whole or facts["inputs"] != work.inputs or facts["version"] != __version__:
+        facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in facts["files"].items())
+        if not whole or inputs not in (None, facts["inputs"]) or facts["version"] != __version__:
             return None
-        return Done(work.target, facts["counts"], config_hash(_hashes(facts["files"])))
+        return Done(folder, facts["counts"], config_hash(_hashes(facts["files"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
