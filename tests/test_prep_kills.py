@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder
+from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder, told
 
 from data_prep.engine.status import WORK
 
@@ -33,14 +33,6 @@ def children(pid: int) -> list[str]:
 
 def command_of(pid: str) -> bytes:
     return told(Path(f"/proc/{pid}/cmdline")).encode()
-
-
-def told(path: Path) -> str:
-    """What /proc tells; nothing of a process that is gone."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def start(root: Path, out: Path) -> subprocess.Popen:

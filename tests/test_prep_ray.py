@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -12,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder
+from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder, told
 
 from data_prep.engine.executors import Ray
 from data_prep.engine.run import Run
@@ -23,13 +23,7 @@ from ssmttm.errors import UserError
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(600)
-COMMAND = str(Path(sys.executable).with_name("ray"))
-HERE = str(Path(__file__).parent)
-RAY = ENVIRONMENT | {
-    "PYTHONPATH": HERE,
-    "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}  # fmt: skip
+NODE = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
 
 
 def slow_file(index: int, seconds: float, folder: Path) -> dict[str, float]:
@@ -49,42 +43,35 @@ def works(root: Path, n: int, seconds: float) -> list[Work]:
     return [Work(root / "cut-0" / f"{i:05d}", f"in{i}", partial(slow_file, i, seconds)) for i in range(n)]
 
 
-def start(*arguments: str) -> None:
-    command = [COMMAND, "start", "--num-cpus=2", "--disable-usage-stats", "--object-store-memory=80000000", *arguments]
-    done = subprocess.run(command, env=RAY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def title(pid: int) -> str:
-    """What a process calls itself: `ray::do` a task, `ray::_Worker.do` an actor."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def raylets() -> dict[int, int]:
-    """The raylets of this machine and the port that tells them apart, by process."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0].endswith(b"raylet/raylet"):
-            found[int(path.parent.name)] = len(found)
+def workers_of(raylet: int) -> list[int]:
+    """The processes at work for a node: `ray::do` for a task, `ray::_Worker.do` for an actor's."""
+    found = []
+    for path in Path(f"/proc/{raylet}/task").glob("*/children"):
+        for pid in told(path).split():
+            if told(Path(f"/proc/{pid}/cmdline")).startswith(("ray::do", "ray::_W")):
+                found.append(int(pid))
     return found
 
 
+def raylet_of(node: Any) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
 @pytest.fixture
-def cluster() -> Iterator[str]:
-    """A head node with two processors; gives its address."""
-    subprocess.run([COMMAND, "stop", "--force"], env=RAY, capture_output=True)
-    with tempfile.TemporaryDirectory(prefix="r") as short:  # the path of a socket has a limit
-        start("--head", "--port=26379", "--include-dashboard=false", f"--temp-dir={short}")
-        yield "127.0.0.1:26379"
+def cluster(monkeypatch) -> Iterator[Any]:
+    """A cluster of its own, with one node of two processors."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in (ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent)}).items():
+        monkeypatch.setenv(name, value)
+    patience = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+    ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="r") as place:  # apart from other clusters; a socket's path has a limit
+        head = NODE | {"_system_config": patience, "temp_dir": place}
+        whole = Cluster(initialize_head=True, head_node_args=head)
+        yield whole
         ray.shutdown()
-        subprocess.run([COMMAND, "stop", "--force"], env=RAY, capture_output=True)
+        whole.shutdown()
 
 
 def made(root: Path, n: int) -> None:
@@ -108,14 +95,14 @@ def test_workers_may_be_killed(cluster, tmp_path, device):
         rng = random.Random(3)
         while not over.is_set() and len(killed) < 20:
             time.sleep(rng.uniform(0.1, 0.9))
-            alive = [int(pid) for _, pid, _ in begun(root)[-2:] if Path(f"/proc/{pid}").exists()]
-            if alive:
-                os.kill(alive[-1], signal.SIGKILL)
-                killed.append(alive[-1])
+            busy = workers_of(raylet_of(cluster.head_node))
+            if busy:
+                os.kill(busy[-1], signal.SIGKILL)
+                killed.append(busy[-1])
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    done = Run(root, Ray(cluster)).stage("cut", works(root, 24, 0.7), device)
+    done = Run(root, Ray(cluster.address)).stage("cut", works(root, 24, 0.7), device)
     over.set()
     killer.join()
     assert len(done) == 24 and len(killed) >= 10, killed
@@ -127,14 +114,13 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
     """Whatever they do, from the second on; the store is the one that nothing was killed for, byte for byte."""
     root = small_folder(tmp_path / "music")
     prepare(root, tmp_path / "unbroken" / "store")
-    words = command(root, tmp_path / "store", "--executor", "ray", "--ray-address", cluster)
+    words = command(root, tmp_path / "store", "--executor", "ray", "--ray-address", cluster.address)
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log)
     rng, killed = random.Random(4), []
     while run.poll() is None:
         time.sleep(rng.uniform(0.2, 1.5))
-        pids = map(int, filter(str.isdigit, os.listdir("/proc")))
-        busy = [pid for pid in pids if title(pid).startswith(("ray::do", "ray::_W"))]
+        busy = workers_of(raylet_of(cluster.head_node))
         if busy and len(killed) < 20:
             killed.append(rng.choice(busy))
             with suppress(ProcessLookupError):
@@ -145,9 +131,8 @@ def test_the_workers_of_a_preparation_are_killed(cluster, tmp_path):
 
 
 def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
-    before = set(raylets())
-    start("--address=127.0.0.1:26379")
-    (second,) = set(raylets()) - before
+    second = raylet_of(cluster.add_node(**NODE))
+    assert second != raylet_of(cluster.head_node)
     root, lost = tmp_path / "work", []
 
     def kill() -> None:
@@ -158,7 +143,7 @@ def test_a_cluster_of_two_nodes_loses_one(cluster, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    done = Run(root, Ray(cluster)).stage("cut", works(root, 24, 0.8))
+    done = Run(root, Ray(cluster.address)).stage("cut", works(root, 24, 0.8))
     killer.join()
     assert len(done) == 24 and lost
     nodes = [node for _, _, node in begun(root)]
@@ -174,7 +159,7 @@ def die(folder: Path) -> dict[str, float]:
 def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.engine.executors._RETRIES", 1)
     with pytest.raises(UserError, match="a worker was lost 2 times over one shard"):
-        Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", die)])
+        Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", die)])
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
@@ -184,7 +169,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
 
 def test_a_shard_that_fails_ends_the_run_as_it_would_here(cluster, tmp_path):
     with pytest.raises(TypeError, match="unsupported operand"):
-        Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])
+        Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])
     with pytest.raises(UserError) as mistake:
-        Run(tmp_path, Ray(cluster)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", refuse)])
+        Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", refuse)])
     assert str(mistake.value) == "what, where, what to do"

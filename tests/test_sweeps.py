@@ -391,8 +391,8 @@ def test_without_slurm_the_script_is_written(tmp_path, monkeypatch):
     assert (tmp_path / "sweep" / "sweep.sbatch").is_file()
 
 
-def test_ray_runs_each_job_as_a_task(tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="Ray is not installed")
+def test_ray_runs_each_job_as_a_task(tmp_path, request):
+    request.addfinalizer(pytest.importorskip("ray", reason="Ray is not installed").shutdown)
     launcher = config.load("launcher=ray", root="sweep").launcher
     store = write_codes_store(tmp_path / "store")
     wanted = OmegaConf.merge(real_settings(tmp_path, store), {"launcher": launcher})

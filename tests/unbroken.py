@@ -47,3 +47,11 @@ def same(store: Path, unbroken: dict[str, bytes]) -> None:
     assert found.keys() == unbroken.keys()
     assert [name for name in found if found[name] != unbroken[name]] == []
     assert not list((store / WORK).rglob("*.tmp*"))
+
+
+def told(path: Path) -> str:
+    """What /proc tells; nothing of a process that is gone."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
