@@ -187,7 +187,7 @@ def test_teacher_and_student_hear_the_same_wishes(kind, store, config_of, tmp_pa
     teacher = loop.train(lm_config(store, tmp_path / "hearing", *WIDE, *told, "train.steps=30"))
     task = DistillTask(config_of(*twin(*told, f"teacher={teacher}", "distill.transfer.layers=even")))
     assert losses_of(task)["kl"].item() == pytest.approx(0, abs=1e-5)
-    batch = task.loader("train", 4, 0, 1).batch(0)
+    batch = task.loader("train", 16, 0, 1).batch(0)
     given = task._given(batch, task.wishes.of(batch))
     asked, unasked = (task.teacher(given.codes, batch["text"], wishes)[0] for wishes in (given.wishes, Wishes()))
     assert not torch.allclose(asked, unasked, atol=1e-4)

@@ -165,15 +165,11 @@ class Ray:
         size = int(ray.cluster_resources().get("GPU" if device else "CPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
         if device:
-            gpus = 1 if size else 0
-            actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
-            workers = [actor.remote() for _ in range(min(len(works), size or cpus))]
-            submit = [worker.do.remote for worker in workers]
-            depth = 1
+            actor = ray.remote(num_cpus=1, num_gpus=1 if size else 0)(_Worker)
+            places: list[_Place] = [_Actor(actor) for _ in range(min(len(works), size or cpus))]
         else:
-            submit = [ray.remote(num_cpus=1, max_retries=_RETRIES)(do).remote]
-            depth = 2 * size
-        yield from _keep_busy(ray, works, submit, depth)
+            places = [_Tasks(ray.remote(num_cpus=1, max_retries=0)(do), 2 * size)]
+        yield from _keep_busy(ray, works, places)
 
 
 class _Worker:
@@ -183,31 +179,70 @@ class _Worker:
         return do(work)
 
 
-def _keep_busy(ray: Any, works: Sequence[Work], submit: list[Any], depth: int) -> Iterator[Done]:
-    """Hand each submitter up to `depth` works at a time, and yield what is finished."""
-    waiting = iter(works)
-    running: dict[Any, Any] = {}
+class _Place(Protocol):
+    """Where works are handed in, `depth` of them at a time."""
 
-    def feed(place: Any) -> None:
+    depth: int
+
+    def submit(self, work: Work) -> Any: ...
+
+    def renew(self) -> None:
+        """After a worker was lost."""
+
+
+class _Tasks:
+    def __init__(self, task: Any, depth: int) -> None:
+        self._task, self.depth = task, depth
+
+    def submit(self, work: Work) -> Any:
+        return self._task.remote(work)
+
+    def renew(self) -> None:
+        """The next task finds a worker anyway."""
+
+
+class _Actor:
+    depth = 1
+
+    def __init__(self, actor: Any) -> None:
+        self._class, self._actor = actor, actor.remote()
+
+    def submit(self, work: Work) -> Any:
+        return self._actor.do.remote(work)
+
+    def renew(self) -> None:
+        self._actor = self._class.remote()
+
+
+def _keep_busy(ray: Any, works: Sequence[Work], places: Sequence[_Place]) -> Iterator[Done]:
+    """Hand each place up to its depth of works at a time, yield what is finished, hand in anew what was lost."""
+    waiting = iter(works)
+    running: dict[Any, tuple[_Place, Work, int]] = {}  # and how often it was lost
+
+    def feed(place: _Place) -> None:
         work = next(waiting, None)
         if work is not None:
-            running[place(work)] = place
+            running[place.submit(work)] = (place, work, 0)
 
-    for place in submit:
-        for _ in range(depth):
+    for place in places:
+        for _ in range(place.depth):
             feed(place)
     while running:
         (ready,), _ = ray.wait(list(running), num_returns=1)
-        place = running.pop(ready)
+        place, work, losses = running.pop(ready)
         try:
             done = ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error  # a user's mistake stays one line
         except ray.exceptions.RayError as error:
-            raise UserError(
-                f"a worker was lost {_RETRIES + 1} times over one shard (out of memory?): give Ray fewer CPUs a node; "
-                "what is finished is kept"
-            ) from error
+            if losses == _RETRIES:
+                raise UserError(
+                    f"a worker was lost {losses + 1} times over one shard (out of memory?): give Ray fewer CPUs a "
+                    "node; what is finished is kept"
+                ) from error
+            place.renew()
+            running[place.submit(work)] = (place, work, losses + 1)
+            continue
         yield done
         feed(place)
 
