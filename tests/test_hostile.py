@@ -333,7 +333,7 @@ def root(tmp_path):
     (root / "album").mkdir(parents=True)
     (root / "album" / "song.wav").touch()
     (root / "also.wav").symlink_to("album/song.wav")
-    (root / "round").symlink_to("../root/album")
+    (root / "round").symlink_to(f"../{root.name}/album")
     (root / "leaf.wav").symlink_to("../outside.wav")
     (root / "out").symlink_to("..")
     (root / "absolute").symlink_to("/etc")

@@ -18,7 +18,7 @@ from data_prep.engine.status import WORK
 from data_prep.make import _BATCHES, _device
 from data_prep.options import parser
 from data_prep.sound.decoder_child import _ffmpeg
-from data_prep.stages import pack
+from data_prep.stages import cut, pack
 from ssmttm.codecs import load_codec
 from ssmttm.data import CodesLoader, open_store
 from ssmttm.errors import UserError
@@ -298,6 +298,23 @@ def test_every_job_of_a_chain_has_one_device(asked, device):
     words = ["builtin", "--hours", "1", "--out", "x", "--executor", "slurm", "--sbatch-device", asked]
     for more in ([], ["--stage", "pack"]):
         assert _device(parser().parse_args([*words, *more])) == device
+
+
+def test_a_file_that_goes_away_while_it_is_read_stops_nothing(tmp_path, monkeypatch):
+    for name in ("a.wav", "b.wav"):
+        save(tmp_path / "music" / name, music(ord(name[0]))[: 6 * RATE])
+    whole = cut.file_sha256
+
+    def digest(path: Path) -> str:
+        if path.name == "a.wav":
+            path.unlink()
+        return whole(path)
+
+    monkeypatch.setattr(cut, "file_sha256", digest)
+    main(["folder", *bare(tmp_path / "music", tmp_path / "s")])
+    assert open_store(tmp_path / "s").manifest["track"].to_pylist() == ["b.wav"]
+    assert quarantine(tmp_path / "s")["a.wav"][0] == "missing"
+    assert len(list((tmp_path / "s" / WORK).glob("cut-*/*/audio/*.flac"))) == 1
 
 
 def test_captions_from_tags(tmp_path, capsys):

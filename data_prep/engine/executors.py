@@ -139,10 +139,10 @@ def _gpus() -> list[str]:
 
 @dataclass(frozen=True)
 class Ray:
-    """A Ray cluster that shares a file system: tasks for what needs no model, a pool of actors for what does.
+    """A Ray cluster that shares a file system: a pool of actors, one a GPU, for what wants one, tasks for the rest.
 
-    Tasks of a lost node or a killed worker are run again elsewhere; shards are whole or absent, so it does not matter
-    where a worker was.
+    What a lost node or a killed worker was making is handed in anew; shards are whole or absent, so it does not matter
+    where the worker was.
 
     Args:
         address: of the cluster, such as `auto`; None starts one on this machine.

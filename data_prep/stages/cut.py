@@ -91,15 +91,23 @@ def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path,
             segments.append({"track": track["id"], "loudness": quality.loudness, **facts})
         if not segments:
             raise _nothing_left(refused, cut)
+        digest = _digest(path)
     except Refused:
         for segment in segments:
             (folder / segment["audio"]).unlink()
         raise
     shard.tracks.append(track)
-    shard.sounds.append({"id": track["id"], "file_sha256": file_sha256(path), **ear.facts()})
+    shard.sounds.append({"id": track["id"], "file_sha256": digest, **ear.facts()})
     shard.words.append(ear.words())
     shard.segments += segments
     shard.refused += refused
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise Refused("missing", f"it went away while it was read ({error.strerror or error})") from error
 
 
 class _Ear:
