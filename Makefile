@@ -20,7 +20,7 @@ $(READY): setup.py constraints.txt Makefile
 	@touch $@
 
 demo: $(READY)
-	$(PY) -m ssmttm.demo --out demo
+	$(PY) -m ssmttm.cli.demo --out demo
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile

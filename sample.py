@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = Request.checked(prompts, args.duration, args.seed, sampling, args.max_duration)
 
     from ssmttm import MusicPipeline, audio
-    from ssmttm.generation.files import Destination, record_of
+    from ssmttm.generation.output import Destination, record_of
     from ssmttm.generation.progress import Progress
 
     destination = Destination(args.out, len(prompts), args.format)

@@ -56,5 +56,5 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ssmttm = ssmttm.cli:entry"]},
+    entry_points={"console_scripts": ["ssmttm = ssmttm.cli.main:entry"]},
 )

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from ssmttm import audio
 from ssmttm.codecs import Codec, StudentCodec, load_codec
-from ssmttm.codecs.cost import decoding_cost
-from ssmttm.codecs.quality import codec_quality
+from ssmttm.codecs.metrics import codec_quality
+from ssmttm.codecs.students.cost import decoding_cost
 from ssmttm.data import open_store
 
 TEACHER = "teacher"

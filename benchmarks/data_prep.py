@@ -30,10 +30,10 @@ import torch
 
 from benchmarks.paired import environment
 from data_prep.builtin import compose, render
-from data_prep.stages.captioning import caption_shard
+from data_prep.stages.captions.captions import Describing
+from data_prep.stages.captions.stage import caption_shard
 from data_prep.stages.codes import Coder, encode_shard
 from data_prep.stages.cut import Cut, cut_shard
-from data_prep.stages.describe import Describing
 from data_prep.stages.embed import Embedder, embed_shard
 from data_prep.stages.encode import Windows
 from data_prep.stages.pack import Parts, pack

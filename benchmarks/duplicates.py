@@ -24,11 +24,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.paired import environment
+from data_prep.audio.duplicates import SAME, near_pairs
+from data_prep.audio.quality import measure
 from data_prep.builtin import compose, render
-from data_prep.sound.duplicates import SAME, near_pairs
-from data_prep.sound.fingerprint import RATE, bit_error_rate, fingerprint
-from data_prep.sound.quality import measure
 from ssmttm import audio
+from ssmttm.audio.fingerprint import RATE, bit_error_rate, fingerprint
 
 OUT = Path(__file__).parent / "results" / "duplicates.json"
 HERTZ, COPIED = 44_100, 60

@@ -22,8 +22,8 @@ from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
 from ssmttm.codecs import StudentCodec
 from ssmttm.codecs.hf import from_config
-from ssmttm.compression.sizes import components, total
-from ssmttm.evaluation.figures import markdown
+from ssmttm.compress.sizes import components, total
+from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.engine import generate
 from ssmttm.generation.request import Sampling
 from ssmttm.models import build_model

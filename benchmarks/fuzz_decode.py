@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from data_prep.sound import decoder_child
-from data_prep.sound.decode import Decoder, Limits
+from data_prep.audio import decoder_process
+from data_prep.audio.decode import Decoder, Limits
 from data_prep.track import Refused
 
 FORMATS = {
@@ -44,7 +44,7 @@ def valid_files(folder: Path) -> dict[str, bytes]:
     for suffix, subtype in FORMATS.items():
         sf.write(folder / f"x.{suffix}", samples(), 44_100, subtype=subtype)
     sf.write(folder / "opus.ogg", samples(rate=48_000), 48_000, format="OGG", subtype="OPUS")
-    if program := decoder_child._ffmpeg():
+    if program := decoder_process._ffmpeg():
         for suffix in BY_FFMPEG:
             command = [program, "-v", "error", "-nostdin", "-y", "-i", folder / "x.wav", folder / f"x.{suffix}"]
             subprocess.run(command, check=True, timeout=60)

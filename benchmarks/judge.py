@@ -12,10 +12,10 @@ from ssmttm.codecs import load_codec
 from ssmttm.codecs.losses import spectral_distances
 from ssmttm.data import open_store
 from ssmttm.evaluation import frechet_distance, kernel_distance
-from ssmttm.evaluation.detectors import Detectors
-from ssmttm.evaluation.distances import class_divergence
+from ssmttm.evaluation.attributes.classifiers import Detectors
 from ssmttm.evaluation.embedders import load_embedder
-from ssmttm.evaluation.prompts import balanced_prompts
+from ssmttm.evaluation.metrics.distances import class_divergence
+from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts
 from ssmttm.text.condition import TextCondition
 
 FRAMES = 200  # 8 s, what the models were trained on

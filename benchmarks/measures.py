@@ -18,12 +18,13 @@ import torch
 from benchmarks.paired import environment
 from data_prep.builtin import compose, render
 from ssmttm import audio
-from ssmttm.evaluation import features, levels, rhythm, tonality
-from ssmttm.evaluation.embed_files import Heard
+from ssmttm.audio import features
 from ssmttm.evaluation.embedders import load_embedder
-from ssmttm.evaluation.measures import measure_clip
-from ssmttm.evaluation.repetition import repetition
-from ssmttm.evaluation.score import set_distances
+from ssmttm.evaluation.metrics.compute import set_distances
+from ssmttm.evaluation.music import key, signal_stats, tempo
+from ssmttm.evaluation.music.music_metrics import measure_clip
+from ssmttm.evaluation.music.repetition import repetition
+from ssmttm.evaluation.protocol.embed_files import Heard
 
 OUT = Path(__file__).parent / "results" / "measures.json"
 SECONDS, CLIPS = 10, 4
@@ -96,16 +97,16 @@ def parts(path: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Each group of measures by itself."""
     wav, rate = audio.read(path, mono=False)
     mono = features.level(audio.resample(audio.to_mono(wav), rate, features.SAMPLE_RATE))
-    curve = rhythm.envelope(features.onset_strength(mono)[0])
-    bpm = rhythm.tempo(curve)
+    curve = tempo.envelope(features.onset_strength(mono)[0])
+    bpm = tempo.tempo(curve)
     calls: dict[str, Callable[[], object]] = {
         "read": lambda: audio.read(path, mono=False),
         "resample": lambda: audio.resample(audio.to_mono(wav), rate, features.SAMPLE_RATE),
         "loudness": lambda: audio.loudness(wav, rate),
-        "true peak": lambda: levels.true_peak(wav),
-        "spectrum": lambda: levels.brightness(levels.spectrum(wav), rate),
-        "onsets, tempo, beats": lambda: rhythm.beats(rhythm.envelope(features.onset_strength(mono)[0]), bpm),
-        "key": lambda: tonality.key(features.chroma(mono)[0]),
+        "true peak": lambda: signal_stats.true_peak(wav),
+        "spectrum": lambda: signal_stats.brightness(signal_stats.spectrum(wav), rate),
+        "onsets, tempo, beats": lambda: tempo.beats(tempo.envelope(features.onset_strength(mono)[0]), bpm),
+        "key": lambda: key.key(features.chroma(mono)[0]),
         "repetition": lambda: repetition(features.log_mel(mono)[0]),
     }
     return {name: timed([call], rounds) for name, call in calls.items()}

@@ -13,8 +13,8 @@ import torch
 from paired import environment, paired, summary
 
 from ssmttm import MusicPipeline
-from ssmttm.onnx import export_onnx
-from ssmttm.onnx.graphs import StepGraph
+from ssmttm.export.onnx import export_onnx
+from ssmttm.export.onnx.graphs import StepGraph
 from ssmttm.text import TextCondition
 
 ROWS, SECONDS, CAPTION = 2, 10, "a slow waltz in D minor on a music box"

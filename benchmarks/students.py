@@ -23,9 +23,9 @@ from scipy import stats
 from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
-from ssmttm.evaluation.figures import markdown
+from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.loading import load_model, open_model_folder
-from ssmttm.training.lm import LanguageModelTask
+from ssmttm.training.tasks.lm import LanguageModelTask
 
 RESULTS = Path(__file__).parent / "results" / "students.json"
 PIECE = 10.0  # seconds

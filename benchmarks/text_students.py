@@ -24,11 +24,11 @@ from ssmttm import MusicPipeline
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
 from ssmttm.distill.losses import divergence
+from ssmttm.distill.text_alignment import align, cut
 from ssmttm.models import TokenLM
 from ssmttm.patterns import Pattern
-from ssmttm.text.alignment import align, cut
 from ssmttm.text.encoders import TextEncoder
-from ssmttm.training.lm import interleave, token_losses
+from ssmttm.training.tasks.lm import interleave, token_losses
 
 BATCH, FRAMES, SHOWN = 8, 100, "a slow waltz in D minor on a music box, with a soft harp behind it"
 

@@ -29,16 +29,16 @@ from tqdm import tqdm
 from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment, paired
 from ssmttm import MusicPipeline, config
-from ssmttm.codecs.quality import chroma_similarity, frame_chroma
+from ssmttm.codecs.metrics import chroma_similarity, frame_chroma
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings
-from ssmttm.evaluation.figures import markdown
+from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.engine import generate
 from ssmttm.generation.loading import load_denoiser, open_model_folder
-from ssmttm.generation.painter import Brief, Painter, PaintSettings
 from ssmttm.generation.request import Sampling
+from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
 from ssmttm.models import build_model
+from ssmttm.models.controls import Wishes
 from ssmttm.models.latent_denoiser import Conditions
-from ssmttm.models.wishes import Wishes
 from ssmttm.sweeps.report import interval
 from ssmttm.text.condition import TextCondition
 

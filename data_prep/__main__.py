@@ -21,12 +21,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.engine.run import Finished, Run
-    from data_prep.engine.slurm import Slurm, submit
-    from data_prep.engine.status import WORK
-    from data_prep.make import executor_of, opening_of, wishes_of
+    from data_prep.build import executor_of, opening_of, wishes_of
     from data_prep.pipeline import prepare, stages_of, tell_refusals
+    from data_prep.run import Finished, Run
     from data_prep.stages.pack import summary
+    from data_prep.status import WORK
+    from ssmttm.launch.slurm import Slurm, submit
 
     opening = opening_of(arguments)
     wishes = wishes_of(arguments, opening)
@@ -82,7 +82,7 @@ def _preemptible() -> Iterator[None]:
 
 
 def _status(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.engine.status import status
+    from data_prep.status import status
 
     print(status(arguments.store))
 
@@ -95,7 +95,7 @@ def _report(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _probe(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.sound.decode import probe
+    from data_prep.audio.decode import probe
     from data_prep.track import Refused
 
     refused = 0
@@ -112,7 +112,7 @@ def _probe(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.archives.webdataset import export
+    from data_prep.sources.archives.webdataset import export
     from ssmttm.data import open_store
 
     for tar in export(open_store(arguments.store), arguments.out):

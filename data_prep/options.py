@@ -4,9 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
-from data_prep.engine.run import Share
-from data_prep.sound.decode import Limits
-from data_prep.sound.quality import Filters
+from data_prep.audio.decode import Limits
+from data_prep.audio.quality import Filters
+from data_prep.run import Share
 from data_prep.sources import SOURCES
 from data_prep.stages.cut import TAILS
 from ssmttm.errors import UserError

@@ -10,19 +10,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.engine.run import Finished, Run
-from data_prep.engine.status import WORK
-from data_prep.engine.work import DONE, Counts, Done, Work, stage_folder
-from data_prep.openings import Opening
-from data_prep.sound.quality import Filters
-from data_prep.sound.vocals import VocalDetection, VocalRemoval
-from data_prep.stages.captioning import caption_shard
+from data_prep.audio.quality import Filters
+from data_prep.audio.vocals import VocalDetection, VocalRemoval
+from data_prep.inputs import Opening
+from data_prep.run import Finished, Run
+from data_prep.shard_task import DONE, Counts, Done, Work, stage_folder
+from data_prep.stages.captions.captions import Describing
+from data_prep.stages.captions.stage import caption_shard
 from data_prep.stages.codes import Coder, encode_shard
-from data_prep.stages.describe import Describing
 from data_prep.stages.embed import Embedder, embed_shard
 from data_prep.stages.pack import QUARANTINE_CSV, Parts, pack, write_quarantine_csv
 from data_prep.stages.segments import Segments, taken_on
-from data_prep.stages.voices import detect_shard, remove_shard
+from data_prep.stages.vocals import detect_shard, remove_shard
+from data_prep.status import WORK
 from ssmttm.data.store import Store, open_store
 from ssmttm.data.writer import CLAIM, claim, config_hash
 from ssmttm.errors import UserError

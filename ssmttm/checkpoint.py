@@ -1,6 +1,6 @@
 """Checkpoints that survive a crash at any byte.
 
-A checkpoint is a folder, written by `ssmttm.training.saving`:
+A checkpoint is a folder, written by `ssmttm.training.checkpointer`:
 
     step-00001000/
       config.yaml             the resolved config of the run

@@ -9,11 +9,11 @@ import pytest
 
 from data_prep.builtin import compose, describe
 from data_prep.builtin.captions import tags
-from data_prep.builtin.harmony import harmonise, plan_form
-from data_prep.builtin.instruments import LEADS
-from data_prep.builtin.score import TICKS, Note, Piece
-from data_prep.builtin.styles import STYLES
-from data_prep.builtin.theory import CHARACTERISTIC, MODES, Key, pitch_class
+from data_prep.builtin.composition.harmony import harmonise, plan_form
+from data_prep.builtin.composition.instruments import LEADS
+from data_prep.builtin.composition.score import TICKS, Note, Piece
+from data_prep.builtin.composition.styles import STYLES
+from data_prep.builtin.composition.theory import CHARACTERISTIC, MODES, Key, pitch_class
 from data_prep.builtin.words import BACKING_WORDS, FAMILY_WORDS, INSTRUMENTS, MOODS, TEMPO
 
 COUNT = 300

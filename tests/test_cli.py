@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.errors import run_cli
 from ssmttm.ops.backend import KERNELS
 

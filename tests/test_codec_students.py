@@ -15,14 +15,15 @@ from transformers.models.dac.modeling_dac import DacConfig, DacDecoder
 
 from ssmttm import config
 from ssmttm.codecs import StudentCodec, TinyCodec, TinyCodecConfig, build_codec, encoder_of, load_codec
-from ssmttm.codecs.cost import decoding_cost
-from ssmttm.codecs.quality import codec_quality
-from ssmttm.distill.codec_matching import StageProjections, at_one_rate, matched_stages, traced_outputs
-from ssmttm.distill.codec_transfer import transfer_decoder
+from ssmttm.codecs.metrics import codec_quality
+from ssmttm.codecs.students.cost import decoding_cost
+from ssmttm.distill.codec.matching import StageProjections, at_one_rate, matched_stages, traced_outputs
+from ssmttm.distill.codec.transfer import transfer_decoder
 from ssmttm.errors import UserError
-from ssmttm.evaluation.accuracy import through_codec
-from ssmttm.training import distill_codec, loop
-from ssmttm.training.export import export
+from ssmttm.evaluation.attributes.accuracy import through_codec
+from ssmttm.export.model_folder import export
+from ssmttm.training import loop
+from ssmttm.training.tasks import distill_codec
 
 TINY = TinyCodecConfig(
     sample_rate=8000, hop_length=320, window=640, n_codebooks=3, codebook_size=32, codebook_dim=4, encoder_width=24,

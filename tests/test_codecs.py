@@ -23,7 +23,7 @@ from ssmttm.codecs.losses import (
     reconstruction_losses,
     spectral_distances,
 )
-from ssmttm.codecs.quality import (
+from ssmttm.codecs.metrics import (
     chroma,
     chroma_filterbank,
     chroma_similarity,

@@ -14,16 +14,16 @@ from torch import nn
 
 from benchmarks.end_to_end import random_system
 from ssmttm import MusicPipeline, config
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.codecs import StudentCodec
-from ssmttm.compression import recipe
-from ssmttm.compression.assembly import assemble
-from ssmttm.compression.sizes import Component, comparison, components, total
+from ssmttm.compress import recipe
+from ssmttm.compress.assemble import assemble
+from ssmttm.compress.sizes import Component, comparison, components, total
 from ssmttm.errors import Preempted, UserError
+from ssmttm.export.model_folder import export
 from ssmttm.generation import pipeline
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.training import loop
-from ssmttm.training.export import export
 
 BUDGET = 89.2e6  # arXiv 2406.17159
 LM = ("experiment=tinyttm_lm,model.d_model=16,model.n_layers=2,model.headdim=8,model.d_state=4,model.n_codebooks=4,"

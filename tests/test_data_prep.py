@@ -16,8 +16,8 @@ from small_stores import small_codec
 from torch.nn import functional as F
 
 from data_prep import __main__ as command
-from data_prep.engine.status import WORK
 from data_prep.stages.encode import Windows, encode_all, plan
+from data_prep.status import WORK
 from ssmttm.data import open_store
 from ssmttm.errors import UserError
 

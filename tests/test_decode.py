@@ -20,12 +20,12 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sound import decoder_child
-from data_prep.sound.decode import Decoder, Limits, Sound, probe
+from data_prep.audio import decoder_process
+from data_prep.audio.decode import Decoder, Limits, Sound, probe
 from data_prep.track import KINDS, Refused
 
 RATE = 44_100
-FFMPEG = decoder_child._ffmpeg()
+FFMPEG = decoder_process._ffmpeg()
 needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="there is no FFmpeg")
 
 
@@ -403,7 +403,7 @@ def test_two_files_at_once_are_a_mistake_of_the_program(tmp_path, decoder):
 PARENT = """
 import sys, time
 from pathlib import Path
-from data_prep.sound.decode import Decoder
+from data_prep.audio.decode import Decoder
 decoder = Decoder()
 blocks = decoder.blocks(Path(sys.argv[1]))
 next(blocks)
@@ -442,5 +442,5 @@ def test_ffmpeg_ends_when_the_caller_has_enough(tmp_path, decoder):
 
 
 def test_decoding_needs_no_torch():
-    code = "import sys, data_prep.sound.decode, data_prep.sound.paths; sys.exit('torch' in sys.modules)"
+    code = "import sys, data_prep.audio.decode, data_prep.paths; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -32,11 +32,11 @@ from ssmttm.errors import UserError
 from ssmttm.mixers import Mamba2
 from ssmttm.mixers.bidirectional import Bidirectional, FullAttention, build_bidirectional
 from ssmttm.models import build_model, unet
+from ssmttm.models.controls import Wishes
 from ssmttm.models.denoiser_stack import TimedBranch
 from ssmttm.models.latent_denoiser import Conditions
-from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
-from ssmttm.training import diffusion
+from ssmttm.training.tasks import diffusion
 
 WIDE = torch.float64
 FRAMES = 13  # no multiple of the U-Net's stride, 4

@@ -21,9 +21,9 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from data_prep.stages import describe as module
-from data_prep.stages.describe import Describing, describe, fault_of, load_rephraser, template_captions
-from data_prep.stages.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOICES
+from data_prep.stages.captions import captions as module
+from data_prep.stages.captions.captions import Describing, describe, fault_of, load_rephraser, template_captions
+from data_prep.stages.captions.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOICES
 from ssmttm.errors import UserError
 from ssmttm.text.captioner import AudioCaptioner
 

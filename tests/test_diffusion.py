@@ -14,8 +14,8 @@ from ssmttm.diffusion.guidance import guided
 from ssmttm.diffusion.objectives import OBJECTIVES, get_objective
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings, sample
 from ssmttm.errors import UserError
+from ssmttm.models.controls import Wishes
 from ssmttm.models.latent_denoiser import LatentDenoiser
-from ssmttm.models.wishes import Wishes
 from ssmttm.text.condition import TextCondition
 
 MEAN, SPREAD = 1.5, 0.5  # of the data whose optimal prediction is known

@@ -14,14 +14,14 @@ from test_resume import assert_same, everything, train_with_stops
 from torch import nn
 
 from ssmttm import audio, checkpoint
-from ssmttm.codecs.quality import frame_chroma
+from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.data import open_store
 from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
 from ssmttm.generation.loading import load_denoiser, open_model_folder
 from ssmttm.training import loop
-from ssmttm.training.diffusion import DiffusionTask
 from ssmttm.training.step import Player, gradients, micro_batches
+from ssmttm.training.tasks.diffusion import DiffusionTask
 
 S = CODEBOOK_DIM  # channels of the sketch
 PLAIN = ("diffusion.sketch_dropout=0", "diffusion.sketch_noise=0", "data.caption_dropout=0")  # nothing is drawn

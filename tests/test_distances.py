@@ -12,8 +12,11 @@ from scipy.linalg import sqrtm
 from scipy.stats import entropy
 
 from ssmttm.errors import UserError
-from ssmttm.evaluation import frechet_distance, kernel_distance, resampling
-from ssmttm.evaluation.distances import (
+from ssmttm.evaluation import frechet_distance, kernel_distance
+from ssmttm.evaluation.metrics import bootstrap as clip_bootstrap
+from ssmttm.evaluation.metrics.bootstrap import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
+from ssmttm.evaluation.metrics.compute import set_distances
+from ssmttm.evaluation.metrics.distances import (
     Neighbourhoods,
     bootstrap,
     clap_score,
@@ -22,9 +25,7 @@ from ssmttm.evaluation.distances import (
     median_distance,
     precision_recall_coverage,
 )
-from ssmttm.evaluation.embed_files import Heard
-from ssmttm.evaluation.resampling import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
-from ssmttm.evaluation.score import set_distances
+from ssmttm.evaluation.protocol.embed_files import Heard
 
 
 def cloud(n, d, seed=0, shift=0.0, scale=1.0):
@@ -220,8 +221,8 @@ def test_unpaired_posteriors_and_no_distributions_are_refused():
 @pytest.mark.parametrize(("windows", "near"), [((1, 1), 64), ((3, 2), 64), ((3, 2), 7), ((1, 2), 1)])
 def test_intervals_from_weights_are_those_of_drawn_rows(windows, near, monkeypatch):
     """With few neighbours kept, some draws must look at all rows."""
-    monkeypatch.setattr(resampling, "_NEAR", near)
-    monkeypatch.setattr(resampling, "_ROWS", 20)
+    monkeypatch.setattr(clip_bootstrap, "_NEAR", near)
+    monkeypatch.setattr(clip_bootstrap, "_ROWS", 20)
     generator = torch.Generator().manual_seed(near)
     x, y = (torch.randn(n, w, 4, generator=generator).double() for n, w in zip((30, 41), windows, strict=True))
     bandwidth = median_distance(y.flatten(0, 1))
@@ -247,7 +248,7 @@ def test_intervals_from_weights_are_those_of_drawn_rows(windows, near, monkeypat
 
 
 def test_long_work_shows_its_progress(monkeypatch, capsys):
-    monkeypatch.setattr(resampling, "_ROWS", 8)
+    monkeypatch.setattr(clip_bootstrap, "_ROWS", 8)
     none = torch.zeros(0)
     set_distances(*(Heard(cloud(30, 8, seed=s).view(30, 2, 4), none, none) for s in (0, 1)))
     shown = capsys.readouterr().err

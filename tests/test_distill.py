@@ -15,16 +15,17 @@ from test_sample_cli import WordEncoder
 from torch.distributions import Categorical, kl_divergence
 
 from ssmttm import checkpoint
-from ssmttm.distill.matching import traced_mixers
+from ssmttm.distill.hidden_states import traced_mixers
 from ssmttm.errors import UserError
+from ssmttm.export.int8 import export_int8
+from ssmttm.export.model_folder import export
 from ssmttm.generation import pipeline
 from ssmttm.generation.loading import load_model, open_model_folder
-from ssmttm.generation.quantised import export_int8
 from ssmttm.models import TokenLM
-from ssmttm.models.wishes import Wishes
-from ssmttm.training import distill, lm, loop
-from ssmttm.training.distill import DistillTask, cache_teacher
-from ssmttm.training.export import export
+from ssmttm.models.controls import Wishes
+from ssmttm.training import loop
+from ssmttm.training.tasks import distill_lm, lm
+from ssmttm.training.tasks.distill_lm import DistillTask, cache_teacher
 
 WIDE = ("model.d_model=32", "model.n_layers=4", "data.batch_size=4", "train.eval_every=0")
 WIDE += ("train.checkpoint_every=1000",)
@@ -291,8 +292,8 @@ def test_magnitudes_weigh_losses_alike(config_of):
     run = loop.train(config_of("distill.weighting=magnitude", "losses.hidden=1", "train.steps=40"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "weight_kl" in row][-1]
-    plain = [last[name] for name in distill.LOSSES]
-    shares = [last[name] * last[f"weight_{name}"] for name in distill.LOSSES]
+    plain = [last[name] for name in distill_lm.LOSSES]
+    shares = [last[name] * last[f"weight_{name}"] for name in distill_lm.LOSSES]
     assert max(shares) < 1.6 * min(shares) and max(plain) > 2 * min(plain)
 
 
@@ -332,7 +333,7 @@ def test_the_teacher_runs_in_the_precision_of_the_training(
     assert seen == {(precision == "bf16", True), (precision == "bf16", False)}
     seen.clear()
     asked = ("data.fixed_crops=true", f"train.precision={precision}", "distill.transfer.width=importance")
-    monkeypatch.setattr(distill, "channel_importance", None)
+    monkeypatch.setattr(distill_lm, "channel_importance", None)
     cache_teacher(config_of(*asked), tmp_path / "cache", 4)
     assert seen == {(precision == "bf16", False)}
 

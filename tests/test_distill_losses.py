@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ssmttm.distill.hidden_states import StreamProjections
 from ssmttm.distill.losses import (
     DIVERGENCES,
     Target,
@@ -15,7 +16,6 @@ from ssmttm.distill.losses import (
     student_log_q,
     target,
 )
-from ssmttm.distill.matching import StreamProjections
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
 

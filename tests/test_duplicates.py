@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from music import clips
 
-from data_prep.sound.duplicates import SAME, _candidates, _passes, groups, near_pairs
-from data_prep.sound.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
+from data_prep.audio.duplicates import SAME, _candidates, _passes, groups, near_pairs
 from ssmttm import audio
+from ssmttm.audio.fingerprint import RATE, Fingerprinter, at_offset, bit_error_rate, fingerprint
 
 HERTZ = 24_000
 PIECES = 12

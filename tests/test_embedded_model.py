@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ssmttm import MusicPipeline
-from ssmttm.codecs.quality import chroma_similarity
-from ssmttm.compression.sizes import components, total
+from ssmttm.codecs.metrics import chroma_similarity
+from ssmttm.compress.sizes import components, total
 
 
 @pytest.fixture(scope="module", params=[None, "tinyttm_tiny"])

@@ -11,13 +11,13 @@ from music import RATE, SPOILT, clips
 from safetensors.torch import save_file
 from torch import nn
 
+from ssmttm.cli import train_embedder
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation import train_embedder
-from ssmttm.evaluation.distances import clap_score, class_divergence, frechet_distance, kernel_distance
 from ssmttm.evaluation.embedders import EMBEDDERS, convnets, load_embedder, mono_at
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
 from ssmttm.evaluation.embedders.tiny import TinyEmbedder
+from ssmttm.evaluation.metrics.distances import clap_score, class_divergence, frechet_distance, kernel_distance
 
 
 @pytest.fixture(scope="module")

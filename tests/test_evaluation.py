@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from ssmttm import audio
+from ssmttm.audio import features
+from ssmttm.cli import train_attribute_classifiers
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
-from ssmttm.evaluation import adherence, features, page, train_detectors
-from ssmttm.evaluation.accuracy import ATTRIBUTES, expected_of
-from ssmttm.evaluation.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
-from ssmttm.evaluation.detectors import MODES, Detectors, pitch_class, tempo_class, windows
-from ssmttm.evaluation.pictures import encode_png, spectrogram_png, ticks
-from ssmttm.evaluation.prompts import balanced_prompts, named
-from ssmttm.evaluation.statistics import agreement_of, binomial_tail, wilson
+from ssmttm.evaluation.attributes import adherence
+from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_of
+from ssmttm.evaluation.attributes.classifiers import MODES, Detectors, pitch_class, tempo_class, windows
+from ssmttm.evaluation.metrics.statistics import agreement_of, binomial_tail, wilson
+from ssmttm.evaluation.music.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
+from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts, named
+from ssmttm.reports import html
+from ssmttm.reports.spectrogram import encode_png, spectrogram_png, ticks
 
 RATE = features.SAMPLE_RATE
 FAMILIES = ["brass", "flutes", "guitar", "mallets", "organ", "piano", "reeds", "strings", "synth"]
@@ -162,12 +165,12 @@ def test_training_program_makes_detectors_that_load(tmp_path, monkeypatch):
         writer.add({**row, "duration": 20.0, "audio": f"audio/{i}.wav", "truth": json.dumps(truth)})
     writer.finish()
     arguments = ["--store", str(store), "--codec", "tiny", "--reconstructed", "1", "--steps", "2", "--batch", "3"]
-    train_detectors.main([*arguments, "--out", str(tmp_path / "out")])
+    train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "out")])
     first = Detectors.from_pretrained(tmp_path / "out")
     assert first.families == FAMILIES[:3] and first.card["trained_on"]["clips"] == 4
     assert first.card["held_out"]["true"]["n"] == first.card["held_out"]["reconstructed"]["n"] == 2
     assert len(list((tmp_path / "ssmttm-detectors").iterdir())) == 2, "features are kept"
-    train_detectors.main([*arguments, "--out", str(tmp_path / "again")])
+    train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "again")])
     assert Detectors.from_pretrained(tmp_path / "again").fingerprint == first.fingerprint
 
 
@@ -262,18 +265,18 @@ def test_tempo_classes_and_tonics():
 
 def test_page_is_one_self_contained_file(tmp_path):
     wav = torch.cat([tone(note) for note in (60, 64)], 1)
-    curve = page.Curve({"loss": [(0, 6.9), (10, 5.5), (20, float("nan"))]}, "step", "loss")
-    player = page.Player(wav, RATE, "a <b>slow</b> waltz", {"key": "D minor", "silent": False})
+    curve = html.Curve({"loss": [(0, 6.9), (10, 5.5), (20, float("nan"))]}, "step", "loss")
+    player = html.Player(wav, RATE, "a <b>slow</b> waltz", {"key": "D minor", "silent": False})
     sections = [
-        page.Section("Samples", [page.Row([player, page.Player(wav, RATE, "second", format="flac")])]),
-        page.Section("Training", [curve, page.Table(["step", "loss"], [[0, 6.9]]), page.Text("make demo", code=True)]),
+        html.Section("Samples", [html.Row([player, html.Player(wav, RATE, "second", format="flac")])]),
+        html.Section("Training", [curve, html.Table(["step", "loss"], [[0, 6.9]]), html.Text("make demo", code=True)]),
     ]
-    html = page.write_page(tmp_path / "page.html", "Music & models", sections, lead="Hello").read_text()
-    assert html.count("<audio controls") == 2 and html.count("data:image/png;base64,") == 2
-    assert "data:audio/mpeg;base64," in html and "data:audio/flac;base64," in html and "<polyline" in html
-    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", html)
-    assert "<b>slow</b>" not in html and "nan" not in html.split("<polyline")[1].split("/>")[0]
-    flat = page.Curve({"loss": [(0, 1.0)]}, "step", "loss").html()
+    page = html.write_page(tmp_path / "page.html", "Music & models", sections, lead="Hello").read_text()
+    assert page.count("<audio controls") == 2 and page.count("data:image/png;base64,") == 2
+    assert "data:audio/mpeg;base64," in page and "data:audio/flac;base64," in page and "<polyline" in page
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", page)
+    assert "<b>slow</b>" not in page and "nan" not in page.split("<polyline")[1].split("/>")[0]
+    flat = html.Curve({"loss": [(0, 1.0)]}, "step", "loss").html()
     assert "nan" not in flat and "inf" not in flat
 
 

@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz_decode import mutated, samples, valid_files
-from data_prep.sound import decoder_child
-from data_prep.sound.decode import Decoder, Limits
-from data_prep.sound.paths import inside
+from data_prep.audio import decoder_process
+from data_prep.audio.decode import Decoder, Limits
+from data_prep.paths import inside
 from data_prep.track import KINDS, Refused
 
 RATE = 44_100
 LIMITS = Limits(wall_seconds=20, memory_bytes=512 << 20)
-needs_ffmpeg = pytest.mark.skipif(decoder_child._ffmpeg() is None, reason="there is no FFmpeg")
+needs_ffmpeg = pytest.mark.skipif(decoder_process._ffmpeg() is None, reason="there is no FFmpeg")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_playlists_are_not_followed(tmp_path, decoder, files, server, kind):
 @needs_ffmpeg
 def test_a_flood_of_complaints_does_not_block_ffmpeg(tmp_path, decoder):
     sf.write(tmp_path / "x.wav", samples(60.0), RATE)
-    command = [decoder_child._ffmpeg(), "-v", "error", "-i", tmp_path / "x.wav", tmp_path / "x.aac"]
+    command = [decoder_process._ffmpeg(), "-v", "error", "-i", tmp_path / "x.wav", tmp_path / "x.aac"]
     subprocess.run(command, check=True, timeout=60)
     data = bytearray((tmp_path / "x.aac").read_bytes())
     for place in range(2000, len(data), 97):
@@ -279,7 +279,7 @@ def test_a_flood_of_complaints_does_not_block_ffmpeg(tmp_path, decoder):
 @pytest.mark.parametrize("suffix", ["nut", "avi", "ts"])
 def test_containers_that_are_not_on_the_list_are_refused(tmp_path, decoder, files, suffix):
     (tmp_path / "x.wav").write_bytes(files["x.wav"])
-    command = [decoder_child._ffmpeg(), "-v", "error", "-i", tmp_path / "x.wav", tmp_path / f"x.{suffix}"]
+    command = [decoder_process._ffmpeg(), "-v", "error", "-i", tmp_path / "x.wav", tmp_path / f"x.{suffix}"]
     subprocess.run(command, check=True, timeout=60)
     assert isinstance(attack(decoder, tmp_path / f"x.{suffix}"), Refused)
 

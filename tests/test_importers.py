@@ -24,17 +24,17 @@ from transformers import (
 )
 
 from ssmttm import MusicPipeline
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.config import CONFIG_DIR
 from ssmttm.errors import UserError, run_cli
-from ssmttm.importers import export_musicgen, import_musicgen, import_released
-from ssmttm.importers.musicgen import from_musicgen, to_musicgen
-from ssmttm.importers.released import read_released
+from ssmttm.export.importers import export_musicgen, import_musicgen, import_released
+from ssmttm.export.importers.musicgen import from_musicgen, to_musicgen
+from ssmttm.export.importers.released import read_released
 from ssmttm.models import TokenLM, TokenLMConfig, build_model
 from ssmttm.models.conditioning import sinusoids
 from ssmttm.text import TextCondition, load_text_encoder
-from ssmttm.text.reading import build_reader
-from ssmttm.training.saving import start_from
+from ssmttm.text.null_condition import build_reader
+from ssmttm.training.checkpointer import start_from
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
 PROMPTS = ["slow piano", "loud drums with slow piano"]

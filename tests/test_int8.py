@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ssmttm import MusicPipeline, UserError
+from ssmttm.export.int8 import export_int8
 from ssmttm.generation.loading import EMBEDDED
-from ssmttm.generation.quantised import export_int8
 from ssmttm.models import TokenLM, TokenLMConfig
 from ssmttm.ops.int8 import Int8Linear, dequantise_rows, int8_linear, quantise, quantise_rows
 from ssmttm.ops.linear import Linear

@@ -17,7 +17,7 @@ import yaml
 from scipy.optimize import minimize
 
 from ssmttm import audio
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.errors import UserError, run_cli
 from ssmttm.files import write_text
 from ssmttm.listening.analyse import (

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from small_stores import CODEBOOK_SIZE, write_codes_store
 
 from ssmttm import audio
+from ssmttm.audio.features import SAMPLE_RATE
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.features import SAMPLE_RATE
 from ssmttm.evaluation.memorisation import RATE, SUSPECT, AudioIndex, CodeIndex, fingerprints
 
 

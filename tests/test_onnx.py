@@ -13,12 +13,12 @@ import torch
 from transformers import T5Config, T5EncoderModel
 
 from ssmttm import MusicPipeline, UserError
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.codecs import StudentCodec, build_codec, load_codec
+from ssmttm.export.onnx import export_onnx, write
+from ssmttm.export.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, StepGraph
+from ssmttm.export.onnx.states import named
 from ssmttm.models import TokenLM, TokenLMConfig
-from ssmttm.onnx import export, export_onnx
-from ssmttm.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, StepGraph
-from ssmttm.onnx.states import named
 from ssmttm.ops.int8 import Int8Linear, quantise
 from ssmttm.text import TextCondition, load_text_encoder
 from ssmttm.text.encoders import TextEncoder
@@ -37,7 +37,7 @@ class Runtime:
     """A graph in ONNX Runtime: named arrays in, named arrays out."""
 
     def __init__(self, graph, path):
-        export.write_graph(graph, path)
+        write.write_graph(graph, path)
         self.graph, self.session = graph, onnxruntime.InferenceSession(path)
 
     def __call__(self, **inputs):
@@ -238,10 +238,10 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path, monkeypatch):
         export_onnx("tiny_two_stage", tmp_path / "two")
     with pytest.raises(UserError, match="already"):
         export_onnx("tiny_lm", folder)
-    monkeypatch.setattr(export.ModelFolder, "reading", "visible_padding")
+    monkeypatch.setattr(write.ModelFolder, "reading", "visible_padding")
     with pytest.raises(UserError, match="'visible_padding'"):
         export_onnx("tiny_lm", tmp_path / "other")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(write, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ssmttm\[export\]"):
         export_onnx("tiny_lm", tmp_path / "other")
     assert not list(tmp_path.iterdir())

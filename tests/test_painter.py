@@ -23,17 +23,18 @@ from small_stores import (
 )
 
 import sample
-from ssmttm import MusicPipeline, audio, checkpoint, cli
-from ssmttm.codecs.quality import frame_chroma
+from ssmttm import MusicPipeline, audio, checkpoint
+from ssmttm.cli import main
+from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.diffusion.samplers import SamplerSettings
 from ssmttm.errors import UserError, run_cli
-from ssmttm.generation import painter as painting
+from ssmttm.export.model_folder import export, export_two_stages
 from ssmttm.generation import pipeline
-from ssmttm.generation.painter import Brief, Painter, PaintSettings
-from ssmttm.models.wishes import Wishes
+from ssmttm.generation import second_stage as painting
+from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
+from ssmttm.models.controls import Wishes
 from ssmttm.text.condition import TextCondition
 from ssmttm.training import loop
-from ssmttm.training.export import export, export_two_stages
 
 FRAMES, WINDOW, OVERLAP = 40, 16, 4  # windows begin at 0, 12 and 24
 TEXT, NULL, SEEDS = captions(5, 2, 7), captions(1, seed=5), [11, 12, 13]
@@ -345,7 +346,7 @@ def paint_run(root, store):
 
 @pytest.fixture(scope="module")
 def exported(root, sketcher, paint_run):
-    assert cli.main(["export", str(sketcher), str(root / "both"), "--painter", str(paint_run)]) == 0
+    assert main.main(["export", str(sketcher), str(root / "both"), "--painter", str(paint_run)]) == 0
     return root / "both"
 
 

@@ -11,11 +11,11 @@ from planted import RATE, music, save
 from small_stores import small_codec
 
 from data_prep.__main__ import main
-from data_prep.engine.status import WORK
-from data_prep.engine.work import Done
+from data_prep.shard_task import Done
 from data_prep.stages.cut import Cut, cut_shard
 from data_prep.stages.plan import read_shard, shards_of, write_plan
 from data_prep.stages.segments import Segments, taken_on
+from data_prep.status import WORK
 from data_prep.tables import QUARANTINE_FILE
 from data_prep.track import Track
 from ssmttm.data import open_store

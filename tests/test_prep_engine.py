@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.engine.executors import Processes
-from data_prep.engine.run import Finished, Run, Share
-from data_prep.engine.slurm import Slurm, submit
-from data_prep.engine.status import WORK, status
-from data_prep.engine.work import DONE, Done, Work, do, find, stage_folder
+from data_prep.run import Finished, Run, Share
+from data_prep.shard_task import DONE, Done, Work, do, find, stage_folder
+from data_prep.status import WORK, status
 from ssmttm.errors import UserError
 from ssmttm.files import claimed
+from ssmttm.launch.shard_executors import Processes
+from ssmttm.launch.slurm import Slurm, submit
 
 
 def write_file(text: str, folder: Path) -> dict[str, float]:
@@ -93,7 +93,7 @@ def test_other_inputs_or_another_version_make_it_anew(tmp_path, monkeypatch):
     changed = replace(work, inputs="others", make=partial(write_file, "changed"))
     assert find(changed) is None and do(changed).hashes != {} and find(work) is None
     assert (work.target / "deep" / "text").read_text() == "changed"
-    monkeypatch.setattr("data_prep.engine.work.__version__", "99")
+    monkeypatch.setattr("data_prep.shard_task.__version__", "99")
     assert find(changed) is None
 
 
@@ -123,7 +123,7 @@ def test_two_that_replace_a_shard_at_once(tmp_path, monkeypatch):
 def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     (work,) = works(tmp_path, 1)
     seen = []
-    monkeypatch.setattr("data_prep.engine.work.fsync", lambda path: seen.append((path, work.target.exists())))
+    monkeypatch.setattr("data_prep.shard_task.fsync", lambda path: seen.append((path, work.target.exists())))
     do(work)
     *inside, (parent, named) = seen
     assert (parent, named) == (work.target.parent, True) and not any(named for _, named in inside)
@@ -189,7 +189,7 @@ def test_workers_may_be_lost_as_often_as_shards_are_finished(tmp_path, monkeypat
         yield do(waiting[0])
         raise BrokenProcessPool
 
-    monkeypatch.setattr("data_prep.engine.executors._in_pool", one_then_lost)
+    monkeypatch.setattr("ssmttm.launch.shard_executors._in_pool", one_then_lost)
     monkeypatch.setattr(Processes, "_pool", lambda *_: None)
     monkeypatch.setattr(Processes, "_close", lambda *_, **__: None)
     assert len(Run(tmp_path, Processes(2)).stage("cut", works(tmp_path, 7))) == 7
@@ -287,9 +287,9 @@ KILLED = """
 import sys; sys.path.insert(0, {tests!r})
 from pathlib import Path
 from functools import partial
-from data_prep.engine.executors import Processes
-from data_prep.engine.run import Run
-from data_prep.engine.work import Work
+from ssmttm.launch.shard_executors import Processes
+from data_prep.run import Run
+from data_prep.shard_task import Work
 from test_prep_engine import slow
 if __name__ == "__main__":
     root = Path({root!r})

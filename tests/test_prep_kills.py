@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder, told
 
-from data_prep.engine.status import WORK
+from data_prep.status import WORK
 
 pytestmark = pytest.mark.timeout(900)
 KILLS = 20

@@ -14,11 +14,11 @@ from planted import RATE, Planted, music, plant, save
 from small_stores import small_codec
 
 from data_prep.__main__ import main
-from data_prep.engine.status import WORK
-from data_prep.make import _BATCHES, _device
+from data_prep.audio.decoder_process import _ffmpeg
+from data_prep.build import _BATCHES, _device
 from data_prep.options import parser
-from data_prep.sound.decoder_child import _ffmpeg
 from data_prep.stages import cut, pack
+from data_prep.status import WORK
 from ssmttm.codecs import load_codec
 from ssmttm.data import CodesLoader, open_store
 from ssmttm.errors import UserError
@@ -157,7 +157,7 @@ def test_a_second_run_does_nothing_and_a_grown_folder_little(planted, made, code
     assert first.fingerprint == open_store(made).fingerprint
     before = shard_times(tmp_path / "s")
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.openings.cut_shard", lambda *_: pytest.fail("cut again"))
+        patch.setattr("data_prep.inputs.cut_shard", lambda *_: pytest.fail("cut again"))
         prepare(again, tmp_path / "s", codec)
     save(root / "new.flac", music(30))
     prepare(again, tmp_path / "s", codec)

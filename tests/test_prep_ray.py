@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder, told
 
-from data_prep.engine.executors import Ray
-from data_prep.engine.run import Run
-from data_prep.engine.work import Work
+from data_prep.run import Run
+from data_prep.shard_task import Work
 from ssmttm.errors import UserError
+from ssmttm.launch.shard_executors import Ray
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(600)
@@ -157,7 +157,7 @@ def die(folder: Path) -> dict[str, float]:
 
 
 def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.engine.executors._RETRIES", 1)
+    monkeypatch.setattr("ssmttm.launch.shard_executors._RETRIES", 1)
     with pytest.raises(UserError, match="a worker was lost 2 times over one shard"):
         Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", die)])
 

@@ -17,7 +17,7 @@ from data_prep.reports.report import write_report
 from ssmttm.data.store import open_store
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
-from ssmttm.evaluation.page_charts import Bar, Bars, Histogram, plain
+from ssmttm.reports.charts import Bar, Bars, Histogram, plain
 
 BY, SA = "https://creativecommons.org/licenses/by/4.0/", "https://creativecommons.org/licenses/by-sa/3.0/"
 GENRES = ("rock", "rock", "rock", "jazz", "jazz", "folk")

@@ -7,7 +7,7 @@ from planted import RATE, music, save
 from small_stores import small_codec
 
 from data_prep import __main__ as command
-from data_prep.engine.status import WORK
+from data_prep.status import WORK
 from ssmttm.data import open_store
 
 SBATCH = """\

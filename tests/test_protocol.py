@@ -12,13 +12,13 @@ import torch
 from music import RATE, clips
 
 from ssmttm import audio, config
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.errors import UserError, run_cli
-from ssmttm.evaluation import protocol
-from ssmttm.evaluation.embed_files import hear, set_hash
 from ssmttm.evaluation.embedders import load_embedder
-from ssmttm.evaluation.figures import Figure, check_comparable, compare, differences, table
-from ssmttm.evaluation.prompt_lists import read_prompt_list
+from ssmttm.evaluation.metrics.metric import Figure, check_comparable, compare, differences, table
+from ssmttm.evaluation.protocol import evaluate
+from ssmttm.evaluation.protocol.embed_files import hear, set_hash
+from ssmttm.evaluation.protocol.prompt_lists import read_prompt_list
 
 N = 24
 Output = namedtuple("Output", "audios sample_rate")
@@ -65,7 +65,7 @@ def settings(benchmark, out, *more):
 @pytest.fixture
 def model(monkeypatch):
     model = Model()
-    monkeypatch.setattr(protocol.MusicPipeline, "from_pretrained", lambda checkpoint, painter: model)
+    monkeypatch.setattr(evaluate.MusicPipeline, "from_pretrained", lambda checkpoint, painter: model)
     return model
 
 
@@ -74,7 +74,7 @@ def model(monkeypatch):
 
 def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, model, capsys):
     out = tmp_path / "out"
-    found = protocol.evaluate(settings(benchmark, out))
+    found = evaluate.evaluate(settings(benchmark, out))
     assert len(model.asked) == N and len(list((out / "audio").glob("*.wav"))) == N
     names = {figure["name"]: figure for figure in found["figures"]}
     kinds = ("fad", "kad", "fad_infinity", "precision", "recall", "coverage")
@@ -93,20 +93,20 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
     (out / "audio" / "clip-3.wav").unlink()
     (out / "audio" / "clip-5.json").unlink()  # a piece without its record was cut off
     (out / "audio" / "clip-7.json").write_text("damaged")
-    again = protocol.evaluate(settings(benchmark, out))
+    again = evaluate.evaluate(settings(benchmark, out))
     assert len(model.asked) == N + 3 and again["figures"] == found["figures"]
 
 
 def test_pieces_of_another_model_are_not_taken(benchmark, tmp_path, model):
-    protocol.evaluate(settings(benchmark, tmp_path))
+    evaluate.evaluate(settings(benchmark, tmp_path))
     with pytest.raises(UserError, match="guidance_scale differ"):
-        protocol.evaluate(settings(benchmark, tmp_path, "guidance=5"))
+        evaluate.evaluate(settings(benchmark, tmp_path, "guidance=5"))
     model.guidance_scale = 1.0  # a student with its teacher's guidance within
     with pytest.raises(UserError, match="guidance_scale differ"):
-        protocol.evaluate(settings(benchmark, tmp_path))
+        evaluate.evaluate(settings(benchmark, tmp_path))
     model.guidance_scale, model.facts = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
     with pytest.raises(UserError, match="model differ"):
-        protocol.evaluate(settings(benchmark, tmp_path))
+        evaluate.evaluate(settings(benchmark, tmp_path))
 
 
 def test_finished_audio_is_matched_and_what_does_not_match_is_told(benchmark, tmp_path, model):
@@ -116,7 +116,7 @@ def test_finished_audio_is_matched_and_what_does_not_match_is_told(benchmark, tm
     audio.write(done / "stranger.wav", torch.zeros(1, 5 * RATE) + 0.1, RATE)
     (done / "clip-7.wav").write_bytes(b"broken")
     audio.write(done / "clip-8.wav", torch.ones(1, RATE) * 0.1, RATE)
-    found = protocol.evaluate(settings(benchmark, tmp_path / "out", f"audio={done}"))
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"audio={done}"))
     told = "\n".join(found["notes"])
     assert "2 prompts without audio" in told and "stranger.wav" in told and "2 left out" in told
     assert not model.asked and found["figures"][0]["fingerprint"]["n"] == N - 4
@@ -124,7 +124,7 @@ def test_finished_audio_is_matched_and_what_does_not_match_is_told(benchmark, tm
 
 
 def test_missing_references_are_told_and_the_figures_that_need_them_left_out(benchmark, tmp_path, model):
-    found = protocol.evaluate(settings(benchmark, tmp_path / "out", f"references={tmp_path}"))
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"references={tmp_path}"))
     assert {f["name"] for f in found["figures"]} == {"clap_tiny"} and not found["true_music"]
     assert any("24 prompts without reference audio" in note for note in found["notes"])
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_scored_is_one_clear_line(benchmark, tmp_path, model, mor
     audio.write(tmp_path / "ONE" / "clip-3.wav", torch.ones(1, 5 * RATE) * 0.1, RATE)
     more = [re.sub("EMPTY|ONE", lambda folder: str(tmp_path / folder[0]), word) for word in more]
     with pytest.raises(UserError) as caught:
-        protocol.evaluate(settings(benchmark, tmp_path / "out", *more))
+        evaluate.evaluate(settings(benchmark, tmp_path / "out", *more))
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not model.asked  # nothing was generated in vain
 
@@ -159,7 +159,7 @@ def test_few_clips_and_unlike_rates_are_noted(benchmark, tmp_path, model):
         wav = audio.resample(audio.read(path)[0], RATE, 44_100).clamp(-1, 1)
         audio.write(tmp_path / "audio" / f"{path.stem}.wav", wav.repeat(2, 1), 44_100)
     more = f"references={tmp_path / 'audio'}", "measures=true"
-    found = protocol.evaluate(settings(benchmark, tmp_path / "out", *more))
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", *more))
     told = "\n".join(found["notes"])
     assert f"{N} clips and {N} references are few" in told
     assert f"model {RATE} Hz; true music 44100 Hz" in told
@@ -209,8 +209,8 @@ def test_unlike_figures_refuse():
 def test_outcomes_are_compared_on_the_command_line(benchmark, tmp_path, model, capsys):
     for name in ("a", "b"):
         model.facts = {"model": {"name": name, "weights_sha256": name * 64}}
-        protocol.evaluate(settings(benchmark, tmp_path / name))
-    protocol.evaluate(settings(benchmark, tmp_path / "c", "seed=1"))
+        evaluate.evaluate(settings(benchmark, tmp_path / name))
+    evaluate.evaluate(settings(benchmark, tmp_path / "c", "seed=1"))
     assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "fad_tiny" in capsys.readouterr().out
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "c")])) == 2

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.audio.quality import Filters, _k_weighting, judge, loudness, measure
 from data_prep.builtin import compose, render
-from data_prep.sound.quality import Filters, _k_weighting, judge, loudness, measure
 from ssmttm import audio
 
 RATE = 44_100

@@ -75,7 +75,7 @@ def test_commands_run_in_their_order(folder):
             continue
         program, *arguments = small(command)
         if program == "ssmttm":
-            program, arguments = "python", ["-m", "ssmttm.cli", *arguments]
+            program, arguments = "python", ["-m", "ssmttm.cli.main", *arguments]
         assert program == "python", command
         script = [str(ROOT / arguments[0])] if arguments[0].endswith(".py") else [arguments[0]]
         environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}

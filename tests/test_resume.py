@@ -13,7 +13,8 @@ from small_stores import codec_config, lm_config, write_audio_store, write_codes
 
 from ssmttm import checkpoint
 from ssmttm.errors import Preempted, UserError
-from ssmttm.training import codec, lm, loop
+from ssmttm.training import loop
+from ssmttm.training.tasks import codec, lm
 
 ROOT = Path(__file__).parents[1]
 # 20 segments in batches of 2: ten steps an epoch. Dropout draws from the generators, captions drop out.

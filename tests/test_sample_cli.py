@@ -20,7 +20,7 @@ from ssmttm.checkpoint import save_checkpoint
 from ssmttm.codecs import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError, run_cli
 from ssmttm.generation import loading, pipeline
-from ssmttm.generation.files import slug
+from ssmttm.generation.output import slug
 from ssmttm.generation.progress import Progress
 from ssmttm.generation.request import MAX_SEED, read_prompts
 from ssmttm.models import build_model

@@ -5,7 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmttm import cli
+from ssmttm.cli import main
 from ssmttm.config import CONFIG_DIR
 from ssmttm.errors import UserError
 from ssmttm.models import build_model
@@ -93,6 +93,6 @@ def test_flops_are_those_counted(conditioning, layers):
 
 
 def test_the_command_prints_what_it_chose(capsys):
-    assert cli.main(["size", "experiment=paper_cross_simba", "--parameters", "281M"]) == 0
+    assert main.main(["size", "experiment=paper_cross_simba", "--parameters", "281M"]) == 0
     said = capsys.readouterr().out
     assert "model.n_layers=18: 287,038,144 parameters, +2.15% of the budget" in said and "times 6 N" in said

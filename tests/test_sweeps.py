@@ -18,10 +18,11 @@ from scipy import stats
 from small_stores import CODEBOOK_SIZE, FRAMES, N_CODEBOOKS, TEXT_DIM, write_codes_store
 
 from ssmttm import config
-from ssmttm.cli import main
+from ssmttm.cli.main import main
 from ssmttm.errors import Preempted, UserError, run_cli
+from ssmttm.launch import sweep_launchers, training_job
 from ssmttm.models.size import count_parameters, size_of
-from ssmttm.sweeps import launch, plots, report, work
+from ssmttm.sweeps import plots, report
 from ssmttm.sweeps.collect import SPENT, Group, Run, collect, group
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import Job, expand
@@ -43,8 +44,8 @@ def settings(tmp_path, grid, steps=5, parallel=2, **more):
 @pytest.fixture
 def fake(monkeypatch):
     """Jobs run the stand-in."""
-    monkeypatch.setattr(work, "TRAIN", FAKE)
-    monkeypatch.setattr(launch, "_LOOK", 0.02)
+    monkeypatch.setattr(training_job, "TRAIN", FAKE)
+    monkeypatch.setattr(sweep_launchers, "_LOOK", 0.02)
 
 
 def starts(folder, name):
@@ -198,7 +199,7 @@ def test_another_store_is_refused(tmp_path, fake):
 
 
 def test_an_evaluation_asked_for_later_is_made_without_training_again(tmp_path, fake, monkeypatch):
-    command = work.Work._command
+    command = training_job.Work._command
 
     def evaluating(self, stage):
         if stage != "evaluation":
@@ -207,7 +208,7 @@ def test_an_evaluation_asked_for_later_is_made_without_training_again(tmp_path, 
         figures = json.dumps({"figures": [{"name": "fad_tiny", "value": len(self._evaluate)}]})
         return [sys.executable, "-c", f"{told}; (f / 'figures.json').write_text({figures!r})"]
 
-    monkeypatch.setattr(work.Work, "_command", evaluating)
+    monkeypatch.setattr(training_job.Work, "_command", evaluating)
     folder = run_sweep(settings(tmp_path, RATES))
     assert all(not run.figures for run in collect(folder))
     for asked in (["eval=builtin"], ["eval=builtin"], ["eval=builtin", "n=64"]):
@@ -229,7 +230,7 @@ def test_an_error_leaves_no_training_running(tmp_path, fake):
         raise UserError(f"no use for {job.name}, {outcome}")
 
     with pytest.raises(UserError, match="no use for 5-seed0, done"):
-        launch.run_local(folder, jobs, wanted, 2, refuse)
+        sweep_launchers.run_local(folder, jobs, wanted, 2, refuse)
     time.sleep(0.3)
     made = lines(folder, "500-seed0")
     time.sleep(0.3)
@@ -253,7 +254,7 @@ import sys
 from omegaconf import OmegaConf
 from ssmttm.errors import run_cli
 from ssmttm.sweeps import launch, run, work
-work.TRAIN, launch._LOOK = sys.argv[1], 0.02
+training_job.TRAIN, sweep_launchers._LOOK = sys.argv[1], 0.02
 sys.exit(run_cli(lambda: run.run_sweep(OmegaConf.load(sys.argv[2])) and None))
 """
 
@@ -361,7 +362,7 @@ def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
     patched.mkdir()
     (patched / "sitecustomize.py").write_text(
         "from ssmttm.sweeps import work\n"
-        f"work.TRAIN = {str(FAKE)!r}\n"
+        f"training_job.TRAIN = {str(FAKE)!r}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{patched}:{HERE.parent}")
     wanted = settings(tmp_path, RATES)
@@ -406,7 +407,7 @@ def test_a_search_finds_the_better_rate_and_goes_on_after_a_stop(tmp_path, fake,
     rates = {"low": 1e-5, "high": 1.0, "log": True}
     search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
     wanted = settings(tmp_path, {}, search=search)
-    told = launch.Work.poll
+    told = sweep_launchers.Work.poll
 
     def interrupted(self):
         outcome = told(self)
@@ -414,10 +415,10 @@ def test_a_search_finds_the_better_rate_and_goes_on_after_a_stop(tmp_path, fake,
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
-    monkeypatch.setattr(launch.Work, "poll", interrupted)
+    monkeypatch.setattr(sweep_launchers.Work, "poll", interrupted)
     with pytest.raises(Preempted):
         run_sweep(wanted)
-    monkeypatch.setattr(launch.Work, "poll", told)
+    monkeypatch.setattr(sweep_launchers.Work, "poll", told)
     folder = run_sweep(wanted)
     assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
     losses = [run.loss[-1] for run in collect(folder)]
@@ -486,11 +487,11 @@ def test_a_mistake_in_a_real_training_is_told_and_not_tried_again(tmp_path, caps
 
 
 def test_accelerate_is_asked_for_many_processes_only():
-    assert work.launch_command(None, 1) == [sys.executable]
+    assert training_job.launch_command(None, 1) == [sys.executable]
     file = HERE.parent / "configs" / "accelerate" / "cpu2.yaml"
-    assert "--main_process_port=7" in work.launch_command(str(file), 7)
+    assert "--main_process_port=7" in training_job.launch_command(str(file), 7)
     with pytest.raises(UserError, match="configs/accelerate"):
-        work.launch_command("nowhere.yaml", 1)
+        training_job.launch_command("nowhere.yaml", 1)
 
 
 # --- reports --------------------------------------------------------------------------------------------------------
@@ -555,9 +556,9 @@ def test_points_that_left_the_grid_come_last(tmp_path, fake):
 
 def test_the_last_step_is_read_from_the_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert work.last_step(tmp_path) == 0
+    assert training_job.last_step(tmp_path) == 0
     path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(5000)) + '{"step": 9')
-    assert work.last_step(tmp_path) == 4999
+    assert training_job.last_step(tmp_path) == 4999
 
 
 def test_the_pareto_front_is_what_nothing_beats():

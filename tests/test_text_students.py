@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ssmttm import MusicPipeline, checkpoint
+from ssmttm.distill.text_alignment import Pieces, align, cut
 from ssmttm.errors import UserError
+from ssmttm.export.model_folder import export
 from ssmttm.generation.loading import open_model_folder
 from ssmttm.text import load_text_encoder
-from ssmttm.text.alignment import Pieces, align, cut
 from ssmttm.text.encoders import TextEncoder
 from ssmttm.text.student import (
     PROJECTION,
@@ -32,9 +33,8 @@ from ssmttm.text.student import (
 )
 from ssmttm.text.vocabulary import trim
 from ssmttm.training import loop
-from ssmttm.training.distill_text import TextDistillTask
-from ssmttm.training.export import export
 from ssmttm.training.step import micro_batches
+from ssmttm.training.tasks.distill_text import TextDistillTask
 
 KINDS = {"bert": write_bert, "t5": write_t5}
 UNSEEN = ("violins", "a quiet café", "静かなピアノ", "x", "")

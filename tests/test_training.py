@@ -23,13 +23,14 @@ from ssmttm import checkpoint, config
 from ssmttm.codecs import load_codec
 from ssmttm.data import open_store
 from ssmttm.errors import UserError, run_cli
+from ssmttm.export.model_folder import export
 from ssmttm.files import claimed
 from ssmttm.models import build_model
 from ssmttm.patterns import PATTERNS, get_pattern
-from ssmttm.training import codec, lm, loop, rng
+from ssmttm.training import loop, rng
 from ssmttm.training.ema import EMA
-from ssmttm.training.export import export
 from ssmttm.training.optim import build_optimizer, learning_rate
+from ssmttm.training.tasks import codec, lm
 
 ROOT = Path(__file__).parents[1]
 TAGS = ("losses.tags=1", "tag_head.block=1")

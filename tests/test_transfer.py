@@ -5,8 +5,8 @@ import torch
 from test_token_lm import SMALL, VARIANTS, K, S, V, assert_equal, captions
 from torch.nn import functional as F
 
-from ssmttm.distill.layers import layer_map
-from ssmttm.distill.transfer import attention_to_mamba2, channel_importance, transfer_weights
+from ssmttm.distill.layer_map import layer_map
+from ssmttm.distill.weight_transfer import attention_to_mamba2, channel_importance, transfer_weights
 from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM, TokenLMConfig

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, ASTModel
 
-from data_prep.sound import vocals
-from data_prep.sound.separator import Separator
-from data_prep.sound.vocals import VocalDetection, VocalDetector, VocalRemoval, speaks_of_voices
+from data_prep.audio import vocals
+from data_prep.audio.separator import Separator
+from data_prep.audio.vocals import VocalDetection, VocalDetector, VocalRemoval, speaks_of_voices
 from ssmttm.errors import UserError
 
 RATE = 8000
@@ -274,7 +274,7 @@ def heard(monkeypatch):
         found[:, :2] = 1.0
         return found
 
-    monkeypatch.setattr("ssmttm.evaluation.classifier.AudioClassifier.probabilities", probabilities)
+    monkeypatch.setattr("ssmttm.evaluation.embedders.audio_classifier.AudioClassifier.probabilities", probabilities)
 
 
 @pytest.mark.parametrize("second", [0, 9, 12, 24.9])

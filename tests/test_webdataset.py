@@ -14,8 +14,8 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.archives.tar_stream import BadArchive, Bounds, members
-from data_prep.archives.webdataset import ArchiveLimits, export, tracks_from
+from data_prep.sources.archives.tar_stream import BadArchive, Bounds, members
+from data_prep.sources.archives.webdataset import ArchiveLimits, export, tracks_from
 from data_prep.track import KINDS, Refusal, Track
 from ssmttm.data.store import Store
 from ssmttm.data.writer import StoreWriter

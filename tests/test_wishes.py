@@ -8,16 +8,17 @@ from test_sample_cli import WordEncoder
 from test_token_lm import SMALL, VARIANTS, K, S, V, assert_equal, captions
 from torch.nn import functional as F
 
-from ssmttm.codecs.quality import frame_chroma
+from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.data import open_store
 from ssmttm.errors import UserError
 from ssmttm.generation.engine import generate
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.generation.request import Sampling
 from ssmttm.models import TokenLM, TokenLMConfig
-from ssmttm.models.wishes import ChromaEmbedding, TempoEmbedding, Wishes
+from ssmttm.models.controls import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.patterns import get_pattern
-from ssmttm.training import lm, loop
+from ssmttm.training import loop
+from ssmttm.training.tasks import lm
 
 PATTERNS = ("delay", "parallel", "flatten", "coarse_first")
 HEARS = ("model.chroma=true", "model.tempo=true")

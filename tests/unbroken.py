@@ -7,7 +7,7 @@ from pathlib import Path
 
 from planted import RATE, music, save
 
-from data_prep.engine.status import WORK
+from data_prep.status import WORK
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}

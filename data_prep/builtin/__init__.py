@@ -7,15 +7,15 @@ written from the ground truth, so that a model can be trained and measured with 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .captions import describe
-    from .composer import compose
-    from .corpus import render_shard, segments
-    from .score import Piece
-    from .synth import render
+    from data_prep.builtin.captions import describe
+    from data_prep.builtin.composition.compose import compose
+    from data_prep.builtin.composition.score import Piece
+    from data_prep.builtin.corpus import render_shard, segments
+    from data_prep.builtin.synth import render
 
 __all__ = ["Piece", "compose", "describe", "render", "render_shard", "segments"]
 
-_HOMES = {"Piece": "score", "compose": "composer", "describe": "captions", "render": "synth", "render_shard": "corpus",
+_HOMES = {"Piece": "composition.score", "compose": "composition.compose", "describe": "captions", "render": "synth", "render_shard": "corpus",
           "segments": "corpus"}
 
 

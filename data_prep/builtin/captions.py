@@ -3,8 +3,17 @@
 from random import Random
 from typing import Any
 
-from .theory import MODES, NOTE_NAMES, pitch_class
-from .words import BACKING_WORDS, DENSITY, FAMILY_WORDS, INSTRUMENTS, METRE_WORDS, MOODS, STYLE_NOUNS, TEMPO
+from data_prep.builtin.composition.theory import MODES, NOTE_NAMES, pitch_class
+from data_prep.builtin.words import (
+    BACKING_WORDS,
+    DENSITY,
+    FAMILY_WORDS,
+    INSTRUMENTS,
+    METRE_WORDS,
+    MOODS,
+    STYLE_NOUNS,
+    TEMPO,
+)
 
 # Slots: np (article, adjectives, style noun), key, lead ("on a flute"), player ("a flute"), solo ("flute"), bpm, metre,
 # backing, style, tempo, mood, feel. No adjective comes twice in one caption: `np` holds those not used elsewhere.

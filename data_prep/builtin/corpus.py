@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.engine.work import Counts, Work, stage_folder
-from data_prep.sound.fingerprint import Fingerprinter
-from data_prep.sound.quality import measure
+from data_prep.audio.quality import measure
+from data_prep.builtin.captions import describe, tags
+from data_prep.builtin.composition.compose import DURATION, VERSION, compose
+from data_prep.builtin.composition.score import Piece
+from data_prep.builtin.synth import render
+from data_prep.shard_task import Counts, Work, stage_folder
 from data_prep.stages.segments import write_sound
 from data_prep.stages.shard import Shard
+from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.data.writer import config_hash
-
-from .captions import describe, tags
-from .composer import DURATION, VERSION, compose
-from .score import Piece
-from .synth import render
 
 SAMPLE_RATE = 24_000
 SEGMENT = 20.0  # seconds

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.builtin.composition.score import Piece, Track
 from ssmttm.errors import UserError
-
-from .score import Piece, Track
 
 _BLOCK = 64  # samples: events are placed on this grid (2.7 ms at 24 kHz), the synthesiser's own
 _TARGET_RMS = 0.11

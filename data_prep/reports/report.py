@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.reports.report_refused import many, read_quarantine, refused, refused_in_short, selection, short
-from data_prep.stages.tag_words import CATEGORIES
+from data_prep.reports.rejected import many, read_quarantine, refused, refused_in_short, selection, short
+from data_prep.stages.captions.tag_words import CATEGORIES
 from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.page import Block, Facts, Row, Section, Text, write_page
-from ssmttm.evaluation.page_charts import Bar, Bars, Clip, Folded, Heading, Histogram, Numbers, Stack, plain
-from ssmttm.evaluation.pictures import ticks
 from ssmttm.licences import POLICIES, tier
+from ssmttm.reports.charts import Bar, Bars, Clip, Folded, Heading, Histogram, Numbers, Stack, plain
+from ssmttm.reports.html import Block, Facts, Row, Section, Text, write_page
+from ssmttm.reports.spectrogram import ticks
 
 _SHOWN = 15  # bars of one kind
 _CATEGORIES = 4  # of tags

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data_prep.engine.work import Counts
+from data_prep.shard_task import Counts
 from data_prep.stages.encode import Encoder, Windows, codec_facts, encode_all
 from data_prep.stages.segments import Segments
 from ssmttm import audio

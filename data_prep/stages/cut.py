@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.engine.work import Counts
-from data_prep.sound.decode import Decoder, Limits
-from data_prep.sound.fingerprint import Fingerprinter
-from data_prep.sound.paths import inside
-from data_prep.sound.quality import Filters, judge, measure
+from data_prep.audio.decode import Decoder, Limits
+from data_prep.audio.quality import Filters, judge, measure
+from data_prep.paths import inside
+from data_prep.shard_task import Counts
 from data_prep.stages.plan import read_shard
 from data_prep.stages.segments import write_sound
 from data_prep.stages.shard import Row, Shard
 from data_prep.track import Refusal, Refused
 from ssmttm import audio
+from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.files import file_sha256
 
 TAILS = {

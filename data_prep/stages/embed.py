@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.engine.work import Counts
+from data_prep.shard_task import Counts
 from data_prep.stages.segments import Segments
 from ssmttm.data.text_table import write_text_table
 from ssmttm.text.encoders import TextEncoder

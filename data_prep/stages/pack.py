@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.engine.status import WORK
 from data_prep.reports.attribution import write_attribution
 from data_prep.reports.croissant import write_croissant
 from data_prep.stages.codes import CODES_FILE
 from data_prep.stages.embed import TEXT_FILE
 from data_prep.stages.segments import Segments
+from data_prep.status import WORK
 from data_prep.tables import QUARANTINE, QUARANTINE_FILE
 from ssmttm.data.store import SPLITS, Store, text_name
 from ssmttm.data.tensorfile import map_tensors

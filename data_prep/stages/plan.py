@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.engine.work import Counts
+from data_prep.shard_task import Counts
 from data_prep.tables import TRACKS, printable, write_quarantine
 from data_prep.track import Refusal, Refused, Track
 from ssmttm.data.writer import config_hash

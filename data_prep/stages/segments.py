@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data_prep.engine.work import Done
+from data_prep.shard_task import Done
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA
 

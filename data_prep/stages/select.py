@@ -25,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sound.duplicates import SAME, SUSPECT, Pairs, groups, near_pairs
-from data_prep.sound.fingerprint import NONE, RATE, Alignment, bit_error_rate
+from data_prep.audio.duplicates import SAME, SUSPECT, Pairs, groups, near_pairs
 from data_prep.track import Refusal
+from ssmttm.audio.fingerprint import NONE, RATE, Alignment, bit_error_rate
 from ssmttm.data.store import SPLITS
 from ssmttm.errors import UserError
 from ssmttm.licences import POLICIES, allowed, normalise
@@ -82,7 +82,7 @@ def select(
         tracks, sounds: `data_prep.tables.TRACKS` and SOUNDS, each id once; a track without a sound is no matter here.
         prints: the fingerprint of each row of `sounds`, uint32 [T], maybe memory-mapped.
         references: what must not be in the corpus.
-        memory, folder: as for `data_prep.sound.duplicates.near_pairs`.
+        memory, folder: as for `data_prep.audio.duplicates.near_pairs`.
     """
     heard = _Heard.of(tracks, sounds)
     exact = _exact_groups(heard)

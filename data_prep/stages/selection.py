@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.engine.work import Counts, Done
-from data_prep.sound.decode import Decoder
-from data_prep.sound.fingerprint import Fingerprinter
+from data_prep.audio.decode import Decoder
+from data_prep.shard_task import Counts, Done
 from data_prep.sources.references import References
 from data_prep.stages.pack import DECONTAMINATION
 from data_prep.stages.segments import ROWS_FILE
@@ -23,6 +22,7 @@ from data_prep.stages.select import Reference, select
 from data_prep.stages.shard import FINGERPRINTS_FILE
 from data_prep.tables import write_quarantine
 from data_prep.track import Refusal, Refused
+from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.data.store import SCHEMA
 from ssmttm.data.tensorfile import gathered, map_tensors, write_tensors
 from ssmttm.data.writer import config_hash

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.engine.work import Counts
+from data_prep.shard_task import Counts
 from data_prep.tables import SEGMENTS, SOUNDS, TRACKS, write_quarantine, write_rows
 from data_prep.track import Refusal
 from ssmttm.data.tensorfile import write_tensors

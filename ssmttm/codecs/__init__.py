@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmttm.codecs import student, tiny
+from ssmttm.codecs import tiny
 from ssmttm.codecs.base import Codec, CodecOutput
-from ssmttm.codecs.student import StudentCodec, StudentConfig
+from ssmttm.codecs.students import codec
+from ssmttm.codecs.students.codec import StudentCodec, StudentConfig
 from ssmttm.codecs.tiny import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError
 
@@ -17,7 +18,7 @@ __all__ = [
     "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig", "build_codec",
     "encoder_of", "load_codec",
 ]  # fmt: skip
-_OURS = {tiny.MODEL_TYPE: TinyCodec, student.MODEL_TYPE: StudentCodec}
+_OURS = {tiny.MODEL_TYPE: TinyCodec, codec.MODEL_TYPE: StudentCodec}
 
 
 def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None) -> Codec:

@@ -10,7 +10,7 @@ from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.loading import ModelFolder, load_model, open_model_folder
 from ssmttm.models import TokenLM
-from ssmttm.models.wishes import Wishes
+from ssmttm.models.controls import Wishes
 from ssmttm.text.condition import TextCondition
 
 READINGS = ("plain", "null_is_nothing")

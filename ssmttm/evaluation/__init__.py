@@ -1,5 +1,5 @@
 """How good is what a model makes: distances to real music, musical measures, adherence to prompts, protocols."""
 
-from ssmttm.evaluation.distances import frechet_distance, kernel_distance
+from ssmttm.evaluation.metrics.distances import frechet_distance, kernel_distance
 
 __all__ = ["frechet_distance", "kernel_distance"]

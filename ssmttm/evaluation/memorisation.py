@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmttm import audio
+from ssmttm.audio.features import SAMPLE_RATE
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.features import SAMPLE_RATE
 from ssmttm.files import written_aside
 
 RATE = 20  # fingerprints a second

@@ -13,8 +13,8 @@ from torch import Tensor
 from ssmttm.errors import UserError
 from ssmttm.generation import filters
 from ssmttm.generation.request import Sampling
+from ssmttm.models.controls import Wishes
 from ssmttm.models.token_lm import LMState, TokenLM
-from ssmttm.models.wishes import Wishes
 from ssmttm.patterns import Pattern
 from ssmttm.text.condition import TextCondition
 

@@ -72,7 +72,7 @@ class ModelFolder:
 
     @property
     def reading(self) -> str:
-        """What it reads of a caption, see `ssmttm.text.reading`."""
+        """What it reads of a caption, see `ssmttm.text.null_condition`."""
         return self.fact("text").get("reading", "plain")
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmttm import __version__
 from ssmttm.codecs import Codec, load_codec
-from ssmttm.codecs.quality import frame_chroma
+from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.engine import generate_frames
@@ -26,14 +26,14 @@ from ssmttm.generation.loading import (
     open_model_folder,
     open_painter_folder,
 )
-from ssmttm.generation.painter import Brief, Painter, PaintSettings
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
+from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
+from ssmttm.models.controls import Hears, Wishes
 from ssmttm.models.token_lm import TokenLM
-from ssmttm.models.wishes import Hears, Wishes
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
-from ssmttm.text.reading import build_reader
+from ssmttm.text.null_condition import build_reader
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MusicPipeline:
         painter: the second stage, or None.
         max_duration: longest piece that a call accepts, in seconds; set it higher for longer pieces.
 
-    `reading` is what the model reads of a caption, see `ssmttm.text.reading`; `guidance_scale` what a call uses that
+    `reading` is what the model reads of a caption, see `ssmttm.text.null_condition`; `guidance_scale` what a call uses that
     asks for none.
     """
 

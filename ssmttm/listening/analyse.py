@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ssmttm.errors import UserError
-from ssmttm.evaluation.figures import markdown
-from ssmttm.evaluation.statistics import binomial_tail
+from ssmttm.evaluation.metrics.metric import markdown
+from ssmttm.evaluation.metrics.statistics import binomial_tail
 
 _DRAWS, _ROUNDS, _TOLERANCE = 1_000, 10_000, 1e-10
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssmttm.audio import WRITERS
 from ssmttm.errors import UserError
-from ssmttm.generation.files import read_record
+from ssmttm.generation.output import read_record
 
 KINDS = ("mos", "pairs", "both")
 

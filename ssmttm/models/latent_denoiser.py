@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import check_sizes
 from ssmttm.models.conditioning import NumberEmbedding, TextProjection
+from ssmttm.models.controls import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.models.denoiser_stack import DenoiserStack
 from ssmttm.models.unet import UNet
-from ssmttm.models.wishes import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.text.condition import TextCondition
 
 _PERIODS = 1_000.0  # what times and noise levels in [0, 1] are multiplied with before their sinusoids

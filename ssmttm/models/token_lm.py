@@ -3,7 +3,7 @@
 Each position holds one code of every codebook: their embeddings are summed, and K heads give the logits of the K codes
 of the next position. The interleaving of codebooks (`ssmttm.patterns`) is the caller's, as is the shift by one:
 inputs = cat([special column], sequence[..., :-1]), targets = sequence. With the released settings this is Prefix SiMBA
-of arXiv 2601.14786, 281,042,176 parameters. A melody and a tempo (`ssmttm.models.wishes`) are added to the positions of
+of arXiv 2601.14786, 281,042,176 parameters. A melody and a tempo (`ssmttm.models.controls`) are added to the positions of
 the audio: each is told the pitch classes of the frame that it predicts, which `Pattern.frames` names.
 Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_special), L text tokens.
 """
@@ -21,8 +21,8 @@ from ssmttm.mixers import build_mixer
 from ssmttm.mixers.base import check_sizes, check_state, take_positions
 from ssmttm.models.blocks import MLP, BranchState, BranchStyle, build_block, build_norm
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
+from ssmttm.models.controls import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.models.cross_attention import CrossAttention
-from ssmttm.models.wishes import ChromaEmbedding, TempoEmbedding, Wishes
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 

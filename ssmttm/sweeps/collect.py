@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ssmttm import checkpoint
+from ssmttm.launch.training_job import is_done, is_failed, read_metrics
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import Job
-from ssmttm.sweeps.work import is_done, is_failed, read_metrics
 
 SPENT = ("step", "samples", "flops", "seconds")  # what a curve can be drawn against
 

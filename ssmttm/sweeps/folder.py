@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
+from ssmttm.launch.training_job import is_done
 from ssmttm.sweeps.jobs import Job
-from ssmttm.sweeps.work import is_done
 
 
 class SweepFolder:

@@ -10,9 +10,9 @@ import numpy as np
 from scipy import stats
 
 from ssmttm.errors import UserError
-from ssmttm.evaluation.figures import markdown
-from ssmttm.evaluation.page import Picture, Section, Table, Text, write_page
+from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.files import write_text, written_aside
+from ssmttm.reports.html import Picture, Section, Table, Text, write_page
 from ssmttm.sweeps import plots
 from ssmttm.sweeps.collect import SPENT, Group, Run, collect, group
 from ssmttm.sweeps.folder import SweepFolder

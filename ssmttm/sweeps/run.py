@@ -6,9 +6,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
 from ssmttm.files import claimed
+from ssmttm.launch.sweep_launchers import run_local, run_ray, run_slurm
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import expand
-from ssmttm.sweeps.launch import run_local, run_ray, run_slurm
 from ssmttm.sweeps.search import run_search
 
 

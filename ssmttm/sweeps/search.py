@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
+from ssmttm.launch.sweep_launchers import run_local
+from ssmttm.launch.training_job import DONE, STOPPED, read_metrics
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import Job, budget_of, check, make_job, sized
-from ssmttm.sweeps.launch import run_local
-from ssmttm.sweeps.work import DONE, STOPPED, read_metrics
 
 
 def run_search(folder: SweepFolder, settings: DictConfig) -> None:

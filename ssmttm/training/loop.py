@@ -20,11 +20,11 @@ from ssmttm.files import claimed
 from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
 from ssmttm.training.accelerator import build_accelerator
+from ssmttm.training.checkpointer import Progress, restore, save, start_from
 from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
 from ssmttm.training.run import check_settings, horizon, progress_line, resume_folder, validation_line
-from ssmttm.training.saving import Progress, restore, save, start_from
 from ssmttm.training.step import (
     Player,
     add,
@@ -37,7 +37,7 @@ from ssmttm.training.step import (
     objective,
     to_device,
 )
-from ssmttm.training.task import Batch, Losses, Task
+from ssmttm.training.tasks.base import Batch, Losses, Task
 
 
 def train(config: DictConfig) -> Path:
@@ -154,27 +154,27 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
 def build_task(config: DictConfig) -> Task:
     """The task named by `config.task`."""
     if config.task == "lm":
-        from ssmttm.training.lm import LanguageModelTask
+        from ssmttm.training.tasks.lm import LanguageModelTask
 
         return LanguageModelTask(config)
     if config.task == "codec":
-        from ssmttm.training.codec import CodecTask
+        from ssmttm.training.tasks.codec import CodecTask
 
         return CodecTask(config)
     if config.task == "diffusion":
-        from ssmttm.training.diffusion import DiffusionTask
+        from ssmttm.training.tasks.diffusion import DiffusionTask
 
         return DiffusionTask(config)
     if config.task == "distill":
-        from ssmttm.training.distill import DistillTask
+        from ssmttm.training.tasks.distill_lm import DistillTask
 
         return DistillTask(config)
     if config.task == "distill_codec":
-        from ssmttm.training.distill_codec import CodecDistillTask
+        from ssmttm.training.tasks.distill_codec import CodecDistillTask
 
         return CodecDistillTask(config)
     if config.task == "distill_text":
-        from ssmttm.training.distill_text import TextDistillTask
+        from ssmttm.training.tasks.distill_text import TextDistillTask
 
         return TextDistillTask(config)
     known = "lm, diffusion, codec, distill, distill_codec and distill_text"

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
-from ssmttm.training.task import Batch, Loader, Task
+from ssmttm.training.tasks.base import Batch, Loader, Task
 
 # What may change without making it another run: where things lie, how often it reports, how long it goes on.
 FREE_KEYS = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.training.optim import build_optimizer
-from ssmttm.training.task import Batch, Losses, Task
+from ssmttm.training.tasks.base import Batch, Losses, Task
 
 
 class Player:

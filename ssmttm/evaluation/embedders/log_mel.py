@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssmttm.evaluation import features
+from ssmttm.audio import features
 from ssmttm.evaluation.embedders.base import windows
 
 

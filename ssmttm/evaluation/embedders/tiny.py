@@ -2,7 +2,7 @@
 
 A convolutional network over a log-mel spectrogram, pooled over time by mean and standard deviation. What is pooled is
 the embedding of the distribution metrics; one head names the style, another meets captions (contrastive, as CLAP, arXiv
-2206.04769), which are read through the token states of MiniLM. Trained by `ssmttm.evaluation.train_embedder`.
+2206.04769), which are read through the token states of MiniLM. Trained by `ssmttm.cli.train_embedder`.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.evaluation import features
+from ssmttm.audio import features
 from ssmttm.evaluation.embedders.base import windows
-from ssmttm.evaluation.shipped import load_network, network_fingerprint, save_network
+from ssmttm.evaluation.pretrained import load_network, network_fingerprint, save_network
 from ssmttm.text.encoders import MINILM, load_text_encoder
 
 ASSETS = Path(__file__).parents[2] / "assets" / "embedder"
@@ -60,7 +60,7 @@ class TinyEmbedder(nn.Module):
         Raises:
             UserError: the folder holds none, or a damaged one.
         """
-        mend = "train one with `python -m ssmttm.evaluation.train_embedder`"
+        mend = "train one with `python -m ssmttm.cli.train_embedder`"
         return load_network(Path(path or ASSETS), lambda card: cls(card["classes"], card), "embedder", mend)
 
     def save(self, folder: str | Path) -> None:

@@ -1,1 +1,0 @@
-"""WebDataset archives, out and in."""

@@ -1,0 +1,330 @@
+"""Any audio file to blocks of samples, whatever is in it: a child process does it, within limits.
+
+libsndfile reads first (wav, flac, ogg, mp3, aiff ...), what it does not know goes to FFmpeg where there is one. A file
+that crashes, hangs or overfills the decoder costs that process and nothing else. The file is opened here, once, so what
+was looked at is what is decoded.
+
+Shapes: C channels, s samples; float32.
+"""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from data_prep.track import Refused
+from ssmttm.audio.lengths import cut_short, sound_bytes
+from ssmttm.errors import UserError
+
+_BLOCK = 1 << 18  # samples over all channels
+_FILES = 500  # that one child decodes at most
+_HEADER = 5  # bytes before a message: kind and length, as the child packs them
+_START_SECONDS = 60.0
+_STARTS = 3  # tries
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is too much.
+
+    Attributes:
+        max_bytes: of the file.
+        max_seconds: of sound.
+        wall_seconds: of decoding; the time that the caller takes between blocks does not count.
+        memory_bytes: of address space of the decoder, at least 512 MiB for FFmpeg.
+        max_channels, rates: of the sound; rates in Hz, lowest and highest.
+    """
+
+    max_bytes: int = 4 << 30
+    max_seconds: float = 4 * 3600.0
+    wall_seconds: float = 600.0
+    memory_bytes: int = 2 << 30
+    max_channels: int = 8
+    rates: tuple[int, int] = (1_000, 384_000)
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What a file's header tells: `format` in words, Hz, and seconds where they are told."""
+
+    format: str
+    channels: int
+    sample_rate: int
+    seconds: float | None
+
+
+class _Crashed(Refused):
+    """The child is dead."""
+
+
+class _Harmless(Refused):
+    """The child did not touch what was refused."""
+
+
+class Decoder:
+    """Decodes one file after the other; a context manager, for one thread.
+
+    Its process starts with the first file, anew after one that libsndfile refused (nothing of a bad file stays behind),
+    and ends with this object or this process, however that dies.
+    """
+
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self._limits = limits
+        self._child: subprocess.Popen[bytes] | None = None
+        self._link: socket.socket | None = None
+        self._busy = False
+        self._files = 0
+        self._left = 0.0  # seconds of decoding
+        self._buffer = bytearray(4 * _BLOCK)
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the child, if there is one now."""
+        return None if self._child is None else self._child.pid
+
+    def close(self) -> None:
+        """End the process, and what it started."""
+        self._end()
+
+    def blocks(self, path: Path) -> Iterator[tuple[np.ndarray, int]]:
+        """The whole file, block by block, with its sample rate; every block is an array of its own.
+
+        Yields:
+            float32 [C, s], contiguous, at most 2**18 samples over all channels, and Hz.
+
+        Raises:
+            Refused: missing, unreadable or limit; possibly after some blocks.
+        """
+        with self._opened(path) as told:
+            channels, rate = told["channels"], told["sample_rate"]
+            kind = np.dtype(">f4" if told["big_endian"] else "<f4")
+            seen = 0
+            while size := self._block():
+                block = np.frombuffer(self._buffer, kind, size // 4).reshape(-1, channels)
+                if not np.isfinite(block).all():
+                    raise Refused("unreadable", "it holds NaN or infinite samples")
+                seen += len(block)
+                self._check_seconds(seen / rate)
+                yield np.array(block.T, np.float32, order="C"), rate
+            if seen == 0:
+                raise Refused("unreadable", "it holds no samples")
+            if told["frames"] is not None and cut_short(seen, told["frames"], told["exact"]):
+                raise Refused("unreadable", f"it is cut short ({seen} of {told['frames']} samples)")
+
+    def probe(self, path: Path) -> Sound:
+        """What the file's header tells; no sound is decoded. Raises Refused as `blocks`."""
+        with self._opened(path) as told:
+            seconds = None if told["frames"] is None else told["frames"] / told["sample_rate"]
+            return Sound(told["format"], told["channels"], told["sample_rate"], seconds)
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The file open in the child; gives what the child tells of it."""
+        if self._busy:
+            raise RuntimeError("a Decoder reads one file at a time")
+        handle, before = _open(path, self._limits.max_bytes)
+        self._busy = True
+        try:
+            told = self._told(handle)
+            self._check(told)
+            yield told
+            if _state(handle) != before:
+                raise Refused("unreadable", "it changed while it was read")
+            self._request(b"C")
+        except (GeneratorExit, _Harmless):
+            with suppress(Refused):
+                self._request(b"C")
+            raise
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            os.close(handle)
+            self._busy = False
+
+    def _told(self, handle: int) -> dict[str, Any]:
+        """What the child tells of the file. A child that dies on it and has served others gets a successor."""
+        self._left = self._limits.wall_seconds
+        self._start()
+        try:
+            return self._ask(handle)
+        except _Crashed:
+            if self._files == 1:
+                raise
+        self._end()
+        self._start()
+        return self._ask(handle)
+
+    def _ask(self, handle: int) -> dict[str, Any]:
+        self._files += 1
+        os.lseek(handle, 0, os.SEEK_SET)
+        self._request(b"O", [handle])
+        told: dict[str, Any] = json.loads(self._buffer[: self._message(b"S")])
+        return told
+
+    def _check(self, told: dict[str, Any]) -> None:
+        channels, rate = told["channels"], told["sample_rate"]
+        if not 1 <= channels <= self._limits.max_channels:
+            raise Refused("limit", f"it has {channels} channels, {self._limits.max_channels} is the most")
+        lowest, highest = self._limits.rates
+        if not lowest <= rate <= highest:
+            raise Refused("limit", f"it has {rate} samples a second, which is not within {lowest} and {highest}")
+        if told["frames"] is not None:
+            self._check_seconds(told["frames"] / rate)
+
+    def _check_seconds(self, seconds: float) -> None:
+        if seconds > self._limits.max_seconds:
+            raise Refused("limit", f"it lasts longer than {self._limits.max_seconds:g} s")
+
+    def _block(self) -> int:
+        """Have the next block put into the buffer; its size in bytes, 0 at the end."""
+        self._request(b"R")
+        return self._message(b"B")
+
+    def _request(self, kind: bytes, handles: list[int] | None = None) -> None:
+        assert self._link is not None
+        try:
+            socket.send_fds(self._link, [kind], handles or [])
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._died() from error
+
+    def _message(self, wanted: bytes) -> int:
+        """Receive a message into the buffer; its size in bytes. Raises Refused if it is a refusal."""
+        begun = time.monotonic()
+        deadline = begun + self._left
+        header = memoryview(bytearray(_HEADER))
+        self._receive(header, deadline)
+        kind, size = bytes(header[:1]), int.from_bytes(header[1:], "little")
+        if kind not in (wanted, b"X", b"F") or size > len(self._buffer):
+            raise Refused("unreadable", "the decoder went astray on it")
+        self._receive(memoryview(self._buffer)[:size], deadline)
+        self._left -= time.monotonic() - begun
+        if kind != wanted:
+            raise (_Harmless if kind == b"F" else Refused)(*json.loads(self._buffer[:size]))
+        return size
+
+    def _receive(self, into: memoryview, deadline: float) -> None:
+        assert self._link is not None
+        try:
+            while len(into):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                self._link.settimeout(left)
+                size = self._link.recv_into(into)
+                if size == 0:
+                    raise self._died()
+                into = into[size:]
+        except TimeoutError as error:
+            raise Refused("limit", f"decoding it took longer than {self._limits.wall_seconds:g} s") from error
+        except ConnectionResetError as error:
+            raise self._died() from error
+
+    def _died(self) -> _Crashed:
+        assert self._child is not None
+        code = self._child.wait()
+        if code == -signal.SIGKILL:
+            return _Crashed("limit", "the system ended the decoder on it, as it does when memory runs out")
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return _Crashed("unreadable", f"the decoder crashed on it ({how})")
+
+    def _start(self) -> None:
+        if self._child is not None and self._child.poll() is None and self._files < _FILES:
+            return
+        for _ in range(_STARTS):
+            if self._starts():
+                return
+        raise UserError("the audio decoder does not start: see above, and check that `soundfile` is installed")
+
+    def _starts(self) -> bool:
+        """Begin a child anew; whether it lives and says so. One may be killed on its way, as when memory is short."""
+        self._end()
+        self._link, link = socket.socketpair()
+        limits = self._limits
+        program = Path(__file__).with_name("decoder_process.py")
+        numbers = (os.getpid(), limits.memory_bytes, 4 * _BLOCK, limits.max_seconds + 1, limits.wall_seconds)
+        with link:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", str(program), *map(str, numbers)],
+                stdin=link.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
+        self._files = 0
+        self._link.settimeout(_START_SECONDS)
+        ready = b""
+        with suppress(TimeoutError, ConnectionResetError):
+            ready = self._link.recv(1)
+        if not ready:
+            self._end()
+        return bool(ready)
+
+    def _end(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        if self._child is not None:
+            if self._child.poll() is None:
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+        self._child = self._link = None
+
+
+def probe(path: Path, limits: Limits = Limits()) -> Sound:
+    """What a file's header tells. Raises Refused if it is missing, unreadable or beyond a limit."""
+    with Decoder(limits) as decoder:
+        return decoder.probe(path)
+
+
+def _open(path: Path, max_bytes: int) -> tuple[int, tuple[int, ...]]:
+    """A descriptor of a regular file of allowed size, as long as its header says; and its state."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise Refused("missing", "there is no such file") from error
+    except OSError as error:
+        raise Refused("unreadable", f"it cannot be opened ({error.strerror})") from error
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise Refused("unreadable", "it is a folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused("unreadable", "it is not a regular file")
+        if status.st_size == 0:
+            raise Refused("unreadable", "it is empty (0 bytes)")
+        if status.st_size > max_bytes:
+            raise Refused("limit", f"it is larger than {max_bytes} bytes")
+        with open(handle, "rb", closefd=False) as file:
+            declared, present = sound_bytes(file, status.st_size)
+        if declared > present:
+            reason = f"it is cut short: its header tells of {declared} bytes of sound, {present} are there"
+            raise Refused("unreadable", reason)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle, _state(handle)
+
+
+def _state(handle: int) -> tuple[int, ...]:
+    status = os.fstat(handle)
+    return status.st_size, status.st_mtime_ns

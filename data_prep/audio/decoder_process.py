@@ -1,0 +1,358 @@
+"""The program that `data_prep.audio.decode` starts and that alone touches the bytes of audio files.
+
+It is run by its path, imports nothing of this project, may write no file, has a limit of memory, and dies with its
+parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor comes along), R (read a
+block) or C (close). O and R are answered with a message each: a byte (its kind), its length and its content. Kinds: S,
+the sound in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a refusal in JSON; F,
+the same by FFmpeg, a process of its own. It gets what libsndfile does not know, and has the same bounds.
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from typing import IO, Any
+
+import soundfile
+
+HEADER = struct.Struct("<cI")
+CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "SVX", "VOC"}
+# What FFmpeg may take a file for: containers and decoders of sound, nothing that names other files or the network.
+DEMUXERS = (
+    "mov,matroska,asf,ogg,mp3,aac,loas,flac,wav,w64,aiff,caf,au,amr,ac3,eac3,dts,dtshd,truehd,mlp,wv,ape,tta,tak,mpc,mpc8,"
+    "dsf,iff,shn,osq,qoa,voc"
+)
+DECODERS = (
+    "aac,aac_latm,alac,als,mp1,mp1float,mp2,mp2float,mp3,mp3float,opus,libopus,vorbis,libvorbis,flac,wavpack,ape,tta,tak,"
+    "wmav1,wmav2,wmapro,wmalossless,ac3,eac3,dca,truehd,mlp,amrnb,amrwb,mpc7,mpc8,dsd_lsbf,dsd_msbf,dsd_lsbf_planar,"
+    "dsd_msbf_planar,shorten,osq,qoa,gsm,gsm_ms,speex,libspeex,pcm_u8,pcm_s8,pcm_s8_planar,pcm_s16le,pcm_s16be,pcm_s24le,"
+    "pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be,pcm_alaw,pcm_mulaw,adpcm_ms,adpcm_ima_wav,"
+    "adpcm_ima_qt,adpcm_swf,8svx_exp,8svx_fib"
+)
+# Containers whose header states how long the sound is, so that a file cut short can be told.
+_TIMED = {"mov", "matroska", "asf", "wv", "ape", "tta", "tak"}
+_UNKNOWN = {1, 4}  # libsndfile: format not recognised, encoding not supported
+_UNKNOWN_WORDS = ("unimplemented", "regular file")  # the second is what it says of text that it takes for MP3
+_NO_MEMORY = "it needs more memory to decode than allowed"
+
+
+class Refusal(Exception):
+    """A kind of `data_prep.track.KINDS` and a reason."""
+
+
+class FFmpegRefusal(Refusal):
+    """The same, after which this process is as it was."""
+
+
+class _Forwards(soundfile.SoundFile):
+    """Read from its beginning to its end; `soundfile` seeks after each read, which a FLAC without a length has not."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class SndFile:
+    """A file that libsndfile reads."""
+
+    def __init__(self, handle: int) -> None:
+        self._pipe: _Pipe | None = None
+        try:
+            self._file = self._open(handle)
+        except Refusal as refusal:
+            if os.pread(handle, 4, 0) == b"OggS":  # of FLAC in Ogg it does not know all kinds
+                raise LookupError from refusal
+            raise
+        if self._file.format == "MP3" and not _tells_its_length(handle):
+            self._file.close()
+            self._pipe = _Pipe(handle, _after_id3(handle))
+            try:
+                self._file = self._open(self._pipe.end)
+            except (LookupError, Refusal):
+                self._pipe.close()
+                raise
+        frames = self._file.frames if self._file.frames >= 0 else 1 << 60
+        self._left = frames  # what is behind them, such as a tag, is no sound
+        self.sound = {
+            "format": f"{self._file.format} {self._file.subtype}",
+            "channels": self._file.channels,
+            "sample_rate": self._file.samplerate,
+            "frames": frames if frames < 1 << 60 else None,
+            "exact": not self._file.subtype.startswith("MPEG"),
+            "big_endian": False,
+        }
+
+    def _open(self, handle: int) -> _Forwards:
+        try:
+            file = _Forwards(handle, closefd=False)
+        except soundfile.LibsndfileError as error:
+            if error.code in _UNKNOWN or any(word in error.error_string for word in _UNKNOWN_WORDS):
+                raise LookupError from error
+            raise _damaged(error) from error
+        if file.format not in CONTAINERS:
+            raise LookupError
+        return file
+
+    def read(self, buffer: memoryview) -> int:
+        """Fill `buffer` with samples; returns the bytes that were filled."""
+        width = 4 * self._file.channels
+        try:
+            frames = self._file.buffer_read_into(buffer[: self._left * width], "float32")
+        except soundfile.SoundFileError as error:
+            raise _damaged(error) from error
+        self._left -= frames
+        return frames * width
+
+    def close(self) -> None:
+        self._file.close()
+        if self._pipe is not None:
+            self._pipe.close()
+
+
+class _Pipe:
+    """A file's bytes from `start` on, through a pipe that a thread fills.
+
+    libsndfile guesses the length of an MP3 that does not tell it from its first frames, and reads no further than that;
+    of a pipe it reads all.
+    """
+
+    def __init__(self, handle: int, start: int) -> None:
+        self.end, self._into = os.pipe()
+        self._thread = threading.Thread(target=self._fill, args=(handle, start), daemon=True)
+        self._thread.start()
+
+    def _fill(self, handle: int, place: int) -> None:
+        with contextlib.suppress(BrokenPipeError), open(self._into, "wb") as file:
+            while data := os.pread(handle, 1 << 16, place):
+                file.write(data)
+                place += len(data)
+
+    def close(self) -> None:
+        os.close(self.end)
+        self._thread.join()
+
+
+def _tells_its_length(handle: int) -> bool:
+    """Whether the first frame of an MP3 is one that holds the number of frames."""
+    frame = os.pread(handle, 256, _after_id3(handle))
+    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def _after_id3(handle: int) -> int:
+    """Where the tags before the sound end. The size of a tag is four times seven bits."""
+    place = 0
+    while len(head := os.pread(handle, 10, place)) == 10 and head[:3] == b"ID3":
+        place += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    return place
+
+
+class FFmpeg:
+    """A file that FFmpeg reads; its samples come as an AU file through a pipe, which tells their rate and channels.
+
+    FFmpeg's log goes into a pipe that takes what fits and is read at the end: a flood of words neither blocks nor costs
+    memory.
+    """
+
+    def __init__(self, handle: int, seconds: tuple[float, float]) -> None:
+        program = _ffmpeg()
+        if program is None:
+            reason = "it is in no format that libsndfile reads, and there is no FFmpeg: install it"
+            raise FFmpegRefusal("unreadable", reason)
+        self._log, log = os.pipe()
+        os.set_blocking(log, False)
+        os.set_blocking(self._log, False)
+        self._process = subprocess.Popen(
+            _command(program, handle, seconds[0]),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pass_fds=(handle,), bufsize=0,
+            preexec_fn=functools.partial(_bound, os.getpid(), seconds[1]),
+        )  # fmt: skip
+        os.close(log)
+        assert self._process.stdout is not None
+        self._out: IO[bytes] = self._process.stdout
+        try:
+            self.sound = self._begin()
+        except Refusal:
+            self.close()
+            raise
+
+    def read(self, buffer: memoryview) -> int:
+        """Fill `buffer` with samples; returns the bytes that were filled."""
+        size = self._fill(buffer)
+        if size < len(buffer):
+            self._finish()
+        return size
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._out.close()
+        os.close(self._log)
+
+    def _begin(self) -> dict[str, Any]:
+        header = bytearray(24)
+        if self._fill(memoryview(header)) < 24:
+            self._finish()
+            raise FFmpegRefusal("unreadable", "it is no audio that libsndfile or FFmpeg can read")
+        _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
+        self._fill(memoryview(bytearray(offset - 24)))
+        known = {"channels": channels, "sample_rate": rate, "exact": False, "big_endian": True}
+        return known | _described(self._words(), rate)
+
+    def _fill(self, buffer: memoryview) -> int:
+        filled = 0
+        while filled < len(buffer) and (size := self._out.readinto(buffer[filled:])):  # type: ignore[attr-defined]
+            filled += size
+        return filled
+
+    def _finish(self) -> None:
+        code = self._process.wait()
+        if code == 0:
+            return
+        if "Cannot allocate memory" in self._words():
+            raise FFmpegRefusal("limit", _NO_MEMORY)
+        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+            raise FFmpegRefusal("limit", "the system ended FFmpeg on it, as it does when memory or time runs out")
+        if code < 0:
+            raise FFmpegRefusal("unreadable", f"the decoder crashed on it (signal {-code})")
+        raise FFmpegRefusal("unreadable", "it is no audio that libsndfile or FFmpeg can read, or damaged")
+
+    def _words(self) -> str:
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._log, 1 << 16).decode("utf-8", "replace")
+        return ""
+
+
+def _command(program: str, handle: int, seconds: float) -> list[str]:
+    confined = ["-protocol_whitelist", "file", "-format_whitelist", DEMUXERS, "-codec_whitelist", DECODERS]
+    wanted = ["-map", "0:a:0", "-vn", "-sn", "-dn", "-map_metadata", "-1", "-bitexact", "-t", f"{seconds:.3f}"]
+    return [
+        program, "-hide_banner", "-nostdin", "-nostats", "-loglevel", "info", "-max_error_rate", "0.01",
+        "-threads", "1", *confined, "-i", f"file:/dev/fd/{handle}", *wanted, "-c:a", "pcm_f32be", "-f", "au", "pipe:1",
+    ]  # fmt: skip
+
+
+def _described(log: str, rate: int) -> dict[str, Any]:
+    """Format and length of the first input in FFmpeg's log."""
+    container = re.search(r"^Input #0, ([\w,]+), from", log, re.MULTILINE)
+    codec = re.search(r"^ +Stream #0:[^:]*: Audio: (\w+)", log, re.MULTILINE)
+    length = re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", log, re.MULTILINE)
+    film = re.search(r"^ +Stream #0:[^:]*: Video: (?!.*\(attached pic\))", log, re.MULTILINE)
+    name = container[1].split(",")[0] if container else "unknown"
+    frames = None
+    if length and name in _TIMED and not film:
+        frames = round((int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])) * rate)
+    return {"format": f"{name} {codec[1] if codec else 'unknown'}", "frames": frames}
+
+
+@functools.cache
+def _ffmpeg() -> str | None:
+    if found := shutil.which("ffmpeg"):
+        return found
+    try:
+        import imageio_ffmpeg
+
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _damaged(error: soundfile.SoundFileError) -> Refusal:
+    words = getattr(error, "error_string", str(error)).rstrip(". ").lower()
+    if "malloc" in words or "memory" in words:
+        return Refusal("limit", _NO_MEMORY)
+    return Refusal("unreadable", f"it is no audio that can be read, or is damaged ({words})")
+
+
+def _bound(parent: int, cpu_seconds: float) -> None:
+    """In a process that is to decode: die with the parent, write no file, leave no core."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    if cpu_seconds:
+        _limit(resource.RLIMIT_CPU, math.ceil(cpu_seconds))
+
+
+def _limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))
+
+
+class Server:
+    """Answers requests until the socket is closed."""
+
+    def __init__(self, link: socket.socket, block_bytes: int, seconds: tuple[float, float]) -> None:
+        self._link, self._block, self._seconds = link, bytearray(block_bytes), seconds
+        self._source: SndFile | FFmpeg | None = None
+        self._handle: int | None = None
+
+    def run(self) -> None:
+        self._link.sendall(b"!")
+        while True:
+            request, handles, _, _ = socket.recv_fds(self._link, 1, 1)
+            if not request:
+                return
+            try:
+                self._answer(request, handles)
+            except Refusal as refusal:
+                self._send(b"F" if isinstance(refusal, FFmpegRefusal) else b"X", json.dumps(refusal.args).encode())
+            except MemoryError:
+                self._send(b"X", json.dumps(("limit", _NO_MEMORY)).encode())
+
+    def _answer(self, request: bytes, handles: list[int]) -> None:
+        if request == b"O":
+            self._handle = handles[0]
+            self._source = self._open(self._handle)
+            self._send(b"S", json.dumps(self._source.sound).encode())
+        elif request == b"R":
+            assert self._source is not None
+            whole = len(self._block) // (4 * self._source.sound["channels"]) * 4 * self._source.sound["channels"]
+            size = self._source.read(memoryview(self._block)[:whole])
+            self._send(b"B", memoryview(self._block)[:size])
+        else:
+            self._close()
+
+    def _open(self, handle: int) -> SndFile | FFmpeg:
+        try:
+            return SndFile(handle)
+        except LookupError:
+            return FFmpeg(handle, self._seconds)
+
+    def _close(self) -> None:
+        if self._source is not None:
+            self._source.close()
+        if self._handle is not None:
+            os.close(self._handle)
+        self._source = self._handle = None
+
+    def _send(self, kind: bytes, content: bytes | memoryview) -> None:
+        self._link.sendall(HEADER.pack(kind, len(content)))
+        self._link.sendall(content)
+
+
+def main() -> None:
+    """Arguments: the parent's process id, bytes of memory, bytes of a block, seconds of sound, seconds of decoding."""
+    parent, memory, block = (int(word) for word in sys.argv[1:4])
+    seconds = float(sys.argv[4]), float(sys.argv[5])
+    _bound(parent, 0)
+    _limit(resource.RLIMIT_AS, memory)
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders talk; a bug's traceback is still seen
+    Server(socket.socket(fileno=0), block, seconds).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The parts of a student system as one model folder."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from ssmttm import checkpoint
+from ssmttm.codecs import load_codec
+from ssmttm.codecs.folder import licences_of
+from ssmttm.errors import UserError
+from ssmttm.export.int8 import export_int8
+from ssmttm.export.model_folder import export
+from ssmttm.files import write_text
+from ssmttm.licences import strictest
+
+CODEC = "codec"  # in the folder, the decoder's
+
+
+def assemble(language: str | Path, codec: str | Path | None, out: str | Path, int8: bool = False) -> Path:
+    """Write a model folder that `MusicPipeline.from_pretrained` reads: whole, or not at all.
+
+    Args:
+        language: a run or a checkpoint of a language model, with or without a text encoder of its own, or a model
+            folder.
+        codec: a run or a folder of a student codec; None: the one that the language model names.
+        out: a new folder.
+        int8: keep the language model's linear maps in int8.
+
+    Raises:
+        UserError: a part is not there, or the decoder speaks the codes of another codec than the language model.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+        folder = _model_folder(language, Path(aside) / out.name)
+        if codec is not None:
+            _put_codec(folder, codec)
+        if int8:
+            folder = export_int8(folder, Path(aside) / "int8" / out.name)
+        folder.rename(out)
+    return out
+
+
+def _model_folder(language: str | Path, folder: Path) -> Path:
+    """An exported folder of the language model, whatever it is now."""
+    source = checkpoint.find_model(language)
+    if (source / "card.json").is_file():
+        shutil.copytree(source, folder)
+        return folder
+    return export(source, folder)
+
+
+def _put_codec(folder: Path, codec: str | Path) -> None:
+    """The decoder into the model's folder, and its name into the card."""
+    source = checkpoint.find_model(codec)
+    shutil.rmtree(folder / CODEC, ignore_errors=True)
+    if (source / "config.json").is_file():  # of a codec's own folder; a checkpoint has a config.yaml
+        shutil.copytree(source, folder / CODEC)
+    else:
+        export(source, folder / CODEC)
+    card = json.loads((folder / "card.json").read_text())
+    speaks, needs = load_codec(folder / CODEC).fingerprint, card["data"]["codec"]["fingerprint"]
+    if speaks != needs:
+        raise UserError(
+            f"{codec} decodes the codes of {speaks}, the language model writes those of {needs}: give a student of that"
+        )
+    card["data"]["codec"] = {"name": f"./{CODEC}", "fingerprint": speaks}
+    card["data"]["licences"] = licences_of(folder / CODEC) | (card["data"].get("licences") or {})
+    card["licence"] = strictest(card["data"]["licences"])
+    write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")

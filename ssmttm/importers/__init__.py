@@ -1,6 +1,0 @@
-"""Other projects' checkpoints into folders that `MusicPipeline.from_pretrained` opens, and back: docs/importing.md."""
-
-from ssmttm.importers.musicgen import export_musicgen, import_musicgen
-from ssmttm.importers.released import import_released
-
-__all__ = ["export_musicgen", "import_musicgen", "import_released"]

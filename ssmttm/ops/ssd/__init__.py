@@ -1,0 +1,155 @@
+"""State-space duality (SSD), the scan of Mamba-2 (Dao and Gu, arXiv 2405.21060).
+
+For each head, with a state h [P, N] that starts at `initial_state` or zero:
+
+    h[t] = exp(dt[t] * A) * h[t-1] + dt[t] * x[t] B[t]^T        y[t] = h[t] C[t] + D * x[t]
+
+Shapes: B batch, T positions, H heads, P head width, G groups (H a multiple of G; the heads of a group share B and C),
+N state. x [B, T, H, P], dt [B, T, H] > 0 (after softplus), A [H] < 0, B and C [B, T, G, N], D [H], state [B, H, P, N].
+Decay and state are float32 whatever the dtype of the input (float64 where the input is); y has the dtype of x.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmttm.ops import backend
+from ssmttm.ops.ssd.chunked import ChunkedSSD
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The oracle: the recurrence above, one position after the other.
+
+    Returns:
+        y [B, T, H, P] in the dtype of `x`, and the final state [B, H, P, N] in float32.
+    """
+    _check(x, dt, A, B, C, D, initial_state)
+    dtype, compute = x.dtype, _compute_dtype(x)
+    x, dt, A = x.to(compute), dt.to(compute), A.to(compute)
+    heads_a_group = x.shape[2] // B.shape[2]
+    B, C = (M.to(compute).repeat_interleave(heads_a_group, 2) for M in (B, C))  # [B, T, H, N]
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(compute)
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)  # [B, H]
+        inflow = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]  # [B, H, P, N]
+        state = decay[..., None, None] * state + inflow
+        outputs.append((state * C[:, t, :, None]).sum(-1))
+    y = torch.stack(outputs, 1)  # [B, T, H, P]
+    if D is not None:
+        y = y + D.to(compute)[:, None] * x
+    return y.to(dtype), state
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same function as `ssd_reference`, fast: matrix products within chunks, a recurrence over the chunks.
+
+    Args:
+        chunk_size: the longest chunk. Work within chunks grows with it, the number of stored states falls.
+
+    Returns:
+        y [B, T, H, P] in the dtype of `x`, and the final state [B, H, P, N] in float32.
+    """
+    _check(x, dt, A, B, C, D, initial_state)
+    kernel = backend.cuda_kernel("ssd", x.device)
+    if kernel is not None:
+        B, C = B.to(x.dtype), C.to(x.dtype)
+        return kernel(
+            x, dt.float(), A.float(), B, C, chunk_size, D=D, initial_states=initial_state, return_final_states=True
+        )
+    wide = _compute_dtype(x)
+    D, initial_state = (None if M is None else M.to(wide) for M in (D, initial_state))
+    with torch.autocast(x.device.type, enabled=False):
+        return ChunkedSSD.apply(x, dt.to(wide), A.to(wide), B.to(x.dtype), C.to(x.dtype), D, initial_state, chunk_size)
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> Tensor:
+    """One position: x [B, H, P], dt [B, H], B and C [B, G, N]; returns y [B, H, P].
+
+    `state` [B, H, P, N], contiguous, is updated in place.
+    """
+    kernel = backend.cuda_kernel("ssd_step", x.device)
+    if kernel is not None:
+        return _cuda_step(kernel, x, dt, A, B, C, D, state)
+    batch, heads, width = x.shape
+    groups, n = B.shape[1:]
+    wide = state.dtype
+    x_, dt = x.to(wide), dt.to(wide)
+    by_group = state.view(batch, groups, heads // groups, width, n)
+    by_group.mul_(torch.exp(dt * A).view(batch, groups, -1, 1, 1))
+    by_group.addcmul_((x_ * dt[..., None]).view(batch, groups, -1, width, 1), B.to(wide)[:, :, None, None])
+    y = torch.bmm(C.to(wide).reshape(-1, 1, n), state.view(batch * groups, -1, n).mT).view(batch, heads, width)
+    return (y if D is None else torch.addcmul(y, x_, D.to(wide)[:, None])).to(x.dtype)
+
+
+def ssd_flops(length: int, heads: int, headdim: int, groups: int, d_state: int, chunk_size: int = 64) -> int:
+    """Forward FLOPs of `ssd` over one sequence: its matrix products, a multiply-add being two."""
+    chunks = math.ceil(length / chunk_size)
+    q = math.ceil(length / chunks)
+    width = heads * headdim
+    return 2 * chunks * q * (q * groups * d_state + q * width + 2 * d_state * width)
+
+
+def _cuda_step(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+) -> Tensor:
+    """mamba_ssm's kernel wants every head-wise operand spread over the head's width with stride 0."""
+    heads, width, n = state.shape[1:]
+    nothing = torch.zeros(heads, device=x.device)  # it reads the strides of D and dt_bias whether they are there or not
+    return kernel(
+        state,
+        x,
+        dt.float()[..., None].expand(-1, -1, width),
+        A.float()[:, None, None].expand(heads, width, n),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        D=(nothing if D is None else D)[:, None].expand(heads, width),
+        dt_bias=nothing[:, None].expand(heads, width),
+        dt_softplus=False,
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+) -> None:
+    batch, length, heads, width = x.shape
+    groups, n = B.shape[2:]
+    if length == 0 or heads % groups:
+        raise ValueError(f"T must be at least 1 and H a multiple of G, not T = {length}, H = {heads}, G = {groups}")
+    expected = {"dt": (dt, (batch, length, heads)), "A": (A, (heads,)), "D": (D, (heads,))}
+    expected |= {"B": (B, (batch, length, groups, n)), "C": (C, (batch, length, groups, n))}
+    expected["initial_state"] = (initial_state, (batch, heads, width, n))
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {shape}")
