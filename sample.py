@@ -25,8 +25,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="run, checkpoint or exported folder, or hub id (default: embedded)",
     )
-    add("--painter", metavar="DIR", help="second stage of a model of two, if it is not in the model's own folder")
-    add("--paint-steps", type=int, metavar="N", help="sampler steps of the second stage (default: the model's own)")
+    add("--second-stage", metavar="DIR", help="second stage of a model of two, if it is not in the model's own folder")
+    add("--diffusion-steps", type=int, metavar="N", help="sampler steps of the second stage (default: the model's own)")
     add("--tempo", type=float, metavar="BPM", help="beats a minute, for a model trained with it")
     add("--melody", type=Path, metavar="FILE", help="audio whose melody to take up, for a model trained with it")
     add("--codec", metavar="DIR", help="where the model's codec is, if not found by its name")
@@ -52,35 +52,35 @@ def main(argv: list[str] | None = None) -> int:
     prompts = args.prompts + (read_prompts(args.prompts_file) if args.prompts_file else [])
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}: give 1 or more")
-    if args.paint_steps is not None and args.paint_steps < 1:
-        raise UserError(f"--paint-steps is {args.paint_steps}: give 1 or more")
+    if args.diffusion_steps is not None and args.diffusion_steps < 1:
+        raise UserError(f"--diffusion-steps is {args.diffusion_steps}: give 1 or more")
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     sampling = Sampling(args.temperature, args.top_k, args.top_p, **guidance)
     asked = Request.checked(prompts, args.duration, args.seed, sampling, args.max_duration)
 
     from ssmttm import MusicPipeline, audio
-    from ssmttm.generation.output import Destination, record_of
+    from ssmttm.generation.output import OutputPath, sidecar_path
     from ssmttm.generation.progress import Progress
 
-    destination = Destination(args.out, len(prompts), args.format)
+    destination = OutputPath(args.out, len(prompts), args.format)
     pipe = MusicPipeline.from_pretrained(
-        args.checkpoint, codec=args.codec, text_encoder=args.text_encoder, painter=args.painter
+        args.checkpoint, codec=args.codec, text_encoder=args.text_encoder, second_stage=args.second_stage
     )
-    if args.paint_steps is not None:
-        pipe.set_paint_steps(args.paint_steps)
+    if args.diffusion_steps is not None:
+        pipe.set_diffusion_steps(args.diffusion_steps)
     pipe.max_duration = args.max_duration
     settings = {"duration": args.duration, **asdict(sampling), "guidance_scale": pipe.guidance_scale, **guidance}
     told = {"tempo": args.tempo, "melody": args.melody and args.melody.name}
     told = {name: value for name, value in told.items() if value is not None}
-    wishes = {"tempo": args.tempo, "melody": None}
+    controls = {"tempo": args.tempo, "melody": None}
     if args.melody is not None:
-        wishes["melody"] = audio.read(args.melody, pipe.sample_rate)[0]
+        controls["melody"] = audio.read(args.melody, pipe.sample_rate)[0]
     with Progress(len(prompts) * args.duration) as progress:
         for batch in asked.batches(args.batch_size):
-            made = pipe(batch.prompts, seeds=batch.seeds, progress=progress.advance, **settings, **wishes)
+            made = pipe(batch.prompts, seeds=batch.seeds, progress=progress.advance, **settings, **controls)
             speed = progress.lap()
             for prompt, seed, wav in zip(batch.prompts, batch.seeds, made.audios, strict=True):
-                record = record_of(prompt, seed, settings | told | {"sample_rate": made.sample_rate}, pipe.facts)
+                record = sidecar_path(prompt, seed, settings | told | {"sample_rate": made.sample_rate}, pipe.facts)
                 path = destination.save(prompt, wav, made.sample_rate, record)
                 progress.say(f"{path}  {wav.shape[-1] / made.sample_rate:.2f} s  {speed:.2f}x real time")
     return 0

@@ -20,8 +20,8 @@ examples:
   python train.py experiment=debug data.store=STORE                   seconds, to see it run
   python train.py experiment=tiny data.store=STORE train.steps=500    a small language model
   python train.py experiment=tiny_codec data.store=STORE              the codec
-  python train.py experiment=tiny_two_stage_sketch data.store=STORE   two stages: the first codebook, and then
-  python train.py experiment=tiny_two_stage_paint data.store=STORE    all others by latent diffusion
+  python train.py experiment=tiny_stage1 data.store=STORE   two stages: the first codebook, and then
+  python train.py experiment=tiny_stage2 data.store=STORE    all others by latent diffusion
   python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE   a small student of a large model
   python train.py experiment=tinyttm_codec data.store=STORE           a small decoder for the embedded codec's codes
   the same command again                                              goes on from the newest good checkpoint

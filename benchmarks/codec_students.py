@@ -41,11 +41,11 @@ def held_out(store_path: str, clips: int, sample_rate: int) -> list[Tensor]:
 
 def quality(codecs: dict[str, Codec], clips: list[Tensor]) -> dict[str, dict[str, np.ndarray]]:
     """Figures of every clip, [n], by codec."""
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in codecs}
+    metrics: dict[str, list[dict[str, float]]] = {name: [] for name in codecs}
     for clip in tqdm(clips, desc="held-out clips", leave=False):
         for name, codec in codecs.items():
-            figures[name].append(codec_quality(codec, clip, codecs[TEACHER]))
-    return {name: {key: np.array([row[key] for row in rows]) for key in QUALITY} for name, rows in figures.items()}
+            metrics[name].append(codec_quality(codec, clip, codecs[TEACHER]))
+    return {name: {key: np.array([row[key] for row in rows]) for key in QUALITY} for name, rows in metrics.items()}
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -54,13 +54,13 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(end) for end in np.percentile(values[draws].mean(1), (2.5, 97.5))]
 
 
-def compared(figures: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+def compared(metrics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
     """Means, and differences of each codec to each one before it."""
-    names = list(figures)
-    means = {name: {key: float(values.mean()) for key, values in rows.items()} for name, rows in figures.items()}
+    names = list(metrics)
+    means = {name: {key: float(values.mean()) for key, values in rows.items()} for name, rows in metrics.items()}
     pairs = [(a, b) for i, b in enumerate(names) for a in names[:i]]
     differences = {
-        f"{b} - {a}": {key: interval(figures[b][key] - figures[a][key]) for key in QUALITY} for a, b in pairs
+        f"{b} - {a}": {key: interval(metrics[b][key] - metrics[a][key]) for key in QUALITY} for a, b in pairs
     }
     return {"means": means, "differences_95": differences}
 
@@ -97,12 +97,12 @@ def main() -> None:
     for kind, case_of in (("whole", decode_of), ("stream", stream_of)):
         times = paired({name: case_of(codec, codes) for name, codec in codecs.items()}, arguments.rounds, kind)
         timed[kind] = summary(times, TEACHER)
-        for name, figures in timed[kind].items():
-            figures["times_real_time"] = 1e3 * seconds / figures["median_ms"]
-            figures["times_the_teacher"] = 1 / figures.pop("ratio")
+        for name, metrics in timed[kind].items():
+            metrics["times_real_time"] = 1e3 * seconds / metrics["median_ms"]
+            metrics["times_the_teacher"] = 1 / metrics.pop("ratio")
             if kind == "stream":
-                figures["look_ahead_ms"] = codecs[name].look_ahead_ms
-                figures["ms_a_piece"] = figures["median_ms"] * PIECE / codes.shape[-1]
+                metrics["look_ahead_ms"] = codecs[name].look_ahead_ms
+                metrics["ms_a_piece"] = metrics["median_ms"] * PIECE / codes.shape[-1]
     document = {
         "environment": environment(), "clips": len(clips), "seconds_a_clip": SECONDS, "frames_a_piece": PIECE,
         "quality": compared(quality(codecs, clips)), "cost": cost, "time": timed,

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.paired import environment
 from data_prep.builtin import compose, render
-from data_prep.stages.captions.captions import Describing
+from data_prep.stages.captions.captions import CaptionOptions
 from data_prep.stages.captions.stage import caption_shard
 from data_prep.stages.codes import Coder, encode_shard
 from data_prep.stages.cut import Cut, cut_shard
@@ -114,7 +114,7 @@ def one_shard(root: Path, tracks: list[Track], work: Path, embedder: Embedder) -
         "select": timed(lambda: select_shards([shard], [], "cut", chosen)),
     }
     segments = Segments("00000", chosen / "00000" / ROWS_FILE, shard, "")
-    took["captions"] = timed(lambda: caption_shard(Describing(), segments, said))
+    took["captions"] = timed(lambda: caption_shard(CaptionOptions(), segments, said))
     described = Segments("00000", said / ROWS_FILE, shard, "")
     took["text"] = timed(lambda: embed_shard(embedder, described, text))
     parts = Parts([described], None, [text], [])

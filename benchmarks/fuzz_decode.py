@@ -22,7 +22,7 @@ import soundfile as sf
 
 from data_prep.audio import decoder_process
 from data_prep.audio.decode import Decoder, Limits
-from data_prep.track import Refused
+from data_prep.track import Rejected
 
 FORMATS = {
     "wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "mp3": "MPEG_LAYER_III", "aiff": "PCM_24", "au": "FLOAT",
@@ -101,10 +101,10 @@ def main() -> None:
                 for block, _ in decoder.blocks(path):
                     assert np.isfinite(block).all()
                 counts["accepted"] += 1
-            except Refused as refusal:
-                counts[f"refused: {refusal.kind}"] += 1
-                reasons[re.sub(r"\d+", "N", refusal.reason)] += 1
-                if "signal" in refusal.reason:
+            except Rejected as rejection:
+                counts[f"refused: {rejection.kind}"] += 1
+                reasons[re.sub(r"\d+", "N", rejection.reason)] += 1
+                if "signal" in rejection.reason:
                     shutil.copy(path, folder / f"crash-{counts.total()}-{name}")
             worst = max(worst, (time.monotonic() - begun, name))
     for name, count in [*counts.most_common(), *reasons.most_common()]:

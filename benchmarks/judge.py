@@ -12,7 +12,7 @@ from ssmttm.codecs import load_codec
 from ssmttm.codecs.losses import spectral_distances
 from ssmttm.data import open_store
 from ssmttm.evaluation import frechet_distance, kernel_distance
-from ssmttm.evaluation.attributes.classifiers import Detectors
+from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers
 from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.metrics.distances import class_divergence
 from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts
@@ -32,7 +32,7 @@ class Judge:
         rows = [prompt.row for prompt in self.prompts]
         self.codes = torch.stack([torch.from_numpy(self.store.codes(row)[:, :FRAMES].astype(np.int64)) for row in rows])
         self.true = torch.stack([self._audio(row) for row in rows])  # [n, S]
-        self.embedder, self.detectors = load_embedder("tiny"), Detectors.from_pretrained()
+        self.embedder, self.classifiers = load_embedder("tiny"), AttributeClassifiers.from_pretrained()
         others = np.concatenate([self.store.indices("valid"), self.store.indices("test")])
         music = torch.stack([self._audio(int(row)) for row in others if row not in rows])
         self.reference = self._embedded(music)
@@ -44,18 +44,18 @@ class Judge:
         rows = [torch.from_numpy(self.store.text(caption).astype(np.float32)) for caption in captions]
         return TextCondition.stack(rows[:-1]), TextCondition.stack(rows[-1:])
 
-    def figures(self, codes: Tensor) -> dict[str, float]:
+    def metrics(self, codes: Tensor) -> dict[str, float]:
         """Of codes [n, K, T]; K may be fewer than the codec's."""
         whole = self.codec.n_codebooks
         self.codec.keep_codebooks(codes.shape[1])
         wav = torch.cat([self.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : self.true.shape[1]]
         self.codec.keep_codebooks(whole)
-        return self.heard(wav) | {"mel": spectral_distances(wav, self.true, self.codec.sample_rate)["mel"].item()}
+        return self.embeddings(wav) | {"mel": spectral_distances(wav, self.true, self.codec.sample_rate)["mel"].item()}
 
-    def heard(self, wav: Tensor) -> dict[str, float]:
+    def embeddings(self, wav: Tensor) -> dict[str, float]:
         """FAD, KAD and KL with the tiny embedder; the share of prompts whose attributes are heard. wav [n, S]."""
-        heard = [found for part in wav.split(8) for found in self.detectors.detect(part, self.codec.sample_rate)]
-        pairs = list(zip(heard, self.prompts, strict=True))
+        embeddings = [found for part in wav.split(8) for found in self.classifiers.predict(part, self.codec.sample_rate)]
+        pairs = list(zip(embeddings, self.prompts, strict=True))
         shares = {
             name: float(np.mean([getattr(found, name) == prompt.expected[name] for found, prompt in pairs]))
             for name in ATTRIBUTES

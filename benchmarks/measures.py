@@ -24,7 +24,7 @@ from ssmttm.evaluation.metrics.compute import set_distances
 from ssmttm.evaluation.music import key, signal_stats, tempo
 from ssmttm.evaluation.music.music_metrics import measure_clip
 from ssmttm.evaluation.music.repetition import repetition
-from ssmttm.evaluation.protocol.embed_files import Heard
+from ssmttm.evaluation.protocol.embed_files import ClipEmbeddings
 
 OUT = Path(__file__).parent / "results" / "measures.json"
 SECONDS, CLIPS = 10, 4
@@ -44,16 +44,16 @@ def main() -> None:
             whole = timed([lambda p=p: measure_clip(*audio.read(p, mono=False)) for p in paths], rounds)
             results[name] = {"whole": whole, **parts(paths[0], rounds)}
     apart = {name: distances(name) for name in EMBEDDERS}
-    for name, figures in results.items():
-        print(f"\n{name}: {60_000 / figures['whole']['median_ms']:.0f} clips a minute")
-        for part, told in figures.items():
+    for name, metrics in results.items():
+        print(f"\n{name}: {60_000 / metrics['whole']['median_ms']:.0f} clips a minute")
+        for part, told in metrics.items():
             print(f"  {part:20} {told['median_ms']:8.2f} ms   p10 {told['p10_ms']:8.2f} ms")
     print(f"\nall distances of {N:,} clips from {N:,} references")
     for name, told in apart.items():
         print(f"  {name:20} {told['seconds']:8.2f} s    {told['windows']} windows of {told['width']} values a clip")
     totals = {
-        name: {e: N * figures["whole"]["median_ms"] / 1e3 + told["seconds"] for e, told in apart.items()}
-        for name, figures in results.items()
+        name: {e: N * metrics["whole"]["median_ms"] / 1e3 + told["seconds"] for e, told in apart.items()}
+        for name, metrics in results.items()
     }
     print(f"\nmeasures and distances of {N:,} clips")
     for name, seconds in totals.items():
@@ -69,7 +69,7 @@ def distances(name: str) -> dict[str, float]:
     none = torch.zeros(0)
     embedder = load_embedder(name)
     windows = int(SECONDS / embedder.seconds)
-    sets = [Heard(torch.randn(N, windows, embedder.dim) + shift, none, none) for shift in (0.0, 0.1)]
+    sets = [ClipEmbeddings(torch.randn(N, windows, embedder.dim) + shift, none, none) for shift in (0.0, 0.1)]
     begun = time.process_time()
     set_distances(*sets)
     return {"seconds": time.process_time() - begun, "windows": windows, "width": embedder.dim}

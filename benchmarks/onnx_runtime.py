@@ -65,7 +65,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     }
     results = {name: summary(paired(case, arguments.rounds, name), "ONNX Runtime") for name, case in cases.items()}
     for name, case in results.items():
-        told = ", ".join(f"{kind} {figures['median_ms']:.2f} ms" for kind, figures in case.items())
+        told = ", ".join(f"{kind} {metrics['median_ms']:.2f} ms" for kind, metrics in case.items())
         print(f"{name}: {told}; torch takes {case['torch']['ratio']:.2f} times as long")
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     where = environment() | {"onnxruntime": onnxruntime.__version__}

@@ -66,22 +66,22 @@ def report(results: dict[str, dict[str, dict[str, float]]], out: Path, title: st
     """Print the tables, and write OUT.json and OUT.png, a bar a case."""
     for row, cases in results.items():
         print(f"\n{row}")
-        for name, figures in cases.items():
-            told = f"{figures['median_ms']:10.2f} ms   p10 {figures['p10_ms']:10.2f} ms   x {figures['ratio']:.2f}"
+        for name, metrics in cases.items():
+            told = f"{metrics['median_ms']:10.2f} ms   p10 {metrics['p10_ms']:10.2f} ms   x {metrics['ratio']:.2f}"
             print(f"  {name:34} {told}")
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"environment": environment(), "results": results}
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    figure, axes = plt.subplots(len(results), 1, figsize=(8, 0.6 + 1.5 * len(results)), squeeze=False)
+    metric, axes = plt.subplots(len(results), 1, figsize=(8, 0.6 + 1.5 * len(results)), squeeze=False)
     for axis, (row, cases) in zip(axes[:, 0], results.items(), strict=True):
         names = list(cases)[::-1]
         axis.barh(names, [cases[name]["median_ms"] for name in names], color="#4477aa")
         axis.set_title(row, fontsize=9, loc="left")
         axis.set_xlabel("ms, median", fontsize=8)
         axis.tick_params(labelsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"), dpi=120)
+    metric.suptitle(title, fontsize=10)
+    metric.tight_layout()
+    metric.savefig(out.with_suffix(".png"), dpi=120)
     print(f"\n{out.with_suffix('.json')}\n{out.with_suffix('.png')}")
 
 

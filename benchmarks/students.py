@@ -39,13 +39,13 @@ def cross_entropy(model: str, store: str, batch_size: int = 8) -> float:
     settings = config.load("experiment=tinyttm_lm", "task=lm", f"data.store={store}", f"data.batch_size={batch_size}")
     settings = OmegaConf.merge(settings, {"model": folder.config.model, "pattern": folder.config.pattern})
     task = LanguageModelTask(settings)
-    players, loader = {"model": load_model(folder)}, task.loader("test", batch_size, 0, 1)
+    trained_modules, loader = {"model": load_model(folder)}, task.loader("test", batch_size, 0, 1)
     batches = [loader.batch(n) for n in range(len(loader) // batch_size)]
     counts = sum(task.counts(batch) for batch in batches)
-    return sum(task.validation(players, batch, counts, 0)["cross_entropy"].item() for batch in batches)
+    return sum(task.validation(trained_modules, batch, counts, 0)["cross_entropy"].item() for batch in batches)
 
 
-def heard(model: str, judge: Judge, seed: int) -> dict[str, float]:
+def embeddings(model: str, judge: Judge, seed: int) -> dict[str, float]:
     """What the judge says of music for its captions, sampled with the model's own guidance."""
     pipe = MusicPipeline.from_pretrained(model, "cpu")
     captions = [prompt.caption for prompt in judge.prompts]
@@ -54,7 +54,7 @@ def heard(model: str, judge: Judge, seed: int) -> dict[str, float]:
         pipe(captions[i : i + 16], FRAMES / judge.codec.frame_rate, seeds=seeds[i : i + 16]).audios[:, 0]
         for i in range(0, len(captions), 16)
     ]
-    return judge.heard(torch.cat(made))
+    return judge.embeddings(torch.cat(made))
 
 
 def cost(model: str) -> dict[str, float]:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = found.setdefault(student, {"seeds": {}})
         if seed not in row["seeds"]:
             loss = cross_entropy(run, arguments.store)
-            row["seeds"][seed] = {"cross_entropy": loss} | heard(run, judge, int(seed))
+            row["seeds"][seed] = {"cross_entropy": loss} | embeddings(run, judge, int(seed))
         if "parameters" not in row:
             row |= cost(run)
         RESULTS.write_text(json.dumps(document | facts, indent=1) + "\n")
@@ -117,7 +117,7 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["student", "seeds", *FIGURES, "M parameters", "MFLOP a second", "real-time factor"]]
     for student, row in found.items():
         seeds = list(row["seeds"].values())
-        cells = [interval([figures[name] for figures in seeds], decimals) for name, decimals in FIGURES.items()]
+        cells = [interval([metrics[name] for metrics in seeds], decimals) for name, decimals in FIGURES.items()]
         costs = [f"{row['parameters'] / 1e6:.2f}", f"{row['flops_a_second'] / 1e6:,.0f}"]
         rows.append([student, str(len(seeds)), *cells, *costs, f"{row['real_time_factor']:.3f}"])
     return rows

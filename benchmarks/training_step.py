@@ -35,11 +35,11 @@ def main() -> None:
         model = build_model(config.load(*job.overrides).model)
         name = job.labels["backbone"]
         cases[name], flops[name] = step_of(model), 3 * ITEMS * model.flops(FRAMES, TOKENS)
-    figures = summary(paired(cases, rounds, "training steps"), OURS)
-    for name, told in figures.items():
+    metrics = summary(paired(cases, rounds, "training steps"), OURS)
+    for name, told in metrics.items():
         told["gflops"] = flops[name] / 1e9
         print(f"{name:20} {told['median_ms']:7.1f} ms   {told['ratio']:.2f} x {OURS}   {told['gflops']:.1f} GFLOP")
-    OUT.write_text(json.dumps({"environment": environment(), "results": figures}, indent=1) + "\n")
+    OUT.write_text(json.dumps({"environment": environment(), "results": metrics}, indent=1) + "\n")
     print(OUT)
 
 

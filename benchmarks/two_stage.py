@@ -35,9 +35,9 @@ from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.engine import generate
 from ssmttm.generation.loading import load_denoiser, open_model_folder
 from ssmttm.generation.request import Sampling
-from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
+from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models import build_model
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.sweeps.report import interval
 from ssmttm.text.condition import TextCondition
@@ -54,32 +54,32 @@ def compare(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, A
     text, null = judge.text()
 
     def painted(seed: int, part: str) -> Tensor:
-        painter = load_painter(jobs / f"{part}-seed{seed}" / "run", judge)
+        second_stage = load_painter(jobs / f"{part}-seed{seed}" / "run", judge)
         seeds = [1_000 * seed + i for i in range(len(captions))]
-        return painter.paint(judge.codes[:, :1], Brief(text, null, seeds))
+        return second_stage.generate(judge.codes[:, :1], SecondStageInputs(text, null, seeds))
 
     def sampled(seed: int, first: str, second: str | None) -> Tensor:
-        painter = None if second is None else jobs / f"{second}-seed{seed}" / "run"
-        pipe = MusicPipeline.from_pretrained(jobs / f"{first}-seed{seed}" / "run", painter=painter)
+        second_stage = None if second is None else jobs / f"{second}-seed{seed}" / "run"
+        pipe = MusicPipeline.from_pretrained(jobs / f"{first}-seed{seed}" / "run", second_stage=second_stage)
         seeds = [1_000 * seed + i for i in range(len(captions))]
         made = [pipe(captions[i : i + 16], FRAMES / judge.codec.frame_rate, seeds=seeds[i : i + 16]).codes
                 for i in range(0, len(captions), 16)]  # fmt: skip
         return torch.cat(made)
 
     systems: dict[str, Callable[[int], Tensor]] = {
-        "true sketch + painter": lambda seed: painted(seed, "paint"),
+        "true sketch + painter": lambda seed: painted(seed, "generate"),
         "true sketch + regression": lambda seed: painted(seed, "regression"),
-        "two stages: sampled sketch + painter": lambda seed: sampled(seed, "sketch", "paint"),
-        "sampled sketch + regression": lambda seed: sampled(seed, "sketch", "regression"),
+        "two stages: sampled sketch + painter": lambda seed: sampled(seed, "coarse_codes", "generate"),
+        "sampled sketch + regression": lambda seed: sampled(seed, "coarse_codes", "regression"),
         "single stage": lambda seed: sampled(seed, "single", None),
     }
-    found = {"true music": [judge.heard(judge.true)], "codec alone (all true codes)": [judge.figures(judge.codes)]}
-    found["true sketch alone (first codebook)"] = [judge.figures(judge.codes[:, :1])]
+    found = {"true music": [judge.embeddings(judge.true)], "codec alone (all true codes)": [judge.metrics(judge.codes)]}
+    found["true sketch alone (first codebook)"] = [judge.metrics(judge.codes[:, :1])]
     for name, make in systems.items():
-        found[name] = [judge.figures(make(seed)) for seed in tqdm(arguments.seeds, desc=name, unit="seed")]
+        found[name] = [judge.metrics(make(seed)) for seed in tqdm(arguments.seeds, desc=name, unit="seed")]
         if "sampled" in name or "single" in name:
-            for figures in found[name]:
-                figures.pop("mel")  # another piece than the true one
+            for metrics in found[name]:
+                metrics.pop("mel")  # another piece than the true one
     rows = [["", *TITLES]]
     for name, seeds in found.items():
         rows.append([name, *(interval(np.array([f[k] for f in seeds])) if k in seeds[0] else "" for k in FIGURES)])
@@ -93,18 +93,18 @@ def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
     rows, found = [["network", "objective", "sampler", "steps", "evaluations", "seconds a 10 s piece", *TITLES]], []
     for job in sorted(jobs.iterdir()):
         network, objective = job.name.split("-")[0].split("_")
-        painter = load_painter(job / "run", judge)
+        second_stage = load_painter(job / "run", judge)
         for sampler in SAMPLERS[objective] if network == "ssm" else SAMPLERS[objective][:1]:
             for steps in arguments.steps:
                 settings = SamplerSettings(objective, sampler, steps)
-                painter.settings = replace(painter.settings, sampler=settings)
-                brief = Brief(text, null, list(range(len(judge.prompts))))
-                figures = judge.figures(painter.paint(judge.codes[:, :1], brief))
-                piece = seconds_a_piece(painter, judge.codes[:1, :1], brief.rows(slice(1)))
+                second_stage.settings = replace(second_stage.settings, sampler=settings)
+                inputs = SecondStageInputs(text, null, list(range(len(judge.prompts))))
+                metrics = judge.metrics(second_stage.generate(judge.codes[:, :1], inputs))
+                piece = seconds_a_piece(second_stage, judge.codes[:1, :1], inputs.rows(slice(1)))
                 found.append({"network": network, "objective": objective, "sampler": sampler, "steps": steps,
-                              "evaluations": settings.evaluations, "seconds": piece, **figures})  # fmt: skip
+                              "evaluations": settings.evaluations, "seconds": piece, **metrics})  # fmt: skip
                 cells = [network, objective, sampler, str(steps), str(settings.evaluations), f"{piece:.2f}"]
-                rows.append([*cells, *(f"{figures[k]:.3f}" for k in FIGURES)])
+                rows.append([*cells, *(f"{metrics[k]:.3f}" for k in FIGURES)])
                 print(" | ".join(rows[-1]), flush=True)
     return rows, {"prompts": len(judge.prompts), "threads": torch.get_num_threads(), "rows": found}
 
@@ -115,12 +115,12 @@ def guidance(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
     text, null = judge.text()
     rows, found = [["run", "scale", *TITLES]], []
     for run in arguments.runs:
-        folder, painter = open_model_folder(run, task="diffusion"), load_painter(run, judge)
+        folder, second_stage = open_model_folder(run, task="diffusion"), load_painter(run, judge)
         told = {"objective": folder.config.diffusion.objective, "step": int(folder.card["step"])}
         for scale in arguments.scales:
-            painter.settings = replace(painter.settings, guidance_scale=scale, sketch_scale=scale)
-            codes = painter.paint(judge.codes[:, :1], Brief(text, null, list(range(len(judge.prompts)))))
-            found.append({**told, "scale": scale, **judge.figures(codes)})
+            second_stage.settings = replace(second_stage.settings, guidance_scale=scale, coarse_guidance_scale=scale)
+            codes = second_stage.generate(judge.codes[:, :1], SecondStageInputs(text, null, list(range(len(judge.prompts)))))
+            found.append({**told, "scale": scale, **judge.metrics(codes)})
             cells = [f"{told['objective']}, {told['step']} steps", f"{scale:g}"]
             rows.append([*cells, *(f"{found[-1][k]:.3f}" for k in FIGURES)])
             print(" | ".join(rows[-1]), flush=True)
@@ -134,13 +134,13 @@ def melody(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
     text, null = judge.text()
     seeds, rate = list(range(len(judge.prompts))), judge.codec.sample_rate
     others = judge.true.roll(1, 0)  # [n, S]: prompts are balanced in families by turns, so that these differ in theirs
-    told = Wishes(chroma=frame_chroma(others, rate, FRAMES))
+    told = Controls(chroma=frame_chroma(others, rate, FRAMES))
 
-    def made(wishes: Wishes) -> Tensor:
+    def made(controls: Controls) -> Tensor:
         """[n, K, T], the melody told to those stages that hear it."""
-        heard, painted = wishes.heard_by(pipe.model.config), wishes.heard_by(pipe.painter.model.config)
-        sketch = generate(pipe.model, text, null, pipe.pattern, FRAMES, Sampling(), seeds, wishes=heard)
-        return pipe.painter.paint(sketch, Brief(text, null, seeds, painted))
+        embeddings, painted = controls.supported_by(pipe.model.config), controls.supported_by(pipe.second_stage.model.config)
+        coarse_codes = generate(pipe.model, text, null, pipe.pattern, FRAMES, Sampling(), seeds, controls=embeddings)
+        return pipe.second_stage.generate(coarse_codes, SecondStageInputs(text, null, seeds, painted))
 
     def decoded(codes: Tensor) -> Tensor:
         return torch.cat([judge.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : others.shape[1]]
@@ -149,14 +149,14 @@ def melody(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
         "the melody's own music": lambda: others,
         "the same through the codec": lambda: decoded(judge.codes.roll(1, 0)),
         "caption and melody": lambda: decoded(made(told)),
-        "caption alone": lambda: decoded(made(Wishes())),
+        "caption alone": lambda: decoded(made(Controls())),
         "the caption's own music": lambda: judge.true,
     }
     rows, found = [["", "chroma similarity", *TITLES[1:]]], {}
     for name, make in systems.items():
         wav = make()
         similarity = chroma_similarity(wav, others, rate).tolist()
-        found[name] = {"chroma_similarity": similarity, **judge.heard(wav)}
+        found[name] = {"chroma_similarity": similarity, **judge.embeddings(wav)}
         rows.append([name, interval(np.array(similarity)), *(f"{found[name][k]:.3f}" for k in FIGURES[1:])])
     return rows, {"prompts": len(judge.prompts), "model": str(arguments.model), "systems": found}
 
@@ -184,20 +184,20 @@ def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
     return rows, {"milliseconds": found, "exponents": exponents}
 
 
-def seconds_a_piece(painter: Painter, sketch: Tensor, brief: Brief) -> float:
+def seconds_a_piece(second_stage: SecondStage, coarse_codes: Tensor, inputs: SecondStageInputs) -> float:
     """Time to paint one sketch [1, 1, T], as of 10 s, the median of three."""
     times = []
     for _ in range(3):
         begun = time.perf_counter()
-        painter.paint(sketch, brief)
+        second_stage.generate(coarse_codes, inputs)
         times.append(time.perf_counter() - begun)
-    return float(np.median(times)) * 10 * painter.codec.frame_rate / sketch.shape[-1]
+    return float(np.median(times)) * 10 * second_stage.codec.frame_rate / coarse_codes.shape[-1]
 
 
-def load_painter(run: Path, judge: Judge) -> Painter:
+def load_painter(run: Path, judge: Judge) -> SecondStage:
     """The painter of a run, its codec the judge's."""
     folder = open_model_folder(run, task="diffusion")
-    return Painter(load_denoiser(folder), judge.codec, PaintSettings.of(folder.config))
+    return SecondStage(load_denoiser(folder), judge.codec, SecondStageConfig.of(folder.config))
 
 
 KINDS = {"compare": compare, "samplers": samplers, "guidance": guidance, "melody": melody, "length": length}

@@ -21,21 +21,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
-    from data_prep.build import executor_of, opening_of, wishes_of
-    from data_prep.pipeline import prepare, stages_of, tell_refusals
+    from data_prep.build import executor_of, input_source_of, options_of
+    from data_prep.pipeline import prepare, report_rejections, stages_of
     from data_prep.run import Finished, Run
     from data_prep.stages.pack import summary
     from data_prep.status import WORK
     from ssmttm.launch.slurm import Slurm, submit
 
-    opening = opening_of(arguments)
-    wishes = wishes_of(arguments, opening)
+    opening = input_source_of(arguments)
+    options = options_of(arguments, opening)
     out = arguments.out or arguments.root
-    stages = stages_of(opening, wishes)
+    stages = stages_of(opening, options)
     names = [name for name, _, _ in stages]
     _check_stages(arguments, names)
-    if wishes.embedder is not None and arguments.until is None and arguments.stage is None:
-        wishes.embedder.facts()  # an encoder that is not there is said before hours are spent
+    if options.embedder is not None and arguments.until is None and arguments.stage is None:
+        options.embedder.facts()  # an encoder that is not there is said before hours are spent
     if arguments.executor == "slurm" and arguments.stage is None:
         scripts = out / WORK / "slurm"
         scripts.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,9 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     with _held(out / WORK, arguments), _preemptible(), executor_of(arguments) as executor:
         run = Run(out / WORK, executor, arguments.until, share_of(arguments))
         try:
-            print(summary(prepare(opening, wishes, out, run)))
+            print(summary(prepare(opening, options, out, run)))
         except Finished as finished:
-            tell_refusals(out, run)
+            report_rejections(out, run)
             print(finished)
 
 
@@ -61,9 +61,9 @@ def _check_stages(arguments: argparse.Namespace, names: list[str]) -> None:
 
 def _held(folder: Path, arguments: argparse.Namespace) -> AbstractContextManager[None]:
     """The folder for this process alone; the tasks of an array share it."""
-    from ssmttm.files import claimed
+    from ssmttm.files import directory_lock
 
-    return claimed(folder, "data preparation") if arguments.stage is None else nullcontext()
+    return directory_lock(folder, "data preparation") if arguments.stage is None else nullcontext()
 
 
 @contextmanager
@@ -96,19 +96,19 @@ def _report(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 def _probe(arguments: argparse.Namespace, argv: list[str]) -> None:
     from data_prep.audio.decode import probe
-    from data_prep.track import Refused
+    from data_prep.track import Rejected
 
-    refused = 0
+    rejected = 0
     for file in arguments.files:
         try:
             sound = probe(file)
             length = "length unknown" if sound.seconds is None else f"{sound.seconds:.1f} s"
             print(f"{file}: {sound.format}, {sound.channels} channels, {sound.sample_rate} Hz, {length}")
-        except Refused as refusal:
-            refused += 1
-            print(f"{file}: refused ({refusal.kind}): {refusal.reason}")
-    if refused:
-        raise UserError(f"{refused} of {len(arguments.files)} files cannot be used, as told above")
+        except Rejected as rejection:
+            rejected += 1
+            print(f"{file}: refused ({rejection.kind}): {rejection.reason}")
+    if rejected:
+        raise UserError(f"{rejected} of {len(arguments.files)} files cannot be used, as told above")
 
 
 def _export(arguments: argparse.Namespace, argv: list[str]) -> None:

@@ -6,12 +6,12 @@ import math
 from data_prep.audio.decode import Limits
 from data_prep.audio.quality import Filters
 from data_prep.audio.vocals import VocalDetection, VocalRemoval
-from data_prep.inputs import BuiltIn, FromArchives, FromStore, FromTracks, Opening
+from data_prep.inputs import ArchiveInput, BuiltinInput, InputSource, StoreInput, TrackInput
 from data_prep.options import checked
-from data_prep.pipeline import Wishes
+from data_prep.pipeline import ProcessingOptions
 from data_prep.sources import SOURCES
 from data_prep.sources.references import read_references
-from data_prep.stages.captions.captions import Describing
+from data_prep.stages.captions.captions import CaptionOptions
 from data_prep.stages.codes import Coder
 from data_prep.stages.cut import Cut
 from data_prep.stages.embed import Embedder
@@ -23,12 +23,12 @@ _LONGEST_WINDOW = 30.0  # seconds that a codec is given at a time
 _BATCHES = {"cpu": Windows.batch, "cuda": 16}  # windows at a time
 
 
-def opening_of(arguments: argparse.Namespace) -> Opening:
+def input_source_of(arguments: argparse.Namespace) -> InputSource:
     """Where the segments come from. Raises UserError for values that cannot be."""
     if arguments.command == "builtin":
         if not (math.isfinite(arguments.hours) and arguments.hours > 0):
             raise UserError(f"--hours must be above 0, not {arguments.hours:g}")
-        return BuiltIn(arguments.hours, arguments.seed)
+        return BuiltinInput(arguments.hours, arguments.seed)
     if arguments.command == "pack":
         return _packed_anew(arguments)
     root, out = arguments.root, arguments.out
@@ -40,30 +40,30 @@ def opening_of(arguments: argparse.Namespace) -> Opening:
         raise UserError(f"--out is the same folder as --root ({root}): give the store a folder of its own")
     against = [read_references(path) for path in arguments.against]
     if arguments.command == "webdataset":
-        return FromArchives(root, _cut(arguments), arguments.licence, arguments.policy, against)
+        return ArchiveInput(root, _cut(arguments), arguments.licence, arguments.policy, against)
     tracks = SOURCES[arguments.command].tracks(root, arguments.index)
-    return FromTracks(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
+    return TrackInput(arguments.command, root, tracks, _cut(arguments), arguments.licence, arguments.policy, against)
 
 
-def _packed_anew(arguments: argparse.Namespace) -> FromStore:
+def _packed_anew(arguments: argparse.Namespace) -> StoreInput:
     in_place = arguments.out is None or arguments.out.resolve() == arguments.root.resolve()
     if in_place and (arguments.vocals != "keep" or arguments.captions != "source" or arguments.rephrase):
         raise UserError("--vocals, --captions and --rephrase change a store's segments: name a new store with --out")
-    return FromStore(arguments.root)
+    return StoreInput(arguments.root)
 
 
-def wishes_of(arguments: argparse.Namespace, opening: Opening) -> Wishes:
+def options_of(arguments: argparse.Namespace, opening: InputSource) -> ProcessingOptions:
     """What is done with the segments. Raises UserError for a device or a model that is not there."""
     device = _device(arguments)
     windows = Windows(seconds=min(opening.seconds, _LONGEST_WINDOW), batch=_BATCHES[device])
-    wishes = Wishes(
+    options = ProcessingOptions(
         vocals=_vocals(arguments, device),
         captions=_captions(arguments, device),
         coder=None if arguments.codec == "none" else Coder(arguments.codec, windows, device),
         embedder=None if arguments.text == "none" else Embedder(arguments.text, device),
     )
-    wishes.facts()  # what is not there is said before anything is written
-    return wishes
+    options.facts()  # what is not there is said before anything is written
+    return options
 
 
 def executor_of(arguments: argparse.Namespace) -> Processes | Ray:
@@ -102,13 +102,13 @@ def _vocals(arguments: argparse.Namespace, device: str) -> VocalDetection | Voca
     return kind(weights=arguments.vocal_model or kind.weights, device=device)
 
 
-def _captions(arguments: argparse.Namespace, device: str) -> Describing | None:
+def _captions(arguments: argparse.Namespace, device: str) -> CaptionOptions | None:
     """What is asked for beside the captions that the source gives; None for nothing."""
     how, rephrase = arguments.captions, arguments.rephrase or ""
     if how == "source" and not rephrase:
         return None
-    return Describing(
-        templates=0 if how == "source" else Describing.templates,
+    return CaptionOptions(
+        templates=0 if how == "source" else CaptionOptions.templates,
         captioner="" if how in ("source", "tags") else how,
         rephrase=rephrase,
         instrumental=arguments.vocals != "keep",

@@ -15,16 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.run import Run
-from data_prep.shard_task import Counts, Done, Work, stage_folder
+from data_prep.shard_task import Counts, ShardResult, ShardTask, stage_folder
 from data_prep.sources.archives.webdataset import archives_of, unpack, unpacked
 from data_prep.sources.references import References
 from data_prep.stages.cut import Cut, cut_shard
-from data_prep.stages.pack import DECONTAMINATION, QUARANTINE_CSV
+from data_prep.stages.pack import DECONTAMINATION, REJECTED_CSV
 from data_prep.stages.plan import shards_of, write_plan
 from data_prep.stages.segments import ROWS_FILE, Segments
-from data_prep.stages.selection import Against, fingerprint_files, select_shards
-from data_prep.tables import QUARANTINE, QUARANTINE_FILE, write_rows
-from data_prep.track import Refusal, Track
+from data_prep.stages.selection import Decontamination, fingerprint_files, select_shards
+from data_prep.tables import REJECTED, REJECTED_FILE, write_rows
+from data_prep.track import Rejection, Track
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA, audio_inside, open_store
 from ssmttm.data.writer import config_hash
@@ -33,10 +33,10 @@ from ssmttm.files import file_sha256
 
 _REFERENCE_FILES = 64  # a shard
 _STORE_ROWS = 512  # a shard
-_TOLD = (QUARANTINE_CSV, DECONTAMINATION)
+_REPORTED = (REJECTED_CSV, DECONTAMINATION)
 
 
-class Opening(Protocol):
+class InputSource(Protocol):
     """Where the segments come from.
 
     Attributes:
@@ -56,7 +56,7 @@ class Opening(Protocol):
         """Make them."""
 
 
-class FromTracks:
+class TrackInput:
     """A source's tracks: planned, cut, selected.
 
     Args:
@@ -75,7 +75,7 @@ class FromTracks:
         self,
         name: str,
         root: Path,
-        tracks: Iterable[Track | Refusal],
+        tracks: Iterable[Track | Rejection],
         cut: Cut,
         licence: str | None = None,
         policy: str = "research-nc",
@@ -91,7 +91,7 @@ class FromTracks:
         return {"source": {"name": self._name, "cut": self._cut.settings(), "against": against}}
 
     def segments(self, run: Run) -> list[Segments]:
-        """As `Opening.segments`."""
+        """As `InputSource.segments`."""
         root, tracks = self._found(run)
         plan = run.alone("plan", partial(write_plan, tracks, root, self._licence, self._policy))
         if not shards_of(plan):
@@ -99,24 +99,24 @@ class FromTracks:
         against = _fingerprinted(run, self._against)
         folder = stage_folder(run.root, "cut", {"source": self._name, **self._cut.settings()})
         works = [
-            Work(folder / key, inputs, partial(cut_shard, root, plan, index, self._cut))
+            ShardTask(folder / key, inputs, partial(cut_shard, root, plan, index, self._cut))
             for index, (key, inputs) in enumerate(shards_of(plan))
         ]
         return _selected(run, run.stage("cut", works), against, self._cut.modifications)
 
-    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Refusal]]:
+    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
         """The tracks, and the folder that their paths start from."""
         return self._root, self._tracks
 
 
-class FromArchives(FromTracks):
+class ArchiveInput(TrackInput):
     """The samples of WebDataset archives, unpacked one archive a shard; `root` is an archive or a folder of them.
 
     Raises:
         UserError: there is no archive.
     """
 
-    stages = (("unpack", True), *FromTracks.stages)
+    stages = (("unpack", True), *TrackInput.stages)
 
     def __init__(
         self, root: Path, cut: Cut, licence: str | None, policy: str, against: Sequence[References] = ()
@@ -124,17 +124,17 @@ class FromArchives(FromTracks):
         super().__init__("webdataset", root, (), cut, licence, policy, against)
         self._archives = archives_of(self._root)
 
-    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Refusal]]:
+    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
         folder = stage_folder(run.root, "unpack", {})
         works = []
         for index, archive in enumerate(self._archives):
             stamp = [str(archive), archive.stat().st_size, archive.stat().st_mtime_ns]
-            works.append(Work(folder / f"{index:05d}", config_hash({"archive": stamp}), partial(unpack, archive)))
+            works.append(ShardTask(folder / f"{index:05d}", config_hash({"archive": stamp}), partial(unpack, archive)))
         done = run.stage("unpack", works)
         return folder, (item for shard in done for item in unpacked(shard.folder))
 
 
-class BuiltIn:
+class BuiltinInput:
     """Music composed and rendered here.
 
     Args:
@@ -156,12 +156,12 @@ class BuiltIn:
         return {"source": {"name": "builtin", "version": version, "hours": self._hours, "seed": self._seed}}
 
     def segments(self, run: Run) -> list[Segments]:
-        """As `Opening.segments`."""
+        """As `InputSource.segments`."""
         made = run.stage("render", self._corpus.works(run.root, self._hours, self._seed))
         return _selected(run, made, [], f"{self.seconds:g} s segment")
 
 
-class FromStore:
+class StoreInput:
     """The segments of a store with audio, as they are: for another codec, text encoder or captions.
 
     Args:
@@ -190,15 +190,15 @@ class FromStore:
         return {name: self._config.get(name) for name in ("source", "vocals", "captions")}
 
     def segments(self, run: Run) -> list[Segments]:
-        """As `Opening.segments`."""
+        """As `InputSource.segments`."""
         folder = stage_folder(run.root, "take", {"root": str(self._root)})
-        told = [file_sha256(file) for name in _TOLD if (file := self._root / name).is_file()]
+        told = [file_sha256(file) for name in _REPORTED if (file := self._root / name).is_file()]
         works = []
         for index, first in enumerate(range(0, len(self._rows), _STORE_ROWS)):
             rows = [_without_codes(row) for row in self._rows.slice(first, _STORE_ROWS).to_pylist()]
             make = partial(take_shard, pa.Table.from_pylist(rows, SCHEMA), self._root if index == 0 else None)
             inputs = config_hash({"rows": rows, "told": told if index == 0 else []})
-            works.append(Work(folder / f"{index:05d}", inputs, make))
+            works.append(ShardTask(folder / f"{index:05d}", inputs, make))
         done = run.stage("take", works)
         return [Segments(shard.folder.name, shard.folder / ROWS_FILE, self._root, shard.outputs) for shard in done]
 
@@ -206,9 +206,9 @@ class FromStore:
 def take_shard(rows: pa.Table, root: Path | None, folder: Path) -> Counts:
     """Write rows of a store; with the first ones, what the store of `root` tells of refusals."""
     pq.write_table(rows, folder / ROWS_FILE)
-    if root is not None and (root / QUARANTINE_CSV).is_file():
-        with open(root / QUARANTINE_CSV, encoding="utf-8", newline="") as file:
-            write_rows(folder / QUARANTINE_FILE, list(csv.DictReader(file)), QUARANTINE)
+    if root is not None and (root / REJECTED_CSV).is_file():
+        with open(root / REJECTED_CSV, encoding="utf-8", newline="") as file:
+            write_rows(folder / REJECTED_FILE, list(csv.DictReader(file)), REJECTED)
     if root is not None and (root / DECONTAMINATION).is_file():
         shutil.copyfile(root / DECONTAMINATION, folder / DECONTAMINATION)
     return {"segments": len(rows), "seconds": sum(rows["duration"].to_pylist())}
@@ -218,13 +218,13 @@ def _without_codes(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in SCHEMA.names} | {"shard": -1, "offset": 0, "frames": 0}
 
 
-def _selected(run: Run, cuts: Sequence[Done], against: Sequence[Against], modifications: str) -> list[Segments]:
+def _selected(run: Run, cuts: Sequence[ShardResult], against: Sequence[Decontamination], modifications: str) -> list[Segments]:
     """The stage `select` over the first stage's shards."""
     shards = [done.folder for done in cuts]
     settings = {"modifications": modifications, "against": [set_.references.name for set_ in against]}
     inputs = config_hash({"cuts": [done.outputs for done in cuts], "against": [set_.inputs for set_ in against]})
     target = stage_folder(run.root, "select", settings) / "all"
-    (done,) = run.stage("select", [Work(target, inputs, partial(select_shards, shards, against, modifications))])
+    (done,) = run.stage("select", [ShardTask(target, inputs, partial(select_shards, shards, against, modifications))])
     chosen, hashes = [], done.hashes
     for cut in cuts:
         name = f"{cut.folder.name}/{ROWS_FILE}"
@@ -233,7 +233,7 @@ def _selected(run: Run, cuts: Sequence[Done], against: Sequence[Against], modifi
     return chosen
 
 
-def _fingerprinted(run: Run, references: Sequence[References]) -> list[Against]:
+def _fingerprinted(run: Run, references: Sequence[References]) -> list[Decontamination]:
     """The evaluation sets with the fingerprints of their audio."""
     folder = stage_folder(run.root, "reference", {})
     works, owners = [], []
@@ -242,10 +242,10 @@ def _fingerprinted(run: Run, references: Sequence[References]) -> list[Against]:
             files = [file.resolve() for file in set_.audio[first : first + _REFERENCE_FILES]]
             stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
             make = partial(fingerprint_files, files)
-            works.append(Work(folder / f"{number:02d}-{index:05d}", config_hash({"files": stamps}), make))
+            works.append(ShardTask(folder / f"{number:02d}-{index:05d}", config_hash({"files": stamps}), make))
             owners.append(set_)
     done = run.stage("reference", works)
     return [
-        Against(set_, tuple(shard for shard, owner in zip(done, owners, strict=True) if owner is set_))
+        Decontamination(set_, tuple(shard for shard, owner in zip(done, owners, strict=True) if owner is set_))
         for set_ in references
     ]

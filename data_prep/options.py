@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_prep.audio.decode import Limits
 from data_prep.audio.quality import Filters
-from data_prep.run import Share
+from data_prep.run import TaskSlice
 from data_prep.sources import SOURCES
 from data_prep.stages.cut import TAILS
 from ssmttm.errors import UserError
@@ -170,9 +170,9 @@ def _machine() -> argparse.ArgumentParser:
     return group
 
 
-def share_of(arguments: argparse.Namespace) -> Share | None:
+def share_of(arguments: argparse.Namespace) -> TaskSlice | None:
     """The part of a stage that was asked for."""
-    return None if arguments.stage is None else Share(arguments.stage, *arguments.share)
+    return None if arguments.stage is None else TaskSlice(arguments.stage, *arguments.share)
 
 
 def _count(text: str) -> int:

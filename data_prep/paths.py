@@ -4,7 +4,7 @@ import os
 import unicodedata
 from pathlib import Path
 
-from data_prep.track import Refused
+from data_prep.track import Rejected
 
 _LONGEST_PART, _LONGEST = 255, 4096  # bytes, as the system's
 
@@ -21,9 +21,9 @@ def inside(root: Path, name: str) -> Path:
     try:
         real, real_root = os.path.realpath(path), os.path.realpath(root)
     except OSError as error:
-        raise Refused("metadata", f"the path cannot be followed ({error.strerror})") from error
+        raise Rejected("metadata", f"the path cannot be followed ({error.strerror})") from error
     if not Path(real).is_relative_to(real_root):
-        raise Refused("outside", "the path leads out of the folder by a link")
+        raise Rejected("outside", "the path leads out of the folder by a link")
     return path
 
 
@@ -31,15 +31,15 @@ def check_name(name: str) -> None:
     """Raises Refused, as `inside`, for a name that is bad whatever lies on the disk."""
     parts = name.split("/")
     if name.startswith("/"):
-        raise Refused("outside", "the path is absolute")
+        raise Rejected("outside", "the path is absolute")
     if ".." in parts:
-        raise Refused("outside", "the path holds `..`")
+        raise Rejected("outside", "the path holds `..`")
     if not name or all(part in ("", ".") for part in parts):
-        raise Refused("metadata", "the path names no file")
+        raise Rejected("metadata", "the path names no file")
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-        raise Refused("metadata", "the path holds control characters, or is no valid Unicode")
+        raise Rejected("metadata", "the path holds control characters, or is no valid Unicode")
     if len(name.encode()) > _LONGEST or max(len(part.encode()) for part in parts) > _LONGEST_PART:
-        raise Refused("metadata", "the path is too long")
+        raise Rejected("metadata", "the path is too long")
 
 
 def printable(name: str) -> str:

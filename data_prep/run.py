@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.shard_task import Counts, Done, Work, do, find, find_any
+from data_prep.shard_task import Counts, ShardResult, ShardTask, do, find, find_any
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 from ssmttm.launch.shard_executors import Executor
@@ -24,7 +24,7 @@ class Finished(Exception):
 
 
 @dataclass(frozen=True)
-class Share:
+class TaskSlice:
     """One task's part of one stage: every `n`-th shard from the `index`-th on."""
 
     stage: str
@@ -46,13 +46,13 @@ class Run:
     root: Path
     executor: Executor
     until: str | None = None
-    share: Share | None = None
-    done: list[Done] = field(default_factory=list)  # of all stages so far
+    share: TaskSlice | None = None
+    done: list[ShardResult] = field(default_factory=list)  # of all stages so far
     _stages: list[dict[str, Any]] = field(default_factory=list)
 
     def alone(self, name: str, make: Callable[[Path], Counts]) -> Path:
         """A stage of one shard that is made anew by every run, and taken as it is by one task of several."""
-        work = Work(self.root / name / "all", uuid.uuid4().hex, make)
+        work = ShardTask(self.root / name / "all", uuid.uuid4().hex, make)
         self._note(name, [work])
         if self.share is None or self.share.stage == name:
             self.done.append(do(work))
@@ -65,7 +65,7 @@ class Run:
         self.done.append(found)
         return work.target
 
-    def stage(self, name: str, works: Sequence[Work], device: bool = False) -> list[Done]:
+    def stage(self, name: str, works: Sequence[ShardTask], device: bool = False) -> list[ShardResult]:
         """Make what is not finished of a stage; gives all its shards, in the order of `works`.
 
         Raises:
@@ -95,25 +95,25 @@ class Run:
             raise Finished(f"stage {name} is done: give the same command without --until to go on")
 
     def _watched(
-        self, name: str, works: Sequence[Work], done: list[Done], fresh: list[Work], device: bool
-    ) -> Iterator[Done]:
+        self, name: str, works: Sequence[ShardTask], done: list[ShardResult], fresh: list[ShardTask], device: bool
+    ) -> Iterator[ShardResult]:
         """The shards as they are finished, with a bar that tells the rate and what was refused."""
         if not fresh:
             return
-        refused = sum(int(shard.counts.get("refused", 0)) for shard in done)
+        rejected = sum(int(shard.counts.get("rejected", 0)) for shard in done)
         seconds, begun = 0.0, time.monotonic()
         shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} shards [{elapsed}<{remaining}{postfix}]"
         with tqdm(total=len(works), initial=len(works) - len(fresh), desc=name, bar_format=shape) as bar:
             for shard in self.executor.run(fresh, device):
                 seconds += shard.counts.get("seconds", 0.0)
-                refused += int(shard.counts.get("refused", 0))
+                rejected += int(shard.counts.get("rejected", 0))
                 rate = seconds / max(time.monotonic() - begun, 1e-3)
                 sound = f"{seconds / 3600:.2f} h, {rate:.0f}x real time, " if seconds else ""
-                bar.set_postfix_str(f"{sound}{refused} refused", refresh=False)
+                bar.set_postfix_str(f"{sound}{rejected} refused", refresh=False)
                 bar.update()
                 yield shard
 
-    def _note(self, name: str, works: Sequence[Work]) -> None:
+    def _note(self, name: str, works: Sequence[ShardTask]) -> None:
         """Tell `status` of the stage; of several tasks the first one does."""
         folder = works[0].target.parent.name if works else name
         self._stages.append({"name": name, "folder": folder, "shards": len(works)})
@@ -121,7 +121,7 @@ class Run:
             write_text(self.root / STAGES, json.dumps(self._stages, indent=1) + "\n")
 
 
-def _remove_others(works: Sequence[Work]) -> None:
+def _remove_others(works: Sequence[ShardTask]) -> None:
     """Remove what killed workers left half-made of a stage, and shards of tracks that are gone."""
     targets = {work.target for work in works}
     for folder in {target.parent for target in targets}:

@@ -24,7 +24,7 @@ Counts = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Work:
+class ShardTask:
     """A shard to be made.
 
     Attributes:
@@ -40,7 +40,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardResult:
     """A finished shard: its folder, its counts, and a hash of all that it holds."""
 
     folder: Path
@@ -58,24 +58,24 @@ def stage_folder(root: Path, stage: str, settings: dict[str, Any]) -> Path:
     return root / f"{stage}-{config_hash(settings)[:12]}"
 
 
-def find(work: Work) -> Done | None:
+def find(work: ShardTask) -> ShardResult | None:
     """The finished shard, if it is there, was made from the same inputs, and no file of it is missing or cut short."""
     return find_any(work.target, work.inputs)
 
 
-def find_any(folder: Path, inputs: str | None = None) -> Done | None:
+def find_any(folder: Path, inputs: str | None = None) -> ShardResult | None:
     """A finished shard by its folder, made from these inputs, or from whatever it was."""
     try:
         facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in facts["files"].items())
         if not whole or inputs not in (None, facts["inputs"]) or facts["version"] != __version__:
             return None
-        return Done(folder, facts["counts"], config_hash(_hashes(facts["files"])))
+        return ShardResult(folder, facts["counts"], config_hash(_hashes(facts["files"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def do(work: Work) -> Done:
+def do(work: ShardTask) -> ShardResult:
     """Make a shard, unless it is there. Safe to run twice at once: one of the two equal results is kept."""
     done = find(work)
     if done is not None:
@@ -98,12 +98,12 @@ def do(work: Work) -> Done:
         (aside / DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _fsync_all(aside)
         _publish(aside, work)
-        return Done(work.target, counts, config_hash(_hashes(entries)))
+        return ShardResult(work.target, counts, config_hash(_hashes(entries)))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _publish(aside: Path, work: Work) -> None:
+def _publish(aside: Path, work: ShardTask) -> None:
     """Rename `aside` to the target; what stands there of other inputs goes first."""
     if work.target.exists() and find(work) is None:
         shutil.rmtree(work.target, ignore_errors=True)  # another process may be at it

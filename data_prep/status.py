@@ -9,7 +9,7 @@ from tqdm import tqdm
 from data_prep.run import STAGES
 from data_prep.shard_task import DONE
 from ssmttm.errors import UserError
-from ssmttm.files import is_claimed
+from ssmttm.files import is_locked
 
 WORK = "work"
 
@@ -24,8 +24,8 @@ def status(store: Path) -> str:
     if not file.is_file():
         raise UserError(f"nothing was prepared in {store}: name the --out of a `python -m data_prep` run")
     stages = json.loads(file.read_text(encoding="utf-8"))
-    running = is_claimed(store / WORK)
-    lines = [f"{'stage':<11}{'shards':>15}{'sound':>12}{'refused':>9}{'rate':>12}{'left':>9}"]
+    running = is_locked(store / WORK)
+    lines = [f"{'stage':<11}{'shards':>15}{'sound':>12}{'rejected':>9}{'rate':>12}{'left':>9}"]
     lines += [_line(store / WORK, stage, running) for stage in stages]
     if (store / "store.json").is_file():
         lines.append(f"the store is finished: {store}")
@@ -39,7 +39,7 @@ def status(store: Path) -> str:
 def _line(root: Path, stage: dict[str, Any], running: bool) -> str:
     shards = [_read(path) for path in sorted((root / stage["folder"]).glob(f"[!.]*/{DONE}"))]
     seconds = sum(shard["counts"].get("seconds", 0.0) for shard in shards)
-    refused = sum(int(shard["counts"].get("refused", 0)) for shard in shards)
+    rejected = sum(int(shard["counts"].get("rejected", 0)) for shard in shards)
     rate, left = "", ""
     if len(shards) > 1:
         first, last = min(shard["ended"] for shard in shards), max(shard["ended"] for shard in shards)
@@ -49,7 +49,7 @@ def _line(root: Path, stage: dict[str, Any], running: bool) -> str:
         left = tqdm.format_interval(remaining) if running and remaining else ""
     done = f"{len(shards)}/{stage['shards']}"
     sound = f"{seconds / 3600:.2f} h" if seconds else ""
-    return f"{stage['name']:<11}{done:>15}{sound:>12}{refused:>9}{rate:>12}{left:>9}"
+    return f"{stage['name']:<11}{done:>15}{sound:>12}{rejected:>9}{rate:>12}{left:>9}"
 
 
 def _read(path: Path) -> dict[str, Any]:

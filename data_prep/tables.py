@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.track import Refusal
+from data_prep.track import Rejection
 
 _TEXT, _TEXTS = pa.string(), pa.list_(pa.string())
 
@@ -49,8 +49,8 @@ SEGMENTS = pa.schema(
         "tags": _TEXTS,  # the same
     }
 )
-QUARANTINE_FILE = "quarantine.parquet"
-QUARANTINE = pa.schema({"item": _TEXT, "stage": _TEXT, "kind": _TEXT, "reason": _TEXT})
+REJECTED_FILE = "quarantine.parquet"
+REJECTED = pa.schema({"item": _TEXT, "stage": _TEXT, "kind": _TEXT, "reason": _TEXT})
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -58,12 +58,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Non
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
-def write_quarantine(folder: Path, stage: str, refused: list[Refusal]) -> None:
+def write_rejected(folder: Path, stage: str, rejected: list[Rejection]) -> None:
     """Write what a stage refused on a shard as `quarantine.parquet`, sorted."""
-    rows = [{"stage": stage, **asdict(refusal)} for refusal in refused]
+    rows = [{"stage": stage, **asdict(rejection)} for rejection in rejected]
     rows = [{name: printable(value) for name, value in row.items()} for row in rows]
     rows.sort(key=lambda row: (row["item"], row["kind"], row["reason"]))
-    write_rows(folder / QUARANTINE_FILE, rows, QUARANTINE)
+    write_rows(folder / REJECTED_FILE, rows, REJECTED)
 
 
 def printable(text: str) -> str:

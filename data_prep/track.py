@@ -36,7 +36,7 @@ class Track:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """Why an item does not come into the corpus.
 
     Attributes:
@@ -50,16 +50,16 @@ class Refusal:
     reason: str
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """An item cannot be used. A `kind` of KINDS and a `reason`; it never stops a run."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
 
-    def of(self, item: str) -> Refusal:
+    def of(self, item: str) -> Rejection:
         """The refusal of `item` for this reason."""
-        return Refusal(item, self.kind, self.reason)
+        return Rejection(item, self.kind, self.reason)
 
 
 KINDS = {

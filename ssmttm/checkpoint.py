@@ -186,14 +186,14 @@ def find_model(path: str | Path) -> Path:
     return path
 
 
-def load_weights(folder: str | Path, ema: bool = True, player: str = "model") -> dict[str, Tensor]:
+def load_weights(folder: str | Path, ema: bool = True, module_name: str = "model") -> dict[str, Tensor]:
     """The state dict of a checkpoint or an exported folder; with `ema`, the averaged weights where there are any.
 
     Raises:
         UserError: the file is missing or cannot be read.
     """
     averaged = Path(folder) / "ema.safetensors"
-    return read_tensors(folder, "ema" if ema and player == "model" and averaged.is_file() else player)
+    return read_tensors(folder, "ema" if ema and module_name == "model" and averaged.is_file() else module_name)
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

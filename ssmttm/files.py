@@ -18,7 +18,7 @@ class DiskFull(UserError):
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: fsynced and renamed onto it at the end, removed on any error.
 
     Raises:
@@ -44,8 +44,8 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.unlink()
 
 
-def clear_asides(folder: Path) -> None:
-    """Remove what `written_aside` left half-written in a folder when its process was killed. Nobody may be writing."""
+def clear_temporary_files(folder: Path) -> None:
+    """Remove what `atomic_write` left half-written in a folder when its process was killed. Nobody may be writing."""
     for path in folder.glob(".*.tmp*"):
         if path.is_file():
             path.unlink()
@@ -74,7 +74,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -94,7 +94,7 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, work: str) -> Iterator[None]:
+def directory_lock(folder: Path, work: str) -> Iterator[None]:
     """Hold a folder for this process; the system lets go of it if the process dies.
 
     Raises:
@@ -114,7 +114,7 @@ def claimed(folder: Path, work: str) -> Iterator[None]:
         yield
 
 
-def is_claimed(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process holds the folder."""
     if not (folder / ".lock").is_file():
         return False

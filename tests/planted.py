@@ -32,7 +32,7 @@ class Planted:
     root: Path
     against: tuple[Path, Path]
     kept: dict[str, int]
-    refused: dict[str, str]
+    rejected: dict[str, str]
     captions: dict[str, list[str]]
 
 
@@ -56,7 +56,7 @@ def plant(folder: Path, ffmpeg: str | None = None) -> Planted:
     """Make the folder. With FFmpeg, an .m4a is among the good files."""
     root = folder / "music"
     kept = _good(root, ffmpeg)
-    refused = _duplicates(root) | _licences(root) | _evaluation(root, folder) | _defects(root, folder)
+    rejected = _duplicates(root) | _licences(root) | _evaluation(root, folder) | _defects(root, folder)
     lines = [
         ("rock/one.flac", "a song that is known", "CC-BY-4.0", "One", "Ann", "https://example.org/1", ""),
         ("rock/one.flac", "ein bekanntes Stück 🎵", "", "", "", "", ""),
@@ -73,8 +73,8 @@ def plant(folder: Path, ffmpeg: str | None = None) -> Planted:
         table.writerows(lines)
     captions = {"rock/one.flac": ["a song that is known", "ein bekanntes Stück 🎵"]}
     against = (folder / "song_describer.csv", folder / "kept_out")
-    refused |= {"gone.wav": "missing", "../away.wav": "outside"}
-    return Planted(root, against, kept, refused, captions)
+    rejected |= {"gone.wav": "missing", "../away.wav": "outside"}
+    return Planted(root, against, kept, rejected, captions)
 
 
 def _good(root: Path, ffmpeg: str | None) -> dict[str, int]:

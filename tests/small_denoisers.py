@@ -8,7 +8,7 @@ from ssmttm.text.condition import TextCondition
 K, WIDTH, SKETCH, TEXT_DIM = 4, 3, 1, 8  # codebooks, channels a codebook, codebooks of the sketch
 S, C = SKETCH * WIDTH, (K - SKETCH) * WIDTH
 SIZES = {
-    "n_codebooks": K, "codebook_dim": WIDTH, "sketch_codebooks": SKETCH, "d_model": 16, "n_layers": 2, "d_state": 8,
+    "n_codebooks": K, "codebook_dim": WIDTH, "n_coarse_codebooks": SKETCH, "d_model": 16, "n_layers": 2, "d_state": 8,
     "headdim": 8, "chunk_size": 8, "n_heads": 2, "text_dim": TEXT_DIM, "time_dim": 16, "unet_mults": [1, 2, 1],
     "unet_blocks": 1,
 }  # fmt: skip
@@ -47,8 +47,8 @@ def captions(*lengths, seed=2) -> TextCondition:
 def conditions(frames, lengths=(4, 0, 7), dtype=torch.float32, **more) -> Conditions:
     """Sketches and captions of so many tokens each."""
     generator = torch.Generator().manual_seed(3)
-    sketch = torch.randn(len(lengths), S, frames, generator=generator, dtype=torch.float64).to(dtype)
-    return Conditions(sketch, captions(*lengths), **more)
+    coarse_codes = torch.randn(len(lengths), S, frames, generator=generator, dtype=torch.float64).to(dtype)
+    return Conditions(coarse_codes, captions(*lengths), **more)
 
 
 def noisy(frames, items=3, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,7 +111,7 @@ def lm_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
     return config.load(*fixed, *sizes, f"data.store={store}", f"run_dir={run_dir}", *train, *overrides)
 
 
-def paint_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
+def second_stage_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
     """A very small second stage on a store of `write_codes_store` with `small_codec`."""
     sizes = (
         f"model.n_codebooks={N_CODEBOOKS}", f"model.codebook_dim={CODEBOOK_DIM}", f"model.text_dim={TEXT_DIM}",
@@ -121,7 +121,7 @@ def paint_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
         "train.checkpoint_every=1000", "train.sample_seconds=1.5",
     )  # fmt: skip
     return config.load(
-        "experiment=tiny_two_stage_paint", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
+        "experiment=tiny_stage2", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
     )
 
 
@@ -131,7 +131,7 @@ def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
         f"codec.sample_rate={SAMPLE_RATE}", "codec.hop_length=96", "codec.window=192", "codec.n_codebooks=2",
         "codec.codebook_size=32", "codec.encoder_width=16", "codec.decoder_width=16", "codec.encoder_blocks=[1,1]",
         "codec.decoder_blocks=[1,1]", "data.batch_size=2", "data.seconds=1.0", "train.precision=fp32",
-        "codec_training.adversarial_start=3", "codec_training.revive_every=2", "train.log_every=1",
+        "codec_training.adversarial_start=3", "codec_training.restart_every=2", "train.log_every=1",
         "train.eval_every=4", "train.eval_batches=1", "train.checkpoint_every=100", "train.sample_every=0",
     )  # fmt: skip
     return config.load("experiment=tiny_codec", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides)

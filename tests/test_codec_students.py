@@ -20,7 +20,7 @@ from ssmttm.codecs.students.cost import decoding_cost
 from ssmttm.distill.codec.matching import StageProjections, at_one_rate, matched_stages, traced_outputs
 from ssmttm.distill.codec.transfer import transfer_decoder
 from ssmttm.errors import UserError
-from ssmttm.evaluation.attributes.accuracy import through_codec
+from ssmttm.evaluation.attributes.accuracy import reconstruct_with_codec
 from ssmttm.export.model_folder import export
 from ssmttm.training import loop
 from ssmttm.training.tasks import distill_codec
@@ -514,7 +514,7 @@ def test_who_gives_the_codes_of_a_student(tmp_path):
     assert encoder_of(teacher) is teacher and encoder_of(student).fingerprint == teacher.fingerprint
     wav = torch.randn(1, 2000) * 0.1
     expected = student.decode(teacher.encode(wav[None]))[0][:, :2000]
-    torch.testing.assert_close(through_codec(student, wav, SAMPLE_RATE, encoder_of(student)), expected)
+    torch.testing.assert_close(reconstruct_with_codec(student, wav, SAMPLE_RATE, encoder_of(student)), expected)
     student.config = replace(student.config, fingerprint="0" * 16)
     with pytest.raises(UserError, match="put the original back"):
         encoder_of(student)

@@ -254,9 +254,9 @@ def test_the_embedded_codec_keeps_music_at_two_kbps():
     assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (24000, 25.0, 8, 1024)
     assert codec.look_ahead_ms == 200 and not codec.training
     music = [render(compose(1234, index), 24000)[: 6 * 24000] for index in range(3)]
-    figures = codec_quality(codec, torch.from_numpy(np.stack(music)).float()[:, None])
-    assert figures["kbps"] == 2.0
-    assert figures["chroma_similarity"] > 0.75 and figures["onset_f"] > 0.7 and figures["mel_distance"] < 0.35
+    metrics = codec_quality(codec, torch.from_numpy(np.stack(music)).float()[:, None])
+    assert metrics["kbps"] == 2.0
+    assert metrics["chroma_similarity"] > 0.75 and metrics["onset_f"] > 0.7 and metrics["mel_distance"] < 0.35
 
 
 # Parts
@@ -324,7 +324,7 @@ def test_unused_entries_are_revived_and_used_ones_kept():
     quantiser(z)
     used = quantiser.usage > 0
     before = quantiser.codebooks.detach().clone()
-    revived = quantiser.revive(z, min_share=1e-3)
+    revived = quantiser.restart_unused(z, min_share=1e-3)
     assert torch.equal(revived, (~used).sum(dim=1)) and (revived > 20).all()
     assert torch.equal(quantiser.codebooks[used], before[used])
     assert (quantiser.usage == 0).all()
@@ -348,7 +348,7 @@ def test_reviving_uses_torchs_generator_alone():
         wav = tones(2, 3200)
         codec(wav)
         torch.manual_seed(7)
-        codec.revive_dead_codes(wav)
+        codec.restart_unused_codes(wav)
         return codec.quantiser.codebooks
 
     assert torch.equal(revived(), revived())
@@ -383,7 +383,7 @@ def test_a_small_codec_overfits_a_few_tones():
         optimiser.step()
         mels.append(terms["mel"].item())
         if step % 20 == 19:
-            codec.revive_dead_codes(wav)
+            codec.restart_unused_codes(wav)
     assert min(mels[-5:]) < 0.6 * mels[0]
 
 
@@ -487,7 +487,7 @@ def test_a_dac_trains_through_the_same_contract():
     sum(reconstruction_losses(output, wav, 24000, (Scale(512, 40),)).values()).backward()
     assert all(p.grad is not None for p in codec.parameters())
     assert codec.usage.sum() == 2 * 3 * 10
-    revived = codec.revive_dead_codes(wav)
+    revived = codec.restart_unused_codes(wav)
     assert revived.shape == (3,) and (revived > 0).all() and (codec.usage == 0).all()
 
 
@@ -532,7 +532,7 @@ def test_codebook_statistics():
 
 
 def test_codec_quality_reports_every_figure():
-    figures = codec_quality(small_codec().eval(), tones(2, 2 * RATE))
-    assert figures["kbps"] == pytest.approx(25 * 3 * 5 / 1000)
-    assert all(0 <= figures[name] <= 1 for name in ("chroma_similarity", "onset_f", "codebook_usage"))
-    assert figures["mel_distance"] > 0 and figures["codebook_perplexity"] >= 1
+    metrics = codec_quality(small_codec().eval(), tones(2, 2 * RATE))
+    assert metrics["kbps"] == pytest.approx(25 * 3 * 5 / 1000)
+    assert all(0 <= metrics[name] <= 1 for name in ("chroma_similarity", "onset_f", "codebook_usage"))
+    assert metrics["mel_distance"] > 0 and metrics["codebook_perplexity"] >= 1

@@ -29,8 +29,8 @@ def test_every_denoiser_takes_a_step(name):
     small = ["model.n_layers=1", "model.d_model=72", "model.headdim=24", "model.n_heads=3", "model.unet_blocks=1"]
     model = build_model(config.load(f"model={name}", *small).model)
     c = model.config
-    noisy, sketch = torch.randn(2, c.noisy_channels, 11), torch.randn(2, c.sketch_channels, 11)
-    conditions = Conditions(sketch, TextCondition.stack([torch.randn(n, c.text_dim) for n in (3, 5)]))
+    noisy, coarse_codes = torch.randn(2, c.noisy_channels, 11), torch.randn(2, c.coarse_channels, 11)
+    conditions = Conditions(coarse_codes, TextCondition.stack([torch.randn(n, c.text_dim) for n in (3, 5)]))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def loss():

@@ -102,7 +102,7 @@ def test_a_mistake_leaves_the_folder_free_and_says_what_was_refused(tmp_path, ca
     """No licence, then another source, then what is right: each command is taken on its own, into the same folder."""
     save(tmp_path / "music" / "a.wav", music(0)[: 6 * MUSIC_RATE])
     same = ["--root", str(tmp_path / "music"), "--out", str(tmp_path / "s"), "--codec", "none", "--text", "none"]
-    with pytest.raises(UserError, match=r"nothing can be used, .*quarantine.csv says why: a.wav: no licence"):
+    with pytest.raises(UserError, match=r"nothing can be used, .*rejected.csv says why: a.wav: no licence"):
         command.main(["folder", *same])
     with pytest.raises(UserError, match=r"raw_30s_cleantags\.tsv"):
         command.main(["jamendo", *same])
@@ -110,7 +110,7 @@ def test_a_mistake_leaves_the_folder_free_and_says_what_was_refused(tmp_path, ca
     right = ["folder", *same, "--licence", "CC0-1.0", "--segment", "5", "--workers", "1"]
     command.main([*right, "--until", "cut"])
     assert "without --until" in capsys.readouterr().out
-    assert "short.wav,cut,short" in (tmp_path / "s" / "quarantine.csv").read_text()
+    assert "short.wav,cut,short" in (tmp_path / "s" / "rejected.csv").read_text()
     command.main(right)
     assert "1 refused, " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"other settings \(source.name 'folder' -> 'builtin'.* and \d+ more\)"):

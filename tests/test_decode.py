@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from data_prep.audio import decoder_process
 from data_prep.audio.decode import Decoder, Limits, Sound, probe
-from data_prep.track import KINDS, Refused
+from data_prep.track import KINDS, Rejected
 
 RATE = 44_100
 FFMPEG = decoder_process._ffmpeg()
@@ -47,8 +47,8 @@ def whole(decoder: Decoder, path: Path) -> tuple[np.ndarray, int]:
     return np.concatenate([block for block, _ in blocks], axis=1), blocks[0][1]
 
 
-def refused(decoder: Decoder, path: Path) -> Refused:
-    with pytest.raises(Refused) as caught:
+def rejected(decoder: Decoder, path: Path) -> Rejected:
+    with pytest.raises(Rejected) as caught:
         list(decoder.blocks(path))
     assert caught.value.kind in KINDS and caught.value.reason and "\n" not in caught.value.reason
     assert str(path) not in caught.value.reason
@@ -140,7 +140,7 @@ def test_a_film_gives_its_first_sound(tmp_path, decoder):
     wav, rate = whole(decoder, tmp_path / "film.mp4")
     assert abs(wav.shape[1] / rate - 1.0) < 0.1
     ffmpeg(*picture, "-map", "0:v", "-c:v", "mpeg4", tmp_path / "mute.mp4")
-    assert refused(decoder, tmp_path / "mute.mp4").kind == "unreadable"
+    assert rejected(decoder, tmp_path / "mute.mp4").kind == "unreadable"
 
 
 @needs_ffmpeg
@@ -149,7 +149,7 @@ def test_cut_short_before_ffmpeg(tmp_path, decoder):
     ffmpeg("-i", tmp_path / "x.wav", "-movflags", "+faststart", tmp_path / "x.m4a")
     data = (tmp_path / "x.m4a").read_bytes()
     (tmp_path / "x.m4a").write_bytes(data[: len(data) * 6 // 10])
-    assert refused(decoder, tmp_path / "x.m4a").kind == "unreadable"
+    assert rejected(decoder, tmp_path / "x.m4a").kind == "unreadable"
 
 
 def test_without_ffmpeg_the_reason_says_what_to_install(tmp_path, monkeypatch):
@@ -158,13 +158,13 @@ def test_without_ffmpeg_the_reason_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with Decoder() as decoder:
-        assert "FFmpeg: install it" in refused(decoder, tmp_path / "x.m4a").reason
+        assert "FFmpeg: install it" in rejected(decoder, tmp_path / "x.m4a").reason
 
 
 def test_probe(tmp_path):
     sf.write(tmp_path / "x.flac", noise(2.0), RATE)
     assert probe(tmp_path / "x.flac") == Sound("FLAC PCM_16", 2, RATE, 2.0)
-    with pytest.raises(Refused, match="no such file"):
+    with pytest.raises(Rejected, match="no such file"):
         probe(tmp_path / "none.flac")
 
 
@@ -222,9 +222,9 @@ def bad_file(path: Path, kind: str) -> None:
 )
 def test_bad_files_are_refused_with_a_reason(tmp_path, decoder, kind, why, words):
     bad_file(tmp_path / "song.mp3", kind)
-    refusal = refused(decoder, tmp_path / "song.mp3")
-    assert refusal.kind == why
-    assert re.search(words, refusal.reason), refusal.reason
+    rejection = rejected(decoder, tmp_path / "song.mp3")
+    assert rejection.kind == why
+    assert re.search(words, rejection.reason), rejection.reason
 
 
 def test_streams_of_unknown_length_are_read_to_their_end(tmp_path, decoder):
@@ -293,8 +293,8 @@ def test_mp3_of_variable_rate_without_a_length(tmp_path, decoder, tag, loud_firs
 def test_limits(tmp_path, limits, words):
     sf.write(tmp_path / "x.flac", noise(2.0), RATE)
     with Decoder(limits) as decoder:
-        refusal = refused(decoder, tmp_path / "x.flac")
-    assert refusal.kind == "limit" and words in refusal.reason
+        rejection = rejected(decoder, tmp_path / "x.flac")
+    assert rejection.kind == "limit" and words in rejection.reason
 
 
 def test_what_is_within_the_limits_by_a_hair_is_read(tmp_path):
@@ -310,7 +310,7 @@ def test_a_crash_is_a_refusal_and_the_next_file_is_read(tmp_path):
         blocks = decoder.blocks(tmp_path / "x.wav")
         next(blocks)
         os.kill(decoder.pid, signal.SIGSEGV)
-        with pytest.raises(Refused, match=r"the decoder crashed on it \(signal 11\)") as caught:
+        with pytest.raises(Rejected, match=r"the decoder crashed on it \(signal 11\)") as caught:
             list(blocks)
         assert caught.value.kind == "unreadable"
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
@@ -326,7 +326,7 @@ def test_a_hang_ends_at_the_wall_limit(tmp_path):
         pid = decoder.pid
         os.kill(pid, signal.SIGSTOP)
         begun = time.monotonic()
-        with pytest.raises(Refused, match=r"longer than 0\.5 s") as caught:
+        with pytest.raises(Rejected, match=r"longer than 0\.5 s") as caught:
             list(blocks)
         assert caught.value.kind == "limit" and time.monotonic() - begun < 5 and not alive(pid)
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
@@ -343,7 +343,7 @@ def test_the_wall_limit_holds_for_all_blocks_together(tmp_path):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-        with pytest.raises(Refused, match=r"longer than 0\.6 s"):
+        with pytest.raises(Rejected, match=r"longer than 0\.6 s"):
             for _ in range(3):
                 os.kill(pid, signal.SIGSTOP)
                 threading.Timer(0.35, wake).start()
@@ -363,13 +363,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, decoder):
     next(blocks)
     with open(tmp_path / "x.wav", "r+b") as file:
         file.truncate(1_000_000)
-    with pytest.raises(Refused, match=r"cut short|changed while"):
+    with pytest.raises(Rejected, match=r"cut short|changed while"):
         list(blocks)
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     blocks = decoder.blocks(tmp_path / "x.wav")
     next(blocks)
     (tmp_path / "x.wav").open("ab").write(b"more")
-    with pytest.raises(Refused, match="changed while"):
+    with pytest.raises(Rejected, match="changed while"):
         list(blocks)
 
 
@@ -381,10 +381,10 @@ def test_one_child_serves_good_files_and_a_new_one_follows_a_bad_one(tmp_path):
         pid = decoder.pid
         next(decoder.blocks(tmp_path / "x.wav"))  # the rest is not wanted
         whole(decoder, tmp_path / "x.wav")
-        refused(decoder, tmp_path / "none.wav")
+        rejected(decoder, tmp_path / "none.wav")
         assert decoder.pid == pid
         assert len(os.listdir(f"/proc/{pid}/fd")) < 8  # nothing stays open
-        refused(decoder, tmp_path / "bad.wav")
+        rejected(decoder, tmp_path / "bad.wav")
         whole(decoder, tmp_path / "x.wav")
         assert decoder.pid != pid and not alive(pid)
         last = decoder.pid

@@ -32,8 +32,8 @@ from ssmttm.errors import UserError
 from ssmttm.mixers import Mamba2
 from ssmttm.mixers.bidirectional import Bidirectional, FullAttention, build_bidirectional
 from ssmttm.models import build_model, unet
-from ssmttm.models.controls import Wishes
-from ssmttm.models.denoiser_stack import TimedBranch
+from ssmttm.models.controls import Controls
+from ssmttm.models.denoiser_stack import AdaLNSublayer
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.tasks import diffusion
@@ -57,12 +57,12 @@ def told_all(frames=FRAMES, lengths=(4, 0, 7), **more):
     generator = torch.Generator().manual_seed(8)
     chroma = torch.rand(len(lengths), 12, frames, generator=generator, dtype=WIDE)
     tempo = torch.linspace(60.0, 180.0, len(lengths), dtype=WIDE)
-    return conditions(frames, lengths, WIDE, wishes=Wishes(chroma, tempo), **more)
+    return conditions(frames, lengths, WIDE, controls=Controls(chroma, tempo), **more)
 
 
 def run(model, given, frames=FRAMES, dtype=WIDE):
     with torch.no_grad():
-        return model(*noisy(frames, len(given.sketch), dtype), given)
+        return model(*noisy(frames, len(given.coarse_codes), dtype), given)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 37, 64])
@@ -80,16 +80,16 @@ def test_padding_changes_no_real_frame(model):
     x, time = noisy(FRAMES, dtype=WIDE)
     with torch.no_grad():
         whole = model(x, time, given)
-        other = replace(given, sketch=given.sketch.masked_fill(~mask[:, None], 9.0))
+        other = replace(given, coarse_codes=given.coarse_codes.masked_fill(~mask[:, None], 9.0))
         changed = model(x.masked_fill(~mask[:, None], -7.0), time, other)
-        parts = (x, given.sketch, given.wishes.chroma, mask.int())
+        parts = (x, given.coarse_codes, given.controls.chroma, mask.int())
         longer = [pad(part, (0, 9), value=2) for part in parts]
-        wide = replace(given, sketch=longer[1], wishes=replace(given.wishes, chroma=longer[2]), mask=longer[3] == 1)
+        wide = replace(given, coarse_codes=longer[1], controls=replace(given.controls, chroma=longer[2]), mask=longer[3] == 1)
         padded = model(longer[0], time, wide)
         for item, length in enumerate(lengths):
             text = TextCondition(*(part[item : item + 1] for part in given.text))
-            wishes = given.wishes.rows(slice(item, item + 1)).columns(slice(length))
-            alone = replace(given, sketch=given.sketch[item, None, :, :length], wishes=wishes, text=text, mask=None)
+            controls = given.controls.rows(slice(item, item + 1)).columns(slice(length))
+            alone = replace(given, coarse_codes=given.coarse_codes[item, None, :, :length], controls=controls, text=text, mask=None)
             expected = model(x[item, None, :, :length], time[item, None], alone)[0]
             for found in (whole, changed, padded):
                 assert_equal(found[item, :, :length], expected)
@@ -101,8 +101,8 @@ def test_padding_gets_no_gradient_and_gives_none(model):
     gradients = []
     for filling in (0.0, 5.0):
         given = told_all(mask=mask)
-        inputs = [part.masked_fill(~mask[:, None], filling).requires_grad_() for part in (x, given.sketch)]
-        out = model(inputs[0], time, replace(given, sketch=inputs[1]))
+        inputs = [part.masked_fill(~mask[:, None], filling).requires_grad_() for part in (x, given.coarse_codes)]
+        out = model(inputs[0], time, replace(given, coarse_codes=inputs[1]))
         model.zero_grad()
         out.transpose(1, 2)[mask].square().sum().backward()
         for part in inputs:
@@ -132,23 +132,23 @@ def test_text_padding_changes_nothing(model, where):
 
 
 def test_everything_it_is_told_matters(model):
-    given = told_all(sketch_noise=torch.tensor([0.1, 0.2, 0.3], dtype=WIDE))
+    given = told_all(coarse_noise_aug=torch.tensor([0.1, 0.2, 0.3], dtype=WIDE))
     yes = torch.ones(3, dtype=torch.bool)
-    chroma, tempo = given.wishes.chroma, given.wishes.tempo
+    chroma, tempo = given.controls.chroma, given.controls.tempo
     nan_chroma = chroma.clone()
     nan_chroma[0, :, :4] = torch.nan
 
     def told(**changes):
-        return replace(given, wishes=replace(given.wishes, **changes))
+        return replace(given, controls=replace(given.controls, **changes))
 
     whole = run(model, given)
-    assert_equal(run(model, replace(given, has_sketch=yes)), whole)
+    assert_equal(run(model, replace(given, has_coarse=yes)), whole)
     changes = {
         "text": given.with_text(captions(4, 3, 7, seed=9)),
         "no text": given.with_text(captions(0, 1, 0)),
-        "another sketch": replace(given, sketch=given.sketch.flip(2)),
-        "no sketch": given.without_sketch(),
-        "sketch noise": replace(given, sketch_noise=None),
+        "another sketch": replace(given, coarse_codes=given.coarse_codes.flip(2)),
+        "no sketch": given.without_coarse(),
+        "sketch noise": replace(given, coarse_noise_aug=None),
         "no tempo": told(tempo=None),
         "another tempo": told(tempo=tempo * 1.1),
         "no chroma": told(chroma=None),
@@ -174,14 +174,14 @@ def test_everything_it_is_told_matters(model):
 
 def test_a_sketch_that_is_withheld_is_not_read(model):
     some = torch.tensor([True, False, True])
-    given = replace(told_all(), has_sketch=some)
-    other = replace(given, sketch=torch.where(some[:, None, None], given.sketch, torch.nan))
+    given = replace(told_all(), has_coarse=some)
+    other = replace(given, coarse_codes=torch.where(some[:, None, None], given.coarse_codes, torch.nan))
     assert_equal(run(model, other), run(model, given))
-    assert_equal(run(model, given)[[0, 2]], run(model, replace(given, has_sketch=None))[[0, 2]])
-    assert_equal(run(model, given)[1], run(model, given.without_sketch())[1])
+    assert_equal(run(model, given)[[0, 2]], run(model, replace(given, has_coarse=None))[[0, 2]])
+    assert_equal(run(model, given)[1], run(model, given.without_coarse())[1])
 
 
-@pytest.mark.parametrize("what", ["noisy", "sketch", "chroma"])
+@pytest.mark.parametrize("what", ["noisy", "coarse_codes", "chroma"])
 def test_both_ends_see_each_other(model, what):
     given, (x, time) = told_all(), noisy(FRAMES, dtype=WIDE)
     before = run(model, given)
@@ -191,10 +191,10 @@ def test_both_ends_see_each_other(model, what):
             noise = x.clone()
             noise[..., changed] += 2
         else:
-            part = (given.sketch if what == "sketch" else given.wishes.chroma).clone()
+            part = (given.coarse_codes if what == "coarse_codes" else given.controls.chroma).clone()
             part[..., changed] += 2
-            wishes = replace(given.wishes, chroma=part)
-            other = replace(given, sketch=part) if what == "sketch" else replace(given, wishes=wishes)
+            controls = replace(given.controls, chroma=part)
+            other = replace(given, coarse_codes=part) if what == "coarse_codes" else replace(given, controls=controls)
         with torch.no_grad():
             after = model(noise, time, other)
         assert ((after - before)[..., seen].abs().amax(1) > 1e-7).all()
@@ -204,10 +204,10 @@ def test_both_ends_see_each_other(model, what):
 def test_a_new_model_says_zero_and_all_of_it_learns(name):
     model = new_denoiser(name, chroma=True, tempo=True).train()
     given, (x, time) = told_all(), noisy(FRAMES)
-    chroma = given.wishes.chroma.float()
+    chroma = given.controls.chroma.float()
     chroma[0] = torch.nan
-    given = replace(given, sketch=given.sketch.float(), wishes=Wishes(chroma, torch.tensor([90.0, torch.nan, 120.0])),
-                    has_sketch=torch.tensor([True, False, True]))  # fmt: skip
+    given = replace(given, coarse_codes=given.coarse_codes.float(), controls=Controls(chroma, torch.tensor([90.0, torch.nan, 120.0])),
+                    has_coarse=torch.tensor([True, False, True]))  # fmt: skip
     assert not model(x, time, given).any()
     optimizer, target = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, C, FRAMES)
     learnt = set()
@@ -218,7 +218,7 @@ def test_a_new_model_says_zero_and_all_of_it_learns(name):
         optimizer.step()
     silent = {key for key, _ in model.named_parameters()} - learnt
     assert not silent
-    assert {"null_sketch", "chroma.null", "tempo.null"} <= learnt
+    assert {"null_coarse", "chroma.null", "tempo.null"} <= learnt
 
 
 @pytest.mark.parametrize("objective", ["v", "flow"])
@@ -230,10 +230,10 @@ def test_it_learns_all_that_can_be_known(objective):
     text = captions(1)
 
     def loss(items):
-        sketch = torch.randn(items, S, 4)
-        clean = sketch.repeat(1, C // S, 1) + noise_share * torch.randn(items, C, 4)
+        coarse_codes = torch.randn(items, S, 4)
+        clean = coarse_codes.repeat(1, C // S, 1) + noise_share * torch.randn(items, C, 4)
         noise, time = torch.randn_like(clean), process.draw_times(items)
-        told = Conditions(sketch, TextCondition(text.embeddings.expand(items, -1, -1), text.mask.expand(items, -1)))
+        told = Conditions(coarse_codes, TextCondition(text.embeddings.expand(items, -1, -1), text.mask.expand(items, -1)))
         said = model(process.noisy(clean, noise, time), time, told)
         return (said - process.target(clean, noise, time)).square().mean()
 
@@ -276,7 +276,7 @@ def test_flops_are_those_counted(changes, tolerance, frames):
     model = denoiser(d_model=48, headdim=16, n_heads=4, d_state=32, chunk_size=64, **changes)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         melody = torch.rand(1, 12, frames) if model.config.chroma else None
-        model(*noisy(frames, 1), conditions(frames, (20,), wishes=Wishes(melody)))
+        model(*noisy(frames, 1), conditions(frames, (20,), controls=Controls(melody)))
     assert model.flops(frames, 20) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
@@ -337,9 +337,9 @@ def test_a_codebook_of_one_code_can_still_be_divided_by():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"n_codebooks": 1}, "model.sketch_codebooks=1 of 1"),
-        ({"sketch_codebooks": 0}, "model.sketch_codebooks=0"),
-        ({"sketch_codebooks": 4}, "leave at least 1"),
+        ({"n_codebooks": 1}, "model.n_coarse_codebooks=1 of 1"),
+        ({"n_coarse_codebooks": 0}, "model.n_coarse_codebooks=0"),
+        ({"n_coarse_codebooks": 4}, "leave at least 1"),
         ({"network": "transformer"}, "choose from stack, unet"),
         ({"time_dim": 7}, "model.time_dim=7"),
         ({"layers": "lstm"}, "lstm"),
@@ -360,13 +360,13 @@ def test_sizes_that_make_no_model(change, says):
     [
         ({"x": torch.zeros(3, C + 1, 5)}, r"noisy latents are \[3, 10, 5\]"),
         ({"x": torch.zeros(3, C, 6)}, r"sketch latents are \[3, 3, 5\], the denoiser takes \[3, 3, 6\]"),
-        ({"x": torch.zeros(3, C, 0), "sketch": torch.zeros(3, S, 0)}, "noisy latents"),
-        ({"sketch": torch.zeros(3, S - 1, 5)}, "sketch latents"),
-        ({"sketch": torch.zeros(2, S, 5)}, "sketch latents"),
+        ({"x": torch.zeros(3, C, 0), "coarse_codes": torch.zeros(3, S, 0)}, "noisy latents"),
+        ({"coarse_codes": torch.zeros(3, S - 1, 5)}, "sketch latents"),
+        ({"coarse_codes": torch.zeros(2, S, 5)}, "sketch latents"),
         ({"text": captions(3, 3)}, "2 captions for a batch of 3"),
         ({"text": TextCondition(torch.zeros(3, 2, 5), torch.ones(3, 2, dtype=torch.bool))}, "model.text_dim"),
-        ({"wishes": Wishes(torch.zeros(3, 12, 5))}, "this denoiser was not trained with chroma: leave it out"),
-        ({"wishes": Wishes(tempo=torch.zeros(3))}, "this denoiser was not trained with tempo: leave it out"),
+        ({"controls": Controls(torch.zeros(3, 12, 5))}, "this denoiser was not trained with chroma: leave it out"),
+        ({"controls": Controls(tempo=torch.zeros(3))}, "this denoiser was not trained with tempo: leave it out"),
         ({"mask": torch.ones(3, 6, dtype=torch.bool)}, r"the mask is \[3, 6\], the denoiser takes \[3, 5\]"),
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"the mask is \[5\]"),
     ],
@@ -380,18 +380,18 @@ def test_what_it_cannot_be_told_is_one_clear_line(change, says):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "says"),
+    ("controls", "says"),
     [
-        (Wishes(torch.zeros(3, 12, 6)), r"the chroma is \[3, 12, 6\], the denoiser takes \[3, 12, 5\]"),
-        (Wishes(torch.zeros(3, 5, 12)), r"the chroma is \[3, 5, 12\]"),
-        (Wishes(torch.zeros(1, 12, 5)), r"the chroma is \[1, 12, 5\]"),
-        (Wishes(tempo=torch.zeros(2)), r"the tempo is \[2\], the denoiser takes \[3\]"),
-        (Wishes(tempo=torch.zeros(3, 1)), r"the tempo is \[3, 1\]"),
+        (Controls(torch.zeros(3, 12, 6)), r"the chroma is \[3, 12, 6\], the denoiser takes \[3, 12, 5\]"),
+        (Controls(torch.zeros(3, 5, 12)), r"the chroma is \[3, 5, 12\]"),
+        (Controls(torch.zeros(1, 12, 5)), r"the chroma is \[1, 12, 5\]"),
+        (Controls(tempo=torch.zeros(2)), r"the tempo is \[2\], the denoiser takes \[3\]"),
+        (Controls(tempo=torch.zeros(3, 1)), r"the tempo is \[3, 1\]"),
     ],
 )
-def test_wishes_of_another_shape_are_one_clear_line(wishes, says):
+def test_controls_of_another_shape_are_one_clear_line(controls, says):
     with pytest.raises(UserError, match=says) as caught:
-        run(denoiser(chroma=True, tempo=True), replace(conditions(5), wishes=wishes), 5, torch.float32)
+        run(denoiser(chroma=True, tempo=True), replace(conditions(5), controls=controls), 5, torch.float32)
     assert "\n" not in str(caught.value)
 
 
@@ -457,13 +457,13 @@ def some_of(module):
 
 def test_a_branch_is_its_formula_and_adds_nothing_at_first():
     torch.manual_seed(0)
-    branch, x, vector = TimedBranch(8, 6, nn.Linear(8, 8)).double(), torch.randn(2, 5, 8, dtype=WIDE), torch.randn(2, 6)
+    sublayer, x, vector = AdaLNSublayer(8, 6, nn.Linear(8, 8)).double(), torch.randn(2, 5, 8, dtype=WIDE), torch.randn(2, 6)
     vector = vector.double()
-    assert torch.equal(branch(x, vector), x)
-    some_of(branch)
-    shift, scale, gate = branch.modulation(vector * vector.sigmoid())[:, None].split(8, -1)
+    assert torch.equal(sublayer(x, vector), x)
+    some_of(sublayer)
+    shift, scale, gate = sublayer.adaln(vector * vector.sigmoid())[:, None].split(8, -1)
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert_equal(branch(x, vector), x + gate * branch.inner(normed * (1 + scale) + shift))
+    assert_equal(sublayer(x, vector), x + gate * sublayer.inner(normed * (1 + scale) + shift))
 
 
 def test_a_residual_block_is_the_identity_at_first():

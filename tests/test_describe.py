@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from data_prep.stages.captions import captions as module
-from data_prep.stages.captions.captions import Describing, describe, fault_of, load_rephraser, template_captions
-from data_prep.stages.captions.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOICES
+from data_prep.stages.captions.captions import CaptionOptions, describe, fault_of, load_rephraser, template_captions
+from data_prep.stages.captions.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOCALS
 from ssmttm.errors import UserError
 from ssmttm.text.captioner import AudioCaptioner
 
@@ -114,7 +114,7 @@ def test_no_voices_where_they_were_removed():
     assert not re.search("voice|choral|rap", made)
     assert template_captions(["instrument---voice"], "a", instrumental=True) == []
     assert any("voice" in text for id in range(60) for text in template_captions(tags, str(id)))
-    assert "voice" in VOICES
+    assert "voice" in VOCALS
 
 
 def write_captioner(folder, seed=0):
@@ -227,8 +227,8 @@ def test_what_is_no_captioner(weights, tmp_path):
     ],
 )  # fmt: skip
 def test_captions_that_are_no_use(caption, reason):
-    refused = fault_of(caption)
-    assert refused.kind == "caption" and reason in str(refused)
+    rejected = fault_of(caption)
+    assert rejected.kind == "caption" and reason in str(rejected)
 
 
 @pytest.mark.parametrize("caption", ["Rock", "A slow waltz in D minor.", "jazz, jazz fusion", "Ambient music. " * 3])
@@ -252,31 +252,31 @@ def test_known_captions_stay_first_and_what_fails_is_told(monkeypatch):
     said = iter(["A guitar plays.", "la la la la", "", "A flute plays."])
     monkeypatch.setattr(module, "_captions", lambda sounds, settings: (next(said) for _ in sounds))
     name = hook(monkeypatch, lambda captions: [[f"{text} again", text] for text in captions])
-    settings = Describing(templates=1, captioner="x", rephrase=name)
+    settings = CaptionOptions(templates=1, captioner="x", rephrase=name)
     known, tags = [["Known."], [], [], ["A flute plays."]], [["genre---rock"], ["genre---pop"], [], []]
-    made, refusals = describe("abcd", known, tags, settings, pairs(4))
+    made, rejections = describe("abcd", known, tags, settings, pairs(4))
     assert made[0] == ["Known.", "Known. again", "A guitar plays.", "A guitar plays. again"]
     assert made[1] == template_captions(tags[1], "b", 1) and made[2] == []
     assert made[3] == ["A flute plays.", "A flute plays. again"]
-    assert [(refusal.item, refusal.kind) for refusal in refusals] == [("b", "caption"), ("c", "caption")]
+    assert [(rejection.item, rejection.kind) for rejection in rejections] == [("b", "caption"), ("c", "caption")]
     assert known == [["Known."], [], [], ["A flute plays."]], "what is given stays as it is"
 
 
 def test_the_model_hears_each_segment(weights):
-    settings = Describing(templates=0, captioner=weights, batch=2, max_new_tokens=12)
+    settings = CaptionOptions(templates=0, captioner=weights, batch=2, max_new_tokens=12)
     ids = list("abc")
-    made, refusals = describe(ids, [[]] * 3, [[]] * 3, settings, pairs(3, 16_000))
+    made, rejections = describe(ids, [[]] * 3, [[]] * 3, settings, pairs(3, 16_000))
     words = list(AudioCaptioner(weights, max_new_tokens=12).captions(sounds(3)))
-    refused = {refusal.item for refusal in refusals}
+    rejected = {rejection.item for rejection in rejections}
     for id, captions, text in zip(ids, made, words, strict=True):
-        assert captions == ([] if id in refused else [" ".join(text.split())])
-    assert len(refused) < 3
+        assert captions == ([] if id in rejected else [" ".join(text.split())])
+    assert len(rejected) < 3
 
 
 def test_what_a_segment_is_called_hangs_on_itself_alone():
     ids, tags, known = list("abc"), [TAGS, TAGS[:1], TAGS[2:]], [["One."], [], ["Two."]]
-    together, _ = describe(ids, known, tags, Describing())
-    assert together == [describe([i], [k], [t], Describing())[0][0] for i, k, t in zip(ids, known, tags, strict=True)]
+    together, _ = describe(ids, known, tags, CaptionOptions())
+    assert together == [describe([i], [k], [t], CaptionOptions())[0][0] for i, k, t in zip(ids, known, tags, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_a_segment_is_called_hangs_on_itself_alone():
 )
 def test_a_hook_that_fails_is_named(monkeypatch, function, words):
     with pytest.raises(UserError, match=words):
-        describe("ab", [["One."], ["Two."]], [[], []], Describing(rephrase=hook(monkeypatch, function)))
+        describe("ab", [["One."], ["Two."]], [[], []], CaptionOptions(rephrase=hook(monkeypatch, function)))
 
 
 @pytest.mark.parametrize("name", ["", "nowhere.at_all:x", "json:nothing", "json", ":dumps"])
@@ -304,16 +304,16 @@ def test_a_hook_that_is_not_there(name):
 
 
 def test_settings_tell_what_decides_the_captions(weights, monkeypatch, tmp_path):
-    facts = json.loads(json.dumps(Describing(captioner=weights, device="cuda").facts()))
+    facts = json.loads(json.dumps(CaptionOptions(captioner=weights, device="cuda").facts()))
     assert "device" not in facts and "Describe this music" in facts["prompt"]
     other = write_captioner(tmp_path, seed=1)
-    assert Describing(captioner=other).facts()["fingerprint"] != facts["fingerprint"]
+    assert CaptionOptions(captioner=other).facts()["fingerprint"] != facts["fingerprint"]
     assert facts["fingerprint"] == AudioCaptioner(weights).fingerprint
 
     def rephrase(captions):
         return [[] for _ in captions]
 
     name = hook(monkeypatch, rephrase)
-    assert "return [[] for _ in captions]" in Describing(rephrase=name).facts()["rephrase_source"]
+    assert "return [[] for _ in captions]" in CaptionOptions(rephrase=name).facts()["rephrase_source"]
     with pytest.raises(UserError, match="no audio captioner folder"):
-        Describing(captioner=str(tmp_path / "nowhere")).facts()
+        CaptionOptions(captioner=str(tmp_path / "nowhere")).facts()

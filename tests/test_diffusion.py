@@ -14,7 +14,7 @@ from ssmttm.diffusion.guidance import guided
 from ssmttm.diffusion.objectives import OBJECTIVES, get_objective
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings, sample
 from ssmttm.errors import UserError
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import LatentDenoiser
 from ssmttm.text.condition import TextCondition
 
@@ -293,9 +293,9 @@ def full_conditions():
     mask[1, 6:] = False
     return conditions(
         FRAMES,
-        has_sketch=torch.tensor([True, True, False]),
-        sketch_noise=torch.tensor([0.0, 0.3, 0.1]),
-        wishes=Wishes(
+        has_coarse=torch.tensor([True, True, False]),
+        coarse_noise_aug=torch.tensor([0.0, 0.3, 0.1]),
+        controls=Controls(
             torch.rand(3, 12, FRAMES, generator=generators(1)[0]), torch.tensor([90.0, torch.nan, 140.0])
         ),
         mask=mask,
@@ -315,22 +315,22 @@ def rows_of(model, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("scale", "sketch_scale", "passes"),
+    ("scale", "coarse_guidance_scale", "passes"),
     [(1, 1, 1), (0, 1, 1), (0, 0, 1), (3, 1, 2), (1, 0, 3), (2, 2, 2), (1, 1.5, 3), (3, 2, 3), (0.5, 0, 3)],
 )
-def test_guidance_is_the_formula_by_hand(model, monkeypatch, scale, sketch_scale, passes):
+def test_guidance_is_the_formula_by_hand(model, monkeypatch, scale, coarse_guidance_scale, passes):
     given, (x, time) = full_conditions(), noisy(FRAMES)
     both = model(x, time, given)
-    sketch = model(x, time, given.with_text(nulls(3)))
-    none = model(x, time, replace(given, text=nulls(3), has_sketch=torch.zeros(3, dtype=torch.bool)))
+    coarse_codes = model(x, time, given.with_text(nulls(3)))
+    none = model(x, time, replace(given, text=nulls(3), has_coarse=torch.zeros(3, dtype=torch.bool)))
     rows = rows_of(model, monkeypatch)
-    found = guided(model, given, NULL, scale, sketch_scale)(x, time)
+    found = guided(model, given, NULL, scale, coarse_guidance_scale)(x, time)
     assert rows == [3 * passes]
-    wanted = none + sketch_scale * (sketch - none) + scale * (both - sketch)
+    wanted = none + coarse_guidance_scale * (coarse_codes - none) + scale * (both - coarse_codes)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert min((part - other).abs().max() for part, other in ((both, sketch), (sketch, none), (both, none))) > 0.01
+    assert min((part - other).abs().max() for part, other in ((both, coarse_codes), (coarse_codes, none), (both, none))) > 0.01
     if passes == 1:
-        assert torch.equal(found, {(1, 1): both, (0, 1): sketch, (0, 0): none}[scale, sketch_scale])
+        assert torch.equal(found, {(1, 1): both, (0, 1): coarse_codes, (0, 0): none}[scale, coarse_guidance_scale])
 
 
 @torch.no_grad()

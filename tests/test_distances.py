@@ -14,10 +14,10 @@ from scipy.stats import entropy
 from ssmttm.errors import UserError
 from ssmttm.evaluation import frechet_distance, kernel_distance
 from ssmttm.evaluation.metrics import bootstrap as clip_bootstrap
-from ssmttm.evaluation.metrics.bootstrap import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
+from ssmttm.evaluation.metrics.bootstrap import kernel_statistic, manifold_statistic, weighted_bootstrap
 from ssmttm.evaluation.metrics.compute import set_distances
 from ssmttm.evaluation.metrics.distances import (
-    Neighbourhoods,
+    PrecisionRecallCoverage,
     bootstrap,
     clap_score,
     class_divergence,
@@ -25,7 +25,7 @@ from ssmttm.evaluation.metrics.distances import (
     median_distance,
     precision_recall_coverage,
 )
-from ssmttm.evaluation.protocol.embed_files import Heard
+from ssmttm.evaluation.protocol.embed_files import ClipEmbeddings
 
 
 def cloud(n, d, seed=0, shift=0.0, scale=1.0):
@@ -241,8 +241,8 @@ def test_intervals_from_weights_are_those_of_drawn_rows(windows, near, monkeypat
     (kernel,) = weighted_bootstrap(kernel_statistic(x, y), 30, 41, 25, seed=3)
     assert kernel == pytest.approx(of_rows(plain_kernel))
     assert kernel.value == pytest.approx(kernel_distance(x.flatten(0, 1), y.flatten(0, 1)))
-    shares = weighted_bootstrap(neighbourhood_statistic(x, y), 30, 41, 25, seed=3)
-    for share, name in zip(shares, Neighbourhoods._fields, strict=True):
+    shares = weighted_bootstrap(manifold_statistic(x, y), 30, 41, 25, seed=3)
+    for share, name in zip(shares, PrecisionRecallCoverage._fields, strict=True):
         plain = of_rows(lambda a, b, name=name: getattr(precision_recall_coverage(a, b), name))
         assert share == pytest.approx(plain), name
 
@@ -250,7 +250,7 @@ def test_intervals_from_weights_are_those_of_drawn_rows(windows, near, monkeypat
 def test_long_work_shows_its_progress(monkeypatch, capsys):
     monkeypatch.setattr(clip_bootstrap, "_ROWS", 8)
     none = torch.zeros(0)
-    set_distances(*(Heard(cloud(30, 8, seed=s).view(30, 2, 4), none, none) for s in (0, 1)))
+    set_distances(*(ClipEmbeddings(cloud(30, 8, seed=s).view(30, 2, 4), none, none) for s in (0, 1)))
     shown = capsys.readouterr().err
     for title in ("interval of fad", "interval of kad", "of neighbourhoods", "kernels", "neighbours", "fad_infinity"):
         assert f"{title}: " in shown

@@ -22,7 +22,7 @@ from ssmttm.export.model_folder import export
 from ssmttm.generation import pipeline
 from ssmttm.generation.loading import load_model, open_model_folder
 from ssmttm.models import TokenLM
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.training import loop
 from ssmttm.training.tasks import distill_lm, lm
 from ssmttm.training.tasks.distill_lm import DistillTask, cache_teacher
@@ -88,8 +88,8 @@ def test_guidance_one_is_the_conditional_and_more_leans_away_from_the_null(confi
     for scale in (0, 1, 2.5):
         task = DistillTask(config_of(f"distill.guidance_scale={scale}"))
         batch = task.loader("train", 4, 0, 1).batch(0)
-        given = task._given(batch, task.wishes.of(batch))
-        answers[scale] = task.teacher(given.codes, batch["text"], given.wishes)[0]
+        given = task._prepare_batch(batch, task.controls.of(batch))
+        answers[scale] = task.teacher(given.codes, batch["text"], given.controls)[0]
         plain = task.teacher.model(given.codes, batch["text"])[..., :CODEBOOK_SIZE]
     assert torch.equal(answers[1], plain) and not torch.equal(answers[0], plain)
     torch.testing.assert_close(answers[2.5], answers[0] + 2.5 * (answers[1] - answers[0]), rtol=1e-4, atol=1e-4)
@@ -115,7 +115,7 @@ def test_the_kl_loss_is_that_of_softened_distributions_at_real_positions(diverge
     task = DistillTask(config_of(*told, f"train.codebook_weights={weights}"))
     batch = task.loader("train", 4, 0, 1).batch(0)
     assert not bool(batch["frame_mask"].all())
-    given = task._given(batch, task.wishes.of(batch))
+    given = task._prepare_batch(batch, task.controls.of(batch))
     with torch.no_grad():
         student, teacher = (m(given.codes, batch["text"]) for m in (task.model, task.teacher.model))
     q, p = (Categorical(logits=logits / temperature) for logits in (student, teacher))
@@ -189,8 +189,8 @@ def test_teacher_and_student_hear_the_same_wishes(kind, store, config_of, tmp_pa
     task = DistillTask(config_of(*twin(*told, f"teacher={teacher}", "distill.transfer.layers=even")))
     assert losses_of(task)["kl"].item() == pytest.approx(0, abs=1e-5)
     batch = task.loader("train", 16, 0, 1).batch(0)
-    given = task._given(batch, task.wishes.of(batch))
-    asked, unasked = (task.teacher(given.codes, batch["text"], wishes)[0] for wishes in (given.wishes, Wishes()))
+    given = task._prepare_batch(batch, task.controls.of(batch))
+    asked, unasked = (task.teacher(given.codes, batch["text"], controls)[0] for controls in (given.controls, Controls()))
     assert not torch.allclose(asked, unasked, atol=1e-4)
 
 
@@ -217,7 +217,7 @@ def test_mixers_first_then_streams_then_all(config_of):
 
     found, moved = slopes(1)
     assert torch.equal(found["distillation"], found["mixer"])
-    assert moved and all(".branches.0." in name for name in moved)
+    assert moved and all(".sublayers.0." in name for name in moved)
     found, moved = slopes(4)
     assert "mixer" not in found and torch.equal(found["distillation"], found["hidden"])
     assert "heads.weight" not in moved and "embedding.weight" in moved
@@ -232,16 +232,16 @@ def test_mixers_are_fed_with_the_teachers_streams(guidance, config_of):
     told = ("distill.mixer_steps=1", "distill.layer_map=[2,2,3,4]", f"distill.guidance_scale={guidance}")
     task = DistillTask(config_of(*twin(*told)))
     batch = task.loader("train", 4, 0, 1).batch(0)
-    given = task._given(batch, task.wishes.of(batch))
+    given = task._prepare_batch(batch, task.controls.of(batch))
     with traced_mixers(task.teacher.model, task.blocks) as seen:
-        _, streams = task.teacher(given.codes, batch["text"], given.wishes, [1, 2])
+        _, hidden_states = task.teacher(given.codes, batch["text"], given.controls, [1, 2])
     assert seen.keys() == {2, 3, 4}
     (x, *_), output = seen[2]
     length = given.codes.shape[-1]
     first = x[0][batch["text"].mask[0].sum() :][:length]  # behind the text, in whose room the audio stands
-    torch.testing.assert_close(first, streams[0][0])
+    torch.testing.assert_close(first, hidden_states[0][0])
     assert output.shape == x.shape
-    task.teacher(given.codes, batch["text"], given.wishes)
+    task.teacher(given.codes, batch["text"], given.controls)
     assert len(seen) == 3  # no longer listened to
 
 
@@ -265,11 +265,11 @@ def test_two_processes_learn_as_one(weighting, config_of, tmp_path):
     loop.train(one)
     train_in_two_processes(one, tmp_path / "two")
 
-    def figures(run):
+    def metrics(run):
         rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         return [[row["loss"], row["grad_norm"], row["weight_kl"]] for row in rows if "loss" in row]
 
-    torch.testing.assert_close(torch.tensor(figures("two")), torch.tensor(figures("one")), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(metrics("two")), torch.tensor(metrics("one")), rtol=1e-3, atol=1e-4)
 
 
 # --- weighting ------------------------------------------------------------------------------------------------------
@@ -475,11 +475,11 @@ def test_the_licences_of_the_teachers_data_are_the_students_too(config_of, teach
 
 def test_a_student_of_a_model_that_reads_nothing_for_null_reads_so_too(config_of, teacher, tmp_path):
     """As an imported MusicGen does: a caption that is withheld is no token at all, to teacher and student."""
-    folder = changed(teacher, tmp_path / "other", lambda card: card["data"]["text"].update(reading="null_is_nothing"))
+    folder = changed(teacher, tmp_path / "other", lambda card: card["data"]["text"].update(null_condition="no_tokens"))
     told = (f"teacher={folder}", "data.caption_dropout=1", "distill.guidance_scale=2", "train.steps=2")
     task = DistillTask(config_of(*told))
     batch = task.loader("train", 4, 0, 1).batch(0)
-    given = task._given(batch, task.wishes.of(batch))
+    given = task._prepare_batch(batch, task.controls.of(batch))
     answer, _ = task._asked(batch, given)
     without = task.teacher.model(given.codes, None)[..., :CODEBOOK_SIZE].log_softmax(-1)
     torch.testing.assert_close(answer.log_p, without, rtol=1e-4, atol=1e-4)  # the null condition and the caption alike
@@ -487,12 +487,12 @@ def test_a_student_of_a_model_that_reads_nothing_for_null_reads_so_too(config_of
     counts = task.counts(batch)
     found = [task.losses(task.modules, each, counts, 0)["model"]["cross_entropy"] for each in (batch, blank)]
     assert torch.equal(*found)
-    assert open_model_folder(export(loop.train(config_of(*told)), tmp_path / "out")).reading == "null_is_nothing"
+    assert open_model_folder(export(loop.train(config_of(*told)), tmp_path / "out")).null_condition == "no_tokens"
 
 
 def test_a_reading_that_no_student_learns_is_refused(config_of, teacher, tmp_path):
-    folder = changed(teacher, tmp_path / "other", lambda card: card["data"]["text"].update(reading="visible_padding"))
-    with pytest.raises(UserError, match="reads captions as visible_padding"):
+    folder = changed(teacher, tmp_path / "other", lambda card: card["data"]["text"].update(null_condition="unmasked_padding"))
+    with pytest.raises(UserError, match="reads captions as unmasked_padding"):
         DistillTask(config_of(f"teacher={folder}"))
 
 
@@ -500,13 +500,13 @@ def test_guidance_within_is_handed_down_and_not_taken_twice(config_of, monkeypat
     guided = loop.train(config_of("distill.guidance_scale=2", "train.steps=1", name="guided"))
     grandchild = loop.train(config_of(f"teacher={guided}", "train.steps=1", name="grandchild"))
     for run in (guided, grandchild):
-        assert open_model_folder(run).guidance_within == 2 and open_model_folder(run).guidance_scale == 1
+        assert open_model_folder(run).distilled_guidance_scale == 2 and open_model_folder(run).guidance_scale == 1
     with pytest.raises(UserError, match="has guidance 2 within already"):
         DistillTask(config_of(f"teacher={guided}", "distill.guidance_scale=3"))
 
     class Pipeline:
-        def __init__(self, *parts, reading, guidance_scale):
-            seen.append((reading, guidance_scale))
+        def __init__(self, *parts, null_condition, guidance_scale):
+            seen.append((null_condition, guidance_scale))
 
         def __call__(self, prompts, **options):
             return SimpleNamespace(audios=[torch.zeros(1, 4)] * len(prompts), sample_rate=8)
@@ -517,7 +517,7 @@ def test_guidance_within_is_handed_down_and_not_taken_twice(config_of, monkeypat
         task = DistillTask(config_of(*overrides))
         task._codec, task._text_encoder = task.model, object()
         task.samples(0)
-    assert seen == [("plain", 3.0), ("plain", 1.0), ("plain", 1.0)]
+    assert seen == [("empty_caption", 3.0), ("empty_caption", 1.0), ("empty_caption", 1.0)]
 
 
 def test_no_path_of_this_machine_is_exported(config_of, tmp_path):

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ssmttm.distill.hidden_states import StreamProjections
+from ssmttm.distill.hidden_states import HiddenStateProjections
 from ssmttm.distill.losses import (
     DIVERGENCES,
     Target,
     _folded,
     divergence,
+    hidden_state_distance,
     output_error,
-    stream_distance,
     student_log_q,
     target,
 )
@@ -51,7 +51,7 @@ def test_gradients_are_those_of_finite_differences(kind, skew):
 @pytest.mark.parametrize("which", ["stream", "output"])
 def test_gradients_of_the_distances(which):
     teacher, x = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double().requires_grad_()
-    function = {"stream": stream_distance, "output": output_error}[which]
+    function = {"stream": hidden_state_distance, "output": output_error}[which]
     assert torch.autograd.gradcheck(lambda x: function(x, teacher), (x,))
 
 
@@ -124,12 +124,12 @@ def test_kinds_and_shares_that_are_none():
 
 @pytest.mark.parametrize(("width", "teachers"), [(6, 6), (4, 6), (6, 4)])
 def test_projections_begin_as_the_identity_whatever_the_streams_size(width, teachers):
-    projections = StreamProjections(2, width, teachers)
-    streams = [torch.randn(3, 5, width) for _ in range(2)]
+    projections = HiddenStateProjections(2, width, teachers)
+    hidden_states = [torch.randn(3, 5, width) for _ in range(2)]
     if width == teachers:
-        near = projections([3.0 * s for s in streams], [0.1 * s for s in streams])
+        near = projections([3.0 * s for s in hidden_states], [0.1 * s for s in hidden_states])
         torch.testing.assert_close(near, torch.zeros(3, 5), rtol=0, atol=1e-8)
-    far = projections(streams, [torch.randn(3, 5, teachers) for _ in range(2)])
+    far = projections(hidden_states, [torch.randn(3, 5, teachers) for _ in range(2)])
     assert far.shape == (3, 5) and (far > 0.1).all()
 
 

@@ -53,7 +53,7 @@ def test_the_embedded_model_of_two_stages_makes_sound_and_streams():
     pipe = MusicPipeline.from_pretrained("tiny_two_stage")
     out = pipe("a calm piano piece", duration=9.0, seeds=[3])
     assert out.codes.shape == (1, 8, 225) and out.audios.square().mean().sqrt() > 1e-3
-    assert "painter" in pipe.facts and set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
+    assert "second_stage" in pipe.facts and set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
     parts = list(pipe.stream("a calm piano piece", duration=9.0, seed=3))
     assert len(parts) > 1 and torch.allclose(torch.cat(parts, -1), out.audios[0], atol=1e-5)
 
@@ -64,8 +64,8 @@ def test_the_embedded_model_of_two_stages_takes_up_a_melody():
     time = torch.arange(pipe.sample_rate // 2) / pipe.sample_rate
     notes = [0.4 * torch.sin(2 * torch.pi * 261.63 * 2 ** (n / 12) * time) for n in (0, 4, 7, 5, 9, 2, 11, 7)]
     melody = torch.cat([note * torch.exp(-2 * time) for note in notes])[None]
-    heard = {}
+    embeddings = {}
     for name, told in (("with", melody), ("without", None)):
         made = pipe(["a slow waltz on a music box"] * 2, duration=4.0, seeds=0, melody=told).audios[:, 0]
-        heard[name] = chroma_similarity(made, melody.expand(2, -1), pipe.sample_rate).mean()
-    assert heard["with"] > heard["without"] + 0.15, heard
+        embeddings[name] = chroma_similarity(made, melody.expand(2, -1), pipe.sample_rate).mean()
+    assert embeddings["with"] > embeddings["without"] + 0.15, embeddings

@@ -201,13 +201,13 @@ def test_channels_are_averaged_and_resampled():
 
 
 @pytest.fixture(scope="module")
-def heard():
+def embeddings():
     """What each embedder makes of clean clips, spoilt ones, and of clips of the same pieces' other parts."""
     logging.disable(logging.WARNING)
     wavs, captions = clips(0, 18)
     clean, captions = wavs[::3], captions[::3]
     sets = {"reference": [*wavs[1::3], *wavs[2::3]], "clean": clean}
-    sets |= {name: [spoil(w) for w in clean] for name, spoil in SPOILT.items()}
+    sets |= {name: [degrade(w) for w in clean] for name, degrade in SPOILT.items()}
     embedders = {name: load_embedder(name) for name in ("tiny", "log_mel", "codec")}
     vectors = {
         name: {kind: torch.cat([e.embed(w)[0] for w in wavs]) for kind, wavs in sets.items()}
@@ -219,34 +219,34 @@ def heard():
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 @pytest.mark.parametrize("name", ["tiny", "log_mel", "codec"])
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_spoilt_music_is_further_from_music_than_clean_music(heard, spoilt, name, distance):
-    vectors = heard[3][name]
+@pytest.mark.parametrize("degraded", SPOILT)
+def test_spoilt_music_is_further_from_music_than_clean_music(embeddings, degraded, name, distance):
+    vectors = embeddings[3][name]
     clean = distance(vectors["clean"], vectors["reference"])
-    margin = 1.0 if spoilt == "shuffled" else 1.5
-    assert distance(vectors[spoilt], vectors["reference"]) > margin * max(clean, 0)
+    margin = 1.0 if degraded == "shuffled" else 1.5
+    assert distance(vectors[degraded], vectors["reference"]) > margin * max(clean, 0)
 
 
-def test_silence_is_worse_than_any_music_however_spoilt(heard):
+def test_silence_is_worse_than_any_music_however_spoilt(embeddings):
     for name in ("tiny", "codec"):
-        vectors = heard[3][name]
+        vectors = embeddings[3][name]
         far = {kind: kernel_distance(vectors[kind], vectors["reference"]) for kind in vectors if kind != "reference"}
         assert far["silence"] == max(far.values()), name
 
 
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_classes_and_captions_see_spoilt_music(heard, spoilt):
-    tiny, sets, captions, _ = heard
+@pytest.mark.parametrize("degraded", SPOILT)
+def test_classes_and_captions_see_spoilt_music(embeddings, degraded):
+    tiny, sets, captions, _ = embeddings
     clean = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
-    found = torch.cat([tiny.posteriors(w) for w in sets[spoilt]])
+    found = torch.cat([tiny.posteriors(w) for w in sets[degraded]])
     assert float(class_divergence(found, clean).mean()) > 0.3
     words = tiny.joint_text(captions)
-    sound, of_clean = (torch.cat([tiny.joint_audio(w) for w in sets[kind]]) for kind in (spoilt, "clean"))
+    sound, of_clean = (torch.cat([tiny.joint_audio(w) for w in sets[kind]]) for kind in (degraded, "clean"))
     assert float(clap_score(sound, words).mean()) < float(clap_score(of_clean, words).mean()) - 0.03
 
 
-def test_wrong_prompts_score_worse(heard):
-    tiny, sets, captions, _ = heard
+def test_wrong_prompts_score_worse(embeddings):
+    tiny, sets, captions, _ = embeddings
     sound = torch.cat([tiny.joint_audio(w) for w in sets["clean"]])
     wrong = [*captions[1:], captions[0]]
     right_score, wrong_score = (float(clap_score(sound, tiny.joint_text(c)).mean()) for c in (captions, wrong))
@@ -269,6 +269,6 @@ def test_the_training_program_makes_an_embedder_that_loads(tmp_path, monkeypatch
     train_embedder.main()
     made = load_embedder("tiny", str(out))
     held_out = made.card["held_out"]
-    assert made.card["steps"] == 2 and held_out["true"]["n"] == held_out["through_codec"]["n"] > 0
+    assert made.card["steps"] == 2 and held_out["true"]["n"] == held_out["reconstruct_with_codec"]["n"] > 0
     assert 0 <= held_out["true"]["recall_at_1"] <= held_out["true"]["recall_at_10"] <= 1
     assert made.embed(torch.zeros(1, 5 * RATE)).shape == (1, 1, made.dim)

@@ -17,7 +17,7 @@ from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes import adherence
 from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_of
-from ssmttm.evaluation.attributes.classifiers import MODES, Detectors, pitch_class, tempo_class, windows
+from ssmttm.evaluation.attributes.classifiers import MODES, AttributeClassifiers, pitch_class, tempo_class, windows
 from ssmttm.evaluation.metrics.statistics import agreement_of, binomial_tail, wilson
 from ssmttm.evaluation.music.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
 from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts, named
@@ -76,7 +76,7 @@ def test_transposed_audio_shifts_the_pitch_class_bands():
 
 def test_key_network_is_exactly_equivariant_to_transposition():
     torch.manual_seed(0)
-    network = Detectors(FAMILIES).eval().key
+    network = AttributeClassifiers(FAMILIES).eval().key
     bands = torch.rand(2, len(features.PITCH_BANDS), features.PITCH_BINS, 40)
     for semitones in range(1, 12):
         shifted = network(bands.roll(semitones * features.BINS_PER_SEMITONE, 2))
@@ -85,18 +85,18 @@ def test_key_network_is_exactly_equivariant_to_transposition():
 
 def test_detect_does_not_depend_on_level_batch_or_sample_format():
     torch.manual_seed(0)
-    detectors = Detectors(FAMILIES).eval()
+    classifiers = AttributeClassifiers(FAMILIES).eval()
     wav = torch.cat([clicks(100), torch.cat([tone(n, 2.5) for n in (60, 64, 67, 72)], 1)])
-    together = detectors.detect(wav, RATE)
-    assert detectors.detect(wav[1] * 0.1, RATE)[0].mode_probs == pytest.approx(together[1].mode_probs, abs=1e-4)
+    together = classifiers.predict(wav, RATE)
+    assert classifiers.predict(wav[1] * 0.1, RATE)[0].mode_probs == pytest.approx(together[1].mode_probs, abs=1e-4)
     for found in together:
         for table in (found.family_probs, found.tempo_probs, found.mode_probs):
             assert sum(table.values()) == pytest.approx(1, abs=1e-4)
         assert found.tempo_class in ("slow", "medium", "fast")
         assert found.third in ("major", "minor")
-    assert len(detectors.detect(torch.zeros(1, 8 * RATE), RATE)) == 1, "silence is heard without NaN"
+    assert len(classifiers.predict(torch.zeros(1, 8 * RATE), RATE)) == 1, "silence is heard without NaN"
     with pytest.raises(UserError, match="too short"):
-        detectors.detect(torch.zeros(RATE), RATE)
+        classifiers.predict(torch.zeros(RATE), RATE)
 
 
 def test_windows_cover_both_ends():
@@ -108,15 +108,15 @@ def test_windows_cover_both_ends():
 
 def test_detectors_survive_saving_and_refuse_damage(tmp_path):
     torch.manual_seed(0)
-    detectors = Detectors(FAMILIES, {"seed": 3}).eval()
-    detectors.save(tmp_path)
-    again = Detectors.from_pretrained(tmp_path)
-    assert again.fingerprint == detectors.fingerprint and again.card["seed"] == 3 and again.families == FAMILIES
+    classifiers = AttributeClassifiers(FAMILIES, {"seed": 3}).eval()
+    classifiers.save(tmp_path)
+    again = AttributeClassifiers.from_pretrained(tmp_path)
+    assert again.fingerprint == classifiers.fingerprint and again.card["seed"] == 3 and again.families == FAMILIES
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
-        Detectors.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no detectors"):
-        Detectors.from_pretrained(tmp_path / "nowhere")
+        AttributeClassifiers.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no classifiers"):
+        AttributeClassifiers.from_pretrained(tmp_path / "nowhere")
 
 
 def test_wilson_and_binomial_against_scipy():
@@ -166,16 +166,16 @@ def test_training_program_makes_detectors_that_load(tmp_path, monkeypatch):
     writer.finish()
     arguments = ["--store", str(store), "--codec", "tiny", "--reconstructed", "1", "--steps", "2", "--batch", "3"]
     train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "out")])
-    first = Detectors.from_pretrained(tmp_path / "out")
+    first = AttributeClassifiers.from_pretrained(tmp_path / "out")
     assert first.families == FAMILIES[:3] and first.card["trained_on"]["clips"] == 4
     assert first.card["held_out"]["true"]["n"] == first.card["held_out"]["reconstructed"]["n"] == 2
     assert len(list((tmp_path / "ssmttm-detectors").iterdir())) == 2, "features are kept"
     train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "again")])
-    assert Detectors.from_pretrained(tmp_path / "again").fingerprint == first.fingerprint
+    assert AttributeClassifiers.from_pretrained(tmp_path / "again").fingerprint == first.fingerprint
 
 
 def test_embedded_detectors_meet_their_goal():
-    right = Detectors.from_pretrained().card["held_out"]["true"]
+    right = AttributeClassifiers.from_pretrained().card["held_out"]["true"]
     assert right["n"] >= 100 and min(right[name] for name in ATTRIBUTES) >= 0.9
 
 
@@ -238,7 +238,7 @@ def test_a_model_that_ignores_its_prompts_scores_chance(monkeypatch, tmp_path):
         assert agreement.shuffled_p > 0.001 and abs(agreement.share - agreement.shuffled) < 0.35
     saved = json.loads(json.dumps(report.document()))
     assert saved["fingerprint"]["weights"] == "f" * 16 and len(saved["pieces"]) == 24
-    assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["detectors"]
+    assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["classifiers"]
     lines = report.table().splitlines()
     assert len({line.count("|") for line in lines[:6]}) == 1 and "90.0 %" in lines[2]
 
@@ -266,9 +266,9 @@ def test_tempo_classes_and_tonics():
 def test_page_is_one_self_contained_file(tmp_path):
     wav = torch.cat([tone(note) for note in (60, 64)], 1)
     curve = html.Curve({"loss": [(0, 6.9), (10, 5.5), (20, float("nan"))]}, "step", "loss")
-    player = html.Player(wav, RATE, "a <b>slow</b> waltz", {"key": "D minor", "silent": False})
+    module_name = html.TrainedModule(wav, RATE, "a <b>slow</b> waltz", {"key": "D minor", "silent": False})
     sections = [
-        html.Section("Samples", [html.Row([player, html.Player(wav, RATE, "second", format="flac")])]),
+        html.Section("Samples", [html.Row([module_name, html.TrainedModule(wav, RATE, "second", format="flac")])]),
         html.Section("Training", [curve, html.Table(["step", "loss"], [[0, 6.9]]), html.Text("make demo", code=True)]),
     ]
     page = html.write_page(tmp_path / "page.html", "Music & models", sections, lead="Hello").read_text()

@@ -66,15 +66,15 @@ class Spy:
         self.prefills, self.steps, self.states, self.told = [], [], [], []
         real_prefill, real_step, real_state = model.prefill, model.step, model.init_state
 
-        def prefill(codes, text, state, wishes):
+        def prefill(codes, text, state, controls):
             self.prefills.append((codes.clone(), text))
-            self.told.append(wishes)
-            return real_prefill(codes, text, state, wishes)
+            self.told.append(controls)
+            return real_prefill(codes, text, state, controls)
 
-        def step(codes, state, wishes):
+        def step(codes, state, controls):
             self.steps.append(codes.clone())
-            self.told.append(wishes)
-            return real_step(codes, state, wishes)
+            self.told.append(controls)
+            return real_step(codes, state, controls)
 
         def init_state(*args, **kwargs):
             self.states.append(real_state(*args, **kwargs))
@@ -108,15 +108,15 @@ def test_an_items_logits_are_the_same_bits_in_any_batch(sampling, threads, monke
         model = make_model(d_model=128, headdim=32, d_state=16)
         seen = {}
         for items in [(0,), (1, 0), (2, 0, 1, 3)]:
-            heard = []
+            embeddings = []
             step, prefill = TokenLM.step, TokenLM.prefill
-            monkeypatch.setattr(model, "step", lambda *a, s=step, h=heard: h.append(s(model, *a)) or h[-1])
-            monkeypatch.setattr(model, "prefill", lambda *a, p=prefill, h=heard: h.append(p(model, *a)) or h[-1])
+            monkeypatch.setattr(model, "step", lambda *a, s=step, h=embeddings: h.append(s(model, *a)) or h[-1])
+            monkeypatch.setattr(model, "prefill", lambda *a, p=prefill, h=embeddings: h.append(p(model, *a)) or h[-1])
             sample(model, items, sampling, n_frames=6)
             row = items.index(0)
             n = len(items)
             rows = slice(row, None if sampling is PLAIN else n + row + 1, n)
-            seen[items] = [heard[row], *(logits[rows][: 1 + (sampling is GUIDED)] for logits in heard[n:])]
+            seen[items] = [embeddings[row], *(logits[rows][: 1 + (sampling is GUIDED)] for logits in embeddings[n:])]
         alone = seen.pop((0,))
         for items, logits in seen.items():
             assert all(torch.equal(a, b) for a, b in zip(alone, logits, strict=True)), items

@@ -22,7 +22,7 @@ from benchmarks.fuzz_decode import mutated, samples, valid_files
 from data_prep.audio import decoder_process
 from data_prep.audio.decode import Decoder, Limits
 from data_prep.paths import inside
-from data_prep.track import KINDS, Refused
+from data_prep.track import KINDS, Rejected
 
 RATE = 44_100
 LIMITS = Limits(wall_seconds=20, memory_bytes=512 << 20)
@@ -40,16 +40,16 @@ def files(tmp_path_factory) -> dict[str, bytes]:
     return valid_files(tmp_path_factory.mktemp("valid"))
 
 
-def attack(decoder: Decoder, path: Path, most_seconds: float = 10.0) -> Refused | float:
+def attack(decoder: Decoder, path: Path, most_seconds: float = 10.0) -> Rejected | float:
     """The refusal, or the seconds of sound that were decoded."""
     begun, frames, rate = time.monotonic(), 0, 1
     try:
         for block, rate in decoder.blocks(path):  # noqa: B007
             assert block.size <= 1 << 18 and np.isfinite(block).all()
             frames += block.shape[1]
-    except Refused as refusal:
-        assert refusal.kind in KINDS and refusal.reason and "\n" not in refusal.reason and len(refusal.reason) < 200
-        return refusal
+    except Rejected as rejection:
+        assert rejection.kind in KINDS and rejection.reason and "\n" not in rejection.reason and len(rejection.reason) < 200
+        return rejection
     finally:
         assert time.monotonic() - begun < most_seconds
     return frames / rate
@@ -106,7 +106,7 @@ def matlab() -> bytes:
 def test_lying_headers(tmp_path, decoder, files, lie):
     (tmp_path / "x.mp3").write_bytes(LIES[lie](files))
     outcome = attack(decoder, tmp_path / "x.mp3")
-    assert isinstance(outcome, Refused) and outcome.kind in ("unreadable", "limit")
+    assert isinstance(outcome, Rejected) and outcome.kind in ("unreadable", "limit")
 
 
 def test_a_lie_that_costs_nothing_is_read_through(tmp_path, decoder, files):
@@ -128,16 +128,16 @@ def test_a_bomb_of_silence_ends_at_the_limit_of_seconds(tmp_path, told):
         data = path.read_bytes()
         path.write_bytes(flac_with(data, rate=8000, channels=1))
     with Decoder(LIMITS) as decoder:
-        refusal = attack(decoder, path, 20)
-        assert isinstance(refusal, Refused) and refusal.reason == "it lasts longer than 14400 s"
+        rejection = attack(decoder, path, 20)
+        assert isinstance(rejection, Rejected) and rejection.reason == "it lasts longer than 14400 s"
 
 
 @pytest.mark.parametrize("name", ["x.ogg", "opus.ogg", "x.mp3", pytest.param("x.m4a", marks=needs_ffmpeg), "x.wav"])
 def test_no_format_passes_the_limit_of_seconds(tmp_path, files, name):
     (tmp_path / name).write_bytes(files[name])
     with Decoder(Limits(max_seconds=0.5)) as decoder:
-        refusal = attack(decoder, tmp_path / name)
-    assert isinstance(refusal, Refused) and refusal.kind == "limit" and "longer than 0.5 s" in refusal.reason
+        rejection = attack(decoder, tmp_path / name)
+    assert isinstance(rejection, Rejected) and rejection.kind == "limit" and "longer than 0.5 s" in rejection.reason
 
 
 def test_endless_wav(tmp_path, decoder, files):
@@ -147,12 +147,12 @@ def test_endless_wav(tmp_path, decoder, files):
     path.write_bytes(patched(files["x.wav"], place, b"\xff\xff\xff\xff")[: place + 4])
     with open(path, "r+b") as file:
         file.truncate(LIMITS.max_bytes)
-    refusal = attack(decoder, path)
-    assert isinstance(refusal, Refused) and refusal.kind == "limit"
+    rejection = attack(decoder, path)
+    assert isinstance(rejection, Rejected) and rejection.kind == "limit"
     with open(path, "r+b") as file:
         file.truncate(LIMITS.max_bytes + 1)
-    refusal = attack(decoder, path, 2)
-    assert isinstance(refusal, Refused) and refusal.reason == f"it is larger than {LIMITS.max_bytes} bytes"
+    rejection = attack(decoder, path, 2)
+    assert isinstance(rejection, Rejected) and rejection.reason == f"it is larger than {LIMITS.max_bytes} bytes"
 
 
 def id3(size: int) -> bytes:
@@ -200,7 +200,7 @@ def test_vorbis_comment_beyond_the_memory(tmp_path, files):
         file.write(samples())
     (tmp_path / "x.ogg").write_bytes(files["x.ogg"])
     with Decoder(Limits(wall_seconds=20, memory_bytes=128 << 20)) as decoder:
-        assert isinstance(attack(decoder, tmp_path / "big.ogg"), Refused)
+        assert isinstance(attack(decoder, tmp_path / "big.ogg"), Rejected)
         assert attack(decoder, tmp_path / "x.ogg") == len(samples()) / RATE
 
 
@@ -208,8 +208,8 @@ def test_vorbis_comment_beyond_the_memory(tmp_path, files):
 def test_a_table_that_would_fill_the_memory_of_ffmpeg(tmp_path, decoder, files):
     data = files["x.m4a"]
     (tmp_path / "x.m4a").write_bytes(patched(data, data.index(b"stts") + 8, b"\x7f\xff\xff\xff"))
-    refusal = attack(decoder, tmp_path / "x.m4a")
-    assert isinstance(refusal, Refused) and (refusal.kind, "memory" in refusal.reason) == ("limit", True)
+    rejection = attack(decoder, tmp_path / "x.m4a")
+    assert isinstance(rejection, Rejected) and (rejection.kind, "memory" in rejection.reason) == ("limit", True)
 
 
 @pytest.fixture
@@ -257,8 +257,8 @@ def test_playlists_are_not_followed(tmp_path, decoder, files, server, kind):
     for target in (address, f"file://{tmp_path}/secret.wav", f"{tmp_path}/secret.wav", "secret.wav"):
         for name in ("x.mp3", "x.m4a") if kind == "hls" else ("x.mp3",):
             (tmp_path / name).write_text(PLAYLISTS[kind].format(target=target))
-            refusal = attack(decoder, tmp_path / name)
-            assert isinstance(refusal, Refused) and refusal.kind == "unreadable"
+            rejection = attack(decoder, tmp_path / name)
+            assert isinstance(rejection, Rejected) and rejection.kind == "unreadable"
     assert not server.asked
     assert len(os.listdir(f"/proc/{decoder.pid}/fd")) < 8  # and nothing stays open
 
@@ -272,7 +272,7 @@ def test_a_flood_of_complaints_does_not_block_ffmpeg(tmp_path, decoder):
     for place in range(2000, len(data), 97):
         data[place] ^= 0x55
     (tmp_path / "x.aac").write_bytes(data)
-    assert isinstance(attack(decoder, tmp_path / "x.aac"), Refused)
+    assert isinstance(attack(decoder, tmp_path / "x.aac"), Rejected)
 
 
 @needs_ffmpeg
@@ -281,7 +281,7 @@ def test_containers_that_are_not_on_the_list_are_refused(tmp_path, decoder, file
     (tmp_path / "x.wav").write_bytes(files["x.wav"])
     command = [decoder_process._ffmpeg(), "-v", "error", "-i", tmp_path / "x.wav", tmp_path / f"x.{suffix}"]
     subprocess.run(command, check=True, timeout=60)
-    assert isinstance(attack(decoder, tmp_path / f"x.{suffix}"), Refused)
+    assert isinstance(attack(decoder, tmp_path / f"x.{suffix}"), Rejected)
 
 
 @pytest.mark.parametrize("index", range(18))
@@ -313,7 +313,7 @@ def test_edited_headers(tmp_path, decoder, files, name, edits):
 def test_truncated_anywhere_is_never_accepted(tmp_path, decoder, files, name, share):
     data = files[name]
     (tmp_path / name).write_bytes(data[: round(share * (len(data) - 4))])
-    assert isinstance(attack(decoder, tmp_path / name), Refused)
+    assert isinstance(attack(decoder, tmp_path / name), Rejected)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -363,7 +363,7 @@ def test_the_root_itself_may_be_a_link(root, tmp_path):
     ],
 )  # fmt: skip
 def test_names_that_lead_outside(root, name):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Rejected) as caught:
         inside(root, name)
     assert caught.value.kind == "outside"
 
@@ -376,7 +376,7 @@ def test_names_that_lead_outside(root, name):
     ],
 )  # fmt: skip
 def test_names_that_nobody_honest_gives(root, name):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Rejected) as caught:
         inside(root, name)
     assert caught.value.kind == "metadata" and caught.value.reason.isprintable()
 
@@ -392,7 +392,7 @@ def test_names_that_nobody_honest_gives(root, name):
 def test_no_name_leads_outside(root, parts):
     try:
         path = inside(root, "/".join(parts))
-    except Refused as refusal:
-        assert refusal.kind in ("outside", "metadata")
+    except Rejected as rejection:
+        assert rejection.kind in ("outside", "metadata")
     else:
         assert Path(os.path.realpath(path)).is_relative_to(root.resolve())

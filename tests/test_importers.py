@@ -33,7 +33,7 @@ from ssmttm.export.importers.released import read_released
 from ssmttm.models import TokenLM, TokenLMConfig, build_model
 from ssmttm.models.conditioning import sinusoids
 from ssmttm.text import TextCondition, load_text_encoder
-from ssmttm.text.null_condition import build_reader
+from ssmttm.text.null_condition import build_null_condition
 from ssmttm.training.checkpointer import start_from
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
@@ -225,11 +225,11 @@ def test_a_released_model_plays_as_its_own_code_does(shelf, tmp_path):
 
 def test_padding_stands_as_text(shelf):
     encoder = load_text_encoder(shelf / "t5")
-    read = build_reader("visible_padding", encoder)
+    read = build_null_condition("unmasked_padding", encoder)
     for prompt in PROMPTS:
         text, null = visibly_padded(shelf / "t5", prompt)
         torch.testing.assert_close(read(prompt), (text, null), atol=1e-5, rtol=0)
-    made = encoder.encode_visibly_padded(["piano " * 70, ""], n_tokens=60, token_id=1)
+    made = encoder.encode_unmasked(["piano " * 70, ""], n_tokens=60, token_id=1)
     assert made.mask.shape == (2, 71) and made.mask.all()
 
 
@@ -433,9 +433,9 @@ def test_the_folder_needs_no_other_and_may_be_moved(imported, tmp_path, monkeypa
     with pytest.raises(UserError, match="elsewhere/codec: no such folder"):
         MusicPipeline.from_pretrained("elsewhere")
     card = json.loads((tmp_path / "elsewhere/card.json").read_text())
-    card["data"]["text"]["reading"] = "aloud"
+    card["data"]["text"]["null_condition"] = "aloud"
     (tmp_path / "elsewhere/card.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="unknown reading of captions 'aloud': choose from plain, null_is_nothing"):
+    with pytest.raises(UserError, match="unknown reading of captions 'aloud': choose from plain, no_tokens"):
         MusicPipeline.from_pretrained("elsewhere", codec=imported / "codec")
 
 

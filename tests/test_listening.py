@@ -25,8 +25,8 @@ from ssmttm.listening.analyse import (
     Preference,
     Rating,
     bradley_terry,
-    duels,
     mean_opinions,
+    pairwise_wins,
     read_answers,
     report,
 )
@@ -217,7 +217,7 @@ def test_planted_preferences_are_recovered():
 def test_duels_count_and_test():
     preferences = [Preference("x", "a", "b", 1.0)] * 9
     preferences += [Preference("x", "b", "a", 1.0), Preference("x", "b", "a", 0.5)]
-    ((a, b, wins, losses, ties, p_value),) = duels(preferences)
+    ((a, b, wins, losses, ties, p_value),) = pairwise_wins(preferences)
     assert (a, b, wins, losses, ties) == ("a", "b", 9, 1, 1) and p_value == pytest.approx(2 * 11 / 1024)
 
 

@@ -238,8 +238,8 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path, monkeypatch):
         export_onnx("tiny_two_stage", tmp_path / "two")
     with pytest.raises(UserError, match="already"):
         export_onnx("tiny_lm", folder)
-    monkeypatch.setattr(write.ModelFolder, "reading", "visible_padding")
-    with pytest.raises(UserError, match="'visible_padding'"):
+    monkeypatch.setattr(write.ModelFolder, "null_condition", "unmasked_padding")
+    with pytest.raises(UserError, match="'unmasked_padding'"):
         export_onnx("tiny_lm", tmp_path / "other")
     monkeypatch.setattr(write, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ssmttm\[export\]"):

@@ -11,16 +11,16 @@ from planted import RATE, music, save
 from small_stores import small_codec
 
 from data_prep.__main__ import main
-from data_prep.shard_task import Done
+from data_prep.shard_task import ShardResult
 from data_prep.stages.cut import Cut, cut_shard
 from data_prep.stages.plan import read_shard, shards_of, write_plan
-from data_prep.stages.segments import Segments, taken_on
+from data_prep.stages.segments import Segments, with_results
 from data_prep.status import WORK
-from data_prep.tables import QUARANTINE_FILE
+from data_prep.tables import REJECTED_FILE
 from data_prep.track import Track
 from ssmttm.data import open_store
 from ssmttm.errors import UserError
-from ssmttm.files import claimed
+from ssmttm.files import directory_lock
 
 
 def prepare(folder: Path, out: Path, *more: str) -> None:
@@ -32,8 +32,8 @@ def tracks(out: Path) -> set[str]:
     return set(open_store(out).manifest["track"].to_pylist())
 
 
-def refused(folder: Path) -> dict[str, str]:
-    return {row["item"]: row["reason"] for row in pq.read_table(folder / QUARANTINE_FILE).to_pylist()}
+def rejected(folder: Path) -> dict[str, str]:
+    return {row["item"]: row["reason"] for row in pq.read_table(folder / REJECTED_FILE).to_pylist()}
 
 
 def plan(folder: Path, root: Path, found: list[Track], policy: str = "open-sa") -> Path:
@@ -50,7 +50,7 @@ def test_the_plan_takes_each_id_once_and_what_its_policy_lets_in(tmp_path):
     assert {row["id"]: (row["path"], row["licence"]) for row in rows} == {
         "a": ("a.wav", "CC-BY-4.0"), "b": ("b.wav", "CC-BY-SA-4.0")
     }  # fmt: skip
-    assert sorted(refused(folder)) == ["a", "c", "d"] and "needs --policy research-nc" in refused(folder)["c"]
+    assert sorted(rejected(folder)) == ["a", "c", "d"] and "needs --policy research-nc" in rejected(folder)["c"]
 
 
 def test_a_file_that_changes_has_its_own_shard_made_anew(tmp_path):
@@ -70,14 +70,14 @@ def test_a_track_that_breaks_off_leaves_nothing(tmp_path):
     folder = plan(tmp_path / "plan", tmp_path, [Track("a", "a.wav")])
     (tmp_path / "shard").mkdir()
     counts = cut_shard(tmp_path, folder, 0, Cut(RATE, 5.0), tmp_path / "shard")
-    assert counts["segments"] == counts["tracks"] == 0 and list(refused(tmp_path / "shard")) == ["a"]
+    assert counts["segments"] == counts["tracks"] == 0 and list(rejected(tmp_path / "shard")) == ["a"]
     assert list((tmp_path / "shard").rglob("*.flac")) == []
 
 
 def test_what_a_stage_wrote_and_what_it_left_decide_the_next_one(tmp_path):
     def inputs(new: str, old: str, audio: bool) -> str:
         segments = Segments("0", tmp_path / "rows", tmp_path / "old", old)
-        (taken,) = taken_on([segments], [Done(tmp_path / "new", {}, new)], audio)
+        (taken,) = with_results([segments], [ShardResult(tmp_path / "new", {}, new)], audio)
         assert taken.audio == tmp_path / ("new" if audio else "old") and taken.rows.parent == tmp_path / "new"
         return taken.inputs
 
@@ -102,13 +102,13 @@ def test_an_evaluation_set_that_changes_is_heard_again(tmp_path):
         save(tmp_path / "sets" / "clip.wav", music(index)[5 * RATE : 25 * RATE])
         prepare(tmp_path / "music", tmp_path / "s", "--against", str(tmp_path / "sets"))
         assert tracks(tmp_path / "s") == kept
-        with open(tmp_path / "s" / "quarantine.csv", encoding="utf-8", newline="") as file:
+        with open(tmp_path / "s" / "rejected.csv", encoding="utf-8", newline="") as file:
             assert [row["kind"] for row in csv.DictReader(file)] == ["evaluation"]
 
 
 def test_one_run_at_a_time_and_no_litter(tmp_path):
     save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
-    with claimed(tmp_path / "s" / WORK, "other run"):
+    with directory_lock(tmp_path / "s" / WORK, "other run"):
         with pytest.raises(UserError, match="another data preparation is writing"):
             prepare(tmp_path / "music", tmp_path / "s")
         prepare(tmp_path / "music", tmp_path / "s", "--stage", "plan")

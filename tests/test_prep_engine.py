@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.run import Finished, Run, Share
-from data_prep.shard_task import DONE, Done, Work, do, find, stage_folder
+from data_prep.run import Finished, Run, TaskSlice
+from data_prep.shard_task import DONE, ShardResult, ShardTask, do, find, stage_folder
 from data_prep.status import WORK, status
 from ssmttm.errors import UserError
-from ssmttm.files import claimed
+from ssmttm.files import directory_lock
 from ssmttm.launch.shard_executors import Processes
 from ssmttm.launch.slurm import Slurm, submit
 
@@ -30,7 +30,7 @@ def write_file(text: str, folder: Path) -> dict[str, float]:
         log.write(f"{text}\n")
     (folder / "deep").mkdir()
     (folder / "deep" / "text").write_text(text)
-    return {"segments": 1, "seconds": 2.0, "refused": text.count("bad")}
+    return {"segments": 1, "seconds": 2.0, "rejected": text.count("bad")}
 
 
 def many_files(folder: Path, last: int = 99) -> dict[str, float]:
@@ -67,8 +67,8 @@ def meet(place: Path, index: int, folder: Path) -> dict[str, float]:
     return {}
 
 
-def works(root: Path, n: int, stage: str = "cut") -> list[Work]:
-    return [Work(root / f"{stage}-0" / f"{i:05d}", f"in{i}", partial(write_file, f"{stage} {i}")) for i in range(n)]
+def works(root: Path, n: int, stage: str = "cut") -> list[ShardTask]:
+    return [ShardTask(root / f"{stage}-0" / f"{i:05d}", f"in{i}", partial(write_file, f"{stage} {i}")) for i in range(n)]
 
 
 def made(root: Path, stage: str = "cut") -> list[str]:
@@ -81,7 +81,7 @@ def test_a_shard_is_made_once_and_verified(tmp_path):
     assert find(work) is None
     first = do(work)
     assert do(work) == first == find(work) and made(tmp_path) == ["cut 0"]
-    assert first.counts == {"segments": 1, "seconds": 2.0, "refused": 0} and list(first.hashes) == ["deep/text"]
+    assert first.counts == {"segments": 1, "seconds": 2.0, "rejected": 0} and list(first.hashes) == ["deep/text"]
     (work.target / "deep" / "text").write_text("cut short"[:3])
     assert find(work) is None
     assert do(work) == first and made(tmp_path) == ["cut 0", "cut 0"]
@@ -98,10 +98,10 @@ def test_other_inputs_or_another_version_make_it_anew(tmp_path, monkeypatch):
 
 
 def test_what_a_run_keeps_of_a_shard_does_not_grow_with_its_files(tmp_path):
-    done = do(Work(tmp_path / "cut-0" / "00000", "x", many_files))
+    done = do(ShardTask(tmp_path / "cut-0" / "00000", "x", many_files))
     assert len(pickle.dumps(done)) < 1000 and len(done.hashes) == 100
     (done.folder / "7").write_text("8")
-    other = do(Work(tmp_path / "cut-0" / "00001", "x", partial(many_files, last=100)))
+    other = do(ShardTask(tmp_path / "cut-0" / "00001", "x", partial(many_files, last=100)))
     assert other.outputs != done.outputs and other.counts == done.counts
 
 
@@ -133,7 +133,7 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_an_error_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="a bug"):
-        do(Work(tmp_path / "cut-0" / "00000", "x", fail))
+        do(ShardTask(tmp_path / "cut-0" / "00000", "x", fail))
     assert list((tmp_path / "cut-0").iterdir()) == []
 
 
@@ -162,7 +162,7 @@ def test_all_shards_in_order_and_only_fresh_ones(tmp_path, workers):
 def test_every_worker_has_one_thread(tmp_path, monkeypatch):
     """Also those that begin later: what a library computes must not depend on how many cores there are."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    some = [Work(tmp_path / "cut-0" / f"{i}", "x", partial(meet, tmp_path / "met", i)) for i in range(2)]
+    some = [ShardTask(tmp_path / "cut-0" / f"{i}", "x", partial(meet, tmp_path / "met", i)) for i in range(2)]
     Run(tmp_path, Processes(2)).stage("cut", some)
     threads = dict((tmp_path / "met" / f"{i}").read_text().split() for i in range(2))
     assert list(threads.values()) == ["1", "1"], "two processes"
@@ -170,14 +170,14 @@ def test_every_worker_has_one_thread(tmp_path, monkeypatch):
 
 
 def test_a_killed_worker_is_replaced(tmp_path):
-    marked = Work(tmp_path / "cut-0" / "00009", "x", partial(die_once, tmp_path / "marker"))
+    marked = ShardTask(tmp_path / "cut-0" / "00009", "x", partial(die_once, tmp_path / "marker"))
     done = Run(tmp_path, Processes(2)).stage("cut", [*works(tmp_path, 4), marked])
     assert len(done) == 5 and (tmp_path / "marker").exists()
     assert set(made(tmp_path)) == {"alive", *(f"cut {i}" for i in range(4))}
 
 
 def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(tmp_path):
-    deadly = Work(tmp_path / "cut-0" / "00009", "x", die)
+    deadly = ShardTask(tmp_path / "cut-0" / "00009", "x", die)
     with pytest.raises(UserError, match=r"a worker was killed 4 times while cut-0 .*fewer --workers"):
         Run(tmp_path, Processes(2)).stage("cut", [*works(tmp_path, 3), deadly])
     assert len(made(tmp_path)) >= 3
@@ -185,7 +185,7 @@ def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(tmp_path):
 
 
 def test_workers_may_be_lost_as_often_as_shards_are_finished(tmp_path, monkeypatch):
-    def one_then_lost(pool: None, waiting: list[Work], ahead: int) -> Iterator[Done]:
+    def one_then_lost(pool: None, waiting: list[ShardTask], ahead: int) -> Iterator[ShardResult]:
         yield do(waiting[0])
         raise BrokenProcessPool
 
@@ -206,11 +206,11 @@ def test_until_and_shares(tmp_path):
         Run(tmp_path, Processes(1), until="cut").stage("cut", works(tmp_path, 2))
     stages = ("codes", works(tmp_path, 5, "codes"))
     with pytest.raises(UserError, match="stage cut lacks 1 of 3 shards: run it before codes"):
-        Run(tmp_path, Processes(1), share=Share("codes", 0, 2)).stage("cut", works(tmp_path, 3))
+        Run(tmp_path, Processes(1), share=TaskSlice("codes", 0, 2)).stage("cut", works(tmp_path, 3))
     others = tmp_path / "codes-0" / ".00001.other.tmp"
     others.mkdir(parents=True)
     for index in range(2):
-        run = Run(tmp_path, Processes(1), share=Share("codes", index, 2))
+        run = Run(tmp_path, Processes(1), share=TaskSlice("codes", index, 2))
         assert len(run.stage("cut", works(tmp_path, 2))) == 2
         with pytest.raises(Finished, match=f"share {index} of 2"):
             run.stage(*stages)
@@ -222,10 +222,10 @@ def test_until_and_shares(tmp_path):
 def test_a_stage_of_one_is_made_anew_but_not_by_tasks(tmp_path):
     make = partial(write_file, "plan")
     with pytest.raises(UserError, match="stage plan is not finished"):
-        Run(tmp_path, Processes(1), share=Share("cut", 0, 2)).alone("plan", make)
+        Run(tmp_path, Processes(1), share=TaskSlice("cut", 0, 2)).alone("plan", make)
     for _ in range(2):
         folder = Run(tmp_path, Processes(1)).alone("plan", make)
-    assert Run(tmp_path, Processes(1), share=Share("cut", 0, 2)).alone("plan", make) == folder
+    assert Run(tmp_path, Processes(1), share=TaskSlice("cut", 0, 2)).alone("plan", make) == folder
     assert (tmp_path / "plan.log").read_text() == "plan\nplan\n"
 
 
@@ -233,7 +233,7 @@ def test_status_tells_stages_and_refusals(tmp_path):
     with pytest.raises(UserError, match="nothing was prepared"):
         status(tmp_path)
     root = tmp_path / WORK
-    bad = Work(root / "cut-0" / "00007", "x", partial(write_file, "bad bad"))
+    bad = ShardTask(root / "cut-0" / "00007", "x", partial(write_file, "bad bad"))
     run = Run(root, Processes(1))
     run.stage("cut", [*works(root, 3), bad])
     shutil.copytree(bad.target, root / "cut-0" / ".00009.other.tmp")
@@ -249,7 +249,7 @@ def test_status_tells_days(tmp_path):
     Run(root, Processes(1))._note("cut", works(root, 5))
     for index in range(2):
         os.utime(root / "cut-0" / f"{index:05d}" / DONE, (0, 36_000 * index))
-    with claimed(root, "test"):
+    with directory_lock(root, "test"):
         assert status(tmp_path).splitlines()[1].split()[-1] == "30:00:00"
 
 

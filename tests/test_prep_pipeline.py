@@ -24,9 +24,9 @@ from ssmttm.data import CodesLoader, open_store
 from ssmttm.errors import UserError
 
 
-def quarantine(store: Path) -> dict[str, tuple[str, str]]:
+def rejected_rows(store: Path) -> dict[str, tuple[str, str]]:
     """Kind and reason by item; every item once."""
-    with open(store / "quarantine.csv", encoding="utf-8", newline="") as file:
+    with open(store / "rejected.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["item"] for row in rows}) == len(rows)
     return {row["item"]: (row["kind"], row["reason"]) for row in rows}
@@ -90,8 +90,8 @@ def test_exactly_the_right_segments(planted, made):
 
 
 def test_exactly_the_right_reasons(planted, made):
-    told = quarantine(made)
-    assert {item: kind for item, (kind, _) in told.items()} == planted.refused
+    told = rejected_rows(made)
+    assert {item: kind for item, (kind, _) in told.items()} == planted.rejected
     words = {
         "copies/bytes.flac": "the same file as rock/one.flac",
         "copies/samples.wav": "the same sound as rock/one.flac",
@@ -151,7 +151,7 @@ def test_codes_are_those_of_the_audio(made, codec):
 def test_a_second_run_does_nothing_and_a_grown_folder_little(planted, made, codec, tmp_path, monkeypatch):
     root = tmp_path / "music"
     shutil.copytree(planted.root, root, symlinks=True)
-    again = Planted(root, planted.against, planted.kept, planted.refused, planted.captions)
+    again = Planted(root, planted.against, planted.kept, planted.rejected, planted.captions)
     prepare(again, tmp_path / "s", codec)
     first = open_store(tmp_path / "s")
     assert first.fingerprint == open_store(made).fingerprint
@@ -194,7 +194,7 @@ def test_a_store_is_packed_anew(made, codec, tmp_path):
     main(["pack", "--root", str(made), "--out", str(tmp_path / "b"), *BARE])
     bare, first = open_store(tmp_path / "b"), open_store(made)
     assert bare.info["codec"] is None and bare.manifest["id"] == first.manifest["id"]
-    assert quarantine(bare.path) == quarantine(made)
+    assert rejected_rows(bare.path) == rejected_rows(made)
     assert (bare.path / "decontamination.json").read_bytes() == (made / "decontamination.json").read_bytes()
     more = ["--codec", str(codec), "--text", "minilm", "--workers", "1"]
     main(["pack", "--root", str(bare.path), *more])
@@ -261,7 +261,7 @@ def test_a_store_packed_again_tells_what_its_root_tells_now(tmp_path):
     for _ in range(2):
         main(["folder", *bare(tmp_path / "music", tmp_path / "a")])
         main(words)
-        assert quarantine(tmp_path / "b") == quarantine(tmp_path / "a")
+        assert rejected_rows(tmp_path / "b") == rejected_rows(tmp_path / "a")
         (tmp_path / "music" / "x.wav").touch()
 
 
@@ -274,7 +274,7 @@ def test_evaluation_sets_of_one_name_are_both_heard(tmp_path):
         save(tmp_path / str(index) / "audio" / "clip.wav", music(index)[5 * RATE : 25 * RATE])
         sets += ["--against", str(tmp_path / str(index) / "audio")]
     main(["folder", *bare(tmp_path / "music", tmp_path / "s"), *sets])
-    assert {item: kind for item, (kind, _) in quarantine(tmp_path / "s").items()} == dict.fromkeys(
+    assert {item: kind for item, (kind, _) in rejected_rows(tmp_path / "s").items()} == dict.fromkeys(
         ("a.wav", "b.wav"), "evaluation"
     )
 
@@ -313,7 +313,7 @@ def test_a_file_that_goes_away_while_it_is_read_stops_nothing(tmp_path, monkeypa
     monkeypatch.setattr(cut, "file_sha256", digest)
     main(["folder", *bare(tmp_path / "music", tmp_path / "s")])
     assert open_store(tmp_path / "s").manifest["track"].to_pylist() == ["b.wav"]
-    assert quarantine(tmp_path / "s")["a.wav"][0] == "missing"
+    assert rejected_rows(tmp_path / "s")["a.wav"][0] == "missing"
     assert len(list((tmp_path / "s" / WORK).glob("cut-*/*/audio/*.flac"))) == 1
 
 
@@ -331,15 +331,15 @@ def test_a_store_inside_the_folder_is_not_prepared_again(tmp_path):
     save(tmp_path / "a.wav", music(0)[: 6 * RATE])
     for _ in range(2):
         main(["folder", *bare(tmp_path, tmp_path / "s")])
-    assert len(open_store(tmp_path / "s")) == 1 and quarantine(tmp_path / "s") == {}
+    assert len(open_store(tmp_path / "s")) == 1 and rejected_rows(tmp_path / "s") == {}
 
 
 def test_nothing_usable_is_one_line_with_the_first_reason(tmp_path):
     (tmp_path / "music").mkdir()
     (tmp_path / "music" / "x.wav").touch()
-    with pytest.raises(UserError, match=r"nothing can be used, .*quarantine.csv says why: x.wav: it is empty"):
+    with pytest.raises(UserError, match=r"nothing can be used, .*rejected.csv says why: x.wav: it is empty"):
         main(["folder", *bare(tmp_path / "music", tmp_path / "s")])
-    assert quarantine(tmp_path / "s") == {"x.wav": ("unreadable", "it is empty (0 bytes)")}
+    assert rejected_rows(tmp_path / "s") == {"x.wav": ("unreadable", "it is empty (0 bytes)")}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from unbroken import ENVIRONMENT, ROOT, command, files, prepare, same, small_folder, told
 
 from data_prep.run import Run
-from data_prep.shard_task import Work
+from data_prep.shard_task import ShardTask
 from ssmttm.errors import UserError
 from ssmttm.launch.shard_executors import Ray
 
@@ -39,8 +39,8 @@ def refuse(folder: Path) -> dict[str, float]:
     raise UserError("what, where, what to do")
 
 
-def works(root: Path, n: int, seconds: float) -> list[Work]:
-    return [Work(root / "cut-0" / f"{i:05d}", f"in{i}", partial(slow_file, i, seconds)) for i in range(n)]
+def works(root: Path, n: int, seconds: float) -> list[ShardTask]:
+    return [ShardTask(root / "cut-0" / f"{i:05d}", f"in{i}", partial(slow_file, i, seconds)) for i in range(n)]
 
 
 def workers_of(raylet: int) -> list[int]:
@@ -159,7 +159,7 @@ def die(folder: Path) -> dict[str, float]:
 def test_a_shard_that_kills_every_worker_ends_the_run_in_one_line(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("ssmttm.launch.shard_executors._RETRIES", 1)
     with pytest.raises(UserError, match="a worker was lost 2 times over one shard"):
-        Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", die)])
+        Run(tmp_path, Ray(cluster.address)).stage("cut", [ShardTask(tmp_path / "cut-0" / "00000", "x", die)])
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
@@ -169,7 +169,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path):
 
 def test_a_shard_that_fails_ends_the_run_as_it_would_here(cluster, tmp_path):
     with pytest.raises(TypeError, match="unsupported operand"):
-        Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])
+        Run(tmp_path, Ray(cluster.address)).stage("cut", [ShardTask(tmp_path / "cut-0" / "00000", "x", partial(divmod, 1))])
     with pytest.raises(UserError) as mistake:
-        Run(tmp_path, Ray(cluster.address)).stage("cut", [Work(tmp_path / "cut-0" / "00000", "x", refuse)])
+        Run(tmp_path, Ray(cluster.address)).stage("cut", [ShardTask(tmp_path / "cut-0" / "00000", "x", refuse)])
     assert str(mistake.value) == "what, where, what to do"

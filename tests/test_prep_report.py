@@ -87,15 +87,15 @@ def page_of(path, out=None):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = write_store(tmp_path_factory.mktemp("store") / "mine")
-    quarantine(path, [("x", "cut", "silent", f"it is silent for {i} % of its length") for i in range(40)]
+    rejected_rows(path, [("x", "cut", "silent", f"it is silent for {i} % of its length") for i in range(40)]
                + [("y", "select", "duplicate", "the same file as x")] * 3
                + [("z", "select", "evaluation", "its artist is in a set")] * 2)  # fmt: skip
     (path / "decontamination.json").write_text(json.dumps(SELECTED))
     return page_of(path)
 
 
-def quarantine(path, rows):
-    with open(path / "quarantine.csv", "w", newline="", encoding="utf-8") as file:
+def rejected_rows(path, rows):
+    with open(path / "rejected.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("item", "stage", "kind", "reason"), *rows])
 
 
@@ -195,7 +195,7 @@ def test_anybodys_text_stays_text(tmp_path, text):
     mean = {name: text for name in ("title", "author", "licence_url", "source_url", "artist", "licence")}
     mean |= {"tags": [f"genre---{text}", f"{text}---x", text], "captions": [text], "id": lambda i: f"{text}{i}"}
     path = write_store(tmp_path / "a", rows=3, **mean)
-    quarantine(path, [(text, text, text, text)])
+    rejected_rows(path, [(text, text, text, text)])
     pairs = {"pairs": 1, "closest": [{"tracks": [text, text], "agreement": text}]}
     sets = [{"name": text, "works": 1, "artists": 1, "heard": 1, "left_out": {text: text}}]
     (path / "decontamination.json").write_text(json.dumps({"evaluation": sets, "suspected_duplicates": pairs}))
@@ -251,19 +251,19 @@ def test_plain_tags_are_counted_by_the_first_and_by_each(tmp_path):
 
 def test_nothing_refused(tmp_path):
     path = write_store(tmp_path / "a")
-    quarantine(path, [])
+    rejected_rows(path, [])
     assert "Nothing was refused." in page_of(path)
 
 
 def test_what_is_damaged_is_named(tmp_path):
     path = write_store(tmp_path / "a")
-    (path / "quarantine.csv").write_text("something,else\n1,2\n")
+    (path / "rejected.csv").write_text("something,else\n1,2\n")
     with pytest.raises(UserError, match=r"quarantine\.csv is no quarantine table"):
         page_of(path)
-    (path / "quarantine.csv").write_text("item,stage,kind,reason\n1,2\n")
+    (path / "rejected.csv").write_text("item,stage,kind,reason\n1,2\n")
     with pytest.raises(UserError, match=r"quarantine\.csv cannot be read"):
         page_of(path)
-    quarantine(path, [])
+    rejected_rows(path, [])
     for text in ("{", "[]", '{"evaluation": [{}]}', '{"evaluation": 3}', '{"suspected_duplicates": {"pairs": "x"}}'):
         (path / "decontamination.json").write_text(text)
         with pytest.raises(UserError, match=r"decontamination\.json is damaged"):

@@ -43,9 +43,9 @@ def test_the_chain_makes_the_store_that_processes_make(tmp_path, monkeypatch, ca
     command.main([*words, "--out", "by slurm", "--executor", "slurm", "--tasks", "2"])
     one, other = open_store(tmp_path / "by processes"), open_store(tmp_path / "by slurm")
     assert one.fingerprint == other.fingerprint and len(one) == 6
-    for name in ("quarantine.csv", "ATTRIBUTION.csv", "decontamination.json"):
+    for name in ("rejected.csv", "ATTRIBUTION.csv", "decontamination.json"):
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
-    told = (other.path / "quarantine.csv").read_text()
+    told = (other.path / "rejected.csv").read_text()
     assert "short.wav,cut,short" in told and "nd.wav,plan,licence" in told
     stages = ["0-plan", "1-reference", "2-cut", "3-select", "4-codes", "5-pack"]
     told = (tmp_path / "bin" / "sbatch.log").read_text().splitlines()

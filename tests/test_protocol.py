@@ -15,9 +15,9 @@ from ssmttm import audio, config
 from ssmttm.cli.main import main
 from ssmttm.errors import UserError, run_cli
 from ssmttm.evaluation.embedders import load_embedder
-from ssmttm.evaluation.metrics.metric import Figure, check_comparable, compare, differences, table
+from ssmttm.evaluation.metrics.metric import Metric, check_comparable, compare, differences, table
 from ssmttm.evaluation.protocol import evaluate
-from ssmttm.evaluation.protocol.embed_files import hear, set_hash
+from ssmttm.evaluation.protocol.embed_files import embed_clips, set_hash
 from ssmttm.evaluation.protocol.prompt_lists import read_prompt_list
 
 N = 24
@@ -65,7 +65,7 @@ def settings(benchmark, out, *more):
 @pytest.fixture
 def model(monkeypatch):
     model = Model()
-    monkeypatch.setattr(evaluate.MusicPipeline, "from_pretrained", lambda checkpoint, painter: model)
+    monkeypatch.setattr(evaluate.MusicPipeline, "from_pretrained", lambda checkpoint, second_stage: model)
     return model
 
 
@@ -76,15 +76,15 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
     out = tmp_path / "out"
     found = evaluate.evaluate(settings(benchmark, out))
     assert len(model.asked) == N and len(list((out / "audio").glob("*.wav"))) == N
-    names = {figure["name"]: figure for figure in found["figures"]}
+    names = {metric["name"]: metric for metric in found["metrics"]}
     kinds = ("fad", "kad", "fad_infinity", "precision", "recall", "coverage")
     assert set(names) == {f"{kind}_{e}" for kind in kinds for e in ("tiny", "log_mel")} | {"kl_tiny", "clap_tiny"}
-    for figure in names.values():
-        assert figure["low"] <= figure["high"] and figure["fingerprint"]["n"] == N
+    for metric in names.values():
+        assert metric["low"] <= metric["high"] and metric["fingerprint"]["n"] == N
     facts = names["fad_tiny"]["fingerprint"]
     known = {"embedder", "weights", "sample_rate", "clip_seconds", "seed", "guidance_scale", "n_reference", "prompts"}
     assert known <= facts.keys() and facts["guidance_scale"] == 3
-    true = {figure["name"]: figure["value"] for figure in found["true_music"]}
+    true = {metric["name"]: metric["value"] for metric in found["true_music"]}
     assert names["kl_tiny"]["value"] > 1 and true["clap_tiny"] > names["clap_tiny"]["value"] + 0.2
     assert names["fad_tiny"]["value"] > 3 * true["fad_tiny"]
     text = (out / "report.md").read_text()
@@ -94,7 +94,7 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
     (out / "audio" / "clip-5.json").unlink()  # a piece without its record was cut off
     (out / "audio" / "clip-7.json").write_text("damaged")
     again = evaluate.evaluate(settings(benchmark, out))
-    assert len(model.asked) == N + 3 and again["figures"] == found["figures"]
+    assert len(model.asked) == N + 3 and again["metrics"] == found["metrics"]
 
 
 def test_pieces_of_another_model_are_not_taken(benchmark, tmp_path, model):
@@ -119,13 +119,13 @@ def test_finished_audio_is_matched_and_what_does_not_match_is_told(benchmark, tm
     found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"audio={done}"))
     told = "\n".join(found["notes"])
     assert "2 prompts without audio" in told and "stranger.wav" in told and "2 left out" in told
-    assert not model.asked and found["figures"][0]["fingerprint"]["n"] == N - 4
-    assert found["figures"][0]["fingerprint"]["guidance_scale"] == "unknown"
+    assert not model.asked and found["metrics"][0]["fingerprint"]["n"] == N - 4
+    assert found["metrics"][0]["fingerprint"]["guidance_scale"] == "unknown"
 
 
 def test_missing_references_are_told_and_the_figures_that_need_them_left_out(benchmark, tmp_path, model):
     found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"references={tmp_path}"))
-    assert {f["name"] for f in found["figures"]} == {"clap_tiny"} and not found["true_music"]
+    assert {f["name"] for f in found["metrics"]} == {"clap_tiny"} and not found["true_music"]
     assert any("24 prompts without reference audio" in note for note in found["notes"])
 
 
@@ -179,30 +179,30 @@ def test_every_protocol_composes(name):
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
-def figure(value=1.0, name="fad_tiny", better="lower", **facts):
-    return Figure(name, value, value - 0.1, value + 0.1, better, {"n": 100, "seed": 0, **facts})
+def metric(value=1.0, name="fad_tiny", better="lower", **facts):
+    return Metric(name, value, value - 0.1, value + 0.1, better, {"n": 100, "seed": 0, **facts})
 
 
 def test_like_figures_are_compared():
-    assert "the second is better" in compare(figure(2.0), figure(1.0))
-    assert "are apart" in compare(figure(2.0), figure(1.0))
-    assert "overlap" in compare(figure(1.1), figure(1.0))
-    assert "both are 1" in compare(figure(1.0), figure(1.0))
-    assert "the first is better" in compare(figure(2.0, "clap_tiny", "higher"), figure(1.0, "clap_tiny", "higher"))
+    assert "the second is better" in compare(metric(2.0), metric(1.0))
+    assert "are apart" in compare(metric(2.0), metric(1.0))
+    assert "overlap" in compare(metric(1.1), metric(1.0))
+    assert "both are 1" in compare(metric(1.0), metric(1.0))
+    assert "the first is better" in compare(metric(2.0, "clap_tiny", "higher"), metric(1.0, "clap_tiny", "higher"))
 
 
 def test_unlike_figures_refuse():
     with pytest.raises(UserError, match="n 100 and 200"):
-        compare(figure(), figure(n=200))
+        compare(metric(), metric(n=200))
     with pytest.raises(UserError, match="guidance None and 3"):
-        compare(figure(), figure(guidance=3))
+        compare(metric(), metric(guidance=3))
     with pytest.raises(UserError, match="different things"):
-        compare(figure(), figure(name="fad_log_mel"))
+        compare(metric(), metric(name="fad_log_mel"))
     with pytest.raises(UserError, match="seed"):
-        table({"a": [figure()], "b": [figure(seed=1)]})
-    check_comparable([figure(), figure(3.0)])
+        table({"a": [metric()], "b": [metric(seed=1)]})
+    check_comparable([metric(), metric(3.0)])
     assert differences({"a": 1}, {"a": 1}) == ""
-    rows = table({"a": [figure()], "b": [figure(2.0), figure(name="kad_tiny")]})
+    rows = table({"a": [metric()], "b": [metric(2.0), metric(name="kad_tiny")]})
     assert rows[0] == ["", "fad_tiny (↓)", "kad_tiny (↓)"] and rows[1][2] == ""
 
 
@@ -269,10 +269,10 @@ def test_only_the_rows_asked_for(benchmark):
 
 def test_what_was_heard_is_kept_by_content(benchmark, tmp_path, monkeypatch):
     embedder, paths = load_embedder("log_mel"), sorted((benchmark / "audio").glob("*.flac"))[:3]
-    first = hear(embedder, paths, 5.0, tmp_path)
+    first = embed_clips(embedder, paths, 5.0, tmp_path)
     assert first.vectors.shape == (3, 5, embedder.dim)
     monkeypatch.setattr(embedder, "embed", lambda wav: pytest.fail("heard twice"))
-    again = hear(embedder, paths[::-1], 5.0, tmp_path)
+    again = embed_clips(embedder, paths[::-1], 5.0, tmp_path)
     assert torch.equal(again.vectors.flip(0), first.vectors)
     assert set_hash(paths) == set_hash(paths[::-1]) != set_hash(paths[:2])
     copy = tmp_path / "copy.flac"
@@ -282,13 +282,13 @@ def test_what_was_heard_is_kept_by_content(benchmark, tmp_path, monkeypatch):
     assert set_hash([copy]) == set_hash(paths[1:2])
     next(tmp_path.glob("*.safetensors")).write_bytes(b"damaged")
     monkeypatch.undo()
-    assert torch.equal(hear(embedder, paths, 5.0, tmp_path).vectors, first.vectors)
+    assert torch.equal(embed_clips(embedder, paths, 5.0, tmp_path).vectors, first.vectors)
 
 
 def test_channels_and_rates_do_not_matter_to_what_is_heard(tmp_path):
     wav = clips(0, 8)[0][0][:, : 5 * RATE]
     one = audio.write(tmp_path / "mono.wav", wav, RATE)
     two = audio.write(tmp_path / "stereo.wav", audio.resample(wav, RATE, 48_000).repeat(2, 1).clamp(-1, 1), 48_000)
-    vectors = hear(load_embedder("tiny"), [one, two], 5.0, tmp_path).vectors
+    vectors = embed_clips(load_embedder("tiny"), [one, two], 5.0, tmp_path).vectors
     far = float(np.linalg.norm(vectors[0] - vectors[1]) / np.linalg.norm(vectors[0]))
     assert far < 0.05

@@ -78,10 +78,10 @@ def test_silence(share):
     wav[:, : round(share * wav.shape[1])] *= 1e-3
     found = measure(wav, RATE)
     assert found.silence == pytest.approx(share, abs=0.01)
-    refused = judge(found, Filters())
-    assert (refused is not None) == (share > 0.5)
+    rejected = judge(found, Filters())
+    assert (rejected is not None) == (share > 0.5)
     if share == 0.6:
-        assert (refused.kind, str(refused)) == ("silent", "it is silent for 60 % of its length")
+        assert (rejected.kind, str(rejected)) == ("silent", "it is silent for 60 % of its length")
 
 
 def test_digital_silence():

@@ -21,8 +21,8 @@ SMALLER = {
     "sample.py": ["--duration", "1"],
     "data_prep builtin": ["--hours", "0.06"],
     "experiment=tiny ": ["experiment=debug", "train.steps=2", "train.eval_every=0"],
-    "experiment=tiny_two_stage_sketch": TWO_STEPS,
-    "experiment=tiny_two_stage_paint": TWO_STEPS,
+    "experiment=tiny_stage1": TWO_STEPS,
+    "experiment=tiny_stage2": TWO_STEPS,
     "experiment=tinyttm_lm": TWO_STEPS,
     "ssmttm compress": [
         "recipe.lm=['experiment=tinyttm_lm','model.n_layers=1','train.steps=2','train.eval_every=0','data.batch_size=2']",
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 def test_the_readme_has_the_commands_of_every_user():
     programs = ("make demo", "make test", "sample.py", "builtin", "folder", "train.py", "evaluate", "sweep report")
-    for word in (*programs, "--painter"):
+    for word in (*programs, "--second-stage"):
         assert any(word in command for command in COMMANDS), word
 
 

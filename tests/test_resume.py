@@ -86,7 +86,7 @@ def test_100_resumed_steps_are_100_unbroken_ones_twice_in_one_epoch(codes_store,
 
 
 def test_a_codec_with_its_discriminator_resumes_exactly(audio_store, tmp_path, monkeypatch):
-    steps = ("train.steps=9", "codec_training.revive_until=100")
+    steps = ("train.steps=9", "codec_training.restart_until=100")
     loop.train(codec_config(audio_store, tmp_path / "unbroken", *steps))
     train_with_stops(codec_config(audio_store, tmp_path / "stopped", *steps), codec.CodecTask, (2, 5), monkeypatch)
     unbroken = everything(tmp_path / "unbroken")

@@ -165,9 +165,9 @@ def test_a_stream_refuses_at_once(pipe):
 
 
 def test_progress_adds_up(pipe):
-    heard = []
-    pipe(["a", "b"], duration=1.2, progress=heard.append)
-    assert len(heard) > 1 and sum(heard) == pytest.approx(2.4)
+    embeddings = []
+    pipe(["a", "b"], duration=1.2, progress=embeddings.append)
+    assert len(embeddings) > 1 and sum(embeddings) == pytest.approx(2.4)
 
 
 @pytest.mark.parametrize(

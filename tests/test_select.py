@@ -60,7 +60,7 @@ class Corpus:
 
 
 def reasons(selection):
-    return {refusal.item: (refusal.kind, refusal.reason) for refusal in selection.refusals}
+    return {rejection.item: (rejection.kind, rejection.reason) for rejection in selection.rejections}
 
 
 def split_by_id(selection):
@@ -194,7 +194,7 @@ def test_tracks_without_a_sound_are_no_matter():
     corpus.sounds, corpus.prints = corpus.sounds[:1], corpus.prints[:1]
     sounds = pa.Table.from_pylist(corpus.sounds, SOUNDS)
     found = select(pa.Table.from_pylist(corpus.tracks, TRACKS), sounds, corpus.prints)
-    assert found.kept["id"].to_pylist() == ["a"] and not found.refusals
+    assert found.kept["id"].to_pylist() == ["a"] and not found.rejections
     nothing = select(TRACKS.empty_table(), SOUNDS.empty_table(), [])
     assert len(nothing.kept) == 0 and nothing.report["kept"] == 0
 
@@ -272,18 +272,18 @@ def corpora(draw):
 def test_what_always_holds(made, seed):
     corpus, references = made
     found = corpus.select(references)
-    splits, refused = split_by_id(found), reasons(found)
+    splits, rejected = split_by_id(found), reasons(found)
     facts = {track["id"]: (track, sound, words) for track, sound, words in
              zip(corpus.tracks, corpus.sounds, corpus.prints, strict=True)}  # fmt: skip
 
-    assert splits.keys() | refused.keys() == facts.keys() and not splits.keys() & refused.keys()
+    assert splits.keys() | rejected.keys() == facts.keys() and not splits.keys() & rejected.keys()
     for name in splits:
         track = facts[name][0]
         assert track["work"] not in references[0].set.works and track["artist"] not in references[0].set.artists
     assert len({facts[name][1]["pcm_sha256"].split()[0] for name in splits}) == len(splits)  # one of each recording
 
     again = corpus.select(references, seed)
-    assert (again.kept, again.refusals, again.report) == (found.kept, found.refusals, found.report)
+    assert (again.kept, again.rejections, again.report) == (found.kept, found.rejections, found.report)
 
     rest = Corpus()
     for name in splits:

@@ -15,7 +15,7 @@ from small_stores import write_rows_store
 
 from data_prep.sources import SOURCES, records
 from data_prep.sources.references import read_references
-from data_prep.track import KINDS, Refusal, Track
+from data_prep.track import KINDS, Rejection, Track
 from ssmttm.errors import UserError
 
 TRACKS = "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS"
@@ -35,18 +35,18 @@ def write_csv(path: Path, *rows: tuple) -> Path:
     return path
 
 
-def read(name: str, root: Path, index: Path | None = None) -> tuple[dict[str, Track], dict[str, Refusal]]:
+def read(name: str, root: Path, index: Path | None = None) -> tuple[dict[str, Track], dict[str, Rejection]]:
     """Tracks and refusals by id; each id once, and each refusal of a known kind with words that make a sentence."""
     found = list(SOURCES[name].tracks(root, index))
     tracks = {item.id: item for item in found if isinstance(item, Track)}
-    refusals = {item.item: item for item in found if isinstance(item, Refusal)}
-    assert len(tracks) + len(refusals) == len(found)
-    for item in refusals.values():
+    rejections = {item.item: item for item in found if isinstance(item, Rejection)}
+    assert len(tracks) + len(rejections) == len(found)
+    for item in rejections.values():
         assert item.kind in KINDS and item.reason and not item.reason.endswith("."), item
     for item in tracks.values():
         assert (root / item.path).is_file()
         "".join((item.id, item.path, item.title, *item.captions)).encode()
-    return tracks, refusals
+    return tracks, rejections
 
 
 # --- MTG-Jamendo ---
@@ -102,7 +102,7 @@ def jamendo(tmp_path):
 
 
 def test_jamendo(jamendo):
-    tracks, refusals = read("jamendo", jamendo)
+    tracks, rejections = read("jamendo", jamendo)
     assert tracks["jamendo:948"] == Track(
         id="jamendo:948",
         path="audio/48/948.mp3",
@@ -122,9 +122,9 @@ def test_jamendo(jamendo):
     assert third.tags == () and third.licence.endswith("/by/2.0/fr/") and third.evidence == "audio_licenses.txt line 9"
     assert (third.title, third.author) == ("Available under the moon", "Eve")  # not in raw.meta.tsv
     assert tracks["jamendo:216"].licence == tracks["jamendo:216"].evidence == ""
-    assert refusals["jamendo:217"].kind == "licence" and refusals["jamendo:218"].kind == "missing"
-    assert [refusals[f"raw_30s_cleantags.tsv line {n}"].kind for n in (8, 9)] == ["metadata"] * 2
-    assert len(tracks) == 4 and len(refusals) == 4
+    assert rejections["jamendo:217"].kind == "licence" and rejections["jamendo:218"].kind == "missing"
+    assert [rejections[f"raw_30s_cleantags.tsv line {n}"].kind for n in (8, 9)] == ["metadata"] * 2
+    assert len(tracks) == 4 and len(rejections) == 4
 
 
 def test_jamendo_without_titles_splits_no_name_that_can_be_split_in_two_ways(jamendo):
@@ -214,7 +214,7 @@ def fma(tmp_path):
 
 
 def test_fma(fma):
-    tracks, refusals = read("fma", fma)
+    tracks, rejections = read("fma", fma)
     assert tracks["fma:2"] == Track(
         id="fma:2",
         path="fma_small/000/000002.mp3",
@@ -232,7 +232,7 @@ def test_fma(fma):
     assert tracks["fma:5"].split == "test" and "artlibre" in tracks["fma:5"].licence
     assert tracks["fma:6"].licence == NC_SA and tracks["fma:6"].evidence == "tracks.csv line 7"
     assert set(tracks) == {"fma:2", "fma:3", "fma:5", "fma:6"}
-    assert {name: refusal.kind for name, refusal in refusals.items()} == {
+    assert {name: rejection.kind for name, rejection in rejections.items()} == {
         "fma:7": "licence", "fma:8": "metadata", "fma:9": "metadata", "fma:99134": "missing", "fma:x": "metadata",
         "fma:11": "missing",
     }  # fmt: skip
@@ -245,8 +245,8 @@ def test_fma_a_larger_subset_counts_where_its_audio_is(fma):
 
 def test_fma_without_raw_tracks(fma):
     (fma / "fma_metadata" / "raw_tracks.csv").unlink()
-    tracks, refusals = read("fma", fma)
-    assert tracks["fma:3"].licence == NC_SA and refusals["fma:7"].kind == "licence"
+    tracks, rejections = read("fma", fma)
+    assert tracks["fma:3"].licence == NC_SA and rejections["fma:7"].kind == "licence"
 
 
 def test_fma_says_what_is_missing(fma, tmp_path):
@@ -281,13 +281,13 @@ def test_musiccaps(tmp_path, name):
     write(tmp_path / "clips" / "a" / name)
     write(tmp_path / "clips" / "abcdefghijk.wav")
     write(tmp_path / "clips" / "abcdefghijY.wav")
-    tracks, refusals = read("musiccaps", tmp_path)
+    tracks, rejections = read("musiccaps", tmp_path)
     track = tracks[f"musiccaps:{VIDEO}"]
     assert track.path == f"clips/a/{name}" and track.work == f"youtube:{VIDEO}" and track.split == "train"
     assert track.captions == ('A "sad" song,\nslow.',) and track.tags == ("aspect---low quality", "aspect---slow tempo")
     assert track.licence == ""  # the captions' licence is not the audio's
     assert tracks["musiccaps:abcdefghijk"].split == "test"
-    assert [refusals[f"musiccaps:{name}"].kind for name in ("short", "abcdefghijX", "abcdefghijY")] == [
+    assert [rejections[f"musiccaps:{name}"].kind for name in ("short", "abcdefghijX", "abcdefghijY")] == [
         "metadata", "missing", "metadata",
     ]  # fmt: skip
 
@@ -308,13 +308,13 @@ def test_musicbench(tmp_path, form):
         index = write_csv(tmp_path / "MusicBench_train.csv", tuple(BENCH), *(tuple(row.values()) for row in rows))
     for name in (f"data_aug2/{VIDEO}_1.wav", f"data/{VIDEO}.wav", "data/none_of_youtube.wav"):
         write(tmp_path / "datashare" / name)
-    tracks, refusals = read("musicbench", tmp_path, index)
+    tracks, rejections = read("musicbench", tmp_path, index)
     track = tracks[f"musicbench:data_aug2/{VIDEO}_1.wav"]
     assert track.captions == ("A song in G minor.", "A song.") and track.tags == ("key---g minor",)
     assert track.work == f"youtube:{VIDEO}" and track.split == "train" and track.licence == ""
     plain = tracks[f"musicbench:data/{VIDEO}.wav"]
     assert plain.captions == ("A song in G minor.",) and plain.tags == () and plain.work == track.work
-    assert sorted(refusal.kind for refusal in refusals.values()) == ["metadata", "missing", "outside"]
+    assert sorted(rejection.kind for rejection in rejections.values()) == ["metadata", "missing", "outside"]
 
 
 def test_musicbench_as_one_list_is_told(tmp_path):
@@ -348,13 +348,13 @@ def describer(tmp_path):
 
 
 def test_song_describer(describer, jamendo):
-    tracks, refusals = read("song-describer", describer)
+    tracks, rejections = read("song-describer", describer)
     track = tracks["song-describer:948"]
     assert track.captions == ("A rock song, loud.", "Guitars.") and track.split == "test"
     assert track.path == "audio/48/948.2min.mp3" and track.licence.endswith("/by-nc-sa/3.0/")
     same = read("jamendo", jamendo)[0]["jamendo:948"]
     assert (track.work, track.artist) == (same.work, same.artist) == ("jamendo:948", "jamendo:artist:87")
-    kinds = {name: refusal.kind for name, refusal in refusals.items()}
+    kinds = {name: rejection.kind for name, rejection in rejections.items()}
     assert kinds == {"song-describer:214": "caption", "song-describer:215": "missing",
                      "song_describer.csv line 7": "metadata"}  # fmt: skip
 
@@ -378,7 +378,7 @@ def test_jamendomaxcaps(tmp_path, jamendo):
     write(tmp_path / "final_caption30sec.jsonl", "\n".join(map(json.dumps, captions)))
     for number in (948, 949, 951):
         write(tmp_path / "audio" / f"{number}.mp3")
-    tracks, refusals = read("jamendomaxcaps", tmp_path)
+    tracks, rejections = read("jamendomaxcaps", tmp_path)
     track = tracks["jamendomaxcaps:948"]
     assert track.captions == ("Slow.", "Fast.") and track.tags == ("genre---rock", "mood/theme---happy",
                                                                        "speed---medium")  # fmt: skip
@@ -386,7 +386,7 @@ def test_jamendomaxcaps(tmp_path, jamendo):
     assert track.evidence == "2008-02-15.jsonl line 1"
     assert (track.work, track.artist) == ("jamendo:948", "jamendo:artist:87")
     assert tracks["jamendomaxcaps:949"].licence == tracks["jamendomaxcaps:949"].evidence == ""
-    kinds = {name: refusal.kind for name, refusal in refusals.items()}
+    kinds = {name: rejection.kind for name, rejection in rejections.items()}
     assert kinds == {
         "2008-02-15.jsonl line 3": "metadata", "2008-02-15.jsonl line 5": "missing",
         "2008-02-15.jsonl line 6": "metadata", "2008-02-15.jsonl line 7": "metadata",
@@ -411,7 +411,7 @@ def test_folder_with_captions_csv(tmp_path):
         ("../x.wav", "", "", "", "", ""), ("/etc/passwd", "", "", "", "", ""), ("", "nothing", "", "", "", ""),
         ("g.flac", "one, two", "CC0", "", "", "", "", "too many"),
     )  # fmt: skip
-    tracks, refusals = read("folder", tmp_path)
+    tracks, rejections = read("folder", tmp_path)
     assert list(tracks) == ["a.wav", "g.flac", "deep/er/b.M4A", "named.bin"]
     assert tracks["a.wav"] == Track(
         id="a.wav",
@@ -424,10 +424,10 @@ def test_folder_with_captions_csv(tmp_path):
         captions=("a loud song", "eine laute 🎵"),
     )
     assert (tracks["deep/er/b.M4A"].author, tracks["deep/er/b.M4A"].title) == ("Bob", "b")
-    kinds = {name: refusal.kind for name, refusal in refusals.items()}
+    kinds = {name: rejection.kind for name, rejection in rejections.items()}
     assert kinds == {"gone.wav": "missing", "../x.wav": "outside", "/etc/passwd": "outside",
                      "captions.csv line 12": "metadata"}  # fmt: skip
-    assert "captions.csv line 7" in refusals["gone.wav"].reason
+    assert "captions.csv line 7" in rejections["gone.wav"].reason
 
 
 def test_folder_other_columns_and_spelling(tmp_path):
@@ -437,12 +437,12 @@ def test_folder_other_columns_and_spelling(tmp_path):
     write(tmp_path / "captions.csv", b"\xef\xbb\xbf Path ,LICENSE,Artist,tags,split\r\n"
           b"a.wav,CC0,jamendo:artist:87,\"genre---rock, loud;slow\",Validation\r\nb.wav,,,\"['x', 'y']\",eval\r\n"
           b"c.wav,,,,half\r\n")  # fmt: skip
-    tracks, refusals = read("folder", tmp_path)
+    tracks, rejections = read("folder", tmp_path)
     first, second = tracks["a.wav"], tracks["b.wav"]
     assert (first.licence, first.artist, first.split) == ("CC0", "jamendo:artist:87", "valid")
     assert first.tags == ("genre---rock", "tag---loud", "tag---slow") and first.title == "a"
     assert second.tags == ("tag---x", "tag---y") and second.split == "test"
-    assert refusals["c.wav"].kind == "metadata" and "'half'" in refusals["c.wav"].reason
+    assert rejections["c.wav"].kind == "metadata" and "'half'" in rejections["c.wav"].reason
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "captions.jsonl"])
@@ -456,11 +456,11 @@ def test_folder_with_json_lines(tmp_path, name):
         {"path": "c.wav", "author": "\ud800"},
     ]  # fmt: skip
     write(tmp_path / name, "\n\n".join(map(json.dumps, lines)) + "\nnot json\n[]\n" + "[" * 100_000)
-    tracks, refusals = read("folder", tmp_path)
+    tracks, rejections = read("folder", tmp_path)
     assert tracks["a.wav"].captions == ("one", "two") and tracks["a.wav"].licence == "CC0"
     assert tracks["a.wav"].tags == ("genre---rock",) and tracks["a.wav"].title == "7"
     assert tracks["b.wav"].captions == ("three",) and tracks["a.wav"].evidence == f"{name} line 1"
-    assert {refusal.kind for refusal in refusals.values()} == {"metadata"} and len(refusals) == 5
+    assert {rejection.kind for rejection in rejections.values()} == {"metadata"} and len(rejections) == 5
 
 
 def test_folder_with_files_beside(tmp_path):
@@ -472,10 +472,10 @@ def test_folder_with_files_beside(tmp_path):
     write(tmp_path / "c.json", "{")
     write(tmp_path / "d.txt", b"\xff\xfe")
     write(tmp_path / "e.txt", b"x" * (records.MAX_LINE + 1))
-    tracks, refusals = read("folder", tmp_path)
+    tracks, rejections = read("folder", tmp_path)
     assert tracks["a.wav"].captions == ("three", "one", "two") and tracks["a.wav"].tags == ("tag---rock",)
     assert (tracks["deep/b.wav"].evidence, tracks["deep/b.wav"].author) == ("b.json", "Ann")
-    assert {name: refusal.kind for name, refusal in refusals.items()} == dict.fromkeys(
+    assert {name: rejection.kind for name, rejection in rejections.items()} == dict.fromkeys(
         ("c.wav", "d.wav", "e.wav"), "metadata"
     )
 
@@ -490,9 +490,9 @@ def test_folder_strange_names_and_links(tmp_path):
     (root / "loop").symlink_to(root)
     write(root / "store" / "store.json")
     write(root / "store" / "audio" / "segment.flac")
-    tracks, refusals = read("folder", root)
+    tracks, rejections = read("folder", root)
     assert set(tracks) == {"new\nline.wav", 'comma, "quote".wav', "=formula.wav", "link.wav"}
-    assert {name: refusal.kind for name, refusal in refusals.items()} == {"caf?.wav": "metadata", "loop": "outside"}
+    assert {name: rejection.kind for name, rejection in rejections.items()} == {"caf?.wav": "metadata", "loop": "outside"}
 
 
 def test_folder_says_what_is_wrong(tmp_path):
@@ -533,14 +533,14 @@ def test_huge_cells_and_lines_are_refused_and_the_next_row_is_read(tmp_path):
                     b'path,caption\nz.wav,"' + big.replace(b"x" * 50_000, b"x" * 49_999 + b"\n") + b'"\na.wav,good\n',
                     b"path,caption\r\nz\0.wav,x\ra.wav,good\r"):  # fmt: skip
         write(tmp_path / "captions.csv", content)
-        tracks, refusals = read("folder", tmp_path)
+        tracks, rejections = read("folder", tmp_path)
         assert tracks["a.wav"].captions == ("good",), content[:40]
-        assert "captions.csv line 2" in refusals
+        assert "captions.csv line 2" in rejections
     (tmp_path / "captions.csv").unlink()
     write(tmp_path / "captions.jsonl", b'{"path": "' + big + b'"}\n{"path": "a.wav", "caption": "good"}\n')
-    tracks, refusals = read("folder", tmp_path)
+    tracks, rejections = read("folder", tmp_path)
     assert tracks["a.wav"].captions == ("good",) and tracks["a.wav"].evidence == ""
-    assert "longer than" in refusals["captions.jsonl line 1"].reason
+    assert "longer than" in rejections["captions.jsonl line 1"].reason
 
 
 def test_long_lists_are_refused(tmp_path):
@@ -563,8 +563,8 @@ def test_many_captions_of_one_path(tmp_path):
     write(tmp_path / "a.wav")
     rows = [(name, f"caption {n}", "", "", "", "") for n in range(4000) for name in ("a.wav", "b.wav")]
     write_csv(tmp_path / "captions.csv", COLUMNS, *rows)
-    tracks, refusals = read("folder", tmp_path)
-    assert len(tracks["a.wav"].captions) == 4000 and set(refusals) == {"b.wav"}
+    tracks, rejections = read("folder", tmp_path)
+    assert len(tracks["a.wav"].captions) == 4000 and set(rejections) == {"b.wav"}
 
 
 FMA_TABLE = (*zip(*FMA_COLUMNS, strict=True), ("2", "", "1", "A", "", "small", "", "[21]", "x", "", "t"))

@@ -13,7 +13,7 @@ from ssmttm.data.store import shard_name, text_name
 from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
 from ssmttm.data.text_table import TextTable, merge_text_tables, write_text_table
 from ssmttm.errors import UserError
-from ssmttm.files import written_aside
+from ssmttm.files import atomic_write
 
 CODEC = {
     "name": "fake", "fingerprint": "f" * 16, "sample_rate": 8000, "frame_rate": 25.0,
@@ -206,7 +206,7 @@ def test_damaged_headers(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("old")
-    with pytest.raises(UserError, match="disk is full"), written_aside(path) as aside:
+    with pytest.raises(UserError, match="disk is full"), atomic_write(path) as aside:
         aside.write_text("half")
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["x.json"]

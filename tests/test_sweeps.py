@@ -205,15 +205,15 @@ def test_an_evaluation_asked_for_later_is_made_without_training_again(tmp_path, 
         if stage != "evaluation":
             return command(self, stage)
         told = f"import json, pathlib as p; f = p.Path({str(self.folder / stage)!r}); f.mkdir(exist_ok=True)"
-        figures = json.dumps({"figures": [{"name": "fad_tiny", "value": len(self._evaluate)}]})
-        return [sys.executable, "-c", f"{told}; (f / 'figures.json').write_text({figures!r})"]
+        metrics = json.dumps({"metrics": [{"name": "fad_tiny", "value": len(self._evaluate)}]})
+        return [sys.executable, "-c", f"{told}; (f / 'figures.json').write_text({metrics!r})"]
 
     monkeypatch.setattr(training_job.Work, "_command", evaluating)
     folder = run_sweep(settings(tmp_path, RATES))
-    assert all(not run.figures for run in collect(folder))
+    assert all(not run.metrics for run in collect(folder))
     for asked in (["eval=builtin"], ["eval=builtin"], ["eval=builtin", "n=64"]):
         run_sweep(settings(tmp_path, RATES, evaluate=asked))
-        assert [run.figures for run in collect(folder)] == [{"fad_tiny": len(asked)}] * 2
+        assert [run.metrics for run in collect(folder)] == [{"fad_tiny": len(asked)}] * 2
         log = (folder.job_folder("0.001-seed0") / "log.txt").read_text()
         assert log.count("figures.json") == len(asked) and len(lines(folder, "0.001-seed0")) == 10
     run_sweep(settings(tmp_path, RATES))
@@ -497,17 +497,17 @@ def test_accelerate_is_asked_for_many_processes_only():
 # --- reports --------------------------------------------------------------------------------------------------------
 
 
-def made_up(name, seed, losses, pace, parameters=1000, figures=None):
+def made_up(name, seed, losses, pace, parameters=1000, metrics=None):
     steps = np.arange(1, len(losses) + 1, dtype=float)
     spent = {"step": steps, "samples": 8 * steps, "flops": 1e9 * steps, "seconds": pace * steps}
     job = Job(f"{name}-{seed}", {"backbone": name, "seed": str(seed)}, [])
-    return Run(job, "done", parameters, spent, np.array(losses), figures or {})
+    return Run(job, "done", parameters, spent, np.array(losses), metrics or {})
 
 
 @pytest.fixture
 def groups():
     runs = [made_up("fast", s, [4.0 + s, 3.0 + s, 2.0 + s], pace=1.0) for s in (0, 1, 2)]
-    runs += [made_up("slow", s, [3.5 + s, 2.5 + s, 1.5 + s], pace=2.0, figures={"fad": 5.0 + s}) for s in (0, 1, 2)]
+    runs += [made_up("slow", s, [3.5 + s, 2.5 + s, 1.5 + s], pace=2.0, metrics={"fad": 5.0 + s}) for s in (0, 1, 2)]
     return group(runs)
 
 

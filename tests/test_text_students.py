@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ssmttm import MusicPipeline, checkpoint
-from ssmttm.distill.text_alignment import Pieces, align, cut
+from ssmttm.distill.text_alignment import TokenizedCaption, align, cut
 from ssmttm.errors import UserError
 from ssmttm.export.model_folder import export
 from ssmttm.generation.loading import open_model_folder
@@ -98,7 +98,7 @@ def pieces_of(spans, name="x", front=1, behind=1):
     special = [True] * front + [False] * len(spans) + [True] * behind
     marked = [(0, 0)] * front + list(spans) + [(0, 0)] * behind
     names = [f"{name}{i}" for i in range(len(marked))]
-    return Pieces(list(range(len(marked))), names, special, marked)
+    return TokenizedCaption(list(range(len(marked))), names, special, marked)
 
 
 def spans(most=30):
@@ -354,7 +354,7 @@ def test_the_empty_caption_is_learnt_too(config_of):
     wanted = task.replaced.encode([""]).embeddings
     torch.testing.assert_close(batch["read"].targets, wanted.expand(4, -1, -1), rtol=1e-2, atol=1e-2)
     assert task._text(batch).mask.all(1).tolist() == [True] * 4
-    task.reading = "null_is_nothing"
+    task.null_condition = "no_tokens"
     mixed = batch | {"captions": ["", "a", "", "b"]}
     assert task._text(mixed).mask.any(1).tolist() == [False, True, False, True]
 
@@ -367,7 +367,7 @@ def test_training_brings_the_student_nearer_and_leaves_the_language_model(config
     assert {"valid/text", "valid/cross_entropy", "valid/kl"} <= rows[-1].keys()
     folder = checkpoint.latest_good(run)
     before = checkpoint.load_weights(checkpoint.latest_good(teacher))
-    after = checkpoint.load_weights(folder, player="lm")
+    after = checkpoint.load_weights(folder, module_name="lm")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -412,7 +412,7 @@ def test_an_exported_folder_plays_by_itself(joint, config_of, teacher, tmp_path)
     assert made.audios.shape[0] == 2 and torch.isfinite(made.audios).all()
     card = json.loads((Path(out) / "card.json").read_text())
     assert card["data"]["text"] == {"name": "./text_encoder", "fingerprint": pipe.text_encoder.fingerprint,
-                                    "reading": "plain"}  # fmt: skip
+                                    "null_condition": "empty_caption"}  # fmt: skip
     assert "blueprint" not in card["data"] and card["data"]["teacher"]["name"].startswith("teacher/")
     assert card["parameters"] == sum(p.numel() for p in pipe.model.parameters())
     before = MusicPipeline.from_pretrained(teacher).model.state_dict()
@@ -439,7 +439,7 @@ def changed_card(teacher, tmp_path, change):
 
 def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
     """As MusicGen's: a dropped caption is no token at all, in training and behind the export."""
-    folder = changed_card(teacher, tmp_path, lambda card: card["data"]["text"].update(reading="null_is_nothing"))
+    folder = changed_card(teacher, tmp_path, lambda card: card["data"]["text"].update(null_condition="no_tokens"))
     asked = (f"teacher={folder}", "text_student.joint_step=0", "data.caption_dropout=1", "train.steps=2")
     task = TextDistillTask(config_of(*asked))
     before = losses_of(task)
@@ -449,7 +449,7 @@ def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
     assert torch.equal(before["cross_entropy"], after["cross_entropy"]) and before["text"] < after["text"]
     assert before["kl"].item() < 1e-5
     out = export(loop.train(config_of(*asked)), tmp_path / "out")
-    assert open_model_folder(out).reading == "null_is_nothing"
+    assert open_model_folder(out).null_condition == "no_tokens"
     assert torch.isfinite(MusicPipeline.from_pretrained(out)("a flute", duration=0.2).audios).all()
 
 
@@ -457,7 +457,7 @@ def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
     ("change", "message"),
     [
         (lambda card: card["data"].pop("text"), "names no text"),
-        (lambda card: card["data"]["text"].update(reading="visible_padding"), "visible_padding"),
+        (lambda card: card["data"]["text"].update(null_condition="unmasked_padding"), "unmasked_padding"),
         (lambda card: card.update(weights="int8"), "int8"),
         (lambda card: card["data"]["text"].update(fingerprint="0" * 16), "was trained with text"),
     ],

@@ -193,7 +193,7 @@ def test_our_start_is_calm_and_leaves_the_recurrence_alone():
     logits = model(torch.randint(256, (1, 8, 30)), None)
     assert logits.abs().max() < 3  # near uniform: a first loss of about log(codebook_size)
     assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    mixer = model.blocks[0].branches[0].inner
+    mixer = model.blocks[0].sublayers[0].inner
     assert (mixer.A_log.exp() >= 1).all() and (torch.nn.functional.softplus(mixer.dt_bias) > 0.9e-3).all()
     assert mixer.out_proj.weight.abs().max() <= 1 / 512**0.5 / 8**0.5
 
@@ -267,13 +267,13 @@ def test_modulation_starts_as_nothing_and_learns():
     codes = torch.randint(V, (2, K, S))
     assert torch.equal(model(codes, captions(3, 5)), model(codes, None))
     model(codes, captions(3, 5)).square().sum().backward()
-    assert all(branch.modulation.linear.weight.grad.any() for block in model.blocks for branch in block.branches)
+    assert all(sublayer.adaln.linear.weight.grad.any() for block in model.blocks for sublayer in block.sublayers)
 
 
 def test_layer_scale_starts_small_and_is_learnt():
     calm = TokenLM(TokenLMConfig(**{**SMALL, "layer_scale": 1e-4}))
     codes = torch.randint(V, (2, K, S))
-    scales = [branch.layer_scale for block in calm.blocks for branch in block.branches]
+    scales = [sublayer.layer_scale for block in calm.blocks for sublayer in block.sublayers]
     assert all(scale.shape == (16,) and (scale == 1e-4).all() for scale in scales)
     x = torch.randn(1, 5, 16)
     assert 0 < (calm.blocks[0](x) - x).abs().max() < 1e-2

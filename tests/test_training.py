@@ -24,7 +24,7 @@ from ssmttm.codecs import load_codec
 from ssmttm.data import open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.export.model_folder import export
-from ssmttm.files import claimed
+from ssmttm.files import directory_lock
 from ssmttm.models import build_model
 from ssmttm.patterns import PATTERNS, get_pattern
 from ssmttm.training import loop, rng
@@ -97,8 +97,8 @@ def test_two_processes_give_the_losses_of_one(codes_store, tmp_path):
     loop.train(one)
     train_in_two_processes(one, tmp_path / "two")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
-    for figure in ("grad_norm", "valid/loss"):
-        both = [[row[figure] for row in rows(tmp_path / run) if figure in row] for run in ("one", "two")]
+    for metric in ("grad_norm", "valid/loss"):
+        both = [[row[metric] for row in rows(tmp_path / run) if metric in row] for run in ("one", "two")]
         np.testing.assert_allclose(*both, atol=1e-5)
     assert len(checkpoint.read_document(checkpoint.latest_good(tmp_path / "two"), "rng")) == 2
 
@@ -113,7 +113,7 @@ def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path, m
 
     for name in ("validation", "samples"):
         monkeypatch.setattr(codec.CodecTask, name, drawing(getattr(codec.CodecTask, name)))
-    overrides = ("train.steps=5", "codec_training.revive_until=100")
+    overrides = ("train.steps=5", "codec_training.restart_until=100")
     loop.train(codec_config(audio_store, tmp_path / "quiet", *overrides, "train.eval_every=0"))
     loop.train(codec_config(audio_store, tmp_path / "busy", *overrides, "train.eval_every=1", "train.sample_every=2"))
     for name, value in weights(tmp_path / "quiet").items():
@@ -144,8 +144,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(codes_store, tmp_path, monkeypatch, broken):
     plain, kept = lm.LanguageModelTask.losses, {}
 
-    def losses_of(self, players, batch, counts, step):
-        named = plain(self, players, batch, counts, step)
+    def losses_of(self, trained_modules, batch, counts, step):
+        named = plain(self, trained_modules, batch, counts, step)
         kept["model"] = self.model
         if step == 3:
             kept["weights"] = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -209,7 +209,7 @@ def test_generators_go_on_where_they_were_and_ranks_differ():
     rng.random.gauss(0, 1)  # leaves a second value waiting
     state = json.loads(json.dumps(rng.get_state()))
     first = draw()
-    with rng.fenced(1):
+    with rng.isolated_rng(1):
         draw()
     rng.set_state(state)
     assert draw() == first
@@ -276,7 +276,7 @@ def test_settings_that_do_not_fit_are_one_clear_line(codes_store, tmp_path, over
 
 def test_a_run_folder_takes_one_training_at_a_time(codes_store, tmp_path):
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=1")
-    with claimed(tmp_path / "run", "training"), pytest.raises(UserError, match="another training"):
+    with directory_lock(tmp_path / "run", "training"), pytest.raises(UserError, match="another training"):
         loop.train(settings)
     loop.train(settings)
 
@@ -291,9 +291,9 @@ def test_a_model_of_fewer_codebooks_learns_the_first_ones(codes_store, tmp_path)
 )
 def test_a_model_learns_under_every_pattern(codes_store, tmp_path, name, positions):
     settings = lm_config(codes_store, tmp_path / "run", f"pattern={name}", "train.steps=30", "data.batch_size=8")
-    heard = losses(loop.train(settings))
-    assert heard[0] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
-    assert heard[-1] < 0.97 * heard[0]
+    embeddings = losses(loop.train(settings))
+    assert embeddings[0] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
+    assert embeddings[-1] < 0.97 * embeddings[0]
     task = lm.LanguageModelTask(settings)
     batch = task.loader("train", 2, 0, 1).batch(0)
     assert task.counts(batch).tolist() == [batch["frame_mask"].sum()] * N_CODEBOOKS + [2]
@@ -310,13 +310,13 @@ def test_codebooks_weigh_in_the_loss_as_asked(codes_store, tmp_path):
 
 def test_naming_tags_teaches_what_the_words_mean(codes_store, tmp_path):
     """Each caption of the store has a tag of its own: at the first position the text alone tells it."""
-    named = ("losses.tags=0.5", "tag_head.block=1", "optim.player_lr.tag_head=0.02", "data.caption_dropout=0")
+    named = ("losses.tags=0.5", "tag_head.block=1", "optim.module_lr.tag_head=0.02", "data.caption_dropout=0")
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", *named, "train.steps=60", "data.batch_size=8"))
-    figures = [row["tags_from_text"] for row in rows(run_dir) if "tags_from_text" in row]
+    metrics = [row["tags_from_text"] for row in rows(run_dir) if "tags_from_text" in row]
     shares = np.array([4, 4, 4, 4, 4]) / 20  # of the training split
     blind = float(-(shares * np.log(shares) + (1 - shares) * np.log(1 - shares)).sum())
-    assert figures[0] == pytest.approx(blind, rel=0.3) and figures[-1] < 0.3 * blind
-    unfed = [name for name in checkpoint.load_weights(run_dir / "checkpoints/step-00000060", player="tag_head")]
+    assert metrics[0] == pytest.approx(blind, rel=0.3) and metrics[-1] < 0.3 * blind
+    unfed = [name for name in checkpoint.load_weights(run_dir / "checkpoints/step-00000060", module_name="tag_head")]
     assert unfed and not any("tag_head" in name for name in weights(run_dir))
     with pytest.raises(UserError, match="no tags to learn to name"):
         loop.train(lm_config(codes_store, tmp_path / "rare", *TAGS, "tag_head.min_share=2"))
@@ -364,14 +364,14 @@ def test_a_model_of_another_codecs_codes_is_no_start(codes_store, tmp_path):
 
 
 def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, monkeypatch):
-    heard = []
+    embeddings = []
 
     class Pipe:
         def __init__(self, model, codec, text_encoder, pattern, **how):
             self.model = model
 
         def __call__(self, prompts, duration, seeds):
-            heard.append((prompts, seeds, {n: p.clone() for n, p in self.model.named_parameters()}))
+            embeddings.append((prompts, seeds, {n: p.clone() for n, p in self.model.named_parameters()}))
             return Out()
 
     class Out:
@@ -382,7 +382,7 @@ def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, mo
     monkeypatch.setattr(lm, "codec_of", lambda *about: nn.Identity())
     monkeypatch.setattr(lm, "load_text_encoder", lambda name: encoder)
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=4", "train.sample_every=4"))
-    prompts, seeds, used = heard[0]
+    prompts, seeds, used = embeddings[0]
     assert len(prompts) == 3 and seeds == [0, 1, 2]
     average = weights(run_dir, ema=True)
     assert all(torch.equal(used[name], average[name]) for name in used)
@@ -416,7 +416,7 @@ def test_a_codec_learns_and_unused_codes_come_back(audio_store, tmp_path):
     overrides = (
         "train.steps=24",
         "codec_training.adversarial_start=null",
-        "codec_training.revive_until=6",
+        "codec_training.restart_until=6",
         "optim.warmup_steps=2",
         "optim.lr=0.005",
     )

@@ -92,14 +92,14 @@ def test_chosen_layers_are_the_teacher_without_the_others(codes):
     assert torch.equal(student(codes, captions(4, 0, 7)), teacher(codes, captions(4, 0, 7)))
 
 
-def test_branches_go_to_those_of_the_same_purpose():
+def test_sublayers_go_to_those_of_the_same_purpose():
     """A teacher that looks at the text between mixer and MLP, a student that has the text in front."""
     teacher, student = build(0, conditioning="cross_attention"), build(1)
     done = transfer_weights(teacher, student, "even", None)
     assert {name for name, _ in student.named_parameters()} == set(done)
-    for own, theirs in [("0.inner.in_proj", "0.inner.in_proj"), ("1.inner.0", "2.inner.0"), ("1.norm", "2.norm")]:
+    for own, theirs in [("0.inner.in_proj", "0.inner.in_proj"), ("1.inner.fc1", "2.inner.fc1"), ("1.norm", "2.norm")]:
         pair = (student, own), (teacher, theirs)
-        found, wanted = (model.get_parameter(f"blocks.1.branches.{name}.weight") for model, name in pair)
+        found, wanted = (model.get_parameter(f"blocks.1.sublayers.{name}.weight") for model, name in pair)
         assert torch.equal(found, wanted)
 
 
@@ -119,7 +119,7 @@ def test_only_what_was_set_is_reported():
     done = transfer_weights(teacher, student, "even", "first")
     before = dict(fresh.named_parameters())
     assert set(done) == {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
-    assert "embedding.weight" in done and "blocks.0.branches.0.inner.in_proj.weight" not in done
+    assert "embedding.weight" in done and "blocks.0.sublayers.0.inner.in_proj.weight" not in done
 
 
 # --- slices ---------------------------------------------------------------------------------------------------------
@@ -177,10 +177,10 @@ def test_dead_inner_channels_are_found_and_their_loss_changes_nothing(layers, co
     text = captions(4, 0, 7)
     with torch.no_grad():
         for block in teacher.blocks:
-            mlp = block.branches[-1].inner
-            hidden = mlp[0].out_features
+            mlp = block.sublayers[-1].inner
+            hidden = mlp.fc1.out_features
             dead = torch.randperm(hidden)[: hidden // 2]
-            mlp[0].weight[dead], mlp[0].bias[dead] = 0, 0
+            mlp.fc1.weight[dead], mlp.fc1.bias[dead] = 0, 0
     importance = channel_importance(teacher, [(codes, text)])
     transfer_weights(teacher, student, "even", "importance", importance)
     assert_equal(student(codes, text), teacher(codes, text))
@@ -193,7 +193,7 @@ def test_dead_heads_and_states_of_mamba2_are_dropped_exactly(codes):
     """Heads whose x and gate are 0, states that nothing writes or reads. The norm behind the heads then takes the mean
     of half as many, which is made up for here."""
     teacher, student = build(0, expand=4, d_state=16), build(1, expand=2, d_state=8)
-    text, mixers = captions(4, 0, 7), [block.branches[0].inner for block in teacher.blocks]
+    text, mixers = captions(4, 0, 7), [block.sublayers[0].inner for block in teacher.blocks]
     with torch.no_grad():
         for m in mixers:
             heads, states = torch.randperm(m.nheads)[: m.nheads // 2], torch.randperm(16)[:8]
@@ -201,7 +201,7 @@ def test_dead_heads_and_states_of_mamba2_are_dropped_exactly(codes):
             m.in_proj.weight[rows], m.in_proj.weight[m.d_inner + rows], m.conv1d.bias[rows] = 0, 0, 0
             for first in (2 * m.d_inner, 2 * m.d_inner + 16):
                 m.in_proj.weight[first + states], m.conv1d.bias[first - m.d_inner + states] = 0, 0
-    own = [block.branches[0].inner for block in student.blocks]
+    own = [block.sublayers[0].inner for block in student.blocks]
     for m in (*mixers, *own):
         m.norm.eps = 0.0
     transfer_weights(teacher, student, "even", "importance", channel_importance(teacher, [(codes, text)]))
@@ -269,9 +269,9 @@ def test_a_transformer_hands_its_blocks_to_mamba2(codes):
     teacher = build(0, layers="attention", n_heads=4)
     student = build(1, layers="mamba2", headdim=4, ngroups=4, d_state=8)
     done = transfer_weights(teacher, student, "even", None)
-    assert "blocks.0.branches.0.inner.out_proj.weight" in done and "blocks.1.branches.1.inner.0.weight" in done
+    assert "blocks.0.sublayers.0.inner.out_proj.weight" in done and "blocks.1.sublayers.1.inner.fc1.weight" in done
     assert not [name for name in done if name.endswith(("A_log", "dt_bias", ".D"))]
-    assert torch.equal(student.blocks[1].branches[1].inner[3].weight, teacher.blocks[1].branches[1].inner[3].weight)
+    assert torch.equal(student.blocks[1].sublayers[1].inner.fc2.weight, teacher.blocks[1].sublayers[1].inner.fc2.weight)
     with pytest.raises(UserError, match=r"attention of 4 heads of 4 goes into a Mamba-2 with model.headdim=4"):
         transfer_weights(teacher, build(1, layers="mamba2", headdim=8), "even", None)
 
@@ -287,8 +287,8 @@ def test_a_transformer_hands_its_blocks_to_mamba2(codes):
         ({"text_dim": 5}, None, "model.text_dim=12"),
         ({"d_model": 24}, "first", "24 wide, its teacher 16: weights are cut, not grown"),
         ({"d_model": 8}, None, "set distill.transfer.width=importance"),
-        ({"d_state": 4}, None, "blocks.0.branches.0 is of other widths"),
-        ({"mlp_ratio": 1.0}, None, "blocks.0.branches.1 is of other widths"),
+        ({"d_state": 4}, None, "blocks.0.sublayers.0 is of other widths"),
+        ({"mlp_ratio": 1.0}, None, "blocks.0.sublayers.1 is of other widths"),
         ({"d_model": 8}, "largest", "unknown distill.transfer.width 'largest'"),
         ({"d_state": 16}, "first", "16 state where .* of its teacher has 8"),
     ],

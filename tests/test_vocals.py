@@ -17,7 +17,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 
 from data_prep.audio import vocals
 from data_prep.audio.separator import Separator
-from data_prep.audio.vocals import VocalDetection, VocalDetector, VocalRemoval, speaks_of_voices
+from data_prep.audio.vocals import VocalDetection, VocalDetector, VocalRemoval, mentions_vocals
 from ssmttm.errors import UserError
 
 RATE = 8000
@@ -238,14 +238,14 @@ def test_without_demucs(monkeypatch, weights):
                                   "Yodeling", "A capella", "Chant", "Hubbub, speech noise, speech babble", "voice",
                                   "Narration, monologue", "Speech synthesizer"])  # fmt: skip
 def test_classes_of_voices(name):
-    assert speaks_of_voices(name)
+    assert mentions_vocals(name)
 
 
 @pytest.mark.parametrize("name", ["Singing bowl", "Bird vocalization, bird call, bird song", "Music", "no_vocals",
                                   "non-vocal", "nonvocal", "instrumental", "without voice", "Wrapping paper", "Piano",
                                   "Single-lens", "Strap"])  # fmt: skip
 def test_classes_of_none(name):
-    assert not speaks_of_voices(name)
+    assert not mentions_vocals(name)
 
 
 def write_classifier(folder, labels=("Music", "Singing bowl", "Speech", "Male singing"), loud=None, **more):
@@ -283,10 +283,10 @@ def test_a_voice_is_heard_wherever_it_is(classifier, heard, second):
     wav[:, int(second * 22_050) :][:, :1000] = 0.9
     detection = VocalDetection(classifier)
     assert detection.probability(wav, 22_050) == pytest.approx(0.8)
-    refusal = detection.refusal(wav, 22_050)
-    assert (refusal.kind, refusal.reason) == ("vocals", "somebody sings or speaks in it (probability 0.80)")
-    assert detection.refusal(torch.zeros(1, 22_050), 22_050) is None
-    assert VocalDetection(classifier, threshold=0.81).refusal(wav, 22_050) is None
+    rejection = detection.rejection(wav, 22_050)
+    assert (rejection.kind, rejection.reason) == ("vocals", "somebody sings or speaks in it (probability 0.80)")
+    assert detection.rejection(torch.zeros(1, 22_050), 22_050) is None
+    assert VocalDetection(classifier, threshold=0.81).rejection(wav, 22_050) is None
 
 
 def test_it_is_the_classifier_that_is_asked(classifier):

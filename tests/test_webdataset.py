@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_prep.sources.archives.tar_stream import BadArchive, Bounds, members
 from data_prep.sources.archives.webdataset import ArchiveLimits, export, tracks_from
-from data_prep.track import KINDS, Refusal, Track
+from data_prep.track import KINDS, Rejection, Track
 from ssmttm.data.store import Store
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
@@ -66,17 +66,17 @@ def tar_of(path: Path, files: list[tuple[str | tarfile.TarInfo, bytes]], mode: s
 LIMITS = ArchiveLimits()
 
 
-def found(tars: Path, out: Path, limits: ArchiveLimits = LIMITS) -> tuple[list[Track], list[Refusal]]:
+def found(tars: Path, out: Path, limits: ArchiveLimits = LIMITS) -> tuple[list[Track], list[Rejection]]:
     """Tracks and refusals; there is a file for each track and no other one."""
     results = list(tracks_from(tars, out, limits))
     tracks = [result for result in results if isinstance(result, Track)]
-    refusals = [result for result in results if isinstance(result, Refusal)]
+    rejections = [result for result in results if isinstance(result, Rejection)]
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(
         {track.path for track in tracks}
     )
-    for refusal in refusals:
-        assert refusal.kind in KINDS and refusal.reason.isprintable() and refusal.item.isprintable()
-    return tracks, refusals
+    for rejection in rejections:
+        assert rejection.kind in KINDS and rejection.reason.isprintable() and rejection.item.isprintable()
+    return tracks, rejections
 
 
 SOUND = [("a.wav", b"sound"), ("a.json", b'{"license": "CC0-1.0"}')]
@@ -85,8 +85,8 @@ SOUND = [("a.wav", b"sound"), ("a.json", b'{"license": "CC0-1.0"}')]
 def test_there_and_back(store, tmp_path):
     archives = export(store, tmp_path / "tars")
     assert [path.name for path in archives] == ["shard-000000.tar"]
-    tracks, refusals = found(tmp_path / "tars", tmp_path / "in")
-    assert not refusals and [track.id for track in tracks] == IDS
+    tracks, rejections = found(tmp_path / "tars", tmp_path / "in")
+    assert not rejections and [track.id for track in tracks] == IDS
     for row, track in enumerate(tracks):
         known = store.manifest.slice(row, 1).to_pylist()[0]
         for name in ("licence", "title", "author", "source_url", "split"):
@@ -151,8 +151,8 @@ def test_every_kind_of_tar(tmp_path, format, mode):
     names += [] if format == tarfile.USTAR_FORMAT else ["é" * 60 + "/" + "日" * 50 + ".ogg"]
     files = [(name, os.urandom(index * 700)) for index, name in enumerate(names)]
     tar_of(tmp_path / "x.tar", files, mode, format)
-    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
-    assert not refusals and len(tracks) == len(files)
+    tracks, rejections = found(tmp_path / "x.tar", tmp_path / "in")
+    assert not rejections and len(tracks) == len(files)
     for track, (_, data) in zip(tracks, files, strict=True):
         assert (tmp_path / "in" / track.path).read_bytes() == data
 
@@ -181,14 +181,14 @@ def test_what_foreign_json_and_texts_say(tmp_path):
         ("b.txt", b"alone with sound"), ("b.opus", b"3"), ("README", b"x"), ("._c.wav", b"x"),
         ("c.wav", b"4"), ("c.json", b'{"title": "\\ud800", "captions": {"no": "list"}, "id": "own"}'),
     ]  # fmt: skip
-    tracks, refusals = found(tar_of(tmp_path / "x.tar", files), tmp_path / "in")
+    tracks, rejections = found(tar_of(tmp_path / "x.tar", files), tmp_path / "in")
     assert tracks == [
         Track("x/a.mp3", "x/a.mp3", "CC BY 4.0", "", "Bob", "https://example.org", evidence="x.tar:a.json",
               captions=("two", "one", "three", "four"), tags=("rock", "slow")),
         Track("x/b.opus", "x/b.opus", captions=("alone with sound",)),
         Track("own", "x/c.wav", title="?"),
     ]  # fmt: skip
-    assert [refusal.item for refusal in refusals] == []
+    assert [rejection.item for rejection in rejections] == []
 
 
 def test_a_folder_of_archives_in_their_order(tmp_path):
@@ -239,10 +239,10 @@ def test_what_is_bad_costs_only_itself(tmp_path, bad, kind, mode):
     """Before and after it stand good samples."""
     tar_of(tmp_path / "x.tar", [*SOUND, *bad, ("z.wav", b"last")], mode)
     (tmp_path / "root").mkdir()
-    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "root" / "in", ArchiveLimits(2000, 10_000))
+    tracks, rejections = found(tmp_path / "x.tar", tmp_path / "root" / "in", ArchiveLimits(2000, 10_000))
     assert [track.path for track in tracks][:: len(tracks) - 1] == ["x/a.wav", "x/z.wav"]
     assert (tmp_path / "root" / "in" / "x" / "a.wav").read_bytes() == b"sound"
-    assert kind in [refusal.kind for refusal in refusals]
+    assert kind in [rejection.kind for rejection in rejections]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "x.tar"]
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["in"]
     assert not any(path.is_symlink() for path in (tmp_path / "root").rglob("*"))
@@ -253,7 +253,7 @@ def test_a_link_that_waits_in_the_output_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in" / "x").symlink_to("../elsewhere")
     results = list(tracks_from(tar_of(tmp_path / "x.tar", SOUND), tmp_path / "in"))
-    assert [result.kind for result in results if isinstance(result, Refusal)] == ["outside"]
+    assert [result.kind for result in results if isinstance(result, Rejection)] == ["outside"]
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -281,8 +281,8 @@ def test_sizes_that_lie(tmp_path, size, kind):
     tar_of(tmp_path / "x.tar", [("b.wav", b"x"), *SOUND])
     patched(tmp_path / "x.tar", 124, size)
     begun = time.monotonic()
-    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
-    assert not tracks and {refusal.kind for refusal in refusals} >= {kind} and time.monotonic() - begun < 5
+    tracks, rejections = found(tmp_path / "x.tar", tmp_path / "in")
+    assert not tracks and {rejection.kind for rejection in rejections} >= {kind} and time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
@@ -291,8 +291,8 @@ def test_archives_cut_short(tmp_path, share, mode):
     files = [(f"{index}.wav", os.urandom(5000)) for index in range(10)]
     data = tar_of(tmp_path / "x.tar", files, mode).read_bytes()
     (tmp_path / "x.tar").write_bytes(data[: round(len(data) * share) | 1])
-    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
-    assert len(tracks) < 10 and refusals[-1].item == "x.tar" and refusals[-1].kind == "unreadable"
+    tracks, rejections = found(tmp_path / "x.tar", tmp_path / "in")
+    assert len(tracks) < 10 and rejections[-1].item == "x.tar" and rejections[-1].kind == "unreadable"
     for track, (_, sound) in zip(tracks, files, strict=False):
         assert (tmp_path / "in" / track.path).read_bytes() == sound
 
@@ -306,8 +306,8 @@ def test_bombs(tmp_path):
         for _ in range(64):
             file.write(bytes(1 << 20))
     begun = time.monotonic()
-    _, refusals = found(tmp_path / "bomb.tar.gz", tmp_path / "1")
-    assert ("limit", "the archive unpacks to more than 100 times its size") in [(r.kind, r.reason) for r in refusals]
+    _, rejections = found(tmp_path / "bomb.tar.gz", tmp_path / "1")
+    assert ("limit", "the archive unpacks to more than 100 times its size") in [(r.kind, r.reason) for r in rejections]
     assert time.monotonic() - begun < 5
 
     header = tarfile.TarInfo("x")
@@ -315,16 +315,16 @@ def test_bombs(tmp_path):
     with open(tmp_path / "header.tar", "wb") as file:
         file.write(header.tobuf())
         file.truncate(1 << 31)
-    _, refusals = found(tmp_path / "header.tar", tmp_path / "2")
-    assert [refusal.kind for refusal in refusals] == ["limit"]
+    _, rejections = found(tmp_path / "header.tar", tmp_path / "2")
+    assert [rejection.kind for rejection in rejections] == ["limit"]
 
     limits = ArchiveLimits(bounds=Bounds(members=10, total_bytes=1 << 20))
     tar_of(tmp_path / "many.tar", [(f"{index}.wav", b"") for index in range(40)])
-    tracks, refusals = found(tmp_path / "many.tar", tmp_path / "3", limits)
-    assert len(tracks) < 40 and refusals[-1].kind == "limit"
+    tracks, rejections = found(tmp_path / "many.tar", tmp_path / "3", limits)
+    assert len(tracks) < 40 and rejections[-1].kind == "limit"
     tar_of(tmp_path / "large.tar", [("a.wav", bytes(1 << 19)), ("b.wav", bytes(1 << 20))])
-    tracks, refusals = found(tmp_path / "large.tar", tmp_path / "4", limits)
-    assert [track.id for track in tracks] == ["large/a.wav"] and refusals[-1].kind == "limit"
+    tracks, rejections = found(tmp_path / "large.tar", tmp_path / "4", limits)
+    assert [track.id for track in tracks] == ["large/a.wav"] and rejections[-1].kind == "limit"
 
 
 @pytest.mark.parametrize(
@@ -332,9 +332,9 @@ def test_bombs(tmp_path):
 )
 def test_what_is_no_archive(tmp_path, data):
     (tmp_path / "x.tar").write_bytes(data)
-    tracks, refusals = found(tmp_path / "x.tar", tmp_path / "in")
-    assert not tracks and all(refusal.kind == "unreadable" for refusal in refusals)
-    assert len(refusals) == (0 if not data.strip(b"\0") else 1)
+    tracks, rejections = found(tmp_path / "x.tar", tmp_path / "in")
+    assert not tracks and all(rejection.kind == "unreadable" for rejection in rejections)
+    assert len(rejections) == (0 if not data.strip(b"\0") else 1)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.track import Refused
+from data_prep.track import Rejected
 from ssmttm.audio.lengths import cut_short, sound_bytes
 from ssmttm.errors import UserError
 
@@ -65,11 +65,11 @@ class Sound:
     seconds: float | None
 
 
-class _Crashed(Refused):
+class _Crashed(Rejected):
     """The child is dead."""
 
 
-class _Harmless(Refused):
+class _Harmless(Rejected):
     """The child did not touch what was refused."""
 
 
@@ -122,14 +122,14 @@ class Decoder:
             while size := self._block():
                 block = np.frombuffer(self._buffer, kind, size // 4).reshape(-1, channels)
                 if not np.isfinite(block).all():
-                    raise Refused("unreadable", "it holds NaN or infinite samples")
+                    raise Rejected("unreadable", "it holds NaN or infinite samples")
                 seen += len(block)
                 self._check_seconds(seen / rate)
                 yield np.array(block.T, np.float32, order="C"), rate
             if seen == 0:
-                raise Refused("unreadable", "it holds no samples")
+                raise Rejected("unreadable", "it holds no samples")
             if told["frames"] is not None and cut_short(seen, told["frames"], told["exact"]):
-                raise Refused("unreadable", f"it is cut short ({seen} of {told['frames']} samples)")
+                raise Rejected("unreadable", f"it is cut short ({seen} of {told['frames']} samples)")
 
     def probe(self, path: Path) -> Sound:
         """What the file's header tells; no sound is decoded. Raises Refused as `blocks`."""
@@ -145,14 +145,14 @@ class Decoder:
         handle, before = _open(path, self._limits.max_bytes)
         self._busy = True
         try:
-            told = self._told(handle)
+            told = self._reported(handle)
             self._check(told)
             yield told
             if _state(handle) != before:
-                raise Refused("unreadable", "it changed while it was read")
+                raise Rejected("unreadable", "it changed while it was read")
             self._request(b"C")
         except (GeneratorExit, _Harmless):
-            with suppress(Refused):
+            with suppress(Rejected):
                 self._request(b"C")
             raise
         except BaseException:
@@ -162,7 +162,7 @@ class Decoder:
             os.close(handle)
             self._busy = False
 
-    def _told(self, handle: int) -> dict[str, Any]:
+    def _reported(self, handle: int) -> dict[str, Any]:
         """What the child tells of the file. A child that dies on it and has served others gets a successor."""
         self._left = self._limits.wall_seconds
         self._start()
@@ -185,16 +185,16 @@ class Decoder:
     def _check(self, told: dict[str, Any]) -> None:
         channels, rate = told["channels"], told["sample_rate"]
         if not 1 <= channels <= self._limits.max_channels:
-            raise Refused("limit", f"it has {channels} channels, {self._limits.max_channels} is the most")
+            raise Rejected("limit", f"it has {channels} channels, {self._limits.max_channels} is the most")
         lowest, highest = self._limits.rates
         if not lowest <= rate <= highest:
-            raise Refused("limit", f"it has {rate} samples a second, which is not within {lowest} and {highest}")
+            raise Rejected("limit", f"it has {rate} samples a second, which is not within {lowest} and {highest}")
         if told["frames"] is not None:
             self._check_seconds(told["frames"] / rate)
 
     def _check_seconds(self, seconds: float) -> None:
         if seconds > self._limits.max_seconds:
-            raise Refused("limit", f"it lasts longer than {self._limits.max_seconds:g} s")
+            raise Rejected("limit", f"it lasts longer than {self._limits.max_seconds:g} s")
 
     def _block(self) -> int:
         """Have the next block put into the buffer; its size in bytes, 0 at the end."""
@@ -216,11 +216,11 @@ class Decoder:
         self._receive(header, deadline)
         kind, size = bytes(header[:1]), int.from_bytes(header[1:], "little")
         if kind not in (wanted, b"X", b"F") or size > len(self._buffer):
-            raise Refused("unreadable", "the decoder went astray on it")
+            raise Rejected("unreadable", "the decoder went astray on it")
         self._receive(memoryview(self._buffer)[:size], deadline)
         self._left -= time.monotonic() - begun
         if kind != wanted:
-            raise (_Harmless if kind == b"F" else Refused)(*json.loads(self._buffer[:size]))
+            raise (_Harmless if kind == b"F" else Rejected)(*json.loads(self._buffer[:size]))
         return size
 
     def _receive(self, into: memoryview, deadline: float) -> None:
@@ -236,7 +236,7 @@ class Decoder:
                     raise self._died()
                 into = into[size:]
         except TimeoutError as error:
-            raise Refused("limit", f"decoding it took longer than {self._limits.wall_seconds:g} s") from error
+            raise Rejected("limit", f"decoding it took longer than {self._limits.wall_seconds:g} s") from error
         except ConnectionResetError as error:
             raise self._died() from error
 
@@ -301,24 +301,24 @@ def _open(path: Path, max_bytes: int) -> tuple[int, tuple[int, ...]]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise Refused("missing", "there is no such file") from error
+        raise Rejected("missing", "there is no such file") from error
     except OSError as error:
-        raise Refused("unreadable", f"it cannot be opened ({error.strerror})") from error
+        raise Rejected("unreadable", f"it cannot be opened ({error.strerror})") from error
     try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
-            raise Refused("unreadable", "it is a folder")
+            raise Rejected("unreadable", "it is a folder")
         if not stat.S_ISREG(status.st_mode):
-            raise Refused("unreadable", "it is not a regular file")
+            raise Rejected("unreadable", "it is not a regular file")
         if status.st_size == 0:
-            raise Refused("unreadable", "it is empty (0 bytes)")
+            raise Rejected("unreadable", "it is empty (0 bytes)")
         if status.st_size > max_bytes:
-            raise Refused("limit", f"it is larger than {max_bytes} bytes")
+            raise Rejected("limit", f"it is larger than {max_bytes} bytes")
         with open(handle, "rb", closefd=False) as file:
             declared, present = sound_bytes(file, status.st_size)
         if declared > present:
             reason = f"it is cut short: its header tells of {declared} bytes of sound, {present} are there"
-            raise Refused("unreadable", reason)
+            raise Rejected("unreadable", reason)
     except BaseException:
         os.close(handle)
         raise

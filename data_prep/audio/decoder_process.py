@@ -47,11 +47,11 @@ _UNKNOWN_WORDS = ("unimplemented", "regular file")  # the second is what it says
 _NO_MEMORY = "it needs more memory to decode than allowed"
 
 
-class Refusal(Exception):
+class Rejection(Exception):
     """A kind of `data_prep.track.KINDS` and a reason."""
 
 
-class FFmpegRefusal(Refusal):
+class FFmpegRejection(Rejection):
     """The same, after which this process is as it was."""
 
 
@@ -69,16 +69,16 @@ class SndFile:
         self._pipe: _Pipe | None = None
         try:
             self._file = self._open(handle)
-        except Refusal as refusal:
+        except Rejection as rejection:
             if os.pread(handle, 4, 0) == b"OggS":  # of FLAC in Ogg it does not know all kinds
-                raise LookupError from refusal
+                raise LookupError from rejection
             raise
         if self._file.format == "MP3" and not _tells_its_length(handle):
             self._file.close()
             self._pipe = _Pipe(handle, _after_id3(handle))
             try:
                 self._file = self._open(self._pipe.end)
-            except (LookupError, Refusal):
+            except (LookupError, Rejection):
                 self._pipe.close()
                 raise
         frames = self._file.frames if self._file.frames >= 0 else 1 << 60
@@ -167,7 +167,7 @@ class FFmpeg:
         program = _ffmpeg()
         if program is None:
             reason = "it is in no format that libsndfile reads, and there is no FFmpeg: install it"
-            raise FFmpegRefusal("unreadable", reason)
+            raise FFmpegRejection("unreadable", reason)
         self._log, log = os.pipe()
         os.set_blocking(log, False)
         os.set_blocking(self._log, False)
@@ -181,7 +181,7 @@ class FFmpeg:
         self._out: IO[bytes] = self._process.stdout
         try:
             self.sound = self._begin()
-        except Refusal:
+        except Rejection:
             self.close()
             raise
 
@@ -202,7 +202,7 @@ class FFmpeg:
         header = bytearray(24)
         if self._fill(memoryview(header)) < 24:
             self._finish()
-            raise FFmpegRefusal("unreadable", "it is no audio that libsndfile or FFmpeg can read")
+            raise FFmpegRejection("unreadable", "it is no audio that libsndfile or FFmpeg can read")
         _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
         self._fill(memoryview(bytearray(offset - 24)))
         known = {"channels": channels, "sample_rate": rate, "exact": False, "big_endian": True}
@@ -219,12 +219,12 @@ class FFmpeg:
         if code == 0:
             return
         if "Cannot allocate memory" in self._words():
-            raise FFmpegRefusal("limit", _NO_MEMORY)
+            raise FFmpegRejection("limit", _NO_MEMORY)
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            raise FFmpegRefusal("limit", "the system ended FFmpeg on it, as it does when memory or time runs out")
+            raise FFmpegRejection("limit", "the system ended FFmpeg on it, as it does when memory or time runs out")
         if code < 0:
-            raise FFmpegRefusal("unreadable", f"the decoder crashed on it (signal {-code})")
-        raise FFmpegRefusal("unreadable", "it is no audio that libsndfile or FFmpeg can read, or damaged")
+            raise FFmpegRejection("unreadable", f"the decoder crashed on it (signal {-code})")
+        raise FFmpegRejection("unreadable", "it is no audio that libsndfile or FFmpeg can read, or damaged")
 
     def _words(self) -> str:
         with contextlib.suppress(BlockingIOError):
@@ -266,11 +266,11 @@ def _ffmpeg() -> str | None:
         return None
 
 
-def _damaged(error: soundfile.SoundFileError) -> Refusal:
+def _damaged(error: soundfile.SoundFileError) -> Rejection:
     words = getattr(error, "error_string", str(error)).rstrip(". ").lower()
     if "malloc" in words or "memory" in words:
-        return Refusal("limit", _NO_MEMORY)
-    return Refusal("unreadable", f"it is no audio that can be read, or is damaged ({words})")
+        return Rejection("limit", _NO_MEMORY)
+    return Rejection("unreadable", f"it is no audio that can be read, or is damaged ({words})")
 
 
 def _bound(parent: int, cpu_seconds: float) -> None:
@@ -307,8 +307,8 @@ class Server:
                 return
             try:
                 self._answer(request, handles)
-            except Refusal as refusal:
-                self._send(b"F" if isinstance(refusal, FFmpegRefusal) else b"X", json.dumps(refusal.args).encode())
+            except Rejection as rejection:
+                self._send(b"F" if isinstance(rejection, FFmpegRejection) else b"X", json.dumps(rejection.args).encode())
             except MemoryError:
                 self._send(b"X", json.dumps(("limit", _NO_MEMORY)).encode())
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.track import Refused
+from data_prep.track import Rejected
 
 Stereo = Literal["mono", "dual-mono", "stereo", "out-of-phase", "dead channel"]
 
@@ -78,21 +78,21 @@ def measure(channels: np.ndarray, rate: int) -> Quality:
     )
 
 
-def judge(quality: Quality, filters: Filters) -> Refused | None:
+def judge(quality: Quality, filters: Filters) -> Rejected | None:
     """Why the filters refuse a segment; None if they do not."""
     share = f"{quality.silence:.0%}".replace("%", " %")
     if quality.stereo == "out-of-phase" and not filters.out_of_phase:
-        return Refused("phase", "its channels cancel each other when mixed down to mono: invert one of them")
+        return Rejected("phase", "its channels cancel each other when mixed down to mono: invert one of them")
     if quality.loudness == float("-inf"):
-        return Refused("silent", "it is silent throughout")
+        return Rejected("silent", "it is silent throughout")
     if quality.silence > filters.max_silence:
-        return Refused("silent", f"it is silent for {share} of its length")
+        return Rejected("silent", f"it is silent for {share} of its length")
     if quality.clipped > filters.max_clipped:
-        return Refused("clipped", f"it is clipped for {100 * quality.clipped:.1f} % of its samples")
+        return Rejected("clipped", f"it is clipped for {100 * quality.clipped:.1f} % of its samples")
     if quality.bandwidth < filters.min_bandwidth:
-        return Refused("bandwidth", f"it holds nothing above {quality.bandwidth:.0f} Hz")
+        return Rejected("bandwidth", f"it holds nothing above {quality.bandwidth:.0f} Hz")
     if quality.stereo == "dual-mono" and not filters.dual_mono:
-        return Refused("dual-mono", "its channels are the same")
+        return Rejected("dual-mono", "its channels are the same")
     return None
 
 

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from data_prep.audio.separator import OVERLAP, Separator, starts_of
-from data_prep.track import Refused
+from data_prep.track import Rejected
 from ssmttm import audio
 from ssmttm.errors import UserError
 from ssmttm.evaluation.embedders.audio_classifier import AudioClassifier
 
 _log = logging.getLogger(__name__)
-_VOICES = re.compile(
+_VOCALS = re.compile(
     r"\b(sing|sings|singing|singers?|vocals?|voices?|speech|speaking|talking|conversation|narration|rap|rapping|"
     r"rapper|choirs?|choral|chant|chanting|mantra|yodel+ing|humming|a cap+ella|beatboxing|shout|shouting|screaming|"
     r"whispering)\b"
 )
-_NO_VOICES = re.compile(r"\b(no|non|not|without|singing bowls?)\b")
+_NO_VOCALS = re.compile(r"\b(no|non|not|without|singing bowls?)\b")
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class VocalDetection:
         """As `VocalDetector.probability`."""
         return _detector(self).probability(wav, rate)
 
-    def refusal(self, wav: Tensor, rate: int) -> Refused | None:
+    def rejection(self, wav: Tensor, rate: int) -> Rejected | None:
         """Why a segment [C, S] is refused, or None if nobody is heard."""
         probability = self.probability(wav, rate)
         if probability < self.threshold:
             return None
-        return Refused("vocals", f"somebody sings or speaks in it (probability {probability:.2f})")
+        return Rejected("vocals", f"somebody sings or speaks in it (probability {probability:.2f})")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class VocalDetector:
         if unknown := [label for label in labels if label not in known]:
             shown = ", ".join(known[:8]) + ", ..." * (len(known) > 8)
             raise UserError(f"the classifier {weights} has no class {unknown[0]!r}: it has {shown}")
-        self.labels = list(labels) or [name for name in known if speaks_of_voices(name)]
+        self.labels = list(labels) or [name for name in known if mentions_vocals(name)]
         if not self.labels:
             raise UserError(f"no class of {weights} speaks of voices ({', '.join(known[:8])} ...): name those that do")
         _log.info("classes of %s that count as a voice: %s", weights, ", ".join(self.labels))
@@ -148,10 +148,10 @@ class VocalDetector:
         return float(torch.cat(found)[:, self._columns].max())
 
 
-def speaks_of_voices(name: str) -> bool:
+def mentions_vocals(name: str) -> bool:
     """Whether a class of that name is a human voice: "Male singing" or "female_vocal", not "no vocals"."""
     words = re.sub(r"[\W_]+", " ", name.lower())
-    return bool(_VOICES.search(words)) and not _NO_VOICES.search(words)
+    return bool(_VOCALS.search(words)) and not _NO_VOCALS.search(words)
 
 
 @cache

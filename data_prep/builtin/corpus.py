@@ -15,7 +15,7 @@ from data_prep.builtin.captions import describe, tags
 from data_prep.builtin.composition.compose import DURATION, VERSION, compose
 from data_prep.builtin.composition.score import Piece
 from data_prep.builtin.synth import render
-from data_prep.shard_task import Counts, Work, stage_folder
+from data_prep.shard_task import Counts, ShardTask, stage_folder
 from data_prep.stages.segments import write_sound
 from data_prep.stages.shard import Shard
 from ssmttm.audio.fingerprint import Fingerprinter
@@ -40,7 +40,7 @@ def split_of(piece_id: str) -> str:
     return next(name for limit, name in _SPLITS if share < limit)
 
 
-def works(root: Path, hours: float, seed: int) -> list[Work]:
+def works(root: Path, hours: float, seed: int) -> list[ShardTask]:
     """The shards of at least `hours` of music. Another number of hours leaves all but the last as they are."""
     pieces = math.ceil(round(hours * 3600 / DURATION, 6))
     folder = stage_folder(root, "render", {"version": VERSION, "seed": seed})
@@ -48,7 +48,7 @@ def works(root: Path, hours: float, seed: int) -> list[Work]:
     for number, first in enumerate(range(0, pieces, SHARD_PIECES)):
         count = min(SHARD_PIECES, pieces - first)
         make = partial(render_shard, seed, first, count)
-        made.append(Work(folder / f"{number:05d}", config_hash({"first": first, "pieces": count}), make))
+        made.append(ShardTask(folder / f"{number:05d}", config_hash({"first": first, "pieces": count}), make))
     return made
 
 

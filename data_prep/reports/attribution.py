@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ssmttm.data.store import Store
-from ssmttm.files import written_aside
+from ssmttm.files import atomic_write
 
 FILE = "ATTRIBUTION.csv"
 COLUMNS = ("title", "author", "source_url", "licence", "licence_url", "modifications", "evidence", "segments")
@@ -24,7 +24,7 @@ def write_attribution(store: Store) -> Path:
     store.
     """
     path = store.path / FILE
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)  # with CRLF, or a carriage return in a title would end the line
         table.writerow(COLUMNS)
         for work, segments in groupby(_works(store)):

@@ -18,8 +18,8 @@ _SEARCHED = 1000  # refusals of a kind that are looked through for them
 _LISTED = 5  # tracks of one evaluation set, pairs that are alike
 
 
-class Refusals(NamedTuple):
-    """What quarantine.csv tells: how many of each stage and kind, and a few of each kind whose reasons differ."""
+class Rejections(NamedTuple):
+    """What rejected.csv tells: how many of each stage and kind, and a few of each kind whose reasons differ."""
 
     counts: Counter[tuple[str, str]]
     examples: dict[str, dict[str, str]]  # kind -> reason -> item
@@ -29,7 +29,7 @@ class Refusals(NamedTuple):
         return sum(count for (_, other), count in self.counts.items() if other == kind)
 
 
-def read_quarantine(file: Path) -> Refusals | None:
+def read_rejected(file: Path) -> Rejections | None:
     """None if there is no such file. Raises UserError if it is no quarantine table."""
     if not file.is_file():
         return None
@@ -51,31 +51,31 @@ def read_quarantine(file: Path) -> Refusals | None:
                     some[reason] = item
     except (csv.Error, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): prepare the store again") from error
-    return Refusals(counts, examples)
+    return Rejections(counts, examples)
 
 
-def refused_in_short(refusals: Refusals | None) -> list[Block]:
+def rejected_in_short(rejections: Rejections | None) -> list[Block]:
     """One sentence, if there is a record."""
-    if refusals is None:
+    if rejections is None:
         return []
-    copies, held_out, total = refusals.of("duplicate"), refusals.of("evaluation"), refusals.counts.total()
+    copies, held_out, total = rejections.of("duplicate"), rejections.of("evaluation"), rejections.counts.total()
     return [Text(f"{many(total, 'item')} refused: {copies:,} as duplicates, {held_out:,} because an evaluation set "
                  f"holds them, {total - copies - held_out:,} for other reasons, which stand below.")]  # fmt: skip
 
 
-def refused(refusals: Refusals | None) -> list[Block]:
+def rejected(rejections: Rejections | None) -> list[Block]:
     """How many of each kind, and some of them with their reasons."""
-    if refusals is None:
+    if rejections is None:
         return [Text("This store keeps no record of what was refused.")]
-    if not refusals.counts:
+    if not rejections.counts:
         return [Text("Nothing was refused.")]
     bars, rows = [], []
-    for kind in sorted(refusals.examples, key=lambda kind: (-refusals.of(kind), kind)):
-        stages = ", ".join(f"{stage} {n:,}" for (stage, other), n in sorted(refusals.counts.items()) if other == kind)
+    for kind in sorted(rejections.examples, key=lambda kind: (-rejections.of(kind), kind)):
+        stages = ", ".join(f"{stage} {n:,}" for (stage, other), n in sorted(rejections.counts.items()) if other == kind)
         remark = f"{KINDS.get(kind, 'no known kind')} (stage: {stages})"
-        bars.append(Bar(kind, refusals.of(kind), f"{refusals.of(kind):,}", remark=remark))
-        rows += [(short(kind), short(item), short(reason)) for reason, item in refusals.examples[kind].items()]
-    note = "A refused item never stops a run. quarantine.csv holds all of them."
+        bars.append(Bar(kind, rejections.of(kind), f"{rejections.of(kind):,}", remark=remark))
+        rows += [(short(kind), short(item), short(reason)) for reason, item in rejections.examples[kind].items()]
+    note = "A refused item never stops a run. rejected.csv holds all of them."
     some = Table(["kind", "item", "why"], rows)
     return [Heading("Refusals by kind", note), Bars(bars), Heading("Some of them"), some]
 
@@ -91,7 +91,7 @@ def selection(file: Path) -> tuple[list[Block], list[Block]]:
         if file.is_file():
             told = json.loads(file.read_text(encoding="utf-8", errors="replace"))
         sets = [block for one in told.get("evaluation", []) for block in _kept_out(one)]
-        alike = _alike(told["suspected_duplicates"]) if told.get("suspected_duplicates") else []
+        alike = _near_duplicates(told["suspected_duplicates"]) if told.get("suspected_duplicates") else []
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): prepare the store again") from error
     none = "None were named: give them as --against when the store is prepared, before a score is reported."
@@ -110,7 +110,7 @@ def _kept_out(one: dict[str, Any]) -> list[Block]:
     return [*blocks, Table(["item", "why"], some)] if some else blocks
 
 
-def _alike(suspected: dict[str, Any]) -> list[Block]:
+def _near_duplicates(suspected: dict[str, Any]) -> list[Block]:
     """Pairs of tracks for people to listen to."""
     if not suspected["pairs"]:
         return []

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.reports.rejected import many, read_quarantine, refused, refused_in_short, selection, short
+from data_prep.reports.rejected import many, read_rejected, rejected, rejected_in_short, selection, short
 from data_prep.stages.captions.tag_words import CATEGORIES
 from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError
@@ -38,17 +38,17 @@ def write_report(store: Store, out: Path) -> Path:
     Raises:
         UserError: the file cannot be written, or the store is not to be trusted.
     """
-    table, tags, refusals = store.manifest, _tags_of(store.manifest), read_quarantine(store.path / "quarantine.csv")
+    table, tags, rejections = store.manifest, _tags_of(store.manifest), read_rejected(store.path / "rejected.csv")
     music, by_hours = _music(table, tags)
     sets, alike = selection(store.path / "decontamination.json")
     sections = [
-        Section("At a glance", [Numbers(_headline(store)), *refused_in_short(refusals)]),
+        Section("At a glance", [Numbers(_headline(store)), *rejected_in_short(rejections)]),
         Section("Licences", _licences(table)),
         Section("What kind of music", music),
         Section("Splits", _splits(table)),
         Section("Segments", _segments(table)),
         Section("Captions", _captions(table)),
-        Section("Refused", [*refused(refusals), *alike]),
+        Section("Rejected", [*rejected(rejections), *alike]),
         Section("Evaluation sets kept out", sets),
         Section("Examples", _examples(store, _chosen(table, tags, by_hours), out)),
         Section("How it was made", _config(store)),

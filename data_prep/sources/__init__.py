@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from data_prep.sources import fma, folder, jamendo, jamendomaxcaps, musicbench, musiccaps, song_describer
-from data_prep.track import Refusal, Track
+from data_prep.track import Rejection, Track
 
 
 class Reader(Protocol):
     """`root` is the data set's folder, `index` another table where a set has several."""
 
-    def __call__(self, root: Path, index: Path | None = None) -> Iterator[Track | Refusal]: ...
+    def __call__(self, root: Path, index: Path | None = None) -> Iterator[Track | Rejection]: ...
 
 
 @dataclass(frozen=True)

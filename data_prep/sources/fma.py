@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.listing import check_root, first_present
-from data_prep.sources.records import CsvTable, Positions, csv_records, listed, refusal_of, require
-from data_prep.track import Refusal, Refused, Track
+from data_prep.sources.records import CsvTable, Positions, csv_records, listed, rejection_of, require
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
@@ -25,7 +25,7 @@ _SUBSETS = ("small", "medium", "large", "full")
 _NEEDED = (("track", "title"), ("track", "license"), ("artist", "id"), ("artist", "name"), ("set", "subset"))
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Tracks of FMA. `index`: another tracks.csv; the other tables stand beside it.
 
     A track of a subset whose audio was not unpacked (of fma_large, where only fma_small is there) is no item at all.
@@ -39,35 +39,35 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
     licences = _Licences(table.parent / "raw_tracks.csv")
     genres = _genres(table.parent / "genres.csv")
     for record in _records(table):
-        if isinstance(record.values, Refused):
-            yield refusal_of(table, record)
+        if isinstance(record.values, Rejected):
+            yield rejection_of(table, record)
             continue
         try:
             values = record.values
             number = int(values["id"]) if values["id"].isdecimal() and len(values["id"]) <= 12 else -1
             if number < 0:
-                raise Refused("metadata", f"line {record.line} begins with no track number")
+                raise Rejected("metadata", f"line {record.line} begins with no track number")
             if _rank(values["set", "subset"]) <= largest:
                 yield _track(root, places, number, values, record.line, licences, genres)
-        except Refused as refused:
-            yield refused.of(f"fma:{record.values['id'] or f'line {record.line}'}")
+        except Rejected as rejected:
+            yield rejected.of(f"fma:{record.values['id'] or f'line {record.line}'}")
 
 
 def _track(
     root: Path, places: list[str], number: int, values: Any, line: int, licences: "_Licences", genres: dict[str, str]
 ) -> Track:
     if number in WITHOUT_AUDIO:
-        raise Refused("missing", "the data set's errata list it as without audio")
+        raise Rejected("missing", "the data set's errata list it as without audio")
     file = f"{number:06d}"
     path = first_present(root, [f"{place}{file[:3]}/{file}.mp3" for place in places])
     if path is None:
-        raise Refused("missing", f"there is no file {file[:3]}/{file}.mp3")
+        raise Rejected("missing", f"there is no file {file[:3]}/{file}.mp3")
     title, link, page, evidence = licences.of(number)
     title = title or values["track", "license"]
     if "fma-limited" in title.lower():
-        raise Refused("licence", f"{title}: it may be listened to and no more")
+        raise Rejected("licence", f"{title}: it may be listened to and no more")
     if values["set", "split"] not in SPLITS:
-        raise Refused("metadata", f"line {line} names a split {values['set', 'split'][:40]!r} that is none")
+        raise Rejected("metadata", f"line {line} names a split {values['set', 'split'][:40]!r} that is none")
     return Track(
         id=f"fma:{number}",
         path=path,
@@ -90,7 +90,7 @@ class _Licences:
         self._table = CsvTable(path, ("track_id", "licence_title", "licence_url")) if path.is_file() else None
         self._positions = Positions()
         for record in self._table or ():
-            if not isinstance(record.values, Refused) and record.values["track_id"].isdecimal():
+            if not isinstance(record.values, Rejected) and record.values["track_id"].isdecimal():
                 self._positions.add(int(record.values["track_id"][:12]), record.offset, record.line)
 
     def of(self, number: int) -> tuple[str, str, str, str]:
@@ -113,7 +113,7 @@ def _records(table: Path) -> Iterator[Any]:
     for record in csv_records(table):
         cells = record.values
         if not columns:
-            if isinstance(cells, Refused):
+            if isinstance(cells, Rejected):
                 raise UserError(f"{table} is no tracks.csv of FMA: {cells.reason}")
             if first is None:
                 first = cells
@@ -124,7 +124,7 @@ def _records(table: Path) -> Iterator[Any]:
                                 "first lines")  # fmt: skip
             columns["id"] = 0
             continue
-        if isinstance(cells, Refused):
+        if isinstance(cells, Rejected):
             yield record
         elif cells[0].strip() != "track_id":
             values = {name: cells[place].strip() if place < len(cells) else "" for name, place in columns.items()}
@@ -146,7 +146,7 @@ def _genres(path: Path) -> dict[str, str]:
         return {}
     records = CsvTable(path, ("genre_id", "title"))
     return {record.values["genre_id"]: record.values["title"] for record in records
-            if not isinstance(record.values, Refused)}  # fmt: skip
+            if not isinstance(record.values, Rejected)}  # fmt: skip
 
 
 def _audio(root: Path) -> tuple[list[str], int]:

@@ -20,7 +20,7 @@ from data_prep.sources.records import (
     text,
     texts,
 )
-from data_prep.track import Refusal, Refused, Track
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
@@ -38,7 +38,7 @@ _SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation"
 _SINGLE = ("licence", "title", "author", "source_url", "artist", "split")
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Audio files under `root` in the order of their paths. `index`: a table of another name, .csv or .jsonl.
 
     Raises:
@@ -49,7 +49,7 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
     yield from notes.read()
     empty = True
     for found in folders(root):
-        if isinstance(found, Refusal):
+        if isinstance(found, Rejection):
             yield found
             continue
         inside, names = found
@@ -99,11 +99,11 @@ class _Table:
             self._table = CsvTable(found[0], ("path",), ALIASES)
         self._positions = Positions()
 
-    def read(self) -> Iterator[Refusal]:
+    def read(self) -> Iterator[Rejection]:
         """Note where the records stand; gives those that cannot be used."""
         usable = 0
         for record, path in self._records():
-            if isinstance(path, Refused):
+            if isinstance(path, Rejected):
                 if path.reason.endswith(NOT_UTF8) and self._table:
                     raise UserError(f"{self._table.path} {path.reason}: save it as UTF-8")
                 yield path.of(self._where(record.line))
@@ -123,10 +123,10 @@ class _Table:
                 notes.take(values, self._where(line))
         return notes
 
-    def unfound(self, root: Path) -> Iterator[tuple[str, Refused | None]]:
+    def unfound(self, root: Path) -> Iterator[tuple[str, Rejected | None]]:
         """Named paths that a walk for audio files does not come to, each once; why they cannot be used, or None."""
         for record, path in self._records():
-            if isinstance(path, Refused) or not path or self._positions.first(hash(path)) != record.offset:
+            if isinstance(path, Rejected) or not path or self._positions.first(hash(path)) != record.offset:
                 continue
             try:
                 if os.path.isfile(os.path.join(root, within(path))):
@@ -134,18 +134,18 @@ class _Table:
                     if hidden or not is_audio(path):
                         yield path, None
                 else:
-                    yield path, Refused("missing", f"{self._where(record.line)} names it, but there is no such file")
-            except Refused as refused:
-                yield path, refused
+                    yield path, Rejected("missing", f"{self._where(record.line)} names it, but there is no such file")
+            except Rejected as rejected:
+                yield path, rejected
 
-    def _records(self) -> Iterator[tuple[Any, str | Refused]]:
+    def _records(self) -> Iterator[tuple[Any, str | Rejected]]:
         for record in self._table or ():
             try:
                 values = good(record.values)
                 Notes().take(values, "")
                 yield record, _path(values)
-            except Refused as refused:
-                yield record, refused
+            except Rejected as rejected:
+                yield record, rejected
 
     def _where(self, line: int) -> str:
         assert self._table is not None
@@ -157,24 +157,24 @@ def _path(values: dict[str, Any]) -> str:
     written = text(values.get("path"))
     try:
         return within(written) if written else ""
-    except Refused:
+    except Rejected:
         return written
 
 
-def _item(root: Path, path: str, notes: _Table, present: set[str]) -> Track | Refusal:
+def _item(root: Path, path: str, notes: _Table, present: set[str]) -> Track | Rejection:
     """The track of one file; `present` are the names beside it."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        return Refusal(path.encode("utf-8", "replace").decode(), "metadata", "its name is not UTF-8: rename it")
+        return Rejection(path.encode("utf-8", "replace").decode(), "metadata", "its name is not UTF-8: rename it")
     try:
         known = notes.notes(path)
         _take_sidecars(root, path, known, present)
         split = known.single.get("split", "").lower()
         if split not in _SPLITS:
-            raise Refused("metadata", f"its split {split[:40]!r} is none of train, valid, test")
-    except Refused as refused:
-        return refused.of(path)
+            raise Rejected("metadata", f"its split {split[:40]!r} is none of train, valid, test")
+    except Rejected as rejected:
+        return rejected.of(path)
     single = known.single
     return Track(
         id=path,
@@ -197,13 +197,13 @@ def _take_sidecars(root: Path, path: str, notes: Notes, present: set[str]) -> No
     if f"{name}.json" in present:
         try:
             notes.take(parse_object(_read(root / f"{stem}.json"), ALIASES), f"{name}.json")
-        except Refused as refused:
-            raise Refused("metadata", f"{name}.json {refused.reason}") from refused
+        except Rejected as rejected:
+            raise Rejected("metadata", f"{name}.json {rejected.reason}") from rejected
     if f"{name}.txt" in present:
         try:
             lines = _read(root / f"{stem}.txt").decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise Refused("metadata", f"{name}.txt is not UTF-8 text") from error
+            raise Rejected("metadata", f"{name}.txt is not UTF-8 text") from error
         notes.take({"caption": lines}, f"{name}.txt")
 
 
@@ -212,9 +212,9 @@ def _read(file: Path) -> bytes:
         with open_table(file) as opened:
             data = opened.read(MAX_LINE + 1)
     except UserError as error:
-        raise Refused("metadata", f"{file.name} beside it cannot be read") from error
+        raise Rejected("metadata", f"{file.name} beside it cannot be read") from error
     if len(data) > MAX_LINE:
-        raise Refused("metadata", f"{file.name} beside it is longer than {MAX_LINE} bytes")
+        raise Rejected("metadata", f"{file.name} beside it is longer than {MAX_LINE} bytes")
     return data
 
 

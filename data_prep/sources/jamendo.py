@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from data_prep.sources.listing import check_root
 from data_prep.sources.records import MAX_LINE, NOT_UTF8, Positions, open_table, read_lines
-from data_prep.track import Refusal, Refused, Track
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
@@ -37,7 +37,7 @@ _FROM = b" from Jamendo: "
 _MAX_BLOCK = 1 << 11
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Tracks of MTG-Jamendo. `index`: another table of the repository, or its folder splits/split-N for all splits.
 
     Raises:
@@ -52,7 +52,7 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
     for table in tables:
         split = _split_of(table)
         for row in read_table(table):
-            yield row if isinstance(row, Refusal) else _track(row, audio, licences, titles, split)
+            yield row if isinstance(row, Rejection) else _track(row, audio, licences, titles, split)
 
 
 class Row(NamedTuple):
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     tags: tuple[str, ...]
 
 
-def read_table(path: Path) -> Iterator[Row | Refusal]:
+def read_table(path: Path) -> Iterator[Row | Rejection]:
     """Rows of one of the repository's tables.
 
     Raises:
@@ -80,8 +80,8 @@ def read_table(path: Path) -> Iterator[Row | Refusal]:
             if line := line.rstrip(b"\r\n"):
                 try:
                     yield _row(line)
-                except Refused as refused:
-                    yield Refusal(f"{path.name} line {number}", "metadata", f"line {number} {refused.reason}")
+                except Rejected as rejected:
+                    yield Rejection(f"{path.name} line {number}", "metadata", f"line {number} {rejected.reason}")
 
 
 class Audio:
@@ -149,7 +149,7 @@ class Licences:
         """
         statements = [self._read(offset, line) for offset, line in self._positions.of(track)]
         if len(statements) > 1 and len({statement.licence for statement in statements}) > 1:
-            raise Refused("licence", "audio_licenses.txt states two licences for it")
+            raise Rejected("licence", "audio_licenses.txt states two licences for it")
         return statements[0] if statements else Statement()
 
     def _read(self, offset: int, line: int) -> Statement:
@@ -185,15 +185,15 @@ class Titles:
         return None
 
 
-def _track(row: Row, audio: Audio, licences: Licences, titles: Titles | None, split: str) -> Track | Refusal:
+def _track(row: Row, audio: Audio, licences: Licences, titles: Titles | None, split: str) -> Track | Rejection:
     name = f"jamendo:{row.track}"
     path = audio.path(row.path)
     if path is None:
-        return Refusal(name, "missing", f"there is no file {row.path}.mp3")
+        return Rejection(name, "missing", f"there is no file {row.path}.mp3")
     try:
         stated = licences.of(row.track)
-    except Refused as refused:
-        return refused.of(name)
+    except Rejected as rejected:
+        return rejected.of(name)
     title, author, url = (titles.of(row.track) if titles else None) or stated.credit()
     return Track(
         id=name,
@@ -212,13 +212,13 @@ def _track(row: Row, audio: Audio, licences: Licences, titles: Titles | None, sp
 
 def _row(line: bytes) -> Row:
     if len(line) > MAX_LINE:
-        raise Refused("metadata", f"is longer than {MAX_LINE} bytes")
+        raise Rejected("metadata", f"is longer than {MAX_LINE} bytes")
     try:
         found = _FIELDS.fullmatch(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise Refused("metadata", NOT_UTF8) from error
+        raise Rejected("metadata", NOT_UTF8) from error
     if found is None:
-        raise Refused("metadata", f"is no row of {', '.join(HEADER)}, TAGS")
+        raise Rejected("metadata", f"is no row of {', '.join(HEADER)}, TAGS")
     track, artist, path, tags = found.groups("")
     return Row(int(track), int(artist), path, tuple(filter(None, tags.split("\t"))))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.sources.listing import check_root, first_present
 from data_prep.sources.records import JsonLines, Positions, good, text, texts
-from data_prep.track import Refusal, Refused, Track
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
@@ -25,7 +25,7 @@ _ENDS = (".mp3", ".flac", ".wav", ".ogg", ".opus")
 _TAGS = {"genres": "genre", "instruments": "instrument", "vartags": "mood/theme"}
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Tracks of JamendoMaxCaps. `index`: the folder of the .jsonl files, or one of them.
 
     Raises:
@@ -49,8 +49,8 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
                 if number not in seen:
                     seen.add(number)
                     yield _track(root, number, values, captions, place_in_file)
-            except Refused as refused:
-                yield refused.of(place_in_file)
+            except Rejected as rejected:
+                yield rejected.of(place_in_file)
 
 
 class _Captions:
@@ -59,7 +59,7 @@ class _Captions:
     def __init__(self, path: Path) -> None:
         self._table, self._positions = JsonLines(path), Positions()
 
-    def read(self) -> Iterator[Refusal]:
+    def read(self) -> Iterator[Rejection]:
         """Note where captions stand; gives those that cannot be used."""
         path = self._table.path
         for record in self._table if path.is_file() else ():
@@ -67,8 +67,8 @@ class _Captions:
                 values = good(record.values)
                 text(values.get("caption"))
                 self._positions.add(_number(values.get("id")), record.offset, record.line)
-            except Refused as refused:
-                yield refused.of(f"{path.name} line {record.line}")
+            except Rejected as rejected:
+                yield rejected.of(f"{path.name} line {record.line}")
 
     def of(self, number: int) -> tuple[str, ...]:
         return tuple(texts([self._table.at(offset).get("caption") for offset, _ in self._positions.of(number)]))
@@ -77,7 +77,7 @@ class _Captions:
 def _track(root: Path, number: int, values: dict[str, Any], captions: _Captions, evidence: str) -> Track:
     path = first_present(root, [f"{place}{number}{end}" for place in _PLACES for end in _ENDS])
     if path is None:
-        raise Refused("missing", f"describes track {number}, of which there is no audio")
+        raise Rejected("missing", f"describes track {number}, of which there is no audio")
     licence, artist = text(values.get("licence_ccurl")), text(values.get("artist_id"))
     return Track(
         id=f"jamendomaxcaps:{number}",
@@ -104,5 +104,5 @@ def _tags(info: Any) -> tuple[str, ...]:
 def _number(value: Any) -> int:
     written = text(value)
     if not (written.isascii() and written.isdecimal() and len(written) <= 12):
-        raise Refused("metadata", "names no track by its number")
+        raise Rejected("metadata", "names no track by its number")
     return int(written)

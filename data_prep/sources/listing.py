@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.track import Refusal, Refused
+from data_prep.track import Rejected, Rejection
 from ssmttm.errors import UserError
 
 EXTENSIONS = {
@@ -22,7 +22,7 @@ def check_root(root: Path) -> None:
         raise UserError(f"there is no folder {root}: give the folder of the data set as --root")
 
 
-def folders(root: Path) -> Iterator[tuple[str, list[str]] | Refusal]:
+def folders(root: Path) -> Iterator[tuple[str, list[str]] | Rejection]:
     """Every folder under `root`, itself included: its path relative to `root` ("" for `root`), and its files' names.
 
     Both are in the order of their names. Hidden files and folders are left out, and so are stores. Links to files are
@@ -35,7 +35,7 @@ def folders(root: Path) -> Iterator[tuple[str, list[str]] | Refusal]:
             with os.scandir(root / inside) as entries:
                 found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=_name)
         except OSError as error:
-            yield Refusal(inside or ".", "unreadable", f"the folder cannot be read ({error.strerror})")
+            yield Rejection(inside or ".", "unreadable", f"the folder cannot be read ({error.strerror})")
             continue
         names = [entry.name for entry in found if not entry.is_dir()]
         if inside and not _STORE.isdisjoint(names):
@@ -46,13 +46,13 @@ def folders(root: Path) -> Iterator[tuple[str, list[str]] | Refusal]:
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
             elif entry.is_dir():
-                yield Refusal(path, "outside", "it is a link to a folder, which is not followed")
+                yield Rejection(path, "outside", "it is a link to a folder, which is not followed")
 
 
 def audio_files(root: Path) -> Iterator[str]:
     """Paths of the audio files under `root`, relative to it."""
     for found in folders(root):
-        if not isinstance(found, Refusal):
+        if not isinstance(found, Rejection):
             inside, names = found
             prefix = f"{inside}/" if inside else ""
             yield from (prefix + name for name in names if is_audio(name))
@@ -71,9 +71,9 @@ def within(path: str) -> str:
     """
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts:
-        raise Refused("metadata", "it names no file")
+        raise Rejected("metadata", "it names no file")
     if path.startswith("/") or ".." in parts:
-        raise Refused("outside", "it is named outside the folder")
+        raise Rejected("outside", "it is named outside the folder")
     return "/".join(parts)
 
 

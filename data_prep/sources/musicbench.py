@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.sources.listing import check_root, first_present, within
 from data_prep.sources.musiccaps import video
-from data_prep.sources.records import CsvTable, JsonLines, listed, refusal_of, require, text, texts
-from data_prep.track import Refusal, Refused, Track
+from data_prep.sources.records import CsvTable, JsonLines, listed, rejection_of, require, text, texts
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
@@ -24,7 +24,7 @@ _PLACES = ("", "datashare/", "data/", "datashare/data/", "MusicBench/", "MusicBe
 _VIDEO = re.compile(r"[\w-]{11}(?=$|[_.\-])", re.ASCII)
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Clips of MusicBench. `index`: one of its other tables, JSON lines or CSV; its name tells the split.
 
     The captions are the main and the alternative one; the sentences about chords, beats, tempo and key (`prompt_...`)
@@ -38,13 +38,13 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
     records = read_table(path)
     split = "test" if "test" in path.stem.lower() else "train" if "train" in path.stem.lower() else ""
     for record in records:
-        if isinstance(record.values, Refused):
-            yield refusal_of(path, record)
+        if isinstance(record.values, Rejected):
+            yield rejection_of(path, record)
             continue
         try:
             yield _track(root, record.values, split)
-        except Refused as refused:
-            yield Refusal(f"{path.name} line {record.line}", refused.kind, f"line {record.line} {refused.reason}")
+        except Rejected as rejected:
+            yield Rejection(f"{path.name} line {record.line}", rejected.kind, f"line {record.line} {rejected.reason}")
 
 
 def read_table(path: Path) -> CsvTable | JsonLines:
@@ -68,7 +68,7 @@ def _track(root: Path, values: dict[str, Any], split: str) -> Track:
     name = location.rpartition("/")[2]
     path = first_present(root, [f"{place}{location}" for place in _PLACES] + [f"{place}{name}" for place in _PLACES])
     if path is None:
-        raise Refused("missing", f"names {location}, which is not there")
+        raise Rejected("missing", f"names {location}, which is not there")
     work = work_of(location)
     captions = [values.get("main_caption"), values.get("alt_caption")]
     return Track(

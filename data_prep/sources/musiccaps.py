@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.sources.listing import audio_files, check_root
-from data_prep.sources.records import CsvTable, listed, refusal_of, require, texts
-from data_prep.track import Refusal, Refused, Track
+from data_prep.sources.records import CsvTable, listed, rejection_of, require, texts
+from data_prep.track import Rejected, Rejection, Track
 
 LAYOUT = """\
 ROOT/musiccaps-public.csv                captions (or as --index)
@@ -20,7 +20,7 @@ The audio states no licence: it comes in only with --licence, if you may use it.
 NEEDED = ("ytid", "start_s", "end_s", "caption", "aspect_list")
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Clips of MusicCaps; those of AudioSet's evaluation part are the test split. `index`: another CSV.
 
     Raises:
@@ -30,20 +30,20 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
     table = CsvTable(require(index or root / "musiccaps-public.csv", "the captions of MusicCaps"), NEEDED)
     clips = {os.path.splitext(os.path.basename(path))[0]: path for path in audio_files(root)}
     for record in table:
-        if isinstance(record.values, Refused):
-            yield refusal_of(table.path, record)
+        if isinstance(record.values, Rejected):
+            yield rejection_of(table.path, record)
             continue
         name = f"musiccaps:{record.values['ytid']}"
         try:
             yield _track(name, record.values, clips)
-        except Refused as refused:
-            yield Refusal(name, refused.kind, f"line {record.line} {refused.reason}")
+        except Rejected as rejected:
+            yield Rejection(name, rejected.kind, f"line {record.line} {rejected.reason}")
 
 
 def video(text: str) -> str:
     """A video's id of YouTube. Raises Refused for anything else."""
     if len(text) != 11 or not text.isascii() or not text.replace("-", "").replace("_", "").isalnum():
-        raise Refused("metadata", "names no video of 11 characters")
+        raise Rejected("metadata", "names no video of 11 characters")
     return text
 
 
@@ -51,7 +51,7 @@ def _track(name: str, values: dict[str, str], clips: dict[str, str]) -> Track:
     work = video(values["ytid"])
     path = next((clips[stem] for stem in _stems(work, values["start_s"], values["end_s"]) if stem in clips), None)
     if path is None:
-        raise Refused("missing", f"there is no clip of {work}")
+        raise Rejected("missing", f"there is no clip of {work}")
     return Track(
         id=name,
         path=path,
@@ -69,7 +69,7 @@ def _stems(work: str, start: str, end: str) -> list[str]:
     try:
         first, last = int(float(start)), int(float(end))
     except (ValueError, OverflowError) as error:
-        raise Refused("metadata", "names no start and end in seconds") from error
+        raise Rejected("metadata", "names no start and end in seconds") from error
     spans = [(first, last), (first * 1000, last * 1000)]
     stems = [f"[{work}]-[{first}-{last}]"]
     for lead in (work, f"Y{work}"):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from data_prep.track import Refusal, Refused
+from data_prep.track import Rejected, Rejection
 from ssmttm.errors import UserError
 
 MAX_LINE = 1 << 20
@@ -53,12 +53,12 @@ def require(path: Path, what: str) -> Path:
 
 def good(values: Any) -> Any:
     """A record's values. Raises Refused if it cannot be read."""
-    if isinstance(values, Refused):
+    if isinstance(values, Rejected):
         raise values
     return values
 
 
-def refusal_of(path: Path, record: Record) -> Refusal:
+def rejection_of(path: Path, record: Record) -> Rejection:
     """The refusal of a record that cannot be read."""
     return record.values.of(f"{path.name} line {record.line}")
 
@@ -89,10 +89,10 @@ def csv_records(path: Path, start: int = 0) -> Iterator[Record]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Record(line, offset, Refused("metadata", f"line {line} is no CSV that can be read ({error})"))
+                yield Record(line, offset, Rejected("metadata", f"line {line} is no CSV that can be read ({error})"))
                 continue
             if problem := lines.problem(cells):
-                yield Record(line, offset, Refused("metadata", f"line {line} {problem}"))
+                yield Record(line, offset, Rejected("metadata", f"line {line} {problem}"))
             elif cells:
                 yield Record(line, offset, cells)
 
@@ -112,7 +112,7 @@ class CsvTable:
     def __init__(self, path: Path, needed: Iterable[str], aliases: dict[str, str] | None = None) -> None:
         self.path = path
         first = next(csv_records(path), None)
-        if first is None or isinstance(first.values, Refused):
+        if first is None or isinstance(first.values, Rejected):
             why = "it is empty" if first is None else first.values.reason
             raise UserError(f"{path} is no CSV with a header ({why}): save it as comma-separated UTF-8")
         self._header_offset, self._n_cells = first.offset, len(first.values)
@@ -140,11 +140,11 @@ class CsvTable:
 
     def _named(self, record: Record) -> Record:
         cells = record.values
-        if isinstance(cells, Refused):
+        if isinstance(cells, Rejected):
             return record
         if any(cell.strip() for cell in cells[self._n_cells :]):
             reason = f"line {record.line} has {len(cells)} cells, the header {self._n_cells}: put commas in quotes"
-            return record._replace(values=Refused("metadata", reason))
+            return record._replace(values=Rejected("metadata", reason))
         values = {name: cells[index].strip() if index < len(cells) else "" for name, index in self._columns.items()}
         return record._replace(values=values)
 
@@ -178,8 +178,8 @@ class JsonLines:
     def _parsed(self, line: bytes, number: int) -> Any:
         try:
             return parse_object(line, self._aliases)
-        except Refused as refused:
-            return Refused(refused.kind, f"line {number} {refused.reason}")
+        except Rejected as rejected:
+            return Rejected(rejected.kind, f"line {number} {rejected.reason}")
 
 
 def parse_object(data: bytes, aliases: dict[str, str] | None = None) -> dict[str, Any]:
@@ -189,15 +189,15 @@ def parse_object(data: bytes, aliases: dict[str, str] | None = None) -> dict[str
         Refused: too long, not UTF-8, not JSON, nested too deeply, or no object.
     """
     if len(data) > MAX_LINE:
-        raise Refused("metadata", f"is longer than {MAX_LINE} bytes")
+        raise Rejected("metadata", f"is longer than {MAX_LINE} bytes")
     try:
         found = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise Refused("metadata", NOT_UTF8) from error
+        raise Rejected("metadata", NOT_UTF8) from error
     except (ValueError, RecursionError) as error:
-        raise Refused("metadata", "is no JSON that can be read") from error
+        raise Rejected("metadata", "is no JSON that can be read") from error
     if not isinstance(found, dict):
-        raise Refused("metadata", "is no JSON object")
+        raise Rejected("metadata", "is no JSON object")
     return {column(key, aliases or {}): value for key, value in found.items()}
 
 
@@ -216,12 +216,12 @@ def text(value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str | int | float):
-        raise Refused("metadata", f"holds a {type(value).__name__} where text belongs")
+        raise Rejected("metadata", f"holds a {type(value).__name__} where text belongs")
     written = str(value).strip()
     try:
         written.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Refused("metadata", "holds half a surrogate pair, which is no text") from error
+        raise Rejected("metadata", "holds half a surrogate pair, which is no text") from error
     return written
 
 
@@ -240,13 +240,13 @@ def listed(cell: str) -> list[Any]:
     if not cell:
         return []
     if len(cell) > _MAX_LIST:
-        raise Refused("metadata", f"holds a list longer than {_MAX_LIST} characters")
+        raise Rejected("metadata", f"holds a list longer than {_MAX_LIST} characters")
     try:
         found = ast.literal_eval(cell)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise Refused("metadata", "holds a list that cannot be read") from error
+        raise Rejected("metadata", "holds a list that cannot be read") from error
     if not isinstance(found, list):
-        raise Refused("metadata", "holds something else where a list belongs")
+        raise Rejected("metadata", "holds something else where a list belongs")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.sources import jamendo, musicbench, musiccaps, song_describer
 from data_prep.sources.listing import audio_files
 from data_prep.sources.records import CsvTable, good, open_table, text
-from data_prep.track import Refusal, Refused
+from data_prep.track import Rejected, Rejection
 from ssmttm.errors import UserError
 
 _KNOWN = ("song_describer.csv", "musiccaps-public.csv")
@@ -88,7 +88,7 @@ def _of_store(path: Path) -> References:
 def _of_jamendo(path: Path) -> References:
     works, artists, named = set(), set(), []
     for row in jamendo.read_table(path):
-        if isinstance(row, Refusal):
+        if isinstance(row, Rejection):
             raise UserError(f"{path} {row.reason}: restore it from the repository")
         works.add(f"jamendo:{row.track}")
         artists.add(f"jamendo:artist:{row.artist}")
@@ -118,8 +118,8 @@ def _values(table: Any, identity: Callable[[dict[str, Any]], str]) -> set[str]:
     for record in table:
         try:
             found.add(identity(good(record.values)))
-        except Refused as refused:
-            raise UserError(f"{table.path} line {record.line}: {refused.reason}; take the original file") from refused
+        except Rejected as rejected:
+            raise UserError(f"{table.path} line {record.line}: {rejected.reason}; take the original file") from rejected
     if not found:
         raise UserError(f"{table.path} names no recording: take the original file")
     return found
@@ -128,7 +128,7 @@ def _values(table: Any, identity: Callable[[dict[str, Any]], str]) -> set[str]:
 def _number(cell: str) -> int:
     digits = cell.removesuffix(".0")
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= 12):
-        raise Refused("metadata", f"{cell[:40]!r} is no number of Jamendo")
+        raise Rejected("metadata", f"{cell[:40]!r} is no number of Jamendo")
     return int(digits)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data_prep.sources.jamendo import Licences
 from data_prep.sources.listing import check_root, first_present, within
-from data_prep.sources.records import CsvTable, refusal_of, require
-from data_prep.track import Refusal, Refused, Track
+from data_prep.sources.records import CsvTable, rejection_of, require
+from data_prep.track import Rejected, Rejection, Track
 
 LAYOUT = """\
 ROOT/song_describer.csv                  captions (or as --index)
@@ -22,7 +22,7 @@ NEEDED = ("track_id", "caption", "artist_id", "path")
 _PLACES = ("audio/", "audio/audio/", "data/audio/", "")
 
 
-def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
+def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Tracks of Song Describer, all of the test split. `index`: another CSV of the same columns.
 
     Raises:
@@ -34,13 +34,13 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
     rows: dict[str, dict[str, str]] = {}
     captions: dict[str, list[str]] = {}
     for record in table:
-        if isinstance(record.values, Refused):
-            yield refusal_of(table.path, record)
+        if isinstance(record.values, Rejected):
+            yield rejection_of(table.path, record)
             continue
         values = record.values
         number = values["track_id"].removesuffix(".0")  # as pandas writes integers beside nulls
         if not (number.isdecimal() and number.isascii() and len(number) <= 12):
-            yield Refusal(f"{table.path.name} line {record.line}", "metadata", f"line {record.line} names no track")
+            yield Rejection(f"{table.path.name} line {record.line}", "metadata", f"line {record.line} names no track")
             continue
         rows.setdefault(number, values)
         if values.get("is_valid_subset", "true").lower() in ("true", "1", "1.0") and values["caption"]:
@@ -49,19 +49,19 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Refusal]:
         name = f"song-describer:{int(number)}"
         try:
             yield _track(root, name, int(number), values, captions.get(number, []), licences)
-        except Refused as refused:
-            yield refused.of(name)
+        except Rejected as rejected:
+            yield rejected.of(name)
 
 
 def _track(
     root: Path, name: str, number: int, values: dict[str, str], captions: list[str], licences: Licences
 ) -> Track:
     if not captions:
-        raise Refused("caption", "none of its captions is in the valid subset")
+        raise Rejected("caption", "none of its captions is in the valid subset")
     named = within(values["path"]).removesuffix(".mp3").removesuffix(".2min")
     path = first_present(root, [f"{place}{named}{end}" for place in _PLACES for end in (".2min.mp3", ".mp3")])
     if path is None:
-        raise Refused("missing", f"there is no file {named}.2min.mp3")
+        raise Rejected("missing", f"there is no file {named}.2min.mp3")
     stated = licences.of(number)
     title, author, url = stated.credit()
     artist = values["artist_id"].removesuffix(".0")

@@ -16,7 +16,7 @@ from data_prep.shard_task import Counts
 from data_prep.stages.plan import read_shard
 from data_prep.stages.segments import write_sound
 from data_prep.stages.shard import Row, Shard
-from data_prep.track import Refusal, Refused
+from data_prep.track import Rejected, Rejection
 from ssmttm import audio
 from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.files import file_sha256
@@ -69,30 +69,30 @@ def cut_shard(root: Path, plan: Path, index: int, cut: Cut, folder: Path) -> Cou
         for track in read_shard(plan, index):
             try:
                 _cut_track(track, inside(root, track["path"]), decoder, cut, folder, shard)
-            except Refused as refusal:
-                shard.refused.append(refusal.of(track["id"]))
+            except Rejected as rejection:
+                shard.rejected.append(rejection.of(track["id"]))
     return shard.write(folder, "cut")
 
 
 def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path, shard: Shard) -> None:
     """Add one track to the shard. Raises Refused, and leaves nothing of it, if it cannot be used."""
-    ear, name = _Ear(), hashlib.sha256(track["id"].encode()).hexdigest()[:16]
+    ear, name = _StreamStatistics(), hashlib.sha256(track["id"].encode()).hexdigest()[:16]
     segments: list[Row] = []
-    refused: list[Refusal] = []
+    rejected: list[Rejection] = []
     try:
         for index, channels in enumerate(pieces(ear.listen(decoder.blocks(path)), cut)):
             quality = measure(channels, ear.rate)
-            refusal = judge(quality, cut.filters)
-            if refusal is not None:
-                refused.append(refusal.of(f"{track['id']} segment {index}"))
+            rejection = judge(quality, cut.filters)
+            if rejection is not None:
+                rejected.append(rejection.of(f"{track['id']} segment {index}"))
                 continue
             wav = audio.resample(torch.from_numpy(channels.mean(axis=0)), ear.rate, cut.sample_rate)  # [S]
             facts = write_sound(folder / f"audio/{name}-{index:04d}.flac", wav, cut.sample_rate)
             segments.append({"track": track["id"], "loudness": quality.loudness, **facts})
         if not segments:
-            raise _nothing_left(refused, cut)
+            raise _nothing_left(rejected, cut)
         digest = _digest(path)
-    except Refused:
+    except Rejected:
         for segment in segments:
             (folder / segment["audio"]).unlink()
         raise
@@ -100,17 +100,17 @@ def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path,
     shard.sounds.append({"id": track["id"], "file_sha256": digest, **ear.facts()})
     shard.words.append(ear.words())
     shard.segments += segments
-    shard.refused += refused
+    shard.rejected += rejected
 
 
 def _digest(path: Path) -> str:
     try:
         return file_sha256(path)
     except OSError as error:
-        raise Refused("missing", f"it went away while it was read ({error.strerror or error})") from error
+        raise Rejected("missing", f"it went away while it was read ({error.strerror or error})") from error
 
 
-class _Ear:
+class _StreamStatistics:
     """Hears a track once: its length, the hash of its samples, its fingerprint."""
 
     def __init__(self) -> None:
@@ -159,10 +159,10 @@ def pieces(blocks: Iterable[tuple[np.ndarray, int]], cut: Cut) -> Iterator[np.nd
     yield tail
 
 
-def _nothing_left(refused: list[Refusal], cut: Cut) -> Refused:
-    if not refused:
-        return Refused("short", f"it is shorter than {cut.shortest:g} s")
-    if len(refused) == 1:
-        return Refused(refused[0].kind, refused[0].reason)
-    reason = f"none of its {len(refused)} segments can be used; of the first, {refused[0].reason}"
-    return Refused(refused[0].kind, reason)
+def _nothing_left(rejected: list[Rejection], cut: Cut) -> Rejected:
+    if not rejected:
+        return Rejected("short", f"it is shorter than {cut.shortest:g} s")
+    if len(rejected) == 1:
+        return Rejected(rejected[0].kind, rejected[0].reason)
+    reason = f"none of its {len(rejected)} segments can be used; of the first, {rejected[0].reason}"
+    return Rejected(rejected[0].kind, reason)

@@ -18,14 +18,14 @@ from data_prep.stages.codes import CODES_FILE
 from data_prep.stages.embed import TEXT_FILE
 from data_prep.stages.segments import Segments
 from data_prep.status import WORK
-from data_prep.tables import QUARANTINE, QUARANTINE_FILE
+from data_prep.tables import REJECTED, REJECTED_FILE
 from ssmttm.data.store import SPLITS, Store, text_name
 from ssmttm.data.tensorfile import map_tensors
 from ssmttm.data.text_table import merge_text_tables
 from ssmttm.data.writer import StoreWriter
-from ssmttm.files import fsync, written_aside
+from ssmttm.files import atomic_write, fsync
 
-QUARANTINE_CSV, DECONTAMINATION = "quarantine.csv", "decontamination.json"
+REJECTED_CSV, DECONTAMINATION = "rejected.csv", "decontamination.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def pack(
             writer.add(row | {"audio": name}, None if codes is None else codes[number])
     if parts.texts is not None and text is not None:
         merge_text_tables(out / text_name(text["name"]), [folder / TEXT_FILE for folder in parts.texts])
-    write_quarantine_csv(out / QUARANTINE_CSV, parts.folders)
+    write_rejected_csv(out / REJECTED_CSV, parts.folders)
     _copy_decontamination(out, parts.folders)
     store = writer.finish(text)
     _settle(out / "audio", kept)
@@ -102,14 +102,14 @@ def share(source: Path, target: Path) -> None:
     aside.replace(target)
 
 
-def write_quarantine_csv(path: Path, folders: Iterable[Path]) -> None:
+def write_rejected_csv(path: Path, folders: Iterable[Path]) -> None:
     """Gather the quarantine tables of all stages: item, stage, kind, reason."""
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(QUARANTINE.names)
+        table.writerow(REJECTED.names)
         for folder in folders:
-            if (folder / QUARANTINE_FILE).is_file():
-                table.writerows(row.values() for row in pq.read_table(folder / QUARANTINE_FILE).to_pylist())
+            if (folder / REJECTED_FILE).is_file():
+                table.writerows(row.values() for row in pq.read_table(folder / REJECTED_FILE).to_pylist())
 
 
 def summary(store: Store) -> str:
@@ -117,9 +117,9 @@ def summary(store: Store) -> str:
     counts, hours = store.info["counts"], store.info["hours"]
     splits = ", ".join(f"{split} {counts[split]} / {hours[split]:.2f} h" for split in SPLITS)
     codec, text = store.info["codec"], store.info["text"]
-    with open(store.path / QUARANTINE_CSV, encoding="utf-8", newline="") as file:
-        refused = sum(1 for _ in csv.DictReader(file))
-    why = f"\n{refused} refused, {store.path / QUARANTINE_CSV} says why" if refused else ""
+    with open(store.path / REJECTED_CSV, encoding="utf-8", newline="") as file:
+        rejected = sum(1 for _ in csv.DictReader(file))
+    why = f"\n{rejected} refused, {store.path / REJECTED_CSV} says why" if rejected else ""
     return (
         f"{store.path}: {len(store)} segments, {sum(hours.values()):.2f} h ({splits}), "
         f"{_bytes(store.path) / 1e6:.1f} MB, "
@@ -147,7 +147,7 @@ def _codes(folder: Path) -> list[Any]:
 def _copy_decontamination(out: Path, folders: Iterable[Path]) -> None:
     for folder in folders:
         if (folder / DECONTAMINATION).is_file():
-            with written_aside(out / DECONTAMINATION) as aside:
+            with atomic_write(out / DECONTAMINATION) as aside:
                 shutil.copyfile(folder / DECONTAMINATION, aside)
 
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.shard_task import Counts
-from data_prep.tables import TRACKS, printable, write_quarantine
-from data_prep.track import Refusal, Refused, Track
+from data_prep.tables import TRACKS, printable, write_rejected
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.data.writer import config_hash
 from ssmttm.errors import UserError
 from ssmttm.licences import Licence, allowed, normalise
@@ -33,7 +33,7 @@ _FIELDS = [field.name for field in fields(Track)]
 _PLANNED = TRACKS.append(pa.field("shard", pa.int64()))
 
 
-def write_plan(found: Iterable[Track | Refusal], root: Path, licence: str | None, policy: str, folder: Path) -> Counts:
+def write_plan(found: Iterable[Track | Rejection], root: Path, licence: str | None, policy: str, folder: Path) -> Counts:
     """Write the tracks that may come in as one Arrow batch a shard, and the others to the quarantine.
 
     Args:
@@ -46,8 +46,8 @@ def write_plan(found: Iterable[Track | Refusal], root: Path, licence: str | None
         UserError: `licence` is not known.
     """
     fallback = normalise(licence) if licence else None
-    refused: list[Refusal] = []
-    table = pa.Table.from_batches(_batches(_usable(found, fallback, policy, refused)), _PLANNED)
+    rejected: list[Rejection] = []
+    table = pa.Table.from_batches(_batches(_usable(found, fallback, policy, rejected)), _PLANNED)
     bits = _bits(table.num_rows)
     table = _with_shards(table, bits)
     shards = []
@@ -56,8 +56,8 @@ def write_plan(found: Iterable[Track | Refusal], root: Path, licence: str | None
             writer.write_batch(batch)
             shards.append((f"{number:05d}-of-{2**bits:05d}", _inputs_of(batch.to_pylist(), root)))
     (folder / SHARDS_FILE).write_text(json.dumps(shards))
-    write_quarantine(folder, "plan", refused)
-    return {"tracks": table.num_rows, "refused": len(refused)}
+    write_rejected(folder, "plan", rejected)
+    return {"tracks": table.num_rows, "rejected": len(rejected)}
 
 
 def shards_of(folder: Path) -> list[tuple[str, str]]:
@@ -84,23 +84,23 @@ def _stamp(root: Path, path: str) -> list[int] | None:
 
 
 def _usable(
-    found: Iterable[Track | Refusal], fallback: Licence | None, policy: str, refused: list[Refusal]
+    found: Iterable[Track | Rejection], fallback: Licence | None, policy: str, rejected: list[Rejection]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the tracks that may come in; the others are added to `refused`."""
     seen: set[bytes] = set()
     for item in found:
-        if isinstance(item, Refusal):
-            refused.append(item)
+        if isinstance(item, Rejection):
+            rejected.append(item)
             continue
         key = hashlib.sha256(item.id.encode("utf-8", "surrogatepass")).digest()[:16]
         try:
             if printable(item.path) != item.path:
-                raise Refused("metadata", "its name is not UTF-8: rename it")
+                raise Rejected("metadata", "its name is not UTF-8: rename it")
             if key in seen:
-                raise Refused("metadata", "its id stands for another track already")
+                raise Rejected("metadata", "its id stands for another track already")
             licence = _licence(item.licence, fallback, policy)
-        except Refused as refusal:
-            refused.append(refusal.of(item.id))
+        except Rejected as rejection:
+            rejected.append(rejection.of(item.id))
             continue
         seen.add(key)
         row = {name: _clean(getattr(item, name)) for name in _FIELDS}
@@ -114,13 +114,13 @@ def _clean(value: str | tuple[str, ...]) -> str | list[str]:
 
 def _licence(stated: str, fallback: Licence | None, policy: str) -> Licence:
     if not stated and fallback is None:
-        raise Refused("licence", "no licence: name one in the metadata, or give --licence for tracks without one")
+        raise Rejected("licence", "no licence: name one in the metadata, or give --licence for tracks without one")
     licence = _normalised(stated) if stated else fallback
     if not isinstance(licence, Licence):
-        raise Refused("licence", str(licence))
+        raise Rejected("licence", str(licence))
     reason = allowed(licence, policy)
     if reason:
-        raise Refused("licence", reason)
+        raise Rejected("licence", reason)
     return licence
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from data_prep.shard_task import Done
+from data_prep.shard_task import ShardResult
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA
 
@@ -61,7 +61,7 @@ def write_sound(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
     }
 
 
-def taken_on(segments: Sequence[Segments], done: Sequence[Done], audio: bool) -> list[Segments]:
+def with_results(segments: Sequence[Segments], done: Sequence[ShardResult], audio: bool) -> list[Segments]:
     """The same shards after a stage that wrote their rows anew, and their audio too where `audio` is true."""
     return [
         Segments(old.key, new.folder / ROWS_FILE, new.folder if audio else old.audio, new.outputs if audio else

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.audio.duplicates import SAME, SUSPECT, Pairs, groups, near_pairs
-from data_prep.track import Refusal
+from data_prep.track import Rejection
 from ssmttm.audio.fingerprint import NONE, RATE, Alignment, bit_error_rate
 from ssmttm.data.store import SPLITS
 from ssmttm.errors import UserError
@@ -68,7 +68,7 @@ class Selection:
     """
 
     kept: pa.Table
-    refusals: list[Refusal]
+    rejections: list[Rejection]
     report: dict[str, Any]
 
 
@@ -84,19 +84,19 @@ def select(
         references: what must not be in the corpus.
         memory, folder: as for `data_prep.audio.duplicates.near_pairs`.
     """
-    heard = _Heard.of(tracks, sounds)
+    heard = _AudioRows.of(tracks, sounds)
     exact = _exact_groups(heard)
     best = _best_of(exact, heard.rank)
     unique = np.flatnonzero(best == np.arange(len(best)))
-    alike = _alike(heard, unique, list(prints), references, memory, folder)
+    alike = _near_duplicates(heard, unique, list(prints), references, memory, folder)
     reasons = _evaluated(heard, exact, alike, references)
     kept = ~np.isin(np.arange(len(heard)), list(reasons))
     duplicates = _duplicates(heard, best, alike, kept)
     kept[list(duplicates)] = False
     links = alike.links[:, kept[alike.links].all(axis=0)]
     splits, divided_by = _splits(heard, np.flatnonzero(kept), links)
-    refusals = [Refusal(heard.ids[row], "evaluation", reason) for row, (_, reason) in reasons.items()]
-    refusals += [Refusal(heard.ids[row], "duplicate", f"it is {reason}") for row, (_, reason) in duplicates.items()]
+    rejections = [Rejection(heard.ids[row], "evaluation", reason) for row, (_, reason) in reasons.items()]
+    rejections += [Rejection(heard.ids[row], "duplicate", f"it is {reason}") for row, (_, reason) in duplicates.items()]
     ids = [heard.ids[row] for row in np.flatnonzero(kept)]
     report = {
         "tracks": len(heard),
@@ -105,15 +105,15 @@ def select(
         "split_by": divided_by,
         "duplicates": dict(Counter(kind for kind, _ in duplicates.values())),
         "suspected_duplicates": _suspects(heard, alike, kept),
-        "evaluation": _told(heard, reasons, references),
+        "evaluation": _reported(heard, reasons, references),
     }
     return Selection(
-        pa.table({"id": ids, "split": splits}, KEPT), sorted(refusals, key=lambda refusal: refusal.item), report
+        pa.table({"id": ids, "split": splits}, KEPT), sorted(rejections, key=lambda rejection: rejection.item), report
     )
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _AudioRows:
     """What is known of the tracks that have a sound, by id. Arrays [N]; texts are coded, -1 stands for an empty one.
 
     Attributes:
@@ -136,7 +136,7 @@ class _Heard:
         return len(self.ids)
 
     @classmethod
-    def of(cls, tracks: pa.Table, sounds: pa.Table) -> "_Heard":
+    def of(cls, tracks: pa.Table, sounds: pa.Table) -> "_AudioRows":
         places = pc.index_in(sounds["id"], tracks["id"].combine_chunks())
         row = np.flatnonzero(places.is_valid().to_numpy())
         row = row[pc.sort_indices(sounds["id"].take(row)).to_numpy()]
@@ -152,7 +152,7 @@ class _Heard:
 
 
 @dataclass(frozen=True)
-class _Alike:
+class _NearDuplicates:
     """Sounds that agree.
 
     Attributes:
@@ -201,7 +201,7 @@ def _bound(licence: str) -> int:
         return len(POLICIES)
 
 
-def _exact_groups(heard: _Heard) -> np.ndarray:
+def _exact_groups(heard: _AudioRows) -> np.ndarray:
     """The first of those with the same file or samples. int64 [N]"""
     rows = np.arange(len(heard))
     firsts = [_first_of(codes) for codes in (heard.file, heard.pcm)]
@@ -223,10 +223,10 @@ def _best_of(group: np.ndarray, rank: np.ndarray) -> np.ndarray:
     return row_of[best[group]]
 
 
-def _alike(
-    heard: _Heard, unique: np.ndarray, prints: list[np.ndarray], references: Sequence[Reference], memory: int,
+def _near_duplicates(
+    heard: _AudioRows, unique: np.ndarray, prints: list[np.ndarray], references: Sequence[Reference], memory: int,
     folder: Path | None,
-) -> _Alike:
+) -> _NearDuplicates:
     """What agrees with what, of one sound for each of equal ones, and with the references."""
     outside = [words for reference in references for words in reference.prints]
     owners = [(i, file.name) for i, reference in enumerate(references) if len(reference.prints)
@@ -245,7 +245,7 @@ def _alike(
     enough = [_enough(by_row[a], by_row[b]) for a, b in zip(pairs.a.tolist(), pairs.b.tolist(), strict=True)]
     same = (pairs.rate <= SAME) & (pairs.overlap >= np.array(enough, int))
     links = pairs.where(pairs.rate <= SAME)
-    return _Alike(pairs, same, np.stack([links.a, links.b]), by_row, known)
+    return _NearDuplicates(pairs, same, np.stack([links.a, links.b]), by_row, known)
 
 
 def _enough(a: np.ndarray, b: np.ndarray) -> int:
@@ -258,7 +258,7 @@ def _agreement(match: Alignment) -> str:
 
 
 def _evaluated(
-    heard: _Heard, exact: np.ndarray, alike: _Alike, references: Sequence[Reference]
+    heard: _AudioRows, exact: np.ndarray, alike: _NearDuplicates, references: Sequence[Reference]
 ) -> dict[int, tuple[int, str]]:
     """The rows that are in an evaluation set: which one, and why."""
     own = dict(alike.known)
@@ -286,7 +286,7 @@ def _evaluated(
 
 
 def _sharing(
-    heard: _Heard, exact: np.ndarray, alike: _Alike, reasons: Mapping[int, tuple[int, str]]
+    heard: _AudioRows, exact: np.ndarray, alike: _NearDuplicates, reasons: Mapping[int, tuple[int, str]]
 ) -> dict[int, tuple[int, str]]:
     """The rows, copies too, that have some sound in common with one that is left out: of which set, and why."""
     more: dict[int, tuple[int, str]] = {}
@@ -298,7 +298,7 @@ def _sharing(
     return more
 
 
-def _duplicates(heard: _Heard, best: np.ndarray, alike: _Alike, usable: np.ndarray) -> dict[int, tuple[str, str]]:
+def _duplicates(heard: _AudioRows, best: np.ndarray, alike: _NearDuplicates, usable: np.ndarray) -> dict[int, tuple[str, str]]:
     """The rows that are the same as one that stays: how, and as which. The better described ones are asked first.
 
     Of many copies of one recording not all pairs were looked at, so each is compared with those that stay so far.
@@ -326,7 +326,7 @@ def _duplicates(heard: _Heard, best: np.ndarray, alike: _Alike, usable: np.ndarr
     return out
 
 
-def _suspects(heard: _Heard, alike: _Alike, kept: np.ndarray) -> dict[str, Any]:
+def _suspects(heard: _AudioRows, alike: _NearDuplicates, kept: np.ndarray) -> dict[str, Any]:
     """Kept tracks that agree less than duplicates do, or over a smaller part: for people to listen to."""
     pairs = alike.pairs.where(kept[alike.pairs.a] & kept[alike.pairs.b])
     shown = [
@@ -336,8 +336,8 @@ def _suspects(heard: _Heard, alike: _Alike, kept: np.ndarray) -> dict[str, Any]:
     return {"pairs": len(pairs), "closest": shown}
 
 
-def _told(
-    heard: _Heard, reasons: Mapping[int, tuple[int, str]], references: Sequence[Reference]
+def _reported(
+    heard: _AudioRows, reasons: Mapping[int, tuple[int, str]], references: Sequence[Reference]
 ) -> list[dict[str, Any]]:
     """For each evaluation set what was left out for it."""
     told: list[dict[str, Any]] = [
@@ -386,7 +386,7 @@ def splits_of(
     return splits
 
 
-def _splits(heard: _Heard, kept: np.ndarray, links: np.ndarray) -> tuple[list[str], str]:
+def _splits(heard: _AudioRows, kept: np.ndarray, links: np.ndarray) -> tuple[list[str], str]:
     """The split of each kept row, and what was kept together: artists, or recordings where there are too few.
 
     A split that the source states holds, and draws the artist's other tracks along: to test rather than valid rather
@@ -413,7 +413,7 @@ def _splits(heard: _Heard, kept: np.ndarray, links: np.ndarray) -> tuple[list[st
     return [SPLITS[code] if code >= 0 else chosen[key] for code, key in zip(codes, keys, strict=True)], divided_by
 
 
-def _keys_of(heard: _Heard, kept: np.ndarray, unit: np.ndarray, divided_by: str) -> list[str]:
+def _keys_of(heard: _AudioRows, kept: np.ndarray, unit: np.ndarray, divided_by: str) -> list[str]:
     """What each kept row's unit is split by: its first artist, else its first file's hash."""
     artists = heard.artist[kept] if divided_by == "artist" else np.full(len(kept), -1)
     hashes = heard.hashes.take(kept).to_pylist()

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.audio.decode import Decoder
-from data_prep.shard_task import Counts, Done
+from data_prep.shard_task import Counts, ShardResult
 from data_prep.sources.references import References
 from data_prep.stages.pack import DECONTAMINATION
 from data_prep.stages.segments import ROWS_FILE
 from data_prep.stages.select import Reference, select
 from data_prep.stages.shard import FINGERPRINTS_FILE
-from data_prep.tables import write_quarantine
-from data_prep.track import Refusal, Refused
+from data_prep.tables import write_rejected
+from data_prep.track import Rejected, Rejection
 from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.data.store import SCHEMA
 from ssmttm.data.tensorfile import gathered, map_tensors, write_tensors
@@ -31,11 +31,11 @@ _TRACK_COLUMNS = ("licence", "licence_url", "title", "author", "source_url", "ar
 
 
 @dataclass(frozen=True)
-class Against:
+class Decontamination:
     """An evaluation set that is kept out, and the shards that hold its audio's fingerprints."""
 
     references: References
-    shards: tuple[Done, ...]
+    shards: tuple[ShardResult, ...]
 
     @property
     def inputs(self) -> str:
@@ -47,22 +47,22 @@ class Against:
 def fingerprint_files(files: Sequence[Path], folder: Path) -> Counts:
     """Write the fingerprints of an evaluation set's audio files, in their order; what cannot be read has none."""
     words: list[np.ndarray] = []
-    refused: list[Refusal] = []
+    rejected: list[Rejection] = []
     with Decoder() as decoder:
         for file in files:
             try:
                 words.append(_fingerprint(decoder, file))
-            except Refused as refusal:
+            except Rejected as rejection:
                 words.append(np.empty(0, np.uint32))
-                refused.append(refusal.of(file.name))
+                rejected.append(rejection.of(file.name))
     offsets = np.cumsum([0, *map(len, words)], dtype=np.int64)
     joined = np.concatenate([np.empty(0, np.uint32), *words])
     write_tensors(folder / FINGERPRINTS_FILE, {"words": joined, "offsets": offsets})
-    write_quarantine(folder, "reference", refused)
-    return {"tracks": len(files), "refused": len(refused)}
+    write_rejected(folder, "reference", rejected)
+    return {"tracks": len(files), "rejected": len(rejected)}
 
 
-def select_shards(shards: Sequence[Path], against: Sequence[Against], modifications: str, folder: Path) -> Counts:
+def select_shards(shards: Sequence[Path], against: Sequence[Decontamination], modifications: str, folder: Path) -> Counts:
     """Choose among the tracks of all shards, and write the rows of their segments, one folder a shard."""
     tracks, sounds = (pa.concat_tables(pq.read_table(shard / f"{name}.parquet") for shard in shards)
                       for name in ("tracks", "sounds"))  # fmt: skip
@@ -74,13 +74,13 @@ def select_shards(shards: Sequence[Path], against: Sequence[Against], modificati
         references = [Reference(set_.references, prints([shard.folder for shard in set_.shards])) for set_ in against]
         selection = select(tracks, sounds, prints(shards), references, folder=folder)
     kept = dict(zip(selection.kept["id"].to_pylist(), selection.kept["split"].to_pylist(), strict=True))
-    counts = {"tracks": len(kept), "segments": 0, "refused": len(selection.refusals)}
+    counts = {"tracks": len(kept), "segments": 0, "rejected": len(selection.rejections)}
     for shard in shards:
         rows = list(_rows(shard, kept, modifications))
         (folder / shard.name).mkdir()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / shard.name / ROWS_FILE)
         counts["segments"] += len(rows)
-    write_quarantine(folder, "select", selection.refusals)
+    write_rejected(folder, "select", selection.rejections)
     (folder / DECONTAMINATION).write_text(json.dumps(selection.report, indent=1, ensure_ascii=False) + "\n")
     return counts
 

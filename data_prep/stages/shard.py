@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.shard_task import Counts
-from data_prep.tables import SEGMENTS, SOUNDS, TRACKS, write_quarantine, write_rows
-from data_prep.track import Refusal
+from data_prep.tables import SEGMENTS, SOUNDS, TRACKS, write_rejected, write_rows
+from data_prep.track import Rejection
 from ssmttm.data.tensorfile import write_tensors
 
 FINGERPRINTS_FILE = "fingerprints.safetensors"
@@ -27,7 +27,7 @@ class Shard:
     sounds: list[Row] = field(default_factory=list)
     segments: list[Row] = field(default_factory=list)
     words: list[np.ndarray] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
 
     def write(self, folder: Path, stage: str) -> Counts:
         """Write the tables and the fingerprints; gives the counts."""
@@ -37,10 +37,10 @@ class Shard:
         offsets = np.cumsum([0, *map(len, self.words)], dtype=np.int64)  # [tracks + 1]
         words = np.concatenate([np.empty(0, np.uint32), *self.words])
         write_tensors(folder / FINGERPRINTS_FILE, {"words": words, "offsets": offsets})
-        write_quarantine(folder, stage, self.refused)
+        write_rejected(folder, stage, self.rejected)
         return {
             "tracks": len(self.tracks),
             "segments": len(self.segments),
-            "refused": len(self.refused),
+            "rejected": len(self.rejected),
             "seconds": sum(sound["seconds"] for sound in self.sounds),
         }

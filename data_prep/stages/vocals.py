@@ -7,42 +7,42 @@ from data_prep.audio.quality import Filters, judge, measure
 from data_prep.audio.vocals import VocalDetection, VocalRemoval
 from data_prep.shard_task import Counts
 from data_prep.stages.segments import Segments, write_segments, write_sound
-from data_prep.tables import write_quarantine
-from data_prep.track import Refusal
+from data_prep.tables import write_rejected
+from data_prep.track import Rejection
 from ssmttm import audio
 
 
 def detect_shard(detection: VocalDetection, segments: Segments, folder: Path) -> Counts:
     """Keep the segments in which nobody is heard."""
-    kept, refused = [], []
+    kept, rejected = [], []
     for row in segments.read():
-        refusal = detection.refusal(*audio.read(segments.audio / row["audio"]))
-        if refusal is None:
+        rejection = detection.rejection(*audio.read(segments.audio / row["audio"]))
+        if rejection is None:
             kept.append(row)
         else:
-            refused.append(refusal.of(row["id"]))
-    return _finish(folder, kept, refused)
+            rejected.append(rejection.of(row["id"]))
+    return _finish(folder, kept, rejected)
 
 
 def remove_shard(removal: VocalRemoval, filters: Filters, segments: Segments, folder: Path) -> Counts:
     """Take the voices out of every segment; one of which too little is left is refused."""
-    kept, refused = [], []
+    kept, rejected = [], []
     for row in segments.read():
         wav, rate = audio.read(segments.audio / row["audio"])
         rest = removal.remove(wav, rate)  # [1, S]
         quality = measure(rest.numpy(), rate)
-        refusal = judge(quality, filters)
-        if refusal is not None:
-            refused.append(refusal.of(row["id"]))
+        rejection = judge(quality, filters)
+        if rejection is not None:
+            rejected.append(rejection.of(row["id"]))
             continue
         facts = write_sound(folder / row["audio"], rest[0], rate)
         done = f"{row['modifications']}; {removal.modification}"
         kept.append(row | facts | {"loudness": quality.loudness, "modifications": done})
-    return _finish(folder, kept, refused)
+    return _finish(folder, kept, rejected)
 
 
-def _finish(folder: Path, kept: list[dict[str, Any]], refused: list[Refusal]) -> Counts:
+def _finish(folder: Path, kept: list[dict[str, Any]], rejected: list[Rejection]) -> Counts:
     write_segments(folder, kept)
-    write_quarantine(folder, "vocals", refused)
+    write_rejected(folder, "vocals", rejected)
     seconds = sum(row["duration"] for row in kept)
-    return {"segments": len(kept), "refused": len(refused), "seconds": seconds}
+    return {"segments": len(kept), "rejected": len(rejected), "seconds": seconds}

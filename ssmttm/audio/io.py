@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmttm.audio.lengths import cut_short, sound_bytes
 from ssmttm.errors import UserError
-from ssmttm.files import written_aside
+from ssmttm.files import atomic_write
 
 WRITERS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS"), ".mp3": ("MP3", None)}
 _BLOCK = 1 << 20  # samples over all channels read at a time: a header's word is never trusted with memory
@@ -164,7 +164,7 @@ def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") ->
                 file.write(block.numpy())
     except sf.SoundFileError as error:
         raise UserError(f"cannot write {path} at {sample_rate} Hz with {len(samples)} channels: {error}") from error
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(encoded.getbuffer())
     return path
 

@@ -18,10 +18,10 @@ import torch
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.evaluation.attributes.adherence import music_flatness
-from ssmttm.evaluation.attributes.classifiers import Detection, Detectors
+from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers, AttributePrediction
 from ssmttm.evaluation.music.audio_checks import check_audio, pairwise_difference
 from ssmttm.generation.pipeline import MusicPipeline
-from ssmttm.reports.html import Curve, Facts, Player, Row, Section, Table, Text, write_page
+from ssmttm.reports.html import Curve, Facts, Row, Section, Table, Text, TrainedModule, write_page
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = (
@@ -83,18 +83,18 @@ def _page(path: Path, audios: dict[str, torch.Tensor], sample_rate: int, store_p
     """Measure every sample and write the page; checks that fail are named on it and on the console."""
     store = open_store(store_path)
     flatness = music_flatness(store, np.concatenate([store.indices("valid"), store.indices("test")]))
-    detectors = Detectors.from_pretrained()
+    classifiers = AttributeClassifiers.from_pretrained()
     sections = [Section("The model trained just now", _training(run))]
     for index, prompt in enumerate(PROMPTS):
-        players = []
+        trained_modules = []
         for name, batch in audios.items():
             wav = batch[index]
             check = check_audio(wav, sample_rate, flatness)
-            heard = detectors.detect(wav, sample_rate)[0]
+            embeddings = classifiers.predict(wav, sample_rate)[0]
             if not check.good:
                 print(f"warning: {name}, “{prompt}”: {check}")
-            players.append(Player(wav, sample_rate, name, _heard(heard) | {"sounds like music": check.good}))
-        sections.append(Section(prompt, [Row(players)]))
+            trained_modules.append(TrainedModule(wav, sample_rate, name, _heard(embeddings) | {"sounds like music": check.good}))
+        sections.append(Section(prompt, [Row(trained_modules)]))
     sections.append(Section("Different prompts, different music", [_differences(audios, sample_rate)]))
     return write_page(
         path,
@@ -106,7 +106,7 @@ def _page(path: Path, audios: dict[str, torch.Tensor], sample_rate: int, store_p
     )
 
 
-def _heard(detection: Detection) -> dict[str, str]:
+def _heard(detection: AttributePrediction) -> dict[str, str]:
     return {
         "heard instrument": detection.family,
         "heard tempo": f"{detection.bpm:.0f} bpm ({detection.tempo_class})",

@@ -42,16 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from ssmttm import config
     from ssmttm.evaluation.protocol.evaluate import evaluate
-    from ssmttm.files import claimed
+    from ssmttm.files import directory_lock
 
     given = {key: getattr(arguments, option) for option, key in _SHORT.items()}
     words += [f"{key}={value}" for key, value in given.items() if value is not None]
     settings = config.load(*words, root="eval")
     out = Path(settings.out)
-    with claimed(out, "evaluation"):
+    with directory_lock(out, "evaluation"):
         evaluate(settings)
     print((out / "report.md").read_text(encoding="utf-8"))
-    print(f"{out / 'figures.json'}\n{out / 'report.md'}")
+    print(f"{out / 'metrics.json'}\n{out / 'report.md'}")
 
 
 def compare_folders(folders: list[Path]) -> str:
@@ -60,7 +60,7 @@ def compare_folders(folders: list[Path]) -> str:
     Raises:
         UserError: not two folders, no figures in them, damaged ones, or figures that were measured differently.
     """
-    from ssmttm.evaluation.metrics.metric import Figure, compare
+    from ssmttm.evaluation.metrics.metric import Metric, compare
 
     if len(folders) != 2:
         raise UserError("write `ssmttm evaluate compare A B`, two folders that `ssmttm evaluate` has written")
@@ -70,10 +70,10 @@ def compare_folders(folders: list[Path]) -> str:
         if not path.is_file():
             raise UserError(f"{folder} holds no figures.json: run `ssmttm evaluate ... out={folder}` first")
         try:
-            figures = [Figure(**figure) for figure in json.loads(path.read_text(encoding="utf-8"))["figures"]]
+            metrics = [Metric(**metric) for metric in json.loads(path.read_text(encoding="utf-8"))["metrics"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged or of another version: run `ssmttm evaluate` again") from error
-        found.append({figure.name: figure for figure in figures})
+        found.append({metric.name: metric for metric in metrics})
     shared = [name for name in found[0] if name in found[1]]
     if not shared:
         raise UserError(f"{folders[0]} and {folders[1]} have no figure in common: measure both with one protocol")

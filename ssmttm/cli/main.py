@@ -26,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export",
         help="write the newest good checkpoint of a run as a folder that sample.py and load_codec read",
         epilog="example: ssmttm export runs/lm exported/my-model\n"
-        "         ssmttm export runs/sketch exported/two-stage --painter runs/paint",
+        "         ssmttm export runs/sketch exported/two-stage --second-stage runs/paint",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder or a checkpoint in it")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    export.add_argument("--painter", type=Path, metavar="RUN2", help="the second stage of a model of two")
-    export.set_defaults(run=lambda arguments: export_run(arguments.run_dir, arguments.out, arguments.painter))
+    export.add_argument("--second-stage", type=Path, metavar="RUN2", help="the second stage of a model of two")
+    export.set_defaults(run=lambda arguments: export_run(arguments.run_dir, arguments.out, arguments.second_stage))
 
     size = commands.add_parser(
         "size",
@@ -164,11 +164,11 @@ def print_info() -> None:
         print("{:17} {:6} {:15} {}".format(*row))
 
 
-def export_run(run_dir: Path, out: Path, painter: Path | None = None) -> None:
+def export_run(run_dir: Path, out: Path, second_stage: Path | None = None) -> None:
     """Write the inference form of a run, or of a model of two stages."""
     from ssmttm.export.model_folder import export, export_two_stages
 
-    print(export(run_dir, out) if painter is None else export_two_stages(run_dir, painter, out))
+    print(export(run_dir, out) if second_stage is None else export_two_stages(run_dir, second_stage, out))
 
 
 def run_cache_teacher(arguments: argparse.Namespace) -> None:

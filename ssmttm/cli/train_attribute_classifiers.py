@@ -29,9 +29,9 @@ from ssmttm.audio import features
 from ssmttm.codecs import Codec, load_codec
 from ssmttm.data.store import Store, open_store
 from ssmttm.errors import UserError, run_cli
-from ssmttm.evaluation.attributes.accuracy import accuracy, through_codec, truth_of
-from ssmttm.evaluation.attributes.classifiers import ASSETS, MODES, WINDOW, Detectors, pitch_class
-from ssmttm.files import written_aside
+from ssmttm.evaluation.attributes.accuracy import accuracy, reconstruct_with_codec, truth_of
+from ssmttm.evaluation.attributes.classifiers import ASSETS, MODES, WINDOW, AttributeClassifiers, pitch_class
+from ssmttm.files import atomic_write
 
 CLIP = 20  # seconds of a clip that are used; shorter segments are left out
 _FAMILY_SECONDS = 5  # the family network hears half a window: it pools over time, and this is twice as quick
@@ -63,11 +63,11 @@ def extract(store: Store, rows: np.ndarray, codec: Codec | None) -> Clips:
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / "ssmttm-detectors" / f"{key}.safetensors"
     if not cache.is_file():
-        heard = _hear(store, rows, codec)
-        with written_aside(cache) as aside:
-            save_file(heard, aside)
-    heard = load_file(cache)
-    return Clips(rows=torch.from_numpy(rows)[heard.pop("place")], **heard)
+        embeddings = _hear(store, rows, codec)
+        with atomic_write(cache) as aside:
+            save_file(embeddings, aside)
+    embeddings = load_file(cache)
+    return Clips(rows=torch.from_numpy(rows)[embeddings.pop("place")], **embeddings)
 
 
 def _hear(store: Store, rows: np.ndarray, codec: Codec | None) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def _hear(store: Store, rows: np.ndarray, codec: Codec | None) -> dict[str, Tens
         if wav.shape[-1] < CLIP * features.SAMPLE_RATE:
             continue
         wav = wav[:, : CLIP * features.SAMPLE_RATE]
-        wav = features.level(wav if codec is None else through_codec(codec, wav, features.SAMPLE_RATE))
+        wav = features.level(wav if codec is None else reconstruct_with_codec(codec, wav, features.SAMPLE_RATE))
         found["mel"].append(features.log_mel(wav).half())
         found["bands"].append(features.pitch_class_bands(features.log_frequency_spectrum(wav)).half())
         found["onsets"].append(features.onset_strength(wav).half())
@@ -89,7 +89,7 @@ def _hear(store: Store, rows: np.ndarray, codec: Codec | None) -> dict[str, Tens
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def train(clips: Clips, n_true: int, truths: dict[int, dict[str, Any]], steps: int, batch: int, seed: int) -> Detectors:
+def train(clips: Clips, n_true: int, truths: dict[int, dict[str, Any]], steps: int, batch: int, seed: int) -> AttributeClassifiers:
     """Fit the three networks together (their losses are summed; they share nothing).
 
     The first n_true clips are true audio; the rest, heard through a codec, come up about as often in all.
@@ -103,8 +103,8 @@ def train(clips: Clips, n_true: int, truths: dict[int, dict[str, Any]], steps: i
     tonality = torch.tensor(
         [pitch_class(truths[row]["key"]) * len(MODES) + MODES.index(truths[row]["mode"]) for row in rows]
     )
-    detectors = Detectors(families).train()
-    optimiser = torch.optim.AdamW(detectors.parameters(), lr=1.0, weight_decay=0.02)
+    classifiers = AttributeClassifiers(families).train()
+    optimiser = torch.optim.AdamW(classifiers.parameters(), lr=1.0, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps, pct_start=0.15)
     bar = tqdm(range(steps), desc="training", unit="step")
     coded = torch.arange(n_true, len(rows))
@@ -116,10 +116,10 @@ def train(clips: Clips, n_true: int, truths: dict[int, dict[str, Any]], steps: i
         chosen, order = order[:batch], order[batch:]
         mel, bands, onsets, stretch = _draw(clips, chosen, generator)
         losses = (
-            functional.cross_entropy(detectors.family(mel), family[chosen], label_smoothing=0.05),
-            functional.cross_entropy(detectors.key(bands).flatten(1), tonality[chosen], label_smoothing=0.05),
+            functional.cross_entropy(classifiers.family(mel), family[chosen], label_smoothing=0.05),
+            functional.cross_entropy(classifiers.key(bands).flatten(1), tonality[chosen], label_smoothing=0.05),
             functional.cross_entropy(
-                detectors.tempo(features.tempogram(onsets)), _blurred(bpm[chosen] * stretch, detectors.tempo.answers)
+                classifiers.tempo(features.tempogram(onsets)), _blurred(bpm[chosen] * stretch, classifiers.tempo.answers)
             ),
         )
         optimiser.zero_grad()
@@ -127,7 +127,7 @@ def train(clips: Clips, n_true: int, truths: dict[int, dict[str, Any]], steps: i
         optimiser.step()
         schedule.step()
         bar.set_postfix(zip(("family", "mode", "tempo"), (f"{loss.item():.3f}" for loss in losses), strict=True))
-    return detectors.eval()
+    return classifiers.eval()
 
 
 def _draw(clips: Clips, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         lots += [extract(store, np.sort(some[i : i + _LOT]), codec) for i in range(0, len(some), _LOT)]
     clips = Clips.join(lots)
     truths = {row: truth_of(store, row) for row in clips.rows.tolist()}
-    detectors = train(clips, len(lots[0].rows), truths, arguments.steps, arguments.batch, arguments.seed)
+    classifiers = train(clips, len(lots[0].rows), truths, arguments.steps, arguments.batch, arguments.seed)
 
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])
-    report = accuracy(detectors, store, held_out, codec)
-    detectors.card = {
+    report = accuracy(classifiers, store, held_out, codec)
+    classifiers.card = {
         "window_seconds": WINDOW,
         "sample_rate": features.SAMPLE_RATE,
         "trained_on": {"store": store.fingerprint, "clips": len(lots[0].rows), "steps": arguments.steps},
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seed": arguments.seed,
         "held_out": report,
     }
-    detectors.save(arguments.out)
+    classifiers.save(arguments.out)
     print(json.dumps(report, indent=1))
     print(arguments.out)
 

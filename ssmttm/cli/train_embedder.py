@@ -28,7 +28,7 @@ from ssmttm.evaluation.embedders.tiny import TinyEmbedder
 CLIP = 20  # seconds of a segment that are used; shorter ones are left out
 
 
-def hear(store: Store, rows: np.ndarray, codec: Codec | None) -> tuple[Tensor, np.ndarray]:
+def embed_clips(store: Store, rows: np.ndarray, codec: Codec | None) -> tuple[Tensor, np.ndarray]:
     """Log-mel spectrograms of the segments that are long enough, as they are or as their codes sound.
 
     Returns:
@@ -115,14 +115,14 @@ def measure(embedder: TinyEmbedder, mel: Tensor, captions: Captions, styles: Ten
     likeness = words @ sound.T  # [captions, clips]
     place = (likeness > likeness.diagonal()[:, None]).sum(1)
     apart = ~torch.eye(len(mel), dtype=torch.bool)
-    figures = {
+    metrics = {
         "style": float((named == styles).float().mean()),
         "recall_at_1": float((place < 1).float().mean()),
         "recall_at_10": float((place < 10).float().mean()),
         "matched_cosine": float(likeness.diagonal().mean()),
         "other_cosine": float(likeness[apart].mean()),
     }
-    return {"n": len(mel), **{name: round(value, 4) for name, value in figures.items()}}
+    return {"n": len(mel), **{name: round(value, 4) for name, value in metrics.items()}}
 
 
 def main() -> None:
@@ -137,7 +137,7 @@ def main() -> None:
     store.require_codec(codec)
 
     def prepared(rows: np.ndarray) -> tuple[list[Tensor], Captions, list[str]]:
-        (true, kept), (coded, _) = hear(store, rows, None), hear(store, rows, codec)
+        (true, kept), (coded, _) = embed_clips(store, rows, None), embed_clips(store, rows, codec)
         return [true, coded], Captions(store, kept), [truth_of(store, row)["style"] for row in kept.tolist()]
 
     hearings, captions, names = prepared(store.indices("train"))
@@ -154,12 +154,12 @@ def main() -> None:
         "batch": arguments.batch,
         "held_out": {
             "true": measure(embedder, true, captions, styles),
-            "through_codec": measure(embedder, coded, captions, styles),
+            "reconstruct_with_codec": measure(embedder, coded, captions, styles),
         },
     }
     embedder.save(arguments.out)
-    for hearing, figures in embedder.card["held_out"].items():
-        print(f"{hearing}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+    for hearing, metrics in embedder.card["held_out"].items():
+        print(f"{hearing}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
     print(arguments.out)
 
 

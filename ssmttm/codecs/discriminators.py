@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 
-class Judgement(NamedTuple):
+class DiscriminatorOutput(NamedTuple):
     """What one resolution says: logits [B, 1, T', F'] (high = real) and each layer's features."""
 
     logits: Tensor
@@ -34,7 +34,7 @@ class STFTDiscriminator(nn.Module):
         )
         self.judge = _conv(channels, 1, (3, 3), (1, 1))
 
-    def forward(self, wav: Tensor) -> Judgement:
+    def forward(self, wav: Tensor) -> DiscriminatorOutput:
         """wav [B, 1, S] -> a judgement."""
         n = len(self.window)
         spectrum = torch.stft(wav[:, 0].float(), n, n // 2, window=self.window, normalized=True, return_complex=True)
@@ -43,7 +43,7 @@ class STFTDiscriminator(nn.Module):
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return Judgement(self.judge(x), features)
+        return DiscriminatorOutput(self.judge(x), features)
 
 
 class MultiResolutionDiscriminator(nn.Module):
@@ -58,7 +58,7 @@ class MultiResolutionDiscriminator(nn.Module):
         super().__init__()
         self.scales = nn.ModuleList(STFTDiscriminator(window, channels) for window in windows)
 
-    def forward(self, wav: Tensor) -> list[Judgement]:
+    def forward(self, wav: Tensor) -> list[DiscriminatorOutput]:
         """wav [B, 1, S], S > half the longest window -> one judgement a resolution."""
         return [scale(wav) for scale in self.scales]
 

@@ -56,8 +56,8 @@ class DacCodec(TransformersCodec):
         return CodecOutput(audio[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
-    def revive_dead_codes(self, wav: Tensor, min_share: float = 0.05) -> Tensor:
-        """Re-seed unused codebook entries, as `TinyCodec.revive_dead_codes` does."""
+    def restart_unused_codes(self, wav: Tensor, min_share: float = 0.05) -> Tensor:
+        """Re-seed unused codebook entries, as `TinyCodec.restart_unused_codes` does."""
         residual = self.model.encoder(self.pad(wav))  # [B, D, T]
         dead = unused(self.usage, min_share)  # [K, V]
         for layer, rows in zip(self.model.quantizer.quantizers, dead, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmttm.codecs.base import CodecOutput
-from ssmttm.codecs.discriminators import Judgement
+from ssmttm.codecs.discriminators import DiscriminatorOutput
 
 
 class Scale(NamedTuple):
@@ -64,13 +64,13 @@ def spectral_distances(
     return {"mel": torch.stack(mel).mean(), "spectrum": torch.stack(spectrum).mean()}
 
 
-def discriminator_loss(real: list[Judgement], fake: list[Judgement]) -> Tensor:
+def discriminator_loss(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput]) -> Tensor:
     """Hinge loss of a discriminator: real audio against its reconstruction (EnCodec, arXiv 2210.13438, section 3.4)."""
     terms = [F.relu(1 - r.logits).mean() + F.relu(1 + f.logits).mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(terms).mean()
 
 
-def adversarial_losses(real: list[Judgement], fake: list[Judgement]) -> dict[str, Tensor]:
+def adversarial_losses(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput]) -> dict[str, Tensor]:
     """What the codec learns from the discriminator (EnCodec, arXiv 2210.13438, section 3.4).
 
     Args:

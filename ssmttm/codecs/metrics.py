@@ -60,15 +60,15 @@ def chroma(wav: Tensor, sample_rate: int, window: int = 2048) -> Tensor:
 def frame_chroma(wav: Tensor, sample_rate: int, n_frames: int) -> Tensor:
     """`chroma` at the rate of a codec's frames, as a melody for a denoiser: [B, S] -> [B, 12, n_frames], 0 to 1."""
     window, length = 2048, wav.shape[-1]
-    heard = chroma(F.pad(wav, (0, max(0, window - length))), sample_rate, window)  # a window at the least
-    return F.adaptive_avg_pool1d(heard[..., : length // (window // 4) + 1], n_frames)
+    embeddings = chroma(F.pad(wav, (0, max(0, window - length))), sample_rate, window)  # a window at the least
+    return F.adaptive_avg_pool1d(embeddings[..., : length // (window // 4) + 1], n_frames)
 
 
 def chroma_similarity(fake: Tensor, real: Tensor, sample_rate: int) -> Tensor:
     """Cosine of the chroma vectors of two waveforms [B, S], mean over the frames that are not silent in `real`: [B]."""
-    heard = magnitude(real, 2048).square().mean(dim=1) > 1e-4  # [B, T]
+    embeddings = magnitude(real, 2048).square().mean(dim=1) > 1e-4  # [B, T]
     cosine = F.cosine_similarity(chroma(fake, sample_rate), chroma(real, sample_rate), dim=1)
-    return (cosine * heard).sum(dim=1) / heard.sum(dim=1).clamp_min(1)
+    return (cosine * embeddings).sum(dim=1) / embeddings.sum(dim=1).clamp_min(1)
 
 
 @lru_cache(maxsize=8)

@@ -79,7 +79,7 @@ class ResidualQuantiser(nn.Module):
         return sum(self.project_out[k](self.codebooks[k][codes[:, k]]) for k in range(codes.shape[1]))
 
     @torch.no_grad()
-    def revive(self, z: Tensor, min_share: float = 0.05) -> Tensor:
+    def restart_unused(self, z: Tensor, min_share: float = 0.05) -> Tensor:
         """Re-seed entries that were used less than `min_share` of the mean since the last call; start counting anew.
 
         Each becomes a vector that its codebook is given for z now.

@@ -99,12 +99,12 @@ class TinyCodec(Codec):
         return CodecOutput(self._synthesise(z)[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
-    def revive_dead_codes(self, wav: Tensor) -> Tensor:
+    def restart_unused_codes(self, wav: Tensor) -> Tensor:
         """Re-seed unused codebook entries from what the encoder makes of a training batch [B, 1, S].
 
         Call it every 50 steps or so. Returns how many were re-seeded, int64 [K]; see `ResidualQuantiser.revive`.
         """
-        return self.quantiser.revive(self._analyse(self.pad(wav)).float())
+        return self.quantiser.restart_unused(self._analyse(self.pad(wav)).float())
 
     def decoder_stages(self) -> list[nn.Module]:
         return [self.decoder_coarse, self.decoder_fine]

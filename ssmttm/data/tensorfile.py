@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ssmttm.errors import UserError
-from ssmttm.files import written_aside
+from ssmttm.files import atomic_write
 
 _CODES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "int64": "I64", "float16": "F16", "float32": "F32"}
 _DTYPES = {code: np.dtype(name).newbyteorder("<") for name, code in _CODES.items()}
@@ -36,7 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
         position = span[1]
     text = json.dumps(header, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    with written_aside(path) as aside, open(aside, "wb") as file:
+    with atomic_write(path) as aside, open(aside, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in ordered:
             _write_array(file, array)

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from ssmttm.data.store import FORMAT, SCHEMA, SPLITS, VERSION, Store, open_store, shard_name, text_name
 from ssmttm.data.tensorfile import write_tensors
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256, write_text, written_aside
+from ssmttm.files import atomic_write, file_sha256, write_text
 from ssmttm.licences import strictest
 
-CLAIM = "prep.json"
+CONFIG_FILE = "prep.json"
 _DEFAULTS: dict[str, Any] = {"shard": -1, "offset": 0, "frames": 0, "tags": [], "captions": []}
 _REQUIRED = ("id", "split", "licence", "duration")
 _SHOWN = 3  # settings that differ, in an error
@@ -57,7 +57,7 @@ class StoreWriter:
         self.path = Path(path)
         self._config, self._codec, self._sample_rate = config, codec, sample_rate
         self._shard_segments = shard_segments
-        claim(self.path, config)
+        check_same_config(self.path, config)
         (self.path / "store.json").unlink(missing_ok=True)
         self._spool = tempfile.TemporaryFile(dir=self.path)  # noqa: SIM115 - read back by finish
         self._batches = pa.ipc.new_stream(self._spool, SCHEMA)
@@ -138,7 +138,7 @@ class StoreWriter:
         self._batches.close()
         self._spool.seek(0)
         path = self.path / "manifest.parquet"
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             with self._spool, pa.ipc.open_stream(self._spool) as batches, pq.ParquetWriter(aside, SCHEMA) as manifest:
                 for batch in batches:
                     manifest.write_batch(batch)
@@ -148,7 +148,7 @@ class StoreWriter:
                 raise ValueError(f"segment {twice[0]} was added twice")
 
 
-def claim(path: Path, config: dict[str, Any]) -> None:
+def check_same_config(path: Path, config: dict[str, Any]) -> None:
     """Make `path` the folder of this config's store, or check that it is.
 
     What was null before may be filled in: a store of audio may be given codes.
@@ -156,7 +156,7 @@ def claim(path: Path, config: dict[str, Any]) -> None:
     Raises:
         UserError: it is the folder of another config; the line names what differs.
     """
-    file = path / CLAIM
+    file = path / CONFIG_FILE
     if not file.exists():
         _write_claim(file, config)
         return

@@ -43,7 +43,7 @@ AXES: dict[type[nn.Module], dict[str, Axes]] = {
         **{f"{name}_proj.weight": [_I, _M] for name in "qkv"}, **{f"{name}_proj.bias": [_I] for name in "qkv"},
         "out_proj.weight": [_M, _I], "out_proj.bias": [_M],
     },
-    MLP: {"0.weight": [["hidden"], _M], "0.bias": [["hidden"]], "3.weight": [_M, ["hidden"]], "3.bias": [_M]},
+    MLP: {"fc1.weight": [["hidden"], _M], "fc1.bias": [["hidden"]], "fc2.weight": [_M, ["hidden"]], "fc2.bias": [_M]},
 }  # fmt: skip
 AXES[CrossAttention] = AXES[Attention]
 
@@ -59,7 +59,7 @@ def sizes_of(layer: nn.Module) -> dict[str, int]:
     if isinstance(layer, S4D):
         return {"inner": layer.d_inner, "state": layer.A_imag.shape[1]}
     assert isinstance(layer, MLP), layer
-    return {"hidden": layer[0].out_features}
+    return {"hidden": layer.fc1.out_features}
 
 
 def chosen(teacher: nn.Module, student: nn.Module, energy: Tensor | None, name: str) -> Choice:

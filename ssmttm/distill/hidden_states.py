@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.distill.losses import output_error, stream_distance
+from ssmttm.distill.losses import hidden_state_distance, output_error
 from ssmttm.errors import UserError
 from ssmttm.models import TokenLM
 from ssmttm.models.conditioning import ProjectedText
 from ssmttm.ops.linear import Linear
 
 
-class StreamProjections(nn.ModuleList):
+class HiddenStateProjections(nn.ModuleList):
     """One linear map [B, S, D] -> [B, S, W] for each mapped block, of streams of unit size; they begin as identities,
     cut or filled with zeros where the widths differ."""
 
@@ -29,10 +29,10 @@ class StreamProjections(nn.ModuleList):
         for linear in self:
             nn.init.eye_(linear.weight)
 
-    def forward(self, streams: Sequence[Tensor], of_teacher: Sequence[Tensor]) -> Tensor:
+    def forward(self, hidden_states: Sequence[Tensor], of_teacher: Sequence[Tensor]) -> Tensor:
         """Distances of the streams, mean over blocks: [B, S]."""
-        pairs = zip(self, streams, of_teacher, strict=True)
-        return torch.stack([stream_distance(p(F.rms_norm(s, s.shape[-1:])), t) for p, s, t in pairs]).mean(0)
+        pairs = zip(self, hidden_states, of_teacher, strict=True)
+        return torch.stack([hidden_state_distance(p(F.rms_norm(s, s.shape[-1:])), t) for p, s, t in pairs]).mean(0)
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def traced_mixers(teacher: TokenLM, numbers: Sequence[int]) -> Iterator[dict[int
     def keep(number: int) -> Any:
         return lambda module, inputs, output: seen.__setitem__(number, (inputs, output))
 
-    handles = [teacher.blocks[n - 1].branches[0].register_forward_hook(keep(n)) for n in set(numbers)]
+    handles = [teacher.blocks[n - 1].sublayers[0].register_forward_hook(keep(n)) for n in set(numbers)]
     try:
         yield seen
     finally:
@@ -67,16 +67,16 @@ def mixer_error(
         numbers: the teacher's block for each of the student's.
         seen: by `traced_mixers`.
     """
-    real = behind_prefix(text.mask, audio) if student.config.conditioning == "prefix" else audio
+    real = audio_positions(text.mask, audio) if student.config.conditioning == "prefix" else audio
     errors = []
     for block, number in zip(student.blocks, numbers, strict=True):
         (x, _, _, mask), output = seen[number]
-        ours = block.branches[0](x, text, None, mask)
+        ours = block.sublayers[0](x, text, None, mask)
         errors.append(output_error(*(y.masked_fill(~real[..., None], 0) for y in (ours, output))))
     return torch.stack(errors).mean(0)
 
 
-def behind_prefix(text: Tensor, audio: Tensor) -> Tensor:
+def audio_positions(text: Tensor, audio: Tensor) -> Tensor:
     """Which positions are real once text [B, L] stands in front of audio [B, S], its padding last: [B, L + S]."""
     order = torch.argsort(~torch.cat([text, torch.ones_like(audio)], 1), dim=1, stable=True)
     return torch.cat([text, audio], 1).gather(1, order)

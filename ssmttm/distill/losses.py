@@ -77,7 +77,7 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: str = "forward", skew: float 
     return torch.stack([_kl(a, _mixed(a, b, skew)) for a, b in pairs]).mean(0)
 
 
-def stream_distance(projected: Tensor, teacher: Tensor) -> Tensor:
+def hidden_state_distance(projected: Tensor, teacher: Tensor) -> Tensor:
     """Mean square between a student's projected stream and its teacher's of unit size: [B, S, W] each -> [B, S]."""
     return (projected - F.rms_norm(teacher, teacher.shape[-1:])).square().mean(-1)
 

@@ -10,10 +10,10 @@ from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.loading import ModelFolder, load_model, open_model_folder
 from ssmttm.models import TokenLM
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
 
-READINGS = ("plain", "null_is_nothing")
+NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 
 class Teacher:
@@ -33,34 +33,34 @@ class Teacher:
     def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)
         self.model = load_model(self.folder).requires_grad_(False)
-        if guidance_scale != 1 and self.folder.guidance_within != 1:
+        if guidance_scale != 1 and self.folder.distilled_guidance_scale != 1:
             raise UserError(
-                f"the teacher {self.folder.name} has guidance {self.folder.guidance_within:g} within already: set "
+                f"the teacher {self.folder.name} has guidance {self.folder.distilled_guidance_scale:g} within already: set "
                 "distill.guidance_scale=1, its students have it too"
             )
-        if null_text is not None and self.folder.reading == "null_is_nothing":
+        if null_text is not None and self.folder.null_condition == "no_tokens":
             null_text = null_text._replace(mask=torch.zeros_like(null_text.mask))
         self.guidance_scale, self.null_text = guidance_scale, null_text
         self.fingerprint = file_sha256(self.folder.weights_file)[:16]
 
     @torch.no_grad()
     def __call__(
-        self, codes: Tensor, text: TextCondition, wishes: Wishes, streams_behind: Sequence[int] = ()
+        self, codes: Tensor, text: TextCondition, controls: Controls, return_hidden_states_of: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits [B, K, S, V] of the codes alone, without a logit for the special token, guided; and streams behind
         these blocks, [B, S, W] each, not guided. Arguments as of `TokenLM.forward`."""
         size = self.model.config.codebook_size
-        wishes = wishes.heard_by(self.model.config)
+        controls = controls.supported_by(self.model.config)
         model = self.model.to(codes.device)
         without = None
         if self.guidance_scale != 1:
             rows = self.null_text.to(codes.device)
             null = TextCondition(*(part.expand(len(codes), *part.shape[1:]) for part in rows))
-            without = model(codes, null, wishes=wishes)[..., :size]
-        said = model(codes, text, streams_behind, wishes)  # last: what listens to the teacher is to hear this
-        logits, streams = said if streams_behind else (said, [])
+            without = model(codes, null, controls=controls)[..., :size]
+        said = model(codes, text, return_hidden_states_of, controls)  # last: what listens to the teacher is to hear this
+        logits, hidden_states = said if return_hidden_states_of else (said, [])
         logits = logits[..., :size]
-        return logits if without is None else without + self.guidance_scale * (logits - without), streams
+        return logits if without is None else without + self.guidance_scale * (logits - without), hidden_states
 
     def flops(self, n_positions: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one sequence."""
@@ -71,7 +71,7 @@ class Teacher:
         """What a student's card must know: name, hash of the weights, guidance."""
         return {
             "name": self.folder.name, "weights_sha256": file_sha256(self.folder.weights_file),
-            "guidance_scale": self.guidance_scale, "guidance_within": self.folder.guidance_within,
+            "guidance_scale": self.guidance_scale, "distilled_guidance_scale": self.folder.distilled_guidance_scale,
         }  # fmt: skip
 
     @property
@@ -97,17 +97,17 @@ class Teacher:
                     f"the student has model.{key}={ours[key]}, its teacher {name} {getattr(theirs, key)}: set "
                     f"model.{key}={getattr(theirs, key)}"
                 )
-        self.check_reading()
+        self.check_null_condition()
         if pattern != self.folder.config.pattern:
             raise UserError(f"pattern={pattern}, but the teacher {name} learnt {self.folder.config.pattern}: set that")
         self.check_store(info)
 
-    def check_reading(self) -> None:
+    def check_null_condition(self) -> None:
         """Raises UserError if its captions are read in a way that no student here learns."""
-        if self.folder.reading not in READINGS:
+        if self.folder.null_condition not in NULL_CONDITIONS:
             raise UserError(
-                f"the teacher {self.folder.name} reads captions as {self.folder.reading}, a student can learn from "
-                f"{' and '.join(READINGS)}: give another teacher"
+                f"the teacher {self.folder.name} reads captions as {self.folder.null_condition}, a student can learn from "
+                f"{' and '.join(NULL_CONDITIONS)}: give another teacher"
             )
 
     def check_store(self, info: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ def write_cache(out: Path, facts: Mapping[str, Any], answers: Iterable[tuple[Seq
     return out
 
 
-class CachedAnswers:
+class TeacherLogitCache:
     """What `write_cache` wrote.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssmttm.errors import UserError
 
 
-class Pieces(NamedTuple):
+class TokenizedCaption(NamedTuple):
     """A caption as a tokenizer cuts it, marks such as [CLS] or </s> included.
 
     Attributes:
@@ -27,18 +27,18 @@ class Pieces(NamedTuple):
     spans: list[tuple[int, int]] | None
 
 
-def cut(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> list[Pieces]:
+def cut(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> list[TokenizedCaption]:
     """Captions as a tokenizer of transformers cuts them, no longer than `max_tokens`."""
     options = {"truncation": True, "max_length": max_tokens, "return_special_tokens_mask": True}
     made = tokenizer(list(captions), return_offsets_mapping=tokenizer.is_fast, **options)
     spans = made["offset_mapping"] if tokenizer.is_fast else [None] * len(captions)
     return [
-        Pieces(ids, tokenizer.convert_ids_to_tokens(ids), [bool(mark) for mark in special], where)
+        TokenizedCaption(ids, tokenizer.convert_ids_to_tokens(ids), [bool(mark) for mark in special], where)
         for ids, special, where in zip(made["input_ids"], made["special_tokens_mask"], spans, strict=True)
     ]
 
 
-def align(student: Pieces, teacher: Pieces) -> Tensor:
+def align(student: TokenizedCaption, teacher: TokenizedCaption) -> Tensor:
     """What each token of the student is to say, as shares of its teacher's tokens: [S, L], every row adds up to 1.
 
     Equal tokens answer to each other one by one. Else a token has equal shares of the teacher's that overlap it, or the
@@ -66,14 +66,14 @@ def align(student: Pieces, teacher: Pieces) -> Tensor:
     return shares / shares.sum(1, keepdim=True)
 
 
-def _marks(pieces: Pieces, behind: bool) -> list[int]:
+def _marks(pieces: TokenizedCaption, behind: bool) -> list[int]:
     """The marks behind the words, or in front of them; all of them where there are none; all tokens without marks."""
     every = [place for place, special in enumerate(pieces.special) if special]
     there = [place for place in every if _is_behind(pieces, place) == behind]
     return there or every or list(range(len(pieces.ids)))
 
 
-def _is_behind(pieces: Pieces, place: int) -> bool:
+def _is_behind(pieces: TokenizedCaption, place: int) -> bool:
     """Whether a mark stands behind the words; where there are none, the last one does."""
     if all(pieces.special):
         return place == len(pieces.special) - 1

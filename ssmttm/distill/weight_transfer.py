@@ -18,7 +18,7 @@ from ssmttm.distill.layer_map import layer_map
 from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM
-from ssmttm.models.blocks import Branch
+from ssmttm.models.blocks import MLP, Sublayer
 from ssmttm.text.condition import TextCondition
 
 
@@ -51,7 +51,7 @@ def channel_importance(teacher: TokenLM, batches: Iterable[tuple[Tensor, TextCon
         return hook
 
     for name, module in _layers(teacher).items():
-        last = module[3] if isinstance(module, nn.Sequential) else module.out_proj
+        last = module.fc2 if isinstance(module, MLP) else module.out_proj
         handles.append(last.register_forward_pre_hook(of_layer(name)))
     handles += [block.register_forward_hook(of_stream) for block in teacher.blocks]
     try:
@@ -106,12 +106,12 @@ def transfer_weights(
     numbers = [] if layers is None else layer_map(layers, student.config.n_layers, teacher.config.n_layers)
     for index, number in enumerate(numbers):
         for i, j in _alike(teacher.blocks[number - 1], student.blocks[index]):
-            source, place = f"blocks.{number - 1}.branches.{i}", f"blocks.{index}.branches.{j}"
+            source, place = f"blocks.{number - 1}.sublayers.{i}", f"blocks.{index}.sublayers.{j}"
             theirs, ours = teacher.get_submodule(source), student.get_submodule(place)
             if width is None:
                 _check_same_widths(theirs.inner, ours.inner, place)
             energy = None if energies is None else energies.layers.get(f"{source}.inner")
-            done += [f"{place}.{name}" for name in _transfer_branch(theirs, ours, kept, energy, source)]
+            done += [f"{place}.{name}" for name in _transfer_sublayer(theirs, ours, kept, energy, source)]
     return done
 
 
@@ -121,10 +121,10 @@ def _layers(model: TokenLM) -> dict[str, nn.Module]:
 
 
 def _alike(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
-    """Which branches of two blocks are for the same: first mixer to first mixer, the looks at the text, the MLPs."""
+    """Which sublayers of two blocks are for the same: first mixer to first mixer, the looks at the text, the MLPs."""
 
     def numbers(block: nn.Module, kind: str) -> list[int]:
-        kinds = ["mixer" if b.is_mixer else "text" if b.sees_text else "mlp" for b in block.branches]
+        kinds = ["mixer" if b.is_mixer else "text" if b.sees_text else "mlp" for b in block.sublayers]
         return [index for index, own in enumerate(kinds) if own == kind]
 
     pairs = (zip(numbers(teacher, k), numbers(student, k), strict=False) for k in ("mixer", "text", "mlp"))
@@ -163,13 +163,13 @@ def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str
     return done
 
 
-def _transfer_branch(theirs: Branch, ours: Branch, kept: Tensor, energy: Tensor | None, source: str) -> list[str]:
+def _transfer_sublayer(theirs: Sublayer, ours: Sublayer, kept: Tensor, energy: Tensor | None, source: str) -> list[str]:
     """Norm, layer scale, modulation and the layer inside."""
     done = []
     for name, value in theirs.named_parameters():
         if name.startswith("inner.") or name not in dict(ours.named_parameters()):
             continue
-        axes = [["model"] * 3, ["model"]] if name.startswith("modulation") else [["model"]]
+        axes = [["model"] * 3, ["model"]] if name.startswith("adaln") else [["model"]]
         value = cut(value, axes[: value.ndim], {"model": kept}, {"model": len(theirs.norm.weight)})
         done.append(_put(ours, name, value))
     inner, teacher = ours.inner, theirs.inner
@@ -206,7 +206,7 @@ def _transfer_slices(
 def _axis_sizes(layer: nn.Module) -> dict[str, int]:
     """Channels of a layer by the kinds that `AXES` names."""
     sizes = sizes_of(layer)
-    model = layer[0].in_features if isinstance(layer, nn.Sequential) else layer.d_model
+    model = layer.fc1.in_features if isinstance(layer, MLP) else layer.d_model
     if "heads" in sizes:
         sizes["inner"] = sizes["heads"] * sizes["head"]
     if "groups" in sizes:

@@ -20,7 +20,7 @@ from ssmttm import audio
 from ssmttm.audio.features import SAMPLE_RATE
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.files import written_aside
+from ssmttm.files import atomic_write
 
 RATE = 20  # fingerprints a second
 SUSPECT = 0.35  # share of differing bits under which Haitsma and Kalker call two pieces the same
@@ -84,7 +84,7 @@ class AudioIndex:
     def save(self, path: Path) -> None:
         """Write as safetensors, to be built once."""
         names = np.frombuffer("\n".join(self.ids).encode(), np.uint8)
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             save_file({"ids": names.copy(), "starts": self.starts, "prints": self.prints}, aside)
 
     @classmethod

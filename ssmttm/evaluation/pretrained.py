@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.files import write_text, written_aside
+from ssmttm.files import atomic_write, write_text
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -38,7 +38,7 @@ def load_network(folder: Path, build: Callable[[dict[str, Any]], Network], what:
 
 def save_network(network: nn.Module, card: Mapping[str, Any], folder: Path) -> None:
     """Write a network and its card into a folder, each file whole or not at all."""
-    with written_aside(folder / "model.safetensors") as aside:
+    with atomic_write(folder / "model.safetensors") as aside:
         save_file({name: _stored(value) for name, value in network.state_dict().items()}, aside)
     write_text(folder / "config.json", json.dumps(card, indent=1) + "\n")
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ssmttm.errors import UserError
-from ssmttm.files import write_text, written_aside
+from ssmttm.files import atomic_write, write_text
 from ssmttm.generation.loading import load_model, open_model_folder
 from ssmttm.ops.int8 import quantise
 
@@ -40,7 +40,7 @@ def export_int8(model: str | Path | None, out: str | Path) -> Path:
         name: value.half() if value.dtype == torch.float32 and value.ndim > 1 else value
         for name, value in quantised.state_dict().items()
     }
-    with written_aside(out / "model.safetensors") as path:
+    with atomic_write(out / "model.safetensors") as path:
         save_file(tensors, path)
     write_text(out / "card.json", json.dumps(folder.card | {"weights": "int8"}, indent=2) + "\n")
     return out

@@ -13,14 +13,14 @@ from torch import Tensor
 from ssmttm import checkpoint
 from ssmttm.codecs import StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
-from ssmttm.files import written_aside
+from ssmttm.files import atomic_write
 from ssmttm.generation.loading import (
-    PAINTER,
+    SECOND_STAGE,
     check_stages,
     load_denoiser,
     load_model,
     open_model_folder,
-    open_painter_folder,
+    open_second_stage_folder,
 )
 from ssmttm.licences import strictest
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
@@ -46,7 +46,7 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
             which would be taken for this model's.
     """
     folder, out = checkpoint.find_model(run_dir), Path(out)
-    _check_no_painter(out)
+    _check_no_second_stage(out)
     config, state, weights = (
         checkpoint.read_config(folder),
         checkpoint.read_state(folder),
@@ -81,35 +81,35 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         OmegaConf.update(kept, "data.store", state["data"]["store"])
         if OmegaConf.select(kept, "distill.cache"):
             OmegaConf.update(kept, "distill.cache", None)
-        with written_aside(out / "model.safetensors") as path:
+        with atomic_write(out / "model.safetensors") as path:
             save_file(shrunk(weights, half), path)
-        with written_aside(out / "config.yaml") as path:
+        with atomic_write(out / "config.yaml") as path:
             path.write_text(OmegaConf.to_yaml(kept))
-    with written_aside(out / "card.json") as path:
+    with atomic_write(out / "card.json") as path:
         path.write_text(json.dumps(card, indent=2) + "\n")
     return out
 
 
-def export_two_stages(sketch: str | Path, painter: str | Path, out: str | Path) -> Path:
+def export_two_stages(coarse_codes: str | Path, second_stage: str | Path, out: str | Path) -> Path:
     """Write a model of two stages as one folder: the first as `export` does, the second in its folder `painter`.
 
     Raises:
         UserError: as `export`; the two do not fit each other. Unless the disk is full, nothing is written then.
     """
-    first = open_model_folder(sketch)
-    second = open_painter_folder(first, painter)
+    first = open_model_folder(coarse_codes)
+    second = open_second_stage_folder(first, second_stage)
     for folder in (first, second):
         checkpoint.read_state(folder.path)  # which an exported folder has not
     check_stages(first, load_model(first), load_denoiser(second))
-    _check_no_painter(Path(out))
-    export(sketch, out)
-    export(painter, Path(out) / PAINTER)
+    _check_no_second_stage(Path(out))
+    export(coarse_codes, out)
+    export(second_stage, Path(out) / SECOND_STAGE)
     return Path(out)
 
 
-def _check_no_painter(out: Path) -> None:
-    if (out / PAINTER).exists():
-        raise UserError(f"{out / PAINTER} is the second stage of an earlier export: remove it, or give another folder")
+def _check_no_second_stage(out: Path) -> None:
+    if (out / SECOND_STAGE).exists():
+        raise UserError(f"{out / SECOND_STAGE} is the second stage of an earlier export: remove it, or give another folder")
 
 
 def write_text_student(folder: Path, out: Path, data: dict[str, Any], half: bool) -> dict[str, Any]:
@@ -118,14 +118,14 @@ def write_text_student(folder: Path, out: Path, data: dict[str, Any], half: bool
     Returns:
         What its card says otherwise: the language model's parameters, and which text encoder it reads.
     """
-    blueprint, weights = data["blueprint"], checkpoint.load_weights(folder, player="lm")
+    blueprint, weights = data["blueprint"], checkpoint.load_weights(folder, module_name="lm")
     encoder, tokenizer = from_description(blueprint["encoder"])
     checkpoint.fill(encoder, checkpoint.load_weights(folder), folder)
     with quiet_transformers():
         encoder.save(out / TEXT_ENCODER, tokenizer, half)
-    with written_aside(out / "model.safetensors") as path:
+    with atomic_write(out / "model.safetensors") as path:
         save_file(shrunk(weights, half), path)
-    with written_aside(out / "config.yaml") as path:
+    with atomic_write(out / "config.yaml") as path:
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(blueprint["lm"])))
     text = {"name": f"./{TEXT_ENCODER}", "fingerprint": load_text_encoder(out / TEXT_ENCODER).fingerprint}
     data = {key: value for key, value in data.items() if key != "blueprint"} | {"text": data["text"] | text}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssmttm.errors import UserError
 from ssmttm.generation import filters
 from ssmttm.generation.request import Sampling
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState, TokenLM
 from ssmttm.patterns import Pattern
 from ssmttm.text.condition import TextCondition
@@ -45,10 +45,10 @@ def generate(
     sampling: Sampling,
     seeds: Sequence[int],
     prompt_codes: Tensor | None = None,
-    wishes: Wishes | None = None,
+    controls: Controls | None = None,
 ) -> Tensor:
     """Sample codes [B, K, T]: all frames of `generate_frames` together."""
-    chunks = generate_frames(model, text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames, wishes)
+    chunks = generate_frames(model, text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames, controls)
     return torch.cat(list(chunks), dim=-1)
 
 
@@ -63,7 +63,7 @@ def generate_frames(
     seeds: Sequence[int],
     prompt_codes: Tensor | None = None,
     chunk_frames: int = 1,
-    wishes: Wishes | None = None,
+    controls: Controls | None = None,
 ) -> Iterator[Tensor]:
     """Sample codes and hand over whole frames as soon as their last codebook is drawn. Memory does not grow with length
     but for the codes themselves.
@@ -97,7 +97,7 @@ def generate_frames(
     sequence, is_open = plan.clone(), plan == _OPEN
     frame_of, complete_at = _layout(pattern, n_codebooks, n_frames)
     uniforms = draw_uniforms(seeds, len(plan), n_codebooks).to(device)  # [S, B, K]
-    told = (wishes or Wishes()).at(pattern.frames(n_frames)).to(device)  # by position
+    told = (controls or Controls()).at(pattern.frames(n_frames)).to(device)  # by position
     told.check(model.config, "language model", batch, len(plan))
 
     all_open = is_open.flatten(1).all(1).tolist()
@@ -125,7 +125,7 @@ def generate_frames(
 
 
 def _prefill(
-    model: TokenLM, codes: Tensor, conditions: list[TextCondition], wishes: Wishes
+    model: TokenLM, codes: Tensor, conditions: list[TextCondition], controls: Controls
 ) -> tuple[Tensor, LMState, Tensor]:
     """Take in each item's text, codes [B, K, n] and wishes by itself, with its own padding only, into one state for all
     rows.
@@ -140,7 +140,7 @@ def _prefill(
     logits = []
     for item, condition in enumerate(conditions):
         own = model.init_state(n_conditions, device=device)
-        its_codes, its_wishes = codes[item].expand(n_conditions, -1, -1), wishes.rows(slice(item, item + 1))
+        its_codes, its_wishes = codes[item].expand(n_conditions, -1, -1), controls.rows(slice(item, item + 1))
         logits.append(model.prefill(its_codes, condition, own, its_wishes.repeat(n_conditions)))
         state.put(slice(item, rows, batch), own)
     return torch.stack(logits, dim=1).flatten(0, 1), state, torch.arange(padded, device=device) % batch

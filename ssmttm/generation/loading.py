@@ -19,8 +19,8 @@ from ssmttm.text.encoders import TextEncoder
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ASSETS / "tiny_lm"
 GUIDANCE_SCALE = 3.0
-PAINTER = "painter"  # of an exported model of two stages, the folder with the second
-HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", f"{PAINTER}/*"]
+SECOND_STAGE = "second_stage"  # of an exported model of two stages, the folder with the second
+HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", f"{SECOND_STAGE}/*"]
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,19 @@ class ModelFolder:
     @property
     def guidance_scale(self) -> float:
         """What it is sampled with unless asked otherwise: 1 for a student that has its teacher's guidance within."""
-        return GUIDANCE_SCALE if self.guidance_within == 1 else 1.0
+        return GUIDANCE_SCALE if self.distilled_guidance_scale == 1 else 1.0
 
     @property
-    def guidance_within(self) -> float:
+    def distilled_guidance_scale(self) -> float:
         """The guidance that it follows in one pass, learnt from its teacher or in it already; 1: none."""
         own = self.config.distill.guidance_scale if self.config.get("task") == "distill" else 1.0
         teacher = (self.card.get("data") or {}).get("teacher") or {}
-        return own if own != 1 else teacher.get("guidance_within", 1.0)
+        return own if own != 1 else teacher.get("distilled_guidance_scale", 1.0)
 
     @property
-    def reading(self) -> str:
+    def null_condition(self) -> str:
         """What it reads of a caption, see `ssmttm.text.null_condition`."""
-        return self.fact("text").get("reading", "plain")
+        return self.fact("text").get("null_condition", "empty_caption")
 
     @property
     def licences(self) -> Any:
@@ -117,20 +117,20 @@ def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> 
     return ModelFolder(path, card.get("name") or f"{run}{path.name}", config, card, weights_file)
 
 
-def open_painter_folder(sketch: ModelFolder, given: str | Path | None) -> ModelFolder | None:
+def open_second_stage_folder(coarse_codes: ModelFolder, given: str | Path | None) -> ModelFolder | None:
     """The second stage that is given, else the one that lies in the first one's folder, else None.
 
     Raises:
         UserError: it is no denoiser, or was trained with another codec or text encoder than the first stage.
     """
-    if given is None and not (sketch.path / PAINTER).is_dir():
+    if given is None and not (coarse_codes.path / SECOND_STAGE).is_dir():
         return None
-    folder = open_model_folder(given or sketch.path / PAINTER, task="diffusion")
+    folder = open_model_folder(given or coarse_codes.path / SECOND_STAGE, task="diffusion")
     for kind in ("codec", "text"):
-        first, second = sketch.fact(kind), folder.fact(kind)
+        first, second = coarse_codes.fact(kind), folder.fact(kind)
         if first["fingerprint"] != second["fingerprint"]:
             raise UserError(
-                f"{sketch.name} was trained with {kind} {first['name']} ({first['fingerprint']}), {folder.name} with "
+                f"{coarse_codes.name} was trained with {kind} {first['name']} ({first['fingerprint']}), {folder.name} with "
                 f"{second['name']} ({second['fingerprint']}): both stages must come from one store"
             )
     return folder
@@ -199,11 +199,11 @@ def check_fit(
 
 def check_stages(folder: ModelFolder, model: TokenLM, denoiser: LatentDenoiser) -> None:
     """Raises UserError unless the folder's model, the first stage, writes what the second is to be told."""
-    told = denoiser.config.sketch_codebooks
+    told = denoiser.config.n_coarse_codebooks
     if model.config.n_codebooks != told:
         raise UserError(
             f"{folder.name} writes {model.config.n_codebooks} codebooks, the denoiser is to be told {told}: the first "
-            "stage needs model.n_codebooks as the second has model.sketch_codebooks"
+            "stage needs model.n_codebooks as the second has model.n_coarse_codebooks"
         )
 
 

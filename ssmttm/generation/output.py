@@ -20,7 +20,7 @@ FORMATS = tuple(audio.WRITERS)
 MARK = "digitalSourceType"  # IPTC's term for how a work came about; also how a record of ours is recognised
 
 
-class Destination:
+class OutputPath:
     """Where audio goes: one named file, which is overwritten, or a folder, in which nothing is.
 
     Making one checks everything that can be checked before sampling: the format, the number of files, that the folder
@@ -45,7 +45,7 @@ class Destination:
             known = ", ".join(FORMATS)
             raise UserError(f"unknown audio format {self.suffix!r} ({out}): the formats are {known}")
         if self.file is not None:
-            _check_own_record(self.file.with_suffix(".json"))
+            _check_own_sidecar(self.file.with_suffix(".json"))
         _check_writable(self.folder)
 
     def save(self, prompt: str, wav: Tensor, sample_rate: int, record: dict[str, Any]) -> Path:
@@ -74,7 +74,7 @@ def slug(prompt: str, longest: int = 48) -> str:
     return name[:longest].strip("-") or "music"
 
 
-def record_of(prompt: str, seed: int, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def sidecar_path(prompt: str, seed: int, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What stands in the JSON beside an audio file: enough to make it again and to say what it is."""
     return {
         "prompt": prompt,
@@ -86,7 +86,7 @@ def record_of(prompt: str, seed: int, settings: dict[str, Any], facts: dict[str,
     }
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_sidecar(path: Path) -> dict[str, Any]:
     """The record beside an audio file; empty if there is none, or it is no record."""
     file = path.with_suffix(".json")
     try:
@@ -123,7 +123,7 @@ def _reserved(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
             path.unlink()
 
 
-def _check_own_record(path: Path) -> None:
+def _check_own_sidecar(path: Path) -> None:
     """A record may be overwritten with its audio; another program's JSON of the same name may not."""
     if not path.exists():
         return

@@ -24,16 +24,16 @@ from ssmttm.generation.loading import (
     load_denoiser,
     load_model,
     open_model_folder,
-    open_painter_folder,
+    open_second_stage_folder,
 )
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
-from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
-from ssmttm.models.controls import Hears, Wishes
+from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
+from ssmttm.models.controls import Controls, SupportsControls
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
-from ssmttm.text.null_condition import build_reader
+from ssmttm.text.null_condition import build_null_condition
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class MusicPipeline:
         pattern: Pattern,
         facts: dict[str, Any] | None = None,
         max_duration: float = MAX_DURATION,
-        reading: str = "plain",
-        painter: Painter | None = None,
+        null_condition: str = "empty_caption",
+        second_stage: SecondStage | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
     ) -> None:
         self.model = model.eval()
         self.guidance_scale = guidance_scale
-        self.painter = painter
+        self.second_stage = second_stage
         self.codec = codec.eval()
         self.text_encoder = text_encoder
         self.pattern = pattern
         self.facts = facts or {}
         self.max_duration = max_duration
-        self._read = build_reader(reading, text_encoder)
+        self._read = build_null_condition(null_condition, text_encoder)
 
     @classmethod
     def from_pretrained(
@@ -93,7 +93,7 @@ class MusicPipeline:
         device: str | torch.device | None = None,
         codec: str | Path | None = None,
         text_encoder: str | Path | None = None,
-        painter: str | Path | None = None,
+        second_stage: str | Path | None = None,
     ) -> "MusicPipeline":
         """Load a model with the codec and text encoder that it was trained with; EMA weights where there are any.
 
@@ -112,7 +112,7 @@ class MusicPipeline:
         folder = open_model_folder(folder_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = load_model(folder)
-        second = open_painter_folder(folder, painter)
+        second = open_second_stage_folder(folder, second_stage)
         denoiser = None if second is None else load_denoiser(second).to(device)
         n_codebooks = (model if denoiser is None else denoiser).config.n_codebooks
         its_codec = load_codec(codec or folder.source("codec"), n_codebooks).to(device)
@@ -125,36 +125,36 @@ class MusicPipeline:
             "training_data_licences": folder.licences,
             "software": f"ssmttm {__version__}",
         }
-        its_painter = None
+        its_second_stage = None
         if second is not None:
-            settings = PaintSettings.of(second.config)
-            its_painter = Painter(denoiser, its_codec, settings)
-            facts["painter"] = {
+            settings = SecondStageConfig.of(second.config)
+            its_second_stage = SecondStage(denoiser, its_codec, settings)
+            facts["second_stage"] = {
                 "name": second.name,
                 "weights_sha256": file_sha256(second.weights_file),
                 "sampler": settings.sampler.name,
                 "steps": settings.sampler.steps,
                 "guidance_scale": settings.guidance_scale,
-                "sketch_scale": settings.sketch_scale,
+                "coarse_guidance_scale": settings.coarse_guidance_scale,
             }
             facts["training_data_licences"] = (folder.licences or {}) | (second.licences or {})
         pattern = get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks)
         return cls(
-            model.to(device), its_codec, its_encoder, pattern, facts, reading=folder.reading, painter=its_painter,
+            model.to(device), its_codec, its_encoder, pattern, facts, null_condition=folder.null_condition, second_stage=its_second_stage,
             guidance_scale=folder.guidance_scale,
         )  # fmt: skip
 
-    def set_paint_steps(self, steps: int) -> None:
+    def set_diffusion_steps(self, steps: int) -> None:
         """Sampler steps of the second stage from now on.
 
         Raises:
             UserError: fewer than one, or the model has one stage only.
         """
-        if self.painter is None:
+        if self.second_stage is None:
             raise UserError("this model has one stage: there are no steps to set")
-        settings = self.painter.settings
-        self.painter.settings = replace(settings, sampler=replace(settings.sampler, steps=steps))
-        self.facts.setdefault("painter", {})["steps"] = steps
+        settings = self.second_stage.settings
+        self.second_stage.settings = replace(settings, sampler=replace(settings.sampler, steps=steps))
+        self.facts.setdefault("second_stage", {})["steps"] = steps
 
     @property
     def sample_rate(self) -> int:
@@ -194,7 +194,7 @@ class MusicPipeline:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.checked(prompts, duration, seeds, sampling, self.max_duration)
-        request = self._wished(request, tempo, melody)
+        request = self._with_controls(request, tempo, melody)
         chunks = []
         for chunk in self._frames(request, chunk_frames=math.ceil(self.codec.frame_rate / 2)):
             chunks.append(chunk)
@@ -234,17 +234,17 @@ class MusicPipeline:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         sampling = Sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.checked([prompt], duration, [seed], sampling, self.max_duration)
-        request = self._wished(request, tempo, melody)
+        request = self._with_controls(request, tempo, melody)
         frames = self._frames(request, chunk_frames=math.ceil(chunk_seconds * self.codec.frame_rate))
         return self._stream(frames, self._samples(request))
 
-    def _wished(self, request: Request, tempo: float | None, melody: Tensor | None) -> Request:
+    def _with_controls(self, request: Request, tempo: float | None, melody: Tensor | None) -> Request:
         """The request with tempo and melody, if there is a stage that hears them.
 
         Raises:
             UserError: there is none, or they are no tempo and no audio.
         """
-        stages: list[Hears] = [self.model.config] + ([] if self.painter is None else [self.painter.model.config])
+        stages: list[SupportsControls] = [self.model.config] + ([] if self.second_stage is None else [self.second_stage.model.config])
         for name, given in (("tempo", tempo), ("melody", melody)):
             part = "chroma" if name == "melody" else name
             if given is not None and not any(getattr(config, part) for config in stages):
@@ -271,7 +271,7 @@ class MusicPipeline:
     def _frames(self, request: Request, chunk_frames: int) -> Iterator[Tensor]:
         n_frames = math.ceil(self._samples(request) / self.codec.hop_length)
         text, null_text = self._encode(request.prompts)
-        wishes = self._wishes(request, n_frames)
+        controls = self._controls(request, n_frames)
         frames = generate_frames(
             self.model,
             text,
@@ -281,14 +281,14 @@ class MusicPipeline:
             request.sampling,
             request.seeds,
             chunk_frames=chunk_frames,
-            wishes=wishes.heard_by(self.model.config),
+            controls=controls.supported_by(self.model.config),
         )
-        if self.painter is None:
+        if self.second_stage is None:
             return frames
-        device, heard = next(self.model.parameters()).device, wishes.heard_by(self.painter.model.config)
-        return self.painter.paint_stream(frames, Brief(text.to(device), null_text.to(device), request.seeds, heard))
+        device, embeddings = next(self.model.parameters()).device, controls.supported_by(self.second_stage.model.config)
+        return self.second_stage.generate_stream(frames, SecondStageInputs(text.to(device), null_text.to(device), request.seeds, embeddings))
 
-    def _wishes(self, request: Request, n_frames: int) -> Wishes:
+    def _controls(self, request: Request, n_frames: int) -> Controls:
         """What each item is told; a melody longer than the piece is cut, and a shorter one ends before it."""
         device, items = next(self.model.parameters()).device, len(request.prompts)
         tempo = None if request.tempo is None else torch.full((items,), request.tempo, device=device)
@@ -297,7 +297,7 @@ class MusicPipeline:
             frames = min(n_frames, math.ceil(request.melody.shape[-1] / self.codec.hop_length))
             wav = request.melody.mean(0, keepdim=True)[:, : frames * self.codec.hop_length].to(device)
             chroma = frame_chroma(wav, self.sample_rate, frames).expand(items, -1, -1)
-        return Wishes(chroma, tempo)
+        return Controls(chroma, tempo)
 
     def _encode(self, prompts: list[str]) -> tuple[TextCondition, TextCondition]:
         """Captions and their null conditions, each read by itself: in a batch an encoder rounds otherwise."""

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from ssmttm.config import override
 from ssmttm.errors import PREEMPTED, USER_ERROR, UserError
-from ssmttm.files import is_claimed, write_text
+from ssmttm.files import is_locked, write_text
 from ssmttm.sweeps.jobs import Job
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -71,14 +71,14 @@ class Work:
         if self._process is None:
             if self._stopping:
                 return self._end(STOPPED)
-            if not self._hold() or is_claimed(self.folder / self._stages[0]):
+            if not self._hold() or is_locked(self.folder / self._stages[0]):
                 return None
             if is_done(self.folder, self._evaluate):
                 return self._end(DONE)
             self._start()
             return None
         code = self._process.poll()
-        if code is None or is_claimed(self.folder / self._stages[0]):
+        if code is None or is_locked(self.folder / self._stages[0]):
             return None
         self._process = None
         if self._stopping:

@@ -153,7 +153,7 @@ def strengths(preferences: Sequence[Preference], seed: int = 0) -> dict[str, tup
     return dict(sorted(told.items(), key=lambda item: -item[1][0]))
 
 
-def duels(preferences: Sequence[Preference]) -> list[tuple[str, str, int, int, int, float]]:
+def pairwise_wins(preferences: Sequence[Preference]) -> list[tuple[str, str, int, int, int, float]]:
     """For every two systems: wins of the first, of the second, ties, and the two-sided sign test without ties."""
     found: dict[tuple[str, str], list[float]] = {}
     for p in preferences:
@@ -187,7 +187,7 @@ def report(answers: Answers) -> str:
         rows += [[system, f"{value:+.2f}", _range(low, high, "+.2f")] for system, (value, low, high) in found]
         parts.append(f"Bradley-Terry strength (log odds; a tie is half a win):\n\n{markdown(rows)}")
         rows = [["pair", "first preferred", "second preferred", "ties", "p (sign test)"]]
-        rows += [[f"{a} / {b}", str(w), str(x), str(t), f"{p:.2g}"] for a, b, w, x, t, p in duels(answers.preferences)]
+        rows += [[f"{a} / {b}", str(w), str(x), str(t), f"{p:.2g}"] for a, b, w, x, t, p in pairwise_wins(answers.preferences)]
         parts.append(markdown(rows))
     parts.append("\n".join(f"- {note}" for note in answers.notes))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -219,12 +219,12 @@ def _taken(
     ratings: list[Rating] = []
     preferences: list[Preference] = []
     for answer in answers:
-        heard = [systems[clip] for clip in answer["clips"]]
+        embeddings = [systems[clip] for clip in answer["clips"]]
         if answer["kind"] == "mos":
-            ratings += [Rating(listener, heard[0], axis, int(value)) for axis, value in answer["given"].items()]
+            ratings += [Rating(listener, embeddings[0], axis, int(value)) for axis, value in answer["given"].items()]
         else:
             share = {"0": 1.0, "1": 0.0, "tie": 0.5}[str(answer["given"]["choice"])]
-            preferences.append(Preference(listener, heard[0], heard[1], share))
+            preferences.append(Preference(listener, embeddings[0], embeddings[1], share))
     if outside := [rating.value for rating in ratings if not 1 <= rating.value <= 5]:
         raise ValueError(f"{outside[0]} is not from 1 to 5")
     return ratings, preferences

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssmttm.audio import WRITERS
 from ssmttm.errors import UserError
-from ssmttm.generation.output import read_record
+from ssmttm.generation.output import read_sidecar
 
 KINDS = ("mos", "pairs", "both")
 
@@ -59,7 +59,7 @@ def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], 
         if not files:
             raise UserError(f"there is no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
         for path in files:
-            clips = found.setdefault(read_record(path).get("prompt", path.stem), {})
+            clips = found.setdefault(read_sidecar(path).get("prompt", path.stem), {})
             if clips.setdefault(system, path) != path:
                 again.append(f"{path}: {clips[system].name} has the same prompt")
     whole = {prompt: clips for prompt, clips in sorted(found.items()) if len(clips) == len(folders)}

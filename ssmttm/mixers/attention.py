@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.rotary import rotary
 
@@ -116,7 +116,7 @@ class Attention(HeadProjections):
             check_state(state.lengths.shape[0], x.shape[0])
         if mask is None:
             return self._attend(x, state, None)
-        compacted = Compacted(x, mask)
+        compacted = UnpaddedRows(x, mask)
         return compacted.restore(self._attend(compacted.x, state, compacted.lengths))
 
     @torch.no_grad()

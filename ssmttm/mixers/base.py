@@ -57,7 +57,7 @@ class Mixer(Protocol):
         """Forward FLOPs of a sequence of `n_tokens` positions (a multiply-add is two)."""
 
 
-class Compacted:
+class UnpaddedRows:
     """Sequences with their masked positions moved behind the real ones, where a causal mixer cannot see them."""
 
     def __init__(self, x: Tensor, mask: Tensor) -> None:
@@ -66,7 +66,7 @@ class Compacted:
         self.mask = mask
         self.order = torch.argsort(~mask, dim=1, stable=True)  # [B, T]
         self.lengths = mask.sum(1)  # [B]
-        self.x = take_positions(x.masked_fill(~mask[..., None], 0), self.order)
+        self.x = gather_positions(x.masked_fill(~mask[..., None], 0), self.order)
 
     def padding(self) -> Tensor:
         """[B, T], True behind the real positions of `x`."""
@@ -74,10 +74,10 @@ class Compacted:
 
     def restore(self, y: Tensor) -> Tensor:
         """Positions back in their places, 0 at the masked ones."""
-        return take_positions(y, self.order.argsort(1)).masked_fill(~self.mask[..., None], 0)
+        return gather_positions(y, self.order.argsort(1)).masked_fill(~self.mask[..., None], 0)
 
 
-def take_positions(x: Tensor, index: Tensor) -> Tensor:
+def gather_positions(x: Tensor, index: Tensor) -> Tensor:
     """Rows of a sequence: x [B, T, D], index [B, S] -> [B, S, D]."""
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, x.shape[-1])

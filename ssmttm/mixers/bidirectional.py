@@ -20,18 +20,18 @@ class Bidirectional(nn.Module):
     So a state-space mixer sees the whole sequence at a cost linear in its length (as in Vim, arXiv 2401.09417).
     """
 
-    def __init__(self, ahead: Mixer, back: Mixer) -> None:
+    def __init__(self, forward_mixer: Mixer, backward_mixer: Mixer) -> None:
         super().__init__()
-        self.ahead, self.back = ahead, back
+        self.forward_mixer, self.backward_mixer = forward_mixer, backward_mixer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]; positions where `mask` [B, T] is False change nothing and give 0."""
-        backwards = self.back(x.flip(1), mask=None if mask is None else mask.flip(1))
-        return self.ahead(x, mask=mask) + backwards.flip(1)
+        backwards = self.backward_mixer(x.flip(1), mask=None if mask is None else mask.flip(1))
+        return self.forward_mixer(x, mask=mask) + backwards.flip(1)
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of a sequence of `n_tokens` positions."""
-        return self.ahead.flops(n_tokens) + self.back.flops(n_tokens)
+        return self.forward_mixer.flops(n_tokens) + self.backward_mixer.flops(n_tokens)
 
 
 class FullAttention(HeadProjections):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
 from ssmttm.ops.conv import causal_conv, causal_conv_step
 from ssmttm.ops.linear import Linear, linear
 from ssmttm.ops.selective_scan import selective_scan, selective_scan_flops, selective_scan_step
@@ -76,7 +76,7 @@ class Mamba1(nn.Module):
             check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._scan(x, state, None)
-        compacted = Compacted(x, mask)
+        compacted = UnpaddedRows(x, mask)
         return compacted.restore(self._scan(compacted.x, state, compacted))
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class Mamba1(nn.Module):
         linear = sum(layer.weight.numel() for layer in layers)
         return 2 * linear * n_tokens + selective_scan_flops(n_tokens, self.d_inner, self.d_state)
 
-    def _scan(self, x: Tensor, state: Mamba1State | None, compacted: Compacted | None) -> Tensor:
+    def _scan(self, x: Tensor, state: Mamba1State | None, compacted: UnpaddedRows | None) -> Tensor:
         """x [B, T, D] with its masked positions, if any, behind the real ones."""
         x, z = self.in_proj(x).chunk(2, -1)  # [B, T, I]
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)

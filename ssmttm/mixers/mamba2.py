@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
 from ssmttm.ops.conv import causal_conv, causal_conv_step
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.ssd import ssd, ssd_flops, ssd_step
@@ -103,7 +103,7 @@ class Mamba2(nn.Module):
             check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._scan(x, state, None)
-        compacted = Compacted(x, mask)
+        compacted = UnpaddedRows(x, mask)
         return compacted.restore(self._scan(compacted.x, state, compacted))
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Mamba2(nn.Module):
         sizes = self.nheads, self.headdim, self.ngroups, self.d_state
         return 2 * linear * n_tokens + ssd_flops(n_tokens, *sizes, self.chunk_size)
 
-    def _scan(self, x: Tensor, state: Mamba2State | None, compacted: Compacted | None) -> Tensor:
+    def _scan(self, x: Tensor, state: Mamba2State | None, compacted: UnpaddedRows | None) -> Tensor:
         """x [B, T, D] with its masked positions, if any, behind the real ones."""
         z, xBC, dt = self._project(x)
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)

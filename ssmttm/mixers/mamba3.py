@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.mamba3 import mamba3, mamba3_flops, mamba3_step
 
@@ -118,7 +118,7 @@ class Mamba3(nn.Module):
             check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._scan(x, state, None)
-        compacted = Compacted(x, mask)
+        compacted = UnpaddedRows(x, mask)
         return compacted.restore(self._scan(compacted.x, state, compacted.lengths))
 
     @torch.no_grad()

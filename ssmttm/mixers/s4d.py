@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import Compacted, TensorState, check_sizes, check_state
+from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.s4d import discretise, s4d_final_state, s4d_flops, s4d_outputs, s4d_step
 
@@ -73,7 +73,7 @@ class S4D(nn.Module):
             check_state(state.ssm_state.shape[0], x.shape[0])
         if mask is None:
             return self._filter(x, state, None)
-        compacted = Compacted(x, mask)
+        compacted = UnpaddedRows(x, mask)
         return compacted.restore(self._filter(compacted.x, state, compacted.lengths))
 
     @torch.no_grad()

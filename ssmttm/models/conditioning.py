@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import take_positions
+from ssmttm.mixers.base import gather_positions
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 
@@ -71,14 +71,14 @@ def prefix(text: ProjectedText, audio: Tensor) -> Prefixed:
     """
     mask = torch.cat([text.mask, text.mask.new_ones(audio.shape[:2])], 1)  # [B, L+S]
     order = torch.argsort(~mask, dim=1, stable=True)
-    x = take_positions(torch.cat([text.tokens.to(audio.dtype), audio], 1), order)
+    x = gather_positions(torch.cat([text.tokens.to(audio.dtype), audio], 1), order)
     mask = mask.gather(1, order)
     x = x.masked_fill(~mask[..., None], 1.0)
     positions = text.mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
     return Prefixed(x, mask, positions)
 
 
-class NumberEmbedding(nn.Module):
+class SinusoidalEmbedding(nn.Module):
     """Sinusoids of a number, Linear, SiLU, Linear: [B] -> [B, E], E even."""
 
     def __init__(self, width: int) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmttm.errors import UserError
-from ssmttm.models.conditioning import NumberEmbedding
+from ssmttm.models.conditioning import SinusoidalEmbedding
 from ssmttm.ops.linear import Linear
 
 N_PITCH_CLASSES = 12
 
 
-class Hears(Protocol):
+class SupportsControls(Protocol):
     """A model's config, which says whether it was built for a melody, for a tempo."""
 
     chroma: bool
@@ -27,7 +27,7 @@ class Hears(Protocol):
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Controls:
     """One row an item.
 
     Attributes:
@@ -38,22 +38,22 @@ class Wishes:
     chroma: Tensor | None = None
     tempo: Tensor | None = None
 
-    def rows(self, rows: slice | Tensor) -> "Wishes":
+    def rows(self, rows: slice | Tensor) -> "Controls":
         """Those of some of the items."""
         return self._each(lambda part: part[rows])
 
-    def repeat(self, n: int) -> "Wishes":
+    def repeat(self, n: int) -> "Controls":
         """All items n times, one below the other."""
         return self._each(lambda part: part.repeat(n, *[1] * (part.ndim - 1)))
 
-    def to(self, device: torch.device | str) -> "Wishes":
+    def to(self, device: torch.device | str) -> "Controls":
         return self._each(lambda part: part.to(device))
 
-    def columns(self, columns: slice) -> "Wishes":
+    def columns(self, columns: slice) -> "Controls":
         """With the chroma of some of its frames."""
         return self if self.chroma is None else replace(self, chroma=self.chroma[..., columns])
 
-    def at(self, frames: Tensor) -> "Wishes":
+    def at(self, frames: Tensor) -> "Controls":
         """With the chroma of the frames of these numbers, int64 [S]; NaN before the melody's first, behind its last."""
         if self.chroma is None:
             return self
@@ -61,11 +61,11 @@ class Wishes:
         padded = F.pad(self.chroma, (0, 1), value=torch.nan)  # [B, 12, T + 1]
         return replace(self, chroma=padded[..., frames.where((frames >= 0) & (frames < length), length)])
 
-    def heard_by(self, config: Hears) -> "Wishes":
+    def supported_by(self, config: SupportsControls) -> "Controls":
         """Those that a model of this config was built for."""
-        return Wishes(self.chroma if config.chroma else None, self.tempo if config.tempo else None)
+        return Controls(self.chroma if config.chroma else None, self.tempo if config.tempo else None)
 
-    def check(self, config: Hears, name: str, batch: int, length: int) -> None:
+    def check(self, config: SupportsControls, name: str, batch: int, length: int) -> None:
         """Check that a model can be told them.
 
         Args:
@@ -84,8 +84,8 @@ class Wishes:
             if given is not None and tuple(given.shape) != shape:
                 raise UserError(f"the {part} is {list(given.shape)}, the {name} takes {list(shape)}")
 
-    def _each(self, of: Callable[[Tensor], Tensor]) -> "Wishes":
-        return Wishes(*(None if part is None else of(part) for part in (self.chroma, self.tempo)))
+    def _each(self, of: Callable[[Tensor], Tensor]) -> "Controls":
+        return Controls(*(None if part is None else of(part) for part in (self.chroma, self.tempo)))
 
 
 class ChromaEmbedding(nn.Module):
@@ -113,7 +113,7 @@ class TempoEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.number = NumberEmbedding(width)
+        self.number = SinusoidalEmbedding(width)
         self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, bpm: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from ssmttm.models.conditioning import ProjectedText
 from ssmttm.models.cross_attention import CrossAttention
 
 
-class TimedBranch(nn.Module):
+class AdaLNSublayer(nn.Module):
     """x + gate * inner(norm(x) * (1 + scale) + shift), the three made of the time vector (adaLN-Zero).
 
     They start at 0, so that a new branch adds nothing.
@@ -25,14 +25,14 @@ class TimedBranch(nn.Module):
     def __init__(self, d_model: int, time_dim: int, inner: nn.Module) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(d_model, eps=1e-5, elementwise_affine=False)
-        self.modulation = nn.Linear(time_dim, 3 * d_model)
+        self.adaln = nn.Linear(time_dim, 3 * d_model)
         self.inner = inner
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        nn.init.zeros_(self.adaln.weight)
+        nn.init.zeros_(self.adaln.bias)
 
     def forward(self, x: Tensor, vector: Tensor, *more: Any) -> Tensor:
         """x [B, T, D], vector [B, E] -> [B, T, D]; `more` is handed to `inner`."""
-        shift, scale, gate = self.modulation(F.silu(vector))[:, None].chunk(3, -1)  # [B, 1, D]
+        shift, scale, gate = self.adaln(F.silu(vector))[:, None].chunk(3, -1)  # [B, 1, D]
         return x + gate * self.inner(self.norm(x) * (1 + scale) + shift, *more)
 
 
@@ -41,9 +41,9 @@ class DenoiserBlock(nn.Module):
 
     def __init__(self, d_model: int, time_dim: int, mixer: nn.Module, n_heads: int, mlp_ratio: float, dropout: float):
         super().__init__()
-        self.mixer = TimedBranch(d_model, time_dim, mixer)
-        self.cross = TimedBranch(d_model, time_dim, CrossAttention(d_model, n_heads, dropout))
-        self.mlp = TimedBranch(d_model, time_dim, MLP(d_model, mlp_ratio, dropout))
+        self.mixer = AdaLNSublayer(d_model, time_dim, mixer)
+        self.cross = AdaLNSublayer(d_model, time_dim, CrossAttention(d_model, n_heads, dropout))
+        self.mlp = AdaLNSublayer(d_model, time_dim, MLP(d_model, mlp_ratio, dropout))
 
     def forward(self, x: Tensor, vector: Tensor, text: ProjectedText, mask: Tensor | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -53,8 +53,8 @@ class DenoiserBlock(nn.Module):
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         mixers = self.mixer.inner.flops(n_frames) + self.cross.inner.flops(n_frames, n_text_tokens)
-        modulation = sum(2 * part.modulation.weight.numel() for part in (self.mixer, self.cross, self.mlp))
-        return mixers + self.mlp.inner.flops(n_frames) + modulation
+        adaln = sum(2 * part.adaln.weight.numel() for part in (self.mixer, self.cross, self.mlp))
+        return mixers + self.mlp.inner.flops(n_frames) + adaln
 
 
 class DenoiserStack(nn.Module):

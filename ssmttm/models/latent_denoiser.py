@@ -1,10 +1,10 @@
 """LatentDenoiser: the second stage. Given the latents of the first codebooks, it finds those of all others.
 
 The latents of a codec are its codebook vectors, one group of channels a codebook (`Codec.to_latents`), normalised by a
-mean and a spread of each codebook. The first `sketch_codebooks` groups are known, the sketch that a TokenLM writes; the
+mean and a spread of each codebook. The first `n_coarse_codebooks` groups are known, the sketch that a TokenLM writes; the
 network takes noise off the others, as DiscoDiff's second network does (IEEE 10888056). What "noise" and "prediction"
 mean is the business of `ssmttm.diffusion`.
-Shapes: B batch, K codebooks, c channels a codebook, S = sketch_codebooks * c, C = (K - sketch_codebooks) * c, T frames,
+Shapes: B batch, K codebooks, c channels a codebook, S = n_coarse_codebooks * c, C = (K - n_coarse_codebooks) * c, T frames,
 L text tokens, D model width, E width of the time vector.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import check_sizes
-from ssmttm.models.conditioning import NumberEmbedding, TextProjection
-from ssmttm.models.controls import ChromaEmbedding, TempoEmbedding, Wishes
+from ssmttm.models.conditioning import SinusoidalEmbedding, TextProjection
+from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.models.denoiser_stack import DenoiserStack
 from ssmttm.models.unet import UNet
 from ssmttm.text.condition import TextCondition
@@ -29,7 +29,7 @@ _PERIODS = 1_000.0  # what times and noise levels in [0, 1] are multiplied with 
 class LatentDenoiserConfig:
     """What a LatentDenoiser is built from; the keys of a config's `model` section.
 
-    n_codebooks, codebook_dim: of the codec. sketch_codebooks: how many of them are given. network: "stack" (blocks of
+    n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many of them are given. network: "stack" (blocks of
     two-way mixers) or "unet". layers: of a stack, a mixer's name or a list that is repeated over the depth. n_heads: of
     attention and cross-attention. time_dim: width of the vector that tells time, noise of the sketch, mean of the text
     and tempo. unet_mults: width of each level of a U-Net, each at half the frame rate of the one before, as a multiple
@@ -38,7 +38,7 @@ class LatentDenoiserConfig:
 
     n_codebooks: int = 8
     codebook_dim: int = 8
-    sketch_codebooks: int = 1
+    n_coarse_codebooks: int = 1
     d_model: int = 192
     network: str = "stack"
     n_layers: int = 6
@@ -62,9 +62,9 @@ class LatentDenoiserConfig:
 
     def __post_init__(self) -> None:
         check_sizes(n_codebooks=self.n_codebooks, codebook_dim=self.codebook_dim, n_layers=self.n_layers)
-        if not 1 <= self.sketch_codebooks < self.n_codebooks:
+        if not 1 <= self.n_coarse_codebooks < self.n_codebooks:
             raise UserError(
-                f"model.sketch_codebooks={self.sketch_codebooks} of {self.n_codebooks} codebooks: give at least 1, and "
+                f"model.n_coarse_codebooks={self.n_coarse_codebooks} of {self.n_codebooks} codebooks: give at least 1, and "
                 "leave at least 1 to the denoiser"
             )
         if self.network not in ("stack", "unet"):
@@ -76,14 +76,14 @@ class LatentDenoiserConfig:
             raise UserError(f"model.time_dim={self.time_dim} is odd: choose an even one")
 
     @property
-    def sketch_channels(self) -> int:
+    def coarse_channels(self) -> int:
         """S."""
-        return self.sketch_codebooks * self.codebook_dim
+        return self.n_coarse_codebooks * self.codebook_dim
 
     @property
     def noisy_channels(self) -> int:
         """C."""
-        return (self.n_codebooks - self.sketch_codebooks) * self.codebook_dim
+        return (self.n_codebooks - self.n_coarse_codebooks) * self.codebook_dim
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,26 @@ class Conditions:
     Attributes:
         sketch: [B, S, T], normalised latents of the first codebooks.
         text: B captions; the null condition is the embedding of the empty one.
-        has_sketch: [B] bool, False where the sketch is withheld; None: it is there.
-        sketch_noise: [B], the spread of the noise that was added to the sketch; None: none.
+        has_coarse: [B] bool, False where the sketch is withheld; None: it is there.
+        coarse_noise_aug: [B], the spread of the noise that was added to the sketch; None: none.
         wishes: a melody by the T frames and a tempo, where it was built for them.
         mask: [B, T] bool, True where a frame is real; None: all are.
     """
 
-    sketch: Tensor
+    coarse_codes: Tensor
     text: TextCondition
-    has_sketch: Tensor | None = None
-    sketch_noise: Tensor | None = None
-    wishes: Wishes = field(default_factory=Wishes)
+    has_coarse: Tensor | None = None
+    coarse_noise_aug: Tensor | None = None
+    controls: Controls = field(default_factory=Controls)
     mask: Tensor | None = None
 
     def with_text(self, text: TextCondition) -> "Conditions":
         """The same under other captions."""
         return replace(self, text=text)
 
-    def without_sketch(self) -> "Conditions":
+    def without_coarse(self) -> "Conditions":
         """The same with every sketch withheld."""
-        return replace(self, has_sketch=torch.zeros(len(self.sketch), dtype=torch.bool, device=self.sketch.device))
+        return replace(self, has_coarse=torch.zeros(len(self.coarse_codes), dtype=torch.bool, device=self.coarse_codes.device))
 
 
 class LatentDenoiser(nn.Module):
@@ -126,11 +126,11 @@ class LatentDenoiser(nn.Module):
         self.config = c = config
         self.register_buffer("latent_mean", torch.full((c.n_codebooks,), torch.nan))
         self.register_buffer("latent_std", torch.full((c.n_codebooks,), torch.nan))
-        self.input = nn.Linear(c.noisy_channels + c.sketch_channels, c.d_model)
-        self.null_sketch = nn.Parameter(torch.zeros(c.sketch_channels))
+        self.input = nn.Linear(c.noisy_channels + c.coarse_channels, c.d_model)
+        self.null_coarse = nn.Parameter(torch.zeros(c.coarse_channels))
         self.text = TextProjection(c.text_dim, c.d_model, c.text_norm)
-        self.time = NumberEmbedding(c.time_dim)
-        self.sketch_noise = NumberEmbedding(c.time_dim)
+        self.time = SinusoidalEmbedding(c.time_dim)
+        self.coarse_noise_aug = SinusoidalEmbedding(c.time_dim)
         self.text_vector = nn.Linear(c.d_model, c.time_dim)
         self.chroma = ChromaEmbedding(c.d_model) if c.chroma else None
         self.tempo = TempoEmbedding(c.time_dim) if c.tempo else None
@@ -157,13 +157,13 @@ class LatentDenoiser(nn.Module):
         mask = conditions.mask
         if mask is not None and bool(mask.all()):
             mask = None
-        sketch = conditions.sketch.transpose(1, 2)  # [B, T, S]
-        if conditions.has_sketch is not None:
-            sketch = torch.where(conditions.has_sketch[:, None, None], sketch, self.null_sketch)
-        x = self.input(torch.cat([noisy.transpose(1, 2), sketch], -1))  # [B, T, D]
+        coarse_codes = conditions.coarse_codes.transpose(1, 2)  # [B, T, S]
+        if conditions.has_coarse is not None:
+            coarse_codes = torch.where(conditions.has_coarse[:, None, None], coarse_codes, self.null_coarse)
+        x = self.input(torch.cat([noisy.transpose(1, 2), coarse_codes], -1))  # [B, T, D]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream, under autocast too
         if self.chroma is not None:
-            x = x + self.chroma(conditions.wishes.chroma)
+            x = x + self.chroma(conditions.controls.chroma)
         text = self.text(conditions.text)
         x = self.network(x, self._vector(time, text.mean(), conditions), text, mask)
         return self.output(self.norm(x)).transpose(1, 2)
@@ -201,9 +201,9 @@ class LatentDenoiser(nn.Module):
 
     def _vector(self, time: Tensor, text_mean: Tensor, conditions: Conditions) -> Tensor:
         """What holds for all frames alike, [B, E]."""
-        noise = torch.zeros_like(time) if conditions.sketch_noise is None else conditions.sketch_noise
-        vector = self.time(time * _PERIODS) + self.sketch_noise(noise * _PERIODS) + self.text_vector(text_mean)
-        return vector if self.tempo is None else vector + self.tempo(conditions.wishes.tempo)
+        noise = torch.zeros_like(time) if conditions.coarse_noise_aug is None else conditions.coarse_noise_aug
+        vector = self.time(time * _PERIODS) + self.coarse_noise_aug(noise * _PERIODS) + self.text_vector(text_mean)
+        return vector if self.tempo is None else vector + self.tempo(conditions.controls.tempo)
 
     def _statistics(self, latents: Tensor, first: int) -> tuple[Tensor, Tensor]:
         count = latents.shape[1] // self.config.codebook_dim
@@ -215,8 +215,8 @@ class LatentDenoiser(nn.Module):
 
     def _check(self, noisy: Tensor, conditions: Conditions) -> None:
         c, batch, length = self.config, len(noisy), noisy.shape[-1]
-        wanted = {"noisy": (batch, c.noisy_channels, length), "sketch": (batch, c.sketch_channels, length)}
-        for name, given in (("noisy", noisy), ("sketch", conditions.sketch)):
+        wanted = {"noisy": (batch, c.noisy_channels, length), "coarse_codes": (batch, c.coarse_channels, length)}
+        for name, given in (("noisy", noisy), ("coarse_codes", conditions.coarse_codes)):
             if tuple(given.shape) != wanted[name] or given.shape[-1] < 1:
                 raise UserError(f"the {name} latents are {list(given.shape)}, the denoiser takes {list(wanted[name])}")
         if len(conditions.text.mask) != batch:
@@ -224,4 +224,4 @@ class LatentDenoiser(nn.Module):
         mask = conditions.mask
         if mask is not None and tuple(mask.shape) != (batch, length):
             raise UserError(f"the mask is {list(mask.shape)}, the denoiser takes {[batch, length]}")
-        conditions.wishes.check(c, "denoiser", batch, length)
+        conditions.controls.check(c, "denoiser", batch, length)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers import build_mixer
-from ssmttm.mixers.base import check_sizes, check_state, take_positions
-from ssmttm.models.blocks import MLP, BranchState, BranchStyle, build_block, build_norm
+from ssmttm.mixers.base import check_sizes, check_state, gather_positions
+from ssmttm.models.blocks import MLP, SublayerConfig, SublayerState, build_block, build_norm
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
-from ssmttm.models.controls import ChromaEmbedding, TempoEmbedding, Wishes
+from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
@@ -99,7 +99,7 @@ class LMState:
     """What a TokenLM carries from one position to the next: its blocks' states, the audio positions seen, and for joint
     positions the text tokens in front of them, [B]."""
 
-    blocks: list[list[BranchState]]
+    blocks: list[list[SublayerState]]
     batch_size: int
     position: int = 0
     n_text: Tensor | None = None
@@ -142,42 +142,42 @@ class TokenLM(nn.Module):
         self,
         codes: Tensor,
         text: TextCondition | None,
-        streams_behind: Sequence[int] = (),
-        wishes: Wishes | None = None,
+        return_hidden_states_of: Sequence[int] = (),
+        controls: Controls | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits of every next position.
 
         Args:
             codes: [B, K, S] int64, values up to and with `special_token_id`.
             text: B captions; None means no text at all.
-            streams_behind: also return the residual stream behind each of these blocks, counted from 1.
+            return_hidden_states_of: also return the residual stream behind each of these blocks, counted from 1.
             wishes: chroma [B, 12, S], a column a position, and tempo; None: no wishes at all.
 
         Returns:
             logits [B, K, S, V'], where [..., s, :] is computed from codes and chroma [..., : s + 1] and predicts what
-            codes[..., s + 1] is to be. A view: `logits.transpose(1, 2)` is contiguous. With `streams_behind`, these and
+            codes[..., s + 1] is to be. A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of`, these and
             the streams, [B, S, D] each.
 
         Raises:
             UserError: the number of codebooks, the batch sizes, the text width or the wishes do not fit.
         """
-        *streams, hidden = self._hidden(codes, text, None, wishes, streams_behind)  # [B, S, D] each
+        *hidden_states, hidden = self._hidden(codes, text, None, controls, return_hidden_states_of)  # [B, S, D] each
         logits = self._logits(hidden).transpose(1, 2)
-        return (logits, streams) if streams_behind else logits
+        return (logits, hidden_states) if return_hidden_states_of else logits
 
     @torch.no_grad()
     def prefill(
-        self, codes: Tensor, text: TextCondition | None, state: LMState, wishes: Wishes | None = None
+        self, codes: Tensor, text: TextCondition | None, state: LMState, controls: Controls | None = None
     ) -> Tensor:
         """Take in the text, then codes [B, K, S], S >= 1, under wishes with chroma [B, 12, S]; `state` moves on.
 
         Returns:
             the last logits, [B, K, V'].
         """
-        return self._logits(self._hidden(codes, text, state, wishes)[-1][:, -1])
+        return self._logits(self._hidden(codes, text, state, controls)[-1][:, -1])
 
     @torch.no_grad()
-    def step(self, codes: Tensor, state: LMState, wishes: Wishes | None = None) -> Tensor:
+    def step(self, codes: Tensor, state: LMState, controls: Controls | None = None) -> Tensor:
         """Take in one position, codes [B, K], under wishes with chroma [B, 12, 1]; `state` moves on in place.
 
         Returns:
@@ -185,8 +185,8 @@ class TokenLM(nn.Module):
         """
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
-        x = self._told(x[:, None], wishes)[:, 0]
-        x = self._placed(x, torch.tensor([state.position], device=x.device), state.n_text)
+        x = self._add_controls(x[:, None], controls)[:, 0]
+        x = self._add_positions(x, torch.tensor([state.position], device=x.device), state.n_text)
         for block, states in zip(self.blocks, state.blocks, strict=True):
             x = block.step(x, states)
         state.position += 1
@@ -216,56 +216,56 @@ class TokenLM(nn.Module):
         codes: Tensor,
         text: TextCondition | None,
         state: LMState | None,
-        wishes: Wishes | None,
-        streams_behind: Sequence[int] = (),
+        controls: Controls | None,
+        return_hidden_states_of: Sequence[int] = (),
     ) -> list[Tensor]:
         """The streams behind some blocks, as asked for, then that behind the last, at the audio: [B, S, D] each."""
         self._check(codes, text, state)
         batch, n_codebooks, length = codes.shape
         rows = (codes + self.offsets[:, None]).transpose(1, 2).reshape(-1, n_codebooks)  # [B*S, K]
         x = F.embedding_bag(rows, self.embedding.weight, mode="sum").view(batch, length, -1)  # [B, S, D]
-        x = self._told(x, wishes)
+        x = self._add_controls(x, controls)
         start = 0 if state is None else state.position
         projected = None if text is None else self.text(text)
         n_text = None if state is None else state.n_text
         if projected is not None and self.config.positions == "joint":
             n_text = (n_text if n_text is not None else 0) + projected.mask.sum(1, keepdim=True)  # [B, 1]
-        x = self._placed(x, torch.arange(start, start + length, device=x.device), n_text)
+        x = self._add_positions(x, torch.arange(start, start + length, device=x.device), n_text)
         mask = audio = None
         if projected is not None and self.config.conditioning == "prefix":
-            x, mask, audio = prefix(self._placed_prefix(projected, start), x)
+            x, mask, audio = prefix(self._embed_prefix(projected, start), x)
             projected = None
             if state is None or bool(mask.all()):
                 mask = None  # padding stands behind the audio: only a final state could tell it
         behind = {}
         for index, block in enumerate(self.blocks):
             x = block(x, projected, None if state is None else state.blocks[index], mask)
-            if index + 1 in streams_behind:
+            if index + 1 in return_hidden_states_of:
                 behind[index + 1] = x
         if state is not None:
             state.position += length
             state.n_text = n_text
-        streams = [*(behind[number] for number in streams_behind), x]
-        return streams if audio is None else [take_positions(stream, audio) for stream in streams]
+        hidden_states = [*(behind[number] for number in return_hidden_states_of), x]
+        return hidden_states if audio is None else [gather_positions(stream, audio) for stream in hidden_states]
 
-    def _told(self, x: Tensor, wishes: Wishes | None) -> Tensor:
+    def _add_controls(self, x: Tensor, controls: Controls | None) -> Tensor:
         """Add what is wished to x [B, S, D], positions of the audio."""
-        wishes = wishes or Wishes()
-        wishes.check(self.config, "language model", *x.shape[:2])
+        controls = controls or Controls()
+        controls.check(self.config, "language model", *x.shape[:2])
         if self.chroma is not None:
-            x = x + self.chroma(wishes.chroma)
+            x = x + self.chroma(controls.chroma)
         if self.tempo is not None:
-            x = x + self.tempo(wishes.tempo)[:, None]
+            x = x + self.tempo(controls.tempo)[:, None]
         return x
 
-    def _placed(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
+    def _add_positions(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
         """Add what the positions [S] of the audio say to x [B, S, D] or, at a step, [B, D]."""
         if self.config.positions not in ("sinusoidal", "joint"):
             return x
         where = sinusoids(positions if n_text is None else positions + n_text, x.shape[-1]).to(x.dtype)
         return x + where.view(-1, *x.shape[1:])
 
-    def _placed_prefix(self, text: ProjectedText, start: int) -> ProjectedText:
+    def _embed_prefix(self, text: ProjectedText, start: int) -> ProjectedText:
         """The same for a prefix: its tokens count down to the audio's start, or up from 0 with joint positions."""
         if self.config.positions not in ("sinusoidal", "joint"):
             return text
@@ -288,7 +288,7 @@ class TokenLM(nn.Module):
         if c.conditioning == "cross_attention":
             cross = CrossAttention(c.d_model, c.n_heads, c.dropout, c.attention_bias)
         mlp = MLP(c.d_model, c.mlp_ratio, c.dropout, c.mlp_bias)
-        style = BranchStyle(c.dropout, c.norm, c.layer_scale, c.conditioning == "adaln")
+        style = SublayerConfig(c.dropout, c.norm, c.layer_scale, c.conditioning == "adaln")
         return build_block(c.block, c.d_model, mixers, cross, mlp, style)
 
     def _init_weights(self, std: float) -> None:
@@ -301,9 +301,9 @@ class TokenLM(nn.Module):
             nn.init.normal_(self.tempo.number.layers[2].weight, std=std)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith(("out_proj.weight", "inner.3.weight")):
+                if name.endswith(("out_proj.weight", "fc2.weight")):
                     parameter.div_(math.sqrt(2 * self.config.n_layers))
-                elif name.endswith(("inner.0.bias", "inner.3.bias", "linear.bias", "layers.0.bias", "layers.2.bias")):
+                elif name.endswith(("fc1.bias", "fc2.bias", "linear.bias", "layers.0.bias", "layers.2.bias")):
                     parameter.zero_()
 
     def _check(self, codes: Tensor, text: TextCondition | None, state: LMState | None) -> None:

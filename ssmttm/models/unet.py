@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm_in, self.norm_out = nn.RMSNorm(width_in, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
         self.conv_in, self.conv_out = Convolution(width_in, width), Convolution(width, width)
-        self.modulation = nn.Linear(time_dim, 2 * width)
+        self.adaln = nn.Linear(time_dim, 2 * width)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if width_in == width else nn.Linear(width_in, width)
         nn.init.zeros_(self.conv_out.weight)
@@ -34,14 +34,14 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, T, W'] -> [B, T, W]."""
         h = self.conv_in(F.silu(self.norm_in(x)), mask).to(x.dtype)
-        scale, shift = self.modulation(F.silu(vector))[:, None].chunk(2, -1)  # [B, 1, W]
+        scale, shift = self.adaln(F.silu(vector))[:, None].chunk(2, -1)  # [B, 1, W]
         h = F.silu(self.norm_out(h) * (1 + scale) + shift)
         return self.skip(x).to(x.dtype) + self.conv_out(self.dropout(h), mask)
 
     def flops(self, n_frames: int) -> int:
         linear = 0 if isinstance(self.skip, nn.Identity) else self.skip.weight.numel()
         by_frame = self.conv_in.weight.numel() + self.conv_out.weight.numel() + linear
-        return 2 * (n_frames * by_frame + self.modulation.weight.numel())
+        return 2 * (n_frames * by_frame + self.adaln.weight.numel())
 
 
 class Convolution(nn.Conv1d):
@@ -77,7 +77,7 @@ class LinearAttention(nn.Module):
         return 2 * n_frames * (4 * width * width + 2 * width * width // self.n_heads)
 
 
-class TextLook(nn.Module):
+class TextCrossAttention(nn.Module):
     """Norm and cross-attention from a level's frames to the text, whose tokens are brought to the level's width."""
 
     def __init__(self, d_model: int, width: int, n_heads: int, dropout: float) -> None:
@@ -105,7 +105,7 @@ class Level(nn.Module):
         widths = [width_in, *[width] * (n_blocks - 1)]
         self.blocks = nn.ModuleList(ResidualBlock(w, width, time_dim, dropout) for w in widths)
         self.attention = LinearAttention(width, n_heads)
-        self.text = TextLook(d_model, width, n_heads, dropout)
+        self.text = TextCrossAttention(d_model, width, n_heads, dropout)
 
     def forward(self, x: Tensor, vector: Tensor, text: ProjectedText, mask: Tensor | None) -> Tensor:
         """x [B, T, W'] -> [B, T, W]."""

@@ -68,7 +68,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Player:
+class TrainedModule:
     """Audio [S] or [1, S] with its spectrogram; `format` is mp3 or flac. `facts` stand beneath."""
 
     wav: Tensor

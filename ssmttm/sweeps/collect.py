@@ -32,7 +32,7 @@ class Run:
     parameters: int | None
     spent: dict[str, np.ndarray]
     loss: np.ndarray
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
     def at(self, kind: str, amount: float) -> float:
         """The metric when so much of one of SPENT was spent, between two validations by a straight line.
@@ -98,5 +98,5 @@ def _run(folder: Path, job: Job, metric: str) -> Run:
     kept = checkpoint.checkpoints(folder / "run")
     parameters = checkpoint.read_state(kept[-1])["parameters"] if kept else None
     report = folder / "evaluation" / "figures.json"
-    figures = {f["name"]: f["value"] for f in json.loads(report.read_text())["figures"]} if report.is_file() else {}
-    return Run(job, status, parameters, spent, np.array([row[metric] for row in valid]), figures)
+    metrics = {f["name"]: f["value"] for f in json.loads(report.read_text())["metrics"]} if report.is_file() else {}
+    return Run(job, status, parameters, spent, np.array([row[metric] for row in valid]), metrics)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from ssmttm.errors import UserError
 from ssmttm.evaluation.metrics.metric import markdown
-from ssmttm.files import write_text, written_aside
+from ssmttm.files import atomic_write, write_text
 from ssmttm.reports.html import Picture, Section, Table, Text, write_page
 from ssmttm.sweeps import plots
 from ssmttm.sweeps.collect import SPENT, Group, Run, collect, group
@@ -54,7 +54,7 @@ def write_report(path: Path) -> list[Path]:
     for name, text in texts.items():
         write_text(out / name, text)
     for name, picture in pictures.items():
-        with written_aside(out / name) as aside:
+        with atomic_write(out / name) as aside:
             aside.write_bytes(picture)
     sections = [Section(name, [Picture(picture, name)]) for name, picture in pictures.items()]
     sections += [Section(name, [Table(rows[0], rows[1:])]) for name, rows in tables.items()]
@@ -97,12 +97,12 @@ def paired_table(groups: Sequence[Group]) -> Rows:
 
 def figures_table(groups: Sequence[Group]) -> Rows:
     """What `ssmttm evaluate` measured, mean over seeds."""
-    names = sorted({name for member in groups for run in member.runs for name in run.figures})
+    names = sorted({name for member in groups for run in member.runs for name in run.metrics})
     if not names:
         return []
     rows = [["", *names]]
     for member in groups:
-        values = [[run.figures[name] for run in member.runs if name in run.figures] for name in names]
+        values = [[run.metrics[name] for run in member.runs if name in run.metrics] for name in names]
         rows.append([member.name, *(interval(np.array(found)) if found else "" for found in values)])
     return rows
 
@@ -110,13 +110,13 @@ def figures_table(groups: Sequence[Group]) -> Rows:
 def runs_table(runs: Sequence[Run]) -> Rows:
     """One row a job."""
     labels = list(dict.fromkeys(label for run in runs for label in run.job.labels))
-    figures = sorted({name for run in runs for name in run.figures})
-    rows = [["job", *labels, "status", "parameters", *SPENT, "metric", *figures]]
+    metrics = sorted({name for run in runs for name in run.metrics})
+    rows = [["job", *labels, "status", "parameters", *SPENT, "metric", *metrics]]
     for run in runs:
         last = [repr(float(run.spent[kind][-1])) if len(run.loss) else "" for kind in SPENT]
         value = repr(float(run.loss[-1])) if len(run.loss) else ""
         where = [run.job.labels.get(label, "") for label in labels]
-        found = [repr(run.figures[name]) if name in run.figures else "" for name in figures]
+        found = [repr(run.metrics[name]) if name in run.metrics else "" for name in metrics]
         rows.append([run.job.name, *where, run.status, str(run.parameters or ""), *last, value, *found])
     return rows
 

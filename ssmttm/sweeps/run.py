@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
-from ssmttm.files import claimed
+from ssmttm.files import directory_lock
 from ssmttm.launch.sweep_launchers import run_local, run_ray, run_slurm
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import expand
@@ -27,7 +27,7 @@ def run_sweep(settings: DictConfig) -> SweepFolder:
     settings = OmegaConf.merge(settings, {"store": str(Path(settings.store).resolve())})
     jobs = [] if settings.sweep.search else expand(settings.sweep)
     folder, evaluate = SweepFolder(Path(settings.out).resolve()), settings.sweep.evaluate
-    with claimed(folder.path, "sweep"):
+    with directory_lock(folder.path, "sweep"):
         folder.require_store(settings.store)
         folder.enter(jobs)
         folder.write_config(settings)

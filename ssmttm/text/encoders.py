@@ -71,7 +71,7 @@ class TextEncoder:
         return TextCondition.stack(rows)
 
     @torch.no_grad()
-    def encode_visibly_padded(self, captions: Sequence[str], n_tokens: int, token_id: int) -> TextCondition:
+    def encode_unmasked(self, captions: Sequence[str], n_tokens: int, token_id: int) -> TextCondition:
         """Token states of captions padded together, and on to `n_tokens` with `token_id`, padding standing as text.
 
         The encoder itself does not look at the padding, but has states there, and the mask is True everywhere: a model

@@ -19,7 +19,7 @@ from ssmttm.licences import strictest
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import config_hash
-from ssmttm.training.step import Player
+from ssmttm.training.step import TrainedModule
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Progress:
 
 def save(
     config: DictConfig,
-    players: dict[str, Player],
+    trained_modules: dict[str, TrainedModule],
     ema: EMA | None,
     progress: Progress,
     facts: dict[str, Any],
@@ -47,14 +47,14 @@ def save(
     if accelerator.is_main_process:
         run_dir = Path(config.run_dir)
         optimizer, groups = flatten_optimizers(
-            {name: player.optimizer.state_dict() for name, player in players.items()}
+            {name: module_name.optimizer.state_dict() for name, module_name in trained_modules.items()}
         )
-        tensors = {name: player.module.state_dict() for name, player in players.items()} | {"optimizer": optimizer}
+        tensors = {name: module_name.module.state_dict() for name, module_name in trained_modules.items()} | {"optimizer": optimizer}
         if ema is not None:
             tensors["ema"] = ema.state_dict()
         state = {
             **asdict(progress),
-            "parameters": sum(parameter.numel() for parameter in players["model"].module.parameters()),
+            "parameters": sum(parameter.numel() for parameter in trained_modules["model"].module.parameters()),
             "world_size": accelerator.num_processes,
             "config_hash": config_hash(config),
             "data": facts,
@@ -71,7 +71,7 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: dict[str, Any], rank: int) -> Progress:
+def restore(folder: Path, trained_modules: dict[str, TrainedModule], ema: EMA | None, facts: dict[str, Any], rank: int) -> Progress:
     """Bring everything back to where `save` left it.
 
     Raises:
@@ -87,9 +87,9 @@ def restore(folder: Path, players: dict[str, Player], ema: EMA | None, facts: di
     optimizers = unflatten_optimizers(
         checkpoint.read_tensors(folder, "optimizer"), checkpoint.read_document(folder, "optimizer")
     )
-    for name, player in players.items():
-        player.module.load_state_dict(checkpoint.load_weights(folder, ema=False, player=name))
-        player.optimizer.load_state_dict(optimizers[name])
+    for name, module_name in trained_modules.items():
+        module_name.module.load_state_dict(checkpoint.load_weights(folder, ema=False, module_name=name))
+        module_name.optimizer.load_state_dict(optimizers[name])
     if ema is not None:
         ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
     states = checkpoint.read_document(folder, "rng")
@@ -145,23 +145,23 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
     """
     tensors: dict[str, Tensor] = {}
     groups: dict[str, Any] = {}
-    for player, state in optimizers.items():
-        groups[player] = state["param_groups"]
+    for module_name, state in optimizers.items():
+        groups[module_name] = state["param_groups"]
         for index, name in _parameter_names(state["param_groups"]).items():
             for quantity, value in state["state"].get(index, {}).items():
-                tensors[f"{player}/{name}/{quantity}"] = value
+                tensors[f"{module_name}/{name}/{quantity}"] = value
     return tensors, groups
 
 
 def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse of `flatten_optimizers`; copies, so that no optimiser works on a mapped file."""
-    states: dict[str, dict[str, Any]] = {player: {"state": {}, "param_groups": own} for player, own in groups.items()}
+    states: dict[str, dict[str, Any]] = {module_name: {"state": {}, "param_groups": own} for module_name, own in groups.items()}
     index_of = {
-        (player, name): index for player, own in groups.items() for index, name in _parameter_names(own).items()
+        (module_name, name): index for module_name, own in groups.items() for index, name in _parameter_names(own).items()
     }
     for key, value in tensors.items():
-        player, name, quantity = key.split("/")
-        states[player]["state"].setdefault(index_of[player, name], {})[quantity] = value.clone()
+        module_name, name, quantity = key.split("/")
+        states[module_name]["state"].setdefault(index_of[module_name, name], {})[quantity] = value.clone()
     return states
 
 

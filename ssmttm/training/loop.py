@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
 from ssmttm.errors import Preempted, UserError
-from ssmttm.files import claimed
+from ssmttm.files import directory_lock
 from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
 from ssmttm.training.accelerator import build_accelerator
@@ -24,14 +24,14 @@ from ssmttm.training.checkpointer import Progress, restore, save, start_from
 from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Speed, peak_flops
 from ssmttm.training.optim import learning_rate, set_learning_rate
-from ssmttm.training.run import check_settings, horizon, progress_line, resume_folder, validation_line
+from ssmttm.training.run import check_settings, progress_line, resume_folder, run_summary, validation_line
 from ssmttm.training.step import (
-    Player,
+    TrainedModule,
     add,
-    agree,
+    all_reduce_metrics,
     check_finite,
     clip_gradients,
-    global_counts,
+    global_denominators,
     gradients,
     micro_batches,
     objective,
@@ -53,7 +53,7 @@ def train(config: DictConfig) -> Path:
     """
     check_settings(config)
     accelerator = build_accelerator(config.train.precision)
-    with claimed(Path(config.run_dir), "training") if accelerator.is_main_process else contextlib.nullcontext():
+    with directory_lock(Path(config.run_dir), "training") if accelerator.is_main_process else contextlib.nullcontext():
         return _train(config, accelerator)
 
 
@@ -67,15 +67,15 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     task = build_task(config)
     codec = None if config.task == "codec" else task.facts()["codec"]
     init = start_from(config.init, task.modules["model"], codec) if config.init and not resumed else {}
-    players = {name: Player(module, config.optim, accelerator) for name, module in task.modules.items()}
-    ema = EMA(players["model"].module, config.train.ema_decay) if config.train.ema_decay else None
+    trained_modules = {name: TrainedModule(module, config.optim, accelerator) for name, module in task.modules.items()}
+    ema = EMA(trained_modules["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 
     # --- fresh start or resume -----------------------------------------------------------------------------------
     rng.seed_all(config.seed, rank)  # from here each rank draws its own dropout
-    progress = restore(resumed, players, ema, task.facts(), rank) if resumed else Progress(init=init)
+    progress = restore(resumed, trained_modules, ema, task.facts(), rank) if resumed else Progress(init=init)
     facts = task.facts()  # now that the weights are in: a denoiser's hold the statistics of its latents
-    for player in players.values():
-        player.wrap()
+    for module_name in trained_modules.values():
+        module_name.wrap()
     for module in task.frozen:
         accelerator.prepare_model(module, evaluation_mode=True)  # changes the module itself
     last_saved = progress.step if resumed and resumed.parent == run_dir / "checkpoints" else None
@@ -87,7 +87,7 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     peak, peak_source = peak_flops(accelerator.device, precision)
     if main:
         first = micro_batches(loader.batch(progress.step), config.train.micro_batch_size)
-        print(horizon(task, config, loader, first, world_size, progress.step))
+        print(run_summary(task, config, loader, first, world_size, progress.step))
         devices = f"{world_size} x {accelerator.device.type} {precision}"
         print(f"device       {devices}, peak {peak / 1e12:.3g} TFLOP/s each ({peak_source})")
         print(f"run folder   {run_dir}{f', going on from {resumed.name}' if resumed else ''}", flush=True)
@@ -99,23 +99,23 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
         while progress.step < steps and not stop:
             begun = time.perf_counter()
             rate = learning_rate(progress.step, steps, config.optim)
-            for name, player in players.items():
-                set_learning_rate(player.optimizer, rate if name == "model" else config.optim.player_lr[name])
-                player.module.train()
+            for name, module_name in trained_modules.items():
+                set_learning_rate(module_name.optimizer, rate if name == "model" else config.optim.module_lr[name])
+                module_name.module.train()
             micro = micro_batches(next(batches), config.train.micro_batch_size)
-            shares, work = gradients(task, players, micro, progress.step, accelerator)
+            shares, work = gradients(task, trained_modules, micro, progress.step, accelerator)
             asked = requested()
-            values, (stop, interrupt) = agree(shares, accelerator, (bool(asked), asked == INTERRUPT))
-            values |= clip_gradients(players, config.optim.clip)
+            values, (stop, interrupt) = all_reduce_metrics(shares, accelerator, (bool(asked), asked == INTERRUPT))
+            values |= clip_gradients(trained_modules, config.optim.clip)
             check_finite(progress.step + 1, values)
-            for player in players.values():
-                player.update()
+            for module_name in trained_modules.values():
+                module_name.update()
             values |= task.after_step(progress.step)
             progress.step += 1
             progress.samples_seen += config.data.batch_size
             if ema is not None:
                 ema.update(progress.step)
-            speed.add(*(figure * world_size for figure in work))
+            speed.add(*(metric * world_size for metric in work))
             progress.flops += work[2] * world_size
             progress.seconds += time.perf_counter() - begun
 
@@ -126,22 +126,22 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
                 print(progress_line(progress.step, steps, values), flush=True)
             pause = time.perf_counter()
             if valid and _due(progress.step, steps, config.train.eval_every):
-                progress.valid = _validate(task, players, ema, valid, progress.step, accelerator)
+                progress.valid = _validate(task, trained_modules, ema, valid, progress.step, accelerator)
                 if log:
                     log.write(progress.step, progress.valid)
                     print(validation_line(progress.step, progress.valid), flush=True)
             if log and _due(progress.step, steps, config.train.sample_every):
-                with torch.no_grad(), rng.fenced(config.seed), _evaluating(players, ema):
+                with torch.no_grad(), rng.isolated_rng(config.seed), _evaluating(trained_modules, ema):
                     for sample in task.samples(progress.step):
                         log.write_audio(progress.step, *sample)
             if _due(progress.step, steps, config.train.checkpoint_every):
-                save(config, players, ema, progress, facts, accelerator)
+                save(config, trained_modules, ema, progress, facts, accelerator)
                 last_saved = progress.step
             speed.pause(pause)
 
     # --- the end -------------------------------------------------------------------------------------------------
     if last_saved != progress.step:  # told to stop between two checkpoints
-        save(config, players, ema, progress, facts, accelerator)
+        save(config, trained_modules, ema, progress, facts, accelerator)
     if log:
         log.close()
     accelerator.end_training()
@@ -200,24 +200,24 @@ def _validation_batches(task: Task, config: DictConfig, accelerator: Accelerator
 
 
 def _validate(
-    task: Task, players: dict[str, Player], ema: EMA | None, batches: list[Batch], step: int, accelerator: Accelerator
+    task: Task, trained_modules: dict[str, TrainedModule], ema: EMA | None, batches: list[Batch], step: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """Mean losses over the fixed validation batches, of the averaged weights, named valid/..."""
     totals: Losses = {}
-    counts = global_counts(task, batches, accelerator)
-    modules = {name: player.module for name, player in players.items()}
-    with torch.no_grad(), rng.fenced(0), _evaluating(players, ema):
+    counts = global_denominators(task, batches, accelerator)
+    modules = {name: module_name.module for name, module_name in trained_modules.items()}
+    with torch.no_grad(), rng.isolated_rng(0), _evaluating(trained_modules, ema):
         for batch in batches:
             losses = task.validation(modules, to_device(batch, accelerator.device), counts, step)
             add(totals, {"loss": objective(losses, task.loss_weights), **losses})
-    values, _ = agree(totals, accelerator)
+    values, _ = all_reduce_metrics(totals, accelerator)
     return {f"valid/{name}": value for name, value in values.items()}
 
 
 @contextlib.contextmanager
-def _evaluating(players: dict[str, Player], ema: EMA | None) -> Iterator[None]:
+def _evaluating(trained_modules: dict[str, TrainedModule], ema: EMA | None) -> Iterator[None]:
     """Modules in eval mode, the model with its averaged weights."""
     with ema.swapped_in() if ema is not None else contextlib.nullcontext():
-        for player in players.values():
-            player.module.eval()
+        for module_name in trained_modules.values():
+            module_name.module.eval()
         yield

@@ -42,7 +42,7 @@ def set_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def fenced(seed: int) -> Iterator[None]:
+def isolated_rng(seed: int) -> Iterator[None]:
     """Inside, every generator starts from `seed`; after it, training's generators stand where they stood."""
     before = get_state()
     seed_all(seed, rank=0)

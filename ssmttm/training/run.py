@@ -13,21 +13,21 @@ from ssmttm.errors import UserError
 from ssmttm.training.tasks.base import Batch, Loader, Task
 
 # What may change without making it another run: where things lie, how often it reports, how long it goes on.
-FREE_KEYS = (
+RESUMABLE_KEYS = (
     "run_dir", "resume", "data.store", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts", "train.micro_batch_size",
-    "diffusion.sampler", "diffusion.steps", "diffusion.guidance_scale", "diffusion.sketch_scale",
+    "diffusion.sampler", "diffusion.steps", "diffusion.guidance_scale", "diffusion.coarse_guidance_scale",
 )  # fmt: skip
 
 
 # The least value of each number that a wrong override could spoil.
-LEAST = {
+MINIMUM_VALUES = {
     "data.batch_size": 1, "data.frames": 1, "data.seconds": 1e-3, "train.steps": 1, "train.log_every": 0,
     "train.eval_every": 0, "train.eval_batches": 1, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
     "train.sample_every": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0,
     "seed": 0,
 }  # fmt: skip
-CHANCES = ("data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout")
+PROBABILITIES = ("data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout")
 
 
 def check_settings(config: DictConfig) -> None:
@@ -41,8 +41,8 @@ def check_settings(config: DictConfig) -> None:
             "data.store is not set: make one, such as `python -m data_prep builtin --hours 0.5 --out data/builtin`, "
             "and give data.store=data/builtin"
         )
-    check_least(config, LEAST)
-    for key in CHANCES:
+    check_least(config, MINIMUM_VALUES)
+    for key in PROBABILITIES:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
             raise UserError(f"{key}={value} is no chance: give 0 to 1")
@@ -102,7 +102,7 @@ def _settings(config: DictConfig) -> dict[str, Any]:
         if isinstance(node, dict) and node:
             for key, value in node.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))
-        elif prefix not in FREE_KEYS:
+        elif prefix not in RESUMABLE_KEYS:
             flat[prefix] = node
 
     walk(OmegaConf.to_container(config, resolve=True), "")
@@ -114,11 +114,11 @@ def config_hash(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(_settings(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def horizon(task: Task, config: DictConfig, loader: Loader, first: list[Batch], world_size: int, start: int) -> str:
+def run_summary(task: Task, config: DictConfig, loader: Loader, first: list[Batch], world_size: int, start: int) -> str:
     """What is about to be trained, and on how much: a few lines for the console."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in task.modules.items()}
     tokens, seconds, flops = (
-        sum(figures) * world_size for figures in zip(*(task.work(batch, start) for batch in first), strict=True)
+        sum(metrics) * world_size for metrics in zip(*(task.work(batch, start) for batch in first), strict=True)
     )
     steps, epoch = config.train.steps, loader.steps_per_epoch
     to_come = steps - start

@@ -19,7 +19,7 @@ from ssmttm.training.optim import build_optimizer
 from ssmttm.training.tasks.base import Batch, Losses, Task
 
 
-class Player:
+class TrainedModule:
     """One trained module: itself on its device, its optimiser, and, after `wrap`, the form that the loop calls."""
 
     def __init__(self, module: nn.Module, config: DictConfig, accelerator: Accelerator) -> None:
@@ -46,20 +46,20 @@ class Player:
 
 
 def gradients(
-    task: Task, players: dict[str, Player], micro: list[Batch], step: int, accelerator: Accelerator
+    task: Task, trained_modules: dict[str, TrainedModule], micro: list[Batch], step: int, accelerator: Accelerator
 ) -> tuple[Losses, tuple[float, float, float]]:
     """Forward and backward over a rank's micro-batches.
 
     Returns:
         This rank's share of each loss, and its codes, seconds of audio and FLOPs, forward and backward.
     """
-    counts = global_counts(task, micro, accelerator)
-    wrapped = {name: player.wrapped for name, player in players.items()}
+    counts = global_denominators(task, micro, accelerator)
+    wrapped = {name: module_name.wrapped for name, module_name in trained_modules.items()}
     totals: Losses = {}
     tokens = seconds = flops = 0.0
     for index, batch in enumerate(micro):
-        figures = task.work(batch, step)
-        tokens, seconds, flops = tokens + figures[0], seconds + figures[1], flops + 3 * figures[2]
+        metrics = task.work(batch, step)
+        tokens, seconds, flops = tokens + metrics[0], seconds + metrics[1], flops + 3 * metrics[2]
         with contextlib.ExitStack() as stack:
             if index < len(micro) - 1:  # ranks exchange gradients once a step
                 for module in wrapped.values():
@@ -83,13 +83,13 @@ def add(totals: Losses, shares: Losses) -> None:
         totals[name] = totals.get(name, 0.0) + share.detach().float()
 
 
-def global_counts(task: Task, micro: list[Batch], accelerator: Accelerator) -> Tensor:
+def global_denominators(task: Task, micro: list[Batch], accelerator: Accelerator) -> Tensor:
     """`Task.counts` over all micro-batches and ranks, [n]."""
     counts = torch.stack([task.counts(batch) for batch in micro]).sum(0).to(accelerator.device)
     return accelerator.reduce(counts, "sum")
 
 
-def agree(
+def all_reduce_metrics(
     shares: Losses, accelerator: Accelerator, flags: tuple[bool, ...] = ()
 ) -> tuple[dict[str, float], list[bool]]:
     """Losses of the global batch, and whether any rank raised each flag; the same on every rank, in one exchange."""
@@ -98,12 +98,12 @@ def agree(
     return dict(zip(shares, sums, strict=False)), [total > 0 for total in sums[len(shares) :]]
 
 
-def clip_gradients(players: dict[str, Player], clip: float | None) -> dict[str, float]:
+def clip_gradients(trained_modules: dict[str, TrainedModule], clip: float | None) -> dict[str, float]:
     """Clip each player's gradient to the norm `clip` (null: only measure); the norms before it, by name to log."""
     norms = {}
-    for name, player in players.items():
-        if player.has_gradients:
-            norm = nn.utils.clip_grad_norm_(player.module.parameters(), clip or math.inf)
+    for name, module_name in trained_modules.items():
+        if module_name.has_gradients:
+            norm = nn.utils.clip_grad_norm_(module_name.module.parameters(), clip or math.inf)
             norms["grad_norm" if name == "model" else f"{name}_grad_norm"] = float(norm)
     return norms
 

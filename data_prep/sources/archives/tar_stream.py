@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from data_prep.track import Refused
+from data_prep.track import Rejected
 
 _BLOCK = 512
 _HEADER_BYTES = 1 << 20  # of a pax header or a long name
@@ -22,7 +22,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-class BadArchive(Refused):
+class BadArchive(Rejected):
     """An archive cannot be read on."""
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from data_prep.paths import check_name, inside, printable
 from data_prep.shard_task import Counts
 from data_prep.sources.archives.tar_stream import BadArchive, Bounds, Member, members
-from data_prep.track import Refusal, Refused, Track
+from data_prep.track import Rejected, Rejection, Track
 from ssmttm.data.store import SPLITS, Store
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256, new_folder
@@ -134,7 +134,7 @@ class ArchiveLimits:
     bounds: Bounds = field(default_factory=Bounds)
 
 
-def tracks_from(tars: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()) -> Iterator[Track | Refusal]:
+def tracks_from(tars: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()) -> Iterator[Track | Rejection]:
     """Read archives from front to back, put their sound aside under `out`, and give a track for each sample.
 
     JSON is read for caption, captions or text, licence or license (or licence_url), title, author or artist,
@@ -173,16 +173,16 @@ def unpack(archive: Path, folder: Path) -> Counts:
         for item in items:
             file.write(json.dumps({type(item).__name__: asdict(item)}) + "\n")
     tracks = sum(isinstance(item, Track) for item in items)
-    return {"tracks": tracks, "refused": len(items) - tracks}
+    return {"tracks": tracks, "rejected": len(items) - tracks}
 
 
-def unpacked(folder: Path) -> Iterator[Track | Refusal]:
+def unpacked(folder: Path) -> Iterator[Track | Rejection]:
     """What `unpack` wrote into a shard's folder, with the paths from the stage's folder on."""
     with open(folder / ITEMS_FILE, encoding="utf-8") as file:
         for line in file:
             ((kind, facts),) = json.loads(line).items()
-            if kind == "Refusal":
-                yield Refusal(**facts)
+            if kind == "Rejection":
+                yield Rejection(**facts)
             else:
                 texts = {name: tuple(facts[name]) for name in ("captions", "tags")}
                 yield Track(**{**facts, **texts, "path": f"{folder.name}/{facts['path']}"})
@@ -199,15 +199,15 @@ class _Archive:
         self._path, self._name, self._out, self._limits = path, name, out, limits
         self._folder = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name, flags=re.IGNORECASE)
 
-    def tracks(self) -> Iterator[Track | Refusal]:
+    def tracks(self) -> Iterator[Track | Rejection]:
         sample: _Sample | None = None
         keys: set[str] = set()
         try:
             for member in self._members():
                 try:
                     key, extension = _split(member)
-                except Refused as refused:
-                    yield refused.of(f"{self._name}:{printable(member.name)}")
+                except Rejected as rejected:
+                    yield rejected.of(f"{self._name}:{printable(member.name)}")
                     continue
                 if not extension:
                     continue
@@ -216,14 +216,14 @@ class _Archive:
                         yield sample.result()
                     sample = _Sample(key, f"{self._name}:{key}", self._folder, self._out, self._limits)
                     if key in keys:
-                        sample.refused = Refused("metadata", "its key occurs twice in the archive")
+                        sample.rejected = Rejected("metadata", "its key occurs twice in the archive")
                     keys.add(key)
                 sample.add(extension, member)
-        except BadArchive as refused:
+        except BadArchive as rejected:
             if sample is not None:
-                sample.refused = sample.refused or refused
+                sample.rejected = sample.rejected or rejected
                 yield sample.result()
-            yield refused.of(self._name)
+            yield rejected.of(self._name)
         else:
             if sample is not None:
                 yield sample.result()
@@ -248,7 +248,7 @@ class _Sample:
     sound: str = ""  # path below `out`
     known: dict[str, Any] | None = None
     captions: list[str] = field(default_factory=list)
-    refused: Refused | None = None
+    rejected: Rejected | None = None
 
     def add(self, extension: str, member: Member) -> None:
         """Take a file of the sample. What is wrong with it is kept for `result`. Raises BadArchive."""
@@ -261,17 +261,17 @@ class _Sample:
                 self._note(self._text(member))
         except BadArchive:
             raise
-        except Refused as refused:
-            self.refused = self.refused or refused
+        except Rejected as rejected:
+            self.rejected = self.rejected or rejected
 
-    def result(self) -> Track | Refusal:
+    def result(self) -> Track | Rejection:
         """The track, or why there is none; then its sound is gone."""
-        if self.refused is None and not self.sound:
-            self.refused = Refused("missing", "its sample holds no sound")
-        if self.refused is not None:
+        if self.rejected is None and not self.sound:
+            self.rejected = Rejected("missing", "its sample holds no sound")
+        if self.rejected is not None:
             if self.sound:
                 (self.out / self.sound).unlink()
-            return self.refused.of(self.item)
+            return self.rejected.of(self.item)
         return self._track(self.known or {})
 
     def _track(self, known: dict[str, Any]) -> Track:
@@ -294,11 +294,11 @@ class _Sample:
 
     def _put_aside(self, extension: str, member: Member) -> None:
         if self.sound:
-            raise Refused("metadata", "its sample holds several sounds")
-        if self.refused is not None:
+            raise Rejected("metadata", "its sample holds several sounds")
+        if self.rejected is not None:
             return
         if member.size > self.limits.sound_bytes:
-            raise Refused("limit", f"it is larger than {self.limits.sound_bytes} bytes")
+            raise Rejected("limit", f"it is larger than {self.limits.sound_bytes} bytes")
         name = f"{self.folder}/{self.key}.{extension}"
         path = inside(self.out, name)
         part = path.with_name(".part")
@@ -310,7 +310,7 @@ class _Sample:
             part.replace(path)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-                raise Refused("metadata", f"no file can have its name ({error.strerror})") from error
+                raise Rejected("metadata", f"no file can have its name ({error.strerror})") from error
             raise
         finally:
             with suppress(OSError):
@@ -319,21 +319,21 @@ class _Sample:
 
     def _text(self, member: Member) -> str:
         if member.size > self.limits.text_bytes:
-            raise Refused("limit", f"its text is larger than {self.limits.text_bytes} bytes")
+            raise Rejected("limit", f"its text is larger than {self.limits.text_bytes} bytes")
         try:
             return b"".join(member.chunks()).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise Refused("metadata", "its text is not UTF-8") from error
+            raise Rejected("metadata", "its text is not UTF-8") from error
 
     def _note(self, text: str) -> None:
         if self.known is not None:
-            raise Refused("metadata", "its sample holds JSON twice")
+            raise Rejected("metadata", "its sample holds JSON twice")
         try:
             self.known = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Refused("metadata", "its JSON cannot be read") from error
+            raise Rejected("metadata", "its JSON cannot be read") from error
         if not isinstance(self.known, dict):
-            raise Refused("metadata", "its JSON is no object")
+            raise Rejected("metadata", "its JSON is no object")
 
 
 def _split(member: Member) -> tuple[str, str]:
@@ -343,7 +343,7 @@ def _split(member: Member) -> tuple[str, str]:
         Refused: it is no file, or has a name to beware of.
     """
     if member.kind != "file":
-        raise Refused("unreadable", f"it is no file but a {member.kind}")
+        raise Rejected("unreadable", f"it is no file but a {member.kind}")
     check_name(member.name)
     folder, slash, name = "/".join(part for part in member.name.split("/") if part not in ("", ".")).rpartition("/")
     key, _, extension = name.partition(".")

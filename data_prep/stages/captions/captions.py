@@ -13,8 +13,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.builtin.captions import article, listed
-from data_prep.stages.captions.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, NAMES, TEMPI, USES, VOICES
-from data_prep.track import Refusal, Refused
+from data_prep.stages.captions.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, NAMES, TEMPI, USES, VOCALS
+from data_prep.track import Rejected, Rejection
 from ssmttm.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _HOOK_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Describing:
+class CaptionOptions:
     """How segments get captions.
 
     Attributes:
@@ -73,9 +73,9 @@ def describe(
     ids: Sequence[str],
     known: Sequence[Sequence[str]],
     tags: Sequence[Sequence[str]],
-    settings: Describing,
+    settings: CaptionOptions,
     sounds: Iterable[Sound] = (),
-) -> tuple[list[list[str]], list[Refusal]]:
+) -> tuple[list[list[str]], list[Rejection]]:
     """The captions of each segment: those known and the model's, each with its other wordings behind it; else of tags.
 
     Args:
@@ -91,11 +91,11 @@ def describe(
         UserError: the captioner or the rephrasing hook cannot be loaded, or the hook fails.
     """
     said: list[list[str]] = [list(captions) for captions in known]
-    refusals: list[Refusal] = []
+    rejections: list[Rejection] = []
     if settings.captioner:
         for id, captions, caption in zip(ids, said, _captions(sounds, settings), strict=True):
             if fault := fault_of(caption):
-                refusals.append(fault.of(id))
+                rejections.append(fault.of(id))
             else:
                 captions.append(caption)
     if settings.rephrase:
@@ -103,7 +103,7 @@ def describe(
     for id, captions, given, names in zip(ids, said, known, tags, strict=True):
         if not given:
             captions += template_captions(names, id, settings.templates, settings.instrumental)
-    return [list(dict.fromkeys(captions)) for captions in said], refusals
+    return [list(dict.fromkeys(captions)) for captions in said], rejections
 
 
 def template_captions(tags: Iterable[str], id: str, n: int = 3, instrumental: bool = False) -> list[str]:
@@ -129,16 +129,16 @@ def template_captions(tags: Iterable[str], id: str, n: int = 3, instrumental: bo
     return list(made.values())
 
 
-def fault_of(caption: str) -> Refused | None:
+def fault_of(caption: str) -> Rejected | None:
     """Why a model's caption is no use: it is empty, has no words, or goes round in circles; None if it is good."""
     words = caption.lower().split()
     if not any(letter.isalpha() for letter in caption):
-        return Refused("caption", "the model said nothing" if not words else "the model gave no words")
+        return Rejected("caption", "the model said nothing" if not words else "the model gave no words")
     if len(words) > 3 and len(set(words)) == 1:
-        return Refused("caption", "the model repeats one word")
+        return Rejected("caption", "the model repeats one word")
     circles = len(words) >= 16 and len(set(words)) < len(words) / 4
     if circles or (len(caption) > 8 and len(set(caption.lower()) - {" "}) <= 2):
-        return Refused("caption", "the model repeats itself")
+        return Rejected("caption", "the model repeats itself")
     return None
 
 
@@ -177,7 +177,7 @@ def _with_rewordings(said: list[list[str]], rephrase: Rephraser) -> list[list[st
     return [[text for caption in several for text in (caption, *wordings[caption])] for several in said]
 
 
-def _captions(sounds: Iterable[Sound], settings: Describing) -> Iterator[str]:
+def _captions(sounds: Iterable[Sound], settings: CaptionOptions) -> Iterator[str]:
     from ssmttm import audio
 
     captioner = _captioner(settings)
@@ -188,7 +188,7 @@ def _captions(sounds: Iterable[Sound], settings: Describing) -> Iterator[str]:
 
 
 @cache
-def _captioner(settings: Describing) -> "AudioCaptioner":
+def _captioner(settings: CaptionOptions) -> "AudioCaptioner":
     from ssmttm.text.captioner import PROMPT, AudioCaptioner
 
     prompt = settings.prompt or PROMPT
@@ -225,7 +225,7 @@ def _facts_of(tags: Iterable[str], instrumental: bool) -> _Facts:
         category, _, name = tag.partition("---")
         name = re.sub(r"\s*/\s*", " and ", " ".join(name.replace("_", " ").split()).lower())
         kind = CATEGORIES.get(category.strip().lower())
-        if kind and len(name) <= 40 and _PLAIN.fullmatch(name) and not (instrumental and name in VOICES):
+        if kind and len(name) <= 40 and _PLAIN.fullmatch(name) and not (instrumental and name in VOCALS):
             group, words = _worded(kind, name)
             if words and words not in getattr(facts, group):
                 getattr(facts, group).append(words)

@@ -6,13 +6,13 @@ from pathlib import Path
 from torch import Tensor
 
 from data_prep.shard_task import Counts
-from data_prep.stages.captions.captions import Describing, describe
+from data_prep.stages.captions.captions import CaptionOptions, describe
 from data_prep.stages.segments import Segments, write_segments
-from data_prep.tables import write_quarantine
+from data_prep.tables import write_rejected
 from ssmttm import audio
 
 
-def caption_shard(describing: Describing, segments: Segments, folder: Path) -> Counts:
+def caption_shard(describing: CaptionOptions, segments: Segments, folder: Path) -> Counts:
     """Write the rows with their captions. A segment of which the model has nothing to say keeps the others."""
     rows = segments.read()
 
@@ -20,7 +20,7 @@ def caption_shard(describing: Describing, segments: Segments, folder: Path) -> C
         return (audio.read(segments.audio / row["audio"]) for row in rows)
 
     columns = ([row[name] or [] for row in rows] for name in ("captions", "tags"))
-    captions, refused = describe([row["id"] for row in rows], *columns, describing, sounds())
+    captions, rejected = describe([row["id"] for row in rows], *columns, describing, sounds())
     write_segments(folder, [row | {"captions": said} for row, said in zip(rows, captions, strict=True)])
-    write_quarantine(folder, "captions", refused)
-    return {"segments": len(rows), "refused": len(refused), "captions": sum(map(len, captions))}
+    write_rejected(folder, "captions", rejected)
+    return {"segments": len(rows), "rejected": len(rejected), "captions": sum(map(len, captions))}

@@ -46,7 +46,7 @@ MOODS = {
 }  # fmt: skip
 TEMPI = {"fast", "slow"}  # moods of MTG-Jamendo that are tempi
 
-VOICES = {"voice", "vocal", "vocals", "choir", "rap", "singersongwriter", "singer-songwriter", "chanson", "acapella",
+VOCALS = {"voice", "vocal", "vocals", "choir", "rap", "singersongwriter", "singer-songwriter", "chanson", "acapella",
           "a cappella", "spoken", "spoken word", "speech"}  # fmt: skip
 
 NAMES = {"african", "american", "asian", "balkan", "brazilian", "british", "celtic", "cuban", "english", "european",

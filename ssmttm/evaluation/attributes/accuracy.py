@@ -12,12 +12,19 @@ from ssmttm.audio import features
 from ssmttm.codecs import Codec, encoder_of
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.attributes.classifiers import WINDOW, Detection, Detectors, pitch_class, tempo_class, third
+from ssmttm.evaluation.attributes.classifiers import (
+    WINDOW,
+    AttributeClassifiers,
+    AttributePrediction,
+    pitch_class,
+    tempo_class,
+    third,
+)
 
 ATTRIBUTES = ("family", "tempo_class", "mode")
 
 
-def through_codec(codec: Codec, wav: Tensor, sample_rate: int, encoder: Codec | None = None) -> Tensor:
+def reconstruct_with_codec(codec: Codec, wav: Tensor, sample_rate: int, encoder: Codec | None = None) -> Tensor:
     """Encode (with `encoder` if that is another) and decode mono audio; wav [1, S] at `sample_rate` -> [1, S]."""
     coded = audio.resample(wav, sample_rate, codec.sample_rate)
     with torch.inference_mode():
@@ -47,7 +54,7 @@ def expected_of(truth: dict[str, Any]) -> dict[str, str]:
     return {"family": truth["lead"]["family"], "tempo_class": tempo_class(truth["bpm"]), "mode": truth["mode"]}
 
 
-def agreement(detection: Detection, truth: dict[str, Any]) -> dict[str, bool]:
+def agreement(detection: AttributePrediction, truth: dict[str, Any]) -> dict[str, bool]:
     """Which of a piece's true attributes were heard; the tempo itself may be off by 4 %."""
     tonic = pitch_class(detection.key) == pitch_class(truth["key"])
     return {
@@ -60,7 +67,7 @@ def agreement(detection: Detection, truth: dict[str, Any]) -> dict[str, bool]:
 
 
 def accuracy(
-    detectors: Detectors, store: Store, rows: np.ndarray, codec: Codec | None = None, seconds: float = WINDOW
+    classifiers: AttributeClassifiers, store: Store, rows: np.ndarray, codec: Codec | None = None, seconds: float = WINDOW
 ) -> dict[str, Any]:
     """Share of right answers over one window of each row.
 
@@ -69,20 +76,20 @@ def accuracy(
         `confusion`, a table {attribute: {truth: {answer: count}}}.
     """
     hearings = {"true": None} if codec is None else {"true": None, "reconstructed": codec}
-    return {name: _accuracy(detectors, store, rows, hearing, seconds) for name, hearing in hearings.items()}
+    return {name: _accuracy(classifiers, store, rows, hearing, seconds) for name, hearing in hearings.items()}
 
 
 def _accuracy(
-    detectors: Detectors, store: Store, rows: np.ndarray, codec: Codec | None, seconds: float
+    classifiers: AttributeClassifiers, store: Store, rows: np.ndarray, codec: Codec | None, seconds: float
 ) -> dict[str, Any]:
     right: list[dict[str, bool]] = []
     confusion: dict[str, dict[str, dict[str, int]]] = {name: {} for name in ATTRIBUTES}
-    heard, encoder = ("true audio", None) if codec is None else ("through the codec", encoder_of(codec))
-    for row in tqdm(rows.tolist(), desc=f"held-out accuracy ({heard})", unit="clip"):
+    embeddings, encoder = ("true audio", None) if codec is None else ("through the codec", encoder_of(codec))
+    for row in tqdm(rows.tolist(), desc=f"held-out accuracy ({embeddings})", unit="clip"):
         wav, truth = window_of(store, row, seconds), truth_of(store, row)
         if codec is not None:
-            wav = through_codec(codec, wav, features.SAMPLE_RATE, encoder)
-        detection = detectors.detect(wav, features.SAMPLE_RATE)[0]
+            wav = reconstruct_with_codec(codec, wav, features.SAMPLE_RATE, encoder)
+        detection = classifiers.predict(wav, features.SAMPLE_RATE)[0]
         right.append(agreement(detection, truth))
         for name, expected in expected_of(truth).items():
             counts = confusion[name].setdefault(expected, {})

@@ -17,7 +17,13 @@ from ssmttm.audio.features import SAMPLE_RATE
 from ssmttm.codecs import Codec
 from ssmttm.data.store import Store
 from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, accuracy, window_of
-from ssmttm.evaluation.attributes.classifiers import MODES, TEMPO_CLASSES, Detection, Detectors, third
+from ssmttm.evaluation.attributes.classifiers import (
+    MODES,
+    TEMPO_CLASSES,
+    AttributeClassifiers,
+    AttributePrediction,
+    third,
+)
 from ssmttm.evaluation.metrics.statistics import Agreement, agreement_of
 from ssmttm.evaluation.music.audio_checks import AudioCheck, check_audio, spectral_flatness
 from ssmttm.evaluation.protocol.balanced_prompts import Prompt
@@ -32,33 +38,33 @@ class AdherenceReport:
 
     Attributes:
         agreement: by attribute (family, tempo_class, mode, third).
-        detector_accuracy: `accuracy` of the detectors on the same store's held-out audio, `true` and `reconstructed`.
+        classifier_accuracy: `accuracy` of the detectors on the same store's held-out audio, `true` and `reconstructed`.
         checks: how many of the generated pieces were silent, clipped, noisy or not finite.
         fingerprint: what the figures depend on: model, codec, detectors, store, seed, n, duration, guidance scale.
         pieces: each prompt with its seed, what was expected and what was heard.
     """
 
     agreement: dict[str, Agreement]
-    detector_accuracy: dict[str, dict[str, Any]]
+    classifier_accuracy: dict[str, dict[str, Any]]
     checks: dict[str, int]
     fingerprint: dict[str, Any]
     pieces: list[dict[str, Any]]
 
     def table(self) -> str:
         """The figures as Markdown."""
-        hearings = list(self.detector_accuracy)
+        hearings = list(self.classifier_accuracy)
         titles = [*_TITLES, *(f"detector right on {name} audio" for name in hearings)]
         lines = [titles, ["---"] * len(titles)]
         for name, a in self.agreement.items():
-            rights = [f"{100 * self.detector_accuracy[hearing][name]:.1f} %" for hearing in hearings]
+            rights = [f"{100 * self.classifier_accuracy[hearing][name]:.1f} %" for hearing in hearings]
             cells = [f"{100 * a.share:.1f} %", f"{100 * a.low:.0f} to {100 * a.high:.0f} %"]
             cells += [f"{100 * a.uniform:.1f} / {100 * a.majority:.1f} %", f"{a.p_value:.2g}"]
             lines.append([_NAMES[name], *cells, f"{100 * a.shuffled:.1f} %", f"{a.shuffled_p:.2g}", *rights])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        counts = ", ".join(f"{name} {table_['n']} windows" for name, table_ in self.detector_accuracy.items())
+        counts = ", ".join(f"{name} {table_['n']} windows" for name, table_ in self.classifier_accuracy.items())
         checks = ", ".join(f"{count} {name}" for name, count in self.checks.items())
         facts = ", ".join(f"{name} {value}" for name, value in self.fingerprint.items())
-        return f"{table}\n\nGenerated pieces: {checks}. Detectors heard: {counts}.\nMeasured with: {facts}."
+        return f"{table}\n\nGenerated pieces: {checks}. AttributeClassifiers heard: {counts}.\nMeasured with: {facts}."
 
     def document(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -72,7 +78,7 @@ def measure_adherence(
     codec: Codec,
     facts: Mapping[str, Any],
     seed: int = 0,
-    detectors: Detectors | None = None,
+    classifiers: AttributeClassifiers | None = None,
 ) -> AdherenceReport:
     """Measure how well pieces follow the held-out prompts of a built-in store.
 
@@ -89,24 +95,24 @@ def measure_adherence(
     Raises:
         UserError: the store has no ground truth or audio, or a piece cannot be read.
     """
-    detectors = detectors or Detectors.from_pretrained()
+    classifiers = classifiers or AttributeClassifiers.from_pretrained()
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])
-    detector_accuracy = accuracy(detectors, store, held_out, codec)
+    classifier_accuracy = accuracy(classifiers, store, held_out, codec)
     reference = music_flatness(store, held_out)
-    detections: list[Detection] = []
+    detections: list[AttributePrediction] = []
     checks: list[AudioCheck] = []
     for path in tqdm(pieces, desc="detecting", unit="piece"):
         wav, rate = audio.read(path)
         checks.append(check_audio(wav[0], rate, reference))
-        detections += detectors.detect(wav, rate)
+        detections += classifiers.predict(wav, rate)
     return AdherenceReport(
-        agreement=_agreements(prompts, detections, len(detectors.families), seed),
-        detector_accuracy=detector_accuracy,
+        agreement=_agreements(prompts, detections, len(classifiers.families), seed),
+        classifier_accuracy=classifier_accuracy,
         checks={name: sum(getattr(check, name) for check in checks) for name in ("good", "silent", "clipped", "noisy")},
         fingerprint={
             **facts,
             "codec": codec.fingerprint,
-            "detectors": detectors.fingerprint,
+            "classifiers": classifiers.fingerprint,
             "store": store.fingerprint,
             "n": len(prompts),
         },
@@ -115,7 +121,7 @@ def measure_adherence(
                 "caption": prompt.caption,
                 "id": store.ids(np.array([prompt.row]))[0],
                 "expected": prompt.expected,
-                "heard": {name: getattr(detection, name) for name in (*ATTRIBUTES, "bpm", "key")},
+                "embeddings": {name: getattr(detection, name) for name in (*ATTRIBUTES, "bpm", "key")},
             }
             for prompt, detection in zip(prompts, detections, strict=True)
         ],
@@ -129,7 +135,7 @@ def music_flatness(store: Store, rows: np.ndarray, most: int = 50) -> float:
 
 
 def _agreements(
-    prompts: Sequence[Prompt], detections: Sequence[Detection], n_families: int, seed: int
+    prompts: Sequence[Prompt], detections: Sequence[AttributePrediction], n_families: int, seed: int
 ) -> dict[str, Agreement]:
     """Agreement by attribute; the third is derived from the mode."""
     sizes = {"family": n_families, "tempo_class": len(TEMPO_CLASSES), "mode": len(MODES)}

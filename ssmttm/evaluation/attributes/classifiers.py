@@ -17,7 +17,7 @@ from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes.networks import FamilyNet, KeyNet, TempoNet
 from ssmttm.evaluation.pretrained import load_network, network_fingerprint, save_network
 
-ASSETS = Path(__file__).parents[2] / "assets" / "detectors"
+ASSETS = Path(__file__).parents[2] / "assets" / "attribute_classifiers"
 MODES = ("major", "minor", "dorian", "mixolydian")
 TONICS = ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 TEMPO_CLASSES = ("slow", "medium", "fast")
@@ -42,7 +42,7 @@ def third(mode: str) -> str:
 
 
 @dataclass(frozen=True)
-class Detection:
+class AttributePrediction:
     """What was heard in one piece of audio; each probability table sums to 1."""
 
     family: str
@@ -60,7 +60,7 @@ class Detection:
         return max(("major", "minor"), key=lambda name: sum(p for m, p in self.mode_probs.items() if third(m) == name))
 
 
-class Detectors(nn.Module):
+class AttributeClassifiers(nn.Module):
     """The three networks, with what they answer. Built by `from_pretrained`, or untrained from a list of families.
 
     Attributes:
@@ -77,14 +77,14 @@ class Detectors(nn.Module):
         self.tempo = TempoNet()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path | None = None) -> "Detectors":
+    def from_pretrained(cls, path: str | Path | None = None) -> "AttributeClassifiers":
         """Load detectors from a folder, by default the embedded ones; ready to `detect`.
 
         Raises:
             UserError: the folder holds none, or damaged ones.
         """
         mend = "train them with `python -m ssmttm.cli.train_attribute_classifiers`"
-        return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "detectors", mend)
+        return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "classifiers", mend)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (the card) and model.safetensors (float16 weights) into a folder."""
@@ -96,7 +96,7 @@ class Detectors(nn.Module):
         return network_fingerprint(self, self.families)
 
     @torch.inference_mode()
-    def detect(self, wav: Tensor, sample_rate: int) -> list[Detection]:
+    def predict(self, wav: Tensor, sample_rate: int) -> list[AttributePrediction]:
         """Listen to each row of wav [B, S], or [S].
 
         Audio longer than a window of 10 s is heard window by window and the log-probabilities are averaged.
@@ -113,12 +113,12 @@ class Detectors(nn.Module):
         if seconds < SHORTEST:
             raise UserError(f"{seconds:.1f} s of audio are too short to hear tempo and key: give {SHORTEST:.0f} s")
         family, tempo, tonality = (
-            torch.stack([parts[i] for parts in map(self._listen, windows(wav))]).mean(0) for i in range(3)
+            torch.stack([parts[i] for parts in map(self._predict, windows(wav))]).mean(0) for i in range(3)
         )
         rows = zip(family.softmax(-1), tempo.softmax(-1), tonality.softmax(-1), strict=True)
         return [self._describe(*row) for row in rows]
 
-    def _listen(self, wav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _predict(self, wav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of family [B, F], tempo [B, answers] and tonality [B, 48] for one window [B, S]."""
         wav = features.level(wav)
         pitches = features.pitch_class_bands(features.log_frequency_spectrum(wav))
@@ -126,7 +126,7 @@ class Detectors(nn.Module):
         logits = self.family(features.log_mel(wav)), self.tempo(gram), self.key(pitches).flatten(1)
         return logits[0].log_softmax(-1), logits[1].log_softmax(-1), logits[2].log_softmax(-1)
 
-    def _describe(self, family: Tensor, tempo: Tensor, tonality: Tensor) -> Detection:
+    def _describe(self, family: Tensor, tempo: Tensor, tonality: Tensor) -> AttributePrediction:
         """Read the probabilities of one piece out."""
         answers = self.tempo.answers
         peak = int(functional.avg_pool1d(tempo[None], 5, 1, 2).argmax())
@@ -138,7 +138,7 @@ class Detectors(nn.Module):
         tonality = tonality.view(12, len(MODES))
         modes = dict(zip(MODES, tonality.sum(0).tolist(), strict=True))
         families = dict(zip(self.families, family.tolist(), strict=True))
-        return Detection(
+        return AttributePrediction(
             family=max(families, key=families.__getitem__),
             family_probs=families,
             bpm=bpm,

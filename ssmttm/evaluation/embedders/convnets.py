@@ -96,15 +96,15 @@ class PannsEmbedder(nn.Module):
         Raises:
             UserError: a clip is shorter than one window.
         """
-        return self._listen(wav)[0]
+        return self._predict(wav)[0]
 
     def posteriors(self, wav: Tensor) -> Tensor:
         """AudioSet's classes: the sigmoids, made to sum to 1, the windows' mean: wav [B, S] -> [B, 527]."""
-        odds = self._listen(wav)[1].sigmoid()
+        odds = self._predict(wav)[1].sigmoid()
         return (odds / odds.sum(-1, keepdim=True)).mean(1)
 
     @torch.inference_mode()
-    def _listen(self, wav: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, wav: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and logits of each window."""
         device = self.fc1.weight.device
         cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]

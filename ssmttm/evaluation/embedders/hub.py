@@ -91,14 +91,14 @@ class AstEmbedder:
         Raises:
             UserError: a clip is shorter than one window.
         """
-        return self._listen(wav)[0]
+        return self._predict(wav)[0]
 
     def posteriors(self, wav: Tensor) -> Tensor:
         """AudioSet's classes by softmax, the windows' mean: wav [B, S] -> [B, N]."""
-        return self._listen(wav)[1].softmax(-1).mean(1)
+        return self._predict(wav)[1].softmax(-1).mean(1)
 
     @torch.inference_mode()
-    def _listen(self, wav: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, wav: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and logits of each window."""
         cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
         clips = list(cut.flatten(0, 1).numpy())

@@ -44,10 +44,10 @@ def kernel_statistic(x: Tensor, y: Tensor) -> Statistic:
     return statistic
 
 
-def neighbourhood_statistic(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> Statistic:
+def manifold_statistic(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> Statistic:
     """`distances.precision_recall_coverage` of x [n, W, d] and y [m, V, d] as a function of weights [n] and [m]."""
     rows = x.flatten(0, 1), y.flatten(0, 1)
-    balls_x, balls_y = _Balls(rows[0], rows[1], k), _Balls(rows[1], rows[0], k)
+    balls_x, balls_y = _Manifolds(rows[0], rows[1], k), _Manifolds(rows[1], rows[0], k)
 
     def statistic(weights_x: Tensor, weights_y: Tensor) -> list[float]:
         of_x, of_y = weights_x.repeat_interleave(x.shape[1]), weights_y.repeat_interleave(y.shape[1])
@@ -79,7 +79,7 @@ def weighted_bootstrap(
     return [Interval(*map(float, found)) for found in zip(whole, low, high, strict=True)]
 
 
-class _Balls:
+class _Manifolds:
     """Around each drawn row the ball up to its k-th nearest other drawn row, and which rows of the other set it holds.
 
     Args:

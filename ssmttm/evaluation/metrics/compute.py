@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
-from ssmttm.evaluation.metrics.bootstrap import kernel_statistic, neighbourhood_statistic, weighted_bootstrap
+from ssmttm.evaluation.metrics.bootstrap import kernel_statistic, manifold_statistic, weighted_bootstrap
 from ssmttm.evaluation.metrics.distances import (
     FEWEST,
     NEIGHBOURS,
-    Neighbourhoods,
+    PrecisionRecallCoverage,
     bootstrap,
     clap_score,
     class_divergence,
     frechet_distance,
     frechet_distance_infinity,
-    unwarned_frechet_distance,
+    frechet_distance_unchecked,
 )
-from ssmttm.evaluation.metrics.metric import Direction, Figure
-from ssmttm.evaluation.protocol.embed_files import Heard, hear, set_hash
+from ssmttm.evaluation.metrics.metric import Direction, Metric
+from ssmttm.evaluation.protocol.embed_files import ClipEmbeddings, embed_clips, set_hash
 
 _DRAWS = 100  # of a bootstrap
 
@@ -43,7 +43,7 @@ def score(
     seconds: float,
     decoding: Mapping[str, Any],
     cache: Path,
-) -> list[Figure]:
+) -> list[Metric]:
     """All figures that one embedder gives.
 
     fad, fad_infinity, kad, precision, recall and coverage against the set of references; kl against each clip's own
@@ -59,7 +59,7 @@ def score(
     Raises:
         UserError: too few clips, or a file that cannot be read.
     """
-    heard = hear(embedder, [clip.path for clip in clips], seconds, cache)
+    embeddings = embed_clips(embedder, [clip.path for clip in clips], seconds, cache)
     facts = {
         "embedder": embedder.name,
         "weights": embedder.fingerprint,
@@ -72,34 +72,34 @@ def score(
         "prompts": _hash(sorted(clip.caption for clip in clips)),
         **decoding,
     }
-    figures: list[Figure] = []
+    metrics: list[Metric] = []
 
     def add(name: str, value: float, interval: tuple[float, float], better: Direction, **more: Any) -> None:
-        figures.append(Figure(f"{name}_{embedder.name}", value, *interval, better, {**facts, **more}))
+        metrics.append(Metric(f"{name}_{embedder.name}", value, *interval, better, {**facts, **more}))
 
     if references:
-        reference = hear(embedder, references, seconds, cache)
+        reference = embed_clips(embedder, references, seconds, cache)
         against = {"n_reference": len(references), "reference": set_hash(references)}
-        for name, value, interval, better in set_distances(heard, reference):
+        for name, value, interval, better in set_distances(embeddings, reference):
             add(name, value, interval, better, **against)
     pairs = [clip.reference for clip in clips if clip.reference is not None]
     if isinstance(embedder, Classifier) and len(pairs) == len(clips):
-        truth = hear(embedder, pairs, seconds, cache)
-        each = class_divergence(heard.posteriors, truth.posteriors)
+        truth = embed_clips(embedder, pairs, seconds, cache)
+        each = class_divergence(embeddings.posteriors, truth.posteriors)
         add("kl", *_mean(each), "lower", n_reference=len(pairs), reference=set_hash(pairs))
     if isinstance(embedder, JointEmbedder):
         words = embedder.joint_text([clip.caption for clip in clips])
-        add("clap", *_mean(clap_score(heard.joint, words)), "higher")
-    return figures
+        add("clap", *_mean(clap_score(embeddings.joint, words)), "higher")
+    return metrics
 
 
-def set_distances(heard: Heard, reference: Heard) -> list[tuple[str, float, tuple[float, float], Direction]]:
+def set_distances(embeddings: ClipEmbeddings, reference: ClipEmbeddings) -> list[tuple[str, float, tuple[float, float], Direction]]:
     """Name, value, interval and direction of each distance between sets. Clips are drawn, not windows."""
-    x, y = heard.rows().double(), reference.rows().double()
-    sets = heard.vectors.double(), reference.vectors.double()
+    x, y = embeddings.rows().double(), reference.rows().double()
+    sets = embeddings.vectors.double(), reference.vectors.double()
     counts = len(sets[0]), len(sets[1])
     fad = bootstrap(
-        lambda a, b: unwarned_frechet_distance(a.flatten(0, 1), b.flatten(0, 1)),
+        lambda a, b: frechet_distance_unchecked(a.flatten(0, 1), b.flatten(0, 1)),
         *sets,
         draws=_DRAWS,
         title="interval of fad",
@@ -113,8 +113,8 @@ def set_distances(heard: Heard, reference: Heard) -> list[tuple[str, float, tupl
         value, low, high = frechet_distance_infinity(x, y)
         found.append(("fad_infinity", value, (low, high), "lower"))
     if min(len(x), len(y)) > NEIGHBOURS:
-        shares = weighted_bootstrap(neighbourhood_statistic(*sets), *counts, _DRAWS, title="of neighbourhoods")
-        for name, (value, low, high) in zip(Neighbourhoods._fields, shares, strict=True):
+        shares = weighted_bootstrap(manifold_statistic(*sets), *counts, _DRAWS, title="of neighbourhoods")
+        for name, (value, low, high) in zip(PrecisionRecallCoverage._fields, shares, strict=True):
             found.append((name, value, (max(0.0, low), min(1.0, high)), "higher"))
     return found
 

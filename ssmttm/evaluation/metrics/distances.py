@@ -48,10 +48,10 @@ def frechet_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
     """
     x, y = _sets(x, y)
     _warn_of_few(x, y)
-    return unwarned_frechet_distance(x, y)
+    return frechet_distance_unchecked(x, y)
 
 
-def unwarned_frechet_distance(x: Tensor, y: Tensor) -> float:
+def frechet_distance_unchecked(x: Tensor, y: Tensor) -> float:
     """`frechet_distance` of float64 sets that were checked before, for the many draws of a bootstrap."""
     return _frechet(x, *_gaussian(y))
 
@@ -104,7 +104,7 @@ def kernel_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
     return 100 * (within_x + within_y - 2 * _kernel_sum(x, y, bandwidth) / (n * m))
 
 
-class Neighbourhoods(NamedTuple):
+class PrecisionRecallCoverage(NamedTuple):
     """Shares from 0 to 1.
 
     precision: of x within y's neighbourhoods; recall: of y within x's (Kynkäänniemi et al., arXiv 1904.06991).
@@ -116,7 +116,7 @@ class Neighbourhoods(NamedTuple):
     coverage: float
 
 
-def precision_recall_coverage(x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: int = NEIGHBOURS) -> Neighbourhoods:
+def precision_recall_coverage(x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: int = NEIGHBOURS) -> PrecisionRecallCoverage:
     """Does x sound like y (precision), and is all of y in x (recall, coverage)? By the balls of k nearest neighbours.
 
     Args:
@@ -130,7 +130,7 @@ def precision_recall_coverage(x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: i
         raise UserError(f"{min(len(x), len(y))} samples have no {k} nearest neighbours: give more")
     apart = torch.cat([torch.cdist(rows, y) for rows in blocks(x, _BLOCK, "distances")])  # [n, m]
     around_x, around_y = _radii(x, k), _radii(y, k)
-    return Neighbourhoods(
+    return PrecisionRecallCoverage(
         precision=float((apart <= around_y).any(1).double().mean()),
         recall=float((apart <= around_x[:, None]).any(0).double().mean()),
         coverage=float((apart <= around_y).any(0).double().mean()),

@@ -10,7 +10,7 @@ Direction = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One measured value.
 
     Attributes:
@@ -36,7 +36,7 @@ class Figure:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
-def compare(a: Figure, b: Figure) -> str:
+def compare(a: Metric, b: Metric) -> str:
     """Which of two figures of one name is better, if either, in words, and whether their intervals overlap.
 
     Raises:
@@ -52,10 +52,10 @@ def compare(a: Figure, b: Figure) -> str:
     return f"{a.name}: {which} is better ({better.value:.4g} against {worse.value:.4g}); {how}"
 
 
-def check_comparable(figures: Sequence[Figure]) -> None:
+def check_comparable(metrics: Sequence[Metric]) -> None:
     """Raises UserError unless all figures have one name and one fingerprint; says where they differ."""
-    first = figures[0]
-    for other in figures[1:]:
+    first = metrics[0]
+    for other in metrics[1:]:
         if other.name != first.name:
             raise UserError(f"{first.name} and {other.name} measure different things: compare figures of one name")
         if differing := differences(first.fingerprint, other.fingerprint):
@@ -68,19 +68,19 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} {a.get(key)} and {b.get(key)}" for key in keys)
 
 
-def table(models: Mapping[str, Sequence[Figure]]) -> list[list[str]]:
+def table(models: Mapping[str, Sequence[Metric]]) -> list[list[str]]:
     """Figures by model as rows of text, the first one the heading.
 
     Raises:
         UserError: figures of one name were measured differently.
     """
-    names = list(dict.fromkeys(figure.name for figures in models.values() for figure in figures))
-    by_name = {name: [f for figures in models.values() for f in figures if f.name == name] for name in names}
-    for figures in by_name.values():
-        check_comparable(figures)
+    names = list(dict.fromkeys(metric.name for metrics in models.values() for metric in metrics))
+    by_name = {name: [f for metrics in models.values() for f in metrics if f.name == name] for name in names}
+    for metrics in by_name.values():
+        check_comparable(metrics)
     rows = [["", *(f"{name} ({'↓' if by_name[name][0].better == 'lower' else '↑'})" for name in names)]]
-    for model, figures in models.items():
-        found = {figure.name: str(figure) for figure in figures}
+    for model, metrics in models.items():
+        found = {metric.name: str(metric) for metric in metrics}
         rows.append([model, *(found.get(name, "") for name in names)])
     return rows
 

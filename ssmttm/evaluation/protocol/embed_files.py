@@ -16,12 +16,12 @@ from ssmttm import audio
 from ssmttm.errors import UserError
 from ssmttm.evaluation.embedders import mono_at
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
-from ssmttm.files import file_sha256, written_aside
+from ssmttm.files import atomic_write, file_sha256
 
 _KEPT_EVERY = 50  # clips between two looks at the disk
 
 
-class Heard(NamedTuple):
+class ClipEmbeddings(NamedTuple):
     """What was made of n files, in their order.
 
     Attributes:
@@ -52,7 +52,7 @@ def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[st
     return good, bad
 
 
-def hear(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path) -> Heard:
+def embed_clips(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path) -> ClipEmbeddings:
     """Embed the first `seconds` of each file; what was heard before is read from the cache folder.
 
     Raises:
@@ -63,10 +63,10 @@ def hear(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path)
     for path in tqdm(paths, desc=f"hearing ({embedder.name})", unit="clip"):
         key = _content(path)
         if key not in store:
-            store.put(key, _hear_one(embedder, path, seconds))
+            store.put(key, _embed_clip(embedder, path, seconds))
         found.append(store.get(key))
     store.write()
-    return Heard(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+    return ClipEmbeddings(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
 def set_hash(paths: Sequence[Path]) -> str:
@@ -85,13 +85,13 @@ def _sha256(path: Path, size: int, changed: int) -> str:
     return file_sha256(path)
 
 
-def _hear_one(embedder: Embedder, path: Path, seconds: float) -> Heard:
+def _embed_clip(embedder: Embedder, path: Path, seconds: float) -> ClipEmbeddings:
     wav, rate = audio.read(path)
     wav = mono_at(wav[:, : round(seconds * rate)], rate, embedder)
     empty = torch.empty(0)
     posteriors = embedder.posteriors(wav)[0] if isinstance(embedder, Classifier) else empty
     joint = embedder.joint_audio(wav)[0] if isinstance(embedder, JointEmbedder) else empty
-    return Heard(embedder.embed(wav)[0].clone(), posteriors.clone(), joint.clone())
+    return ClipEmbeddings(embedder.embed(wav)[0].clone(), posteriors.clone(), joint.clone())
 
 
 class _Cache:
@@ -107,17 +107,17 @@ class _Cache:
     def __contains__(self, key: str) -> bool:
         return f"{key}.joint" in self._tensors
 
-    def get(self, key: str) -> Heard:
-        return Heard(*(self._tensors[f"{key}.{name}"] for name in Heard._fields))
+    def get(self, key: str) -> ClipEmbeddings:
+        return ClipEmbeddings(*(self._tensors[f"{key}.{name}"] for name in ClipEmbeddings._fields))
 
-    def put(self, key: str, heard: Heard) -> None:
-        self._tensors |= {f"{key}.{name}": value.contiguous() for name, value in heard._asdict().items()}
+    def put(self, key: str, embeddings: ClipEmbeddings) -> None:
+        self._tensors |= {f"{key}.{name}": value.contiguous() for name, value in embeddings._asdict().items()}
         self._new += 1
         if self._new % _KEPT_EVERY == 0:
             self.write()
 
     def write(self) -> None:
         if self._new:
-            with written_aside(self.path) as aside:
+            with atomic_write(self.path) as aside:
                 save_file(self._tensors, aside)
             self._new = 0

@@ -24,14 +24,14 @@ from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder
 from ssmttm.evaluation.metrics.compute import Clip, score
 from ssmttm.evaluation.metrics.distances import FEW as FEW_FOR_FRECHET
-from ssmttm.evaluation.metrics.metric import Figure, markdown, table
+from ssmttm.evaluation.metrics.metric import Metric, markdown, table
 from ssmttm.evaluation.music.music_metrics import FolderMeasures, measure_files, unlike_rates
 from ssmttm.evaluation.protocol.balanced_prompts import Prompt, balanced_prompts
 from ssmttm.evaluation.protocol.embed_files import readable
 from ssmttm.evaluation.protocol.generate import Decoding, generate
 from ssmttm.evaluation.protocol.prompt_lists import ListedPrompt, read_prompt_list
 from ssmttm.files import write_text
-from ssmttm.generation.output import read_record, slug
+from ssmttm.generation.output import read_sidecar, slug
 from ssmttm.generation.pipeline import MusicPipeline
 
 FEW = 20  # clips under which no distribution is worth a figure
@@ -78,7 +78,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         pieces, unmatched = match_audio(Path(settings.audio), task.prompts)
         facts = {"model": str(settings.audio), **_shared_settings(list(pieces.values()))}
     else:
-        pipeline = MusicPipeline.from_pretrained(settings.checkpoint, painter=settings.painter)
+        pipeline = MusicPipeline.from_pretrained(settings.checkpoint, second_stage=settings.second_stage)
         decoding = _decoding(settings, pipeline)
         named = [(prompt.name, prompt.caption) for prompt in task.prompts]
         made = generate(pipeline, named, decoding, out / "audio", settings.batch)
@@ -96,12 +96,12 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     if settings.audio and settings.adherence and task.store is not None:
         notes.append("adherence to the prompts is measured of what is generated here, not of finished audio")
     decoded = {name: value for name, value in facts.items() if name != "model"}
-    figures, floor = [], []
+    metrics, floor = [], []
     for embedder in embedders:
-        figures += score(clips, references, embedder, protocol.seconds, decoded, out / "heard")
+        metrics += score(clips, references, embedder, protocol.seconds, decoded, out / "embeddings")
         if all(clip.reference for clip in clips):
             music = [Clip(clip.reference, clip.caption) for clip in clips]
-            floor += score(music, references, embedder, protocol.seconds, {"decoding": "none"}, out / "heard")
+            floor += score(music, references, embedder, protocol.seconds, {"decoding": "none"}, out / "embeddings")
     measured = {"model": [clip.path for clip in clips], "true music": references} if settings.measures else {}
     measures = {name: measure_files(paths) for name, paths in measured.items() if paths}
     adherence = None
@@ -112,7 +112,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         adherence = measure_adherence(
             task.store, [by_name[n] for n in kept], list(kept.values()), pipeline.codec, told, settings.seed
         )
-    document = _document(settings, facts, figures, floor, measures, adherence, notes)
+    document = _document(settings, facts, metrics, floor, measures, adherence, notes)
     write_text(out / "report.md", report(document, adherence))
     write_text(out / "figures.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return document
@@ -135,7 +135,7 @@ def match_audio(folder: Path, prompts: Sequence[ListedPrompt]) -> tuple[dict[str
     unmatched = []
     for path in files:
         stem = slug(path.stem, longest=120)
-        name = stem if stem in names else captions.get(read_record(path).get("prompt", ""))
+        name = stem if stem in names else captions.get(read_sidecar(path).get("prompt", ""))
         if name is None or name in pieces:
             unmatched.append(str(path))
         else:
@@ -147,16 +147,16 @@ def match_audio(folder: Path, prompts: Sequence[ListedPrompt]) -> tuple[dict[str
 
 def report(document: Mapping[str, Any], adherence: AdherenceReport | None) -> str:
     """The figures as Markdown."""
-    figures = [Figure(**figure) for figure in document["figures"]]
-    floor = {figure["name"]: figure["value"] for figure in document["true_music"]}
-    titles, values = table({"model": figures})
-    true = [f"{floor[figure.name]:.4g}" if figure.name in floor else "" for figure in figures]
+    metrics = [Metric(**metric) for metric in document["metrics"]]
+    floor = {metric["name"]: metric["value"] for metric in document["true_music"]}
+    titles, values = table({"model": metrics})
+    true = [f"{floor[metric.name]:.4g}" if metric.name in floor else "" for metric in metrics]
     rows = [["", "model (95 % interval)", "true music"], *map(list, zip(titles[1:], values[1:], true, strict=True))]
     model = document["model"]
     name = model if isinstance(model, str) else f"{model['name']} (weights {model['weights_sha256'][:16]})"
     parts = [f"# {document['protocol']}", f"Model: {name}.", markdown(rows)]
     if published := document["published"]:
-        names = sorted({name for figures in published.values() for name in figures})
+        names = sorted({name for metrics in published.values() for name in metrics})
         listed = [[system, *(str(found.get(name, "")) for name in names)] for system, found in published.items()]
         source = document["source_of_published"]
         parts.append(f"As published, not measured here ({source}):\n\n{markdown([['', *names], *listed])}")
@@ -170,7 +170,7 @@ def report(document: Mapping[str, Any], adherence: AdherenceReport | None) -> st
             lines.append([name, *((t and f"{t['mean']:.4g} ({t['low']:.4g} to {t['high']:.4g})") or "" for t in told)])
         parts.append(f"## Musical measures\n\n{markdown(lines)}")
     parts.append("\n".join(f"- {note}" for note in document["notes"]))
-    parts.append(f"Measured with: {json.dumps(document['figures'][0]['fingerprint'], ensure_ascii=False)}")
+    parts.append(f"Measured with: {json.dumps(document['metrics'][0]['fingerprint'], ensure_ascii=False)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -238,7 +238,7 @@ def _clips(task: Task, pieces: Mapping[str, Path], references: set[Path]) -> lis
 
 def _shared_settings(paths: Sequence[Path]) -> dict[str, Any]:
     """The decoding of finished audio, as far as all its records agree on it."""
-    records = [read_record(path) for path in paths]
+    records = [read_sidecar(path) for path in paths]
     return {
         name: records[0].get(name, "unknown") if all(r.get(name) == records[0].get(name) for r in records) else "mixed"
         for name in _SETTINGS
@@ -265,8 +265,8 @@ def _notes(task: Task, pieces: Mapping[str, Path], unmatched: Sequence[str], bad
 def _document(
     settings: DictConfig,
     facts: Mapping[str, Any],
-    figures: Sequence[Figure],
-    floor: Sequence[Figure],
+    metrics: Sequence[Metric],
+    floor: Sequence[Metric],
     measures: Mapping[str, FolderMeasures],
     adherence: AdherenceReport | None,
     notes: Sequence[str],
@@ -275,8 +275,8 @@ def _document(
     return {
         "protocol": protocol.name,
         "model": facts["model"],
-        "figures": [figure.document() for figure in figures],
-        "true_music": [figure.document() for figure in floor],
+        "metrics": [metric.document() for metric in metrics],
+        "true_music": [metric.document() for metric in floor],
         "published": OmegaConf.to_container(protocol.published),
         "source_of_published": protocol.source_of_published,
         "measures": {whose: found.document() for whose, found in measures.items()},

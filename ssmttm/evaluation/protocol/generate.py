@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ssmttm import audio
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
-from ssmttm.generation.output import read_record, record_of
+from ssmttm.generation.output import read_sidecar, sidecar_path
 from ssmttm.generation.pipeline import MusicPipeline
 
 
@@ -48,7 +48,7 @@ def generate(
     names = [name for name, _ in prompts]
     paths = [folder / f"{name}.wav" for name in names]
     records = [
-        record_of(caption, decoding.first_seed + i, decoding.settings(), pipeline.facts)
+        sidecar_path(caption, decoding.first_seed + i, decoding.settings(), pipeline.facts)
         for i, (_, caption) in enumerate(prompts)
     ]
     left = [i for i, path in enumerate(paths) if not _is_made(path, records[i])]
@@ -67,7 +67,7 @@ def generate(
 
 def _is_made(path: Path, record: dict[str, Any]) -> bool:
     """Whether the piece is there (its record is written last)."""
-    made = read_record(path)
+    made = read_sidecar(path)
     if not made:
         return False
     differing = [key for key in record if key != "created" and made.get(key) != record[key]]

@@ -23,7 +23,7 @@ def write_model(folder: Path, model: TokenLM, pattern: str, card: dict[str, Any]
 
 
 def card_of(
-    name: str, origin: str, model: TokenLM, codec: tuple[str, Codec], text: tuple[str, TextEncoder], reading: str
+    name: str, origin: str, model: TokenLM, codec: tuple[str, Codec], text: tuple[str, TextEncoder], null_condition: str
 ) -> dict[str, Any]:
     """The card: what is known. The licences of the training data are not, which SPDX calls NOASSERTION.
 
@@ -53,6 +53,6 @@ def card_of(
         "data": {
             "licences": {"NOASSERTION": None},
             "codec": {"name": codec[0], "fingerprint": codec[1].fingerprint},
-            "text": {"name": text[0], "fingerprint": text[1].fingerprint, "reading": reading},
+            "text": {"name": text[0], "fingerprint": text[1].fingerprint, "null_condition": null_condition},
         },
     }

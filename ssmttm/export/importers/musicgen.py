@@ -1,7 +1,7 @@
 """MusicGen (arXiv 2306.05284) as transformers keeps it, MusicgenForConditionalGeneration, and a TokenLM back into it.
 
 The decoder is a TokenLM tensor by tensor. Its null condition has no token: transformers multiplies the text by a mask
-of zeros, and keys and values without biases then give zeros whatever the scores ("null_is_nothing" in
+of zeros, and keys and values without biases then give zeros whatever the scores ("no_tokens" in
 `ssmttm.text.null_condition`).
 """
 
@@ -45,13 +45,13 @@ TABLE = {
     r"heads\.weight": r"decoder.lm_heads.{k}.weight",
     r"text\.linear\.(.*)": r"enc_to_dec_proj.\1",
     r"norm\.(.*)": rf"{DECODER}.layer_norm.\1",
-    r"blocks\.(\d+)\.branches\.0\.norm\.(.*)": rf"{DECODER}.layers.\1.self_attn_layer_norm.\2",
-    r"blocks\.(\d+)\.branches\.0\.inner\.(.*)": rf"{DECODER}.layers.\1.self_attn.\2",
-    r"blocks\.(\d+)\.branches\.1\.norm\.(.*)": rf"{DECODER}.layers.\1.encoder_attn_layer_norm.\2",
-    r"blocks\.(\d+)\.branches\.1\.inner\.(.*)": rf"{DECODER}.layers.\1.encoder_attn.\2",
-    r"blocks\.(\d+)\.branches\.2\.norm\.(.*)": rf"{DECODER}.layers.\1.final_layer_norm.\2",
-    r"blocks\.(\d+)\.branches\.2\.inner\.0\.(.*)": rf"{DECODER}.layers.\1.fc1.\2",
-    r"blocks\.(\d+)\.branches\.2\.inner\.3\.(.*)": rf"{DECODER}.layers.\1.fc2.\2",
+    r"blocks\.(\d+)\.sublayers\.0\.norm\.(.*)": rf"{DECODER}.layers.\1.self_attn_layer_norm.\2",
+    r"blocks\.(\d+)\.sublayers\.0\.inner\.(.*)": rf"{DECODER}.layers.\1.self_attn.\2",
+    r"blocks\.(\d+)\.sublayers\.1\.norm\.(.*)": rf"{DECODER}.layers.\1.encoder_attn_layer_norm.\2",
+    r"blocks\.(\d+)\.sublayers\.1\.inner\.(.*)": rf"{DECODER}.layers.\1.encoder_attn.\2",
+    r"blocks\.(\d+)\.sublayers\.2\.norm\.(.*)": rf"{DECODER}.layers.\1.final_layer_norm.\2",
+    r"blocks\.(\d+)\.sublayers\.2\.inner\.fc1\.(.*)": rf"{DECODER}.layers.\1.fc1.\2",
+    r"blocks\.(\d+)\.sublayers\.2\.inner\.fc2\.(.*)": rf"{DECODER}.layers.\1.fc2.\2",
 }
 
 
@@ -75,7 +75,7 @@ def import_musicgen(source: str | Path, out: str | Path) -> Path:
         tokenizer.save_pretrained(folder / "text_encoder")
         codec, encoder = load_codec(folder / "codec"), load_text_encoder(folder / "text_encoder")
         parts = ("./codec", codec), ("./text_encoder", encoder)
-        write_model(folder, model, "delay", card_of(out.name, Path(source).name, model, *parts, "null_is_nothing"))
+        write_model(folder, model, "delay", card_of(out.name, Path(source).name, model, *parts, "no_tokens"))
     return out
 
 

@@ -2,7 +2,7 @@
 
 It is read as tensors and plain values alone; a file that wants more is refused, for a pickle can run anything.
 That model's sinusoidal positions count text and audio together ("joint"), it has no norm in front of the heads, and it
-takes the text's padding for words ("visible_padding" in `ssmttm.text.null_condition`). The special tokens that its sequences
+takes the text's padding for words ("unmasked_padding" in `ssmttm.text.null_condition`). The special tokens that its sequences
 begin with are the special column that every TokenLM starts from: the pattern is a plain delay.
 """
 
@@ -29,10 +29,11 @@ TABLE = {
     r"heads\.weight": r"music_model.lm_head.{k}.weight",
     r"text\.linear\.(.*)": r"music_model.condition_linear.\1",
     r"text\.norm\.(.*)": r"music_model.condition_norm.\1",
-    r"blocks\.(\d+)\.branches\.0\.norm\.(.*)": r"music_model.backbone.\1.mamba.norm.\2",
-    r"blocks\.(\d+)\.branches\.0\.inner\.(.*)": r"music_model.backbone.\1.mamba.mamba.\2",
-    r"blocks\.(\d+)\.branches\.1\.norm\.(.*)": r"music_model.backbone.\1.ff.norm.\2",
-    r"blocks\.(\d+)\.branches\.1\.inner\.(.*)": r"music_model.backbone.\1.ff.feed_forward.\2",
+    r"blocks\.(\d+)\.sublayers\.0\.norm\.(.*)": r"music_model.backbone.\1.mamba.norm.\2",
+    r"blocks\.(\d+)\.sublayers\.0\.inner\.(.*)": r"music_model.backbone.\1.mamba.mamba.\2",
+    r"blocks\.(\d+)\.sublayers\.1\.norm\.(.*)": r"music_model.backbone.\1.ff.norm.\2",
+    r"blocks\.(\d+)\.sublayers\.1\.inner\.fc1\.(.*)": r"music_model.backbone.\1.ff.feed_forward.0.\2",
+    r"blocks\.(\d+)\.sublayers\.1\.inner\.fc2\.(.*)": r"music_model.backbone.\1.ff.feed_forward.3.\2",
 }
 
 
@@ -53,7 +54,7 @@ def import_released(
     model = read_released(source)
     its_codec, its_encoder = load_codec(codec or CODEC), load_text_encoder(text_encoder or TEXT_ENCODER)
     with new_folder(out) as folder:
-        card = card_of(out.name, source.name, model, (CODEC, its_codec), (TEXT_ENCODER, its_encoder), "visible_padding")
+        card = card_of(out.name, source.name, model, (CODEC, its_codec), (TEXT_ENCODER, its_encoder), "unmasked_padding")
         write_model(folder, model, "delay", card)
     return out
 

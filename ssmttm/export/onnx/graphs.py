@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmttm.codecs import Codec
 from ssmttm.export.onnx.modules import exportable
 from ssmttm.export.onnx.states import FREE_AXES, growing, named, refilled
-from ssmttm.models.blocks import BranchState
+from ssmttm.models.blocks import SublayerState
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder
@@ -58,21 +58,21 @@ class ConditionGraph(Graph):
         mask = torch.ones(2, 3, dtype=torch.bool)
         self.examples = {"text": torch.zeros(2, 3, model.config.text_dim), "mask": mask}
         self.axes = {name: {0: "batch", 1: "tokens"} for name in self.examples}
-        self.outputs = list(self._told(*self.examples.values()))
+        self.outputs = list(self._add_controls(*self.examples.values()))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._told(*inputs).values())
+        return tuple(self._add_controls(*inputs).values())
 
-    def _told(self, text: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def _add_controls(self, text: Tensor, mask: Tensor) -> dict[str, Tensor]:
         projected = self.model.text(TextCondition(text, mask))
         if self.as_prefix:
             return {"prefix": projected.tokens}
 
-        def state(branch: Any) -> BranchState:
-            keys = branch.inner.keys_of(*projected) if branch.sees_text else None
-            return BranchState(keys, None if branch.modulation is None else branch.modulation(projected.mean()))
+        def state(sublayer: Any) -> SublayerState:
+            keys = sublayer.inner.keys_of(*projected) if sublayer.sees_text else None
+            return SublayerState(keys, None if sublayer.adaln is None else sublayer.adaln(projected.mean()))
 
-        return named([[state(branch) for branch in block.branches] for block in self.model.blocks])
+        return named([[state(sublayer) for sublayer in block.sublayers] for block in self.model.blocks])
 
 
 class StepGraph(Graph):
@@ -105,11 +105,11 @@ class StepGraph(Graph):
         given = dict(zip(self.examples, inputs, strict=True))
         model, blocks = self.model, refilled(self.blocks, given)
         x = model.embedding(given["codes"] + model.offsets).sum(1)  # [B, D]
-        x = model._told(x[:, None], None)[:, 0]
+        x = model._add_controls(x[:, None], None)[:, 0]
         if "prefix" in given:
             x = torch.where(given["is_prefix"][:, None], given["prefix"], x)
         if POSITION in given:
-            x = model._placed(x, given[POSITION], None)
+            x = model._add_positions(x, given[POSITION], None)
         for block, states in zip(model.blocks, blocks, strict=True):
             x = block.step(x, states)
         behind = named(blocks)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmttm.mixers.attention import AttentionState
-from ssmttm.models.blocks import BranchState
+from ssmttm.models.blocks import SublayerState
 
-Blocks = list[list[BranchState]]
+Blocks = list[list[SublayerState]]
 # Axes besides the batch whose lengths differ from call to call: of attention's cache, of cross-attention's keys.
 FREE_AXES = {
     "keys": {1: "cached"},
@@ -46,9 +46,9 @@ class GrowingCache(AttentionState):
 def growing(blocks: Blocks) -> Blocks:
     """The same states, with caches that grow in the place of attention's."""
     other = _copied(blocks)
-    for _, branch in _places(other):
-        if isinstance(branch.inner, AttentionState):
-            branch.inner = GrowingCache(branch.inner.keys, branch.inner.values, branch.inner.lengths)
+    for _, sublayer in _places(other):
+        if isinstance(sublayer.inner, AttentionState):
+            sublayer.inner = GrowingCache(sublayer.inner.keys, sublayer.inner.values, sublayer.inner.lengths)
     return other
 
 
@@ -56,32 +56,32 @@ def named(blocks: Blocks) -> dict[str, Tensor]:
     """All tensors, by name."""
     return {
         f"{place}.{field}": torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        for place, branch in _places(blocks)
-        for field, tensor in _fields(branch).items()
+        for place, sublayer in _places(blocks)
+        for field, tensor in _fields(sublayer).items()
     }
 
 
 def refilled(blocks: Blocks, tensors: Mapping[str, Tensor]) -> Blocks:
     """The same states with copies of other tensors, by name."""
     other = _copied(blocks)
-    for place, branch in _places(other):
-        for field, old in _fields(branch).items():
+    for place, sublayer in _places(other):
+        for field, old in _fields(sublayer).items():
             new = tensors[f"{place}.{field}"].clone()
             new = torch.view_as_complex(new) if old.is_complex() else new
-            setattr(branch if field == "modulation" else branch.inner, field, new)
+            setattr(sublayer if field == "adaln" else sublayer.inner, field, new)
     return other
 
 
 def _copied(blocks: Blocks) -> Blocks:
-    return [[replace(branch, inner=copy(branch.inner)) for branch in branches] for branches in blocks]
+    return [[replace(sublayer, inner=copy(sublayer.inner)) for sublayer in sublayers] for sublayers in blocks]
 
 
-def _places(blocks: Blocks) -> Iterator[tuple[str, BranchState]]:
-    for b, branches in enumerate(blocks):
-        for n, branch in enumerate(branches):
-            yield f"block{b}.branch{n}", branch
+def _places(blocks: Blocks) -> Iterator[tuple[str, SublayerState]]:
+    for b, sublayers in enumerate(blocks):
+        for n, sublayer in enumerate(sublayers):
+            yield f"block{b}.branch{n}", sublayer
 
 
-def _fields(branch: BranchState) -> dict[str, Tensor]:
-    parts = {**(vars(branch.inner) if branch.inner is not None else {}), "modulation": branch.modulation}
+def _fields(sublayer: SublayerState) -> dict[str, Tensor]:
+    parts = {**(vars(sublayer.inner) if sublayer.inner is not None else {}), "adaln": sublayer.adaln}
     return {field: part for field, part in parts.items() if isinstance(part, Tensor)}

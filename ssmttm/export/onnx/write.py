@@ -24,7 +24,7 @@ from ssmttm.generation.loading import ModelFolder, open_model_folder
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.text.encoders import TextEncoder
 
-READINGS = ("plain", "null_is_nothing")
+NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 
 def export_onnx(model: str | Path | None, out: str | Path) -> Path:
@@ -46,11 +46,11 @@ def export_onnx(model: str | Path | None, out: str | Path) -> Path:
         raise UserError(f"writing ONNX needs {' and '.join(missing)}: pip install 'ssmttm[export]'")
     folder, out = open_model_folder(model), Path(out)
     pipe = MusicPipeline.from_pretrained(model, device="cpu")
-    if pipe.painter is not None:
+    if pipe.second_stage is not None:
         raise UserError(f"{folder.name} has two stages, ONNX export takes one: export a model without a painter")
-    if folder.reading not in READINGS:
+    if folder.null_condition not in NULL_CONDITIONS:
         raise UserError(
-            f"{folder.name} reads captions as {folder.reading!r}, ONNX export knows {' and '.join(READINGS)}: "
+            f"{folder.name} reads captions as {folder.null_condition!r}, ONNX export knows {' and '.join(NULL_CONDITIONS)}: "
             "such a model runs with sample.py only"
         )
     step = StepGraph(pipe.model)
@@ -65,7 +65,7 @@ def export_onnx(model: str | Path | None, out: str | Path) -> Path:
             write_graph(graph, aside / f"{name}.onnx")
         tokenizer = _tokenizer(pipe.text_encoder)
         tokenizer.save(str(aside / "tokenizer.json"))
-        null_ids = [] if folder.reading == "null_is_nothing" else tokenizer.encode("").ids
+        null_ids = [] if folder.null_condition == "no_tokens" else tokenizer.encode("").ids
         document = {**_sizes(pipe), "null_ids": null_ids, "states": _states(step), **_origin(folder, pipe)}
         (aside / "system.json").write_text(json.dumps(document, indent=2) + "\n")
     return out

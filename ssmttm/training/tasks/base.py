@@ -44,7 +44,7 @@ class Task(Protocol):
     def counts(self, batch: Batch) -> Tensor:
         """What the losses of this micro-batch are averaged over, [n]: valid positions, or items."""
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """Named losses by player that takes a turn at this step.
 
         Args:
@@ -53,7 +53,7 @@ class Task(Protocol):
             step: steps done before this one.
         """
 
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """Shares, as of `losses`, of the figures of the model that validation logs."""
 
     def after_step(self, step: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ssmttm.codecs import Codec, CodecOutput, build_codec
-from ssmttm.codecs.discriminators import Judgement, MultiResolutionDiscriminator
+from ssmttm.codecs.discriminators import DiscriminatorOutput, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import adversarial_losses, discriminator_loss, reconstruction_losses
 from ssmttm.codecs.students.cost import counted_flops
 from ssmttm.data.loader import AudioLoader
@@ -83,35 +83,35 @@ class CodecTask:
     def counts(self, batch: Batch) -> Tensor:
         return torch.tensor([float(len(batch["ids"]))])
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         self._last_audio = batch["audio"]
-        return self.losses_of(self.reconstruct(players["model"], batch["audio"]), players, batch, counts, step)
+        return self.losses_of(self.reconstruct(trained_modules["model"], batch["audio"]), trained_modules, batch, counts, step)
 
     def losses_of(
-        self, output: CodecOutput, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int
+        self, output: CodecOutput, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int
     ) -> dict[str, Losses]:
         """`losses`, once the batch is reconstructed."""
         wav = batch["audio"]  # [b, 1, S]
         share = len(wav) / counts[0]
         losses = {"model": reconstruction_losses(output, wav, self.codec.sample_rate)}
         if self.adversarial_start is not None and step >= self.adversarial_start:
-            real, fake = _halves(players["discriminator"](torch.cat([wav, output.audio.detach()])))
+            real, fake = _halves(trained_modules["discriminator"](torch.cat([wav, output.audio.detach()])))
             losses["discriminator"] = {"discriminator": discriminator_loss(real, fake)}
             frozen = self.modules["discriminator"].requires_grad_(False)
             losses["model"] |= adversarial_losses(real, frozen(output.audio))
             frozen.requires_grad_(True)
-        return {player: {name: share * loss for name, loss in named.items()} for player, named in losses.items()}
+        return {module_name: {name: share * loss for name, loss in named.items()} for module_name, named in losses.items()}
 
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        output = self.reconstruct(players["model"], batch["audio"])
+    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+        output = self.reconstruct(trained_modules["model"], batch["audio"])
         losses = reconstruction_losses(output, batch["audio"], self.codec.sample_rate)
         return {name: len(batch["ids"]) / counts[0] * loss for name, loss in losses.items()}
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Give unused codebook entries a new start, every `revive_every` steps until `revive_until`."""
-        every, until = self.config.codec_training.revive_every, self.config.codec_training.revive_until
+        """Give unused codebook entries a new start, every `restart_every` steps until `restart_until`."""
+        every, until = self.config.codec_training.restart_every, self.config.codec_training.restart_until
         if (step + 1) % every == 0 and step < until:
-            dead = self.codec.revive_dead_codes(self._last_audio)  # [K]
+            dead = self.codec.restart_unused_codes(self._last_audio)  # [K]
             self._figures = {"codes_revived": float(dead.sum())}
         return self._figures
 
@@ -134,11 +134,11 @@ class CodecTask:
         return store_facts(self.store, self.config.data.store)
 
 
-def _halves(judgements: list[Judgement]) -> tuple[list[Judgement], list[Judgement]]:
+def _halves(judgements: list[DiscriminatorOutput]) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
     """Judgements on [real; fake] apart."""
 
-    def half(index: int) -> list[Judgement]:
-        return [Judgement(j.logits.chunk(2)[index], [f.chunk(2)[index] for f in j.features]) for j in judgements]
+    def half(index: int) -> list[DiscriminatorOutput]:
+        return [DiscriminatorOutput(j.logits.chunk(2)[index], [f.chunk(2)[index] for f in j.features]) for j in judgements]
 
     return half(0), half(1)
 

@@ -11,11 +11,11 @@ from ssmttm.codecs import Codec
 from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.models.controls import Hears, Wishes
+from ssmttm.models.controls import Controls, SupportsControls
 from ssmttm.training.tasks.base import Batch
 
 
-class StoreWishes:
+class StoreControls:
     """Tempo and melody of a store's segments, for a model that was built for them.
 
     Args:
@@ -28,7 +28,7 @@ class StoreWishes:
         UserError: melodies are asked for, and the store's audio has another sample rate than the codec.
     """
 
-    def __init__(self, store: Store, model: Hears, data: Any, codec: Codec | None) -> None:
+    def __init__(self, store: Store, model: SupportsControls, data: Any, codec: Codec | None) -> None:
         self._store, self._codec = store, codec
         self._tempo_dropout, self._chroma_dropout = data.tempo_dropout, data.chroma_dropout
         self._tempi = _tempi(store) if model.tempo else None
@@ -37,14 +37,14 @@ class StoreWishes:
             raise UserError(f"{store.path} keeps audio at {store.info['sample_rate']} Hz, its codec works at "
                             f"{codec.sample_rate} Hz: set model.chroma=false")  # fmt: skip
 
-    def of(self, batch: Batch) -> Wishes:
+    def of(self, batch: Batch) -> Controls:
         """All that is known of a batch's crops, on the CPU; no chroma behind a segment's end."""
-        return Wishes(self._chroma(batch), self._tempo(batch))
+        return Controls(self._chroma(batch), self._tempo(batch))
 
-    def withheld(self, wishes: Wishes) -> Wishes:
+    def dropped(self, controls: Controls) -> Controls:
         """The same without the tempo of some items and without the chroma of some, drawn from torch's generator."""
-        tempo = _withheld(wishes.tempo, self._tempo_dropout)
-        return Wishes(_withheld(wishes.chroma, self._chroma_dropout), tempo)
+        tempo = _dropped(controls.tempo, self._tempo_dropout)
+        return Controls(_dropped(controls.chroma, self._chroma_dropout), tempo)
 
     def _tempo(self, batch: Batch) -> Tensor | None:
         """[b], NaN where the store does not know it; None if the model takes none."""
@@ -62,7 +62,7 @@ class StoreWishes:
         return frame_chroma(wav, rate, frames).masked_fill(~batch["frame_mask"].cpu()[:, None], torch.nan)
 
 
-def _withheld(part: Tensor | None, chance: float) -> Tensor | None:
+def _dropped(part: Tensor | None, chance: float) -> Tensor | None:
     """NaN in each item with this chance; nothing is drawn where there is nothing to withhold."""
     if part is None:
         return None

@@ -18,14 +18,14 @@ from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
 from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
-from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
+from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models import build_model
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.data import codec_of, store_facts
 from ssmttm.training.tasks.base import Batch, Losses, Sample
-from ssmttm.training.tasks.controls import StoreWishes
+from ssmttm.training.tasks.controls import StoreControls
 
 _COUNTED = 4_096  # segments, evenly spread over the training split, from which statistics are taken
 _SAMPLES = 3
@@ -55,8 +55,8 @@ class DiffusionTask:
         self.model.set_statistics(*self.statistics)
         self.modules: dict[str, nn.Module] = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
-        PaintSettings.of(config)  # a wrong one is told now, not when there is something to sample
-        self.wishes = StoreWishes(self.store, self.model.config, config.data, self.codec)
+        SecondStageConfig.of(config)  # a wrong one is told now, not when there is something to sample
+        self.controls = StoreControls(self.store, self.model.config, config.data, self.codec)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
         data, seed = self.config.data, self.config.seed
@@ -69,19 +69,19 @@ class DiffusionTask:
         """Real frames, [1]."""
         return batch["frame_mask"].sum().float()[None]
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """`denoising`, the mean square error of what the objective asks for, over real frames and channels."""
         settings, items = self.config.diffusion, len(batch["ids"])
-        kept = torch.rand(items) >= settings.sketch_dropout
-        spread = torch.rand(items) * settings.sketch_noise
-        wishes = self.wishes.withheld(self.wishes.of(batch))
-        return {"model": self._denoising(players["model"], batch, counts, kept, spread, wishes)}
+        kept = torch.rand(items) >= settings.coarse_dropout
+        spread = torch.rand(items) * settings.coarse_noise_aug
+        controls = self.controls.dropped(self.controls.of(batch))
+        return {"model": self._denoising(trained_modules["model"], batch, counts, kept, spread, controls)}
 
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """The same with nothing withheld and the sketch as it is."""
         items = len(batch["ids"])
         kept, spread = torch.ones(items, dtype=torch.bool), torch.zeros(items)
-        return self._denoising(players["model"], batch, counts, kept, spread, self.wishes.of(batch))
+        return self._denoising(trained_modules["model"], batch, counts, kept, spread, self.controls.of(batch))
 
     def after_step(self, step: int) -> dict[str, float]:
         return {}
@@ -90,7 +90,7 @@ class DiffusionTask:
         """Codes found, seconds of audio and FLOPs."""
         frames, config = float(batch["frame_mask"].sum()), self.config.model
         flops = len(batch["ids"]) * self.model.flops(batch["codes"].shape[-1], batch["text"].mask.shape[1])
-        return frames * (config.n_codebooks - config.sketch_codebooks), frames / self.codec.frame_rate, flops
+        return frames * (config.n_codebooks - config.n_coarse_codebooks), frames / self.codec.frame_rate, flops
 
     def samples(self, step: int) -> list[Sample]:
         """Held-out sketches painted, beside the same segments through the codec."""
@@ -98,11 +98,11 @@ class DiffusionTask:
         frames = round(self.config.train.sample_seconds * self.codec.frame_rate)
         batch = CodesLoader(self.store, "valid", count, frames, self.config.seed).batch(0)
         device = next(self.model.parameters()).device
-        painter = Painter(self.model, self.codec.to(device), PaintSettings.of(self.config))
+        second_stage = SecondStage(self.model, self.codec.to(device), SecondStageConfig.of(self.config))
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         codes = batch["codes"].to(device)
-        sketch = codes[:, : self.config.model.sketch_codebooks]
-        painted = painter.paint(sketch, Brief(batch["text"].to(device), null.to(device), list(range(count))))
+        coarse_codes = codes[:, : self.config.model.n_coarse_codebooks]
+        painted = second_stage.generate(coarse_codes, SecondStageInputs(batch["text"].to(device), null.to(device), list(range(count))))
         pairs = {"original": codes, "painted": painted}
         rate = self.codec.sample_rate
         return [Sample(f"{i}-{what}", self.codec.decode(c[i : i + 1])[0], rate)
@@ -119,17 +119,17 @@ class DiffusionTask:
         counts: Tensor,
         kept: Tensor,
         spread: Tensor,
-        wishes: Wishes,
+        controls: Controls,
     ) -> Losses:
         """Kept [b] says whose sketch is told, spread [b] how much noise it is given."""
         codes, mask = batch["codes"], batch["frame_mask"]
-        device, n_sketch = codes.device, self.model.config.sketch_channels
+        device, n_sketch = codes.device, self.model.config.coarse_channels
         latents = self.model.normalised(self.codec.to(device).to_latents(codes).detach().float())  # [b, K * c, T]
-        sketch, clean = latents[:, :n_sketch], latents[:, n_sketch:]
+        coarse_codes, clean = latents[:, :n_sketch], latents[:, n_sketch:]
         kept, spread = kept.to(device), spread.to(device)
-        sketch = sketch + spread[:, None, None] * torch.randn_like(sketch)
+        coarse_codes = coarse_codes + spread[:, None, None] * torch.randn_like(coarse_codes)
         noise, time = torch.randn_like(clean), self.objective.draw_times(len(codes)).to(device)
-        conditions = Conditions(sketch, batch["text"], kept, spread, wishes.to(device), mask)
+        conditions = Conditions(coarse_codes, batch["text"], kept, spread, controls.to(device), mask)
         said = model(self.objective.noisy(clean, noise, time), time, conditions).float()
         errors = (said - self.objective.target(clean, noise, time)).square().mean(1)  # [b, T]
         return {"denoising": errors.masked_fill(~mask, 0).sum() / counts[0]}
@@ -147,7 +147,7 @@ def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
 
 
 def _check_chances(settings: DictConfig) -> None:
-    limits = {"sketch_dropout": 1, "sketch_noise": math.inf}
+    limits = {"coarse_dropout": 1, "coarse_noise_aug": math.inf}
     for name, most in limits.items():
         value = settings[name]
         if not isinstance(value, int | float) or not 0 <= value <= most:

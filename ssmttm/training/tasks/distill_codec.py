@@ -65,13 +65,13 @@ class CodecDistillTask(CodecTask):
         output = model(self.teacher.to(wav.device).encode(wav))
         return output._replace(audio=output.audio[..., : wav.shape[-1]])
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         if self.stages is None:
-            return super().losses(players, batch, counts, step)
+            return super().losses(trained_modules, batch, counts, step)
         with traced_outputs(self.stages[0]) as ours:
-            output = self.reconstruct(players["model"], batch["audio"])
-        named = self.losses_of(output, players, batch, counts, step)
-        distances = players["projections"](ours, self._teachers(output.codes))  # [b]
+            output = self.reconstruct(trained_modules["model"], batch["audio"])
+        named = self.losses_of(output, trained_modules, batch, counts, step)
+        distances = trained_modules["projections"](ours, self._teachers(output.codes))  # [b]
         named["model"]["decoder"] = distances.sum() / counts[0]
         return named
 

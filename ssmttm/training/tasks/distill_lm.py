@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ssmttm.distill.hidden_states import StreamProjections, check_mixers, mixer_error, traced_mixers
+from ssmttm.distill.hidden_states import HiddenStateProjections, check_mixers, mixer_error, traced_mixers
 from ssmttm.distill.layer_map import layer_map
 from ssmttm.distill.losses import Target, check_temperature, divergence, student_log_q, target
 from ssmttm.distill.teacher import Teacher
-from ssmttm.distill.teacher_cache import CachedAnswers, write_cache
+from ssmttm.distill.teacher_cache import TeacherLogitCache, write_cache
 from ssmttm.distill.weight_transfer import channel_importance, transfer_weights
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
@@ -29,7 +29,7 @@ from ssmttm.training.accelerator import build_accelerator
 from ssmttm.training.run import check_least
 from ssmttm.training.step import to_device
 from ssmttm.training.tasks.base import Batch, Losses
-from ssmttm.training.tasks.lm import Given, LanguageModelTask
+from ssmttm.training.tasks.lm import LanguageModelTask, LMBatch
 
 LOSSES = ("cross_entropy", "kl", "hidden")
 _LOOK_EVERY = 10  # steps between looks at the gradients' norms
@@ -58,7 +58,7 @@ class DistillTask(LanguageModelTask):
         self.settings, self.loss_weights = settings, {"distillation": 1.0}
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         self.teacher = Teacher(config.teacher, settings.guidance_scale, null)
-        self.frozen, self.reading = [self.teacher.model], self.teacher.folder.reading
+        self.frozen, self.null_condition = [self.teacher.model], self.teacher.folder.null_condition
         self.guidance_scale = self.teacher.guidance_of_student
         self.teacher.check_student(config.model, config.pattern, self.store.info)
         self.blocks = layer_map(settings.layer_map, config.model.n_layers, self.teacher.model.config.n_layers)
@@ -66,25 +66,25 @@ class DistillTask(LanguageModelTask):
             check_mixers(self.model, self.teacher.model)
         if settings.cache and (self.teacher.model.config.chroma or self.teacher.model.config.tempo):
             raise UserError("a cached answer does not know whose melody or tempo is withheld: set distill.cache=null")
-        self.cached = CachedAnswers(settings.cache, cache_facts(config, self)) if settings.cache else None
+        self.cached = TeacherLogitCache(settings.cache, cache_facts(config, self)) if settings.cache else None
         weights = {name: config.losses[name] for name in LOSSES if config.losses[name]}
         self.modules["weighting"] = LossWeighting(settings.weighting, weights)
         if config.losses.hidden:
             widths = config.model.d_model, self.teacher.model.config.d_model
-            self.modules["projections"] = StreamProjections(len(self.blocks), *widths)
+            self.modules["projections"] = HiddenStateProjections(len(self.blocks), *widths)
         self.transferred: list[str] = []
         self.asks = bool(config.losses.kl or config.losses.hidden)
         self._observed: Tensor | None = None
         self._transfer()
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """`distillation`, to train on, and what it is made of: `cross_entropy`, `kl`, `hidden`, `mixer`."""
-        wishes = self.wishes.withheld(self.wishes.of(batch))
-        given = self._given(batch, wishes)
+        controls = self.controls.dropped(self.controls.of(batch))
+        given = self._prepare_batch(batch, controls)
         matching, hidden = step < self.settings.mixer_steps, "projections" in self.modules
         behind = range(1, len(self.blocks) + 1) if hidden else []
-        said = players["model"](given.codes, self._text(batch), streams_behind=behind, wishes=given.wishes)
-        logits, streams = said if behind else (said, [])
+        said = trained_modules["model"](given.codes, self._text(batch), return_hidden_states_of=behind, controls=given.controls)
+        logits, hidden_states = said if behind else (said, [])
         named = self._code_losses(logits, given, counts)
         traced = traced_mixers(self.teacher.model, self.blocks) if matching else contextlib.nullcontext()
         with traced as seen:
@@ -92,19 +92,19 @@ class DistillTask(LanguageModelTask):
         if self.config.losses.kl:
             named["kl"] = self._kl(logits, answer, given, counts)
         if hidden:
-            distances = players["projections"](streams, of_teacher)  # [b, S]
+            distances = trained_modules["projections"](hidden_states, of_teacher)  # [b, S]
             named["hidden"] = (distances * given.real.float().mean(1)).sum() / counts[:-1].mean()
         share = len(batch["ids"]) / counts[-1]
         if matching:
             text = self.model.text(self._text(batch))
             errors = mixer_error(self.model, text, given.real.any(1), self.blocks, seen)  # [b]
             named["mixer"] = errors.sum() / counts[-1]
-        named["distillation"] = self._total(players, named, share, step)
+        named["distillation"] = self._total(trained_modules, named, share, step)
         return {"model": named}
 
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """Cross-entropy on the data: so students compare with each other and with those that had no teacher."""
-        named = super().validation(players, batch, counts, step)
+        named = super().validation(trained_modules, batch, counts, step)
         return named | {"distillation": named["cross_entropy"]}
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -127,35 +127,35 @@ class DistillTask(LanguageModelTask):
         """With the teacher, the licences of whose data are the student's too, and how many parameters came from it."""
         facts = super().facts()
         licences = (self.teacher.folder.licences or {}) | facts["licences"]
-        text = facts["text"] | {"reading": self.reading}
+        text = facts["text"] | {"null_condition": self.null_condition}
         teacher = self.teacher.facts() | {"transferred": len(self.transferred)}
         return facts | {"licences": licences, "text": text, "teacher": teacher}
 
     def ask(self, batch: Batch, k: int | None) -> Target:
         """The teacher's distributions for a batch, [b, K, S, n], at the temperature of the settings."""
-        given = self._given(batch, self.wishes.of(batch))
-        return target(self.teacher(given.codes, self._text(batch), given.wishes)[0], self.settings.temperature, k)
+        given = self._prepare_batch(batch, self.controls.of(batch))
+        return target(self.teacher(given.codes, self._text(batch), given.controls)[0], self.settings.temperature, k)
 
-    def _asked(self, batch: Batch, given: Given) -> tuple[Target, list[Tensor]]:
+    def _asked(self, batch: Batch, given: LMBatch) -> tuple[Target, list[Tensor]]:
         """The teacher's distributions, from the cache if there is one, and its streams behind the mapped blocks, if any
         are learnt from."""
         if self.cached is not None:
             return Target(*(None if p is None else p.to(given.codes.device) for p in self.cached(batch["ids"]))), []
         blocks = self.blocks if "projections" in self.modules else []
-        logits, streams = self.teacher(given.codes, self._text(batch), given.wishes, blocks)
-        return target(logits, self.settings.temperature), streams
+        logits, hidden_states = self.teacher(given.codes, self._text(batch), given.controls, blocks)
+        return target(logits, self.settings.temperature), hidden_states
 
-    def _kl(self, logits: Tensor, answer: Target, given: Given, counts: Tensor) -> Tensor:
+    def _kl(self, logits: Tensor, answer: Target, given: LMBatch, counts: Tensor) -> Tensor:
         """The divergence, times the temperature's square: so its gradient keeps its size (arXiv 1503.02531)."""
         temperature = self.settings.temperature
         log_q = student_log_q(logits[..., : self.codebook_size], answer, temperature)
         each = divergence(log_q, answer.log_p, self.settings.divergence, self.settings.skew)  # [b, K, S]
         return temperature**2 * self._over_codebooks(each.masked_fill(~given.real, 0).sum((0, 2)), counts)
 
-    def _total(self, players: Mapping[str, nn.Module], named: Losses, share: Tensor, step: int) -> Tensor:
+    def _total(self, trained_modules: Mapping[str, nn.Module], named: Losses, share: Tensor, step: int) -> Tensor:
         """What is trained on in this step. In the first phases the others take part with weight 0: every parameter has
         a gradient, as several devices need it."""
-        weighted = players["weighting"](named, share)
+        weighted = trained_modules["weighting"](named, share)
         if step < self.settings.mixer_steps:
             return named["mixer"] + 0 * weighted
         if step < self.settings.mixer_steps + self.settings.hidden_steps:
@@ -185,7 +185,7 @@ class DistillTask(LanguageModelTask):
         if asked.width == "importance":
             loader = self.loader("train", self.config.data.batch_size, 0, 1)
             batches = [loader.batch(n) for n in range(_CALIBRATION)]
-            shown = [(self._given(b, self.wishes.of(b)), self._text(b)) for b in batches]
+            shown = [(self._prepare_batch(b, self.controls.of(b)), self._text(b)) for b in batches]
             importance = channel_importance(self.teacher.model, [(given.codes, text) for given, text in shown])
         self.transferred = transfer_weights(self.teacher.model, self.model, asked.layers, asked.width, importance)
 

@@ -22,12 +22,12 @@ from ssmttm.data.prefetch import prefetched
 from ssmttm.distill.layer_map import layer_map
 from ssmttm.distill.losses import divergence, student_log_q, target
 from ssmttm.distill.teacher import Teacher
-from ssmttm.distill.text_alignment import Pieces, align, cut
+from ssmttm.distill.text_alignment import TokenizedCaption, align, cut
 from ssmttm.errors import UserError
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
-from ssmttm.text.null_condition import as_read
+from ssmttm.text.null_condition import apply_null_condition
 from ssmttm.text.student import StudentEncoder, StudentShape, build_student, describe
 from ssmttm.training.data import check_same
 from ssmttm.training.run import check_least
@@ -40,7 +40,7 @@ _CALIBRATION = 4  # batches that tell how large the projected text is
 
 class TextDistillTask(LanguageModelTask):
     """A student encoder learns to stand for a teacher's; from `text_student.joint_step` on the language model learns to
-    read it. `model`, the encoder, follows the schedule of `optim`; `lm` the constant rate `optim.player_lr.lm`.
+    read it. `model`, the encoder, follows the schedule of `optim`; `lm` the constant rate `optim.module_lr.lm`.
 
     Args:
         config: as of `LanguageModelTask`, `teacher`, `text_student`; `model` and `pattern` are the teacher's.
@@ -57,9 +57,9 @@ class TextDistillTask(LanguageModelTask):
         self.teacher = Teacher(config.teacher)
         self.frozen = [self.teacher.model]
         folder, lm = self.teacher.folder, self.teacher.model.config
-        self.teacher.check_reading()
+        self.teacher.check_null_condition()
         _check_teacher(folder.name, folder.card)
-        self.reading, self.guidance_scale = folder.reading, folder.guidance_scale
+        self.null_condition, self.guidance_scale = folder.null_condition, folder.guidance_scale
         config = config.copy()
         config.model, config.pattern = {"kind": "token_lm", **asdict(lm)}, folder.config.pattern
         super().__init__(config)
@@ -83,15 +83,15 @@ class TextDistillTask(LanguageModelTask):
         """Valid positions by codebook, the number of items and that of the student's text tokens, [K + 2]."""
         return torch.cat([super().counts(batch), batch["read"].mask.sum()[None].float()])
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """`text`, the square distance of the projected states in units of the teacher's mean square; later also
         `cross_entropy`, each `codebook_k`, and `kl` from what the teacher says of the same codes."""
-        wishes = self.wishes.withheld(self.wishes.of(batch)) if self._is_joint(step) else None
-        return {"model": self._named(players, batch, counts, wishes)}
+        controls = self.controls.dropped(self.controls.of(batch)) if self._is_joint(step) else None
+        return {"model": self._named(trained_modules, batch, counts, controls)}
 
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """All of them from the first step on, with neither tempo nor melody withheld."""
-        return self._named(players, batch, counts, self.wishes.of(batch))
+        return self._named(trained_modules, batch, counts, self.controls.of(batch))
 
     def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
         """Of the phase that the step is in; the teacher has no backward pass, so its FLOPs count a third."""
@@ -117,7 +117,7 @@ class TextDistillTask(LanguageModelTask):
             "encoder": describe(self.encoder, self.tokenizer),
         }
         licences = (folder.licences or {}) | facts["licences"]
-        text = facts["text"] | {"reading": folder.reading}
+        text = facts["text"] | {"null_condition": folder.null_condition}
         return facts | {
             "licences": licences, "text": text, "teacher": self.teacher.facts(), "blueprint": blueprint,
         }  # fmt: skip
@@ -126,12 +126,12 @@ class TextDistillTask(LanguageModelTask):
         """Whether the language model learns along."""
         return self.joint_step is not None and step >= self.joint_step
 
-    def _named(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, wishes: Wishes | None) -> Losses:
+    def _named(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, controls: Controls | None) -> Losses:
         """The losses of the student, and with wishes those of the language model that reads it."""
         read = batch["read"]
-        states = players["model"](read.input_ids, read.mask).last_hidden_state.float()  # [b, L, E]
+        states = trained_modules["model"](read.input_ids, read.mask).last_hidden_state.float()  # [b, L, E]
         named = {"text": self._distance(states, read) / self._mean_square / counts[-1]}
-        return named if wishes is None else named | self._language(players["lm"], states, batch, counts[:-1], wishes)
+        return named if controls is None else named | self._language(trained_modules["lm"], states, batch, counts[:-1], controls)
 
     def _distance(self, states: Tensor, read: "ReadCaptions") -> Tensor:
         """Square distance of projected states [b, L, E], summed over real tokens."""
@@ -141,13 +141,13 @@ class TextDistillTask(LanguageModelTask):
         """As the teacher's language model projects them, 0 at padding: [b, L, E] -> [b, L, D]."""
         return self.teacher.model.text(TextCondition(states, mask)).tokens
 
-    def _language(self, lm: nn.Module, states: Tensor, batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
-        given = self._given(batch, wishes)
-        heard = as_read(self.reading, TextCondition(states, batch["read"].mask), batch["captions"])
-        logits = lm(given.codes, heard, wishes=given.wishes)
+    def _language(self, lm: nn.Module, states: Tensor, batch: Batch, counts: Tensor, controls: Controls) -> Losses:
+        given = self._prepare_batch(batch, controls)
+        embeddings = apply_null_condition(self.null_condition, TextCondition(states, batch["read"].mask), batch["captions"])
+        logits = lm(given.codes, embeddings, controls=given.controls)
         named = self._code_losses(logits, given, counts)
         if self.config.losses.kl:
-            answer = target(self.teacher(given.codes, self._text(batch), given.wishes)[0])
+            answer = target(self.teacher(given.codes, self._text(batch), given.controls)[0])
             each = divergence(student_log_q(logits[..., : self.codebook_size], answer), answer.log_p)  # [b, K, S]
             named["kl"] = self._over_codebooks(each.masked_fill(~given.real, 0).sum((0, 2)), counts)
         return named
@@ -211,7 +211,7 @@ class CaptionLoader:
         return prefetched(self.batch, start, 2)
 
 
-def _spread(student: Pieces, replaced: Pieces, states: Tensor) -> Tensor:
+def _spread(student: TokenizedCaption, replaced: TokenizedCaption, states: Tensor) -> Tensor:
     """Token states [L', E] of the one tokenizer at the tokens of the other, [L, E]."""
     if len(states) != len(replaced.ids):
         raise UserError(

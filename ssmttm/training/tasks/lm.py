@@ -19,14 +19,14 @@ from ssmttm.errors import UserError
 from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import build_model
-from ssmttm.models.controls import Wishes
+from ssmttm.models.controls import Controls
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
-from ssmttm.text.null_condition import as_read
+from ssmttm.text.null_condition import apply_null_condition
 from ssmttm.training.data import check_complete, check_same, codec_of, store_facts
 from ssmttm.training.tasks.base import Batch, Losses, Sample
-from ssmttm.training.tasks.controls import StoreWishes
+from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
 
 
@@ -44,7 +44,7 @@ class LanguageModelTask:
     """
 
     frozen: Sequence[nn.Module] = ()
-    guidance_scale, reading = GUIDANCE_SCALE, "plain"  # how it is sampled
+    guidance_scale, null_condition = GUIDANCE_SCALE, "empty_caption"  # how it is sampled
 
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
@@ -66,7 +66,7 @@ class LanguageModelTask:
         self._text_encoder: TextEncoder | None = None
         if config.train.sample_every or self.model.config.chroma:
             self._codec = codec_of(self.store, config.data.store, self.n_codebooks)
-        self.wishes = StoreWishes(self.store, self.model.config, config.data, self._codec)
+        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec)
         if config.train.sample_every:  # now, so that an encoder that is not here stops the run before it begins
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_same("text", self._text_encoder.fingerprint, self.store.info)
@@ -83,23 +83,23 @@ class LanguageModelTask:
         positions = real_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2))  # [K]
         return torch.cat([positions, positions.new_tensor([len(batch["ids"])])]).float()
 
-    def losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
+    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
         """`cross_entropy`, weighted mean over codebooks with smoothed labels, to train on; each `codebook_k`, plain;
         with a tag head `tags`, to train on, and `tags_from_text`, that of the first position."""
-        wishes = self.wishes.withheld(self.wishes.of(batch))
-        return {"model": self._losses(players, batch, counts, wishes)}
+        controls = self.controls.dropped(self.controls.of(batch))
+        return {"model": self._losses(trained_modules, batch, counts, controls)}
 
-    def validation(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
+    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
         """The same with neither tempo nor melody withheld."""
-        return self._losses(players, batch, counts, self.wishes.of(batch))
+        return self._losses(trained_modules, batch, counts, self.controls.of(batch))
 
-    def _losses(self, players: Mapping[str, nn.Module], batch: Batch, counts: Tensor, wishes: Wishes) -> Losses:
-        given, text = self._given(batch, wishes), self._text(batch)
+    def _losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, controls: Controls) -> Losses:
+        given, text = self._prepare_batch(batch, controls), self._text(batch)
         if self.tags is None:
-            return self._code_losses(players["model"](given.codes, text, wishes=given.wishes), given, counts)
+            return self._code_losses(trained_modules["model"](given.codes, text, controls=given.controls), given, counts)
         behind = [self.config.tag_head.block]
-        logits, (stream,) = players["model"](given.codes, text, streams_behind=behind, wishes=given.wishes)
-        log_odds = players["tag_head"](stream)  # [b, S, n]
+        logits, (stream,) = trained_modules["model"](given.codes, text, return_hidden_states_of=behind, controls=given.controls)
+        log_odds = trained_modules["tag_head"](stream)  # [b, S, n]
         targets = self.tags.targets(batch["ids"]).to(log_odds.device)
         from_text, mean = tag_losses(log_odds, targets, given.real.any(1))
         named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
@@ -107,16 +107,16 @@ class LanguageModelTask:
 
     def _text(self, batch: Batch) -> TextCondition:
         """The captions as the model reads them."""
-        return as_read(self.reading, batch["text"], batch["captions"])
+        return apply_null_condition(self.null_condition, batch["text"], batch["captions"])
 
-    def _given(self, batch: Batch, wishes: Wishes) -> "Given":
+    def _prepare_batch(self, batch: Batch, controls: Controls) -> "LMBatch":
         codes = batch["codes"][:, : self.n_codebooks]
         sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
-        told = wishes.at(self.pattern.frames(codes.shape[-1])).to(codes.device)  # by position
-        return Given(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, real, told)
+        told = controls.at(self.pattern.frames(codes.shape[-1])).to(codes.device)  # by position
+        return LMBatch(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, real, told)
 
-    def _code_losses(self, logits: Tensor, given: "Given", counts: Tensor) -> Losses:
+    def _code_losses(self, logits: Tensor, given: "LMBatch", counts: Tensor) -> Losses:
         """`cross_entropy` and each `codebook_k` of logits [b, K, S, V']."""
         smoothing = self.config.train.label_smoothing
         plain, smoothed = token_losses(logits, given.sequence, given.real, self.codebook_size, smoothing)
@@ -140,7 +140,7 @@ class LanguageModelTask:
         """`train.prompts`, always with the same seeds."""
         assert self._codec is not None and self._text_encoder is not None  # loaded when train.sample_every is set
         device = next(self.model.parameters()).device
-        how = {"reading": self.reading, "guidance_scale": self.guidance_scale}
+        how = {"null_condition": self.null_condition, "guidance_scale": self.guidance_scale}
         pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern, **how)
         prompts = list(self.config.train.prompts)
         out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
@@ -150,7 +150,7 @@ class LanguageModelTask:
         return store_facts(self.store, self.config.data.store)
 
 
-class Given(NamedTuple):
+class LMBatch(NamedTuple):
     """A batch as the model is shown it.
 
     Attributes:
@@ -162,7 +162,7 @@ class Given(NamedTuple):
     codes: Tensor
     sequence: Tensor
     real: Tensor
-    wishes: Wishes
+    controls: Controls
 
 
 def real_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Tensor:

@@ -17,7 +17,7 @@ from small_stores import (
     TEXT_DIM,
     TEXT_FINGERPRINT,
     lm_config,
-    paint_config,
+    second_stage_config,
     small_codec,
     write_codes_store,
 )
@@ -31,8 +31,8 @@ from ssmttm.errors import UserError, run_cli
 from ssmttm.export.model_folder import export, export_two_stages
 from ssmttm.generation import pipeline
 from ssmttm.generation import second_stage as painting
-from ssmttm.generation.second_stage import Brief, Painter, PaintSettings
-from ssmttm.models.controls import Wishes
+from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
+from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
 from ssmttm.training import loop
 
@@ -47,7 +47,7 @@ SAMPLERS = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("painter")
+    return tmp_path_factory.mktemp("second_stage")
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +65,17 @@ def model():
 
 
 @pytest.fixture
-def painter(model, codec):
-    return Painter(model, codec, PaintSettings(SAMPLERS["flow"], 2.0, 1.5, WINDOW, OVERLAP))
+def second_stage(model, codec):
+    return SecondStage(model, codec, SecondStageConfig(SAMPLERS["flow"], 2.0, 1.5, WINDOW, OVERLAP))
 
 
-def sketches(frames=FRAMES, items=3):
+def make_coarse_codes(frames=FRAMES, items=3):
     return torch.randint(CODEBOOK_SIZE, (items, SKETCH, frames), generator=torch.Generator().manual_seed(6))
 
 
-def brief(items=(0, 1, 2), **more):
+def inputs(items=(0, 1, 2), **more):
     text = TextCondition.stack([TEXT.embeddings[i, TEXT.mask[i]] for i in items])
-    return Brief(text, NULL, [SEEDS[i] for i in items], **more)
+    return SecondStageInputs(text, NULL, [SEEDS[i] for i in items], **more)
 
 
 class Spy:
@@ -104,11 +104,11 @@ class Spy:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_sketch_comes_out_as_the_first_codebook(model, codec, name):
-    settings = PaintSettings(SAMPLERS[name], window=WINDOW, overlap=OVERLAP)
-    sketch = sketches()
-    codes = Painter(model, codec, settings).paint(sketch, brief())
+    settings = SecondStageConfig(SAMPLERS[name], window=WINDOW, overlap=OVERLAP)
+    coarse_codes = make_coarse_codes()
+    codes = SecondStage(model, codec, settings).generate(coarse_codes, inputs())
     assert codes.shape == (3, K, FRAMES) and codes.dtype == torch.int64
-    assert torch.equal(codes[:, :SKETCH], sketch)
+    assert torch.equal(codes[:, :SKETCH], coarse_codes)
     assert codes.min() >= 0 and codes.max() < CODEBOOK_SIZE
     assert all(len(codes[:, k].unique()) > 4 for k in range(K))
 
@@ -117,14 +117,14 @@ def test_the_sketch_comes_out_as_the_first_codebook(model, codec, name):
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (2.0, 1.5)])
 def test_an_item_is_the_same_alone_and_in_any_batch(model, codec, monkeypatch, name, scales):
     """To the bit in its latents, so that no rounding can tip a code."""
-    painter = Painter(model, codec, PaintSettings(SAMPLERS[name], *scales, WINDOW, OVERLAP))
-    sketch, spy = sketches(), Spy(monkeypatch)
+    second_stage = SecondStage(model, codec, SecondStageConfig(SAMPLERS[name], *scales, WINDOW, OVERLAP))
+    coarse_codes, spy = make_coarse_codes(), Spy(monkeypatch)
     chroma = torch.rand(3, 12, 30, generator=torch.Generator().manual_seed(1))
     tempo = torch.tensor([80.0, 100.0, 120.0])
 
     def run(items):
         spy.made.clear()
-        codes = painter.paint(sketch[items], brief(items, wishes=Wishes(chroma[items], tempo[items])))
+        codes = second_stage.generate(coarse_codes[items], inputs(items, controls=Controls(chroma[items], tempo[items])))
         return codes, torch.cat(spy.made).unflatten(0, (3, len(items)))  # windows, items
 
     alone = [run([item]) for item in range(3)]
@@ -138,72 +138,72 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model, codec, monkeypatch, n
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_all_items_at_once_as_on_a_gpu_give_the_same_latents(model, codec, monkeypatch, name):
     """Items with captions, tempi and melodies of their own and frames held from the window before."""
-    painter = Painter(model, codec, PaintSettings(SAMPLERS[name], 2.0, 1.5, WINDOW, OVERLAP))
-    sketch, spy = sketches()[..., :WINDOW], Spy(monkeypatch)
+    second_stage = SecondStage(model, codec, SecondStageConfig(SAMPLERS[name], 2.0, 1.5, WINDOW, OVERLAP))
+    coarse_codes, spy = make_coarse_codes()[..., :WINDOW], Spy(monkeypatch)
     chroma = torch.rand(3, 12, WINDOW, generator=torch.Generator().manual_seed(1))
-    told = brief(wishes=Wishes(chroma, torch.tensor([80.0, torch.nan, 120.0])))
-    known = painter.paint(sketch, told)[..., :OVERLAP]
+    told = inputs(controls=Controls(chroma, torch.tensor([80.0, torch.nan, 120.0])))
+    known = second_stage.generate(coarse_codes, told)[..., :OVERLAP]
     spy.made.clear()
-    painter._rows(sketch, known, told)
+    second_stage._rows(coarse_codes, known, told)
     for item in range(3):
         one = slice(item, item + 1)
-        painter._rows(sketch[one], known[one], told.rows(one))
+        second_stage._rows(coarse_codes[one], known[one], told.rows(one))
     torch.testing.assert_close(spy.made[0], torch.cat(spy.made[1:]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [[1] * FRAMES, [7] * 5 + [5], [16, 24], [17, 23], [3, 30, 7], [FRAMES, 0]])
-def test_a_stream_in_any_chunks_is_the_whole(painter, sizes):
-    sketch = sketches()
-    parts = list(painter.paint_stream(iter(sketch.split(sizes, -1)), brief()))
+def test_a_stream_in_any_chunks_is_the_whole(second_stage, sizes):
+    coarse_codes = make_coarse_codes()
+    parts = list(second_stage.generate_stream(iter(coarse_codes.split(sizes, -1)), inputs()))
     assert [part.shape[-1] for part in parts] == [16, 12, 12]
-    assert torch.equal(torch.cat(parts, -1), painter.paint(sketch, brief()))
+    assert torch.equal(torch.cat(parts, -1), second_stage.generate(coarse_codes, inputs()))
 
 
-def test_a_window_is_painted_as_soon_as_it_is_written(painter):
+def test_a_window_is_painted_as_soon_as_it_is_written(second_stage):
     taken = []
 
     def written():
-        for frame in sketches().split(1, -1):
+        for frame in make_coarse_codes().split(1, -1):
             taken.append(frame)
             yield frame
 
-    stream = painter.paint_stream(written(), brief())
+    stream = second_stage.generate_stream(written(), inputs())
     for frames in (WINDOW + 1, WINDOW + 1 + 12, FRAMES):
         next(stream)
         assert len(taken) == frames
 
 
-def test_windows_share_their_codes_at_the_seams(painter, model, codec, monkeypatch):
+def test_windows_share_their_codes_at_the_seams(second_stage, model, codec, monkeypatch):
     """What a window is given as known is what the one before has found, and it stays so."""
     spy = Spy(monkeypatch)
-    codes = painter.paint(sketches(items=1), brief([0]))
+    codes = second_stage.generate(make_coarse_codes(items=1), inputs([0]))
     assert len(spy.made) == 3 and spy.known[0] is None
     for index, (known, made) in enumerate(zip(spy.known, spy.made, strict=True)):
         here = codes[..., 12 * index : 12 * index + WINDOW]
         latents = codec.to_latents(here)
-        torch.testing.assert_close(spy.conditions[index].sketch, model.normalised(latents[:, :S]))
+        torch.testing.assert_close(spy.conditions[index].coarse_codes, model.normalised(latents[:, :S]))
         assert torch.equal(codec.from_latents(torch.cat([latents[:, :S], model.denormalised(made, first=1)], 1)), here)
         if index:
             torch.testing.assert_close(known, model.normalised(latents[:, S:, :OVERLAP], first=1))
             assert torch.equal(made[..., :OVERLAP], known)
 
 
-def test_a_window_follows_the_one_before(painter):
+def test_a_window_follows_the_one_before(second_stage):
     """Only the first twelve frames of the sketches differ: no frame of the second window."""
-    sketch = sketches()
-    other = sketch.clone()
+    coarse_codes = make_coarse_codes()
+    other = coarse_codes.clone()
     other[..., :12] = (other[..., :12] + 3) % CODEBOOK_SIZE
-    first, second = (painter.paint(given, brief()) for given in (sketch, other))
+    first, second = (second_stage.generate(given, inputs()) for given in (coarse_codes, other))
     assert not torch.equal(first[..., 16:28], second[..., 16:28])
-    apart = replace(painter.settings, overlap=0, window=12)
-    first, second = (Painter(painter.model, painter.codec, apart).paint(given, brief()) for given in (sketch, other))
+    apart = replace(second_stage.settings, overlap=0, window=12)
+    first, second = (SecondStage(second_stage.model, second_stage.codec, apart).generate(given, inputs()) for given in (coarse_codes, other))
     assert torch.equal(first[..., 12:], second[..., 12:])
 
 
 def test_windows_draw_noise_of_their_own(model, codec, monkeypatch):
     spy = Spy(monkeypatch)
-    painter = Painter(model, codec, PaintSettings(SAMPLERS["v"], window=10, overlap=0))
-    codes = painter.paint(sketches(10, items=1).repeat(1, 1, 2), brief([0]))
+    second_stage = SecondStage(model, codec, SecondStageConfig(SAMPLERS["v"], window=10, overlap=0))
+    codes = second_stage.generate(make_coarse_codes(10, items=1).repeat(1, 1, 2), inputs([0]))
     assert spy.known[1].shape[-1] == 0
     assert not torch.equal(spy.noise[0], spy.noise[1])
     assert torch.corrcoef(torch.stack([noise.flatten() for noise in spy.noise]))[0, 1].abs() < 0.4
@@ -211,54 +211,54 @@ def test_windows_draw_noise_of_their_own(model, codec, monkeypatch):
 
 
 @pytest.mark.parametrize("frames", [1, 5, WINDOW])
-def test_what_fits_into_one_window_is_one(painter, model, codec, monkeypatch, frames):
-    spy, sketch = Spy(monkeypatch), sketches(frames)
-    codes = painter.paint(sketch, brief())
+def test_what_fits_into_one_window_is_one(second_stage, model, codec, monkeypatch, frames):
+    spy, coarse_codes = Spy(monkeypatch), make_coarse_codes(frames)
+    codes = second_stage.generate(coarse_codes, inputs())
     assert len(spy.made) == 3 and codes.shape[-1] == frames  # one an item
-    wide = Painter(model, codec, replace(painter.settings, window=1000))
-    assert torch.equal(wide.paint(sketch, brief()), codes)
+    wide = SecondStage(model, codec, replace(second_stage.settings, window=1000))
+    assert torch.equal(wide.generate(coarse_codes, inputs()), codes)
 
 
-def test_a_longer_piece_begins_as_the_shorter_one(painter):
-    sketch = sketches(60)
-    assert torch.equal(painter.paint(sketch, brief())[..., :28], painter.paint(sketch[..., :28], brief()))
+def test_a_longer_piece_begins_as_the_shorter_one(second_stage):
+    coarse_codes = make_coarse_codes(60)
+    assert torch.equal(second_stage.generate(coarse_codes, inputs())[..., :28], second_stage.generate(coarse_codes[..., :28], inputs()))
 
 
-def test_a_chunk_less_than_a_window_more_ends_in_a_window_of_what_is_left(painter):
-    codes = [part.shape[-1] for part in painter.paint_stream([sketches(17)], brief())]
+def test_a_chunk_less_than_a_window_more_ends_in_a_window_of_what_is_left(second_stage):
+    codes = [part.shape[-1] for part in second_stage.generate_stream([make_coarse_codes(17)], inputs())]
     assert codes == [16, 1]
 
 
-def test_seed_caption_tempo_and_melody_matter(painter):
-    sketch, plain = sketches(items=1), brief([0])
-    first = painter.paint(sketch, plain)
-    assert torch.equal(painter.paint(sketch, plain), first)
+def test_seed_caption_tempo_and_melody_matter(second_stage):
+    coarse_codes, plain = make_coarse_codes(items=1), inputs([0])
+    first = second_stage.generate(coarse_codes, plain)
+    assert torch.equal(second_stage.generate(coarse_codes, plain), first)
     others = {
         "seed": replace(plain, seeds=[99]),
         "caption": replace(plain, text=captions(5, seed=7)),
-        "tempo": replace(plain, wishes=Wishes(tempo=torch.tensor([150.0]))),
-        "melody": replace(plain, wishes=Wishes(torch.ones(1, 12, FRAMES))),
+        "tempo": replace(plain, controls=Controls(tempo=torch.tensor([150.0]))),
+        "melody": replace(plain, controls=Controls(torch.ones(1, 12, FRAMES))),
     }
     for what, other in others.items():
-        assert not torch.equal(painter.paint(sketch, other), first), what
+        assert not torch.equal(second_stage.generate(coarse_codes, other), first), what
 
 
-def test_each_window_hears_its_part_of_the_melody_and_none_behind_its_end(painter, monkeypatch):
+def test_each_window_hears_its_part_of_the_melody_and_none_behind_its_end(second_stage, monkeypatch):
     spy = Spy(monkeypatch)
     chroma = torch.rand(1, 12, 20, generator=torch.Generator().manual_seed(1))
-    painter.paint(sketches(items=1), brief([0], wishes=Wishes(chroma)))
-    heard = [given.wishes.chroma for given in spy.conditions]
-    assert [part.shape for part in heard] == [(1, 12, 16)] * 3
-    assert torch.equal(heard[0], chroma[..., :16]) and torch.equal(heard[1][..., :8], chroma[..., 12:])
-    assert heard[1][..., 8:].isnan().all() and heard[2].isnan().all()
+    second_stage.generate(make_coarse_codes(items=1), inputs([0], controls=Controls(chroma)))
+    embeddings = [given.controls.chroma for given in spy.conditions]
+    assert [part.shape for part in embeddings] == [(1, 12, 16)] * 3
+    assert torch.equal(embeddings[0], chroma[..., :16]) and torch.equal(embeddings[1][..., :8], chroma[..., 12:])
+    assert embeddings[1][..., 8:].isnan().all() and embeddings[2].isnan().all()
 
 
-def test_scales_are_handed_on(painter, model, codec):
-    sketch = sketches(10, items=1)
+def test_scales_are_handed_on(second_stage, model, codec):
+    coarse_codes = make_coarse_codes(10, items=1)
     made = {}
     for scales in [(1.0, 1.0), (3.0, 1.0), (1.0, 3.0)]:
-        settings = PaintSettings(SAMPLERS["flow"], *scales, WINDOW, OVERLAP)
-        made[scales] = Painter(model, codec, settings).paint(sketch, brief([0]))
+        settings = SecondStageConfig(SAMPLERS["flow"], *scales, WINDOW, OVERLAP)
+        made[scales] = SecondStage(model, codec, settings).generate(coarse_codes, inputs([0]))
     first, *others = made.values()
     assert all(not torch.equal(first, other) for other in others) and not torch.equal(*others)
 
@@ -268,37 +268,37 @@ def test_numbers_that_are_not_finite_are_named(codec):
     broken = denoiser()
     broken.output.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
-        Painter(broken, codec, PaintSettings(SAMPLERS["flow"])).paint(sketches(), brief())
+        SecondStage(broken, codec, SecondStageConfig(SAMPLERS["flow"])).generate(make_coarse_codes(), inputs())
     with pytest.raises(UserError, match="NaN or infinite"):
         codec.from_latents(torch.full((1, K * WIDTH, 5), torch.nan))
 
 
-def test_what_cannot_be_painted_is_one_clear_line(painter):
+def test_what_cannot_be_painted_is_one_clear_line(second_stage):
     with pytest.raises(UserError, match="the sketch has 2 codebooks, the denoiser is told 1"):
-        painter.paint(sketches().repeat(1, 2, 1), brief())
+        second_stage.generate(make_coarse_codes().repeat(1, 2, 1), inputs())
     with pytest.raises(UserError, match="no sketch"):
-        list(painter.paint_stream([], brief()))
+        list(second_stage.generate_stream([], inputs()))
     with pytest.raises(UserError, match="windows of 5 frames cannot overlap by 5"):
-        PaintSettings(SAMPLERS["flow"], window=5, overlap=5)
+        SecondStageConfig(SAMPLERS["flow"], window=5, overlap=5)
     for scale in (math.nan, -1.0):
         with pytest.raises(UserError, match="guidance_scale"):
-            PaintSettings(SAMPLERS["flow"], guidance_scale=scale)
+            SecondStageConfig(SAMPLERS["flow"], guidance_scale=scale)
 
 
 def test_settings_are_those_of_a_training(root):
     changes = ("diffusion.objective=v", "diffusion.sampler=ddim", "diffusion.steps=7", "diffusion.guidance_scale=2.5",
-               "diffusion.sketch_scale=1.2", "data.frames=33")  # fmt: skip
-    found = PaintSettings.of(paint_config(root, root, *changes))
-    assert found == PaintSettings(SamplerSettings("v", "ddim", 7), 2.5, 1.2, 33, 6)
+               "diffusion.coarse_guidance_scale=1.2", "data.frames=33")  # fmt: skip
+    found = SecondStageConfig.of(second_stage_config(root, root, *changes))
+    assert found == SecondStageConfig(SamplerSettings("v", "ddim", 7), 2.5, 1.2, 33, 6)
 
 
 @pytest.mark.parametrize("samples", [100, 1024, 2047, 2048, 5000])
 def test_a_melody_may_be_of_any_length(samples):
     wav = torch.sin(2 * torch.pi * 440 * torch.arange(samples) / 24_000)[None]
-    heard = frame_chroma(wav, 24_000, 3)
-    assert heard.shape == (1, 12, 3) and heard.isfinite().all()
+    embeddings = frame_chroma(wav, 24_000, 3)
+    assert embeddings.shape == (1, 12, 3) and embeddings.isfinite().all()
     if samples > 1000:
-        assert (heard[0].argmax(0) == 9).all()  # A
+        assert (embeddings[0].argmax(0) == 9).all()  # A
 
 
 # --- two stages ------------------------------------------------------------------------------------------------------
@@ -332,21 +332,21 @@ FEW = ("train.steps=4", "optim.lr=0.1", "optim.min_lr=0.1", "optim.warmup_steps=
 
 
 @pytest.fixture(scope="module")
-def sketcher(root, store):
-    return loop.train(lm_config(store, root / "sketch", "model.n_codebooks=1", *FEW))
+def first_stage(root, store):
+    return loop.train(lm_config(store, root / "coarse_codes", "model.n_codebooks=1", *FEW))
 
 
 @pytest.fixture(scope="module")
-def paint_run(root, store):
+def second_stage_run(root, store):
     told = ("model.tempo=true", "model.chroma=true", "data.frames=16")
     return loop.train(
-        paint_config(store, root / "paint", *told, *FEW, "diffusion.steps=3", "diffusion.guidance_scale=2")
+        second_stage_config(store, root / "generate", *told, *FEW, "diffusion.steps=3", "diffusion.guidance_scale=2")
     )
 
 
 @pytest.fixture(scope="module")
-def exported(root, sketcher, paint_run):
-    assert main.main(["export", str(sketcher), str(root / "both"), "--painter", str(paint_run)]) == 0
+def exported(root, first_stage, second_stage_run):
+    assert main.main(["export", str(first_stage), str(root / "both"), "--second-stage", str(second_stage_run)]) == 0
     return root / "both"
 
 
@@ -362,55 +362,55 @@ def copy(exported, tmp_path):
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
-def test_two_runs_make_one_pipeline(sketcher, paint_run):
-    one, two = MusicPipeline.from_pretrained(sketcher), MusicPipeline.from_pretrained(sketcher, painter=paint_run)
-    assert one.painter is None and one.codec.n_codebooks == 1 and two.codec.n_codebooks == K
+def test_two_runs_make_one_pipeline(first_stage, second_stage_run):
+    one, two = MusicPipeline.from_pretrained(first_stage), MusicPipeline.from_pretrained(first_stage, second_stage=second_stage_run)
+    assert one.second_stage is None and one.codec.n_codebooks == 1 and two.codec.n_codebooks == K
     first, both = (pipe(["a waltz", "drums"], duration=1.5, seeds=3) for pipe in (one, two))
     assert both.audios.shape == (2, 1, 3600) and both.codes.shape == (2, K, 38)
     assert torch.equal(both.codes[:, :1], first.codes) and not torch.equal(both.audios, first.audios)
     assert all(len(both.codes[:, k].unique()) > 2 for k in range(K))
     alone = two("drums", duration=1.5, seeds=4)
     assert torch.equal(alone.codes[0], both.codes[1]) and torch.equal(alone.audios[0], both.audios[1])
-    averaged = checkpoint.load_weights(checkpoint.latest_good(paint_run), ema=True)
-    assert torch.equal(two.painter.model.output.weight, averaged["output.weight"])
-    assert not two.painter.model.training
+    averaged = checkpoint.load_weights(checkpoint.latest_good(second_stage_run), ema=True)
+    assert torch.equal(two.second_stage.model.output.weight, averaged["output.weight"])
+    assert not two.second_stage.model.training
 
 
-def test_an_export_in_full_precision_makes_what_its_run_makes(sketcher, paint_run, tmp_path):
-    one, two = (export(run, tmp_path / run.name, half=False) for run in (sketcher, paint_run))
+def test_an_export_in_full_precision_makes_what_its_run_makes(first_stage, second_stage_run, tmp_path):
+    one, two = (export(run, tmp_path / run.name, half=False) for run in (first_stage, second_stage_run))
     pipes = [
-        MusicPipeline.from_pretrained(first, painter=second) for first, second in [(sketcher, paint_run), (one, two)]
+        MusicPipeline.from_pretrained(first, second_stage=second) for first, second in [(first_stage, second_stage_run), (one, two)]
     ]
     wanted, found = (each("a march", duration=1.5, seeds=2, tempo=90.0) for each in pipes)
     assert torch.equal(found.codes, wanted.codes) and torch.equal(found.audios, wanted.audios)
 
 
-def test_a_painter_that_is_named_goes_before_the_folders_own(exported, paint_run, tmp_path):
-    named = MusicPipeline.from_pretrained(exported, painter=paint_run)
-    assert named.facts["painter"]["name"].startswith("paint/step-")
-    assert MusicPipeline.from_pretrained(exported).facts["painter"]["name"] == "painter"
+def test_a_painter_that_is_named_goes_before_the_folders_own(exported, second_stage_run, tmp_path):
+    named = MusicPipeline.from_pretrained(exported, second_stage=second_stage_run)
+    assert named.facts["second_stage"]["name"].startswith("generate/step-")
+    assert MusicPipeline.from_pretrained(exported).facts["second_stage"]["name"] == "second_stage"
 
 
-def test_an_export_of_two_stages_is_each_of_its_exports(pipe, exported, sketcher, paint_run, tmp_path):
-    one, two = export(sketcher, tmp_path / "one"), export(paint_run, tmp_path / "two")
-    apart = MusicPipeline.from_pretrained(one, painter=two)
+def test_an_export_of_two_stages_is_each_of_its_exports(pipe, exported, first_stage, second_stage_run, tmp_path):
+    one, two = export(first_stage, tmp_path / "one"), export(second_stage_run, tmp_path / "two")
+    apart = MusicPipeline.from_pretrained(one, second_stage=two)
     found, wanted = (each("a march", duration=1.5, seeds=2) for each in (pipe, apart))
     assert torch.equal(found.codes, wanted.codes) and torch.equal(found.audios, wanted.audios)
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     own = {"card.json", "config.yaml", "model.safetensors"}
-    assert files == own | {f"painter/{name}" for name in own}
-    facts = pipe.facts["painter"]
-    assert (facts["sampler"], facts["steps"], facts["guidance_scale"], facts["sketch_scale"]) == ("euler", 3, 2, 3)
+    assert files == own | {f"second_stage/{name}" for name in own}
+    facts = pipe.facts["second_stage"]
+    assert (facts["sampler"], facts["steps"], facts["guidance_scale"], facts["coarse_guidance_scale"]) == ("euler", 3, 2, 3)
     assert pipe.facts["training_data_licences"] == {"CC0-1.0": 24}
-    assert pipe.painter.settings == PaintSettings(SamplerSettings("flow", None, 3), 2, 3, 16, 3)
+    assert pipe.second_stage.settings == SecondStageConfig(SamplerSettings("flow", None, 3), 2, 3, 16, 3)
     with pytest.raises(UserError, match=r"one stage|language model"):
-        export_two_stages(sketcher, sketcher, tmp_path / "wrong")
+        export_two_stages(first_stage, first_stage, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_second_stage_of_an_earlier_export_is_not_taken_for_another_models(copy, sketcher, paint_run):
+def test_a_second_stage_of_an_earlier_export_is_not_taken_for_another_models(copy, first_stage, second_stage_run):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    for write in (lambda: export(sketcher, copy), lambda: export_two_stages(sketcher, paint_run, copy)):
+    for write in (lambda: export(first_stage, copy), lambda: export_two_stages(first_stage, second_stage_run, copy)):
         with pytest.raises(UserError, match="second stage of an earlier export"):
             write()
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
@@ -425,23 +425,23 @@ def test_a_stream_is_the_whole_piece_in_parts(pipe, chunk_seconds):
 
 
 def test_progress_adds_up(pipe):
-    heard = []
-    pipe(["a", "b"], duration=1.6, progress=heard.append)
-    assert len(heard) > 1 and sum(heard) == pytest.approx(3.2)
+    embeddings = []
+    pipe(["a", "b"], duration=1.6, progress=embeddings.append)
+    assert len(embeddings) > 1 and sum(embeddings) == pytest.approx(3.2)
 
 
 def test_more_steps_paint_otherwise_and_are_remembered(pipe, exported):
     other = MusicPipeline.from_pretrained(exported)
-    other.set_paint_steps(9)
-    assert other.painter.settings.sampler.steps == 9 == other.facts["painter"]["steps"]
+    other.set_diffusion_steps(9)
+    assert other.second_stage.settings.sampler.steps == 9 == other.facts["second_stage"]["steps"]
     found, wanted = (each("a march", duration=1.5, seeds=2).codes for each in (other, pipe))
     assert torch.equal(found[:, 0], wanted[:, 0]) and not torch.equal(found, wanted)
     with pytest.raises(UserError, match="0 sampling steps"):
-        other.set_paint_steps(0)
-    assert other.facts["painter"]["steps"] == 9
-    bare = MusicPipeline(pipe.model, pipe.codec, pipe.text_encoder, pipe.pattern, painter=other.painter)
-    bare.set_paint_steps(2)
-    assert bare.painter.settings.sampler.steps == 2
+        other.set_diffusion_steps(0)
+    assert other.facts["second_stage"]["steps"] == 9
+    bare = MusicPipeline(pipe.model, pipe.codec, pipe.text_encoder, pipe.pattern, second_stage=other.second_stage)
+    bare.set_diffusion_steps(2)
+    assert bare.second_stage.settings.sampler.steps == 2
 
 
 def test_tempo_and_melody_reach_the_second_stage(pipe):
@@ -458,14 +458,14 @@ def test_a_melody_is_neither_stretched_nor_squeezed(pipe, monkeypatch, frames):
     spy = Spy(monkeypatch)
     tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(frames * HOP) / SAMPLE_RATE)
     pipe("a march", duration=0.5, melody=torch.stack([tone, torch.zeros_like(tone)]))
-    heard, told = spy.conditions[0].wishes.chroma, min(frames, 13)
-    assert heard.shape == (1, 12, 13) and heard[..., told:].isnan().all()
-    torch.testing.assert_close(heard[..., :told], frame_chroma(0.5 * tone[None, : told * HOP], SAMPLE_RATE, told))
+    embeddings, told = spy.conditions[0].controls.chroma, min(frames, 13)
+    assert embeddings.shape == (1, 12, 13) and embeddings[..., told:].isnan().all()
+    torch.testing.assert_close(embeddings[..., :told], frame_chroma(0.5 * tone[None, : told * HOP], SAMPLE_RATE, told))
 
 
-def test_tempo_and_melody_that_cannot_be_had(pipe, sketcher, store, root):
-    one = MusicPipeline.from_pretrained(sketcher)
-    deaf = MusicPipeline.from_pretrained(sketcher, painter=loop.train(paint_config(store, root / "deaf", *FEW)))
+def test_tempo_and_melody_that_cannot_be_had(pipe, first_stage, store, root):
+    one = MusicPipeline.from_pretrained(first_stage)
+    deaf = MusicPipeline.from_pretrained(first_stage, second_stage=loop.train(second_stage_config(store, root / "deaf", *FEW)))
     for silent in (one, deaf):
         for wish in ({"tempo": 120.0}, {"melody": torch.zeros(1, 100)}):
             with pytest.raises(UserError, match=f"not trained with a {next(iter(wish))}"):
@@ -482,7 +482,7 @@ def test_tempo_and_melody_that_cannot_be_had(pipe, sketcher, store, root):
         with pytest.raises(UserError, match=says):
             pipe("x", duration=0.5, **wrong)
     with pytest.raises(UserError, match="one stage"):
-        one.set_paint_steps(3)
+        one.set_diffusion_steps(3)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -500,15 +500,15 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_command_takes_a_painter_and_its_steps(command, exported, sketcher, paint_run):
-    assert command("--checkpoint", exported, "--out", "x.wav", "--paint-steps", 2)[0] == 0
+def test_the_command_takes_a_painter_and_its_steps(command, exported, first_stage, second_stage_run):
+    assert command("--checkpoint", exported, "--out", "x.wav", "--diffusion-steps", 2)[0] == 0
     record = json.loads(Path("x.json").read_text())
-    assert record["painter"]["steps"] == 2 and record["painter"]["sampler"] == "euler"
+    assert record["second_stage"]["steps"] == 2 and record["second_stage"]["sampler"] == "euler"
     assert command("--checkpoint", exported, "--out", "y.wav")[0] == 0
-    assert json.loads(Path("y.json").read_text())["painter"]["steps"] == 3
+    assert json.loads(Path("y.json").read_text())["second_stage"]["steps"] == 3
     assert Path("x.wav").read_bytes() != Path("y.wav").read_bytes()
-    assert command("--checkpoint", sketcher, "--painter", paint_run, "--out", "z.wav")[0] == 0
-    assert json.loads(Path("z.json").read_text())["painter"]["name"].startswith("paint/step-")
+    assert command("--checkpoint", first_stage, "--second-stage", second_stage_run, "--out", "z.wav")[0] == 0
+    assert json.loads(Path("z.json").read_text())["second_stage"]["name"].startswith("generate/step-")
     melody = ("--tempo", 140, "--melody", "y.wav")
     assert command("--checkpoint", exported, "--out", "w.wav", *melody)[0] == 0
     told = json.loads(Path("w.json").read_text())
@@ -525,51 +525,51 @@ def refused(result, *says):
     assert not [path for path in Path().rglob("*") if path.suffix in audio.WRITERS]
 
 
-def test_steps_and_painters_that_make_no_sense(command, exported, sketcher, paint_run):
-    refused(command("--checkpoint", "nowhere", "--paint-steps", 0), "--paint-steps is 0: give 1 or more")
-    refused(command("--checkpoint", exported, "--paint-steps", 5000), "5000 sampling steps")
-    refused(command("--checkpoint", sketcher, "--paint-steps", 5), "one stage")
-    refused(command("--checkpoint", sketcher, "--painter", sketcher), "holds a language model, not a denoiser")
-    refused(command("--checkpoint", paint_run), "holds a denoiser, not a language model")
-    refused(command("--checkpoint", sketcher, "--painter", "nowhere"), "nowhere")
-    refused(command("--checkpoint", sketcher, "--tempo", 120), "not trained with a tempo")
+def test_steps_and_painters_that_make_no_sense(command, exported, first_stage, second_stage_run):
+    refused(command("--checkpoint", "nowhere", "--diffusion-steps", 0), "--diffusion-steps is 0: give 1 or more")
+    refused(command("--checkpoint", exported, "--diffusion-steps", 5000), "5000 sampling steps")
+    refused(command("--checkpoint", first_stage, "--diffusion-steps", 5), "one stage")
+    refused(command("--checkpoint", first_stage, "--second-stage", first_stage), "holds a language model, not a denoiser")
+    refused(command("--checkpoint", second_stage_run), "holds a denoiser, not a language model")
+    refused(command("--checkpoint", first_stage, "--second-stage", "nowhere"), "nowhere")
+    refused(command("--checkpoint", first_stage, "--tempo", 120), "not trained with a tempo")
     refused(command("--checkpoint", exported, "--tempo", 0), "tempo is 0")
     refused(command("--checkpoint", exported, "--melody", "absent.wav"), "absent.wav")
 
 
 @pytest.mark.parametrize("kind", ["codec", "text"])
-def test_stages_of_different_stores(command, copy, sketcher, kind, tmp_path):
-    card = json.loads((copy / "painter/card.json").read_text())
+def test_stages_of_different_stores(command, copy, first_stage, kind, tmp_path):
+    card = json.loads((copy / "second_stage/card.json").read_text())
     card["data"][kind]["fingerprint"] = "f" * 16
-    (copy / "painter/card.json").write_text(json.dumps(card))
+    (copy / "second_stage/card.json").write_text(json.dumps(card))
     refused(command("--checkpoint", copy), f"with {kind}", "f" * 16, "both stages must come from one store")
     with pytest.raises(UserError, match="one store"):
-        export_two_stages(sketcher, copy / "painter", tmp_path / "out")
+        export_two_stages(first_stage, copy / "second_stage", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_statistics_that_are_not_those_of_training(command, copy):
-    weights = load_file(copy / "painter/model.safetensors")
+    weights = load_file(copy / "second_stage/model.safetensors")
     weights["latent_std"] = weights["latent_std"] * 1.01
-    save_file(weights, copy / "painter/model.safetensors")
+    save_file(weights, copy / "second_stage/model.safetensors")
     refused(command("--checkpoint", copy), "other statistics of latents")
-    card = json.loads((copy / "painter/card.json").read_text())
+    card = json.loads((copy / "second_stage/card.json").read_text())
     del card["data"]["latents"]
-    (copy / "painter/card.json").write_text(json.dumps(card))
+    (copy / "second_stage/card.json").write_text(json.dumps(card))
     refused(command("--checkpoint", copy), "names no latents")
 
 
-def test_a_first_stage_that_writes_more_than_a_sketch(command, root, store, paint_run):
+def test_a_first_stage_that_writes_more_than_a_sketch(command, root, store, second_stage_run):
     two = loop.train(lm_config(store, root / "two", "model.n_codebooks=2", *FEW))
     says = "writes 2 codebooks, the denoiser is to be told 1"
-    refused(command("--checkpoint", two, "--painter", paint_run), says)
+    refused(command("--checkpoint", two, "--second-stage", second_stage_run), says)
     with pytest.raises(UserError, match=says):
-        export_two_stages(two, paint_run, "out")
+        export_two_stages(two, second_stage_run, "out")
     assert not Path("out").exists()
 
 
-def test_what_is_exported_already_is_not_exported_again_by_halves(exported, sketcher, paint_run, tmp_path):
-    for stages in [(sketcher, exported / "painter"), (exported, paint_run)]:
+def test_what_is_exported_already_is_not_exported_again_by_halves(exported, first_stage, second_stage_run, tmp_path):
+    for stages in [(first_stage, exported / "second_stage"), (exported, second_stage_run)]:
         with pytest.raises(UserError, match="state"):
             export_two_stages(*stages, tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -96,7 +96,7 @@ def test_imports_run_one_way(path):
     here = room(path)
     if here in ANY or here == "__init__":
         return
-    assert here in ALLOWED, f"{path} stands in a room that tests/test_house.py does not know"
+    assert here in ALLOWED, f"{path} stands in a room that tests/test_imports.py does not know"
     for name in imported_modules(path):
         parts = name.split(".")
         assert parts[0] != "data_prep", f"{path} imports a program: {name}"

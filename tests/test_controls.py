@@ -15,7 +15,7 @@ from ssmttm.generation.engine import generate
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.generation.request import Sampling
 from ssmttm.models import TokenLM, TokenLMConfig
-from ssmttm.models.controls import ChromaEmbedding, TempoEmbedding, Wishes
+from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.patterns import get_pattern
 from ssmttm.training import loop
 from ssmttm.training.tasks import lm
@@ -39,7 +39,7 @@ def wished(items=3, length=S, seed=5):
     g = torch.Generator().manual_seed(seed)
     chroma = torch.rand(items, 12, length, generator=g)
     chroma[0, :, 4:7] = torch.nan
-    return Wishes(chroma, torch.tensor([90.0, torch.nan, 131.0])[:items])
+    return Controls(chroma, torch.tensor([90.0, torch.nan, 131.0])[:items])
 
 
 @pytest.fixture
@@ -65,12 +65,12 @@ def test_a_position_is_told_the_newest_frame_that_it_writes(name, n_frames):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_melody_is_heard_from_its_position_on(codes, name):
-    model, text, wishes = build(name), captions(4, 0, 7), wished()
-    plain = model(codes, text, wishes=wishes)
+    model, text, controls = build(name), captions(4, 0, 7), wished()
+    plain = model(codes, text, controls=controls)
     for position in (0, 5, S - 1):
-        chroma = wishes.chroma.clone()
+        chroma = controls.chroma.clone()
         chroma[:, :, position] = torch.rand(3, 12)
-        other = model(codes, text, wishes=Wishes(chroma, wishes.tempo))
+        other = model(codes, text, controls=Controls(chroma, controls.tempo))
         assert_equal(other[:, :, :position], plain[:, :, :position])
         assert (other[:, :, position] - plain[:, :, position]).abs().amax((1, 2)).min() > 1e-4
 
@@ -81,18 +81,18 @@ def test_training_tells_each_position_the_frame_that_it_is_to_predict(name, tmp_
     codec = small_codec(tmp_path / "codec")
     store = write_codes_store(tmp_path / "codes", codec=codec)
     task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, f"pattern={name}", "data.chroma_dropout=0"))
-    batch, heard = task.loader("train", 4, 0, 1).batch(0), {}
+    batch, embeddings = task.loader("train", 4, 0, 1).batch(0), {}
     plain = task.model.forward
 
-    def forward(codes, text, wishes):
-        heard.update(codes=codes, wishes=wishes)
-        return plain(codes, text, wishes=wishes)
+    def forward(codes, text, controls):
+        embeddings.update(codes=codes, controls=controls)
+        return plain(codes, text, controls=controls)
 
     monkeypatch.setattr(task.model, "forward", forward)
     task.losses({"model": task.model}, batch, task.counts(batch), 0)
-    chroma, frames = heard["wishes"].chroma, task.pattern.frames(batch["codes"].shape[-1])
-    assert chroma.shape[-1] == heard["codes"].shape[-1] == len(frames)
-    of_frames = task.wishes.of(batch).chroma  # [b, 12, T]
+    chroma, frames = embeddings["controls"].chroma, task.pattern.frames(batch["codes"].shape[-1])
+    assert chroma.shape[-1] == embeddings["codes"].shape[-1] == len(frames)
+    of_frames = task.controls.of(batch).chroma  # [b, 12, T]
     for position, frame in enumerate(frames.tolist()):
         told = chroma[..., position]
         if 0 <= frame < of_frames.shape[-1]:
@@ -106,7 +106,7 @@ def test_the_melodies_of_a_store_are_those_of_the_crops_own_audio(tmp_path):
     store = open_store(write_codes_store(tmp_path / "codes", codec=codec))
     task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *HEARS, "data.frames=9"))
     batch = task.loader("train", 6, 0, 1).batch(1)
-    found = task.wishes.of(batch)
+    found = task.controls.of(batch)
     for item, name in enumerate(batch["ids"]):
         bpm = 60.0 + 5 * int(name[1:]) if int(name[1:]) % 2 else torch.nan
         torch.testing.assert_close(found.tempo[item], torch.tensor(bpm), equal_nan=True)
@@ -123,35 +123,35 @@ def test_the_melodies_of_a_store_are_those_of_the_crops_own_audio(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward_is_prefill_and_steps_under_wishes(codes, name):
-    model, text, wishes = build(name), captions(4, 0, 7), wished()
-    expected = model(codes, text, wishes=wishes)
+    model, text, controls = build(name), captions(4, 0, 7), wished()
+    expected = model(codes, text, controls=controls)
     for split in (1, 9, S):
         state = model.init_state(3)
-        found = [model.prefill(codes[..., :split], text, state, wishes.columns(slice(split)))]
-        found += [model.step(codes[..., s], state, wishes.columns(slice(s, s + 1))) for s in range(split, S)]
+        found = [model.prefill(codes[..., :split], text, state, controls.columns(slice(split)))]
+        found += [model.step(codes[..., s], state, controls.columns(slice(s, s + 1))) for s in range(split, S)]
         assert_equal(torch.stack(found, 2), expected[:, :, split - 1 :])
 
 
 def test_nan_is_none_item_by_item_and_silence_is_a_melody(codes):
-    model, text, wishes = build(), captions(4, 0, 7), wished()
+    model, text, controls = build(), captions(4, 0, 7), wished()
     nothing = model(codes, text)
-    absent = Wishes(torch.full((3, 12, S), torch.nan), torch.full((3,), torch.nan))
-    assert_equal(model(codes, text, wishes=absent), nothing)
-    partly = Wishes(wishes.chroma.clone(), wishes.tempo)
+    absent = Controls(torch.full((3, 12, S), torch.nan), torch.full((3,), torch.nan))
+    assert_equal(model(codes, text, controls=absent), nothing)
+    partly = Controls(controls.chroma.clone(), controls.tempo)
     partly.chroma[1] = torch.nan
-    assert_equal(model(codes, text, wishes=partly)[1], nothing[1])  # its tempo is NaN too
-    silent = Wishes(torch.zeros(3, 12, S), None)
-    assert (model(codes, text, wishes=silent) - nothing).abs().amax((1, 2, 3)).min() > 1e-3
-    for one in (Wishes(wishes.chroma, None), Wishes(None, wishes.tempo)):
-        assert (model(codes, text, wishes=one) - nothing)[2].abs().max() > 1e-3
+    assert_equal(model(codes, text, controls=partly)[1], nothing[1])  # its tempo is NaN too
+    silent = Controls(torch.zeros(3, 12, S), None)
+    assert (model(codes, text, controls=silent) - nothing).abs().amax((1, 2, 3)).min() > 1e-3
+    for one in (Controls(controls.chroma, None), Controls(None, controls.tempo)):
+        assert (model(codes, text, controls=one) - nothing)[2].abs().max() > 1e-3
 
 
 def test_what_is_absent_teaches_the_null_and_what_is_there_the_map():
     chroma, tempo = ChromaEmbedding(6), TempoEmbedding(6)
-    there = Wishes(torch.rand(2, 12, 5), torch.tensor([60.0, 120.0]))
-    gone = Wishes(torch.full((2, 12, 5), torch.nan), torch.full((2,), torch.nan))
-    for wishes, taught in [(there, False), (gone, True), (Wishes(), True)]:
-        for module, given in ((chroma, wishes.chroma), (tempo, wishes.tempo)):
+    there = Controls(torch.rand(2, 12, 5), torch.tensor([60.0, 120.0]))
+    gone = Controls(torch.full((2, 12, 5), torch.nan), torch.full((2,), torch.nan))
+    for controls, taught in [(there, False), (gone, True), (Controls(), True)]:
+        for module, given in ((chroma, controls.chroma), (tempo, controls.tempo)):
             module.zero_grad()
             module(given).square().add(module(given)).sum().backward()
             assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
@@ -167,19 +167,19 @@ def test_a_model_that_hears_nothing_has_no_parameters_for_it():
 
 
 @pytest.mark.parametrize(
-    ("wishes", "says"),
+    ("controls", "says"),
     [
-        (Wishes(torch.zeros(3, 12, S - 1)), r"the chroma is \[3, 12, 20\], the language model takes \[3, 12, 21\]"),
-        (Wishes(torch.zeros(3, 11, S)), r"the chroma is \[3, 11, 21\]"),
-        (Wishes(tempo=torch.zeros(2)), r"the tempo is \[2\], the language model takes \[3\]"),
+        (Controls(torch.zeros(3, 12, S - 1)), r"the chroma is \[3, 12, 20\], the language model takes \[3, 12, 21\]"),
+        (Controls(torch.zeros(3, 11, S)), r"the chroma is \[3, 11, 21\]"),
+        (Controls(tempo=torch.zeros(2)), r"the tempo is \[2\], the language model takes \[3\]"),
     ],
 )
-def test_wishes_of_another_shape_are_one_clear_line(codes, wishes, says):
+def test_controls_of_another_shape_are_one_clear_line(codes, controls, says):
     with pytest.raises(UserError, match=says):
-        build()(codes, captions(4, 0, 7), wishes=wishes)
-    part = "chroma" if wishes.tempo is None else "tempo"
+        build()(codes, captions(4, 0, 7), controls=controls)
+    part = "chroma" if controls.tempo is None else "tempo"
     with pytest.raises(UserError, match=f"was not trained with {part}: leave it out"):
-        build(chroma=False, tempo=False)(codes, captions(4, 0, 7), wishes=wishes)
+        build(chroma=False, tempo=False)(codes, captions(4, 0, 7), controls=controls)
 
 
 # --- generation -----------------------------------------------------------------------------------------------------
@@ -190,31 +190,31 @@ def test_wishes_of_another_shape_are_one_clear_line(codes, wishes, says):
 def test_an_item_is_the_same_alone_and_in_any_batch(name, guidance):
     """Its melody may be shorter than the piece; in coarse_first each frame is told it twice."""
     model, text, null = build().float(), captions(3, 5, 2), captions(1)
-    wishes, pattern, sampling = wished(length=6), get_pattern(name, K), Sampling(top_k=0, guidance_scale=guidance)
+    controls, pattern, sampling = wished(length=6), get_pattern(name, K), Sampling(top_k=0, guidance_scale=guidance)
 
     def run(items, told):
         rows = torch.tensor(items)
         captioned = type(text)(text.embeddings[rows], text.mask[rows])
-        return generate(model, captioned, null, pattern, 9, sampling, [7 + i for i in items], wishes=told.rows(rows))
+        return generate(model, captioned, null, pattern, 9, sampling, [7 + i for i in items], controls=told.rows(rows))
 
-    together = run([0, 1, 2], wishes)
+    together = run([0, 1, 2], controls)
     for item in range(3):
-        assert torch.equal(run([item], wishes)[0], together[item])
-    assert not torch.equal(run([0, 1, 2], Wishes()), together)
+        assert torch.equal(run([item], controls)[0], together[item])
+    assert not torch.equal(run([0, 1, 2], Controls()), together)
 
 
 def test_guidance_is_towards_the_text_and_both_rows_hear_the_wishes(monkeypatch):
-    model, heard = build().float(), []
+    model, embeddings = build().float(), []
     step, prefill = model.step, model.prefill
-    monkeypatch.setattr(model, "step", lambda c, s, w: heard.append(w) or step(c, s, w))
-    monkeypatch.setattr(model, "prefill", lambda c, t, s, w: heard.append(w) or prefill(c, t, s, w))
-    wishes = wished(1, 8)
+    monkeypatch.setattr(model, "step", lambda c, s, w: embeddings.append(w) or step(c, s, w))
+    monkeypatch.setattr(model, "prefill", lambda c, t, s, w: embeddings.append(w) or prefill(c, t, s, w))
+    controls = wished(1, 8)
     generate(model, captions(3), captions(1), get_pattern("parallel", K), 8, Sampling(guidance_scale=2.0), [1],
-             wishes=wishes)  # fmt: skip
-    told = torch.cat([w.chroma[:2] for w in heard], -1)  # [caption and null, 12, 8]; steps have spare rows behind them
+             controls=controls)  # fmt: skip
+    told = torch.cat([w.chroma[:2] for w in embeddings], -1)  # [caption and null, 12, 8]; steps have spare rows behind them
     for row in range(2):
-        torch.testing.assert_close(told[row], wishes.chroma[0], equal_nan=True)
-        assert all(w.tempo[row] == 90 for w in heard)
+        torch.testing.assert_close(told[row], controls.chroma[0], equal_nan=True)
+        assert all(w.tempo[row] == 90 for w in embeddings)
 
 
 @pytest.mark.parametrize("hearing", [True, False])
@@ -247,7 +247,7 @@ def test_a_melody_is_learnt():
             classes = torch.randint(12, (8, 1, 16))
             chroma = F.one_hot(classes[:, 0], 12).transpose(1, 2).float()
             shifted = torch.cat([torch.full((8, 1, 1), V), classes[..., :-1]], -1)
-            logits = model(shifted, captions(*[2] * 8), wishes=Wishes(chroma if hears else None))
+            logits = model(shifted, captions(*[2] * 8), controls=Controls(chroma if hears else None))
             loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten())
             optimizer.zero_grad()
             loss.backward()
@@ -272,11 +272,11 @@ def test_chances_of_withholding_are_met(tmp_path):
     store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
     chances = ("data.tempo_dropout=0.25", "data.chroma_dropout=0.6")
     task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, *chances))
-    all_there = Wishes(torch.zeros(4000, 12, 1), torch.full((4000,), 90.0))
+    all_there = Controls(torch.zeros(4000, 12, 1), torch.full((4000,), 90.0))
     torch.manual_seed(0)
-    withheld = task.wishes.withheld(all_there)
-    assert withheld.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert withheld.chroma.isnan().float().mean().item() == pytest.approx(0.6, abs=0.03)
+    dropped = task.controls.dropped(all_there)
+    assert dropped.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert dropped.chroma.isnan().float().mean().item() == pytest.approx(0.6, abs=0.03)
 
 
 @pytest.mark.parametrize("key", ["tempo_dropout", "chroma_dropout"])
