@@ -37,7 +37,7 @@ def musicgen():
     return layer
 
 
-def test_self_attention_is_musicgens(musicgen):
+def test_self_attention_equals_musicgen(musicgen):
     attention, x = make()
     attention.load_state_dict(musicgen.self_attn.state_dict())
     causal = torch.full((T, T), -torch.inf, dtype=x.dtype).triu(1)[None, None]
@@ -47,7 +47,7 @@ def test_self_attention_is_musicgens(musicgen):
     assert (expected - 1e6 * even).abs().max() > 0.1  # the scores count
 
 
-def test_cross_attention_is_musicgens(musicgen):
+def test_cross_attention_equals_musicgen(musicgen):
     attention, x = make(CrossAttention, bias=False)
     attention.load_state_dict(musicgen.encoder_attn.state_dict())
     text, mask = torch.randn(4, 9, D, dtype=x.dtype), torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]
@@ -56,7 +56,7 @@ def test_cross_attention_is_musicgens(musicgen):
     close(attention(x, attention.keys_of(text, mask)), expected)
 
 
-def test_a_decoder_layer_is_musicgens(musicgen):
+def test_decoder_layer_equals_musicgen(musicgen):
     """Both attentions where they stand in a layer, step by step."""
     (own, x), (cross, _) = make(), make(CrossAttention, bias=False)
     own.load_state_dict(musicgen.self_attn.state_dict())
@@ -78,7 +78,7 @@ def test_a_decoder_layer_is_musicgens(musicgen):
     close(torch.stack(outputs, 1), expected, 1e-11)
 
 
-def test_rotary_is_roformers():
+def test_rotary_equals_roformer():
     torch.manual_seed(0)
     x = torch.randn(2, 300, 3, 8)
     table = RoFormerSinusoidalPositionalEmbedding(300, 8)
@@ -91,7 +91,7 @@ def test_rotary_is_roformers():
     close(rounded.float(), expected.transpose(1, 2), 0.05)  # positions and angles are not rounded
 
 
-def test_rotary_scores_depend_on_the_distance_alone():
+def test_rotary_scores_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     at = [(3, 1), (1003, 1001), (4, 1)]
     scores = [float((rotary(q, torch.tensor([[i]])) * rotary(k, torch.tensor([[j]]))).sum()) for i, j in at]
@@ -100,7 +100,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert (attention(x) - make()[0](x)).abs().max() > 1e-3
 
 
-def test_rows_of_different_lengths_share_a_cache():
+def test_attention_cache_holds_rows_of_different_lengths():
     """Each row as if alone: rotary positions and what is seen are counted from its own start."""
     attention, x = make(rotary=True)
     lengths = [0, 3, 20, 30]
@@ -115,7 +115,7 @@ def test_rows_of_different_lengths_share_a_cache():
             close(found[row], attention(alone)[0, length:])
 
 
-def test_the_cache_grows_by_doubling_and_steps_copy_nothing_else():
+def test_attention_cache_grows_by_doubling():
     attention, x = make()
     attention, x = attention.float(), x.float()
     state = attention.init_state(4)
@@ -133,28 +133,28 @@ def test_the_cache_grows_by_doubling_and_steps_copy_nothing_else():
     assert (copy.longest, copy.lengths[0], state.longest) == (300, 300, 301) and not copy.keys[:, 300:].any()
 
 
-def test_rows_put_into_a_cache_bring_their_length():
-    """Into an empty cache longer rows than it has room for, then shorter ones over longer."""
+def test_attention_cache_written_rows_bring_their_length():
+    """Into an empty cache longer rows than it has slots, then shorter ones over longer."""
     attention, x = make()
     long = torch.cat([x, x, x], 1)  # [4, 111, D]
     state, parts = attention.init_state(4), [attention.init_state(2) for _ in range(2)]
     with torch.no_grad():
         for part, length in zip(parts, (100, 3), strict=True):
             attention(long[:2, :length], part)
-        state.put(slice(0, 2), parts[0])
-        state.put(slice(2, 4), parts[0])
+        state.write_rows(slice(0, 2), parts[0])
+        state.write_rows(slice(2, 4), parts[0])
         assert state.longest == 100
-        state.put(slice(2, 4), parts[1])
+        state.write_rows(slice(2, 4), parts[1])
         for _ in range(2):
             y = attention.step(x[:, 0], state)
             close(y[:2], attention.step(x[:2, 0], parts[0]))
             close(y[2:], attention.step(x[2:, 0], parts[1]))
-        state.put(slice(0, 2), parts[1])
+        state.write_rows(slice(0, 2), parts[1])
         assert state.longest == 5
 
 
-def test_a_step_looks_at_a_whole_number_of_blocks():
-    """A row's output does not depend, bit for bit, on a companion that is a little longer."""
+def test_attention_step_attends_to_whole_blocks():
+    """A row's output does not depend, bit for bit, on another row that is a little longer."""
     attention, x = make()
     attention, x = attention.float(), x.float()
     together, alone = attention.init_state(2), attention.init_state(2)
@@ -166,7 +166,7 @@ def test_a_step_looks_at_a_whole_number_of_blocks():
 
 
 @pytest.mark.parametrize("kind", [Attention, CrossAttention])
-def test_dropout_acts_in_training_only(kind):
+def test_attention_dropout_is_for_training_only(kind):
     attention, x = make(kind, dropout=0.5)
     keys = [attention.keys_of(x[:, :9], torch.ones(4, 9, dtype=torch.bool))] if kind is CrossAttention else []
     assert not torch.equal(attention(x, *keys), attention(x, *keys))
@@ -179,7 +179,7 @@ def test_dropout_acts_in_training_only(kind):
         close(torch.cat([prefilled, attention(x[:, 30:], state)], 1), plain(x))
 
 
-def test_a_cache_of_another_dtype_serves():
+def test_attention_cache_may_have_another_dtype():
     attention, x = make()
     attention, x = attention.bfloat16(), x.bfloat16()
     state, same = attention.init_state(4, dtype=torch.float32), attention.init_state(4)
@@ -192,7 +192,7 @@ def test_a_cache_of_another_dtype_serves():
         close(found.float(), expected.float(), 0.02)
 
 
-def test_parameters_and_biases():
+def test_attention_parameters_and_biases():
     released = Attention(1024, out_bias=True)  # of the cross-attending Transformer of arXiv 2601.14786
     assert sum(p.numel() for p in released.parameters()) == 4_195_328
     biases = {name for name, _ in Attention(D, 3, bias=True).named_parameters() if name.endswith("bias")}
@@ -200,7 +200,7 @@ def test_parameters_and_biases():
 
 
 @pytest.mark.parametrize("where", ["left", "right", "scattered"])
-def test_text_padding_changes_nothing(where):
+def test_cross_attention_padding_changes_nothing(where):
     attention, x = make(CrossAttention)
     slots = {"left": [5, 6, 7, 8], "right": [0, 1, 2, 3], "scattered": [1, 4, 5, 8]}[where]
     text = torch.randn(4, 4, D, dtype=x.dtype)
@@ -211,7 +211,7 @@ def test_text_padding_changes_nothing(where):
     close(attention.step(x[:, 0], attention.keys_of(padded, mask)), attention(x, plain)[:, 0])
 
 
-def test_text_counts_and_no_text_gives_nothing():
+def test_cross_attention_uses_text_and_gives_zero_without():
     attention, x = make(CrossAttention, bias=False)
     text = torch.randn(4, 9, D, dtype=x.dtype, requires_grad=True)
     mask = torch.arange(9) < torch.tensor([9, 4, 0, 6])[:, None]
@@ -224,26 +224,26 @@ def test_text_counts_and_no_text_gives_nothing():
     assert all(p.grad.isfinite().all() for p in attention.parameters())
 
 
-def test_text_put_into_rows_serves_as_it_did_alone():
+def test_cross_attention_written_rows_serve_as_alone():
     attention, x = make(CrossAttention)
     state = attention.init_state(4)
     for row, length in ((0, 200), (1, 3), (2, 0), (3, 9)):
         part = attention.keys_of(torch.randn(1, length, D, dtype=x.dtype), torch.ones(1, length, dtype=torch.bool))
-        state.put(slice(row, row + 1), part)
+        state.write_rows(slice(row, row + 1), part)
         expected = attention(x[row : row + 1], part) if length else attention(x[2:3], attention.init_state(1))
         close(attention(x, state)[row : row + 1], expected)
-    state.put(slice(0, 1), attention.keys_of(x[:1, :2], torch.ones(1, 2, dtype=torch.bool)))  # shorter than before
+    state.write_rows(slice(0, 1), attention.keys_of(x[:1, :2], torch.ones(1, 2, dtype=torch.bool)))  # shorter than before
     close(attention(x, state)[:1], attention(x[:1], attention.keys_of(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))))
 
 
-def test_mistakes_are_said_clearly():
+def test_attention_rejects_invalid_options():
     for kind in (Attention, CrossAttention):
-        with pytest.raises(UserError, match="n_heads 5 does not divide d_model 24: choose a divisor"):
+        with pytest.raises(UserError, match="n_heads must divide d_model = 24, got 5"):
             kind(D, 5)
         with pytest.raises(UserError, match="n_heads"):
             kind(D, 0)
-    with pytest.raises(UserError, match="rotary heads need an even width, not 3"):
+    with pytest.raises(UserError, match="even head width, got d_model / n_heads = 3"):
         Attention(D, 8, rotary=True)
     attention, x = make(CrossAttention)
-    with pytest.raises(UserError, match="the state is for a batch of 2, the input of 4"):
+    with pytest.raises(UserError, match="the state has batch size 2, the input 4"):
         attention(x, attention.init_state(2))

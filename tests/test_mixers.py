@@ -52,7 +52,7 @@ def make(name, options, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_forward_is_prefill_and_steps_at_every_split(name, options):
+def test_mixer_forward_equals_prefill_and_steps_at_every_split(name, options):
     mixer, x = make(name, options)
     expected = mixer(x)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_forward_is_prefill_and_steps_at_every_split(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_state_carried_over_two_forwards_equals_one(name, options):
+def test_mixer_two_forwards_with_state_equal_one(name, options):
     mixer, x = make(name, options)
     state, whole = mixer.init_state(3), mixer.init_state(3)
     expected = mixer(x, whole)
@@ -78,8 +78,8 @@ def test_a_state_carried_over_two_forwards_equals_one(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_masked_positions_change_nothing(name, options):
-    """Holes anywhere, whatever stands in them: outputs, gradients and states are those of the real positions alone."""
+def test_mixer_masked_positions_change_nothing(name, options):
+    """Holes anywhere, whatever stands in them: outputs, gradients and states are those of the valid positions alone."""
     mixer, x = make(name, options)
     mask = torch.rand(3, T, generator=torch.Generator().manual_seed(5)) < 0.6
     mask[2] = False
@@ -101,7 +101,7 @@ def test_masked_positions_change_nothing(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_row_with_no_real_position_keeps_its_state(name, options):
+def test_mixer_row_without_valid_position_keeps_state(name, options):
     mixer, x = make(name, options)
     state = mixer.init_state(3)
     mixer(x, state)
@@ -112,15 +112,15 @@ def test_a_row_with_no_real_position_keeps_its_state(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_rows_put_into_a_larger_state_go_on_as_they_would_alone(name, options):
-    """Rows of different lengths; the second put replaces a row that had gone further."""
+def test_mixer_rows_written_into_larger_state_continue_as_alone(name, options):
+    """Rows of different lengths; the second write replaces a row that had gone further."""
     mixer, x = make(name, options)
     with torch.no_grad():
         whole, parts = mixer.init_state(6), [mixer.init_state(3) for _ in range(2)]
         mixer(torch.randn(6, 70, 16, dtype=x.dtype), whole)
         for index, (part, cut) in enumerate(zip(parts, (20, 4), strict=True)):
             mixer(x[:, :cut], part)
-            whole.put(slice(index, 6, 2), part)
+            whole.write_rows(slice(index, 6, 2), part)
         parts[0] = parts[0].clone()
         mixer(x, parts[0].clone())  # a clone shares nothing
         for t in range(20, T):
@@ -130,7 +130,7 @@ def test_rows_put_into_a_larger_state_go_on_as_they_would_alone(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_autocast_keeps_the_recurrence_in_float32(name, options):
+def test_mixer_autocast_keeps_recurrence_in_float32(name, options):
     mixer, x = make(name, options, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         state = mixer.init_state(3, dtype=torch.bfloat16)
@@ -147,7 +147,7 @@ def test_autocast_keeps_the_recurrence_in_float32(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_model_cast_to_bfloat16_runs(name, options):
+def test_mixer_cast_to_bfloat16_runs(name, options):
     mixer, x = make(name, options, torch.float32)
     expected, scale = mixer(x), mixer(x).abs().max()
     mixer, x = mixer.bfloat16(), x.bfloat16()
@@ -159,7 +159,7 @@ def test_a_model_cast_to_bfloat16_runs(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_flops_are_those_counted(name, options):
+def test_mixer_flops_equal_counted_flops(name, options):
     mixer, _ = make(name, options)
     with FlopCounterMode(display=False) as counter:
         mixer(torch.randn(1, 100, 16, dtype=torch.float64))
@@ -167,26 +167,26 @@ def test_flops_are_those_counted(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_state_of_another_batch_size_is_refused(name, options):
+def test_mixer_rejects_state_of_another_batch_size(name, options):
     mixer, x = make(name, options)
-    with pytest.raises(UserError, match=r"the state is for a batch of 2, the input of 3: call init_state\(3\)"):
+    with pytest.raises(UserError, match=r"the state has batch size 2, the input 3: call init_state\(3\)"):
         mixer(x, mixer.init_state(2))
-    with pytest.raises(UserError, match="batch of 2"):
+    with pytest.raises(UserError, match="batch size 2"):
         mixer.step(x[:, 0], mixer.init_state(2))
 
 
-def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match=r"headdim 5 does not divide expand \* d_model = 32"):
+def test_mixer_rejects_invalid_sizes():
+    with pytest.raises(UserError, match=r"headdim must divide expand \* d_model = 32, got 5"):
         Mamba2(16, headdim=5)
-    with pytest.raises(UserError, match="ngroups 3 does not divide the 4 heads"):
+    with pytest.raises(UserError, match="ngroups must divide the number of heads = 4, got 3"):
         Mamba2(16, headdim=8, ngroups=3)
-    with pytest.raises(UserError, match="dt_rank 0 is no size"):
+    with pytest.raises(UserError, match="dt_rank must be at least 1, got 0"):
         Mamba1(16, dt_rank=0)
     with pytest.raises(UserError, match="unknown layer 'lstm'"):
         build_mixer("lstm", 16)
 
 
-def test_mamba2_has_the_parameters_of_mamba_ssm():
+def test_mamba2_has_mamba_ssm_parameters():
     """Names and shapes of mamba_ssm.modules.mamba2.Mamba2(1024, d_state=512); 7,390,304 parameters in all."""
     with torch.device("meta"):
         mixer = Mamba2(1024, d_state=512)
@@ -206,7 +206,7 @@ def test_mamba2_has_the_parameters_of_mamba_ssm():
     assert marked == {"dt_bias", "A_log", "D"}
 
 
-def test_mamba2_starts_where_mamba_ssm_does():
+def test_mamba2_initial_values_are_mamba_ssms():
     mixer = Mamba2(1024, headdim=4)  # 512 heads: enough to see the distributions
     A, dt = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
     assert 1 <= A.min() < 1.5 and 15.5 < A.max() <= 16 and (A.mean() - 8.5).abs() < 1
@@ -240,7 +240,7 @@ def test_mamba2_equals_transformers(groups):
     assert expected.abs().max() > 0.1
 
 
-def test_mamba1_has_the_parameters_of_mamba_ssm():
+def test_mamba1_has_mamba_ssm_parameters():
     """Names and shapes of mamba_ssm.modules.mamba_simple.Mamba(1024); 6,666,240 parameters in all."""
     with torch.device("meta"):
         mixer = Mamba1(1024)
@@ -262,7 +262,7 @@ def test_mamba1_has_the_parameters_of_mamba_ssm():
     assert marked == {"A_log", "D"}
 
 
-def test_mamba1_starts_where_mamba_ssm_does():
+def test_mamba1_initial_values_are_mamba_ssms():
     mixer = Mamba1(1024, d_state=5)
     dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
     assert 0.99e-3 < dt.min() < 1.1e-3 and 0.09 < dt.max() < 0.101
@@ -275,7 +275,7 @@ def test_mamba1_starts_where_mamba_ssm_does():
 
 
 @pytest.mark.parametrize("operation", ["selective_scan", "selective_scan_step"])
-def test_mamba1_keeps_steps_in_time_and_decays_in_float32(operation, monkeypatch):
+def test_mamba1_keeps_dt_and_decay_in_float32(operation, monkeypatch):
     """In a model of bfloat16, before the recurrence too: A is up to -16, of which bfloat16 keeps two digits."""
     mixer, x = make("mamba1", {}, torch.float32)
     mixer, x = mixer.bfloat16(), x.bfloat16()

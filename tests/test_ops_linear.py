@@ -1,4 +1,4 @@
-"""The linear map of a decoding step against torch's."""
+"""The linear layer of a decoding step against torch's."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ssmttm.ops.linear import Linear, linear
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 17])
-def test_it_is_torchs_linear(rows, dtype, bias):
+def test_linear_equals_torch(rows, dtype, bias):
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype)
     offset = torch.randn(40, dtype=dtype) if bias else None
@@ -21,7 +21,7 @@ def test_it_is_torchs_linear(rows, dtype, bias):
     torch.testing.assert_close(y, F.linear(x, weight, offset))
 
 
-def test_a_row_of_a_block_is_the_same_bits_in_any_batch():
+def test_linear_row_has_same_bits_in_any_batch():
     torch.manual_seed(0)
     x, weight = torch.randn(12, 512), torch.randn(2320, 512)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_a_row_of_a_block_is_the_same_bits_in_any_batch():
         assert torch.equal(linear(x[[5, 0, 7, 9, 1, 2, 3, 4]], weight)[1], whole[0])
 
 
-def test_only_a_decoding_step_takes_the_quick_way(monkeypatch):
+def test_linear_fast_path_runs_only_in_decoding_steps(monkeypatch):
     usual = []
     monkeypatch.setattr(module.F, "linear", lambda x, *_: usual.append(tuple(x.shape)) or x)
     layer = Linear(8, 8)

@@ -1,4 +1,4 @@
-"""Mamba-3's scan against its oracle and against what the paper derives it from, and the mixer's parameters."""
+"""Mamba-3's scan against its reference and against what the paper derives it from, and the mixer's parameters."""
 
 import math
 
@@ -60,7 +60,7 @@ def at(arguments, t):
     with_D=st.booleans(),
     with_lengths=st.booleans(),
 )
-def test_fast_scan_equals_the_oracle(batch, length, chunk, angles, with_state, with_D, with_lengths):
+def test_mamba3_equals_reference(batch, length, chunk, angles, with_state, with_D, with_lengths):
     exact = operands(batch, length, angles=angles, seed=length)
     lengths = torch.tensor([0, length, length // 2])[:batch] if with_lengths else None
     options = {"with_state": with_state, "with_D": with_D, "lengths": lengths}
@@ -71,7 +71,7 @@ def test_fast_scan_equals_the_oracle(batch, length, chunk, angles, with_state, w
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 64), (100, 32), (257, 64)])
-def test_bfloat16_stays_near_the_oracle(length, chunk):
+def test_mamba3_bfloat16_is_close_to_reference(length, chunk):
     """Also with decays so slow that rounding must not reach the gradient of A divided by A."""
     for slowness in (1, 1e-3):
         rounded = operands(2, length, width=16, n=16, angles=4, dtype=torch.bfloat16)
@@ -84,7 +84,7 @@ def test_bfloat16_stays_near_the_oracle(length, chunk):
         assert_close(results(mamba3, mixed, chunk_size=chunk), expected, 2e-2)
 
 
-def test_autocast_does_not_reach_the_scan():
+def test_mamba3_ignores_autocast():
     arguments = operands(2, 40, dtype=torch.float32)
     expected, state = mamba3(*arguments[:8], tuple(arguments[8:]))
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,13 +92,13 @@ def test_autocast_does_not_reach_the_scan():
     assert_close([found, *final], [expected, *state], 1e-6)
 
 
-def test_gradient_is_that_of_finite_differences():
+def test_mamba3_gradients_equal_finite_differences():
     arguments = operands(1, 5, heads=2, width=2, n=4, angles=1)
     assert torch.autograd.gradcheck(lambda *a: mamba3(*a[:8], tuple(a[8:]), chunk_size=2)[0], arguments)
 
 
 @pytest.mark.parametrize(("dt", "A"), [(0.1, -100.0), (0.1, -1e-4), (1e-9, -1e-4), (1e-30, -1e-4), (0.0, -1.0)])
-def test_extremes_are_finite_and_exact(dt, A):
+def test_mamba3_extreme_values_are_finite_and_exact(dt, A):
     arguments = operands(1, 2000, heads=2, width=4, n=4, angles=2, dtype=torch.float32)
     arguments[1] = torch.where(torch.rand(arguments[1].shape) < 0.5, dt, arguments[1].detach()).requires_grad_()
     arguments[2] = torch.full_like(arguments[2], A).requires_grad_()
@@ -109,7 +109,7 @@ def test_extremes_are_finite_and_exact(dt, A):
 
 
 @pytest.mark.parametrize("cut", [1, 40, 64, 99])
-def test_two_parts_equal_one(cut):
+def test_mamba3_two_segments_equal_one(cut):
     arguments = operands(2, 100)
     whole_y, whole = mamba3(*arguments[:8], tuple(arguments[8:]))
     *inputs, D = arguments[:8]
@@ -118,7 +118,7 @@ def test_two_parts_equal_one(cut):
     assert_close([torch.cat([first, second], 1), *final], [whole_y, *whole], 1e-12)
 
 
-def test_steps_equal_the_oracle():
+def test_mamba3_steps_equal_reference():
     arguments = operands(2, 200, dtype=torch.float32)
     arguments[1] = arguments[1] * 20  # many turns
     expected, final = mamba3_reference(*arguments[:8], tuple(arguments[8:]))
@@ -128,7 +128,7 @@ def test_steps_equal_the_oracle():
     assert state[0].abs().max() < math.pi + 1e-6
 
 
-def test_the_state_of_a_row_is_that_behind_its_length():
+def test_mamba3_final_state_is_taken_at_each_rows_length():
     *inputs, D = (M.detach() for M in operands(3, 30)[:8])
     state = tuple(M.detach() for M in operands(3, 30)[8:])
     lengths = torch.tensor([0, 1, 17])
@@ -139,14 +139,14 @@ def test_the_state_of_a_row_is_that_behind_its_length():
         assert_close([y[row, None, : lengths[row]], *(M[row, None] for M in final)], [alone[0], *alone[1]], 1e-12)
 
 
-def test_without_the_trapezoid_and_the_turn_it_is_mamba2():
+def test_mamba3_without_trapezoid_and_rotation_equals_ssd():
     x, dt, A, B, C, trap, rate, D = operands(2, 50)[:8]
     A = A[:, :1].detach().expand_as(A)[:1].expand_as(A)  # a decay for each head
     found, state = mamba3(x, dt, A, B, C, torch.ones_like(trap), torch.zeros_like(rate), D)
     assert_close([found, state[1]], ssd_reference(x, dt, A[0, 0], B, C, D), 1e-12)
 
 
-def test_turning_B_and_C_is_a_complex_decay():
+def test_mamba3_rotation_equals_complex_decay():
     """Proposition 4: a state of complex numbers with the decay exp(dt * (A - i * rate)); y reads its real part."""
     x, dt, A, B, C, trap, rate = operands(2, 60, n=6, angles=3)[:7]
     b, c = (torch.view_as_complex(M.detach().unflatten(-1, (3, 2))) for M in (B, C))
@@ -162,7 +162,7 @@ def test_turning_B_and_C_is_a_complex_decay():
 
 
 @pytest.mark.parametrize(("trap", "order"), [(0.5, 2), (1.0, 1)])
-def test_the_trapezoid_is_of_second_order(trap, order):
+def test_mamba3_trapezoid_has_second_order_error(trap, order):
     """Proposition 1: for h' = -h + cos(s), halving the interval divides the error by 2 to the order."""
     errors = []
     for steps in (100, 200):
@@ -175,33 +175,33 @@ def test_the_trapezoid_is_of_second_order(trap, order):
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.03)
 
 
-def test_what_the_loss_does_not_see_has_no_gradient_at_all():
+def test_mamba3_later_positions_have_exactly_zero_gradient():
     arguments = operands(2, 50, dtype=torch.float32)
     y, _ = mamba3(*arguments[:8], chunk_size=16)
     for gradient in torch.autograd.grad(y[:, :30].square().sum(), arguments[:7]):
         assert gradient[:, :30].any() and not gradient[:, 30:].any()
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mamba3_rejects_mismatched_shapes():
     x, dt, A, B, C, trap, rate, D, *state = operands(2, 10)
-    with pytest.raises(ValueError, match="A has the shape"):
+    with pytest.raises(ValueError, match="A has shape"):
         mamba3(x, dt, A[0, 0], B, C, trap, rate)
-    with pytest.raises(ValueError, match="B has the shape"):
+    with pytest.raises(ValueError, match="B has shape"):
         mamba3(x, dt, A, B[:, :, :1], C, trap, rate)
     with pytest.raises(ValueError, match="R at most N/2"):
         mamba3(x, dt, A, B, C, trap, rate.repeat(1, 1, 2))
-    with pytest.raises(ValueError, match="a tensor of the state has the shape"):
+    with pytest.raises(ValueError, match="v has shape"):
         mamba3(x, dt, A, B, C, trap, rate, D, tuple(state[:3] + state[2:3]))
 
 
-def test_flops_are_those_counted():
+def test_mamba3_flops_equal_counted_flops():
     arguments = operands(1, 150)
     with FlopCounterMode(display=False) as counter:
         mamba3(*arguments[:8], chunk_size=32)
     assert mamba3_flops(150, 4, 8, 6, chunk_size=32) == counter.get_total_flops()
 
 
-def test_the_mixer_has_the_parameters_of_mamba_ssm():
+def test_mamba3_mixer_has_mamba_ssm_parameters():
     """Names and shapes of mamba_ssm.modules.mamba3.Mamba3(1024, is_outproj_norm=True); 6,695,232 parameters in all."""
     with torch.device("meta"):
         mixer = Mamba3(1024, is_outproj_norm=True)
@@ -224,7 +224,7 @@ def test_the_mixer_has_the_parameters_of_mamba_ssm():
     assert marked == {"dt_bias", "B_bias", "C_bias", "D"}
 
 
-def test_the_mixer_starts_where_mamba_ssm_does():
+def test_mamba3_mixer_initial_values_are_mamba_ssms():
     mixer = Mamba3(1024, headdim=4, is_outproj_norm=True)  # 512 heads: enough to see the distribution
     dt = torch.nn.functional.softplus(mixer.dt_bias)
     assert 0.99e-3 < dt.min() < 1.3e-3 and 0.08 < dt.max() < 0.101
@@ -233,22 +233,22 @@ def test_the_mixer_starts_where_mamba_ssm_does():
     assert all((M == 1).all() for M in ones)
 
 
-def test_the_mixer_refuses_sizes_that_do_not_fit():
-    with pytest.raises(UserError, match=r"headdim 5 does not divide expand \* d_model = 32"):
+def test_mamba3_mixer_rejects_invalid_sizes():
+    with pytest.raises(UserError, match=r"headdim must divide expand \* d_model = 32, got 5"):
         Mamba3(16, headdim=5)
-    with pytest.raises(UserError, match="ngroups 3 does not divide the 4 heads"):
+    with pytest.raises(UserError, match="ngroups must divide the number of heads = 4, got 3"):
         Mamba3(16, headdim=8, ngroups=3)
-    with pytest.raises(UserError, match=r"rope_fraction is 0.5 or 1, not 0.25"):
+    with pytest.raises(UserError, match=r"rope_fraction must be 0.5 or 1, got 0.25"):
         Mamba3(16, headdim=8, rope_fraction=0.25)
-    with pytest.raises(UserError, match="ngroups 0 is no size"):
+    with pytest.raises(UserError, match="ngroups must be at least 1, got 0"):
         Mamba3(16, headdim=8, ngroups=0)
     for d_state in (2, 7):
-        with pytest.raises(UserError, match=f"d_state {d_state} has no pairs to turn"):
+        with pytest.raises(UserError, match=f"d_state must be even .*got {d_state}"):
             Mamba3(16, headdim=8, d_state=d_state)
 
 
 @pytest.mark.parametrize("is_outproj_norm", [False, True])
-def test_the_mixer_feeds_the_scan_as_mamba_ssm_does(is_outproj_norm):
+def test_mamba3_mixer_operands_equal_mamba_ssms(is_outproj_norm):
     """Written out for 4 heads of 8, 2 groups, 6 states: the projection's order, norms, biases, squashings, gate."""
     torch.manual_seed(0)
     mixer = Mamba3(16, d_state=6, headdim=8, ngroups=2, is_outproj_norm=is_outproj_norm).double()
@@ -272,7 +272,7 @@ def test_the_mixer_feeds_the_scan_as_mamba_ssm_does(is_outproj_norm):
     torch.testing.assert_close(mixer(u), expected, rtol=0, atol=1e-12)
 
 
-def test_the_mixer_keeps_times_decays_and_angles_in_float32(monkeypatch):
+def test_mamba3_mixer_keeps_dt_decay_and_angles_in_float32(monkeypatch):
     given = []
 
     def scan(*operands):
@@ -284,7 +284,7 @@ def test_the_mixer_keeps_times_decays_and_angles_in_float32(monkeypatch):
     assert given == [torch.bfloat16] + [torch.float32] * 6
 
 
-def test_no_decay_of_the_mixer_is_slower_than_the_floor():
+def test_mamba3_mixer_decay_is_at_least_A_floor():
     """A very negative projection would stop the clock of the decay; the floor holds it at exp(-dt * A_floor)."""
     mixer = Mamba3(16, d_state=8, headdim=8, A_floor=0.5).double()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""S4D against its sequential oracle and against scipy: values, gradients, states, extremes; and its layer."""
+"""S4D against its sequential reference and against scipy: values, gradients, states, extremes; and its layer."""
 
 import math
 
@@ -66,7 +66,7 @@ def results(function, arguments, **options):
     with_state=st.booleans(),
     with_D=st.booleans(),
 )
-def test_fast_s4d_equals_the_oracle(batch, length, with_state, with_D):
+def test_s4d_equals_reference(batch, length, with_state, with_D):
     exact = operands(batch, length, 4, 5, seed=length)
     exact[4], exact[5] = exact[4] if with_D else None, exact[5] if with_state else None
     expected = results(s4d_reference, exact)
@@ -78,7 +78,7 @@ def test_fast_s4d_equals_the_oracle(batch, length, with_state, with_D):
 
 
 @pytest.mark.parametrize("length", [1, 100, 257])
-def test_s4d_in_bfloat16_stays_near_the_oracle(length):
+def test_s4d_bfloat16_is_close_to_reference(length):
     """Only x and y are rounded: the system and the state are float32."""
     single = operands(2, length, 4, 5, dtype=torch.float32)
     mixed = [to(single[0], torch.bfloat16), *single[1:]]
@@ -90,20 +90,20 @@ def test_s4d_in_bfloat16_stays_near_the_oracle(length):
     assert_close(found[1:2], expected[1:2], 1e-6)
 
 
-def test_autocast_does_not_reach_into_s4d():
+def test_s4d_ignores_autocast():
     arguments = operands(2, 100, 4, 5, dtype=torch.float32)
     expected = results(s4d, arguments)
     found = results(torch.autocast("cpu", torch.bfloat16)(s4d), arguments)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_s4d_gradient_is_that_of_finite_differences():
+def test_s4d_gradients_equal_finite_differences():
     arguments = operands(2, 7, 2, 3)
     assert torch.autograd.gradcheck(s4d, arguments)
     assert torch.autograd.gradcheck(lambda *a: s4d(*a, lengths=torch.tensor([0, 4]))[1], arguments)
 
 
-def test_s4d_equals_scipys_simulation():
+def test_s4d_equals_scipy_simulation():
     """scipy discretises the real system of 2M states by a matrix exponential and steps through it."""
     x, dt, A, C, D, _ = (M.detach() for M in operands(1, 40, 3, 4))
     y, _ = s4d(x, dt, A, C, D)
@@ -128,7 +128,7 @@ def test_s4d_equals_scipys_simulation():
         np.testing.assert_allclose(held, simulated[:, 0], atol=1e-10)
 
 
-def test_s4d_at_the_extremes_is_finite_and_exact():
+def test_s4d_extreme_values_are_finite_and_exact():
     exact = operands(1, 4096, 4, 32)
     exact[1] = to(torch.tensor([1e-6, 1e-4, 0.1, 1.0]), torch.float64)
     single = [to(a, torch.float32) for a in exact]
@@ -141,7 +141,7 @@ def test_s4d_at_the_extremes_is_finite_and_exact():
 
 
 @pytest.mark.parametrize("cut", [1, 40, 64, 99])
-def test_s4d_in_two_parts_equals_one(cut):
+def test_s4d_two_segments_equal_one(cut):
     x, *system, state = operands(2, 100, 4, 5)
     whole = s4d(x, *system, state)
     first, carried = s4d(x[:, :cut], *system, state)
@@ -150,7 +150,7 @@ def test_s4d_in_two_parts_equals_one(cut):
     torch.testing.assert_close(final, whole[1], rtol=0, atol=1e-12)
 
 
-def test_s4d_takes_the_state_behind_each_rows_length():
+def test_s4d_final_state_is_taken_at_each_rows_length():
     x, dt, A, C, D, state = (M.detach() for M in operands(4, 50, 4, 5))
     lengths = torch.tensor([0, 1, 33, 50])
     x[torch.arange(50) >= lengths[:, None]] = torch.nan
@@ -162,7 +162,7 @@ def test_s4d_takes_the_state_behind_each_rows_length():
     torch.testing.assert_close(s4d_final_state(x[3:], dt, A), s4d_reference(x[3:], dt, A, C)[1], rtol=0, atol=1e-12)
 
 
-def test_s4d_steps_equal_the_oracle():
+def test_s4d_steps_equal_reference():
     x, dt, A, C, D, initial = (M.detach() for M in operands(2, 20, 4, 5, dtype=torch.float32))
     expected, final = s4d_reference(x, dt, A, C, D, initial)
     state, discrete = initial.clone(), discretise(dt, A)
@@ -171,17 +171,17 @@ def test_s4d_steps_equal_the_oracle():
     assert s4d_step(x[:, 0].bfloat16(), *discrete, C, D, state).dtype == torch.bfloat16
 
 
-def test_s4d_refuses_shapes_that_do_not_fit():
+def test_s4d_rejects_mismatched_shapes():
     x, dt, A, C, D, state = operands(2, 10, 4, 5)
-    with pytest.raises(ValueError, match="C has the shape"):
+    with pytest.raises(ValueError, match="C has shape"):
         s4d(x, dt, A, C[:, :4], D, state)
-    with pytest.raises(ValueError, match="initial_state has the shape"):
+    with pytest.raises(ValueError, match="initial_state has shape"):
         s4d(x, dt, A, C, D, state[:1])
     with pytest.raises(ValueError, match="T must be at least 1"):
         s4d(x[:, :0], dt, A, C, D, state)
 
 
-def test_s4d_flops_are_those_counted():
+def test_s4d_flops_equal_counted_flops():
     x, dt, A, C, D, _ = operands(1, 150, 4, 8)
     with FlopCounterMode(display=False) as counter:
         s4d_outputs(x, dt, A, C, D)
@@ -190,7 +190,7 @@ def test_s4d_flops_are_those_counted():
     assert 4 * 7.5 * 300 * math.log2(300) < ffts < 1.2 * 4 * 7.5 * 300 * math.log2(300)
 
 
-def test_ffts_are_long_enough_and_quick():
+def test_s4d_fft_length_is_sufficient_and_smooth():
     for length in range(1, 5000):
         n = _fft_length(length)
         assert 2 * length - 1 <= n <= 2.5 * length
@@ -201,7 +201,7 @@ def test_ffts_are_long_enough_and_quick():
 
 
 @pytest.mark.parametrize("expand", [1, 2])
-def test_the_layer_is_that_of_the_paper(expand):
+def test_s4d_mixer_equals_paper(expand):
     """Its output from the recurrence written out for both halves of the conjugate pairs."""
     torch.manual_seed(0)
     layer = S4D(6, d_state=8, expand=expand).double()
@@ -221,7 +221,7 @@ def test_the_layer_is_that_of_the_paper(expand):
     torch.testing.assert_close(layer(x), a * torch.sigmoid(b), rtol=0, atol=1e-12)
 
 
-def test_the_layers_parameters_and_their_start():
+def test_s4d_mixer_parameters_and_initial_values():
     layer = S4D(512, d_state=64)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     assert shapes == {
@@ -245,7 +245,7 @@ def test_the_layers_parameters_and_their_start():
     assert S4D(8, expand=2).in_proj.weight.shape == (16, 8)
 
 
-def test_steps_use_the_weights_of_the_last_forward():
+def test_s4d_mixer_steps_use_weights_of_last_forward():
     layer, x = S4D(4, d_state=8).double(), torch.randn(2, 9, 4, dtype=torch.float64)
     state = layer.init_state(2)
     layer.step(x[:, 0], state)
@@ -259,8 +259,8 @@ def test_steps_use_the_weights_of_the_last_forward():
         torch.testing.assert_close(layer.step(x[:, 8], fresh), layer(x)[:, 8], rtol=0, atol=1e-12)
 
 
-def test_mistakes_are_said_clearly():
-    with pytest.raises(UserError, match="d_state 7 is odd"):
+def test_s4d_mixer_rejects_invalid_options():
+    with pytest.raises(UserError, match="d_state must be even, got 7"):
         S4D(4, d_state=7)
     with pytest.raises(UserError, match="unknown S4D init 'legs': choose from lin, inv"):
         S4D(4, init="legs")

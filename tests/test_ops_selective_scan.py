@@ -1,4 +1,4 @@
-"""The selective scan against its sequential oracle: values, gradients, states, extremes, memory, dispatch."""
+"""The selective scan against its sequential reference: values, gradients, states, extremes, memory, dispatch."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def assert_close(found, expected, tolerance):
     with_state=st.booleans(),
     with_D=st.booleans(),
 )
-def test_the_fast_scan_equals_the_oracle(batch, length, chunk, with_state, with_D):
+def test_selective_scan_equals_reference(batch, length, chunk, with_state, with_D):
     exact = operands(batch, length, 6, 5, seed=length)
     exact[5], exact[6] = exact[5] if with_D else None, exact[6] if with_state else None
     expected = results(selective_scan_reference, exact)
@@ -64,7 +64,7 @@ def test_the_fast_scan_equals_the_oracle(batch, length, chunk, with_state, with_
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 16), (100, 32), (257, 16)])
-def test_the_scan_in_bfloat16_stays_near_the_oracle(length, chunk):
+def test_selective_scan_bfloat16_is_close_to_reference(length, chunk):
     """Operands of the recurrence are rounded to bfloat16, nothing within it is."""
     rounded = operands(2, length, 16, 8, dtype=torch.bfloat16)
     wide = {1, 2, 5, 6}  # dt, A, D and the state are float32 whatever the input
@@ -80,7 +80,7 @@ def test_the_scan_in_bfloat16_stays_near_the_oracle(length, chunk):
     assert_close(found, results(selective_scan_reference, exact), 1e-2)
 
 
-def test_autocast_rounds_nothing_within_the_scan():
+def test_selective_scan_ignores_autocast():
     """Neither in the forward nor in a backward that runs under it."""
     arguments = operands(2, 40, 6, 5, dtype=torch.float32)
     expected = results(selective_scan, arguments)
@@ -89,12 +89,12 @@ def test_autocast_rounds_nothing_within_the_scan():
     assert all(map(torch.equal, found, expected))
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_selective_scan_gradients_equal_finite_differences():
     arguments = operands(2, 7, 2, 3)
     assert torch.autograd.gradcheck(lambda *a: selective_scan(*a, chunk_size=3), arguments)
 
 
-def test_the_extremes_are_finite_and_exact():
+def test_selective_scan_extreme_values_are_finite_and_exact():
     x, dt, A, B, C, D, state = operands(1, 4096, 4, 4, dtype=torch.float32)
     dt, A = torch.full_like(dt, 0.1).requires_grad_(), torch.full_like(A, -16.0).requires_grad_()
     arguments = [x, dt, A, B, C, D, state]
@@ -106,7 +106,7 @@ def test_the_extremes_are_finite_and_exact():
     assert y.isfinite().all()
 
 
-def test_no_step_in_time_leaves_the_state_bit_for_bit():
+def test_selective_scan_zero_dt_keeps_state_bit_for_bit():
     x, dt, A, B, C, D, state = (M.detach() for M in operands(2, 40, 6, 5, dtype=torch.float32))
     assert torch.equal(selective_scan(x, 0 * dt, A, B, C, D, state)[1], state)
     stepped = state.clone()
@@ -115,7 +115,7 @@ def test_no_step_in_time_leaves_the_state_bit_for_bit():
 
 
 @pytest.mark.parametrize("cut", [1, 16, 40, 99])
-def test_two_parts_equal_one(cut):
+def test_selective_scan_two_segments_equal_one(cut):
     x, dt, A, B, C, D, state = operands(2, 100, 6, 5)
     whole = selective_scan(x, dt, A, B, C, D, state)
     first, carried = selective_scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, state)
@@ -124,7 +124,7 @@ def test_two_parts_equal_one(cut):
 
 
 @pytest.mark.parametrize("with_D", [True, False])
-def test_steps_equal_the_oracle(with_D):
+def test_selective_scan_steps_equal_reference(with_D):
     x, dt, A, B, C, D, initial = (M.detach() for M in operands(2, 20, 6, 5, dtype=torch.float32))
     D = D if with_D else None
     expected = selective_scan_reference(x, dt, A, B, C, D, initial)
@@ -133,8 +133,8 @@ def test_steps_equal_the_oracle(with_D):
     assert_close([y, state], expected, 1e-6)
 
 
-def test_what_the_loss_does_not_see_has_no_gradient_at_all():
-    """Exactly zero, not a rounding error: padding behind a sequence would carry it through every layer."""
+def test_selective_scan_later_positions_have_exactly_zero_gradient():
+    """Exactly zero, not a rounding error: padding after a sequence would pass it through every layer."""
     arguments = operands(2, 50, 6, 5, dtype=torch.float32)
     y, _ = selective_scan(*arguments)
     gradients = torch.autograd.grad(y[:, :30].square().sum(), arguments)
@@ -142,8 +142,8 @@ def test_what_the_loss_does_not_see_has_no_gradient_at_all():
         assert gradient[:, :30].any() and not gradient[:, 30:].any()
 
 
-def test_the_backward_keeps_no_more_than_a_state_a_chunk():
-    """Beside its inputs; all states would be N = 8 times x, those in front of chunks of 16 are half of x."""
+def test_selective_scan_backward_stores_one_state_per_chunk():
+    """Beside its inputs; all states would be N = 8 times x, those before chunks of 16 are half of x."""
     arguments = operands(2, 160, 32, 8, dtype=torch.float32)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda M: kept.update({M.data_ptr(): M}) or M, lambda M: M):
@@ -152,19 +152,19 @@ def test_the_backward_keeps_no_more_than_a_state_a_chunk():
     assert sum(M.numel() for pointer, M in kept.items() if pointer not in inputs) <= arguments[0].numel() / 2
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_selective_scan_rejects_mismatched_shapes():
     x, dt, A, B, C, D, state = operands(2, 10, 6, 5)
-    with pytest.raises(ValueError, match=r"C has the shape \(2, 9, 5\), not \(2, 10, 5\)"):
+    with pytest.raises(ValueError, match=r"C has shape \(2, 9, 5\), expected \(2, 10, 5\)"):
         selective_scan(x, dt, A, B, C[:, :9], D, state)
-    with pytest.raises(ValueError, match="dt has the shape"):
+    with pytest.raises(ValueError, match="dt has shape"):
         selective_scan(x, dt[..., :1], A, B, C, D, state)
-    with pytest.raises(ValueError, match="initial_state has the shape"):
+    with pytest.raises(ValueError, match="initial_state has shape"):
         selective_scan(x, dt, A, B, C, D, state.mT)
     with pytest.raises(ValueError, match="T must be at least 1"):
         selective_scan(x[:, :0], dt[:, :0], A, B[:, :0], C[:, :0])
 
 
-def test_flops_are_those_of_the_recurrence():
+def test_selective_scan_flops_are_those_of_the_recurrence():
     """dt A, exp, dx B, two for h, two for y, at each of 30 states; dt x and D x at each channel."""
     assert selective_scan_flops(2, 3, 5) == 2 * (30 // 2 * 7 + 3 * 3)
 
@@ -199,7 +199,7 @@ def with_kernels(monkeypatch):
 
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("length", [1, 37])
-def test_the_kernel_carries_states_it_knows_nothing_of(with_kernels, with_state, length):
+def test_selective_scan_kernel_adapter_carries_states(with_kernels, with_state, length):
     """The adapter, without a GPU: values and gradients of both states, through a kernel that has neither."""
     arguments = operands(2, length, 6, 5, dtype=torch.float32)
     arguments[6] = arguments[6] if with_state else None
@@ -210,7 +210,7 @@ def test_the_kernel_carries_states_it_knows_nothing_of(with_kernels, with_state,
 
 
 @pytest.mark.parametrize("with_D", [True, False])
-def test_the_kernel_of_the_step_gets_what_it_needs(with_kernels, with_D):
+def test_selective_scan_step_kernel_arguments(with_kernels, with_D):
     x, dt, A, B, C, D, initial = (M.detach() for M in operands(2, 1, 6, 5, dtype=torch.float32))
     D = D if with_D else None
     state = initial.clone()
@@ -219,7 +219,7 @@ def test_the_kernel_of_the_step_gets_what_it_needs(with_kernels, with_D):
     assert_close([y[:, None], state], selective_scan_reference(x, dt, A, B, C, D, initial), 1e-6)
 
 
-def test_the_kernels_are_asked_for_by_the_name_of_the_operation():
+def test_selective_scan_kernels_are_looked_up_by_operation():
     arguments = [M.detach() for M in operands(1, 3, 2, 2)]
     x, dt, A, B, C, D, state = arguments
     with backend.use("cuda"):
@@ -232,6 +232,6 @@ def test_the_kernels_are_asked_for_by_the_name_of_the_operation():
     assert backend.KERNELS["selective_scan"].package == "mamba_ssm"
 
 
-def test_no_kernel_package_is_imported_with_the_operation():
+def test_selective_scan_imports_no_kernel_package():
     code = "import sys, ssmttm.ops.selective_scan; assert not {'mamba_ssm', 'selective_scan_cuda'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""The scan and the convolution against their sequential oracles: values, gradients, states, extremes, dispatch."""
+"""The scan and the convolution against their sequential references: values, gradients, states, extremes, dispatch."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ shapes = {
 
 @QUICK
 @given(**shapes)
-def test_fast_ssd_equals_the_oracle(batch, length, chunk, groups, with_state, with_D):
+def test_ssd_equals_reference(batch, length, chunk, groups, with_state, with_D):
     exact = operands(batch, length, 4, 8, groups, 5, seed=length)
     exact[5], exact[6] = exact[5] if with_D else None, exact[6] if with_state else None
     expected = results(ssd_reference, exact)
@@ -65,7 +65,7 @@ def test_fast_ssd_equals_the_oracle(batch, length, chunk, groups, with_state, wi
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 64), (100, 32), (257, 64)])
-def test_ssd_in_bfloat16_stays_near_the_oracle(length, chunk):
+def test_ssd_bfloat16_is_close_to_reference(length, chunk):
     rounded = operands(2, length, 4, 16, 2, 16, dtype=torch.bfloat16)
     wide = {1, 2, 5, 6}  # dt, A, D and the state are float32 whatever the input
     mixed = [a.detach().float().requires_grad_() if i in wide else a for i, a in enumerate(rounded)]
@@ -75,12 +75,12 @@ def test_ssd_in_bfloat16_stays_near_the_oracle(length, chunk):
     assert_close(results(ssd, mixed, chunk_size=chunk), expected, 2e-2)
 
 
-def test_ssd_gradient_is_that_of_finite_differences():
+def test_ssd_gradients_equal_finite_differences():
     arguments = operands(2, 7, 2, 2, 1, 3)
     assert torch.autograd.gradcheck(lambda *a: ssd(*a, chunk_size=3), arguments)
 
 
-def test_ssd_at_the_extremes_is_finite_and_exact():
+def test_ssd_extreme_values_are_finite_and_exact():
     x, dt, A, B, C, D, state = operands(1, 4096, 2, 4, 1, 4, dtype=torch.float32)
     dt, A = torch.full_like(dt, 0.1).requires_grad_(), torch.full_like(A, -16.0).requires_grad_()
     arguments = [x, dt, A, B, C, D, state]
@@ -91,7 +91,7 @@ def test_ssd_at_the_extremes_is_finite_and_exact():
 
 
 @pytest.mark.parametrize("cut", [1, 40, 64, 99])
-def test_ssd_in_two_parts_equals_one(cut):
+def test_ssd_two_segments_equal_one(cut):
     x, dt, A, B, C, D, state = operands(2, 100, 4, 8, 2, 5)
     whole = ssd(x, dt, A, B, C, D, state)
     first, carried = ssd(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, state)
@@ -100,7 +100,7 @@ def test_ssd_in_two_parts_equals_one(cut):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_ssd_steps_equal_the_oracle(groups):
+def test_ssd_steps_equal_reference(groups):
     x, dt, A, B, C, D, initial = (M.detach() for M in operands(2, 20, 4, 8, groups, 5, dtype=torch.float32))
     expected = ssd_reference(x, dt, A, B, C, D, initial)
     state = initial.clone()
@@ -108,17 +108,17 @@ def test_ssd_steps_equal_the_oracle(groups):
     assert_close([y, state], expected, 1e-5)
 
 
-def test_ssd_refuses_shapes_that_do_not_fit():
+def test_ssd_rejects_mismatched_shapes():
     x, dt, A, B, C, D, state = operands(2, 10, 4, 8, 2, 5)
-    with pytest.raises(ValueError, match="C has the shape"):
+    with pytest.raises(ValueError, match="C has shape"):
         ssd(x, dt, A, B, C[:, :9], D, state)
-    with pytest.raises(ValueError, match="B has the shape"):
+    with pytest.raises(ValueError, match="B has shape"):
         ssd(x, dt, A, B[:1], C, D, state)
     with pytest.raises(ValueError, match="H a multiple of G"):
         ssd(x[:, :, :3], dt[:, :, :3], A[:3], B, C)
 
 
-def test_ssd_flops_are_those_counted():
+def test_ssd_flops_equal_counted_flops():
     x, dt, A, B, C, D, _ = operands(1, 150, 4, 16, 2, 8)
     with FlopCounterMode(display=False) as counter:
         ssd(x, dt, A, B, C, D, chunk_size=32)
@@ -133,7 +133,7 @@ def test_ssd_flops_are_those_counted():
     with_state=st.booleans(),
     activation=st.sampled_from([None, "silu"]),
 )
-def test_fast_convolution_equals_the_oracle(length, taps, with_bias, with_state, activation):
+def test_causal_conv_equals_reference(length, taps, with_bias, with_state, activation):
     g = torch.Generator().manual_seed(length)
     shapes = [(2, length, 6), (6, taps), (6,) if with_bias else None, (2, 6, taps - 1) if with_state else None]
     arguments = [s and torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
@@ -141,7 +141,7 @@ def test_fast_convolution_equals_the_oracle(length, taps, with_bias, with_state,
     assert_close(found, results(causal_conv_reference, arguments, activation=activation), 1e-12)
 
 
-def test_convolution_steps_equal_the_oracle():
+def test_causal_conv_steps_equal_reference():
     x, weight, bias, initial = torch.randn(2, 9, 6), torch.randn(6, 4), torch.randn(6), torch.randn(2, 6, 3)
     expected = causal_conv_reference(x, weight, bias, initial, "silu")
     state = initial.clone()
@@ -149,7 +149,7 @@ def test_convolution_steps_equal_the_oracle():
     assert_close([y, state], expected, 1e-6)
 
 
-def test_convolution_takes_the_state_behind_each_rows_length():
+def test_causal_conv_final_state_is_taken_at_each_rows_length():
     x, weight, initial = torch.randn(3, 9, 6), torch.randn(6, 4), torch.randn(3, 6, 3)
     lengths = torch.tensor([0, 2, 9])
     _, state = causal_conv(x, weight, None, initial, lengths=lengths)
@@ -158,7 +158,7 @@ def test_convolution_takes_the_state_behind_each_rows_length():
         assert torch.equal(state[row], inputs[:, -3:])
 
 
-def test_the_portable_path_is_what_a_cpu_gets_and_cuda_cannot_be_forced_on_it():
+def test_backend_is_portable_on_cpu_and_cuda_cannot_be_forced():
     arguments = operands(1, 3, 2, 2, 1, 2)
     assert backend.cuda_kernel("ssd", torch.device("cpu")) is None
     with backend.use("cuda"), pytest.raises(UserError, match="got tensors on cpu"):
@@ -170,7 +170,7 @@ def test_the_portable_path_is_what_a_cpu_gets_and_cuda_cannot_be_forced_on_it():
         backend.set_backend("fast")
 
 
-def test_a_missing_kernel_is_named_with_what_to_install(monkeypatch):
+def test_backend_missing_kernel_names_what_to_install(monkeypatch):
     missing = backend.Kernel("no_such_package.ops", "scan")
     monkeypatch.setitem(backend.KERNELS, "ssd", missing)
     backend._load.cache_clear()
@@ -183,8 +183,8 @@ def test_a_missing_kernel_is_named_with_what_to_install(monkeypatch):
         backend._load.cache_clear()
 
 
-def test_an_installed_kernel_is_called_with_its_own_arguments(monkeypatch):
-    """The adapters, without a GPU: kernels that check what mamba_ssm's check, and answer with the portable result."""
+def test_backend_installed_kernel_gets_its_own_arguments(monkeypatch):
+    """The adapters, without a GPU: kernels that check what mamba_ssm's check, and return the portable result."""
 
     def scan(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
         assert return_final_states
@@ -225,13 +225,13 @@ def test_an_installed_kernel_is_called_with_its_own_arguments(monkeypatch):
     assert_close(everything(), expected, 1e-6)
 
 
-def test_no_kernel_package_is_imported_with_the_operations():
+def test_ops_import_no_kernel_package():
     code = "import sys, ssmttm.ops.ssd, ssmttm.ops.conv; assert not {'mamba_ssm', 'causal_conv1d'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_what_the_loss_does_not_see_has_no_gradient_at_all():
-    """Exactly zero, not a rounding error: padding behind a sequence would carry it through every layer."""
+def test_ssd_later_positions_have_exactly_zero_gradient():
+    """Exactly zero, not a rounding error: padding after a sequence would pass it through every layer."""
     arguments = operands(2, 50, 4, 8, 2, 5, dtype=torch.float32)
     y, _ = ssd(*arguments, chunk_size=16)
     gradients = torch.autograd.grad(y[:, :30].square().sum(), arguments)

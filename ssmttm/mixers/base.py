@@ -1,36 +1,34 @@
-"""The interface of a mixer, and what every mixer shares.
+"""The base class of a mixer and of its state.
 
-A mixer maps a sequence [B, T, D] to one of the same shape, causally. Its state is all that the past leaves behind: with
-a state, `forward` starts from it and leaves the final one in it, so a prefill is a forward; `step` takes one position.
-States are updated in place and carry no gradient.
+A mixer maps a sequence [B, T, D] to one of the same shape, causally. Its state summarises the past: with a state,
+`forward` starts from it and leaves the final one in it, so prefill is `forward`; `step` takes one position. States are
+updated in place and carry no gradient.
 """
 
+import itertools
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 
 
-class MixerState(Protocol):
-    """What a mixer carries from one position to the next, as tensors whose first axis is the batch."""
-
-    def clone(self) -> Self: ...
-
-    def put(self, rows: slice, part: Self) -> None:
-        """Copy the state `part`, of a smaller batch, into some rows."""
-
-
 @dataclass
-class TensorState:
-    """The methods of a state that is a dataclass; its tensors are of fixed shape, the batch their first axis."""
+class MixerState:
+    """A dataclass of tensors whose first axis is the batch."""
+
+    @property
+    def batch_size(self) -> int:
+        return self._tensors()[0][1].shape[0]
 
     def clone(self) -> Self:
         return replace(self, **{name: tensor.clone() for name, tensor in self._tensors()})
 
-    def put(self, rows: slice, part: Self) -> None:
+    def write_rows(self, rows: slice, part: Self) -> None:
+        """Copy `part`, the state of a smaller batch, into some rows."""
         for name, tensor in self._tensors():
             tensor[rows].copy_(getattr(part, name))
 
@@ -38,59 +36,122 @@ class TensorState:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
-class Mixer(Protocol):
-    """The interface; each mixer names its own state class."""
+class Mixer(nn.Module):
+    """Checks of the state and unpadding; a subclass has `_forward`, `_step`, `init_state` and `flops`."""
 
     def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]. `mask` [B, T] is True where a position is real; the others leave the state
-        untouched, change no other output and give 0."""
+        """x [B, T, D] -> [B, T, D].
 
+        Args:
+            state: starts the sequence and takes the final state; None starts from `init_state` and keeps nothing.
+            mask: [B, T], True at valid positions; the others leave the state unchanged, change no other output and
+                give 0.
+
+        Raises:
+            UserError: the state has another batch size.
+        """
+        if state is not None:
+            check_state(state.batch_size, x.shape[0])
+        if mask is None:
+            return self._forward(x, state, None)
+        rows = UnpaddedRows(x, mask)
+        return rows.restore(self._forward(rows.x, state, rows.lengths))
+
+    @torch.no_grad()
     def step(self, x: Tensor, state: Any) -> Tensor:
-        """x [B, D] -> [B, D], the state moved on by one position; without gradient."""
+        """One position, x [B, D] -> [B, D]; `state` is updated in place. Carries no gradient.
+
+        Raises:
+            UserError: the state has another batch size.
+        """
+        check_state(state.batch_size, x.shape[0])
+        return self._step(x, state)
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> MixerState:
-        """The state before the first position."""
+        """The state before the first position; device and dtype (of the activations) default to the weights'."""
+        raise NotImplementedError
 
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions (a multiply-add is two)."""
+        """Forward FLOPs of a sequence of `n_tokens` positions, a multiply-add being two."""
+        raise NotImplementedError
+
+    def _forward(self, x: Tensor, state: Any, lengths: Tensor | None) -> Tensor:
+        """x [B, T, D]; `lengths` [B] is the number of valid leading positions of each row, None if all are valid."""
+        raise NotImplementedError
+
+    def _step(self, x: Tensor, state: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _device_and_dtype(
+        self, device: torch.device | None, dtype: torch.dtype | None
+    ) -> tuple[torch.device, torch.dtype]:
+        weight: Tensor = next(itertools.chain(self.parameters(), self.buffers()))  # int8 weights are buffers
+        return device or weight.device, dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
 
 
 class UnpaddedRows:
-    """Sequences with their masked positions moved behind the real ones, where a causal mixer cannot see them."""
+    """Left-packed sequences: the masked positions are moved after the valid ones, where a causal mixer ignores them.
+
+    Attributes:
+        x: [B, T, D], 0 at the masked positions.
+        lengths: valid positions of each row, [B].
+    """
 
     def __init__(self, x: Tensor, mask: Tensor) -> None:
         if mask.shape != x.shape[:2]:
-            raise ValueError(f"the mask has the shape {tuple(mask.shape)}, not {tuple(x.shape[:2])}")
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(x.shape[:2])}")
         self.mask = mask
         self.order = torch.argsort(~mask, dim=1, stable=True)  # [B, T]
         self.lengths = mask.sum(1)  # [B]
         self.x = gather_positions(x.masked_fill(~mask[..., None], 0), self.order)
 
-    def padding(self) -> Tensor:
-        """[B, T], True behind the real positions of `x`."""
-        return torch.arange(self.mask.shape[1], device=self.mask.device) >= self.lengths[:, None]
-
     def restore(self, y: Tensor) -> Tensor:
-        """Positions back in their places, 0 at the masked ones."""
+        """y [B, T, D] with its positions back in place, 0 at the masked ones."""
         return gather_positions(y, self.order.argsort(1)).masked_fill(~self.mask[..., None], 0)
 
 
 def gather_positions(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of a sequence: x [B, T, D], index [B, S] -> [B, S, D]."""
+    """Positions of a sequence: x [B, T, D], index [B, S] -> [B, S, D]."""
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, x.shape[-1])
+
+
+def mask_padding(dt: Tensor, lengths: Tensor | None) -> Tensor:
+    """dt [B, T, ...] set to 0 after the valid positions, where the state then does not change."""
+    if lengths is None:
+        return dt
+    padding = torch.arange(dt.shape[1], device=dt.device) >= lengths[:, None]  # [B, T]
+    return dt.masked_fill(padding[..., None], 0)
+
+
+def init_dt_bias(width: int, dt_min: float, dt_max: float, floor: float) -> Tensor:
+    """Biases [width] whose softplus is log-uniform in [dt_min, dt_max], and at least `floor`, as in mamba_ssm."""
+    dt = torch.exp(torch.rand(width) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+
+def exclude_from_weight_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters as mamba_ssm does; `ssmttm.training.optim` reads the mark."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def check_sizes(**sizes: int) -> None:
     """Raises UserError for a size below 1."""
     for name, size in sizes.items():
         if size < 1:
-            raise UserError(f"{name} {size} is no size: give 1 or more")
+            raise UserError(f"{name} must be at least 1, got {size}")
+
+
+def check_divides(name: str, size: int, of: str, width: int) -> None:
+    """Raises UserError if `width`, described by `of`, is not a multiple of `size`."""
+    if width % size:
+        raise UserError(f"{name} must divide {of} = {width}, got {size}")
 
 
 def check_state(state_batch: int, batch: int) -> None:
-    """Raises UserError when a state was made for another batch size."""
+    """Raises UserError if a state was made for another batch size."""
     if state_batch != batch:
-        raise UserError(f"the state is for a batch of {state_batch}, the input of {batch}: call init_state({batch})")
+        raise UserError(f"the state has batch size {state_batch}, the input {batch}: call init_state({batch})")

@@ -1,4 +1,4 @@
-"""Mixers that see both ways, for models that do not write one position after the other: no state, no step.
+"""Bidirectional mixers, for models that are not autoregressive: no state, no step.
 
 Shapes: B batch, T positions, D model width, H heads, P = D / H.
 """
@@ -15,7 +15,7 @@ from ssmttm.ops.rotary import rotary
 
 
 class Bidirectional(nn.Module):
-    """Two causal mixers, one of which reads the sequence from its end; what they say is added.
+    """Two causal mixers, one of which reads the sequence in reverse; their outputs are summed.
 
     So a state-space mixer sees the whole sequence at a cost linear in its length (as in Vim, arXiv 2401.09417).
     """
@@ -25,17 +25,16 @@ class Bidirectional(nn.Module):
         self.forward_mixer, self.backward_mixer = forward_mixer, backward_mixer
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; positions where `mask` [B, T] is False change nothing and give 0."""
+        """x [B, T, D] -> [B, T, D]; positions where `mask` [B, T] is False change no other output and give 0."""
         backwards = self.backward_mixer(x.flip(1), mask=None if mask is None else mask.flip(1))
         return self.forward_mixer(x, mask=mask) + backwards.flip(1)
 
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions."""
         return self.forward_mixer.flops(n_tokens) + self.backward_mixer.flops(n_tokens)
 
 
 class FullAttention(HeadProjections):
-    """Attention of every position to every other, with rotary positions; `dropout` is of its weights, in training.
+    """Attention without a causal mask, with rotary positions; `dropout` is that of its weights, in training.
 
     Raises:
         UserError: `n_heads` does not divide `d_model`.
@@ -45,22 +44,21 @@ class FullAttention(HeadProjections):
         super().__init__(d_model, n_heads, dropout, bias=False, out_bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; positions where `mask` [B, T] is False change nothing and give 0."""
+        """x [B, T, D] -> [B, T, D]; positions where `mask` [B, T] is False change no other output and give 0."""
         positions = torch.arange(x.shape[1], device=x.device)[None]
         q, k, v = (proj(x).unflatten(-1, (self.n_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (M.transpose(1, 2) for M in (rotary(q, positions), rotary(k, positions), v))  # [B, H, T, P]
-        seen = None if mask is None else mask[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)
+        q, k, v = rotary(q, positions).transpose(1, 2), rotary(k, positions).transpose(1, 2), v.transpose(1, 2)
+        key_mask = None if mask is None else mask[:, None, None]  # [B, 1, 1, T]
+        y = F.scaled_dot_product_attention(q, k, v, key_mask, self.dropout if self.training else 0.0)  # [B, H, T, P]
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         return y if mask is None else y.masked_fill(~mask[..., None], 0)
 
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions."""
         return 8 * n_tokens * self.d_model**2 + 4 * n_tokens**2 * self.d_model
 
 
 def build_bidirectional(name: str, d_model: int, **options: Any) -> nn.Module:
-    """The two-way form of the mixer called `name`, with those of the options that it takes.
+    """The bidirectional form of the mixer called `name`, with those of the options that it takes.
 
     Raises:
         UserError: no mixer has that name.

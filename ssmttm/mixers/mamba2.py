@@ -4,22 +4,29 @@ Parameter names, shapes and initial values are those of mamba_ssm's `Mamba2`, so
 Shapes: B batch, T positions, D model width, I = expand * D inner width, H = I / headdim heads, G groups, N state.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
-from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
+from ssmttm.mixers.base import (
+    Mixer,
+    MixerState,
+    check_divides,
+    check_sizes,
+    exclude_from_weight_decay,
+    init_dt_bias,
+    mask_padding,
+)
+from ssmttm.ops.common import accumulation_dtype
 from ssmttm.ops.conv import causal_conv, causal_conv_step
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.ssd import ssd, ssd_flops, ssd_step
 
 
 @dataclass
-class Mamba2State(TensorState):
+class Mamba2State(MixerState):
     """conv_state [B, I + 2GN, d_conv - 1]: the convolution's last inputs; ssm_state [B, H, headdim, N], float32."""
 
     conv_state: Tensor
@@ -43,8 +50,8 @@ class GatedRMSNorm(nn.Module):
         return (normed * self.weight).to(dtype)
 
 
-class Mamba2(nn.Module):
-    """The mixer. `chunk_size` sets only the speed of the scan.
+class Mamba2(Mixer):
+    """The mixer. `chunk_size` changes only the speed of the scan.
 
     Raises:
         UserError: `headdim` does not divide the inner width, or `ngroups` the number of heads; a size below 1.
@@ -74,46 +81,22 @@ class Mamba2(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_state, d_conv, headdim, ngroups
         self.chunk_size = chunk_size
         self.d_inner = expand * d_model
-        if self.d_inner % headdim:
-            raise UserError(f"headdim {headdim} does not divide expand * d_model = {self.d_inner}: choose a divisor")
+        check_divides("headdim", headdim, "expand * d_model", self.d_inner)
         self.nheads = self.d_inner // headdim
-        if self.nheads % ngroups:
-            raise UserError(f"ngroups {ngroups} does not divide the {self.nheads} heads: choose a divisor")
+        check_divides("ngroups", ngroups, "the number of heads", self.nheads)
         self.conv_dim = self.d_inner + 2 * ngroups * d_state
         self.in_proj = Linear(d_model, self.d_inner + self.conv_dim + self.nheads, bias=bias)  # z, x, B, C, dt
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, d_conv, groups=self.conv_dim, padding=d_conv - 1, bias=conv_bias
         )
-        dt = torch.exp(torch.rand(self.nheads) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_bias = nn.Parameter(init_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = GatedRMSNorm(self.d_inner, ngroups)
         self.out_proj = Linear(self.d_inner, d_model, bias=bias)
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
+        exclude_from_weight_decay(self.dt_bias, self.A_log, self.D)
 
-    def forward(self, x: Tensor, state: Mamba2State | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `state` and `mask` [B, T] as in `ssmttm.mixers.base`.
-
-        Raises:
-            UserError: the state is of another batch size.
-        """
-        if state is not None:
-            check_state(state.ssm_state.shape[0], x.shape[0])
-        if mask is None:
-            return self._scan(x, state, None)
-        compacted = UnpaddedRows(x, mask)
-        return compacted.restore(self._scan(compacted.x, state, compacted))
-
-    @torch.no_grad()
-    def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        """One position, x [B, D] -> [B, D]; `state` is updated in place. Carries no gradient.
-
-        Raises:
-            UserError: the state is of another batch size.
-        """
-        check_state(state.ssm_state.shape[0], x.shape[0])
+    def _step(self, x: Tensor, state: Mamba2State) -> Tensor:
         z, xBC, dt = self._project(x)
         xBC = causal_conv_step(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, state.conv_state, "silu")
         y = ssd_step(*self._operands(xBC, dt), state.ssm_state)
@@ -122,30 +105,23 @@ class Mamba2(nn.Module):
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Mamba2State:
-        """The state before the first position: zeros. `dtype` is that of the activations (default: of the weights)."""
-        weight = self.in_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = self._device_and_dtype(device, dtype)
         conv_state = torch.zeros(batch_size, self.d_conv - 1, self.conv_dim, device=device, dtype=dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        ssm_state = torch.zeros(batch_size, self.nheads, self.headdim, self.d_state, device=device, dtype=wide)
+        shape = batch_size, self.nheads, self.headdim, self.d_state
+        ssm_state = torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return Mamba2State(conv_state.transpose(1, 2), ssm_state)
 
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions: projections, convolution and scan."""
-        linear = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()
+        weights = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.conv1d.weight.numel()
         sizes = self.nheads, self.headdim, self.ngroups, self.d_state
-        return 2 * linear * n_tokens + ssd_flops(n_tokens, *sizes, self.chunk_size)
+        return 2 * weights * n_tokens + ssd_flops(n_tokens, *sizes, self.chunk_size)
 
-    def _scan(self, x: Tensor, state: Mamba2State | None, compacted: UnpaddedRows | None) -> Tensor:
-        """x [B, T, D] with its masked positions, if any, behind the real ones."""
+    def _forward(self, x: Tensor, state: Mamba2State | None, lengths: Tensor | None) -> Tensor:
         z, xBC, dt = self._project(x)
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)
-        lengths = None if compacted is None else compacted.lengths
         xBC, conv_state = causal_conv(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, "silu", lengths)
         x, dt, A, B, C, D = self._operands(xBC, dt)
-        if compacted is not None:
-            dt = dt.masked_fill(compacted.padding()[..., None], 0)  # no step in time: the state stays
-        y, ssm_state = ssd(x, dt, A, B, C, D, ssm_state, self.chunk_size)
+        y, ssm_state = ssd(x, mask_padding(dt, lengths), A, B, C, D, ssm_state, self.chunk_size)
         if state is not None:
             state.conv_state.copy_(conv_state.detach())
             state.ssm_state.copy_(ssm_state.detach())
@@ -154,11 +130,13 @@ class Mamba2(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
 
-    def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
-        """x, dt, A, B, C, D of the scan, from the convolution's output and the raw dt, with or without a T axis."""
+    def _operands(
+        self, xBC: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, dt, A, B, C, D of the scan from the convolution's output and the raw dt, with or without a T axis."""
         x, B, C = xBC.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        A = -torch.exp(self.A_log.to(wide))
+        dtype = accumulation_dtype(dt)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        A = -torch.exp(self.A_log.to(dtype))
         heads, groups = (self.nheads, self.headdim), (self.ngroups, self.d_state)
         return x.unflatten(-1, heads), dt, A, B.unflatten(-1, groups), C.unflatten(-1, groups), self.D

@@ -1,12 +1,11 @@
 """Mamba-3 with one input and one output a head (Lahoti et al., arXiv 2603.15569): projection, scan, gate, projection.
 
-Against Mamba-2: a trapezoidal rule for the input, decays that depend on it, a complex state (B and C turn), B and C
-normalised and with a bias for each head, and no short convolution. Parameter names, shapes and initial values are those
-of mamba_ssm's `Mamba3` with `is_mimo=False`, so a state dict loads either way. Shapes: B batch, T positions, D model
-width, I = expand * D inner width, H = I / headdim heads, G groups, N state, R = rope_fraction * N / 2 angles.
+Against Mamba-2: a trapezoidal rule for the input, decays that depend on the input, a complex state (B and C are
+rotated), B and C normalised and with a bias per head, no short convolution. Parameter names, shapes and initial values
+are those of mamba_ssm's `Mamba3` with `is_mimo=False`, so a state dict loads either way. Shapes: B batch, T positions,
+D model width, I = expand * D inner width, H = I / headdim heads, G groups, N state, R = rope_fraction * N / 2 angles.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
+from ssmttm.mixers.base import Mixer, MixerState, check_divides, check_sizes, exclude_from_weight_decay, init_dt_bias
+from ssmttm.ops.common import accumulation_dtype
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.mamba3 import mamba3, mamba3_flops, mamba3_step
 
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # x, dt, A, B, C, trap, rate, D
+
 
 @dataclass
-class Mamba3State(TensorState):
-    """angle_state [B, H, R], ssm_state [B, H, headdim, N], and the last turned B and input: k_state [B, H, N], v_state
+class Mamba3State(MixerState):
+    """angle_state [B, H, R], ssm_state [B, H, headdim, N], and the last rotated B and input: k_state [B, H, N], v_state
     [B, H, headdim]. All float32."""
 
     angle_state: Tensor
@@ -43,23 +45,23 @@ class NormThenGate(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        parts = x.to(wide).unflatten(-1, (self.groups, -1))
+        dtype = accumulation_dtype(x)
+        parts = x.to(dtype).unflatten(-1, (self.groups, -1))
         normed = F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * self.weight * F.silu(z.to(wide))).to(x.dtype)
+        return (normed * self.weight * F.silu(z.to(dtype))).to(x.dtype)
 
 
-class Mamba3(nn.Module):
-    """The mixer. `chunk_size` sets only the speed of the scan.
+class Mamba3(Mixer):
+    """The mixer. `chunk_size` changes only the speed of the scan.
 
     Args:
-        rope_fraction: the part of the state that turns, 0.5 or 1.
+        rope_fraction: the fraction of the state that is rotated, 0.5 or 1.
         A_floor: the slowest decay, -A.
         is_outproj_norm: normalise each head's output before the gate.
 
     Raises:
         UserError: `headdim` does not divide the inner width, or `ngroups` the number of heads; `rope_fraction` is
-            neither 0.5 nor 1; `d_state` is odd or too small to turn; a size below 1.
+            neither 0.5 nor 1; `d_state` is odd or below 4; a size below 1.
     """
 
     def __init__(
@@ -84,20 +86,17 @@ class Mamba3(nn.Module):
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
         self.A_floor, self.chunk_size = A_floor, chunk_size
         self.d_inner = expand * d_model
-        if self.d_inner % headdim:
-            raise UserError(f"headdim {headdim} does not divide expand * d_model = {self.d_inner}: choose a divisor")
+        check_divides("headdim", headdim, "expand * d_model", self.d_inner)
         self.nheads = self.d_inner // headdim
-        if self.nheads % ngroups:
-            raise UserError(f"ngroups {ngroups} does not divide the {self.nheads} heads: choose a divisor")
+        check_divides("ngroups", ngroups, "the number of heads", self.nheads)
         if rope_fraction not in (0.5, 1):
-            raise UserError(f"rope_fraction is 0.5 or 1, not {rope_fraction}")
+            raise UserError(f"rope_fraction must be 0.5 or 1, got {rope_fraction}")
         self.n_angles = int(d_state * rope_fraction) // 2
         if d_state % 2 or not self.n_angles:
-            raise UserError(f"d_state {d_state} has no pairs to turn: choose an even one, of 4 or more")
+            raise UserError(f"d_state must be even and large enough to rotate pairs (4 or more), got {d_state}")
         self.sizes = [self.d_inner, self.d_inner, *[ngroups * d_state] * 2, *[self.nheads] * 3, self.n_angles]
         self.in_proj = Linear(d_model, sum(self.sizes), bias=False)  # z, x, B, C, dt, A, trap, angle
-        dt = torch.exp(torch.rand(self.nheads) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_bias = nn.Parameter(init_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor))
         self.B_bias = nn.Parameter(torch.ones(self.nheads, 1, d_state))
         self.C_bias = nn.Parameter(torch.ones(self.nheads, 1, d_state))
         self.B_norm = nn.RMSNorm(d_state, eps=1e-5)
@@ -105,71 +104,47 @@ class Mamba3(nn.Module):
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = NormThenGate(self.d_inner, self.nheads) if is_outproj_norm else None
         self.out_proj = Linear(self.d_inner, d_model, bias=False)
-        for parameter in (self.dt_bias, self.B_bias, self.C_bias, self.D):
-            parameter._no_weight_decay = True
+        exclude_from_weight_decay(self.dt_bias, self.B_bias, self.C_bias, self.D)
 
-    def forward(self, x: Tensor, state: Mamba3State | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `state` and `mask` [B, T] as in `ssmttm.mixers.base`.
-
-        Raises:
-            UserError: the state is of another batch size.
-        """
-        if state is not None:
-            check_state(state.ssm_state.shape[0], x.shape[0])
-        if mask is None:
-            return self._scan(x, state, None)
-        compacted = UnpaddedRows(x, mask)
-        return compacted.restore(self._scan(compacted.x, state, compacted.lengths))
-
-    @torch.no_grad()
-    def step(self, x: Tensor, state: Mamba3State) -> Tensor:
-        """One position, x [B, D] -> [B, D]; `state` is updated in place. Carries no gradient.
-
-        Raises:
-            UserError: the state is of another batch size.
-        """
-        check_state(state.ssm_state.shape[0], x.shape[0])
+    def _step(self, x: Tensor, state: Mamba3State) -> Tensor:
         z, operands = self._operands(self.in_proj(x))
         return self._out(mamba3_step(*operands, state.tensors()), z)
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Mamba3State:
-        """The state before the first position: zeros. `dtype` is that of the activations (default: of the weights)."""
-        weight = self.in_proj.weight
-        wide = torch.float64 if (dtype or weight.dtype) == torch.float64 else torch.float32
-        widths = (self.n_angles,), (self.headdim, self.d_state), (self.d_state,), (self.headdim,)
-        return Mamba3State(
-            *(torch.zeros(batch_size, self.nheads, *w, device=device or weight.device, dtype=wide) for w in widths)
-        )
+        device, dtype = self._device_and_dtype(device, dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        shapes = (self.n_angles,), (self.headdim, self.d_state), (self.d_state,), (self.headdim,)
+        tensors = (torch.zeros(batch_size, self.nheads, *shape, device=device, dtype=dtype) for shape in shapes)
+        return Mamba3State(*tensors)
 
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions: projections and scan."""
-        linear = self.in_proj.weight.numel() + self.out_proj.weight.numel()
-        return 2 * linear * n_tokens + mamba3_flops(n_tokens, self.nheads, self.headdim, self.d_state, self.chunk_size)
+        weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
+        return 2 * weights * n_tokens + mamba3_flops(n_tokens, self.nheads, self.headdim, self.d_state, self.chunk_size)
 
-    def _scan(self, x: Tensor, state: Mamba3State | None, lengths: Tensor | None) -> Tensor:
-        """x [B, T, D]; of each row, the `lengths` [B] first positions are real."""
+    def _forward(self, x: Tensor, state: Mamba3State | None, lengths: Tensor | None) -> Tensor:
         z, operands = self._operands(self.in_proj(x))
-        before = None if state is None else state.clone().tensors()  # the backward pass needs what is overwritten here
+        before = None if state is None else state.clone().tensors()  # the backward needs a copy of its own
         y, after = mamba3(*operands, before, lengths, self.chunk_size)
         if state is not None:
             for old, new in zip(state.tensors(), after, strict=True):
                 old.copy_(new.detach())
         return self._out(y, z)
 
-    def _operands(self, projected: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _operands(self, projected: Tensor) -> tuple[Tensor, Operands]:
         """z, and x, dt, A, B, C, trap, rate, D of the scan, with or without a T axis."""
         z, x, B, C, dt, A, trap, angle = projected.split(self.sizes, -1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        A = -F.softplus(A.to(wide)).clamp(min=self.A_floor)
-        B, C = self._by_head(B.to(wide), self.B_norm, self.B_bias), self._by_head(C.to(wide), self.C_norm, self.C_bias)
-        rate = torch.pi * angle.to(wide).tanh()
-        return z, (x.unflatten(-1, (self.nheads, -1)), dt, A, B, C, trap.to(wide).sigmoid(), rate, self.D)
+        dtype = accumulation_dtype(x)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        A = -F.softplus(A.to(dtype)).clamp(min=self.A_floor)
+        B = self._by_head(B.to(dtype), self.B_norm, self.B_bias)
+        C = self._by_head(C.to(dtype), self.C_norm, self.C_bias)
+        rate = torch.pi * angle.to(dtype).tanh()
+        return z, (x.unflatten(-1, (self.nheads, -1)), dt, A, B, C, trap.to(dtype).sigmoid(), rate, self.D)
 
     def _by_head(self, B: Tensor, norm: nn.RMSNorm, bias: Tensor) -> Tensor:
-        """B [..., G * N], normalised, plus a bias a head [H, 1, N]: [..., H, N]."""
+        """B [..., G * N], normalised, plus a bias per head [H, 1, N]: [..., H, N]."""
         groups = B.unflatten(-1, (self.ngroups, 1, self.d_state))
         normed = F.rms_norm(groups, (self.d_state,), norm.weight.to(B.dtype), norm.eps)
         return (normed + bias.to(B.dtype).view(self.ngroups, -1, self.d_state)).flatten(-3, -2)

@@ -1,6 +1,6 @@
 """S4D (Gu, Gupta, Goel and Ré, arXiv 2206.11893): a diagonal time-invariant state space, GELU, projection, GLU.
 
-With `expand` 1 this is the layer of the paper; wider, a projection in front brings the input to the inner width.
+With `expand` 1 this is the layer of the paper; with a larger one, a projection to the inner width comes first.
 Names and shapes of the system's parameters are those of the authors' minimal S4D. A = -exp(log_A_real) + i A_imag.
 Shapes: B batch, T positions, D model width, I = expand * D inner width, M = N/2 modes (conjugate pairs).
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import TensorState, UnpaddedRows, check_sizes, check_state
+from ssmttm.mixers.base import Mixer, MixerState, check_sizes, exclude_from_weight_decay
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.s4d import discretise, s4d_final_state, s4d_flops, s4d_outputs, s4d_step
 
@@ -21,15 +21,15 @@ INITS = ("lin", "inv")
 
 
 @dataclass
-class S4DState(TensorState):
-    """ssm_state [B, I, N/2], complex64. `system` is what steps use, discretised by the first one behind a forward."""
+class S4DState(MixerState):
+    """ssm_state [B, I, N/2], complex64. `system` is the discretised system, cached by the first step."""
 
     ssm_state: Tensor
-    system: tuple[Tensor, ...] | None = None
+    system: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
-class S4D(nn.Module):
-    """The mixer. `init` is how the frequencies start: "lin" (S4D-Lin) or "inv" (S4D-Inv).
+class S4D(Mixer):
+    """The mixer. `init` sets the initial frequencies: "lin" (S4D-Lin) or "inv" (S4D-Inv).
 
     Raises:
         UserError: `d_state` is odd, `init` unknown, or a size below 1.
@@ -48,7 +48,7 @@ class S4D(nn.Module):
         super().__init__()
         check_sizes(d_model=d_model, d_state=d_state, expand=expand)
         if d_state % 2:
-            raise UserError(f"S4D keeps conjugate pairs, d_state {d_state} is odd: choose an even one")
+            raise UserError(f"S4D keeps conjugate pairs: d_state must be even, got {d_state}")
         if init not in INITS:
             raise UserError(f"unknown S4D init {init!r}: choose from {', '.join(INITS)}")
         self.d_model, self.d_state, self.d_inner = d_model, d_state, expand * d_model
@@ -60,30 +60,9 @@ class S4D(nn.Module):
         self.C = nn.Parameter(torch.randn(*modes, 2) * 0.5**0.5)  # real and imaginary parts
         self.D = nn.Parameter(torch.randn(self.d_inner))
         self.out_proj = Linear(self.d_inner, 2 * d_model, bias=bias)
-        for parameter in (self.log_dt, self.log_A_real, self.A_imag, self.C, self.D):
-            parameter._no_weight_decay = True
+        exclude_from_weight_decay(self.log_dt, self.log_A_real, self.A_imag, self.C, self.D)
 
-    def forward(self, x: Tensor, state: S4DState | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; `state` and `mask` [B, T] as in `ssmttm.mixers.base`.
-
-        Raises:
-            UserError: the state is of another batch size.
-        """
-        if state is not None:
-            check_state(state.ssm_state.shape[0], x.shape[0])
-        if mask is None:
-            return self._filter(x, state, None)
-        compacted = UnpaddedRows(x, mask)
-        return compacted.restore(self._filter(compacted.x, state, compacted.lengths))
-
-    @torch.no_grad()
-    def step(self, x: Tensor, state: S4DState) -> Tensor:
-        """One position, x [B, D] -> [B, D]; `state` is updated in place. Carries no gradient.
-
-        Raises:
-            UserError: the state is of another batch size.
-        """
-        check_state(state.ssm_state.shape[0], x.shape[0])
+    def _step(self, x: Tensor, state: S4DState) -> Tensor:
         if state.system is None:
             dt, A, C, D = self._system(state.ssm_state.dtype)
             state.system = *discretise(dt, A), C, D
@@ -92,22 +71,17 @@ class S4D(nn.Module):
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> S4DState:
-        """The state before the first position: zeros. `dtype` is that of the activations (default: of the weights)."""
-        weight = self.out_proj.weight
-        pair = torch.complex128 if (dtype or weight.dtype) == torch.float64 else torch.complex64
+        device, dtype = self._device_and_dtype(device, dtype)
         shape = batch_size, self.d_inner, self.d_state // 2
-        return S4DState(torch.zeros(shape, device=device or weight.device, dtype=pair))
+        return S4DState(torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.complex64)))
 
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions: projections and scan."""
-        linear = sum(module.weight.numel() for module in self.children() if isinstance(module, nn.Linear))
-        return 2 * linear * n_tokens + s4d_flops(n_tokens, self.d_inner, self.d_state)
+        weights = sum(module.weight.numel() for module in self.children() if isinstance(module, nn.Linear))
+        return 2 * weights * n_tokens + s4d_flops(n_tokens, self.d_inner, self.d_state)
 
-    def _filter(self, x: Tensor, state: S4DState | None, lengths: Tensor | None) -> Tensor:
-        """x [B, T, D], of whose rows the first `lengths` positions are real."""
+    def _forward(self, x: Tensor, state: S4DState | None, lengths: Tensor | None) -> Tensor:
         x = self.in_proj(x)  # [B, T, I]
-        pair = torch.promote_types(x.dtype, torch.complex64)
-        dt, A, C, D = self._system(pair)
+        dt, A, C, D = self._system(torch.promote_types(x.dtype, torch.complex64))
         y = s4d_outputs(x, dt, A, C, D, None if state is None else state.ssm_state.clone())
         if state is not None:
             with torch.no_grad():
@@ -120,9 +94,9 @@ class S4D(nn.Module):
 
     def _system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt [I], A and C [I, M] of the complex `dtype`, D [I]."""
-        wide = dtype.to_real()
-        A = torch.complex(-self.log_A_real.to(wide).exp(), self.A_imag.to(wide))
-        return self.log_dt.to(wide).exp(), A, torch.view_as_complex(self.C.to(wide)), self.D.to(wide)
+        real = dtype.to_real()
+        A = torch.complex(-self.log_A_real.to(real).exp(), self.A_imag.to(real))
+        return self.log_dt.to(real).exp(), A, torch.view_as_complex(self.C.to(real)), self.D.to(real)
 
 
 def _frequencies(init: str, d_state: int) -> Tensor:

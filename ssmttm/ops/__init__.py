@@ -1,4 +1,4 @@
-"""Pure functions of tensors: for each operation a sequential oracle, a fast portable path and a one-position step.
+"""Pure functions of tensors: for each operation a sequential reference, a fast portable path and a one-position step.
 
-Where tensors lie on a CUDA device and the kernels are installed, `ssmttm.ops.backend` sends the work to them.
+On a CUDA device with the kernels installed, `ssmttm.ops.backend` selects them.
 """

@@ -1,8 +1,8 @@
 """Which kernel runs an operation, and why.
 
 Every operation has a portable PyTorch path; some have a CUDA kernel from mamba_ssm or causal_conv1d too. The choice is
-made per call, from the device of the tensors, and no kernel package is imported before a CUDA tensor asks for it.
-`use("portable")` or `use("cuda")` overrides the choice, as a context manager or for good with `set_backend`.
+made per call, from the device of the tensors, and no kernel package is imported before it is needed for a CUDA tensor.
+`use("portable")` or `use("cuda")` overrides the choice in a `with` block, `set_backend` permanently.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ INSTALL = "pip install ssmttm[cuda]"
 
 
 class Kernel(NamedTuple):
-    """Where the CUDA kernel of an operation lives."""
+    """The module and function of a CUDA kernel."""
 
     module: str
     function: str
@@ -53,7 +53,7 @@ _chosen: Backend = "auto"
 
 
 def set_backend(name: Backend) -> None:
-    """Override the choice from here on: "auto", "portable" or "cuda".
+    """Override the choice permanently: "auto", "portable" or "cuda".
 
     Raises:
         UserError: no backend has that name.
@@ -76,15 +76,15 @@ def use(name: Backend) -> Iterator[None]:
 
 
 def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | None:
-    """The CUDA kernel that is to run `operation` on tensors of `device`, or None for the portable path.
+    """The CUDA kernel for `operation` on tensors of `device`, or None for the portable path.
 
     Raises:
-        UserError: "cuda" was asked for and cannot be had.
+        UserError: the backend is "cuda" and the kernel is not available.
     """
     if _chosen == "portable" or (_chosen == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
-        raise UserError(f"backend 'cuda' was asked for, but {operation} got tensors on {device}: move them to a GPU")
+        raise UserError(f"backend 'cuda' is set, but {operation} got tensors on {device}: move them to a GPU")
     function, problem = _load(operation)
     if function is None and _chosen == "cuda":
         kernel = KERNELS[operation]
@@ -93,7 +93,7 @@ def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | No
 
 
 def describe() -> list[Row]:
-    """What would run each operation on the devices at hand, one row an operation and device, for `ssmttm info`."""
+    """The kernel of each operation on each available device, for `ssmttm info`."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return [_row(operation, device) for operation in KERNELS for device in devices]
 
@@ -101,7 +101,7 @@ def describe() -> list[Row]:
 def _row(operation: str, device: str) -> Row:
     kernel = KERNELS[operation]
     if _chosen == "portable":
-        return Row(operation, device, "torch", "the portable path was asked for")
+        return Row(operation, device, "torch", "the backend is 'portable'")
     if device != "cuda":
         return Row(operation, device, "torch", f"{kernel.package} runs on CUDA only")
     function, problem = _load(operation)
@@ -112,7 +112,7 @@ def _row(operation: str, device: str) -> Row:
 
 @cache
 def _load(operation: str) -> tuple[Callable[..., Any] | None, str]:
-    """The kernel's function, or None and what is wrong. A package may be there and still fail to load its extension."""
+    """The kernel's function, or None and the reason. An installed package may still fail to load its extension."""
     kernel = KERNELS[operation]
     try:
         return getattr(import_module(kernel.module), kernel.function), ""

@@ -1,4 +1,4 @@
-"""Causal depthwise 1-D convolution, the short filter in front of a state-space scan, with an optional SiLU.
+"""Causal depthwise 1-D convolution, the short filter before a state-space scan, with an optional SiLU.
 
 y[t] = act(bias + sum_k weight[:, k] * x[t - K + 1 + k]), where positions before the first come from `initial_state`,
 or are zero. Shapes: B batch, T positions, C channels, K taps. The state is the last K - 1 inputs, [B, C, K - 1].
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmttm.ops import backend
+from ssmttm.ops.common import check_shapes
 
 Activation = Literal["silu"] | None
 
@@ -22,7 +23,7 @@ def causal_conv_reference(
     initial_state: Tensor | None = None,
     activation: Activation = None,
 ) -> tuple[Tensor, Tensor]:
-    """The oracle, one position after the other; arguments and result as in `causal_conv`."""
+    """The reference, one position after the other; arguments and result as in `causal_conv`."""
     state = _history(x, weight, initial_state).transpose(1, 2)  # [B, C, K-1]
     outputs = []
     for column in x.unbind(1):
@@ -50,7 +51,7 @@ def causal_conv(
         bias: [C] or None.
         initial_state: the K - 1 inputs before the first, [B, C, K-1]; None means zeros.
         activation: "silu" or None.
-        lengths: how many leading positions of each row count, [B]; the state is taken behind them. None means all.
+        lengths: valid leading positions of each row, [B]; the final state is the one after them. None: all.
 
     Returns:
         y [B, T, C] in the dtype of `x`, and the K - 1 last inputs [B, C, K-1] (a view: copy to keep).
@@ -72,9 +73,9 @@ def causal_conv(
 def causal_conv_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: Activation = None
 ) -> Tensor:
-    """Convolve one position [B, C] and shift `state` [B, C, K-1] by it, in place. Returns y [B, C].
+    """Convolve one position [B, C] and append it to `state` [B, C, K-1], in place. Returns y [B, C].
 
-    Memory laid out as [B, K-1, C] is the quicker one for `state`.
+    A `state` that is a transposed [B, K-1, C] is faster.
     """
     kernel = backend.cuda_kernel("causal_conv_step", x.device)
     if kernel is not None:
@@ -89,29 +90,28 @@ def causal_conv_step(
 
 
 def _history(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
-    """What stands before the first position, [B, K-1, C]."""
+    """The inputs before the first position, [B, K-1, C]."""
     batch, _, channels = x.shape
     taps = weight.shape[1]
     if initial_state is None:
         return x.new_zeros(batch, taps - 1, channels)
-    if initial_state.shape != (batch, channels, taps - 1):
-        raise ValueError(f"the state has the shape {tuple(initial_state.shape)}, not {(batch, channels, taps - 1)}")
+    check_shapes({"initial_state": (initial_state, (batch, channels, taps - 1))})
     return initial_state.transpose(1, 2).to(x.dtype)
 
 
 class _ShiftedSum(torch.autograd.Function):
     """The convolution as K shifted multiply-adds over [B, T, C].
 
-    On a CPU this is some 2.5 times faster than `F.conv1d` with its two transposes, forward and backward.
+    On a CPU this is about 2.5 times faster than `F.conv1d` with its two transposes, forward and backward.
     """
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
         length = padded.shape[1] - weight.shape[1] + 1
-        taps, wide = weight.t().contiguous(), padded.to(weight.dtype)  # [K, C], [B, K-1+T, C]
-        y = wide[:, :length] * taps[0] if bias is None else torch.addcmul(bias, wide[:, :length], taps[0])
+        taps, inputs = weight.t().contiguous(), padded.to(weight.dtype)  # [K, C], [B, K-1+T, C]
+        y = inputs[:, :length] * taps[0] if bias is None else torch.addcmul(bias, inputs[:, :length], taps[0])
         for k in range(1, len(taps)):
-            y.addcmul_(wide[:, k : k + length], taps[k])
+            y.addcmul_(inputs[:, k : k + length], taps[k])
         y = y.to(padded.dtype)
         ctx.save_for_backward(padded, taps, y if activation else None)
         ctx.has_bias = bias is not None

@@ -1,8 +1,8 @@
-"""Weight-only int8 of linear maps: a decoding step reads a quarter of the bytes.
+"""Weight-only int8 linear layers: a decoding step reads a quarter of the bytes.
 
-Row o of a weight W [O, I] is stored as round(W[o] / scale[o]), scale[o] = max |W[o]| / 127: symmetric, a scale a row.
-In a step on a CPU torch's kernel multiplies these with activations rounded to bfloat16 and adds up in float32;
-sequences, and other devices, take the weights back to float32.
+Row o of a weight W [O, I] is stored as round(W[o] / scale[o]), scale[o] = max |W[o]| / 127: one scale per
+row. In a step on a CPU torch's kernel multiplies these with activations rounded to bfloat16 and accumulates in float32;
+sequences and other devices dequantise the weights to float32.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ssmttm.ops.linear import Linear, linear
 
-BLOCK = 8  # rows that go through the kernel together
-PLAIN = ("dt_proj",)  # Mamba-1's, a sliver whose weight and bias its mixer reads apart
+BLOCK = 8  # rows per kernel call
+NOT_QUANTISED = ("dt_proj",)  # Mamba-1's: tiny, and the mixer uses its weight and bias separately
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] -> int8 [O, I] and scale [O], float32 of values that bfloat16 holds too; of a row of zeros, 1."""
+    """weight [O, I] -> int8 [O, I] and scale [O], float32 rounded to bfloat16 values; 1 for a row of zeros."""
     weight = weight.detach().float()
     largest = weight.abs().amax(1)  # [O]
     scale = torch.where(largest > 0, largest / 127, 1.0).bfloat16().float()
@@ -23,13 +23,13 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_rows(int8: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight [O, I] that the two stand for."""
+    """The float32 weight [O, I]."""
     return int8 * scale[:, None]
 
 
 def int8_linear(x: Tensor, int8: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] by the weight of int8 [O, I] and scale [O], plus bias [O] -> [..., O], in the dtype of x. In a step, a
-    row's result does not depend on its companions."""
+    row's result does not depend on the other rows."""
     if not _is_step(x, int8):
         return linear(x, dequantise_rows(int8, scale).to(x.dtype), bias)
     blocks = x.bfloat16().split(BLOCK)
@@ -38,8 +38,7 @@ def int8_linear(x: Tensor, int8: Tensor, scale: Tensor, bias: Tensor | None = No
 
 
 def _is_step(x: Tensor, int8: Tensor) -> bool:
-    """Whether torch's kernel takes it: it reads 16 columns and writes 4 at once, and beyond the weight if they do not
-    come out even."""
+    """Whether torch's kernel can run: it reads 16 columns and writes 4 at once, past the end if they do not divide."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.ndim != 2 or torch.is_grad_enabled():
         return False
     return int8.shape[0] % 4 == 0 and int8.shape[1] % 16 == 0
@@ -69,11 +68,12 @@ class Int8Linear(Linear):
 
 
 def quantise(module: nn.Module) -> nn.Module:
-    """Put an `Int8Linear` in the place of every `Linear` inside a module, but those called as in `PLAIN`; embeddings,
-    norms and convolutions stay as they are. Changes and returns the module.
+    """Replace every `Linear` in a module, except those named in NOT_QUANTISED, by an `Int8Linear`, in place.
+
+    Embeddings, norms and convolutions are unchanged. Returns the module.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and not isinstance(child, Int8Linear) and name not in PLAIN:
+            if isinstance(child, Linear) and not isinstance(child, Int8Linear) and name not in NOT_QUANTISED:
                 setattr(parent, name, Int8Linear(child))
     return module

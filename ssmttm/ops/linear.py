@@ -1,8 +1,8 @@
-"""The linear map of a decoding step: few rows, so that reading the weight is all of its cost.
+"""The linear layer of a decoding step: few rows, so its cost is reading the weight.
 
-With 2 to 4 rows of float32 on a CPU, the product W x^T, the rows as columns, takes half the time of torch's `F.linear`
-on one thread and a third on two (measured with weights that no cache holds). More rows go in blocks of 4, so that a
-row's result is the same bits in a batch of 4, 8 or 12. One row and bfloat16 are quickest as they are.
+With 2 to 4 rows of float32 on a CPU, W x^T takes half the time of `F.linear` on one thread and a third on two (measured
+with weights larger than the cache). More rows run in blocks of 4, so that a row's result has the same bits in a batch
+of 4, 8 or 12. One row and bfloat16 are fastest with `F.linear`.
 """
 
 import torch
@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, quicker in a decoding step."""
+    """`nn.Linear`, faster in a decoding step."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

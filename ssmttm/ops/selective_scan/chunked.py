@@ -1,13 +1,13 @@
 """The portable selective scan as one autograd function, with a backward written by hand.
 
 The decays differ from state to state, so there is no matrix product in it: all is arithmetic on tensors [N, D] for each
-position. A sequence is cut into chunks of q positions. Whatever needs no other position is done for a chunk at once, in
+position. A sequence is cut into chunks of q positions. Everything but the recurrence is computed for a whole chunk, in
 buffers that stay in the cache; the recurrence itself is one multiply-add a position. The states are laid out as
-[b, q, n, d], as the channels d are many and the states n of a channel few. The backward keeps the state in front of
-each chunk and makes the others, and the decays, anew: for q = n that is as much memory as x.
+[b, q, n, d], as the channels d are many and the states n of a channel few. The backward keeps the state before
+each chunk and recomputes the others and the decays: for q = n that is as much memory as x.
 
-Every decay is made as one power of a number that is never positive, so nothing overflows; 2^(dt A log2 e) and not
-exp(dt A), as PyTorch hands the latter to a library that may be several times slower.
+Every decay is 2 to a power that is never positive, so nothing overflows; 2^(dt A log2 e) and not exp(dt A), since
+PyTorch's exp may call a library that is several times slower.
 """
 
 import math
@@ -65,8 +65,8 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
     x, dt, A, B, C, D, *starts = ctx.saved_tensors
     A_t, grad_y = A.t().contiguous(), grad_y.to(dt.dtype)  # [n, d], [b, T, d]
     grad_A, grad_B, grad_C = torch.zeros_like(A_t), torch.empty_like(B), torch.empty_like(C)
-    grad_dt, grad_inflow = torch.empty_like(dt), torch.empty_like(dt)  # the inflow is dt * x
-    carried = grad_final.mT.contiguous()  # [b, n, d], the gradient of the state behind a chunk
+    grad_dt, grad_input = torch.empty_like(dt), torch.empty_like(dt)  # the input term is dt * x
+    carried = grad_final.mT.contiguous()  # [b, n, d], the gradient of the state after a chunk
     *buffers, product_buffer, grad_buffer = _buffers(4, dt, A, ctx.chunk_size)
     for chunk, start in reversed([*zip(_chunks(dt, ctx.chunk_size), starts, strict=True)]):
         dt_c, grad_y_c = dt[:, chunk, None], grad_y[:, chunk, None]  # [b, q, 1, d]
@@ -74,24 +74,24 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
         product, grads = product_buffer[:, : decay.shape[1]], grad_buffer[:, : decay.shape[1]]  # [b, q, n, d]
         grad_C[:, chunk] = torch.mul(states, grad_y_c, out=product).sum(-1)
 
-        # The gradient of each state: what its position reads of it, and, decayed, that of the next state.
+        # The gradient of each state: that of its position's output plus, decayed, that of the next state.
         torch.mul(C[:, chunk, :, None], grad_y_c, out=grads)
         grads[:, -1] += carried
         each, decays = grads.unbind(1), decay.unbind(1)
         for t in range(len(each) - 1, 0, -1):
             each[t - 1].addcmul_(decays[t], each[t])
         grad_B[:, chunk] = torch.mul(grads, dt_c * x[:, chunk, None], out=product).sum(-1)
-        grad_inflow[:, chunk] = (B[:, chunk, None] @ grads)[:, :, 0]
+        grad_input[:, chunk] = (B[:, chunk, None] @ grads)[:, :, 0]
 
-        # Through the decay: to the state in front of each position, and to the exponent dt * A.
+        # Through the decay: to the state before each position, and to the exponent dt * A.
         grads *= decay
         carried = grads[:, 0].clone()
         grads[:, 0] *= start
         grads[:, 1:] *= states[:, :-1]
         grad_A += torch.mul(grads, dt_c, out=product).sum((0, 1))
         grad_dt[:, chunk] = grads.mul_(A_t).sum(2)
-    grad_dt.addcmul_(grad_inflow, x)
-    grad_x = grad_inflow.mul_(dt)
+    grad_dt.addcmul_(grad_input, x)
+    grad_x = grad_input.mul_(dt)
     if D is not None:
         grad_x.addcmul_(grad_y, D)
     return (
@@ -107,13 +107,13 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
 
 
 def _run(buffers: list[Tensor], x: Tensor, dt: Tensor, A_t: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The decay at each position of a chunk and the state behind it, both [b, q, n, d], from the state in front."""
-    decay, states = (buffer[:, : dt.shape[1]] for buffer in buffers)
+    """Each position's decay and the state after it, both [b, q, n, d], from the state before the chunk."""
+    decay, states = buffers[0][:, : dt.shape[1]], buffers[1][:, : dt.shape[1]]
     torch.mul((dt * LOG2_E)[:, :, None], A_t, out=decay).exp2_()
-    torch.mul((dt * x)[:, :, None], B[..., None], out=states)  # the inflows, to begin with
+    torch.mul((dt * x)[:, :, None], B[..., None], out=states)  # the input terms
     state = start
-    for decay_t, inflow in zip(decay.unbind(1), states.unbind(1), strict=True):
-        state = inflow.addcmul_(decay_t, state)
+    for decay_t, input_t in zip(decay.unbind(1), states.unbind(1), strict=True):
+        state = input_t.addcmul_(decay_t, state)
     return decay, states
 
 
@@ -122,6 +122,6 @@ def _chunks(dt: Tensor, chunk_size: int) -> list[slice]:
 
 
 def _buffers(count: int, dt: Tensor, A: Tensor, chunk_size: int) -> list[Tensor]:
-    """Memory for `count` tensors [b, q, n, d], used for every chunk: fresh memory would cost more than the work."""
+    """`count` tensors [b, q, n, d], reused for every chunk: allocating them anew would cost more than the work."""
     batch, length, width = dt.shape
     return [*dt.new_empty(count, batch, min(chunk_size, length), A.shape[1], width)]

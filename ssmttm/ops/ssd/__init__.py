@@ -17,39 +17,11 @@ import torch
 from torch import Tensor
 
 from ssmttm.ops import backend
+from ssmttm.ops.common import accumulation_dtype
 from ssmttm.ops.ssd.chunked import ChunkedSSD
+from ssmttm.ops.ssd.naive import check_operands, ssd_reference
 
-
-def ssd_reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The oracle: the recurrence above, one position after the other.
-
-    Returns:
-        y [B, T, H, P] in the dtype of `x`, and the final state [B, H, P, N] in float32.
-    """
-    _check(x, dt, A, B, C, D, initial_state)
-    dtype, compute = x.dtype, _compute_dtype(x)
-    x, dt, A = x.to(compute), dt.to(compute), A.to(compute)
-    heads_a_group = x.shape[2] // B.shape[2]
-    B, C = (M.to(compute).repeat_interleave(heads_a_group, 2) for M in (B, C))  # [B, T, H, N]
-    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(compute)
-    outputs = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t] * A)  # [B, H]
-        inflow = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]  # [B, H, P, N]
-        state = decay[..., None, None] * state + inflow
-        outputs.append((state * C[:, t, :, None]).sum(-1))
-    y = torch.stack(outputs, 1)  # [B, T, H, P]
-    if D is not None:
-        y = y + D.to(compute)[:, None] * x
-    return y.to(dtype), state
+__all__ = ["ssd", "ssd_flops", "ssd_reference", "ssd_step"]
 
 
 def ssd(
@@ -70,17 +42,19 @@ def ssd(
     Returns:
         y [B, T, H, P] in the dtype of `x`, and the final state [B, H, P, N] in float32.
     """
-    _check(x, dt, A, B, C, D, initial_state)
+    check_operands(x, dt, A, B, C, D, initial_state)
     kernel = backend.cuda_kernel("ssd", x.device)
     if kernel is not None:
         B, C = B.to(x.dtype), C.to(x.dtype)
         return kernel(
             x, dt.float(), A.float(), B, C, chunk_size, D=D, initial_states=initial_state, return_final_states=True
         )
-    wide = _compute_dtype(x)
-    D, initial_state = (None if M is None else M.to(wide) for M in (D, initial_state))
+    dtype = accumulation_dtype(x)
+    dt, A, B, C = dt.to(dtype), A.to(dtype), B.to(x.dtype), C.to(x.dtype)
+    D = None if D is None else D.to(dtype)
+    initial_state = None if initial_state is None else initial_state.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return ChunkedSSD.apply(x, dt.to(wide), A.to(wide), B.to(x.dtype), C.to(x.dtype), D, initial_state, chunk_size)
+        return ChunkedSSD.apply(x, dt, A, B, C, D, initial_state, chunk_size)
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> Tensor:
@@ -93,13 +67,13 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor |
         return _cuda_step(kernel, x, dt, A, B, C, D, state)
     batch, heads, width = x.shape
     groups, n = B.shape[1:]
-    wide = state.dtype
-    x_, dt = x.to(wide), dt.to(wide)
+    dtype = state.dtype
+    x_, dt = x.to(dtype), dt.to(dtype)
     by_group = state.view(batch, groups, heads // groups, width, n)
     by_group.mul_(torch.exp(dt * A).view(batch, groups, -1, 1, 1))
-    by_group.addcmul_((x_ * dt[..., None]).view(batch, groups, -1, width, 1), B.to(wide)[:, :, None, None])
-    y = torch.bmm(C.to(wide).reshape(-1, 1, n), state.view(batch * groups, -1, n).mT).view(batch, heads, width)
-    return (y if D is None else torch.addcmul(y, x_, D.to(wide)[:, None])).to(x.dtype)
+    by_group.addcmul_((x_ * dt[..., None]).view(batch, groups, -1, width, 1), B.to(dtype)[:, :, None, None])
+    y = torch.bmm(C.to(dtype).reshape(-1, 1, n), state.view(batch * groups, -1, n).mT).view(batch, heads, width)
+    return (y if D is None else torch.addcmul(y, x_, D.to(dtype)[:, None])).to(x.dtype)
 
 
 def ssd_flops(length: int, heads: int, headdim: int, groups: int, d_state: int, chunk_size: int = 64) -> int:
@@ -120,9 +94,9 @@ def _cuda_step(
     D: Tensor | None,
     state: Tensor,
 ) -> Tensor:
-    """mamba_ssm's kernel wants every head-wise operand spread over the head's width with stride 0."""
+    """mamba_ssm's kernel takes every per-head operand expanded over the head's width with stride 0."""
     heads, width, n = state.shape[1:]
-    nothing = torch.zeros(heads, device=x.device)  # it reads the strides of D and dt_bias whether they are there or not
+    zeros = torch.zeros(heads, device=x.device)  # it reads the strides of D and dt_bias even if they are None
     return kernel(
         state,
         x,
@@ -130,26 +104,7 @@ def _cuda_step(
         A.float()[:, None, None].expand(heads, width, n),
         B.to(x.dtype),
         C.to(x.dtype),
-        D=(nothing if D is None else D)[:, None].expand(heads, width),
-        dt_bias=nothing[:, None].expand(heads, width),
+        D=(zeros if D is None else D)[:, None].expand(heads, width),
+        dt_bias=zeros[:, None].expand(heads, width),
         dt_softplus=False,
     )
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
-) -> None:
-    batch, length, heads, width = x.shape
-    groups, n = B.shape[2:]
-    if length == 0 or heads % groups:
-        raise ValueError(f"T must be at least 1 and H a multiple of G, not T = {length}, H = {heads}, G = {groups}")
-    expected = {"dt": (dt, (batch, length, heads)), "A": (A, (heads,)), "D": (D, (heads,))}
-    expected |= {"B": (B, (batch, length, groups, n)), "C": (C, (batch, length, groups, n))}
-    expected["initial_state"] = (initial_state, (batch, heads, width, n))
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {shape}")

@@ -3,14 +3,14 @@
 A sequence is cut into chunks of equal length q. Within a chunk the scan is a masked matrix product; between chunks only
 the state is carried (arXiv 2405.21060, section 6). Letters as in `ssmttm.ops.ssd`, and c chunks, r = H/G * P columns a
 group. The products that touch the state run over all r columns at once, in the layout in which x arrives, and C B^T is
-made once a group. The backward keeps the states between the chunks and makes the decays anew.
+made once a group. The backward keeps the states between the chunks and recomputes the decays.
 
 The decay over (j, i] is exp(s_i - s_j), s the running sum of dt * A in a chunk. For j > i the difference is positive,
-and can be large: it is clamped before the exponential and masked behind it, so neither value nor gradient overflows.
+and can be large: it is clamped before the exponential and masked after it, so neither value nor gradient overflows.
 
-Tensors as large as x, and the operands of matrix products, have the dtype of x; decays, the states as they are carried
-and all sums are float32 (float64 if x is). The gradient of the decays is gathered from terms that add up, never as a
-difference of two products: with bfloat16 operands the two would not cancel.
+Tensors as large as x, and the operands of matrix products, have the dtype of x; decays, carried states and sums are
+float32 (float64 if x is). The gradient of the decays is a sum of terms, never a difference of two products: with
+bfloat16 operands the two would not cancel.
 """
 
 import math
@@ -41,7 +41,7 @@ class ChunkedSSD(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         s = _Chunked(x, dt, A, B, C, chunk_size)
         initial = None if initial_state is None else s.state_in(initial_state)
-        starts, final = _carry(s.B.mT @ s.written(), s.whole, initial)
+        starts, final = _carry(s.B.mT @ s.chunk_inputs(), s.chunk_decay, initial)
         y = s.by_position(s.C @ starts)  # [b, c, q, h, p]
         y *= s.as_x(s.from_start)
         y += s.positions_of(torch.bmm((s.decay() * s.scores()).flatten(0, 3), s.by_head(s.x, s.dt)))
@@ -65,13 +65,14 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
 
     # Between chunks: the gradient of the state at each chunk's end, carried from the last chunk to the first.
     read = s.by_group(grad_y * s.as_x(s.from_start))  # [b, c, G, q, r]
-    ends, grad_initial = _carry(s.C.mT @ read, s.whole, s.state_in(grad_final), backwards=True)  # [b, c, G, n, r]
+    ends, grad_initial = _carry(s.C.mT @ read, s.chunk_decay, s.state_in(grad_final), backwards=True)  # [b, c, G, n, r]
     grad_C = read @ starts.mT  # [b, c, G, q, n]
-    grad_B = s.written() @ ends.mT
+    grad_B = s.chunk_inputs() @ ends.mT
     grad_xdt = s.by_position(s.B @ ends) * s.as_x(s.to_end)  # [b, c, q, h, p], the gradient of dt * x
-    writes = s.dt * s.sum(grad_xdt * s.x)  # [b, c, q, h], what the positions leave behind the chunk
-    reads = s.from_start * s.sum(grad_y * s.by_position(s.C @ starts))  # what they take from before it
-    passes = s.sum_by_head((ends * starts).sum(3, keepdim=True, dtype=dt.dtype) * s.whole)  # [b, c, 1, h], through it
+    inputs = s.dt * s.sum(grad_xdt * s.x)  # [b, c, q, h], what positions add to the state after the chunk
+    outputs = s.from_start * s.sum(grad_y * s.by_position(s.C @ starts))  # what they read from before it
+    through = (ends * starts).sum(3, keepdim=True, dtype=dt.dtype) * s.chunk_decay  # [b, c, G, 1, r]
+    carried = s.sum_by_head(through)  # [b, c, 1, h]
 
     # Within chunks.
     grad_y_heads = s.by_head(grad_y)  # [bch, q, p]
@@ -84,10 +85,10 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
     within = (s.sum(grad_mixing) - s.sum(grad_mixing, -2)).flatten(2, 3).transpose(2, 3)  # [b, c, q, h]
     grad_xdt += s.positions_of(torch.bmm(decay.mul_(scores).flatten(0, 3).mT, grad_y_heads))
 
-    # The decay at position k scales what is read from k on, what was written before k, and what passes through.
-    later = within + reads
-    earlier = F.pad(writes[:, :, :-1].cumsum(2), (0, 0, 1, 0))
-    grad_log_decay = later.flip(2).cumsum(2).flip(2) + earlier + passes  # no rounding where the future has no gradient
+    # The decay at position k scales what is read from k on, what was written before k, and what carried through.
+    later = within + outputs
+    earlier = F.pad(inputs[:, :, :-1].cumsum(2), (0, 0, 1, 0))
+    grad_log_decay = later.flip(2).cumsum(2).flip(2) + earlier + carried  # exact where later positions have no gradient
     grad_dt = s.sum(grad_xdt * s.x) + grad_log_decay * A
     grad_x = grad_xdt * s.as_x(s.dt)
     if D is not None:
@@ -104,19 +105,19 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
     )
 
 
-def _carry(inflow: Tensor, decay: Tensor, initial: Tensor | None, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """The recurrence over chunks: inflow [b, c, G, n, r], decay [b, c, G, 1, r], initial [b, G, n, r].
+def _carry(inputs: Tensor, decay: Tensor, initial: Tensor | None, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """The recurrence over chunks: inputs [b, c, G, n, r], decay [b, c, G, 1, r], initial [b, G, n, r].
 
-    Returns the state in front of each chunk [b, c, G, n, r], in the dtype of `inflow`, and the one behind the last
-    [b, G, n, r], in that of `decay`, in which it is carried; `backwards`, the last chunk is the first.
+    Returns the state before each chunk [b, c, G, n, r], in the dtype of `inputs`, and the final state
+    [b, G, n, r], in that of `decay`, in which it is carried. `backwards` runs from the last chunk to the first.
     """
-    state = torch.zeros_like(inflow[:, 0], dtype=decay.dtype)
+    state = torch.zeros_like(inputs[:, 0], dtype=decay.dtype)
     if initial is not None:
         state.copy_(initial)
-    before = torch.empty_like(inflow)
-    for i in range(inflow.shape[1])[:: -1 if backwards else 1]:
+    before = torch.empty_like(inputs)
+    for i in range(inputs.shape[1])[:: -1 if backwards else 1]:
         before[:, i] = state
-        state.mul_(decay[:, i]).add_(inflow[:, i])
+        state.mul_(decay[:, i]).add_(inputs[:, i])
     return before, state
 
 
@@ -133,11 +134,11 @@ class _Chunked:
         self.log_decay = (self.dt * A).cumsum(2)  # [b, c, q, h], never positive
         total = self.log_decay[:, :, -1:]
         self.from_start, self.to_end = self.log_decay.exp(), (total - self.log_decay).exp()  # [b, c, q, h]
-        whole = total.exp().view(self.batch, self.chunks, self.groups, 1, -1)  # [b, c, G, 1, h/G]
-        self.whole = whole.repeat_interleave(self.width, -1)  # [b, c, G, 1, r]
+        chunk_decay = total.exp().view(self.batch, self.chunks, self.groups, 1, -1)  # [b, c, G, 1, h/G]
+        self.chunk_decay = chunk_decay.repeat_interleave(self.width, -1)  # [b, c, G, 1, r]
 
     def split(self, tensor: Tensor) -> Tensor:
-        """[b, T, ...] -> [b, c, q, ...], zeros behind the end: with dt = 0 they leave the state as it is."""
+        """[b, T, ...] -> [b, c, q, ...], zero-padded: dt = 0 leaves the state unchanged."""
         padding = self.chunks * self.q - self.length
         if padding:
             tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, padding))
@@ -155,8 +156,8 @@ class _Chunked:
         """A sum in the dtype of dt, not rounded to that of x."""
         return tensor.sum(dim, dtype=self.dt.dtype)
 
-    def written(self) -> Tensor:
-        """What each position adds to the state at its chunk's end, but for B: [b, c, G, q, r]."""
+    def chunk_inputs(self) -> Tensor:
+        """What each position adds to the state at its chunk's end, before the product with B: [b, c, G, q, r]."""
         return self.by_group(self.x * self.as_x(self.dt * self.to_end))
 
     def by_group(self, tensor: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class _Chunked:
         return (running[..., :, None] - running[..., None, :]).clamp_max_(0).exp_().to(self.x.dtype)
 
     def scores(self) -> Tensor:
-        """C B^T on and below the diagonal, 0 above it, [b, c, G, 1, q, q]: times the decay, what i takes of j."""
+        """C B^T on and below the diagonal, 0 above it, [b, c, G, 1, q, q]: times the decay, the weight of j in i."""
         return (self.C @ self.B.mT).tril_()[:, :, :, None]
 
     def sum_by_head(self, state: Tensor) -> Tensor:

@@ -12,38 +12,14 @@ of the input (float64 and complex128 where the input is float64); y has the dtyp
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmttm.ops.s4d.naive import accumulation_operands, check_operands, complex_exp, discretise, s4d_reference
 
-def discretise(dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero-order hold: exp(dt A) and (exp(dt A) - 1)/A, [D, M], exact for small dt too."""
-    exponent = dt[:, None] * A
-    return _exp(exponent), exponent.expm1() / A
-
-
-def s4d_reference(
-    x: Tensor, dt: Tensor, A: Tensor, C: Tensor, D: Tensor | None = None, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The oracle: the recurrence above, one position after the other.
-
-    Returns:
-        y [B, T, D] in the dtype of `x`, and the final state [B, D, M], complex64.
-    """
-    _check(x, dt, A, C, D, initial_state)
-    dtype = x.dtype
-    x, dt, A, C, D, state = _wide(x, dt, A, C, D, initial_state)
-    decay, inflow = discretise(dt, A)
-    state = torch.zeros_like(decay) if state is None else state  # [B, D, M], of one row where all start alike
-    outputs = []
-    for column in x.unbind(1):
-        state = decay * state + inflow * column[..., None]  # [B, D, M]
-        outputs.append(2 * (C * state).real.sum(-1))
-    y = torch.stack(outputs, 1)  # [B, T, D]
-    return (y if D is None else y + D * x).to(dtype), state
+__all__ = ["discretise", "s4d", "s4d_final_state", "s4d_flops", "s4d_outputs", "s4d_reference", "s4d_step"]
 
 
 def s4d(
@@ -58,7 +34,7 @@ def s4d(
     """The same function as `s4d_reference`, fast: `s4d_outputs` and `s4d_final_state`.
 
     Args:
-        lengths: how many leading positions of each row count, [B]; the state is taken behind them. None means all.
+        lengths: valid leading positions of each row, [B]; the final state is the one after them. None: all.
     """
     y = s4d_outputs(x, dt, A, C, D, initial_state)
     return y, s4d_final_state(x, dt, A, initial_state, lengths)
@@ -67,12 +43,12 @@ def s4d(
 def s4d_outputs(
     x: Tensor, dt: Tensor, A: Tensor, C: Tensor, D: Tensor | None = None, initial_state: Tensor | None = None
 ) -> Tensor:
-    """y [B, T, D] alone: x convolved by FFT with the system's impulse response, and what the initial state leaves."""
-    _check(x, dt, A, C, D, initial_state)
+    """y [B, T, D] alone: x convolved by FFT with the impulse response, plus the response to the initial state."""
+    check_operands(x, dt, A, C, D, initial_state)
     dtype, length = x.dtype, x.shape[1]
-    x, dt, A, C, D, state = _wide(x, dt, A, C, D, initial_state)
-    decay, inflow = discretise(dt, A)
-    weights = (C * inflow)[None]  # [1, D, M]
+    x, dt, A, C, D, state = accumulation_operands(x, dt, A, C, D, initial_state)
+    decay, gain = discretise(dt, A)
+    weights = (C * gain)[None]  # [1, D, M]
     if state is not None:
         weights = torch.cat([weights, C * decay * state])  # [1 + B, D, M]
     with torch.autocast(x.device.type, enabled=False):
@@ -87,28 +63,30 @@ def s4d_outputs(
 def s4d_final_state(
     x: Tensor, dt: Tensor, A: Tensor, initial_state: Tensor | None = None, lengths: Tensor | None = None
 ) -> Tensor:
-    """The state behind the last position, [B, D, M], or behind the first `lengths` [B] positions of each row."""
-    _check(x, dt, A, A, None, initial_state)
+    """The state after the last position, [B, D, M], or after the first `lengths` [B] positions of each row."""
+    check_operands(x, dt, A, A, None, initial_state)
     if lengths is None:
         lengths = torch.full((len(x),), x.shape[1], device=x.device)
-    order = lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)  # [B, T], the newest first
-    aged = x[torch.arange(len(x), device=x.device)[:, None], order.clamp(min=0)].masked_fill(order[..., None] < 0, 0)
-    aged, dt, A, state = _wide(aged, dt, A, initial_state)
+    order = lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)  # [B, T], last position first
+    reversed_x = x[torch.arange(len(x), device=x.device)[:, None], order.clamp(min=0)].masked_fill(
+        order[..., None] < 0, 0
+    )
+    reversed_x, dt, A, state = accumulation_operands(reversed_x, dt, A, initial_state)
     exponent = dt[:, None] * A
     with torch.autocast(x.device.type, enabled=False):
-        final = discretise(dt, A)[1] * _moments(aged, exponent)
-    return final if state is None else final + _exp(exponent * lengths[:, None, None]) * state
+        final = discretise(dt, A)[1] * _moments(reversed_x, exponent)
+    return final if state is None else final + complex_exp(exponent * lengths[:, None, None]) * state
 
 
-def s4d_step(x: Tensor, decay: Tensor, inflow: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> Tensor:
+def s4d_step(x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> Tensor:
     """One position, x [B, D] -> y [B, D]; `state` [B, D, M] is updated in place.
 
-    `decay` and `inflow` are those of `discretise`: they are the same at every step, and costlier than the step.
+    `decay` and `gain` come from `discretise`: they are the same at every step and cost more than the step.
     """
-    wide = x.to(C.real.dtype)
-    state.mul_(decay).add_(inflow * wide[..., None])
+    x_ = x.to(C.real.dtype)
+    state.mul_(decay).add_(gain * x_[..., None])
     y = 2 * (C * state).real.sum(-1)
-    return (y if D is None else torch.addcmul(y, wide, D)).to(x.dtype)
+    return (y if D is None else torch.addcmul(y, x_, D)).to(x.dtype)
 
 
 def s4d_flops(length: int, channels: int, d_state: int) -> int:
@@ -116,13 +94,6 @@ def s4d_flops(length: int, channels: int, d_state: int) -> int:
     blocks, width = _blocks(length)
     n = _fft_length(length)
     return channels * (2 * blocks * width * d_state + round(7.5 * n * math.log2(n)) + 3 * n)
-
-
-def _wide(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The operands in float32 and complex64, or in float64 and complex128."""
-    real = torch.promote_types(x.dtype, torch.float32)
-    pair = torch.promote_types(real, torch.complex64)
-    return tuple(None if M is None else M.to(pair if M.is_complex() else real) for M in (x, *others))
 
 
 def _responses(weights: Tensor, exponent: Tensor, length: int) -> Tensor:
@@ -136,11 +107,11 @@ def _responses(weights: Tensor, exponent: Tensor, length: int) -> Tensor:
     return 2 * product.unflatten(1, (len(weights), -1)).flatten(2)[..., :length].transpose(0, 1)
 
 
-def _moments(aged: Tensor, exponent: Tensor) -> Tensor:
-    """sum over l of exp(l exponent) aged[:, l]: [B, T, D] -> [B, D, M], the transpose of `_responses`."""
-    coarse, fine = _powers(exponent, aged.shape[1])  # [D, I, M], [D, q, M]
+def _moments(reversed_x: Tensor, exponent: Tensor) -> Tensor:
+    """sum over l of exp(l exponent) reversed_x[:, l]: [B, T, D] -> [B, D, M], the transpose of `_responses`."""
+    coarse, fine = _powers(exponent, reversed_x.shape[1])  # [D, I, M], [D, q, M]
     blocks, width = coarse.shape[1], fine.shape[1]
-    padded = F.pad(aged, (0, 0, 0, blocks * width - aged.shape[1]))  # [B, I*q, D]
+    padded = F.pad(reversed_x, (0, 0, 0, blocks * width - reversed_x.shape[1]))  # [B, I*q, D]
     rows = padded.movedim(2, 0).reshape(len(exponent), -1, width)  # [D, B*I, q]
     within = torch.complex(rows @ fine.real, rows @ fine.imag)  # [D, B*I, M]
     return (within.unflatten(1, (-1, blocks)) * coarse[:, None]).sum(2).transpose(0, 1)
@@ -150,12 +121,7 @@ def _powers(exponent: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """exp(i q exponent) and exp(j exponent), [D, I, M] and [D, q, M], whose products cover l = i q + j < T."""
     blocks, width = _blocks(length)
     counts = torch.arange(max(blocks, width), device=exponent.device, dtype=exponent.real.dtype)[:, None]
-    return _exp(exponent[:, None] * (width * counts[:blocks])), _exp(exponent[:, None] * counts[:width])
-
-
-def _exp(exponent: Tensor) -> Tensor:
-    """The complex exponential; from its real parts it is ten times faster on a CPU."""
-    return torch.polar(exponent.real.exp(), exponent.imag)
+    return complex_exp(exponent[:, None] * (width * counts[:blocks])), complex_exp(exponent[:, None] * counts[:width])
 
 
 def _blocks(length: int) -> tuple[int, int]:
@@ -168,20 +134,3 @@ def _fft_length(length: int) -> int:
     """At least 2T - 1, so that nothing wraps around, and with no prime factor above 13."""
     step = 1 << max(0, (2 * length).bit_length() - 4)
     return math.ceil(2 * length / step) * step
-
-
-def _check(x: Tensor, dt: Tensor, A: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None) -> None:
-    batch, length, channels = x.shape
-    modes = A.shape[-1]
-    if length == 0:
-        raise ValueError("T must be at least 1")
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "dt": (dt, (channels,)),
-        "A": (A, (channels, modes)),
-        "C": (C, (channels, modes)),
-        "D": (D, (channels,)),
-        "initial_state": (initial_state, (batch, channels, modes)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {shape}")
