@@ -1,4 +1,4 @@
-"""Models: a language model over codebook codes, a denoiser of latents, and what they are built of."""
+"""Models: TokenLM, a language model of codec codes, and LatentDenoiser, the second stage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,10 +17,10 @@ KINDS: dict[str, tuple[type, type]] = {
 
 
 def build_model(config: Mapping[str, Any]) -> TokenLM | LatentDenoiser:
-    """Build the model that a config's `model` section describes: `kind`, and the fields of that kind's config class.
+    """Build the model of a config's `model` section: `kind`, and the fields of that kind's config class.
 
     Raises:
-        UserError: the kind or a field is unknown, or a value does not fit.
+        UserError: the kind or a field is unknown, or a value is invalid.
     """
     options = {key: value if isinstance(value, str | Mapping) or not isinstance(value, Sequence) else list(value)
                for key, value in config.items()}  # fmt: skip

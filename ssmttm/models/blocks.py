@@ -1,11 +1,12 @@
-"""Pre-norm residual blocks: x += Dropout(branch(norm(x))) for each branch of a block.
+"""Pre-norm residual blocks: x += dropout(sublayer(norm(x))) for each sublayer.
 
-"simba" is a mixer and an MLP, "mamba" is two mixers (variants b and a of arXiv 2601.14786); with cross-attention, a
-look at the text stands behind the first mixer (variants c and d). With adaln every branch is shifted, scaled and gated
-by the text (arXiv 2212.09748), with layer_scale scaled by a learnt vector (arXiv 2103.17239).
+"simba" is a mixer and an MLP, "mamba" is two mixers (variants b and a of arXiv 2601.14786). Cross-attention to the text
+follows the first mixer (variants c and d). With adaLN the text shifts, scales and gates every sublayer (arXiv
+2212.09748); layer_scale multiplies it by a learnt vector (arXiv 2103.17239).
 Shapes: B batch, T positions, D model width, L text tokens.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.mixers import Mixer, MixerState
 from ssmttm.models.conditioning import ProjectedText
-from ssmttm.models.cross_attention import CrossAttention, TextKeys
+from ssmttm.models.cross_attention import TextKeys
 from ssmttm.ops.linear import Linear
 
 
@@ -32,12 +32,18 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
+    def step(self, x: Tensor, state: None = None) -> Tensor:
+        return self(x)
+
+    def init_state(self, *_: Any) -> None:
+        """There is none."""
+
     def flops(self, n_tokens: int) -> int:
         return 2 * n_tokens * (self.fc1.weight.numel() + self.fc2.weight.numel())
 
 
 class AdaLN(nn.Module):
-    """Shift, scale and gate of a branch from the text's mean; at the start they change nothing."""
+    """Shift, scale and gate of a sublayer from the mean text token; the identity at initialisation."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -52,25 +58,26 @@ class AdaLN(nn.Module):
 
 @dataclass
 class SublayerState:
-    """What a branch carries, None where it has none: its mixer's state or its text's keys; its modulation [B, 3, D]."""
+    """`inner`: the mixer's state or the text's keys. `adaln`: [B, 3, D]. None where the sublayer has none."""
 
-    inner: MixerState | TextKeys | None
+    inner: Any
     adaln: Tensor | None
 
     def clone(self) -> "SublayerState":
-        return SublayerState(*(None if part is None else part.clone() for part in (self.inner, self.adaln)))
+        inner = None if self.inner is None else self.inner.clone()
+        return SublayerState(inner, None if self.adaln is None else self.adaln.clone())
 
-    def put(self, rows: slice, part: "SublayerState") -> None:
-        """Copy a smaller state into some rows."""
+    def write_rows(self, rows: slice, part: "SublayerState") -> None:
+        """Copy the state of a smaller batch into some rows."""
         if self.inner is not None:
-            self.inner.put(rows, part.inner)
-        if self.adaln is not None:
+            self.inner.write_rows(rows, part.inner)
+        if self.adaln is not None and part.adaln is not None:
             self.adaln[rows] = part.adaln
 
 
 @dataclass(frozen=True)
 class SublayerConfig:
-    """What all sublayers of a model share; see `TokenLMConfig`."""
+    """Options shared by all sublayers of a model; see `TokenLMConfig`."""
 
     dropout: float = 0.0
     norm: str = "rms"
@@ -84,99 +91,141 @@ def build_norm(kind: str, d_model: int) -> nn.Module:
 
 
 class Sublayer(nn.Module):
-    """Norm, then `inner` (a mixer, cross-attention, or a module that acts on each position alone), then dropout."""
+    """Norm, adaLN, `inner`, layer scale, dropout: the term that is added to the residual stream.
 
-    def __init__(self, d_model: int, inner: nn.Module, style: SublayerConfig) -> None:
+    `inner` is a mixer (`ssmttm.mixers`), or what a subclass says.
+    """
+
+    inner: Any
+
+    def __init__(self, d_model: int, inner: nn.Module, config: SublayerConfig) -> None:
         super().__init__()
-        self.norm = build_norm(style.norm, d_model)
+        self.norm = build_norm(config.norm, d_model)
         self.inner = inner
-        self.dropout = nn.Dropout(style.dropout)
-        scale = style.layer_scale
+        self.dropout = nn.Dropout(config.dropout)
+        scale = config.layer_scale
         self.layer_scale = None if scale is None else nn.Parameter(torch.full((d_model,), float(scale)))
-        self.adaln = AdaLN(d_model) if style.use_adaln else None
-        self.sees_text = isinstance(inner, CrossAttention)
-        self.is_mixer = hasattr(inner, "init_state") and not self.sees_text
+        self.adaln = AdaLN(d_model) if config.use_adaln else None
 
     def forward(
         self, x: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
     ) -> Tensor:
-        """x [B, T, D] -> what is to be added to it. A text leaves in the state what later calls need of it."""
-        adaln = self._adaln(x, text, state)
+        """x [B, T, D] -> [B, T, D]. With a state, what later steps need of the text is stored in it."""
+        adaln = self._adaln_of_text(x, text, state)
         h = self._modulate(self.norm(x), adaln)
-        inner_state = None if state is None else state.inner
-        if self.sees_text:
-            y = self.inner(h, self._keys(h, text, state))
-        elif self.is_mixer:
-            y = self.inner(h, inner_state, mask)
-        else:
-            y = self.inner(h)
-        return self._added(y, adaln)
+        return self._scale(self._inner_forward(h, text, state, mask), adaln)
 
     def step(self, x: Tensor, state: SublayerState) -> Tensor:
-        """x [B, D] -> what is to be added to it."""
-        adaln = state.adaln
-        h = self._modulate(self.norm(x), adaln)
-        y = self.inner.step(h, state.inner) if self.is_mixer or self.sees_text else self.inner(h)
-        return self._added(y, adaln)
+        """x [B, D] -> [B, D]."""
+        h = self._modulate(self.norm(x), state.adaln)
+        return self._scale(self.inner.step(h, state.inner), state.adaln)
 
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> SublayerState:
         """The state before any text and audio."""
-        device = device or self.norm.weight.device
-        inner = self.inner.init_state(batch_size, device, dtype) if self.is_mixer or self.sees_text else None
+        weight = next(self.norm.parameters())
+        device = device or weight.device
         adaln = None
         if self.adaln is not None:
-            no_text = torch.zeros(batch_size, self.norm.weight.shape[0], device=device, dtype=self.norm.weight.dtype)
+            no_text = torch.zeros(batch_size, len(weight), device=device, dtype=weight.dtype)
             adaln = self.adaln(no_text).detach()
-        return SublayerState(inner, adaln)
+        return SublayerState(self.inner.init_state(batch_size, device, dtype), adaln)
 
     def flops(self, n_tokens: int, n_text_tokens: int) -> int:
-        inner = self.inner.flops(n_tokens, n_text_tokens) if self.sees_text else self.inner.flops(n_tokens)
-        return inner + (2 * self.adaln.linear.weight.numel() if self.adaln is not None else 0)
+        adaln = 0 if self.adaln is None else 2 * self.adaln.linear.weight.numel()
+        return adaln + self._inner_flops(n_tokens, n_text_tokens)
 
-    def _keys(self, h: Tensor, text: ProjectedText | None, state: SublayerState | None) -> TextKeys:
-        """Of the text, of the text that the state remembers, or of none."""
-        if text is None:
-            return self.inner.init_state(len(h), h.device, h.dtype) if state is None else state.inner
-        keys = self.inner.keys_of(*text)
-        if state is not None:
-            state.inner = keys.detach()
-        return keys
+    def init_weights(self, n_layers: int) -> None:
+        """GPT-2's initialisation: divide the projection into the residual stream by sqrt(2 n_layers)."""
+        with torch.no_grad():
+            self._residual_projection().weight.div_(math.sqrt(2 * n_layers))
 
-    def _adaln(self, x: Tensor, text: ProjectedText | None, state: SublayerState | None) -> Tensor | None:
-        """[B, 3, D]: of the text, of the text that the state remembers, or of none."""
+    def _inner_forward(
+        self, h: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
+    ) -> Tensor:
+        return self.inner(h, None if state is None else state.inner, mask)
+
+    def _inner_flops(self, n_tokens: int, n_text_tokens: int) -> int:
+        return self.inner.flops(n_tokens)
+
+    def _residual_projection(self) -> nn.Linear:
+        return self.inner.out_proj
+
+    def _adaln_of_text(self, x: Tensor, text: ProjectedText | None, state: SublayerState | None) -> Tensor | None:
+        """[B, 3, D], from the text, from the state if the text came earlier, or for no text."""
         if self.adaln is None:
             return None
         if text is None and state is not None:
             return state.adaln
         adaln = self.adaln(x.new_zeros(len(x), x.shape[-1]) if text is None else text.mean())
-        if state is not None:
+        if state is not None and state.adaln is not None:
             state.adaln.copy_(adaln.detach())
         return adaln
 
     def _modulate(self, h: Tensor, adaln: Tensor | None) -> Tensor:
         if adaln is None:
             return h
-        shift, scale, _ = _over_positions(adaln, h)
+        shift, scale, _ = _broadcast_adaln(adaln, h)
         return h * scale + shift
 
-    def _added(self, y: Tensor, adaln: Tensor | None) -> Tensor:
+    def _scale(self, y: Tensor, adaln: Tensor | None) -> Tensor:
         if adaln is not None:
-            y = y * _over_positions(adaln, y)[2]
+            y = y * _broadcast_adaln(adaln, y)[2]
         if self.layer_scale is not None:
             y = y * self.layer_scale
         return self.dropout(y)
 
 
-def _over_positions(adaln: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """[B, 3, D] -> three tensors that broadcast over x, [B, T, D] or [B, D]."""
+class CrossAttentionSublayer(Sublayer):
+    """`inner` is a `CrossAttention`; its state is the text's keys."""
+
+    def _inner_forward(
+        self, h: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
+    ) -> Tensor:
+        return self.inner(h, self._keys(h, text, state))
+
+    def _keys(self, h: Tensor, text: ProjectedText | None, state: SublayerState | None) -> TextKeys:
+        """From the text, from the state if the text came earlier, or for no text."""
+        if text is None:
+            return self.inner.init_state(len(h), h.device, h.dtype) if state is None else state.inner
+        keys = self.inner.project_keys(*text)
+        if state is not None:
+            state.inner = keys.detach()
+        return keys
+
+    def _inner_flops(self, n_tokens: int, n_text_tokens: int) -> int:
+        return self.inner.flops(n_tokens, n_text_tokens)
+
+
+class MLPSublayer(Sublayer):
+    """`inner` is an `MLP`."""
+
+    def init_weights(self, n_layers: int) -> None:
+        super().init_weights(n_layers)
+        for linear in (self.inner.fc1, self.inner.fc2):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def _inner_forward(
+        self, h: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
+    ) -> Tensor:
+        return self.inner(h)
+
+    def _residual_projection(self) -> nn.Linear:
+        return self.inner.fc2
+
+
+def _broadcast_adaln(adaln: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """[B, 3, D] -> shift, scale, gate that broadcast over x, [B, T, D] or [B, D]."""
     parts = adaln.unbind(1)
     return tuple(part[:, None] for part in parts) if x.ndim == 3 else parts
 
 
 class Block(nn.Module):
-    """Branches one after the other, each with its own norm and residual."""
+    """Residual sublayers in sequence."""
+
+    sublayers: Any  # nn.ModuleList of Sublayer
 
     def __init__(self, sublayers: list[Sublayer]) -> None:
         super().__init__()
@@ -189,13 +238,13 @@ class Block(nn.Module):
         states: list[SublayerState] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]; one state a branch; mask [B, T]."""
-        for sublayer, state in zip(self.sublayers, states or [None] * len(self.sublayers), strict=True):
-            x = x + sublayer(x, text, state, mask)
+        """x [B, T, D] -> [B, T, D]; one state per sublayer; mask [B, T]."""
+        for index, sublayer in enumerate(self.sublayers):
+            x = x + sublayer(x, text, None if states is None else states[index], mask)
         return x
 
     def step(self, x: Tensor, states: list[SublayerState]) -> Tensor:
-        """x [B, D] -> [B, D], the states moved on by one position."""
+        """x [B, D] -> [B, D]; the states advance by one position."""
         for sublayer, state in zip(self.sublayers, states, strict=True):
             x = x + sublayer.step(x, state)
         return x
@@ -207,12 +256,3 @@ class Block(nn.Module):
 
     def flops(self, n_tokens: int, n_text_tokens: int) -> int:
         return sum(sublayer.flops(n_tokens, n_text_tokens) for sublayer in self.sublayers)
-
-
-def build_block(
-    kind: str, d_model: int, mixers: list[Mixer], cross: CrossAttention | None, mlp: MLP, style: SublayerConfig
-) -> Block:
-    """A block of `kind` "simba" (takes one mixer) or "mamba" (takes two, and no MLP)."""
-    first, *second = mixers
-    inner: list[Any] = [first, *([cross] if cross is not None else []), *second, *([mlp] if kind == "simba" else [])]
-    return Block([Sublayer(d_model, module, style) for module in inner])

@@ -1,10 +1,10 @@
-"""Conditioning on text: what a caption becomes before it meets the audio.
+"""Text conditioning.
 
-prefix (arXiv 2601.14786, variants a and b): the projected text tokens stand in front of the audio. Padding is moved
-behind the audio, where a causal model cannot see it, so that it changes nothing and training needs no mask.
-cross_attention (variants c and d; MusicGen, arXiv 2306.05284): every block looks at the projected tokens, the scores of
-padding masked. adaln (DiT, arXiv 2212.09748): the mean of the tokens shifts, scales and gates every branch.
-Shapes: B batch, L text tokens, S audio positions, E text width (or of a number's embedding), D model width.
+prefix (arXiv 2601.14786, variants a and b): the projected text tokens come before the audio. Padding is moved after
+the audio, where a causal model cannot see it, so it changes nothing and training needs no mask.
+cross_attention (variants c and d; MusicGen, arXiv 2306.05284): every block attends to the projected tokens; padding is
+masked. adaln (DiT, arXiv 2212.09748): the mean token shifts, scales and gates every sublayer.
+Shapes: B batch, L text tokens, S audio positions, E text embedding width, D model width.
 """
 
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 
 
-class Prefixed(NamedTuple):
-    """Text and audio in one sequence, each row as [its text tokens | its audio | padding].
+class PrefixedSequence(NamedTuple):
+    """Text and audio in one sequence; each row is [text tokens | audio | padding].
 
-    x: [B, L+S, D]. mask: [B, L+S] bool, True where a position is real. audio: [B, S], where each audio position stands.
+    x: [B, L+S, D]. mask: [B, L+S] bool, True at valid positions. audio: [B, S], the index of each audio position.
     """
 
     x: Tensor
@@ -30,13 +30,13 @@ class Prefixed(NamedTuple):
 
 
 class ProjectedText(NamedTuple):
-    """Captions in the model's width. tokens: [B, L, D], 0 at padding. mask: [B, L] bool, True where a token is real."""
+    """Captions in the model's width. tokens: [B, L, D], 0 at padding. mask: [B, L] bool, True at valid tokens."""
 
     tokens: Tensor
     mask: Tensor
 
     def mean(self) -> Tensor:
-        """The mean of the real tokens, [B, D]; 0 where there are none."""
+        """Mean over the valid tokens, [B, D]; 0 where there are none."""
         return self.tokens.sum(1) / self.mask.sum(1, keepdim=True).clamp(min=1).to(self.tokens.dtype)
 
 
@@ -49,11 +49,11 @@ class TextProjection(nn.Module):
         self.norm = nn.LayerNorm(d_model) if norm else nn.Identity()
 
     def forward(self, text: TextCondition) -> ProjectedText:
-        """Raises UserError when the embeddings are not `text_dim` wide."""
+        """Raises UserError if the embeddings are not `text_dim` wide."""
         if text.embeddings.shape[-1] != self.linear.in_features:
             raise UserError(
-                f"the text embeddings are {text.embeddings.shape[-1]} wide, model.text_dim is "
-                f"{self.linear.in_features}: use the text encoder that the model was built for"
+                f"the text embeddings have width {text.embeddings.shape[-1]}, model.text_dim is "
+                f"{self.linear.in_features}: use the text encoder the model was built for"
             )
         padding = ~text.mask[..., None]
         embeddings = text.embeddings.masked_fill(padding, 0).to(self.linear.weight.dtype)
@@ -62,12 +62,15 @@ class TextProjection(nn.Module):
     def flops(self, n_tokens: int) -> int:
         return 2 * n_tokens * self.linear.weight.numel()
 
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.linear.bias)
 
-def prefix(text: ProjectedText, audio: Tensor) -> Prefixed:
-    """Put text in front of audio [B, S, D], padding behind both.
 
-    Padding is ones: at zeros RMSNorm multiplies gradients by 1/sqrt(eps) in each layer, and what rounding leaves of a
-    gradient that should vanish there would explode.
+def prefix(text: ProjectedText, audio: Tensor) -> PrefixedSequence:
+    """Put the text before the audio [B, S, D], and padding after both.
+
+    Padding is filled with ones: at zeros, RMSNorm multiplies gradients by 1/sqrt(eps) in each layer, so that the
+    rounding error of a gradient that should vanish there would explode.
     """
     mask = torch.cat([text.mask, text.mask.new_ones(audio.shape[:2])], 1)  # [B, L+S]
     order = torch.argsort(~mask, dim=1, stable=True)
@@ -75,27 +78,34 @@ def prefix(text: ProjectedText, audio: Tensor) -> Prefixed:
     mask = mask.gather(1, order)
     x = x.masked_fill(~mask[..., None], 1.0)
     positions = text.mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
-    return Prefixed(x, mask, positions)
+    return PrefixedSequence(x, mask, positions)
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Sinusoids of a number, Linear, SiLU, Linear: [B] -> [B, E], E even."""
+    """Sinusoids of a scalar, linear, SiLU, linear: [B] -> [B, W], W even."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        return self.layers(sinusoids(numbers, self.width).to(self.layers[0].weight.dtype))
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layers(sinusoids(values, self.width).to(next(self.parameters()).dtype))
 
     def flops(self) -> int:
-        """Of one number."""
-        return 2 * sum(layer.weight.numel() for layer in (self.layers[0], self.layers[2]))
+        """FLOPs of one value."""
+        return 2 * 2 * self.width**2
+
+    def init_weights(self, std: float) -> None:
+        """Normal weights in the last layer, zero biases."""
+        linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        for linear in linears:
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(linears[-1].weight, std=std)
 
 
 def sinusoids(positions: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embeddings, cosines then sines: positions [...] -> [..., width] (the scaling of audiocraft)."""
+    """Sinusoidal embeddings, cosines then sines, as in audiocraft: positions [...] -> [..., width]."""
     half = width // 2
     rates = max_period ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / max(half - 1, 1))
     phases = positions[..., None].float() * rates

@@ -1,7 +1,7 @@
-"""What a piece may be told besides its caption: a melody, as pitch classes by frame, and a tempo.
+"""Optional music controls: a per-frame chroma melody and a tempo.
 
-A model is built for either, both or none; where an item has none, a learnt vector stands in its place.
-Shapes: B items, T frames (in a TokenLM positions), W width of an embedding.
+A model is built for either, both or none. Where an item has none, a learnt null vector takes its place.
+Shapes: B items, T frames (positions in a TokenLM), W embedding width.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ N_PITCH_CLASSES = 12
 
 
 class SupportsControls(Protocol):
-    """A model's config, which says whether it was built for a melody, for a tempo."""
+    """The fields of a model's config that say which controls it was built with."""
 
     chroma: bool
     tempo: bool
@@ -28,33 +28,33 @@ class SupportsControls(Protocol):
 
 @dataclass(frozen=True)
 class Controls:
-    """One row an item.
+    """Controls of a batch.
 
     Attributes:
-        chroma: [B, 12, T], strength of each pitch class in [0, 1], NaN where there is none; None: there is none.
-        tempo: [B], beats a minute, NaN where it is not known; None: it is not known.
+        chroma: [B, 12, T], strength of each pitch class in [0, 1], NaN where absent; None: no melody.
+        tempo: [B], beats per minute, NaN where absent; None: no tempo.
     """
 
     chroma: Tensor | None = None
     tempo: Tensor | None = None
 
-    def rows(self, rows: slice | Tensor) -> "Controls":
-        """Those of some of the items."""
-        return self._each(lambda part: part[rows])
+    def select_rows(self, rows: slice | Tensor) -> "Controls":
+        """Controls of some of the items."""
+        return self._map(lambda tensor: tensor[rows])
 
     def repeat(self, n: int) -> "Controls":
-        """All items n times, one below the other."""
-        return self._each(lambda part: part.repeat(n, *[1] * (part.ndim - 1)))
+        """The batch n times: [n * B, ...]."""
+        return self._map(lambda tensor: tensor.repeat(n, *[1] * (tensor.ndim - 1)))
 
     def to(self, device: torch.device | str) -> "Controls":
-        return self._each(lambda part: part.to(device))
+        return self._map(lambda tensor: tensor.to(device))
 
-    def columns(self, columns: slice) -> "Controls":
-        """With the chroma of some of its frames."""
-        return self if self.chroma is None else replace(self, chroma=self.chroma[..., columns])
+    def select_frames(self, frames: slice) -> "Controls":
+        """Controls with a slice of the melody's frames."""
+        return self if self.chroma is None else replace(self, chroma=self.chroma[..., frames])
 
-    def at(self, frames: Tensor) -> "Controls":
-        """With the chroma of the frames of these numbers, int64 [S]; NaN before the melody's first, behind its last."""
+    def gather_frames(self, frames: Tensor) -> "Controls":
+        """Controls with the melody at the given frame numbers, int64 [S]; NaN outside the melody."""
         if self.chroma is None:
             return self
         length = self.chroma.shape[-1]
@@ -62,34 +62,32 @@ class Controls:
         return replace(self, chroma=padded[..., frames.where((frames >= 0) & (frames < length), length)])
 
     def supported_by(self, config: SupportsControls) -> "Controls":
-        """Those that a model of this config was built for."""
+        """Only the controls that a model of this config was built with."""
         return Controls(self.chroma if config.chroma else None, self.tempo if config.tempo else None)
 
     def check(self, config: SupportsControls, name: str, batch: int, length: int) -> None:
-        """Check that a model can be told them.
+        """Check the controls against a model's config and the batch size and length of its other inputs.
 
         Args:
-            config: the model's.
-            name: what kind of model it is.
-            batch, length: B and T of what else it is told.
+            name: the kind of model, for the message.
 
         Raises:
-            UserError: it was not built for one of them, or a shape is another.
+            UserError: the model was not built with one of them, or a shape does not fit.
         """
-        wanted = {"chroma": (batch, N_PITCH_CLASSES, length), "tempo": (batch,)}
-        for part, shape in wanted.items():
-            given = getattr(self, part)
-            if given is not None and not getattr(config, part):
-                raise UserError(f"this {name} was not trained with {part}: leave it out, or set model.{part}=true")
-            if given is not None and tuple(given.shape) != shape:
-                raise UserError(f"the {part} is {list(given.shape)}, the {name} takes {list(shape)}")
+        expected: dict[str, tuple[int, ...]] = {"chroma": (batch, N_PITCH_CLASSES, length), "tempo": (batch,)}
+        for key, shape in expected.items():
+            value = getattr(self, key)
+            if value is not None and not getattr(config, key):
+                raise UserError(f"this {name} was not trained with {key}: leave it out, or set model.{key}=true")
+            if value is not None and tuple(value.shape) != shape:
+                raise UserError(f"the {name} takes {key} of shape {list(shape)}, got {list(value.shape)}")
 
-    def _each(self, of: Callable[[Tensor], Tensor]) -> "Controls":
-        return Controls(*(None if part is None else of(part) for part in (self.chroma, self.tempo)))
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Controls":
+        return Controls(*(None if tensor is None else function(tensor) for tensor in (self.chroma, self.tempo)))
 
 
 class ChromaEmbedding(nn.Module):
-    """A linear map of the pitch classes of each frame, and a learnt vector where there are none."""
+    """A linear map of each frame's pitch classes; a learnt vector where there are none."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,9 +105,13 @@ class ChromaEmbedding(nn.Module):
     def flops(self, n_frames: int) -> int:
         return 2 * n_frames * self.linear.weight.numel()
 
+    def init_weights(self, std: float) -> None:
+        nn.init.normal_(self.linear.weight, std=std)
+        nn.init.zeros_(self.linear.bias)
+
 
 class TempoEmbedding(nn.Module):
-    """A network of the tempo on a logarithmic scale, and a learnt vector where it is not known."""
+    """A sinusoidal embedding of log tempo; a learnt vector where the tempo is absent."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,8 +122,11 @@ class TempoEmbedding(nn.Module):
         """[B] -> [B, W]; None -> [1, W]."""
         if bpm is None:
             return self.null[None]
-        hundredths = 100 * bpm.nan_to_num(1.0).log2()  # of an octave
+        hundredths = 100 * bpm.nan_to_num(1.0).log2()  # hundredths of an octave
         return torch.where(bpm.isnan()[:, None], self.null, self.number(hundredths))
 
     def flops(self) -> int:
         return self.number.flops()
+
+    def init_weights(self, std: float) -> None:
+        self.number.init_weights(std)

@@ -1,7 +1,7 @@
 """Cross-attention from the audio to the text (Vaswani et al., arXiv 1706.03762; MusicGen, arXiv 2306.05284).
 
-Scores of padding are masked, so it changes nothing; a caption with no token gives zeros to the output projection. Keys
-and values are made once a caption. Parameter names are those of transformers' MusicGen.
+Padding is masked, so it changes nothing; for a caption without tokens the attention output is zero. Keys and values
+are computed once per caption. Parameter names are those of transformers' MusicGen.
 Shapes: B batch, T positions, L text tokens, D model width, H heads, P = D / H.
 """
 
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from ssmttm.mixers.attention import HeadProjections
 from ssmttm.mixers.base import check_state
 
-SLOTS = 128  # keys of captions in one state take a multiple of this: companions do not change how sums are rounded
+SLOTS = 128  # a state's keys are padded to a multiple of this, so that other items do not change the rounding of sums
 
 
 @dataclass
 class TextKeys:
-    """Keys and values [B, H, L, P] of the captions' tokens, and which are real, mask [B, L]."""
+    """Keys and values [B, H, L, P] of the text tokens, and mask [B, L], True at valid tokens."""
 
     k: Tensor
     v: Tensor
@@ -32,21 +32,22 @@ class TextKeys:
     def detach(self) -> "TextKeys":
         return TextKeys(self.k.detach(), self.v.detach(), self.mask)
 
-    def put(self, rows: slice, part: "TextKeys") -> None:
-        """Copy the keys of a smaller batch into some rows, with room for the longer of the two."""
+    def write_rows(self, rows: slice, part: "TextKeys") -> None:
+        """Copy the keys of a smaller batch into some rows, growing to the longer of the two."""
         length = part.mask.shape[1]
-        room = max(self.mask.shape[1], math.ceil(length / SLOTS) * SLOTS)
-        missing = room - self.mask.shape[1]
-        self.k, self.v = (F.pad(kept, (0, 0, 0, missing)) for kept in (self.k, self.v))
+        new_length = max(self.mask.shape[1], math.ceil(length / SLOTS) * SLOTS)
+        missing = new_length - self.mask.shape[1]
+        self.k = F.pad(self.k, (0, 0, 0, missing))
+        self.v = F.pad(self.v, (0, 0, 0, missing))
         self.mask = F.pad(self.mask, (0, missing))
+        self.k[rows, :, :length] = part.k.to(self.k.dtype)
+        self.v[rows, :, :length] = part.v.to(self.v.dtype)
         self.mask[rows] = False
-        for kept, new in ((self.k, part.k), (self.v, part.v)):
-            kept[rows, :, :length] = new.to(kept.dtype)
         self.mask[rows, :length] = part.mask
 
 
 class CrossAttention(HeadProjections):
-    """The layer; `dropout` acts on the attention's weights, in training only.
+    """Multi-head attention to the text; `dropout` acts on the attention weights, in training only.
 
     Raises:
         UserError: `n_heads` does not divide `d_model`.
@@ -55,23 +56,19 @@ class CrossAttention(HeadProjections):
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__(d_model, n_heads, dropout, bias=False, out_bias=bias)
 
-    def keys_of(self, tokens: Tensor, mask: Tensor) -> TextKeys:
-        """Keys and values of projected text [B, L, D], real where mask [B, L]."""
+    def project_keys(self, tokens: Tensor, mask: Tensor) -> TextKeys:
+        """Keys and values of projected text [B, L, D] with mask [B, L]."""
         return TextKeys(self._heads(self.k_proj(tokens)), self._heads(self.v_proj(tokens)), mask)
 
     def forward(self, x: Tensor, keys: TextKeys) -> Tensor:
-        """x [B, T, D] -> [B, T, D].
-
-        Raises:
-            UserError: the keys are of another batch size.
-        """
+        """x [B, T, D] -> [B, T, D]. Raises UserError if the keys have another batch size."""
         check_state(keys.mask.shape[0], x.shape[0])
         q = self._heads(self.q_proj(x))  # [B, H, T, P]
-        any_text = keys.mask.any(1, keepdim=True)  # [B, 1]
-        seen = (keys.mask | ~any_text)[:, None, None]  # [B, 1, 1, L], never wholly masked
+        has_text = keys.mask.any(1, keepdim=True)  # [B, 1]
+        mask = (keys.mask | ~has_text)[:, None, None]  # [B, 1, 1, L], no row fully masked
         dropout = self.dropout if self.training else 0.0
         k, v = keys.k.to(q.dtype), keys.v.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, seen, dropout).masked_fill(~any_text[..., None, None], 0)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout).masked_fill(~has_text[..., None, None], 0)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
@@ -86,11 +83,13 @@ class CrossAttention(HeadProjections):
         weight = self.k_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         shape = (batch_size, self.n_heads, SLOTS, weight.shape[0] // self.n_heads)
-        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return TextKeys(k, v, torch.zeros(batch_size, SLOTS, dtype=torch.bool, device=device))
+        mask = torch.zeros(batch_size, SLOTS, dtype=torch.bool, device=device)
+        return TextKeys(
+            torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), mask
+        )
 
     def flops(self, n_tokens: int, n_text_tokens: int) -> int:
-        """Forward FLOPs of a sequence of `n_tokens` positions over `n_text_tokens` tokens of text."""
+        """Forward FLOPs of `n_tokens` positions over `n_text_tokens` text tokens."""
         width = self.q_proj.weight.shape[0]
         return 4 * width * width * (n_tokens + n_text_tokens) + 4 * n_tokens * n_text_tokens * width
 

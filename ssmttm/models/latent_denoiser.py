@@ -1,79 +1,63 @@
-"""LatentDenoiser: the second stage. Given the latents of the first codebooks, it finds those of all others.
+"""LatentDenoiser: the second stage. It predicts the latents of the remaining codebooks from those of the first ones.
 
-The latents of a codec are its codebook vectors, one group of channels a codebook (`Codec.to_latents`), normalised by a
-mean and a spread of each codebook. The first `n_coarse_codebooks` groups are known, the sketch that a TokenLM writes; the
-network takes noise off the others, as DiscoDiff's second network does (IEEE 10888056). What "noise" and "prediction"
-mean is the business of `ssmttm.diffusion`.
-Shapes: B batch, K codebooks, c channels a codebook, S = n_coarse_codebooks * c, C = (K - n_coarse_codebooks) * c, T frames,
-L text tokens, D model width, E width of the time vector.
+The latents of a codec are its codebook vectors, one group of channels per codebook (`Codec.to_latents`), normalised by
+each codebook's mean and standard deviation. The first `n_coarse_codebooks` groups are given: the coarse codes that a
+TokenLM predicts. The network denoises the others, as DiscoDiff's second network does (IEEE 10888056).
+`ssmttm.diffusion` defines the noise and the prediction target.
+Shapes: B batch, K codebooks, c channels per codebook, S = n_coarse_codebooks * c, C = (K - n_coarse_codebooks) * c,
+T frames, L text tokens, D model width, E width of the timestep embedding.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
 from ssmttm.mixers.base import check_sizes
+from ssmttm.models.backbone_config import BackboneConfig, check_choice
 from ssmttm.models.conditioning import SinusoidalEmbedding, TextProjection
 from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.models.denoiser_stack import DenoiserStack
 from ssmttm.models.unet import UNet
 from ssmttm.text.condition import TextCondition
 
-_PERIODS = 1_000.0  # what times and noise levels in [0, 1] are multiplied with before their sinusoids
+_TIME_SCALE = 1_000.0  # of times and noise levels in [0, 1] before their sinusoids
 
 
 @dataclass
-class LatentDenoiserConfig:
-    """What a LatentDenoiser is built from; the keys of a config's `model` section.
+class LatentDenoiserConfig(BackboneConfig):
+    """Keys of a config's `model` section, besides those of `BackboneConfig`.
 
-    n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many of them are given. network: "stack" (blocks of
-    two-way mixers) or "unet". layers: of a stack, a mixer's name or a list that is repeated over the depth. n_heads: of
-    attention and cross-attention. time_dim: width of the vector that tells time, noise of the sketch, mean of the text
-    and tempo. unet_mults: width of each level of a U-Net, each at half the frame rate of the one before, as a multiple
-    of d_model; unet_blocks: residual blocks a level. chroma, tempo: whether it can be told a melody, a tempo.
+    n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many codebooks are given. network: "stack" (blocks
+    of bidirectional mixers) or "unet". time_dim: width of the timestep embedding, which also holds the noise level of
+    the coarse latents, the mean text token and the tempo. unet_mults: width of each level of the U-Net, each at half
+    the frame rate of the one before, as a multiple of d_model. unet_blocks: residual blocks per level.
     """
 
-    n_codebooks: int = 8
+    d_model: int = 192
+    n_layers: int = 6
+    n_heads: int = 6
     codebook_dim: int = 8
     n_coarse_codebooks: int = 1
-    d_model: int = 192
     network: str = "stack"
-    n_layers: int = 6
-    layers: str | list[str] = "mamba2"
-    d_state: int = 64
-    d_conv: int = 4
-    expand: int = 2
-    headdim: int = 64
-    ngroups: int = 1
-    chunk_size: int = 64
-    n_heads: int = 6
-    mlp_ratio: float = 2.0
-    text_dim: int = 384
-    text_norm: bool = True
     time_dim: int = 128
-    dropout: float = 0.0
     unet_mults: list[int] = field(default_factory=lambda: [1, 1, 2])
     unet_blocks: int = 2
-    chroma: bool = False
-    tempo: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(n_codebooks=self.n_codebooks, codebook_dim=self.codebook_dim, n_layers=self.n_layers)
+        super().__post_init__()
+        check_sizes(codebook_dim=self.codebook_dim, n_layers=self.n_layers)
         if not 1 <= self.n_coarse_codebooks < self.n_codebooks:
             raise UserError(
-                f"model.n_coarse_codebooks={self.n_coarse_codebooks} of {self.n_codebooks} codebooks: give at least 1, and "
-                "leave at least 1 to the denoiser"
+                f"model.n_coarse_codebooks must be at least 1 and below n_codebooks={self.n_codebooks}, "
+                f"got {self.n_coarse_codebooks}"
             )
-        if self.network not in ("stack", "unet"):
-            raise UserError(f"unknown model.network {self.network!r}: choose from stack, unet")
-        for name in ("layers", "unet_mults"):
-            if not getattr(self, name):
-                raise UserError(f"model.{name} is empty: name at least one")
+        check_choice("network", self.network, "stack", "unet")
+        if not self.unet_mults:
+            raise UserError("model.unet_mults is empty: give at least one level")
         if self.time_dim % 2:
-            raise UserError(f"model.time_dim={self.time_dim} is odd: choose an even one")
+            raise UserError(f"model.time_dim must be even, got {self.time_dim}")
 
     @property
     def coarse_channels(self) -> int:
@@ -88,18 +72,18 @@ class LatentDenoiserConfig:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the denoiser is told, one row an item.
+    """What the denoiser is conditioned on.
 
     Attributes:
-        sketch: [B, S, T], normalised latents of the first codebooks.
-        text: B captions; the null condition is the embedding of the empty one.
-        has_coarse: [B] bool, False where the sketch is withheld; None: it is there.
-        coarse_noise_aug: [B], the spread of the noise that was added to the sketch; None: none.
-        wishes: a melody by the T frames and a tempo, where it was built for them.
-        mask: [B, T] bool, True where a frame is real; None: all are.
+        coarse_latents: [B, S, T], normalised latents of the coarse codes.
+        text: B captions; the null condition is the embedding of the empty caption.
+        has_coarse: [B] bool, False where the coarse latents are dropped; None: all are given.
+        coarse_noise_aug: [B], standard deviation of the noise added to the coarse latents; None: none.
+        controls: chroma by frame [B, 12, T] and tempo.
+        mask: [B, T] bool, True at valid frames; None: all are valid.
     """
 
-    coarse_codes: Tensor
+    coarse_latents: Tensor
     text: TextCondition
     has_coarse: Tensor | None = None
     coarse_noise_aug: Tensor | None = None
@@ -107,16 +91,16 @@ class Conditions:
     mask: Tensor | None = None
 
     def with_text(self, text: TextCondition) -> "Conditions":
-        """The same under other captions."""
         return replace(self, text=text)
 
     def without_coarse(self) -> "Conditions":
-        """The same with every sketch withheld."""
-        return replace(self, has_coarse=torch.zeros(len(self.coarse_codes), dtype=torch.bool, device=self.coarse_codes.device))
+        """Drop the coarse latents of every item."""
+        latents = self.coarse_latents
+        return replace(self, has_coarse=torch.zeros(len(latents), dtype=torch.bool, device=latents.device))
 
 
 class LatentDenoiser(nn.Module):
-    """The model. `set_statistics` must be called before its first use, or weights be loaded that hold them."""
+    """The model. Call `set_statistics` or load weights that hold the statistics before its first use."""
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -141,7 +125,7 @@ class LatentDenoiser(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """What the process asks of the network at this noise.
+        """The prediction of the diffusion objective.
 
         Args:
             noisy: [B, C, T], any T.
@@ -151,77 +135,78 @@ class LatentDenoiser(nn.Module):
             [B, C, T].
 
         Raises:
-            UserError: sizes do not fit, or it is told a melody or a tempo that it was not built for.
+            UserError: shapes do not fit, or the model was not built for one of the controls.
         """
         self._check(noisy, conditions)
         mask = conditions.mask
         if mask is not None and bool(mask.all()):
             mask = None
-        coarse_codes = conditions.coarse_codes.transpose(1, 2)  # [B, T, S]
+        coarse = conditions.coarse_latents.transpose(1, 2)  # [B, T, S]
         if conditions.has_coarse is not None:
-            coarse_codes = torch.where(conditions.has_coarse[:, None, None], coarse_codes, self.null_coarse)
-        x = self.input(torch.cat([noisy.transpose(1, 2), coarse_codes], -1))  # [B, T, D]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream, under autocast too
+            coarse = torch.where(conditions.has_coarse[:, None, None], coarse, self.null_coarse)
+        x = self.input(torch.cat([noisy.transpose(1, 2), coarse], -1))  # [B, T, D]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream is float32 under autocast too
         if self.chroma is not None:
             x = x + self.chroma(conditions.controls.chroma)
         text = self.text(conditions.text)
-        x = self.network(x, self._vector(time, text.mean(), conditions), text, mask)
+        x = self.network(x, self._embed_time(time, text.mean(), conditions), text, mask)
         return self.output(self.norm(x)).transpose(1, 2)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Mean and spread of the latents of each codebook, [K] each."""
+        """Set the mean and standard deviation of each codebook's latents, [K] each."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def normalised(self, latents: Tensor, first: int = 0) -> Tensor:
-        """Latents [B, n * c, T] of the codebooks from `first` on, each codebook with mean 0 and spread 1."""
+    def normalise(self, latents: Tensor, first: int = 0) -> Tensor:
+        """Scale latents [B, n * c, T] of the codebooks from `first` on to mean 0 and standard deviation 1."""
         mean, std = self._statistics(latents, first)
         return (latents - mean) / std
 
-    def denormalised(self, latents: Tensor, first: int = 0) -> Tensor:
-        """The inverse of `normalised`."""
+    def denormalise(self, latents: Tensor, first: int = 0) -> Tensor:
+        """The inverse of `normalise`."""
         mean, std = self._statistics(latents, first)
         return latents * std + mean
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
-        """Forward FLOPs of one item of `n_frames` frames and `n_text_tokens` tokens of text."""
-        around = 2 * n_frames * (self.input.weight.numel() + self.output.weight.numel())
+        """Forward FLOPs of one item of `n_frames` frames and `n_text_tokens` text tokens."""
+        flops = 2 * n_frames * (self.input.weight.numel() + self.output.weight.numel())
         if self.chroma is not None:
-            around += self.chroma.flops(n_frames)
-        return around + self.text.flops(n_text_tokens) + self.network.flops(n_frames, n_text_tokens)
+            flops += self.chroma.flops(n_frames)
+        return flops + self.text.flops(n_text_tokens) + self.network.flops(n_frames, n_text_tokens)
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> UNet | DenoiserStack:
         c = self.config
         if c.network == "unet":
             return UNet(c.d_model, c.unet_mults, c.unet_blocks, c.time_dim, c.n_heads, c.dropout)
-        sizes = ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size", "n_heads", "dropout")
-        layers = [c.layers] if isinstance(c.layers, str) else c.layers
-        options: dict[str, Any] = {key: getattr(c, key) for key in sizes}
-        return DenoiserStack(c.d_model, c.n_layers, layers, c.time_dim, c.mlp_ratio, options)
+        return DenoiserStack(c.d_model, c.n_layers, c.layer_names, c.time_dim, c.mlp_ratio, c.mixer_options)
 
-    def _vector(self, time: Tensor, text_mean: Tensor, conditions: Conditions) -> Tensor:
-        """What holds for all frames alike, [B, E]."""
+    def _embed_time(self, time: Tensor, text_mean: Tensor, conditions: Conditions) -> Tensor:
+        """The timestep embedding with all that is constant over frames, [B, E]."""
         noise = torch.zeros_like(time) if conditions.coarse_noise_aug is None else conditions.coarse_noise_aug
-        vector = self.time(time * _PERIODS) + self.coarse_noise_aug(noise * _PERIODS) + self.text_vector(text_mean)
-        return vector if self.tempo is None else vector + self.tempo(conditions.controls.tempo)
+        embedding = self.time(time * _TIME_SCALE) + self.coarse_noise_aug(noise * _TIME_SCALE)
+        embedding = embedding + self.text_vector(text_mean)
+        return embedding if self.tempo is None else embedding + self.tempo(conditions.controls.tempo)
 
     def _statistics(self, latents: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        count = latents.shape[1] // self.config.codebook_dim
-        part = slice(first, first + count)
-        return tuple(
-            values[part].repeat_interleave(self.config.codebook_dim)[:, None].to(latents.dtype)
-            for values in (self.latent_mean, self.latent_std)
-        )
+        """Mean and standard deviation by channel, [n * c, 1] each."""
+        width = self.config.codebook_dim
+        codebooks = slice(first, first + latents.shape[1] // width)
+        mean = self.latent_mean[codebooks].repeat_interleave(width)[:, None].to(latents.dtype)
+        std = self.latent_std[codebooks].repeat_interleave(width)[:, None].to(latents.dtype)
+        return mean, std
 
     def _check(self, noisy: Tensor, conditions: Conditions) -> None:
         c, batch, length = self.config, len(noisy), noisy.shape[-1]
-        wanted = {"noisy": (batch, c.noisy_channels, length), "coarse_codes": (batch, c.coarse_channels, length)}
-        for name, given in (("noisy", noisy), ("coarse_codes", conditions.coarse_codes)):
-            if tuple(given.shape) != wanted[name] or given.shape[-1] < 1:
-                raise UserError(f"the {name} latents are {list(given.shape)}, the denoiser takes {list(wanted[name])}")
+        expected = {
+            "noisy": (noisy, (batch, c.noisy_channels, length)),
+            "coarse": (conditions.coarse_latents, (batch, c.coarse_channels, length)),
+        }
+        for name, (latents, shape) in expected.items():
+            if tuple(latents.shape) != shape or latents.shape[-1] < 1:
+                raise UserError(f"the denoiser takes {name} latents of shape {list(shape)}, got {list(latents.shape)}")
         if len(conditions.text.mask) != batch:
-            raise UserError(f"there are {len(conditions.text.mask)} captions for a batch of {batch}: give one each")
+            raise UserError(f"got {len(conditions.text.mask)} captions for a batch of {batch}: give one per item")
         mask = conditions.mask
         if mask is not None and tuple(mask.shape) != (batch, length):
-            raise UserError(f"the mask is {list(mask.shape)}, the denoiser takes {[batch, length]}")
+            raise UserError(f"the denoiser takes a mask of shape {[batch, length]}, got {list(mask.shape)}")
         conditions.controls.check(c, "denoiser", batch, length)

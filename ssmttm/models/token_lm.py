@@ -1,16 +1,16 @@
 """TokenLM: an autoregressive model of codec codes given text, on a stack of state-space blocks.
 
-Each position holds one code of every codebook: their embeddings are summed, and K heads give the logits of the K codes
-of the next position. The interleaving of codebooks (`ssmttm.patterns`) is the caller's, as is the shift by one:
-inputs = cat([special column], sequence[..., :-1]), targets = sequence. With the released settings this is Prefix SiMBA
-of arXiv 2601.14786, 281,042,176 parameters. A melody and a tempo (`ssmttm.models.controls`) are added to the positions of
-the audio: each is told the pitch classes of the frame that it predicts, which `Pattern.frames` names.
-Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_special), L text tokens.
+Each position holds one code of every codebook: their embeddings are summed, and K heads predict the K codes of the next
+position. The caller interleaves the codebooks (`ssmttm.patterns`) and shifts by one: inputs = cat([start column],
+sequence[..., :-1]), targets = sequence. With the released settings this is Prefix SiMBA of arXiv 2601.14786, with
+281,042,176 parameters. Melody and tempo (`ssmttm.models.controls`) are added to the audio positions: each gets the
+chroma of the frame that it predicts (`Pattern.frames`).
+Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_special), L text tokens, D model width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,85 +19,68 @@ from torch import Tensor, nn
 from ssmttm.errors import UserError
 from ssmttm.mixers import build_mixer
 from ssmttm.mixers.base import check_sizes, check_state, gather_positions
-from ssmttm.models.blocks import MLP, SublayerConfig, SublayerState, build_block, build_norm
+from ssmttm.models.backbone_config import BackboneConfig, check_choice
+from ssmttm.models.blocks import (
+    MLP,
+    Block,
+    CrossAttentionSublayer,
+    MLPSublayer,
+    Sublayer,
+    SublayerConfig,
+    SublayerState,
+    build_norm,
+)
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
 from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
 
-MIXERS_IN_BLOCK = {"simba": 1, "mamba": 2}
-
 
 @dataclass
-class TokenLMConfig:
-    """What a TokenLM is built from; the keys of a config's `model` section.
+class TokenLMConfig(BackboneConfig):
+    """Keys of a config's `model` section, besides those of `BackboneConfig`.
 
-    layers: a mixer's name, or a list of names that is repeated over the layers, such as five mamba2 and an attention.
-    block: "simba" (mixer and MLP) or "mamba" (two mixers). conditioning: "prefix", "cross_attention" or "adaln".
-    n_heads: of attention and cross-attention. mlp_bias, attention_bias: biases of the MLP and of what leaves an
-    attention. text_norm: LayerNorm behind the text's projection. positions: "none"; "sinusoidal", which count the audio
-    from 0 and a text prefix down to it; "joint", sinusoidal over prefix and audio together, as the paper's released
-    code has it; "rotary", in attention layers. norm: "rms" or "layer". layer_scale: where the learnt scale of every
-    branch starts; null: none. predict_special: give the special token a logit. init_std: the spread of embeddings and
-    heads at the start, with residual projections scaled down by the depth; null keeps the defaults of PyTorch, as the
-    paper's released code does. chroma, tempo: whether it can be told a melody, a tempo.
+    block: "simba" (mixer and MLP) or "mamba" (two mixers). mlp_bias, attention_bias: biases of the MLP and of
+    attention's output projection. conditioning: "prefix", "cross_attention" or "adaln". positions: "none";
+    "sinusoidal", counting the audio from 0 and a text prefix down to it; "joint", sinusoidal over prefix and audio
+    together, as in the paper's released code; "rotary", in attention layers. norm: "rms" or "layer". layer_scale:
+    initial value of every sublayer's learnt scale; null: none. predict_special: the special token has a logit.
+    init_std: standard deviation of embeddings and heads at initialisation, with residual projections scaled down by the
+    depth; null keeps PyTorch's defaults, as the paper's released code does.
     """
 
-    n_codebooks: int = 8
     codebook_size: int = 1024
-    d_model: int = 256
-    n_layers: int = 8
-    layers: str | list[str] = "mamba2"
-    d_state: int = 64
-    d_conv: int = 4
-    expand: int = 2
-    headdim: int = 64
-    ngroups: int = 1
-    chunk_size: int = 64
-    n_heads: int = 8
     block: str = "simba"
-    mlp_ratio: float = 2.0
     mlp_bias: bool = True
     attention_bias: bool = True
     conditioning: str = "prefix"
-    text_dim: int = 384
-    text_norm: bool = True
-    dropout: float = 0.0
     positions: str = "none"
     norm: str = "rms"
     layer_scale: float | None = None
     final_norm: bool = True
     predict_special: bool = False
     init_std: float | None = 0.02
-    chroma: bool = False
-    tempo: bool = False
 
     def __post_init__(self) -> None:
-        _choice("block", self.block, *MIXERS_IN_BLOCK)
-        _choice("conditioning", self.conditioning, "prefix", "cross_attention", "adaln")
-        _choice("positions", self.positions, "none", "sinusoidal", "joint", "rotary")
-        _choice("norm", self.norm, "rms", "layer")
-        check_sizes(n_codebooks=self.n_codebooks, codebook_size=self.codebook_size, text_dim=self.text_dim)
+        super().__post_init__()
+        check_choice("block", self.block, "simba", "mamba")
+        check_choice("conditioning", self.conditioning, "prefix", "cross_attention", "adaln")
+        check_choice("positions", self.positions, "none", "sinusoidal", "joint", "rotary")
+        check_choice("norm", self.norm, "rms", "layer")
+        check_sizes(codebook_size=self.codebook_size)
         if self.positions == "joint" and self.conditioning != "prefix":
             raise UserError("model.positions=joint counts a text prefix: set conditioning=prefix or other positions")
-        if not self.layer_names:
-            raise UserError("model.layers is empty: name at least one mixer, such as mamba2")
         if self.positions == "rotary" and "attention" not in self.layer_names:
             raise UserError("model.positions=rotary acts in attention layers, and model.layers has none: set another")
         if self.tempo and self.d_model % 2:
-            raise UserError(f"model.tempo=true needs an even model.d_model, not {self.d_model}: choose another")
-
-    @property
-    def layer_names(self) -> list[str]:
-        """One period of the layer pattern."""
-        return [self.layers] if isinstance(self.layers, str) else self.layers
+            raise UserError(f"model.tempo=true needs an even model.d_model, got {self.d_model}")
 
 
 @dataclass
 class LMState:
-    """What a TokenLM carries from one position to the next: its blocks' states, the audio positions seen, and for joint
-    positions the text tokens in front of them, [B]."""
+    """The recurrent state of a TokenLM: its blocks' states, the number of audio positions processed and, with joint
+    positions, the number of text tokens before them, [B, 1]."""
 
     blocks: list[list[SublayerState]]
     batch_size: int
@@ -108,18 +91,21 @@ class LMState:
         blocks = [[state.clone() for state in states] for states in self.blocks]
         return LMState(blocks, self.batch_size, self.position, None if self.n_text is None else self.n_text.clone())
 
-    def put(self, rows: slice, part: "LMState") -> None:
-        """Copy a smaller state into some rows; all parts of a state must stand at the same position."""
+    def write_rows(self, rows: slice, part: "LMState") -> None:
+        """Copy the state of a smaller batch into some rows; all rows must be at the same position."""
         for states, parts in zip(self.blocks, part.blocks, strict=True):
             for state, other in zip(states, parts, strict=True):
-                state.put(rows, other)
-        if self.n_text is not None:
+                state.write_rows(rows, other)
+        if self.n_text is not None and part.n_text is not None:
             self.n_text[rows] = part.n_text
         self.position = part.position
 
 
 class TokenLM(nn.Module):
-    """The model. `special_token_id` (= codebook_size) stands for the start and for what a pattern fills in."""
+    """The model. `special_token_id` (= codebook_size) is the start token and the pattern's padding."""
+
+    offsets: Tensor
+    blocks: Any  # nn.ModuleList of Block
 
     def __init__(self, config: TokenLMConfig) -> None:
         super().__init__()
@@ -148,18 +134,17 @@ class TokenLM(nn.Module):
         """Logits of every next position.
 
         Args:
-            codes: [B, K, S] int64, values up to and with `special_token_id`.
-            text: B captions; None means no text at all.
-            return_hidden_states_of: also return the residual stream behind each of these blocks, counted from 1.
-            wishes: chroma [B, 12, S], a column a position, and tempo; None: no wishes at all.
+            codes: [B, K, S] int64 in [0, special_token_id].
+            text: B captions; None: no text.
+            return_hidden_states_of: also return the hidden states after these blocks, counted from 1.
+            controls: chroma [B, 12, S] by position, and tempo; None: no controls.
 
         Returns:
-            logits [B, K, S, V'], where [..., s, :] is computed from codes and chroma [..., : s + 1] and predicts what
-            codes[..., s + 1] is to be. A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of`, these and
-            the streams, [B, S, D] each.
+            logits [B, K, S, V']: [..., s, :] depends on codes and chroma [..., : s + 1] and predicts codes[..., s + 1].
+            A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of`, also a list of [B, S, D].
 
         Raises:
-            UserError: the number of codebooks, the batch sizes, the text width or the wishes do not fit.
+            UserError: the number of codebooks, the batch sizes, the text width or the controls do not fit.
         """
         *hidden_states, hidden = self._hidden(codes, text, None, controls, return_hidden_states_of)  # [B, S, D] each
         logits = self._logits(hidden).transpose(1, 2)
@@ -169,7 +154,7 @@ class TokenLM(nn.Module):
     def prefill(
         self, codes: Tensor, text: TextCondition | None, state: LMState, controls: Controls | None = None
     ) -> Tensor:
-        """Take in the text, then codes [B, K, S], S >= 1, under wishes with chroma [B, 12, S]; `state` moves on.
+        """Process the text, then codes [B, K, S], S >= 1, with chroma [B, 12, S]; `state` is updated in place.
 
         Returns:
             the last logits, [B, K, V'].
@@ -178,7 +163,7 @@ class TokenLM(nn.Module):
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: LMState, controls: Controls | None = None) -> Tensor:
-        """Take in one position, codes [B, K], under wishes with chroma [B, 12, 1]; `state` moves on in place.
+        """Process one position, codes [B, K], with chroma [B, 12, 1]; `state` is updated in place.
 
         Returns:
             logits [B, K, V'].
@@ -195,14 +180,14 @@ class TokenLM(nn.Module):
     def init_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> LMState:
-        """The state before the text. `dtype` is that of the activations; recurrent states are float32 all the same."""
+        """The state before the text. `dtype` is that of the activations; recurrent states are always float32."""
         blocks = [block.init_state(batch_size, device, dtype) for block in self.blocks]
         device = device or self.embedding.weight.device
         joint = self.config.positions == "joint"
         return LMState(blocks, batch_size, 0, torch.zeros(batch_size, 1, device=device).long() if joint else None)
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
-        """Forward FLOPs of one sequence of `n_frames` positions and `n_text_tokens` tokens of text."""
+        """Forward FLOPs of a sequence of `n_frames` positions and `n_text_tokens` text tokens."""
         n_positions = n_frames + n_text_tokens * (self.config.conditioning == "prefix")
         flops = sum(block.flops(n_positions, n_text_tokens) for block in self.blocks)
         if self.chroma is not None:
@@ -219,7 +204,7 @@ class TokenLM(nn.Module):
         controls: Controls | None,
         return_hidden_states_of: Sequence[int] = (),
     ) -> list[Tensor]:
-        """The streams behind some blocks, as asked for, then that behind the last, at the audio: [B, S, D] each."""
+        """Hidden states at the audio after the given blocks, then after the last block, [B, S, D] each."""
         self._check(codes, text, state)
         batch, n_codebooks, length = codes.shape
         rows = (codes + self.offsets[:, None]).transpose(1, 2).reshape(-1, n_codebooks)  # [B*S, K]
@@ -236,22 +221,22 @@ class TokenLM(nn.Module):
             x, mask, audio = prefix(self._embed_prefix(projected, start), x)
             projected = None
             if state is None or bool(mask.all()):
-                mask = None  # padding stands behind the audio: only a final state could tell it
-        behind = {}
+                mask = None  # padding comes after the audio: only the final state would depend on it
+        kept = {}
         for index, block in enumerate(self.blocks):
             x = block(x, projected, None if state is None else state.blocks[index], mask)
             if index + 1 in return_hidden_states_of:
-                behind[index + 1] = x
+                kept[index + 1] = x
         if state is not None:
             state.position += length
             state.n_text = n_text
-        hidden_states = [*(behind[number] for number in return_hidden_states_of), x]
-        return hidden_states if audio is None else [gather_positions(stream, audio) for stream in hidden_states]
+        hidden_states = [*(kept[number] for number in return_hidden_states_of), x]
+        return hidden_states if audio is None else [gather_positions(hidden, audio) for hidden in hidden_states]
 
     def _add_controls(self, x: Tensor, controls: Controls | None) -> Tensor:
-        """Add what is wished to x [B, S, D], positions of the audio."""
+        """Add the controls to the audio positions x [B, S, D]."""
         controls = controls or Controls()
-        controls.check(self.config, "language model", *x.shape[:2])
+        controls.check(self.config, "language model", x.shape[0], x.shape[1])
         if self.chroma is not None:
             x = x + self.chroma(controls.chroma)
         if self.tempo is not None:
@@ -259,14 +244,14 @@ class TokenLM(nn.Module):
         return x
 
     def _add_positions(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
-        """Add what the positions [S] of the audio say to x [B, S, D] or, at a step, [B, D]."""
+        """Add embeddings of the audio positions [S] to x [B, S, D] or, in a step, [B, D]."""
         if self.config.positions not in ("sinusoidal", "joint"):
             return x
-        where = sinusoids(positions if n_text is None else positions + n_text, x.shape[-1]).to(x.dtype)
-        return x + where.view(-1, *x.shape[1:])
+        embedding = sinusoids(positions if n_text is None else positions + n_text, x.shape[-1]).to(x.dtype)
+        return x + embedding.view(-1, *x.shape[1:])
 
     def _embed_prefix(self, text: ProjectedText, start: int) -> ProjectedText:
-        """The same for a prefix: its tokens count down to the audio's start, or up from 0 with joint positions."""
+        """Add position embeddings to a prefix: counted down to the audio's start, or up from 0 if joint."""
         if self.config.positions not in ("sinusoidal", "joint"):
             return text
         count = text.mask.cumsum(1)  # [B, L]
@@ -277,47 +262,42 @@ class TokenLM(nn.Module):
         """[..., D] -> [..., K, V']."""
         return self.heads(self.norm(hidden)).unflatten(-1, (self.config.n_codebooks, self.n_logits))
 
-    def _block(self, index: int) -> nn.Module:
+    def _block(self, index: int) -> Block:
         c = self.config
         name = c.layer_names[index % len(c.layer_names)]
-        sizes = ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size", "n_heads", "dropout")
-        options = {key: getattr(c, key) for key in sizes}
-        options |= {"rotary": c.positions == "rotary", "out_bias": c.attention_bias}
-        mixers = [build_mixer(name, c.d_model, **options) for _ in range(MIXERS_IN_BLOCK[c.block])]
-        cross = None
+        options = c.mixer_options | {"rotary": c.positions == "rotary", "out_bias": c.attention_bias}
+        n_mixers = {"simba": 1, "mamba": 2}[c.block]
+        inner: list[tuple[type[Sublayer], Any]]
+        inner = [(Sublayer, build_mixer(name, c.d_model, **options)) for _ in range(n_mixers)]
         if c.conditioning == "cross_attention":
             cross = CrossAttention(c.d_model, c.n_heads, c.dropout, c.attention_bias)
-        mlp = MLP(c.d_model, c.mlp_ratio, c.dropout, c.mlp_bias)
-        style = SublayerConfig(c.dropout, c.norm, c.layer_scale, c.conditioning == "adaln")
-        return build_block(c.block, c.d_model, mixers, cross, mlp, style)
+            inner.insert(1, (CrossAttentionSublayer, cross))
+        mlp = MLP(c.d_model, c.mlp_ratio, c.dropout, c.mlp_bias)  # always built: keeps the order of random draws
+        if c.block == "simba":
+            inner.append((MLPSublayer, mlp))
+        config = SublayerConfig(c.dropout, c.norm, c.layer_scale, c.conditioning == "adaln")
+        return Block([sublayer(c.d_model, module, config) for sublayer, module in inner])
 
     def _init_weights(self, std: float) -> None:
-        """Small embeddings and heads, no biases, and what is added to the stream scaled by 1/sqrt(its addends)."""
+        """Normal embeddings and heads, zero biases, residual projections scaled down by the depth (as in GPT-2)."""
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.heads.weight, std=std)
+        self.text.init_weights()
         if self.chroma is not None:
-            nn.init.normal_(self.chroma.linear.weight, std=std)
+            self.chroma.init_weights(std)
         if self.tempo is not None:
-            nn.init.normal_(self.tempo.number.layers[2].weight, std=std)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith(("out_proj.weight", "fc2.weight")):
-                    parameter.div_(math.sqrt(2 * self.config.n_layers))
-                elif name.endswith(("fc1.bias", "fc2.bias", "linear.bias", "layers.0.bias", "layers.2.bias")):
-                    parameter.zero_()
+            self.tempo.init_weights(std)
+        for block in self.blocks:
+            for sublayer in block.sublayers:
+                sublayer.init_weights(self.config.n_layers)
 
     def _check(self, codes: Tensor, text: TextCondition | None, state: LMState | None) -> None:
         batch, n_codebooks, length = codes.shape
         if n_codebooks != self.config.n_codebooks:
             raise UserError(f"the codes have {n_codebooks} codebooks, the model has {self.config.n_codebooks}")
         if length == 0:
-            raise UserError("the codes are empty: give at least the special column")
+            raise UserError("the codes are empty: give at least the start column")
         if text is not None and len(text.mask) != batch:
-            raise UserError(f"there are {len(text.mask)} captions for a batch of {batch}: give one each")
+            raise UserError(f"got {len(text.mask)} captions for a batch of {batch}: give one per item")
         if state is not None:
             check_state(state.batch_size, batch)
-
-
-def _choice(key: str, value: str, *known: str) -> None:
-    if value not in known:
-        raise UserError(f"unknown model.{key} {value!r}: choose from {', '.join(known)}")
