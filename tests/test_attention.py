@@ -53,7 +53,7 @@ def test_cross_attention_equals_musicgen(musicgen):
     text, mask = torch.randn(4, 9, D, dtype=x.dtype), torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]
     scores = torch.zeros(4, 1, 1, 9, dtype=x.dtype).masked_fill(~mask[:, None, None], -torch.inf)
     expected, _ = musicgen.encoder_attn(x, key_value_states=text, attention_mask=scores)
-    close(attention(x, attention.keys_of(text, mask)), expected)
+    close(attention(x, attention.project_keys(text, mask)), expected)
 
 
 def test_decoder_layer_equals_musicgen(musicgen):
@@ -64,7 +64,7 @@ def test_decoder_layer_equals_musicgen(musicgen):
     text, mask = torch.randn(4, 9, D, dtype=x.dtype), torch.ones(4, 9, dtype=torch.bool)
     causal = torch.full((T, T), -torch.inf, dtype=x.dtype).triu(1)[None, None]
     expected = musicgen(x, attention_mask=causal, encoder_hidden_states=text)
-    state, keys, outputs = own.init_state(4), cross.keys_of(text, mask), []
+    state, keys, outputs = own.init_state(4), cross.project_keys(text, mask), []
 
     def normed(h, norm):
         return layer_norm(h, (D,), norm.weight, norm.bias)
@@ -168,7 +168,7 @@ def test_attention_step_attends_to_whole_blocks():
 @pytest.mark.parametrize("kind", [Attention, CrossAttention])
 def test_attention_dropout_is_for_training_only(kind):
     attention, x = make(kind, dropout=0.5)
-    keys = [attention.keys_of(x[:, :9], torch.ones(4, 9, dtype=torch.bool))] if kind is CrossAttention else []
+    keys = [attention.project_keys(x[:, :9], torch.ones(4, 9, dtype=torch.bool))] if kind is CrossAttention else []
     assert not torch.equal(attention(x, *keys), attention(x, *keys))
     attention.eval()
     plain = make(kind)[0]
@@ -206,17 +206,17 @@ def test_cross_attention_padding_changes_nothing(where):
     text = torch.randn(4, 4, D, dtype=x.dtype)
     padded, mask = torch.full((4, 9, D), 1e3, dtype=x.dtype), torch.zeros(4, 9, dtype=torch.bool)
     padded[:, slots], mask[:, slots] = text, True
-    plain = attention.keys_of(text, torch.ones(4, 4, dtype=torch.bool))
-    close(attention(x, attention.keys_of(padded, mask)), attention(x, plain))
-    close(attention.step(x[:, 0], attention.keys_of(padded, mask)), attention(x, plain)[:, 0])
+    plain = attention.project_keys(text, torch.ones(4, 4, dtype=torch.bool))
+    close(attention(x, attention.project_keys(padded, mask)), attention(x, plain))
+    close(attention.step(x[:, 0], attention.project_keys(padded, mask)), attention(x, plain)[:, 0])
 
 
 def test_cross_attention_uses_text_and_gives_zero_without():
     attention, x = make(CrossAttention, bias=False)
     text = torch.randn(4, 9, D, dtype=x.dtype, requires_grad=True)
     mask = torch.arange(9) < torch.tensor([9, 4, 0, 6])[:, None]
-    y = attention(x, attention.keys_of(text, mask))
-    fewer = attention(x, attention.keys_of(text, mask & (torch.arange(9) != 2)))
+    y = attention(x, attention.project_keys(text, mask))
+    fewer = attention(x, attention.project_keys(text, mask & (torch.arange(9) != 2)))
     assert ((y - fewer).abs().amax(2)[[0, 1, 3]] > 1e-6).all()
     assert y.isfinite().all() and not y[2].any() and not attention(x, attention.init_state(4)).any()
     y.square().sum().backward()
@@ -228,12 +228,12 @@ def test_cross_attention_written_rows_serve_as_alone():
     attention, x = make(CrossAttention)
     state = attention.init_state(4)
     for row, length in ((0, 200), (1, 3), (2, 0), (3, 9)):
-        part = attention.keys_of(torch.randn(1, length, D, dtype=x.dtype), torch.ones(1, length, dtype=torch.bool))
+        part = attention.project_keys(torch.randn(1, length, D, dtype=x.dtype), torch.ones(1, length, dtype=torch.bool))
         state.write_rows(slice(row, row + 1), part)
         expected = attention(x[row : row + 1], part) if length else attention(x[2:3], attention.init_state(1))
         close(attention(x, state)[row : row + 1], expected)
-    state.write_rows(slice(0, 1), attention.keys_of(x[:1, :2], torch.ones(1, 2, dtype=torch.bool)))  # shorter than before
-    close(attention(x, state)[:1], attention(x[:1], attention.keys_of(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))))
+    state.write_rows(slice(0, 1), attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool)))  # shorter than before
+    close(attention(x, state)[:1], attention(x[:1], attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))))
 
 
 def test_attention_rejects_invalid_options():

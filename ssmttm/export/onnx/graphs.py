@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmttm.codecs import Codec
 from ssmttm.export.onnx.modules import exportable
 from ssmttm.export.onnx.states import FREE_AXES, growing, named, refilled
-from ssmttm.models.blocks import SublayerState
+from ssmttm.models.blocks import CrossAttentionSublayer, SublayerState
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder
@@ -69,7 +69,8 @@ class ConditionGraph(Graph):
             return {"prefix": projected.tokens}
 
         def state(sublayer: Any) -> SublayerState:
-            keys = sublayer.inner.keys_of(*projected) if sublayer.sees_text else None
+            is_cross = isinstance(sublayer, CrossAttentionSublayer)
+            keys = sublayer.inner.project_keys(*projected) if is_cross else None
             return SublayerState(keys, None if sublayer.adaln is None else sublayer.adaln(projected.mean()))
 
         return named([[state(sublayer) for sublayer in block.sublayers] for block in self.model.blocks])
