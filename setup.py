@@ -23,6 +23,7 @@ EXTRAS = {
         "webdataset>=1",
         "ruff",
         "mypy",
+        "import-linter>=2.1",
         "librosa>=0.11",
         "matplotlib>=3.9",
     ],
