@@ -1,1 +1,1 @@
-"""Diffusion: what a denoiser learns to say about noisy latents, and how samples are drawn with it."""
+"""Diffusion objectives, samplers and guidance of the latent denoiser."""

@@ -1,8 +1,8 @@
-"""Guidance (arXiv 2207.12598) by two conditions, text and sketch (arXiv 2211.09800, equation 3).
+"""Classifier-free guidance (arXiv 2207.12598) with two conditions, text and coarse codes (arXiv 2211.09800, eq. 3).
 
-    prediction = none + coarse_guidance_scale (sketch - none) + guidance_scale (sketch and text - sketch)
+    prediction = none + coarse_guidance_scale (coarse - none) + guidance_scale (coarse and text - coarse)
 
-Every pass that is to know nothing of a condition is given its null: the empty caption, the learnt null sketch.
+A dropped condition is replaced by its null: the empty caption, the learnt null vector of the coarse latents.
 """
 
 from collections.abc import Sequence
@@ -16,67 +16,57 @@ from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
 
 
-def guided(
+def guided_predictor(
     model: LatentDenoiser,
     conditions: Conditions,
     null_text: TextCondition,
     guidance_scale: float = 1.0,
     coarse_guidance_scale: float = 1.0,
 ) -> Predict:
-    """The model under conditions of B items, all passes in one batch.
+    """The guided prediction for B items; all passes run in one batch.
 
     Args:
         null_text: the null condition, one row (shared) or B rows.
-        guidance_scale: 1 is the conditional pass as it is, 0 the pass under the null condition.
-        coarse_guidance_scale: the same for the sketch.
+        guidance_scale: 1 is the conditional pass alone, 0 the pass without text.
+        coarse_guidance_scale: the same for the coarse codes.
     """
-    batch = len(conditions.coarse_codes)
-    without_text = conditions.with_text(_rows(null_text, batch))
-    passes, weights = [], []
-    for part, weight in (
+    batch = len(conditions.coarse_latents)
+    null_text = TextCondition(*(tensor.expand(batch, *tensor.shape[1:]) for tensor in null_text))
+    without_text = conditions.with_text(null_text)
+    weighted = [
         (conditions, guidance_scale),
         (without_text, coarse_guidance_scale - guidance_scale),
         (without_text.without_coarse(), 1 - coarse_guidance_scale),
-    ):
-        if weight:
-            passes.append(part)
-            weights.append(weight)
-    stacked = stack(passes)
+    ]
+    weighted = [(condition, weight) for condition, weight in weighted if weight]
+    weights = [weight for _, weight in weighted]
+    stacked = stack_conditions([condition for condition, _ in weighted])
 
     def predict(noisy: Tensor, time: Tensor) -> Tensor:
-        n = len(passes)
-        told = model(noisy.repeat(n, 1, 1), time.repeat(n), stacked)  # [n * B, C, T]
+        n = len(weights)
+        predictions = model(noisy.repeat(n, 1, 1), time.repeat(n), stacked)  # [n * B, C, T]
         if weights == [1]:
-            return told
-        return sum(weight * part for weight, part in zip(weights, told.chunk(n), strict=True))
+            return predictions
+        return sum(weight * part for weight, part in zip(weights, predictions.chunk(n), strict=True))
 
     return predict
 
 
-def stack(parts: Sequence[Conditions]) -> Conditions:
-    """Conditions of several passes over the same items, one below the other."""
-    first, n = parts[0], len(parts)
-    here = [torch.ones(len(p.coarse_codes), dtype=torch.bool, device=p.coarse_codes.device) for p in parts]
-    has_coarse = [yes if p.has_coarse is None else p.has_coarse for p, yes in zip(parts, here, strict=True)]
+def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
+    """Conditions of n passes over the same B items as one batch of n * B; only text and coarse codes may differ."""
+    first, n = conditions[0], len(conditions)
+    given = torch.ones(len(first.coarse_latents), dtype=torch.bool, device=first.coarse_latents.device)
+    texts = [condition.text for condition in conditions]
 
-    def again(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.repeat(n, *[1] * (value.ndim - 1))
+    def repeat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat(n, *[1] * (tensor.ndim - 1))
 
     return replace(
         first,
-        coarse_codes=again(first.coarse_codes),
-        text=_joined([p.text for p in parts]),
-        has_coarse=torch.cat(has_coarse),
-        coarse_noise_aug=again(first.coarse_noise_aug),
+        coarse_latents=first.coarse_latents.repeat(n, 1, 1),
+        text=TextCondition.stack([text.embeddings[i, text.mask[i]] for text in texts for i in range(len(text.mask))]),
+        has_coarse=torch.cat([given if c.has_coarse is None else c.has_coarse for c in conditions]),
+        coarse_noise_aug=repeat(first.coarse_noise_aug),
         controls=first.controls.repeat(n),
-        mask=again(first.mask),
+        mask=repeat(first.mask),
     )
-
-
-def _joined(texts: Sequence[TextCondition]) -> TextCondition:
-    rows = [text.embeddings[i, text.mask[i]] for text in texts for i in range(len(text.mask))]
-    return TextCondition.stack(rows)
-
-
-def _rows(text: TextCondition, batch: int) -> TextCondition:
-    return TextCondition(*(part.expand(batch, *part.shape[1:]) for part in text))

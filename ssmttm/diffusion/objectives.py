@@ -1,8 +1,8 @@
-"""What a denoiser learns: how noise is mixed in at a time, and what is asked of the network there.
+"""Diffusion objectives: how noise is added at a time, and the network's prediction target.
 
     v            variance preserving, cosine schedule (arXiv 2102.09672), v = a noise - s clean (arXiv 2202.00512)
     flow         rectified flow (arXiv 2209.03003): x = (1 - t) clean + t noise, velocity noise - clean
-    regression   no diffusion: the clean latents themselves, from nothing; what a diffusion model has to beat
+    regression   no diffusion: predicts the clean latents from zeros; the baseline of the diffusion objectives
 
 Time runs from 0, clean, to 1, noise. Shapes: B batch, C channels, T frames.
 """
@@ -22,76 +22,76 @@ COSINE = {"num_train_timesteps": TRAIN_STEPS, "beta_schedule": "squaredcos_cap_v
 class Objective(Protocol):
     """clean, noise and prediction are [B, C, T], time is [B]."""
 
-    def draw_times(self, n: int) -> Tensor:
-        """Times of n training items, from torch's global generator on the CPU."""
+    def sample_times(self, n: int) -> Tensor:
+        """Training times of n items, from torch's global generator on the CPU."""
 
-    def noisy(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What the network sees."""
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The network's input."""
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What it is to say."""
+        """The network's prediction target."""
 
-    def clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
-        """The clean latents that a prediction stands for."""
+    def predict_clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """The clean latents that follow from a prediction."""
 
 
 class VPrediction:
-    """Times are whole steps of the schedule, as diffusers counts them: step n of 1,000 is n / 1,000."""
+    """Velocity prediction. Times are steps of diffusers' schedule: step n of 1,000 is time n / 1,000."""
 
     def __init__(self) -> None:
-        self._kept = DDPMScheduler(**COSINE).alphas_cumprod.double()  # [1000]
+        self._alphas_cumprod = DDPMScheduler(**COSINE).alphas_cumprod.double()  # [1000]
 
-    def draw_times(self, n: int) -> Tensor:
+    def sample_times(self, n: int) -> Tensor:
         return torch.randint(TRAIN_STEPS, (n,)) / TRAIN_STEPS
 
-    def noisy(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        signal, spread = self._shares(time, clean)
-        return signal * clean + spread * noise
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        signal, sigma = self._scales(time, clean)
+        return signal * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        signal, spread = self._shares(time, clean)
-        return signal * noise - spread * clean
+        signal, sigma = self._scales(time, clean)
+        return signal * noise - sigma * clean
 
-    def clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
-        signal, spread = self._shares(time, noisy)
-        return signal * noisy - spread * prediction
+    def predict_clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        signal, sigma = self._scales(time, noisy)
+        return signal * noisy - sigma * prediction
 
-    def _shares(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What is left of the signal and what has come of noise, [B, 1, 1]."""
+    def _scales(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of the signal and of the noise, [B, 1, 1]."""
         step = (time.cpu() * TRAIN_STEPS).round().long().clamp(0, TRAIN_STEPS - 1)
-        kept = self._kept[step].to(like.device)[:, None, None]
-        return kept.sqrt().to(like.dtype), (1 - kept).sqrt().to(like.dtype)
+        alpha = self._alphas_cumprod[step].to(like.device)[:, None, None]
+        return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)
 
 
 class RectifiedFlow:
     """Straight lines from noise to data."""
 
-    def draw_times(self, n: int) -> Tensor:
+    def sample_times(self, n: int) -> Tensor:
         return torch.rand(n)
 
-    def noisy(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return clean.lerp(noise, time[:, None, None])
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return noise - clean
 
-    def clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+    def predict_clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
         return noisy - time[:, None, None] * prediction
 
 
 class Regression:
-    """The network sees zeros at time 1 and says the mean of what is likely."""
+    """The network gets zeros at time 1 and predicts the conditional mean."""
 
-    def draw_times(self, n: int) -> Tensor:
+    def sample_times(self, n: int) -> Tensor:
         return torch.ones(n)
 
-    def noisy(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return torch.zeros_like(clean)
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return clean
 
-    def clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+    def predict_clean(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
         return prediction
 
 
@@ -99,7 +99,7 @@ OBJECTIVES: dict[str, type[Objective]] = {"v": VPrediction, "flow": RectifiedFlo
 
 
 def get_objective(name: str) -> Objective:
-    """Raises UserError if there is none of that name."""
+    """Raises UserError if the name is unknown."""
     if name not in OBJECTIVES:
         raise UserError(f"unknown diffusion.objective {name!r}: choose from {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()

@@ -1,6 +1,6 @@
-"""Drawing samples: diffusers' schedulers around a function that predicts, with frames that are known beforehand.
+"""Samplers: diffusers' schedulers around a prediction function, optionally with known frames (inpainting).
 
-Shapes: B items, C channels, T frames, P frames known.
+Shapes: B items, C channels, T frames, P known frames.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,16 +26,16 @@ SAMPLERS = {
     "v": ("dpm_solver", "ddim", "ddpm"),
     "flow": ("euler", "heun", "dpm_solver"),
     "regression": ("direct",),
-}  # by objective, its default first
-_TRAILING = COSINE | {"timestep_spacing": "trailing"}  # few steps begin at pure noise (arXiv 2305.08891)
+}  # by objective, the default first
+_TRAILING = COSINE | {"timestep_spacing": "trailing"}  # starts at pure noise with few steps (arXiv 2305.08891)
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Which scheduler and how many of its steps; a Heun step but the last asks the network twice.
+    """A sampler and its number of steps.
 
     Raises:
-        UserError: fewer steps than one or more than training's, or a sampler that the objective does not have.
+        UserError: steps outside [1, 1000], or a sampler that the objective does not support.
     """
 
     objective: str
@@ -46,9 +46,11 @@ class SamplerSettings:
         get_objective(self.objective)
         known = SAMPLERS[self.objective]
         if self.sampler is not None and self.sampler not in known:
-            raise UserError(f"no sampler {self.sampler!r} for objective {self.objective}: choose {', '.join(known)}")
+            raise UserError(
+                f"unknown sampler {self.sampler!r} for objective {self.objective}: choose from {', '.join(known)}"
+            )
         if not isinstance(self.steps, int) or not 1 <= self.steps <= TRAIN_STEPS:
-            raise UserError(f"{self.steps} sampling steps: give 1 to {TRAIN_STEPS:,}")
+            raise UserError(f"sampling steps must be in [1, {TRAIN_STEPS}], got {self.steps}")
 
     @property
     def name(self) -> str:
@@ -56,8 +58,8 @@ class SamplerSettings:
         return self.sampler or SAMPLERS[self.objective][0]
 
     @property
-    def evaluations(self) -> int:
-        """How often the network is asked."""
+    def n_evaluations(self) -> int:
+        """Network evaluations per sample; every Heun step but the last needs two."""
         return {"direct": 1, "heun": 2 * self.steps - 1}.get(self.name, self.steps)
 
 
@@ -69,13 +71,12 @@ def sample(
     generators: Sequence[torch.Generator],
     known: Tensor | None = None,
 ) -> Tensor:
-    """Turn noise into a sample.
+    """Sample from noise.
 
     Args:
         noise: [B, C, T].
-        generators: one an item, on the CPU, for samplers that add noise on the way; an item's sample depends on its
-            own only.
-        known: [B, C, P], P <= T: the first frames of the sample; at every time they are given the noise of that time.
+        generators: one CPU generator per item, for samplers that add noise; an item's sample depends on its own only.
+        known: [B, C, P], P <= T: fixed first frames; at every step they get the noise of that step's time.
 
     Returns:
         [B, C, T], float32.
@@ -85,32 +86,32 @@ def sample(
     x = noise.float()
 
     def with_known(x: Tensor, time: Tensor) -> Tensor:
-        if not n_known:
+        if known is None:
             return x
-        return torch.cat([objective.noisy(known, noise[..., :n_known], time), x[..., n_known:]], -1)
+        return torch.cat([objective.add_noise(known, noise[..., :n_known], time), x[..., n_known:]], -1)
 
     if settings.name == "direct":
         time = torch.ones(batch, device=x.device)
-        x = objective.clean(x, predict(torch.zeros_like(x), time), time)
+        x = objective.predict_clean(x, predict(torch.zeros_like(x), time), time)
     else:
         scheduler = _scheduler(settings, x.device)
         extra: dict[str, Any] = {"generator": list(generators)} if settings.name == "ddpm" else {}
-        # A flow's noise levels are its times; diffusers rounds some of its timesteps, which are but their names.
+        # A flow's noise levels are its times; diffusers rounds some of its timesteps.
         times = scheduler.sigmas[:-1] if settings.objective == "flow" else scheduler.timesteps / TRAIN_STEPS
-        for timestep, now in zip(scheduler.timesteps, times.tolist(), strict=True):
-            time = torch.full((batch,), now, device=x.device)
+        for timestep, value in zip(scheduler.timesteps, times.tolist(), strict=True):
+            time = torch.full((batch,), value, device=x.device)
             x = with_known(x, time)
             x = scheduler.step(predict(x, time).float(), timestep, x, **extra).prev_sample
-    return x if not n_known else torch.cat([known.to(x.dtype), x[..., n_known:]], -1)
+    return x if known is None else torch.cat([known.to(x.dtype), x[..., n_known:]], -1)
 
 
 def _scheduler(settings: SamplerSettings, device: torch.device) -> Any:
-    """A diffusers scheduler with its times set."""
+    """A diffusers scheduler with its timesteps set."""
     name, steps = settings.name, settings.steps
     if settings.objective == "v":
         scheduler = {
             "ddpm": lambda: DDPMScheduler(**_TRAILING, clip_sample=False),
-            # of first order it is DDIM (arXiv 2211.01095); diffusers' own misses its times unless steps divide 1,000
+            # first order is DDIM (arXiv 2211.01095); diffusers' DDIM is off in time unless steps divide 1,000
             "ddim": lambda: DPMSolverMultistepScheduler(**_TRAILING, solver_order=1),
             "dpm_solver": lambda: DPMSolverMultistepScheduler(**_TRAILING, solver_order=2),
         }[name]()
