@@ -157,7 +157,7 @@ class BuiltinInput:
 
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
-        made = run.stage("render", self._corpus.works(run.root, self._hours, self._seed))
+        made = run.stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed))
         return _selected(run, made, [], f"{self.seconds:g} s segment")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from data_prep.builtin import compose, render
-from data_prep.builtin.captions import describe
+from data_prep.builtin.captions import write_captions
 from ssmttm import audio
 
 RATE, SECONDS = 24_000, 10
@@ -20,7 +20,7 @@ def clips(first: int, n: int) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
         piece = compose(77, index)
         wav = torch.from_numpy(render(piece))[None]
         wavs += [wav[:, start * RATE : (start + SECONDS) * RATE].clone() for start in (2, 12, 22)]
-        captions += [describe(piece.truth, piece.id)[1]] * 3
+        captions += [write_captions(piece.truth, piece.id)[1]] * 3
     return tuple(wavs), tuple(captions)
 
 

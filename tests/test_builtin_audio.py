@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from data_prep.builtin import compose, corpus, render, segments, synth
-from data_prep.builtin.corpus import render_shard, works
+from data_prep.builtin.corpus import render_shard, shard_tasks
 from ssmttm.errors import UserError
 
 RATE = 24_000
@@ -25,7 +25,7 @@ def produced(tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, pq.read_table(folder / "segments.parquet").to_pylist()
 
 
-def test_audio_is_full_sized_audible_and_unclipped() -> None:
+def test_render_is_full_length_audible_and_unclipped() -> None:
     for index in range(4):
         piece = compose(5, index)
         audio = render(piece)
@@ -37,14 +37,14 @@ def test_audio_is_full_sized_audible_and_unclipped() -> None:
         assert np.abs(audio[-24:]).max() < 0.01, "the end is faded"
 
 
-def test_no_state_leaks_from_piece_to_piece() -> None:
+def test_render_keeps_no_state_between_pieces() -> None:
     first, second = compose(5, 0), compose(5, 1)
     alone = render(second)
     render(first)
     assert np.array_equal(render(second), alone)
 
 
-def test_the_lead_stands_clear_of_the_backing() -> None:
+def test_render_lead_is_louder_than_backing() -> None:
     for index in range(3):
         piece = compose(6, index)
         lead = render(replace(piece, tracks=tuple(t for t in piece.tracks if t.role == "lead")))
@@ -54,7 +54,7 @@ def test_the_lead_stands_clear_of_the_backing() -> None:
         assert 20 * np.log10(np.std(scale * lead) / np.std(backing)) > 4.0, piece.title
 
 
-def test_the_beat_can_be_heard() -> None:
+def test_render_onsets_show_stated_beat() -> None:
     """The onset strength repeats at the stated beat better than at tempi in no simple ratio to it."""
     librosa = pytest.importorskip("librosa")
     for index in range(3):
@@ -66,7 +66,7 @@ def test_the_beat_can_be_heard() -> None:
         assert at[0] > max(at[1:]), piece.title
 
 
-def test_the_rows_hold_what_the_store_needs(produced) -> None:
+def test_shard_rows_hold_fields_of_store(produced) -> None:
     folder, rows = produced
     assert [row["id"] for row in rows] == [f"builtin-5-{i:06d}-{s}" for i in range(3) for s in range(2)]
     for row in rows:
@@ -82,7 +82,7 @@ def test_the_rows_hold_what_the_store_needs(produced) -> None:
     assert segments(compose(5, 0)) == [(0, 480_000), (480_000, 480_000)]
 
 
-def test_a_piece_is_the_same_in_any_shard(produced, tmp_path: Path) -> None:
+def test_shard_piece_is_same_in_any_shard(produced, tmp_path: Path) -> None:
     folder, rows = produced
     render_shard(5, 1, 1, tmp_path)
     alone = pq.read_table(tmp_path / "segments.parquet").to_pylist()
@@ -91,20 +91,20 @@ def test_a_piece_is_the_same_in_any_shard(produced, tmp_path: Path) -> None:
         assert (tmp_path / row["audio"]).read_bytes() == (folder / row["audio"]).read_bytes()
 
 
-def test_more_hours_leave_whole_shards_as_they_are(tmp_path: Path) -> None:
-    few, many = works(tmp_path, 20 * 40 / 3600, 5), works(tmp_path, 40 * 40 / 3600, 5)
+def test_shards_are_unchanged_by_more_hours(tmp_path: Path) -> None:
+    few, many = shard_tasks(tmp_path, 20 * 40 / 3600, 5), shard_tasks(tmp_path, 40 * 40 / 3600, 5)
     assert len(few) == 2 and len(many) == 3
     assert few[0].inputs == many[0].inputs and few[0].target == many[0].target and few[1].inputs != many[1].inputs
-    assert works(tmp_path, 20 * 40 / 3600, 6)[0].target != few[0].target
+    assert shard_tasks(tmp_path, 20 * 40 / 3600, 6)[0].target != few[0].target
 
 
-def test_splits_are_disjoint_by_piece_and_near_ninety_five_five() -> None:
+def test_splits_are_disjoint_by_piece_and_near_90_5_5() -> None:
     splits = [corpus.split_of(f"builtin-1-{index:06d}") for index in range(4000)]
     shares = {name: splits.count(name) / len(splits) for name in ("train", "valid", "test")}
     assert shares == pytest.approx({"train": 0.9, "valid": 0.05, "test": 0.05}, abs=0.015)
 
 
-def test_a_missing_soundfont_is_said_in_one_line(monkeypatch) -> None:
+def test_soundfont_missing_is_one_clear_error(monkeypatch) -> None:
     monkeypatch.setattr(synth.importlib.util, "find_spec", lambda name: None)
     synth._soundfont.cache_clear()
     try:

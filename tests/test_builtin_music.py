@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from data_prep.builtin import compose, describe
+from data_prep.builtin import compose, write_captions
 from data_prep.builtin.captions import tags
 from data_prep.builtin.composition.harmony import harmonise, plan_form
 from data_prep.builtin.composition.instruments import LEADS
@@ -32,13 +32,13 @@ def key_of(piece: Piece) -> Key:
     return Key(pitch_class(piece.truth["key"]), piece.truth["mode"])
 
 
-def test_same_seed_same_piece() -> None:
+def test_compose_is_deterministic() -> None:
     assert compose(3, 5) == compose(3, 5)
     assert compose(3, 5) != compose(4, 5)
     assert compose(3, 5) != compose(3, 6)
 
 
-def test_notes_lie_in_the_stated_mode() -> None:
+def test_compose_notes_lie_in_stated_mode() -> None:
     for piece in pieces():
         key = key_of(piece)
         scale = {(key.tonic + step) % 12 for step in MODES[key.mode]}
@@ -48,7 +48,7 @@ def test_notes_lie_in_the_stated_mode() -> None:
         assert all(note.pitch % 12 in scale for note in lead.notes), piece.title
 
 
-def test_the_mode_tells_itself() -> None:
+def test_compose_every_segment_identifies_its_mode() -> None:
     """Every segment holds the tonic, the third and the characteristic degree; the tonic ends the piece."""
     for piece in pieces():
         key = key_of(piece)
@@ -62,7 +62,7 @@ def test_the_mode_tells_itself() -> None:
         assert bass.notes[-1].pitch % 12 == key.tonic
 
 
-def test_tempo_and_metre_agree_with_the_grid() -> None:
+def test_compose_tempo_and_metre_match_grid() -> None:
     for piece in pieces():
         assert piece.metre.name == piece.truth["metre"] and piece.bpm == piece.truth["bpm"]
         assert piece.seconds(TICKS) == pytest.approx(60 / piece.bpm)
@@ -79,7 +79,7 @@ def test_tempo_and_metre_agree_with_the_grid() -> None:
         assert max(piece.seconds(n.start + n.duration) for n in pitched(piece)) <= piece.duration + 0.02
 
 
-def test_the_lead_is_never_silent_for_long() -> None:
+def test_compose_lead_has_no_long_rests() -> None:
     for piece in pieces():
         lead = next(track for track in piece.tracks if track.role == "lead").notes
         assert piece.seconds(lead[0].start) < 2.5, piece.title
@@ -88,13 +88,13 @@ def test_the_lead_is_never_silent_for_long() -> None:
         assert all(a.start + a.duration <= b.start for a, b in pairwise(lead)), "one voice"
 
 
-def test_backing_keeps_out_of_the_lead_family() -> None:
+def test_compose_backing_avoids_lead_family() -> None:
     for piece in pieces():
         family = piece.truth["lead"]["family"]
         assert all(t.family != family for t in piece.tracks if t.role != "lead"), piece.title
 
 
-def test_variety() -> None:
+def test_compose_pieces_vary() -> None:
     truths = [piece.truth for piece in pieces()]
     assert len({t["style"] for t in truths}) >= 20
     assert len({t["lead"]["name"] for t in truths}) >= 40
@@ -112,7 +112,7 @@ def test_variety() -> None:
         assert len({t["mode"] for t in truths if t["style"] == style}) >= 2, style
 
 
-def test_form_fills_the_bars_and_shares_harmony() -> None:
+def test_form_fills_bars_and_shares_harmony() -> None:
     for n_bars in (6, 9, 13, 20, 29, 40):
         for seed in range(20):
             sections = plan_form(Random(seed), n_bars, 1.5)
@@ -129,7 +129,7 @@ def captions():
     for piece in pieces():
         for segment in range(2):
             truth = piece.truth | {"segment": segment}
-            yield truth, describe(truth, f"{piece.id}-{segment}")
+            yield truth, write_captions(truth, f"{piece.id}-{segment}")
 
 
 def said(words, text: str) -> set[str]:
@@ -137,7 +137,7 @@ def said(words, text: str) -> set[str]:
     return {word for word in words if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)}
 
 
-def test_captions_say_only_what_is_so() -> None:
+def test_captions_state_only_true_facts() -> None:
     all_tempo = {word for words in TEMPO.values() for word in words}
     vocabulary = (*INSTRUMENTS.values(), *BACKING_WORDS.values(), *FAMILY_WORDS.values())
     all_players = {word for words in vocabulary for word in words}
@@ -164,7 +164,7 @@ def test_captions_say_only_what_is_so() -> None:
                 assert truth["drums"] == (not re.search(r"no drums|without drums", text)), text
 
 
-def test_captions_are_many_and_mention_what_matters() -> None:
+def test_captions_vary_and_mention_main_attributes() -> None:
     rows = list(captions())
     assert all(4 <= len(texts) <= 6 and len(set(texts)) == len(texts) for _, texts in rows)
     flat = [(truth, text) for truth, texts in rows for text in texts]
@@ -173,21 +173,21 @@ def test_captions_are_many_and_mention_what_matters() -> None:
     mode = sum(bool(said((t["mode"],), text)) for t, text in flat)
     assert lead > 0.85 * len(flat) and tempo > 0.6 * len(flat) and mode > 0.6 * len(flat), (lead, tempo, mode)
     assert len({text for _, text in flat}) > 0.98 * len(flat)
-    assert describe(rows[0][0], "x") == describe(rows[0][0], "x") != describe(rows[0][0], "y")
+    assert write_captions(rows[0][0], "x") == write_captions(rows[0][0], "x") != write_captions(rows[0][0], "y")
 
 
-def test_captions_cover_the_plain_way_to_ask() -> None:
+def test_captions_can_write_plain_prompt() -> None:
     """ "A slow waltz in D minor on a music box" is a caption that the templates can write."""
     truth = {"piece": "p", "style": "waltz", "bpm": 70, "tempo_class": "slow", "key": "D", "mode": "minor",
              "metre": "3/4", "mood": "sad", "density": "moderate", "form": "A", "drums": False,
              "lead": {"name": "music box", "program": 10, "family": "mallets"},
              "instruments": [{"name": "music box", "role": "lead", "program": 10, "family": "mallets"},
                              {"name": "piano", "role": "chords", "program": 0, "family": "piano"}]}
-    texts = {text.rstrip(".").lower() for seed in range(3000) for text in describe(truth, seed)}
+    texts = {text.rstrip(".").lower() for seed in range(3000) for text in write_captions(truth, seed)}
     assert "a slow waltz in d minor on a music box" in texts
 
 
-def test_tags_name_the_notes_of_the_scale() -> None:
+def test_tags_name_notes_of_scale() -> None:
     named = tags(compose(0, 0).truth | {"key": "D", "mode": "dorian"})
     assert {tag[5:] for tag in named if tag.startswith("note ")} == set("DEFGABC")
     assert "on D" in named and "D dorian" in named and "on A#" in tags(compose(0, 0).truth | {"key": "Bb"})

@@ -4,25 +4,30 @@ A piece is a pure function of (seed, index). Its audio is rendered from a Genera
 written from the ground truth, so that a model can be trained and measured with no download.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_prep.builtin.captions import describe
+    from data_prep.builtin.captions import write_captions
     from data_prep.builtin.composition.compose import compose
     from data_prep.builtin.composition.score import Piece
     from data_prep.builtin.corpus import render_shard, segments
     from data_prep.builtin.synth import render
 
-__all__ = ["Piece", "compose", "describe", "render", "render_shard", "segments"]
+__all__ = ["Piece", "compose", "render", "render_shard", "segments", "write_captions"]
 
-_HOMES = {"Piece": "composition.score", "compose": "composition.compose", "describe": "captions", "render": "synth", "render_shard": "corpus",
-          "segments": "corpus"}
+_MODULES = {
+    "Piece": "composition.score",
+    "compose": "composition.compose",
+    "render": "synth",
+    "render_shard": "corpus",
+    "segments": "corpus",
+    "write_captions": "captions",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the asked-for function's module on first use, so that importing the package stays light."""
-    if name not in _HOMES:
+    """Import on first use, so that importing the package stays light."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

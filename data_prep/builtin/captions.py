@@ -1,4 +1,4 @@
-"""Captions from ground truth: varied English in which everything said is so."""
+"""Captions from the ground truth: varied English, every statement true."""
 
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ from data_prep.builtin.words import (
 )
 
 # Slots: np (article, adjectives, style noun), key, lead ("on a flute"), player ("a flute"), solo ("flute"), bpm, metre,
-# backing, style, tempo, mood, feel. No adjective comes twice in one caption: `np` holds those not used elsewhere.
+# backing, style, tempo, mood, feel. No adjective occurs twice in one caption: `np` holds those not used elsewhere.
 _CORE = (
     "{np} {key} on {player}", "{np} {key} {lead}", "{np} {lead}, {key}", "{np} {key}, {bpm}, {lead}",
     "{np} for {solo} {key}", "{np} {lead}", "{np} {key} for {solo}, {bpm}",
@@ -60,7 +60,7 @@ def listed(items: list[str]) -> str:
 
 
 def _spell(rng: Random, tonic: str) -> str:
-    """A tonic's name, now and then with its accidental as a word."""
+    """A tonic's name, sometimes with its accidental as a word."""
     if len(tonic) == 1:
         return tonic
     word = "sharp" if tonic[1] == "#" else "flat"
@@ -79,7 +79,7 @@ def _key_phrases(rng: Random, truth: dict[str, Any]) -> tuple[str, str]:
 
 
 def _backers(rng: Random, truth: dict[str, Any]) -> list[str]:
-    """The accompanying players, in words."""
+    """The accompanying instruments, in words."""
     others = [i for i in truth["instruments"] if i["role"] != "lead"]
     return [rng.choice(BACKING_WORDS.get(i["name"], (i["name"],))) for i in others]
 
@@ -96,8 +96,8 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     style = rng.choice(STYLE_NOUNS[truth["style"]])
     beats = f"{truth['bpm']} {rng.choice(('bpm', 'bpm', 'BPM', 'beats per minute'))}"
     feel = rng.choice(DENSITY[truth["density"]])
-    chances = ((tempo, "{tempo}", 0.85), (mood, "{mood}", 0.6))
-    adjectives = [word for word, slot, chance in chances if slot not in template and rng.random() < chance]
+    candidates = ((tempo, "{tempo}", 0.85), (mood, "{mood}", 0.6))
+    adjectives = [word for word, slot, p in candidates if slot not in template and rng.random() < p]
     rng.shuffle(adjectives)
     if "{feel}" not in template and truth["density"] != "moderate" and rng.random() < 0.2:
         adjectives.insert(0, "sparse" if truth["density"] == "sparse" else rng.choice(("dense", "busy")))
@@ -144,8 +144,8 @@ def tags(truth: dict[str, Any]) -> list[str]:
             "drums" if truth["drums"] else "no drums", f"on {NOTE_NAMES[pitch_class(truth['key'])]}", *scale]
 
 
-def describe(truth: dict[str, Any], rng_seed: int | str) -> list[str]:
-    """Four to six captions of one segment: a plain one, a detailed one, spoken and terse ones, and a tag list.
+def write_captions(truth: dict[str, Any], rng_seed: int | str) -> list[str]:
+    """Four to six captions of one segment: plain, detailed, spoken and terse ones, and a tag list.
 
     The same `rng_seed` gives the same captions.
     """

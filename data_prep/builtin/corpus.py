@@ -1,4 +1,4 @@
-"""Producing the corpus: pieces to 20 s FLAC segments, sixteen pieces a shard, reproducible whoever makes them."""
+"""Producing the corpus: pieces to 20 s FLAC segments, 16 pieces per shard, the same however shards are distributed."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_prep.audio.quality import measure
-from data_prep.builtin.captions import describe, tags
+from data_prep.builtin.captions import tags, write_captions
 from data_prep.builtin.composition.compose import DURATION, VERSION, compose
 from data_prep.builtin.composition.score import Piece
 from data_prep.builtin.synth import render
@@ -40,8 +40,8 @@ def split_of(piece_id: str) -> str:
     return next(name for limit, name in _SPLITS if share < limit)
 
 
-def works(root: Path, hours: float, seed: int) -> list[ShardTask]:
-    """The shards of at least `hours` of music. Another number of hours leaves all but the last as they are."""
+def shard_tasks(root: Path, hours: float, seed: int) -> list[ShardTask]:
+    """The shards of at least `hours` of music. Another number of hours changes only the last one."""
     pieces = math.ceil(round(hours * 3600 / DURATION, 6))
     folder = stage_folder(root, "render", {"version": VERSION, "seed": seed})
     made = []
@@ -53,7 +53,7 @@ def works(root: Path, hours: float, seed: int) -> list[ShardTask]:
 
 
 def render_shard(seed: int, first: int, pieces: int, folder: Path) -> Counts:
-    """Compose, render and cut pieces `first`, `first` + 1, ... into `folder`, laid out as the stage `cut` does."""
+    """Compose, render and cut pieces `first`, `first` + 1, ... into `folder`, in the layout of the stage `cut`."""
     shard = Shard()
     for index in range(first, first + pieces):
         _add_piece(compose(seed, index), folder, shard)
@@ -83,6 +83,6 @@ def _segment(piece: Piece, index: int, sound: np.ndarray, folder: Path) -> dict[
         "track": piece.id,
         "loudness": measure(sound[None], SAMPLE_RATE).loudness,
         "truth": json.dumps(truth, ensure_ascii=False),
-        "captions": describe(truth, name),
+        "captions": write_captions(truth, name),
         "tags": tags(truth),
     }

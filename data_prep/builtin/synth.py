@@ -1,4 +1,4 @@
-"""Rendering: each track on a fresh synthesiser, mixed so that the lead stands clear of the rest."""
+"""Rendering: each track on a fresh synthesiser, mixed with the lead clearly louder than the rest."""
 
 import importlib.util
 from functools import cache
@@ -30,7 +30,7 @@ def _soundfont() -> bytes:
 
 
 def _render_track(track: Track, piece: Piece, sample_rate: int) -> np.ndarray:
-    """One track alone -> float32 [S]. A synthesiser of its own, so that nothing carries over from another piece."""
+    """One track alone -> float32 [S]. A synthesiser of its own, so that no state is left from another piece."""
     try:
         import tinysoundfont
     except ImportError as error:

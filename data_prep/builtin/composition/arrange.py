@@ -1,4 +1,4 @@
-"""The accompaniment: chords, bass, drums and pad, each from a one-bar pattern laid over the harmony."""
+"""The accompaniment: chords, bass, drums and pad, each from a one-bar pattern applied to the harmony."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _DRUM_VELOCITY = {"x": 100, "o": 62}
 
 
 def pulsing(rng: Random, patterns: tuple[str, ...], metre: Metre) -> str:
-    """Draw a pattern, preferring about one event a beat, so that the beat itself (not its half or double) is heard."""
+    """Draw a pattern, preferring about one event a beat, so that the beat (not its half or double) is perceived."""
     rates = [len(events(pattern)) / metre.beats for pattern in patterns]
     return rng.choices(patterns, [1 / (0.2 + abs(math.log2(rate))) for rate in rates])[0]
 
@@ -28,8 +28,8 @@ def voicings(chords: list[Chord], key: Key, low: int) -> list[tuple[int, ...]]:
     return voiced
 
 
-def _lay(pattern: str, metre: Metre, slot: int, n_slots: int) -> Iterator[tuple[int, int, str]]:
-    """A one-bar pattern repeated, as (tick, length, character); what crosses a chord change is struck again there."""
+def _repeat_pattern(pattern: str, metre: Metre, slot: int, n_slots: int) -> Iterator[tuple[int, int, str]]:
+    """A one-bar pattern repeated, as (tick, length, character); a note across a chord change is repeated there."""
     for bar_start in range(0, n_slots * slot, metre.bar):
         for step, steps, char in events(pattern):
             start, end = bar_start + step * metre.step, bar_start + (step + steps) * metre.step
@@ -42,7 +42,7 @@ def _lay(pattern: str, metre: Metre, slot: int, n_slots: int) -> Iterator[tuple[
 def play_chords(voiced: list[tuple[int, ...]], pattern: str, metre: Metre, slot: int, accent: int) -> list[Note]:
     """A chord pattern over voicings that last `slot` ticks each."""
     notes: list[Note] = []
-    for start, length, char in _lay(pattern, metre, slot, len(voiced)):
+    for start, length, char in _repeat_pattern(pattern, metre, slot, len(voiced)):
         pitches = voiced[start // slot]
         ladder = (*pitches, pitches[0] + 12, pitches[1] + 12)
         chosen = {"C": pitches, "L": pitches[:1], "U": pitches[1:]}.get(char) or (ladder[int(char)],)
@@ -59,7 +59,7 @@ def hold_chords(voiced: list[tuple[int, ...]], slot: int) -> list[Note]:
 def play_bass(chords: list[Chord], key: Key, pattern: str, metre: Metre, slot: int, who: Instrument) -> list[Note]:
     """A bass pattern: every chord enters on its root, low in the range; `n` steps towards the next root."""
     notes: list[Note] = []
-    for start, length, char in _lay(pattern, metre, slot, len(chords)):
+    for start, length, char in _repeat_pattern(pattern, metre, slot, len(chords)):
         chord, following = chords[start // slot], chords[min(start // slot + 1, len(chords) - 1)]
         root, third, fifth, *_ = (who.low + (pitch_class - who.low) % 12 for pitch_class in chord.pitch_classes(key))
         neighbour = (following.root + (1 if following.root <= chord.root else -1)) % 7
@@ -76,7 +76,7 @@ def play_drums(
 ) -> list[Note]:
     """A drum pattern, with a fill before and a cymbal on the first beat of a section.
 
-    `calm` leaves the cymbals and shakers between the beats out, so that a slow pulse is not heard as twice as fast.
+    `calm` leaves the cymbals and shakers between the beats out, so that a slow pulse is not perceived as twice as fast.
     """
     voices = [line.split() for line in pattern.split("|")]
     notes: list[Note] = []

@@ -1,11 +1,11 @@
-"""What a style is, and the pattern language its grooves are written in.
+"""The definition of a style, and the pattern language of its grooves.
 
-A pattern holds one character a sixteenth for one bar: 16 in 4/4, 12 in 3/4 and 6/8. Spaces only group.
+A pattern has one character per sixteenth for one bar: 16 in 4/4, 12 in 3/4 and 6/8. Spaces only group.
 
 - chords: `C` the whole chord, `L` its lowest note, `U` the others, a digit one note of the arpeggio;
 - bass: `1` root, `3` third, `5` fifth, `8` octave, `n` a step from the next root;
 - both: `-` holds, `.` rests;
-- drums: voices parted by `|`, each a letter (see `arrange.DRUM_KEYS`) and its hits, `x` strong and `o` soft.
+- drums: voices separated by `|`, each a letter (see `arrange.DRUM_KEYS`) and its hits, `x` strong and `o` soft.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Groove:
-    """The patterns of one metre, of which a piece draws one each; no `drums` means that the style has none here."""
+    """The patterns of one metre; a piece draws one of each kind. No `drums` means no drums in this metre."""
 
     chords: tuple[str, ...]
     bass: tuple[str, ...]
@@ -23,9 +23,9 @@ class Groove:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A style: `tempo` in felt beats a minute, grooves by metre, players by name, and chances between 0 and 1.
+    """A style: `tempo` in perceived beats per minute, grooves by metre, instruments by name, and probabilities.
 
-    `drums`, `sevenths` and `pad` are the chances of drums, of seventh chords and of a pad; `kit` is the drum preset.
+    `drums`, `sevenths` and `pad` are the probabilities of drums, seventh chords and a pad; `kit` is the drum preset.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""Form and harmony: how many phrases, what each is called, and one or two chords a bar with real cadences."""
+"""Form and harmony: how many phrases, their labels, and one or two chords a bar with real cadences."""
 
 from dataclasses import dataclass
 from random import Random
 
 from data_prep.builtin.composition.theory import CHARACTERISTIC, Chord
 
-# Chord roots by function and mode, with weights. The dorian sixth speaks in IV and ii,
+# Chord roots by function and mode, with weights. The dorian sixth is in IV and ii,
 # the mixolydian seventh in VII and v.
 _TONIC = {"major": {0: 7, 5: 2, 2: 1}, "minor": {0: 7, 5: 2, 2: 1}, "dorian": {0: 7, 2: 1}, "mixolydian": {0: 7, 5: 1}}
 _PREPARE = {"major": {3: 4, 1: 3}, "minor": {3: 4, 5: 2}, "dorian": {3: 6, 1: 2}, "mixolydian": {3: 4, 6: 2}}
@@ -26,7 +26,7 @@ _FORMS: dict[int, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A run of bars: `label` is intro, A, A', B, ..., coda or end; `closed` says that it ends on the tonic."""
+    """A run of bars: `label` is intro, A, A', B, ..., coda or end; `closed` means that it ends on the tonic."""
 
     label: str
     first_bar: int
@@ -69,7 +69,7 @@ def phrase_roots(rng: Random, mode: str, n_bars: int, closed: bool, start_on_ton
             roots.append(_draw(rng, _DOMINANT[mode]))
         elif left == 1:
             roots.append(_draw(rng, _HALF[mode]))
-        elif n_bars >= 8 and left == 5:  # the middle of a long phrase breathes on a half cadence or on the tonic
+        elif n_bars >= 8 and left == 5:  # the middle of a long phrase rests on a half cadence or on the tonic
             roots.append(0 if rng.random() < 0.5 else _draw(rng, _HALF[mode]))
         else:
             pool = {"T": _TONIC, "S": _PREPARE, "D": _DOMINANT}[function][mode]
@@ -81,15 +81,15 @@ def phrase_roots(rng: Random, mode: str, n_bars: int, closed: bool, start_on_ton
 
 
 def _confirm(rng: Random, roots: list[int], mode: str) -> list[int]:
-    """See to it that every four chords hold the tonic and a chord with the mode's characteristic degree."""
-    telling = {root: weight for root, weight in (_PREPARE[mode] | _DOMINANT[mode]).items()
+    """Ensure that every four chords contain the tonic and a chord with the mode's characteristic degree."""
+    characteristic = {root: weight for root, weight in (_PREPARE[mode] | _DOMINANT[mode]).items()
                if CHARACTERISTIC[mode] in Chord(root).degrees}
     for first in range(0, len(roots) - 3, 4):
         if 0 not in roots[first : first + 4]:
             roots[first] = 0
-        if not set(telling) & set(roots[first : first + 4]):
+        if not set(characteristic) & set(roots[first : first + 4]):
             away = [i for i in range(first + 1, first + 4) if roots[i] != 0] or [first + 1]
-            roots[rng.choice(away)] = _draw(rng, telling)
+            roots[rng.choice(away)] = _draw(rng, characteristic)
     return roots
 
 

@@ -1,4 +1,4 @@
-"""The players: General MIDI programs by family, with plain names, comfortable ranges and articulation."""
+"""Instruments: General MIDI programs by family, with plain names, comfortable ranges and articulation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """`low` to `high` is the melodic range in MIDI keys; `legato` the sounding share of a note's length;
-    `rolls` says that long notes are rolled, as on a marimba."""
+    """`low` to `high` is the melodic range in MIDI keys; `legato` the sounding fraction of a note's length;
+    `rolls`: long notes are played as rolls, as on a marimba."""
 
     name: str
     program: int

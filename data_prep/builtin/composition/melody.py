@@ -31,7 +31,7 @@ class Tone:
 
 @dataclass(frozen=True, slots=True)
 class Motif:
-    """A bar's worth of idea: note lengths in ticks and the scale steps between its notes."""
+    """A one-bar motif: note lengths in ticks and the scale steps between its notes."""
 
     rhythm: tuple[int, ...]
     steps: tuple[int, ...]
@@ -61,27 +61,27 @@ def draw_motif(rng: Random, metre: Metre, density: str, bpm: int) -> Motif:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """The singer: its key and its range in scale degrees."""
+    """The key and range (in scale degrees) of the melody."""
 
     key: Key
     low: int
     high: int
 
     def fold(self, degree: int) -> int:
-        """The degree mirrored into the range, so that a line turns back at its edges."""
+        """The degree reflected into the range."""
         while not self.low <= degree <= self.high:
             degree = 2 * (self.high if degree > self.high else self.low) - degree
         return degree
 
     def chord_tone(self, degree: int, chord: Chord) -> int:
-        """The chord tone nearest to a degree. A raised third is left out, so that the tune stays in the mode."""
+        """The chord tone nearest to a degree. A raised third is excluded, so that the melody stays in the mode."""
         allowed = chord.degrees[:3] if not chord.leading else (chord.degrees[0], chord.degrees[2])
         ranked = sorted(range(degree - 4, degree + 5), key=lambda d: (abs(d - degree), d))
         near = [d for d in ranked if d % 7 in allowed and self.low <= d <= self.high]
         return near[0]
 
-    def tell(self, degree: int, chord: Chord) -> int:
-        """The tone near a degree that tells the mode: the tonic chord's third, or else its characteristic degree."""
+    def characteristic_tone(self, degree: int, chord: Chord) -> int:
+        """The nearby tone that identifies the mode: the tonic chord's third, or the characteristic degree."""
         wanted = 2 if chord.root == 0 else CHARACTERISTIC[self.key.mode]
         near = [d for d in range(max(self.low, degree - 2), min(self.high, degree + 2) + 1) if d % 7 == wanted]
         return near[0] if near and wanted in chord.degrees and not chord.leading else degree
@@ -90,7 +90,7 @@ class Voice:
 def _set_bar(rng: Random, voice: Voice, motif: Motif, chords: list[Chord], start: int, at: int, bar: int) -> list[Tone]:
     """One bar: the motif's contour from the chord tone near `at`, long and on-beat notes drawn to chord tones.
 
-    Some strong notes move to the chord tone that tells the mode.
+    Some strong notes move to the tone that identifies the mode.
     """
     tones: list[Tone] = []
     degree, tick = at, 0
@@ -102,7 +102,7 @@ def _set_bar(rng: Random, voice: Voice, motif: Motif, chords: list[Chord], start
         if strong or (chord.leading and degree % 7 == 6):
             degree = voice.chord_tone(degree, chord)
             if rng.random() < 0.3:
-                degree = voice.tell(degree, chord)
+                degree = voice.characteristic_tone(degree, chord)
         tones.append(Tone(start + tick, min(length, bar - tick), degree))
         tick += length
     return tones
@@ -131,7 +131,7 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
     plan = rng.choice(("abac", "aabc", "abbc", "abic", "aiac"))
     tones: list[Tone] = []
     at = (voice.low + voice.high) // 2 + rng.randint(-2, 2)
-    if chords[0].root == 0:  # opening on the third or the fifth tells the mode at once
+    if chords[0].root == 0:  # opening on the third or the fifth identifies the mode at once
         at = voice.chord_tone(at, Chord(0))
         at = voice.fold(at + {0: 2, 2: 0, 4: 0}[at % 7] if rng.random() < 0.6 else at)
     n_bars = len(chords) // slots

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-TICKS = 12  # ticks a beat: divides into eighths (6), sixteenths (3) and triplets (4)
+TICKS = 12  # ticks per beat: divides into eighths (6), sixteenths (3) and triplets (4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One player: `role` is lead, chords, pad, bass or drums; `level` its loudness in dB against the lead."""
+    """One part: `role` is lead, chords, pad, bass or drums; `level` its loudness in dB against the lead."""
 
     name: str
     role: str
@@ -30,7 +30,7 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Metre:
-    """A time signature. The beat is the felt one: a quarter in 3/4 and 4/4, a dotted quarter in 6/8."""
+    """A time signature. The beat is the perceived one: a quarter in 3/4 and 4/4, a dotted quarter in 6/8."""
 
     name: str
     beats: int
@@ -57,7 +57,7 @@ METRES = {"4/4": Metre("4/4", 4, 3), "3/4": Metre("3/4", 3, 3), "6/8": Metre("6/
 
 @dataclass(frozen=True)
 class Piece:
-    """A composed piece: `bpm` felt beats a minute, `duration` in seconds (whole segments), `truth` its ground truth."""
+    """A composed piece: `bpm` perceived beats per minute, `duration` in seconds (whole segments), `truth` the annotations."""
 
     id: str
     title: str

@@ -8,9 +8,9 @@ MODES: dict[str, tuple[int, ...]] = {
     "dorian": (0, 2, 3, 5, 7, 9, 10),
     "mixolydian": (0, 2, 4, 5, 7, 9, 10),
 }
-# The degree by which the ear tells a mode from its nearest neighbour.
+# The degree that distinguishes a mode from its nearest neighbour.
 CHARACTERISTIC: dict[str, int] = {"major": 6, "minor": 5, "dorian": 5, "mixolydian": 6}
-NOTE_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")  # one name a pitch class
+NOTE_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")  # one name per pitch class
 _MAJOR_NAMES = ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 _MINOR_NAMES = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "G#", "A", "Bb", "B")
 _LETTERS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
