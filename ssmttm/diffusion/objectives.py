@@ -7,7 +7,7 @@
 Time runs from 0, clean, to 1, noise. Shapes: B batch, C channels, T frames.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDPMScheduler
@@ -39,7 +39,8 @@ class VPrediction:
     """Velocity prediction. Times are steps of diffusers' schedule: step n of 1,000 is time n / 1,000."""
 
     def __init__(self) -> None:
-        self._alphas_cumprod = DDPMScheduler(**COSINE).alphas_cumprod.double()  # [1000]
+        schedule: Any = DDPMScheduler(**COSINE)
+        self._alphas_cumprod = schedule.alphas_cumprod.double()  # [1000]
 
     def sample_times(self, n: int) -> Tensor:
         return torch.randint(TRAIN_STEPS, (n,)) / TRAIN_STEPS

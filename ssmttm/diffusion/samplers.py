@@ -108,6 +108,7 @@ def sample(
 def _scheduler(settings: SamplerSettings, device: torch.device) -> Any:
     """A diffusers scheduler with its timesteps set."""
     name, steps = settings.name, settings.steps
+    scheduler: Any
     if settings.objective == "v":
         scheduler = {
             "ddpm": lambda: DDPMScheduler(**_TRAILING, clip_sample=False),

@@ -1,4 +1,4 @@
-"""Frozen text encoders and the condition that they hand to a model."""
+"""Frozen text encoders and the text condition they produce."""
 
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder

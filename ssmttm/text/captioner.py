@@ -1,4 +1,4 @@
-"""An audio language model that puts music into words: Qwen2-Audio (arXiv 2407.10759) through transformers.
+"""Music captioning with an audio language model: Qwen2-Audio (arXiv 2407.10759) through transformers.
 
 Shapes: S samples.
 """
@@ -24,21 +24,21 @@ _FILES = ("*.json", "merges.txt", "chat_template*", "model*.safetensors")
 
 
 class AudioCaptioner:
-    """Captions of audio, by greedy decoding: the same audio gives the same words.
+    """Captions audio by greedy decoding, so that the same audio gives the same caption.
 
     Args:
-        weights: a folder of transformers with safetensors, or a hub name.
-        device: where it runs; on a CPU in float32, else in the precision of the weights.
-        prompt: what it is asked.
-        batch: clips at a time.
-        max_new_tokens: where a caption is cut, back to its last whole sentence.
+        weights: a transformers folder with safetensors, or a hub name.
+        device: on a CPU the model runs in float32, else in the precision of the weights.
+        prompt: the instruction.
+        batch: clips per batch.
+        max_new_tokens: longer captions are cut after their last full sentence.
 
     Attributes:
-        sample_rate: Hz of the audio that it takes.
-        seconds: of a longer clip it hears the beginning only.
+        sample_rate: of the input audio, in Hz.
+        seconds: maximum clip length; the rest of a longer clip is ignored.
 
     Raises:
-        UserError: there is no such checkpoint, or it is no Qwen2-Audio.
+        UserError: no such checkpoint, or not a Qwen2-Audio model.
     """
 
     def __init__(
@@ -54,51 +54,52 @@ class AudioCaptioner:
         self.model = model.to(device).eval().requires_grad_(False)
         self.sample_rate = int(self.processor.feature_extractor.sampling_rate)
         self.seconds = float(self.processor.feature_extractor.chunk_length)
-        question = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": prompt}]
-        self._question: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": prompt}]
+        self._prompt: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over weights, config and tokenizer."""
+        """16 hex digits of a hash of weights, config and tokenizer."""
         return captioner_fingerprint(self.folder)
 
     def captions(self, wavs: Iterable[Tensor]) -> Iterator[str]:
-        """A caption of each clip, in order; empty where the model says nothing.
+        """A caption for each clip, in order; empty if the model generates nothing.
 
         Args:
-            wavs: float32 [S] each, S >= 1, at `sample_rate`; read a batch at a time.
+            wavs: float32 [S] each, S >= 1, at `sample_rate`; read one batch at a time.
         """
-        rest = iter(wavs)
-        while clips := list(islice(rest, self.batch)):
-            yield from self._answer(clips)
+        remaining = iter(wavs)
+        while clips := list(islice(remaining, self.batch)):
+            yield from self._generate(clips)
 
     @torch.inference_mode()
-    def _answer(self, clips: list[Tensor]) -> list[str]:
+    def _generate(self, clips: list[Tensor]) -> list[str]:
         inputs = self.processor(
-            text=[self._question] * len(clips),
+            text=[self._prompt] * len(clips),
             audio=[clip.cpu().numpy() for clip in clips],
             sampling_rate=self.sample_rate,
             padding=True,
             return_tensors="pt",
         ).to(self.model.device)
         inputs["input_features"] = inputs["input_features"].to(self.model.dtype)
-        made = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens)
-        answers = made[:, inputs["input_ids"].shape[1] :]  # [B, at most max_new_tokens]
-        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        ends = _as_list(self.model.generation_config.eos_token_id)
-        ended = [bool(torch.isin(answer, torch.tensor(ends, device=answer.device)).any()) for answer in answers]
-        return [text.strip() if whole else _whole_sentences(text) for text, whole in zip(texts, ended, strict=True)]
+        output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens)
+        tokens = output[:, inputs["input_ids"].shape[1] :]  # [B, at most max_new_tokens]
+        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        eos = self.model.generation_config.eos_token_id
+        ends = torch.tensor([] if eos is None else eos, device=tokens.device)
+        complete = torch.isin(tokens, ends).any(1).tolist()
+        return [text.strip() if end else _full_sentences(text) for text, end in zip(texts, complete, strict=True)]
 
 
 def captioner_folder(weights: str) -> Path:
-    """The folder of a captioner's checkpoint, fetched if need be. Raises UserError if there is none."""
+    """The folder of a captioner's checkpoint, downloaded if needed. Raises UserError if there is none."""
     return checkpoint_folder(weights, _FILES, "audio captioner")
 
 
 def captioner_fingerprint(folder: Path) -> str:
-    """16 hex digits over all that decides a captioner's words, without loading it."""
+    """16 hex digits of a hash of all files that determine the captions, without loading the model."""
     return fingerprint_of(sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.txt")]))
 
 
@@ -106,29 +107,24 @@ def _load(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     with quiet_transformers():
         from transformers import AutoConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
-        safe: dict[str, Any] = {"trust_remote_code": False}
         try:
-            kind = AutoConfig.from_pretrained(folder, **safe).model_type
+            kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
             if kind != "qwen2_audio":
-                raise UserError(f"{folder} is a {kind!r} model: a captioner is a Qwen2-Audio")
-            processor = Qwen2AudioProcessor.from_pretrained(folder, **safe)
+                raise UserError(f"{folder} is a {kind!r} model: a captioner is a Qwen2-Audio model")
+            processor = Qwen2AudioProcessor.from_pretrained(folder, trust_remote_code=False)
             model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the audio captioner in {folder} cannot be loaded: {reason}") from error
     processor.tokenizer.padding_side = "left"
-    choices = model.generation_config
-    choices.do_sample, choices.temperature, choices.top_p, choices.top_k = False, None, None, None
-    if choices.pad_token_id is None:
-        choices.pad_token_id = processor.tokenizer.pad_token_id
+    generation = model.generation_config
+    generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, None, None, None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = processor.tokenizer.pad_token_id
     return processor, model
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _whole_sentences(text: str) -> str:
-    """A text that was cut, up to its last full stop; as it is where it has none."""
+def _full_sentences(text: str) -> str:
+    """A truncated text up to its last full stop, or unchanged if it has none."""
     end = max(text.rfind(mark) for mark in ".!?")
     return (text[: end + 1] if end > 0 else text).strip()

@@ -1,4 +1,4 @@
-"""The text condition: token embeddings of a frozen encoder and which of them are real.
+"""The text condition: token embeddings of a frozen encoder and their mask.
 
 Shapes: B batch, L text tokens, E embedding width.
 """
@@ -11,11 +11,9 @@ from torch import Tensor
 
 
 class TextCondition(NamedTuple):
-    """Embedded captions.
+    """Embedded captions. embeddings: [B, L, E] float. mask: [B, L] bool, True at valid tokens.
 
-    The null condition is the embedding of the empty caption; a row with no real token has no prefix.
-
-    embeddings: [B, L, E] float. mask: [B, L] bool, True where a real token stands.
+    The null condition is the embedding of the empty caption; a row without a valid token has no prefix.
     """
 
     embeddings: Tensor
@@ -23,7 +21,7 @@ class TextCondition(NamedTuple):
 
     @classmethod
     def stack(cls, rows: Sequence[Tensor]) -> "TextCondition":
-        """Pad `[L_i, E]` rows on the left to the longest, so that the text ends where the audio begins."""
+        """Left-pad `[L_i, E]` rows to the longest, so that the text ends where the audio begins."""
         longest = max(len(row) for row in rows)
         embeddings = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1], dtype=torch.float32)  # [B, L, E]
         mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=rows[0].device)  # [B, L]

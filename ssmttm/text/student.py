@@ -1,7 +1,7 @@
-"""A small text encoder in the place of a large one: an encoder of transformers and a projection to the other's width.
+"""A small text encoder that replaces a large one: a transformers encoder and a projection to the teacher's width.
 
-On disk it is a folder of transformers (config.json, model.safetensors, tokenizer files) and projection.safetensors.
-Shapes: B captions, L tokens, H its own width, E that of the encoder which it stands for.
+On disk: a transformers folder (config.json, model.safetensors, tokenizer files) and projection.safetensors.
+Shapes: B captions, L tokens, H width of the student, E width of the teacher.
 """
 
 import copy
@@ -20,7 +20,7 @@ from ssmttm.text.vocabulary import plain_tokenizer, tokenizer_json, trim
 
 PROJECTION = "projection.safetensors"
 _LAYER = re.compile(r"(encoder\.(?:layer|block)\.)(\d+)")
-# What transformers calls the sizes of an encoder.
+# The names of an encoder's sizes in transformers.
 _NAMES = {
     "bert": {
         "layers": "num_hidden_layers", "width": "hidden_size", "mlp": "intermediate_size",
@@ -32,18 +32,13 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rat
 
 
 class EncoderOutput(NamedTuple):
-    """As transformers names it. last_hidden_state: [B, L, E]."""
+    """Named as in transformers. last_hidden_state: [B, L, E]."""
 
     last_hidden_state: Tensor
 
 
 class StudentEncoder(nn.Module):
-    """A BertModel or T5EncoderModel, and a linear map of its token states, which starts as the identity.
-
-    Args:
-        model: the encoder.
-        dim: E.
-    """
+    """A BertModel or T5EncoderModel with a linear map of its token states to width `dim`, initially the identity."""
 
     def __init__(self, model: Any, dim: int) -> None:
         super().__init__()
@@ -53,7 +48,7 @@ class StudentEncoder(nn.Module):
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> EncoderOutput:
-        """Tokens and which of them are real, [B, L] each -> states [B, L, E]."""
+        """Token ids and mask, [B, L] each -> states [B, L, E]."""
         states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, L, H]
         return EncoderOutput(self.projection(states))
 
@@ -64,36 +59,40 @@ class StudentEncoder(nn.Module):
     def save(self, folder: str | Path, tokenizer: Any, half: bool = True) -> None:
         """Write the folder that `load_text_encoder` reads; with `half`, matrices in float16."""
 
-        def stored(value: Tensor) -> Tensor:
-            return value.detach().to(torch.float16 if half and value.ndim > 1 else torch.float32).contiguous()
+        def stored(module: nn.Module) -> dict[str, Tensor]:
+            return {
+                name: value.detach().to(torch.float16 if half and value.ndim > 1 else torch.float32).contiguous()
+                for name, value in module.state_dict().items()
+            }
 
         folder = Path(folder)
-        weights = {name: stored(value) for name, value in self.model.state_dict().items()}
-        self.model.save_pretrained(folder, state_dict=weights)
+        self.model.save_pretrained(folder, state_dict=stored(self.model))
         tokenizer.save_pretrained(folder)
-        save_file({name: stored(value) for name, value in self.projection.state_dict().items()}, folder / PROJECTION)
+        save_file(stored(self.projection), folder / PROJECTION)
 
     @classmethod
-    def around(cls, model: Any, folder: Path) -> "StudentEncoder":
-        """The encoder of a folder with its projection. Raises UserError if that cannot be read or does not fit."""
+    def with_projection(cls, model: Any, folder: Path) -> "StudentEncoder":
+        """A loaded encoder with the projection of its folder. Raises UserError if that is missing or does not fit."""
         try:
             weights = load_file(folder / PROJECTION)
             student = cls(model, len(weights["bias"]))
             student.projection.load_state_dict(weights)
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{folder / PROJECTION} does not fit the encoder beside it ({reason}): export it again"
-                            ) from error  # fmt: skip
+            raise UserError(
+                f"{folder / PROJECTION} does not fit the encoder in its folder ({reason}): export it again"
+            ) from error
         return student
 
 
 class StudentShape(NamedTuple):
-    """What a student keeps of the encoder that it starts from.
+    """What a student keeps of its source encoder; None: all.
 
     Attributes:
-        layers: which, counted from 1; None: all.
-        width, mlp: channels of the stream and hidden units of each MLP; None: all.
-        positions: of a table of positions; None: all.
+        layers: layer numbers, counted from 1.
+        width: hidden width.
+        mlp: hidden units of each MLP.
+        positions: length of the position table.
     """
 
     layers: Sequence[int] | None = None
@@ -108,10 +107,10 @@ def build_student(
     """A student and its tokenizer.
 
     Args:
-        model, tokenizer: what it starts from, an encoder of transformers or a student; they stay as they are.
+        model, tokenizer: the source, a transformers encoder or a student; they are not changed.
         dim: E.
-        shape: what it keeps.
-        captions: the vocabulary is trimmed to them; None: it stays whole.
+        shape: the student's sizes.
+        captions: the vocabulary is trimmed to these captions; None: it is not trimmed.
 
     Raises:
         UserError: the shape does not fit, or the vocabulary cannot be trimmed.
@@ -130,27 +129,26 @@ def build_student(
 
 
 def cut_down(model: Any, shape: StudentShape) -> Any:
-    """An encoder of that shape and without dropout, trainable, made of layers and leading channels of another.
+    """A trainable encoder without dropout, initialised from some layers and the leading channels of another.
 
-    Heads keep their size: a narrower encoder has fewer of them.
+    Heads keep their width: a narrower encoder has fewer heads.
 
     Raises:
-        UserError: the shape is larger than the encoder, or its heads do not divide the width.
+        UserError: the shape is larger than the encoder, or the head width does not divide its width.
     """
     names, old = _NAMES[model.config.model_type], model.config
     config = copy.deepcopy(old)
-    asked = {"width": shape.width, "mlp": shape.mlp, "positions": shape.positions}
-    for part, size in asked.items():
-        if size is None or part not in names:
+    for key in ("width", "mlp", "positions"):
+        size, name = getattr(shape, key), names.get(key)
+        if size is None or name is None:
             continue
-        if not 1 <= size <= getattr(old, names[part]):
-            raise UserError(f"a text student with {part} {size} cannot be cut from an encoder with "
-                            f"{getattr(old, names[part])}: give 1 to as many")  # fmt: skip
-        setattr(config, names[part], size)
+        if not 1 <= size <= getattr(old, name):
+            raise UserError(f"{key} of a text student must be in [1, {getattr(old, name)}], its source's; got {size}")
+        setattr(config, name, size)
     if shape.width is not None:
         head = getattr(old, "d_kv", None) or old.hidden_size // getattr(old, names["heads"])
         if shape.width % head:
-            raise UserError(f"text_student.d_model={shape.width}: the heads are {head} wide, give a multiple of that")
+            raise UserError(f"text_student.d_model must be a multiple of the head width {head}, got {shape.width}")
         setattr(config, names["heads"], min(shape.width // head, getattr(old, names["heads"])))
     layers = list(shape.layers or range(1, getattr(old, names["layers"]) + 1))
     setattr(config, names["layers"], len(layers))
@@ -161,34 +159,34 @@ def cut_down(model: Any, shape: StudentShape) -> Any:
     source = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            there = _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])] - 1}", name, count=1)
-            # T5 counts distances in its first layer only, which stays the first.
-            value = source.get(there, source.get(name))
+            source_name = _LAYER.sub(lambda match: f"{match[1]}{layers[int(match[2])] - 1}", name, count=1)
+            # T5 has relative position biases in its first layer only, which stays the first.
+            value = source[source_name if source_name in source else name]
             parameter.copy_(value[tuple(slice(size) for size in parameter.shape)])
     return student
 
 
 def new_encoder(config: Any) -> Any:
-    """An encoder of transformers with fresh weights."""
+    """A transformers encoder with random weights."""
     from transformers import BertModel, T5EncoderModel
 
     return T5EncoderModel(config) if config.model_type == "t5" else BertModel(config, add_pooling_layer=False)
 
 
-def describe(encoder: StudentEncoder, tokenizer: Any) -> dict[str, Any]:
-    """All of a student but its weights, as JSON."""
+def student_description(encoder: StudentEncoder, tokenizer: Any) -> dict[str, Any]:
+    """Everything but the weights of a student, as JSON."""
     return {
         "dim": encoder.dim,
         "config": encoder.config.to_dict(),
         "tokenizer": tokenizer_json(tokenizer),
-        "marks": tokenizer.special_tokens_map,
+        "special_tokens": tokenizer.special_tokens_map,
     }
 
 
-def from_description(description: dict[str, Any]) -> tuple[StudentEncoder, Any]:
-    """A student with fresh weights, and its tokenizer."""
+def student_from_description(description: dict[str, Any]) -> tuple[StudentEncoder, Any]:
+    """A student with random weights, and its tokenizer."""
     from transformers import AutoConfig
 
     model = new_encoder(AutoConfig.for_model(**description["config"]))
-    tokenizer = plain_tokenizer(description["tokenizer"], description["marks"])
+    tokenizer = plain_tokenizer(description["tokenizer"], description["special_tokens"])
     return StudentEncoder(model, description["dim"]), tokenizer
