@@ -7,8 +7,8 @@ examples:
   ssmttm compress recipe=tinyttm_tiny teacher=tiny_lm store=data/builtin
                                            train the students, write exported/tinyttm_tiny
   ssmttm compress recipe=tinyttm_tiny teacher=tiny_lm store=data/builtin recipe.codec=null
-                                           the same, the teacher's decoder stays
-the same command goes on where it was stopped; all keys stand in configs/compress.yaml; recipes: configs/recipe/*.yaml
+                                           the same, with the teacher's decoder
+the same command resumes a stopped run; all keys: configs/compress.yaml; recipes: configs/recipe/*.yaml
 """
 
 
@@ -16,19 +16,19 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add `compress` to the `ssmttm` command."""
     compress = commands.add_parser(
         "compress",
-        help="make a whole system small: train students of its parts by a recipe and put them together",
+        help="compress a whole system: train students of its parts by a recipe and assemble them",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EPILOG,
     )
-    compress.add_argument("words", nargs="+", metavar="recipe=NAME teacher=MODEL store=STORE [KEY=VALUE ...]")
-    compress.set_defaults(run=lambda arguments: run(arguments.words))
+    compress.add_argument("overrides", nargs="+", metavar="recipe=NAME teacher=MODEL store=STORE [KEY=VALUE ...]")
+    compress.set_defaults(run=lambda arguments: run(arguments.overrides))
 
 
-def run(words: list[str]) -> None:
-    """Follow a recipe and print what came out."""
+def run(overrides: list[str]) -> None:
+    """Run a recipe and print the sizes and the folder of the student system."""
     from ssmttm import config
     from ssmttm.compress.recipe import compress
 
-    out = compress(config.load(*words, root="compress"))
+    out = compress(config.load(*overrides, root="compress"))
     print((out / "sizes.md").read_text())
     print(f'{out}\nnext: python sample.py "a slow waltz on a flute" --checkpoint {out}')

@@ -1,4 +1,4 @@
-"""The parts of a student system as one model folder."""
+"""Assembly of a student system into one model folder."""
 
 import json
 import shutil
@@ -14,21 +14,17 @@ from ssmttm.export.model_folder import export
 from ssmttm.files import write_text
 from ssmttm.licences import strictest
 
-CODEC = "codec"  # in the folder, the decoder's
+CODEC = "codec"  # subfolder of the decoder
 
 
 def assemble(language: str | Path, codec: str | Path | None, out: str | Path, int8: bool = False) -> Path:
-    """Write a model folder that `MusicPipeline.from_pretrained` reads: whole, or not at all.
+    """Write, atomically, a model folder for `MusicPipeline.from_pretrained`.
 
     Args:
-        language: a run or a checkpoint of a language model, with or without a text encoder of its own, or a model
-            folder.
-        codec: a run or a folder of a student codec; None: the one that the language model names.
+        language: a run, checkpoint or model folder of a language model, with or without its own text encoder.
+        codec: a run or a folder of a student codec; None: the codec of the language model.
         out: a new folder.
-        int8: keep the language model's linear maps in int8.
-
-    Raises:
-        UserError: a part is not there, or the decoder speaks the codes of another codec than the language model.
+        int8: quantise the language model's linear layers to int8.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +39,7 @@ def assemble(language: str | Path, codec: str | Path | None, out: str | Path, in
 
 
 def _model_folder(language: str | Path, folder: Path) -> Path:
-    """An exported folder of the language model, whatever it is now."""
+    """Copy the model folder, or export the run or checkpoint."""
     source = checkpoint.find_model(language)
     if (source / "card.json").is_file():
         shutil.copytree(source, folder)
@@ -52,10 +48,10 @@ def _model_folder(language: str | Path, folder: Path) -> Path:
 
 
 def _put_codec(folder: Path, codec: str | Path) -> None:
-    """The decoder into the model's folder, and its name into the card."""
+    """Add the decoder to the model folder and its name to the card."""
     source = checkpoint.find_model(codec)
     shutil.rmtree(folder / CODEC, ignore_errors=True)
-    if (source / "config.json").is_file():  # of a codec's own folder; a checkpoint has a config.yaml
+    if (source / "config.json").is_file():  # a codec folder; a checkpoint has config.yaml
         shutil.copytree(source, folder / CODEC)
     else:
         export(source, folder / CODEC)

@@ -1,1 +1,1 @@
-"""TinyTTM-style compression: a student learns from a teacher what codes to expect and what to think on the way."""
+"""Knowledge distillation: losses, layer mapping, weight transfer and the frozen teacher."""

@@ -1,11 +1,12 @@
-"""Which channels of a teacher a narrower student keeps, and how they lie in each parameter.
+"""Selection of the channels that a narrower student keeps of its teacher, and slicing of parameters by them.
 
-Every axis of a parameter is a row of segments, each a named kind of channel; a choice of channels for each kind cuts
-all parameters alike. Kinds: "model" D, "inner" I, "heads" H, "group_state" G N, "state" N, "rank" R, "hidden" M, and
-"all", left as it is.
+Each axis of a parameter is a concatenation of segments of one kind of channel; an index set for each kind slices all
+parameters consistently. Kinds: "model" D, "inner" I, "heads" H, "group_state" G N, "state" N, "rank" R, "hidden" M, and
+"all", which is not sliced.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from ssmttm.mixers import S4D, Attention, Mamba1, Mamba2
 from ssmttm.models.blocks import MLP
 from ssmttm.models.cross_attention import CrossAttention
 
-Axes = Sequence[Sequence[str]]  # of a parameter, the segments of each axis
-Choice = Mapping[str, Tensor]  # kind -> which of the teacher's channels, int64
+Axes = Sequence[Sequence[str]]  # the segments of each axis of a parameter
+ChannelIndices = Mapping[str, Tensor]  # kind -> indices of the teacher's channels, int64
 
 _M, _I, _H, _GN, _N, _R, _ALL = ["model"], ["inner"], ["heads"], ["group_state"], ["state"], ["rank"], ["all"]
 _MAMBA2_IN = ["inner", "inner", "group_state", "group_state", "heads"]
@@ -48,8 +49,8 @@ AXES: dict[type[nn.Module], dict[str, Axes]] = {
 AXES[CrossAttention] = AXES[Attention]
 
 
-def sizes_of(layer: nn.Module) -> dict[str, int]:
-    """How many channels a layer has of each kind that can be chosen apart: heads and what is in one, not "inner"."""
+def layer_sizes(layer: nn.Module) -> dict[str, int]:
+    """Number of channels by kind, for the kinds that are selected independently: heads and head width, not "inner"."""
     if isinstance(layer, Mamba2):
         return {"heads": layer.nheads, "head": layer.headdim, "groups": layer.ngroups, "state": layer.d_state}
     if isinstance(layer, Attention | CrossAttention):
@@ -62,69 +63,98 @@ def sizes_of(layer: nn.Module) -> dict[str, int]:
     return {"hidden": layer.fc1.out_features}
 
 
-def chosen(teacher: nn.Module, student: nn.Module, energy: Tensor | None, name: str) -> Choice:
-    """Which channels inside a teacher's layer its student's keeps; both are of one class.
+@torch.no_grad()
+def input_energy(
+    modules: Mapping[str, Sequence[nn.Module]], run: Callable[[], None], axis: int = -1
+) -> dict[str, Tensor]:
+    """Mean squares by channel of the inputs of modules while `run` runs, summed over calls and modules of a name.
 
     Args:
-        energy: of what goes into the teacher's last projection, [I] or [M]; None: the first channels are kept.
-        name: of the layer, for errors.
-
-    Raises:
-        UserError: the student's layer is wider somewhere, or has other groups.
+        axis: the channel axis of the inputs.
     """
-    has, wants = sizes_of(teacher), sizes_of(student)
-    for kind, size in wants.items():
-        if size > has[kind] or (kind == "groups" and size != has[kind]):
+    energies: dict[str, Tensor] = {}
+
+    def add_energy(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            energy = inputs[0].square().movedim(axis, -1).flatten(0, -2).mean(0).cpu()
+            energies[name] = energies[name] + energy if name in energies else energy
+
+        return hook
+
+    with contextlib.ExitStack() as hooks:
+        for name, of_name in modules.items():
+            for module in of_name:
+                hooks.enter_context(module.register_forward_pre_hook(add_energy(name)))
+        run()
+    return energies
+
+
+def select_channels(teacher: nn.Module, student: nn.Module, energy: Tensor | None, name: str) -> ChannelIndices:
+    """The channels inside a teacher's layer that its student's layer of the same class keeps.
+
+    Args:
+        energy: of the input of the teacher's last projection, [I] or [M]; None: the first channels are kept.
+        name: the layer's name in errors.
+    """
+    theirs, ours = layer_sizes(teacher), layer_sizes(student)
+    for kind, size in ours.items():
+        if size > theirs[kind] or (kind == "groups" and size != theirs[kind]):
+            limit = "the same" if kind == "groups" else "as many or fewer"
             raise UserError(
-                f"the student has {size} {kind} where {name} of its teacher has {has[kind]}: weights are cut, not "
-                f"grown; choose {'the same' if kind == 'groups' else 'as many or fewer'}"
+                f"the student has {size} {kind}, {name} of its teacher has {theirs[kind]}: weights are cut, not grown; "
+                f"choose {limit}"
             )
-    if "heads" in has:
-        return _chosen_heads(teacher, has, wants, energy)
-    widest = "hidden" if "hidden" in has else "inner"
-    picks = {kind: torch.arange(size) for kind, size in wants.items()}
-    return picks | {widest: most(energy, has[widest], wants[widest])}
+    if "heads" in theirs:
+        return _select_heads(teacher, theirs, ours, energy)
+    widest = "hidden" if "hidden" in theirs else "inner"
+    indices = {kind: torch.arange(size) for kind, size in ours.items()}
+    return indices | {widest: top_channels(energy, ours[widest])}
 
 
-def most(energy: Tensor | None, n: int, keep: int) -> Tensor:
-    """The `keep` of n channels with the most energy, in their order; without energies the first."""
-    return torch.arange(keep) if energy is None else energy.topk(keep).indices.sort().values
+def top_channels(energy: Tensor | None, n: int) -> Tensor:
+    """Indices of the n channels with the most energy, ascending; without energies the first n."""
+    return torch.arange(n) if energy is None else energy.topk(n).indices.sort().values
 
 
-def cut(parameter: Tensor, axes: Axes, choice: Choice, sizes: Mapping[str, int]) -> Tensor:
-    """The chosen channels of a parameter. sizes: how many the teacher has of each kind."""
+def slice_parameter(parameter: Tensor, axes: Axes, indices: ChannelIndices, sizes: Mapping[str, int]) -> Tensor:
+    """The selected channels of a parameter. sizes: number of the teacher's channels by kind."""
     for axis, segments in enumerate(axes):
         if segments == _ALL:
             continue
-        first, picks = 0, []
+        start, selected = 0, []
         for kind in segments:
-            picks.append(first + choice[kind].to(parameter.device))
-            first += sizes[kind]
-        parameter = parameter.index_select(axis, torch.cat(picks))
+            selected.append(start + indices[kind].to(parameter.device))
+            start += sizes[kind]
+        parameter = parameter.index_select(axis, torch.cat(selected))
     return parameter
 
 
-def _chosen_heads(
-    teacher: nn.Module, has: Mapping[str, int], wants: Mapping[str, int], energy: Tensor | None
-) -> Choice:
-    groups = has.get("groups", 1)
-    by_head = None if energy is None else energy.view(groups, -1, has["head"])  # [G, H / G, P]
-    per_group = has["heads"] // groups
-    in_group = [None] * groups if by_head is None else by_head.sum(-1).unbind()  # [H / G] each
-    wanted = wants["heads"] // groups
-    heads = torch.cat([g * per_group + most(energies, per_group, wanted) for g, energies in enumerate(in_group)])
-    within = most(None if by_head is None else by_head.sum((0, 1)), has["head"], wants["head"])
-    choice = {"heads": heads, "inner": (heads[:, None] * has["head"] + within).flatten()}
+def _select_heads(
+    teacher: nn.Module, theirs: Mapping[str, int], ours: Mapping[str, int], energy: Tensor | None
+) -> ChannelIndices:
+    """Heads within each group, one set of channels within all heads, and the states of a Mamba-2."""
+    groups = theirs.get("groups", 1)
+    heads_per_group, kept_per_group = theirs["heads"] // groups, ours["heads"] // groups
+    head_energy, channel_energy = None, None
+    if energy is not None:
+        by_head = energy.view(groups, heads_per_group, theirs["head"])
+        head_energy, channel_energy = by_head.sum(-1), by_head.sum((0, 1))  # [G, H / G], [P]
+    selected = []
+    for group in range(groups):
+        in_group = top_channels(None if head_energy is None else head_energy[group], kept_per_group)
+        selected.append(group * heads_per_group + in_group)
+    heads, within_head = torch.cat(selected), top_channels(channel_energy, ours["head"])
+    indices = {"heads": heads, "inner": (heads[:, None] * theirs["head"] + within_head).flatten()}
     if isinstance(teacher, Mamba2):
-        state = most(None if energy is None else _state_energy(teacher), has["state"], wants["state"])
-        starts = torch.arange(groups) * has["state"]
-        choice |= {"group_state": (starts[:, None] + state).flatten()}
-    return choice
+        states = top_channels(None if energy is None else _state_energy(teacher), ours["state"])
+        group_starts = torch.arange(groups) * theirs["state"]
+        indices["group_state"] = (group_starts[:, None] + states).flatten()
+    return indices
 
 
 def _state_energy(mixer: Mamba2) -> Tensor:
-    """Of each state channel, over groups: the norm of the rows that write it times that of those that read it, [N]."""
-    first = 2 * mixer.d_inner
-    rows = mixer.in_proj.weight[first : first + 2 * mixer.ngroups * mixer.d_state].detach().norm(dim=1)  # [2 G N]
-    write, read = rows.view(2, mixer.ngroups, mixer.d_state)
-    return (write * read).sum(0)
+    """Energy of each state channel, [N]: norm of its row of B times norm of its row of C, summed over groups."""
+    start = 2 * mixer.d_inner
+    rows = mixer.in_proj.weight[start : start + 2 * mixer.ngroups * mixer.d_state].detach().norm(dim=1)  # [2 G N]
+    B, C = rows.view(2, mixer.ngroups, mixer.d_state)
+    return (B * C).sum(0)

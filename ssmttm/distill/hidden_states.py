@@ -1,12 +1,12 @@
-"""Student against teacher inside: streams behind mapped blocks, and single mixers fed with the teacher's own streams.
+"""Matching of hidden states after mapped blocks, and of single mixers on the teacher's inputs.
 
-Mixer matching is the layer-wise step of MOHAWK (arXiv 2408.10189): each mixer of the student learns to say what its
-teacher's says to the same input, before they have to work together.
-Shapes: B batch, S positions, D width of the student, W of the teacher.
+Mixer matching is the layer-wise stage of MOHAWK (arXiv 2408.10189): each mixer of the student learns the output of the
+teacher's mixer for the same input.
+Shapes: B batch, S positions, D student width, W teacher width.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,75 +19,75 @@ from ssmttm.models import TokenLM
 from ssmttm.models.conditioning import ProjectedText
 from ssmttm.ops.linear import Linear
 
+MixerTrace = Mapping[int, tuple[Any, Tensor]]  # block -> inputs and output of its first mixer
+
 
 class HiddenStateProjections(nn.ModuleList):
-    """One linear map [B, S, D] -> [B, S, W] for each mapped block, of streams of unit size; they begin as identities,
-    cut or filled with zeros where the widths differ."""
+    """One linear map [B, S, D] -> [B, S, W] of RMS-normalised hidden states for each mapped block, initialised to the
+    identity (truncated, or padded with zeros)."""
 
     def __init__(self, n: int, width: int, teacher_width: int) -> None:
-        super().__init__(Linear(width, teacher_width, bias=False) for _ in range(n))
-        for linear in self:
+        linears = [Linear(width, teacher_width, bias=False) for _ in range(n)]
+        super().__init__(linears)
+        for linear in linears:
             nn.init.eye_(linear.weight)
 
-    def forward(self, hidden_states: Sequence[Tensor], of_teacher: Sequence[Tensor]) -> Tensor:
-        """Distances of the streams, mean over blocks: [B, S]."""
-        pairs = zip(self, hidden_states, of_teacher, strict=True)
-        return torch.stack([hidden_state_distance(p(F.rms_norm(s, s.shape[-1:])), t) for p, s, t in pairs]).mean(0)
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Distance of the hidden states, mean over blocks: [B, S]."""
+        distances = []
+        for projection, ours, theirs in zip(self, student, teacher, strict=True):
+            distances.append(hidden_state_distance(projection(F.rms_norm(ours, ours.shape[-1:])), theirs))
+        return torch.stack(distances).mean(0)
 
 
 @contextlib.contextmanager
-def traced_mixers(teacher: TokenLM, numbers: Sequence[int]) -> Iterator[dict[int, tuple[Any, Tensor]]]:
-    """While it is open, what goes into and comes out of the first mixer of these blocks, by number."""
-    seen: dict[int, tuple[Any, Tensor]] = {}
+def traced_mixers(teacher: TokenLM, blocks: Sequence[int]) -> Iterator[MixerTrace]:
+    """Record inputs and output of the first mixer of these blocks while the context is open."""
+    traced: dict[int, tuple[Any, Tensor]] = {}
 
-    def keep(number: int) -> Any:
-        return lambda module, inputs, output: seen.__setitem__(number, (inputs, output))
+    def record(block: int) -> Callable[..., None]:
+        return lambda module, inputs, output: traced.__setitem__(block, (inputs, output))
 
-    handles = [teacher.blocks[n - 1].sublayers[0].register_forward_hook(keep(n)) for n in set(numbers)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks:
+        for block in set(blocks):
+            mixer = teacher.get_submodule(f"blocks.{block - 1}.sublayers.0")
+            hooks.enter_context(mixer.register_forward_hook(record(block)))
+        yield traced
 
 
 def mixer_error(
-    student: TokenLM,
-    text: ProjectedText,
-    audio: Tensor,
-    numbers: Sequence[int],
-    seen: dict[int, tuple[Any, Tensor]],
+    student: TokenLM, text: ProjectedText, audio: Tensor, blocks: Sequence[int], traced: MixerTrace
 ) -> Tensor:
-    """Mean over the student's blocks of `output_error` of their first mixers, fed with what the teacher's were fed, at
-    positions that hold text or audio: [B].
+    """`output_error` of the student's first mixers on their teacher's inputs, mean over blocks: [B].
 
     Args:
         text: projected by the student.
-        audio: bool [B, S], True at positions of the audio that are no padding.
-        numbers: the teacher's block for each of the student's.
-        seen: by `traced_mixers`.
+        audio: bool [B, S], True at valid audio positions.
+        blocks: the teacher block for each student block.
+        traced: from `traced_mixers`.
     """
-    real = audio_positions(text.mask, audio) if student.config.conditioning == "prefix" else audio
+    valid = valid_positions(text.mask, audio) if student.config.conditioning == "prefix" else audio
     errors = []
-    for block, number in zip(student.blocks, numbers, strict=True):
-        (x, _, _, mask), output = seen[number]
-        ours = block.sublayers[0](x, text, None, mask)
-        errors.append(output_error(*(y.masked_fill(~real[..., None], 0) for y in (ours, output))))
+    for index, block in enumerate(blocks):
+        (x, _, _, mask), theirs = traced[block]
+        ours = student.get_submodule(f"blocks.{index}.sublayers.0")(x, text, None, mask)
+        ours, theirs = (output.masked_fill(~valid[..., None], 0) for output in (ours, theirs))
+        errors.append(output_error(ours, theirs))
     return torch.stack(errors).mean(0)
 
 
-def audio_positions(text: Tensor, audio: Tensor) -> Tensor:
-    """Which positions are real once text [B, L] stands in front of audio [B, S], its padding last: [B, L + S]."""
+def valid_positions(text: Tensor, audio: Tensor) -> Tensor:
+    """Mask of a sequence with the text [B, L] right-aligned before the audio [B, S], padding last: [B, L + S]."""
     order = torch.argsort(~torch.cat([text, torch.ones_like(audio)], 1), dim=1, stable=True)
     return torch.cat([text, audio], 1).gather(1, order)
 
 
 def check_mixers(student: TokenLM, teacher: TokenLM) -> None:
-    """Raises UserError unless the mixers of both take the same streams."""
+    """Raises UserError unless the mixers of both take the same input."""
     for key in ("d_model", "conditioning"):
         ours, theirs = getattr(student.config, key), getattr(teacher.config, key)
         if ours != theirs:
             raise UserError(
-                f"mixers are matched on the teacher's own streams, but its model.{key} is {theirs}, the student's "
+                f"mixer matching needs equal inputs, but the teacher's model.{key} is {theirs} and the student's is "
                 f"{ours}: set model.{key}={theirs}, or distill.mixer_steps=0"
             )

@@ -1,4 +1,4 @@
-"""Which of a teacher's blocks a student's blocks answer to. Blocks are counted from 1."""
+"""Mapping of student blocks to teacher blocks. Blocks are numbered from 1."""
 
 from collections.abc import Sequence
 
@@ -8,31 +8,30 @@ LAYER_MAPS = ("even", "first", "last", "ends")
 
 
 def layer_map(kind: str | Sequence[int], n_student: int, n_teacher: int) -> list[int]:
-    """The teacher's block for each of the student's.
+    """The teacher block for each student block.
 
     Args:
-        kind: "even", every (n_teacher / n_student)-th, so that both ends meet; "first"; "last"; "ends", half of each;
-            or the numbers themselves, one a block of the student.
-
-    Raises:
-        UserError: there is no such kind, the teacher has too few blocks for it, or a number is none or out of range.
+        kind: "even" (every (n_teacher / n_student)-th block, so that the last blocks match), "first", "last", "ends"
+            (half of each), or a list with one teacher block for each student block.
     """
+    choices = f"choose one of {', '.join(LAYER_MAPS)}, or list the teacher blocks"
     if not isinstance(kind, str):
-        if not isinstance(kind, Sequence) or not all(type(number) is int for number in kind):
-            raise UserError(f"{kind} is no map of layers: choose from {', '.join(LAYER_MAPS)}, or list the blocks")
-        numbers = list(kind)
+        is_list = isinstance(kind, Sequence) and all(type(block) is int for block in kind)
+        if not is_list:
+            raise UserError(f"invalid layer map {kind}: {choices}")
+        blocks = list(kind)
     elif kind == "even":
-        numbers = [-(-index * n_teacher // n_student) for index in range(1, n_student + 1)]
+        blocks = [-(-index * n_teacher // n_student) for index in range(1, n_student + 1)]
     elif kind not in LAYER_MAPS:
-        raise UserError(f"unknown map of layers {kind!r}: choose from {', '.join(LAYER_MAPS)}, or list the blocks")
+        raise UserError(f"unknown layer map {kind!r}: {choices}")
     elif n_student > n_teacher:
-        raise UserError(f"a student of {n_student} blocks has more than its teacher's {n_teacher}: map its layers even")
+        raise UserError(f"the student has {n_student} blocks, more than its teacher's {n_teacher}: use layer map even")
     else:
         tail = {"first": 0, "last": n_student, "ends": n_student // 2}[kind]
-        numbers = [*range(1, n_student - tail + 1), *range(n_teacher - tail + 1, n_teacher + 1)]
-    if len(numbers) != n_student:
-        raise UserError(f"{len(numbers)} blocks are named for a student of {n_student}: name one for each")
-    wrong = [number for number in numbers if not 1 <= number <= n_teacher]
-    if wrong:
-        raise UserError(f"the teacher has no block {wrong[0]}: its blocks are 1 to {n_teacher}")
-    return numbers
+        blocks = [*range(1, n_student - tail + 1), *range(n_teacher - tail + 1, n_teacher + 1)]
+    if len(blocks) != n_student:
+        raise UserError(f"the layer map lists {len(blocks)} blocks, the student has {n_student}: list one for each")
+    invalid = [block for block in blocks if not 1 <= block <= n_teacher]
+    if invalid:
+        raise UserError(f"the teacher has no block {invalid[0]}: its blocks are 1 to {n_teacher}")
+    return blocks

@@ -1,6 +1,6 @@
-"""A frozen language model as a teacher: its logits and streams for what its student is shown."""
+"""A frozen language model as a teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,26 +17,24 @@ NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 
 class Teacher:
-    """A trained TokenLM: a run, a checkpoint, an exported or imported folder, or the name of an embedded model.
+    """A trained TokenLM.
 
     Args:
-        name: which.
-        guidance_scale: its logits are those that a sampler with this guidance draws from; 1 takes them as they are.
+        name: a run, a checkpoint, an exported or imported folder, or an embedded model.
+        guidance_scale: classifier-free guidance applied to the logits; 1: none.
         null_text: the null condition, one row; needed with guidance.
-
-    Raises:
-        UserError: there is no such model.
     """
-
-    model: TokenLM
 
     def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)
-        self.model = load_model(self.folder).requires_grad_(False)
-        if guidance_scale != 1 and self.folder.distilled_guidance_scale != 1:
+        model = load_model(self.folder).requires_grad_(False)
+        assert isinstance(model, TokenLM)
+        self.model = model
+        distilled = self.folder.distilled_guidance_scale
+        if guidance_scale != 1 and distilled != 1:
             raise UserError(
-                f"the teacher {self.folder.name} has guidance {self.folder.distilled_guidance_scale:g} within already: set "
-                "distill.guidance_scale=1, its students have it too"
+                f"guidance {distilled:g} is already distilled into the teacher {self.folder.name}, and so into its "
+                "students: set distill.guidance_scale=1"
             )
         if null_text is not None and self.folder.null_condition == "no_tokens":
             null_text = null_text._replace(mask=torch.zeros_like(null_text.mask))
@@ -47,76 +45,81 @@ class Teacher:
     def __call__(
         self, codes: Tensor, text: TextCondition, controls: Controls, return_hidden_states_of: Sequence[int] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, K, S, V] of the codes alone, without a logit for the special token, guided; and streams behind
-        these blocks, [B, S, W] each, not guided. Arguments as of `TokenLM.forward`."""
+        """Guided logits [B, K, S, V], without the special token, and the conditional hidden states [B, S, W] after the
+        given blocks. Arguments as in `TokenLM.forward`."""
         size = self.model.config.codebook_size
         controls = controls.supported_by(self.model.config)
         model = self.model.to(codes.device)
-        without = None
+        unconditional = None
         if self.guidance_scale != 1:
-            rows = self.null_text.to(codes.device)
-            null = TextCondition(*(part.expand(len(codes), *part.shape[1:]) for part in rows))
-            without = model(codes, null, controls=controls)[..., :size]
-        said = model(codes, text, return_hidden_states_of, controls)  # last: what listens to the teacher is to hear this
-        logits, hidden_states = said if return_hidden_states_of else (said, [])
+            assert self.null_text is not None
+            null = self.null_text.to(codes.device)
+            null = TextCondition(*(part.expand(len(codes), *part.shape[1:]) for part in null))
+            unconditional = model(codes, null, controls=controls)[..., :size]
+        # last, so that hooks record the conditional pass
+        output = model(codes, text, return_hidden_states_of, controls)
+        logits, hidden_states = output if return_hidden_states_of else (output, [])
         logits = logits[..., :size]
-        return logits if without is None else without + self.guidance_scale * (logits - without), hidden_states
+        if unconditional is not None:
+            logits = unconditional + self.guidance_scale * (logits - unconditional)
+        return logits, hidden_states
 
     def flops(self, n_positions: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one sequence."""
-        null = 0 if self.guidance_scale == 1 else self.model.flops(n_positions, self.null_text.mask.shape[1])
-        return self.model.flops(n_positions, n_text_tokens) + null
+        conditional = self.model.flops(n_positions, n_text_tokens)
+        if self.guidance_scale == 1:
+            return conditional
+        assert self.null_text is not None
+        return conditional + self.model.flops(n_positions, self.null_text.mask.shape[1])
 
-    def facts(self) -> dict[str, Any]:
-        """What a student's card must know: name, hash of the weights, guidance."""
-        return {
+    def student_metadata(self, metadata: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
+        """Metadata of a student's training data, with the teacher's entry, licences and null condition added."""
+        entry = {
             "name": self.folder.name, "weights_sha256": file_sha256(self.folder.weights_file),
             "guidance_scale": self.guidance_scale, "distilled_guidance_scale": self.folder.distilled_guidance_scale,
         }  # fmt: skip
+        licences = (self.folder.licences or {}) | metadata["licences"]
+        text = metadata["text"] | {"null_condition": self.folder.null_condition}
+        return {**metadata, "licences": licences, "text": text, "teacher": entry | extra}
 
     @property
-    def guidance_of_student(self) -> float:
-        """What its student is sampled with: once, by whoever has it within."""
+    def student_guidance_scale(self) -> float:
+        """Guidance scale for sampling the student; 1 if guidance is distilled into it."""
         return self.folder.guidance_scale if self.guidance_scale == 1 else 1.0
 
-    def check_student(self, model: Any, pattern: str, info: dict[str, Any]) -> None:
-        """Check that a student speaks of the same codes and hears the same text.
-
-        Args:
-            model: the student's config.
-            pattern: the student's interleaving.
-            info: of the store that it learns from.
-
-        Raises:
-            UserError: codec, text encoder, number or size of codebooks, pattern or text width differ.
-        """
-        ours, theirs, name = model, self.model.config, self.folder.name
+    def check_student(self, config: Mapping[str, Any], pattern: str, store_info: Mapping[str, Any]) -> None:
+        """Check a student's model config, interleaving pattern and store against the teacher's."""
+        name = self.folder.name
         for key in ("n_codebooks", "codebook_size", "text_dim"):
-            if ours[key] != getattr(theirs, key):
+            theirs = getattr(self.model.config, key)
+            if config[key] != theirs:
                 raise UserError(
-                    f"the student has model.{key}={ours[key]}, its teacher {name} {getattr(theirs, key)}: set "
-                    f"model.{key}={getattr(theirs, key)}"
+                    f"the student has model.{key}={config[key]}, its teacher {name} has {theirs}: set "
+                    f"model.{key}={theirs}"
                 )
         self.check_null_condition()
         if pattern != self.folder.config.pattern:
-            raise UserError(f"pattern={pattern}, but the teacher {name} learnt {self.folder.config.pattern}: set that")
-        self.check_store(info)
+            raise UserError(
+                f"pattern={pattern}, but the teacher {name} was trained with {self.folder.config.pattern}: set "
+                f"pattern={self.folder.config.pattern}"
+            )
+        self.check_store(store_info)
 
     def check_null_condition(self) -> None:
-        """Raises UserError if its captions are read in a way that no student here learns."""
+        """Raises UserError unless distillation supports the teacher's null condition."""
         if self.folder.null_condition not in NULL_CONDITIONS:
             raise UserError(
-                f"the teacher {self.folder.name} reads captions as {self.folder.null_condition}, a student can learn from "
-                f"{' and '.join(NULL_CONDITIONS)}: give another teacher"
+                f"the teacher {self.folder.name} has the null condition {self.folder.null_condition}, distillation "
+                f"supports {' and '.join(NULL_CONDITIONS)}: choose another teacher"
             )
 
-    def check_store(self, info: dict[str, Any]) -> None:
-        """Raises UserError unless a store was made with the teacher's codec and text encoder."""
-        name = self.folder.name
+    def check_store(self, store_info: Mapping[str, Any]) -> None:
+        """Raises UserError unless the store was made with the teacher's codec and text encoder."""
         for kind in ("codec", "text"):
-            theirs_made, made = self.folder.fact(kind), info[kind]
-            if theirs_made["fingerprint"] != made["fingerprint"]:
+            theirs, ours = self.folder.fact(kind), store_info[kind]
+            if theirs["fingerprint"] != ours["fingerprint"]:
                 raise UserError(
-                    f"the teacher {name} was trained with {kind} {theirs_made['name']} ({theirs_made['fingerprint']}), "
-                    f"the store was made with {made['name']} ({made['fingerprint']}): prepare the store with the former"
+                    f"the teacher {self.folder.name} was trained with {kind} {theirs['name']} "
+                    f"({theirs['fingerprint']}), the store was made with {ours['name']} ({ours['fingerprint']}): "
+                    "prepare the store with the former"
                 )

@@ -1,10 +1,11 @@
-"""A student's first weights, taken from its teacher: chosen layers, slices of their widths, attention as Mamba-2.
+"""Initial weights of a student from its teacher: selected layers, sliced widths, attention converted to Mamba-2.
 
-Layers of one kind are cut; attention goes into Mamba-2 as in arXiv 2408.15237, Q, K, V and O as C, B, x and out. The
-rest keeps its random start. With shapes like the teacher's the student is the teacher, to the bit.
-Shapes: B batch, K codebooks, S positions, D model width, I and M what goes into a layer's last projection, H heads.
+Layers of the same class are sliced; attention becomes Mamba-2 as in arXiv 2408.15237 (Q, K, V, O -> C, B, x, out). All
+other parameters keep their random initialisation. A student of equal shape equals its teacher bit for bit.
+Shapes: B batch, K codebooks, S positions, D model width, I and M inputs of a layer's last projection, H heads.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.distill.channels import AXES, chosen, cut, most, sizes_of
+from ssmttm.distill.channels import AXES, input_energy, layer_sizes, select_channels, slice_parameter, top_channels
 from ssmttm.distill.layer_map import layer_map
 from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM
 from ssmttm.models.blocks import MLP, Sublayer
+from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.text.condition import TextCondition
 
 
@@ -27,8 +29,8 @@ class Importance:
     """Energies of a teacher's channels on calibration data.
 
     Attributes:
-        model: [D], of the stream of unit size, over all blocks.
-        layers: by the name of a layer, of what goes into its last projection, [I] or [M].
+        model: [D], of the RMS-normalised hidden states after all blocks.
+        layers: by layer name, of the input of its last projection, [I] or [M].
     """
 
     model: Tensor
@@ -37,30 +39,25 @@ class Importance:
 
 @torch.no_grad()
 def channel_importance(teacher: TokenLM, batches: Iterable[tuple[Tensor, TextCondition]]) -> Importance:
-    """Mean squares of a teacher's activations over batches of codes [B, K, S], as its forward takes them, and text."""
-    model, layers, handles = torch.zeros(teacher.config.d_model), {}, []
+    """Mean squares of a teacher's activations over batches of input codes [B, K, S] and text."""
+    energy = torch.zeros(teacher.config.d_model)
 
-    def of_stream(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        model.add_(F.rms_norm(output, output.shape[-1:]).square().flatten(0, -2).mean(0).cpu())
+    def add_energy(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        energy.add_(F.rms_norm(output, output.shape[-1:]).square().flatten(0, -2).mean(0).cpu())
 
-    def of_layer(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            energy = inputs[0].square().flatten(0, -2).mean(0).cpu()
-            layers[name] = layers.get(name, 0) + energy
-
-        return hook
-
-    for name, module in _layers(teacher).items():
-        last = module.fc2 if isinstance(module, MLP) else module.out_proj
-        handles.append(last.register_forward_pre_hook(of_layer(name)))
-    handles += [block.register_forward_hook(of_stream) for block in teacher.blocks]
-    try:
+    def run() -> None:
         for codes, text in batches:
             teacher(codes, text)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Importance(model, layers)
+
+    last_projections = {}
+    for name, layer in teacher.named_modules():
+        if type(layer) in AXES:
+            last_projections[name] = [layer.fc2 if isinstance(layer, MLP) else layer.get_submodule("out_proj")]
+    with contextlib.ExitStack() as hooks:
+        for block in teacher.blocks:
+            hooks.enter_context(block.register_forward_hook(add_energy))
+        layers = input_energy(last_projections, run)
+    return Importance(energy, layers)
 
 
 @torch.no_grad()
@@ -71,186 +68,170 @@ def transfer_weights(
     width: str | None,
     importance: Importance | None = None,
 ) -> list[str]:
-    """Fill a student with what it can take from its teacher.
+    """Initialise a student from its teacher where their parameters correspond.
 
     Args:
-        layers: a teacher's block for each of the student's, see `ssmttm.distill.layer_map`; None: no block is taken, but
-            embedding, text projection, last norm and heads.
-        width: how channels are chosen where the student is narrower: "importance", those with the most energy; "first".
-            None: widths are the same.
+        layers: the teacher block for each student block, see `ssmttm.distill.layer_map`; None: only embedding, text
+            projection, controls, last norm and heads.
+        width: how a narrower student selects channels: "importance" (most energy) or "first"; None: equal widths.
         importance: for width="importance".
 
     Returns:
-        The names of the student's parameters that were set.
-
-    Raises:
-        UserError: other codes or text, a block that is not there, a student that is wider, a slice that is not known.
+        Names of the student's parameters that were set.
     """
     for key in ("n_codebooks", "codebook_size", "text_dim"):
-        ours, theirs = getattr(student.config, key), getattr(teacher.config, key)
-        if ours != theirs:
-            raise UserError(f"weights cannot be taken from a teacher with model.{key}={theirs}: the student has {ours}")
+        size, expected = getattr(student.config, key), getattr(teacher.config, key)
+        if size != expected:
+            raise UserError(f"weight transfer needs model.{key}={expected}, as of the teacher; the student has {size}")
     if width not in (None, "importance", "first"):
         raise UserError(f"unknown distill.transfer.width {width!r}: choose importance or first")
-    has, wants = teacher.config.d_model, student.config.d_model
-    if wants > has or (wants < has and width is None):
-        raise UserError(
-            f"the student is {wants} wide, its teacher {has}: " + ("weights are cut, not grown" if wants > has else
-            "set distill.transfer.width=importance")
-        )  # fmt: skip
+    d_teacher, d_student = teacher.config.d_model, student.config.d_model
+    if d_student > d_teacher or (d_student < d_teacher and width is None):
+        hint = "weights are cut, not grown" if d_student > d_teacher else "set distill.transfer.width=importance"
+        raise UserError(f"the student has model.d_model={d_student}, its teacher {d_teacher}: {hint}")
     if width == "importance" and importance is None:
         raise ValueError("width='importance' needs the teacher's `channel_importance`")
-    energies = importance if width == "importance" else None
-    kept = most(None if energies is None else energies.model, has, wants)  # [D of the student]
-    done = _transfer_ends(teacher, student, kept)
-    numbers = [] if layers is None else layer_map(layers, student.config.n_layers, teacher.config.n_layers)
-    for index, number in enumerate(numbers):
-        for i, j in _alike(teacher.blocks[number - 1], student.blocks[index]):
-            source, place = f"blocks.{number - 1}.sublayers.{i}", f"blocks.{index}.sublayers.{j}"
-            theirs, ours = teacher.get_submodule(source), student.get_submodule(place)
-            if width is None:
-                _check_same_widths(theirs.inner, ours.inner, place)
-            energy = None if energies is None else energies.layers.get(f"{source}.inner")
-            done += [f"{place}.{name}" for name in _transfer_sublayer(theirs, ours, kept, energy, source)]
-    return done
+    if width != "importance":
+        importance = None
+    kept = top_channels(None if importance is None else importance.model, d_student)  # [D of the student]
+    transferred = _transfer_ends(teacher, student, kept)
+    blocks = [] if layers is None else layer_map(layers, student.config.n_layers, teacher.config.n_layers)
+    for index, block in enumerate(blocks):
+        for i, j in _matching_sublayers(teacher.blocks[block - 1], student.blocks[index]):
+            source, target = f"blocks.{block - 1}.sublayers.{i}", f"blocks.{index}.sublayers.{j}"
+            theirs: Any = teacher.get_submodule(source)
+            ours: Any = student.get_submodule(target)
+            if width is None and type(theirs.inner) is type(ours.inner) and not _same_shapes(theirs.inner, ours.inner):
+                raise UserError(
+                    f"{target} has other widths than its teacher's layer: set distill.transfer.width=importance"
+                )
+            energy = None if importance is None else importance.layers.get(f"{source}.inner")
+            names = _transfer_sublayer(theirs, ours, kept, energy, source)
+            transferred += [f"{target}.{name}" for name in names]
+    return transferred
 
 
-def _layers(model: TokenLM) -> dict[str, nn.Module]:
-    """All layers of a model's blocks whose channels can be cut, by name."""
-    return {name: module for name, module in model.named_modules() if type(module) in AXES}
+def _matching_sublayers(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
+    """Indices of sublayers with the same function in two blocks: mixers, cross-attentions, MLPs, in order."""
+    pairs: list[tuple[int, int]] = []
+    for kind in ("mixer", "text", "mlp"):
+        pairs += zip(_sublayers_of(teacher, kind), _sublayers_of(student, kind), strict=False)
+    return pairs
 
 
-def _alike(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
-    """Which sublayers of two blocks are for the same: first mixer to first mixer, the looks at the text, the MLPs."""
-
-    def numbers(block: nn.Module, kind: str) -> list[int]:
-        kinds = ["mixer" if b.is_mixer else "text" if b.sees_text else "mlp" for b in block.sublayers]
-        return [index for index, own in enumerate(kinds) if own == kind]
-
-    pairs = (zip(numbers(teacher, k), numbers(student, k), strict=False) for k in ("mixer", "text", "mlp"))
-    return [pair for of_kind in pairs for pair in of_kind]
+def _sublayers_of(block: Any, kind: str) -> list[int]:
+    kinds = {CrossAttention: "text", MLP: "mlp"}
+    return [i for i, sublayer in enumerate(block.sublayers) if kinds.get(type(sublayer.inner), "mixer") == kind]
 
 
-def _check_same_widths(teacher: nn.Module, student: nn.Module, place: str) -> None:
-    """Raises UserError where a layer of the teacher's kind has other widths."""
-    if type(teacher) is type(student) and not _same_shapes(teacher, student):
-        raise UserError(f"{place} is of other widths than its teacher's layer: set distill.transfer.width=importance")
-
-
-def _put(ours: nn.Module, name: str, value: Tensor) -> str:
-    ours.get_parameter(name).copy_(value)
+def _copy(module: nn.Module, name: str, value: Tensor) -> str:
+    module.get_parameter(name).copy_(value)
     return name
 
 
 def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str]:
-    """Embedding, text projection, last norm, heads, and what tells of a melody and a tempo."""
-    codes = torch.arange(min(teacher.n_logits, student.n_logits))
+    """Embedding, text projection, last norm, heads and the embeddings of controls."""
+    n_logits = min(teacher.n_logits, student.n_logits)
     n_codebooks = student.config.n_codebooks
-    ours, theirs = (m.heads.weight.view(n_codebooks, m.n_logits, -1) for m in (student, teacher))
-    ours[:, codes] = theirs[:, codes][..., kept]
+    ours, theirs = (model.heads.weight.view(n_codebooks, model.n_logits, -1) for model in (student, teacher))
+    ours[:, :n_logits] = theirs[:, :n_logits][..., kept]
     student.embedding.weight.copy_(teacher.embedding.weight[:, kept])
-    done = ["embedding.weight", "heads.weight"]
-    places = ["text", "norm", "chroma"]
+    transferred = ["embedding.weight", "heads.weight"]
+    modules = ["text", "norm", "chroma"]
     if len(kept) == teacher.config.d_model:
-        places.append("tempo")  # whose sinusoids depend on the width
-    for place in places:
-        own, source = getattr(student, place), getattr(teacher, place)
+        modules.append("tempo")  # its sinusoids depend on the width
+    for name in modules:
+        own, source = getattr(student, name), getattr(teacher, name)
         if own is None or type(own) is not type(source):
             continue
-        for name, value in source.named_parameters():
-            if name in dict(own.named_parameters()):
-                done.append(f"{place}.{_put(own, name, value[kept])}")
-    return done
+        present = dict(own.named_parameters())
+        for key, value in source.named_parameters():
+            if key in present:
+                transferred.append(f"{name}.{_copy(own, key, value[kept])}")
+    return transferred
 
 
 def _transfer_sublayer(theirs: Sublayer, ours: Sublayer, kept: Tensor, energy: Tensor | None, source: str) -> list[str]:
-    """Norm, layer scale, modulation and the layer inside."""
-    done = []
+    """Norm, layer scale, adaLN and the layer inside."""
+    transferred = []
+    present, d_model = dict(ours.named_parameters()), len(theirs.get_parameter("norm.weight"))
     for name, value in theirs.named_parameters():
-        if name.startswith("inner.") or name not in dict(ours.named_parameters()):
+        if name.startswith("inner.") or name not in present:
             continue
         axes = [["model"] * 3, ["model"]] if name.startswith("adaln") else [["model"]]
-        value = cut(value, axes[: value.ndim], {"model": kept}, {"model": len(theirs.norm.weight)})
-        done.append(_put(ours, name, value))
-    inner, teacher = ours.inner, theirs.inner
-    if isinstance(teacher, Attention) and isinstance(inner, Mamba2):
-        taken = attention_to_mamba2(teacher, inner, kept)
-    elif type(teacher) is not type(inner):
-        taken = []
-    elif _same_shapes(teacher, inner):
-        inner.load_state_dict(teacher.state_dict())
-        taken = [name for name, _ in inner.named_parameters()]
-    elif type(inner) not in AXES:
-        raise UserError(f"{source} is a {type(inner).__name__}, whose widths cannot be cut: give it its teacher's")
+        sliced = slice_parameter(value, axes[: value.ndim], {"model": kept}, {"model": d_model})
+        transferred.append(_copy(ours, name, sliced))
+    student, teacher = ours.inner, theirs.inner
+    if isinstance(teacher, Attention) and isinstance(student, Mamba2):
+        inner = attention_to_mamba2(teacher, student, kept)
+    elif type(teacher) is not type(student):
+        inner = []
+    elif _same_shapes(teacher, student):
+        student.load_state_dict(teacher.state_dict())
+        inner = [name for name, _ in student.named_parameters()]
+    elif type(student) not in AXES:
+        raise UserError(f"the widths of a {type(student).__name__} cannot be cut ({source}): keep the teacher's")
     else:
-        taken = _transfer_slices(teacher, inner, kept, energy, source)
-    return done + [f"inner.{name}" for name in taken]
+        inner = _transfer_slices(teacher, student, kept, energy, source)
+    return transferred + [f"inner.{name}" for name in inner]
 
 
 def _same_shapes(teacher: nn.Module, student: nn.Module) -> bool:
-    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (teacher, student)]
-    return shapes[0] == shapes[1]
+    theirs, ours = ({name: p.shape for name, p in module.named_parameters()} for module in (teacher, student))
+    return theirs == ours
 
 
-def _transfer_slices(
-    teacher: nn.Module, student: nn.Module, kept: Tensor, energy: Tensor | None, source: str
-) -> list[str]:
-    """Cut a layer of one kind to its student's sizes."""
-    choice: dict[str, Tensor] = dict(chosen(teacher, student, energy, source)) | {"model": kept}
-    if isinstance(getattr(student, "in_proj", None), nn.Identity):  # S4D whose channels are the model's own
-        choice["inner"] = kept
-    sizes, axes = _axis_sizes(teacher), AXES[type(teacher)]
-    return [_put(student, name, cut(value, axes[name], choice, sizes)) for name, value in teacher.named_parameters()]
-
-
-def _axis_sizes(layer: nn.Module) -> dict[str, int]:
-    """Channels of a layer by the kinds that `AXES` names."""
-    sizes = sizes_of(layer)
-    model = layer.fc1.in_features if isinstance(layer, MLP) else layer.d_model
+def _transfer_slices(teacher: Any, student: Any, kept: Tensor, energy: Tensor | None, source: str) -> list[str]:
+    """Slice a layer to the sizes of its student's."""
+    indices = {**select_channels(teacher, student, energy, source), "model": kept}
+    if isinstance(getattr(student, "in_proj", None), nn.Identity):  # an S4D on the model's channels
+        indices["inner"] = kept
+    sizes = layer_sizes(teacher)
+    sizes["model"] = teacher.fc1.in_features if isinstance(teacher, MLP) else teacher.d_model
     if "heads" in sizes:
         sizes["inner"] = sizes["heads"] * sizes["head"]
     if "groups" in sizes:
         sizes["group_state"] = sizes["groups"] * sizes["state"]
-    return sizes | {"model": model}
+    axes = AXES[type(teacher)]
+    return [
+        _copy(student, name, slice_parameter(value, axes[name], indices, sizes))
+        for name, value in teacher.named_parameters()
+    ]
 
 
 @torch.no_grad()
 def attention_to_mamba2(attention: Attention, mamba: Mamba2, kept: Tensor) -> list[str]:
-    """Start a Mamba-2 as the attention without its softmax: C reads as Q does, B writes as K, x holds V, O goes out.
+    """Initialise a Mamba-2 as linear attention: C, B, x and out from Q, K, V and O; returns the names that were set.
 
-    Each group of heads takes the mean of its heads' Q and K; the convolution starts as the identity. What attention has
-    not, the gate z, dt, A and D, keeps its start. Heads beyond the attention's and states beyond P start silent: x of
-    the ones and C of the others are 0, while out and B keep their start, so that a gradient reaches them all.
+    Each group takes the mean Q and K of its heads; the convolution is set to the identity; the gate z, dt, A and D keep
+    their initialisation. Surplus heads and states start at zero output (x of these heads and C of these states are 0),
+    while out and B keep their initialisation, so that all of them receive gradients.
 
     Args:
         kept: the model's channels, int64 [D of the student].
-
-    Raises:
-        UserError: the mixer has heads of another width, fewer heads or states, or groups that do not divide its heads.
     """
     heads, width = attention.n_heads, attention.d_model // attention.n_heads
     groups, state = mamba.ngroups, mamba.d_state
-    fits = mamba.headdim == width and mamba.nheads >= heads and state >= width and heads % groups == 0
-    if not fits:
+    if mamba.headdim != width or mamba.nheads < heads or state < width or heads % groups:
         raise UserError(
-            f"attention of {heads} heads of {width} goes into a Mamba-2 with model.headdim={width}, {heads} heads or "
-            f"more, model.d_state of {width} or more and a model.ngroups that divides {heads}; it has headdim "
+            f"attention with {heads} heads of width {width} needs a Mamba-2 with model.headdim={width}, at least "
+            f"{heads} heads, model.d_state of at least {width} and a model.ngroups that divides {heads}; got headdim "
             f"{mamba.headdim}, {mamba.nheads} heads, d_state {state}, ngroups {groups}"
         )
     q, k, v = (getattr(attention, f"{name}_proj").weight[:, kept] for name in "qkv")  # [H P, D]
-    _, x, write, read, _ = mamba.in_proj.weight.detach().split(
+    _, x, B, C, _ = mamba.in_proj.weight.detach().split(
         [mamba.d_inner, mamba.d_inner, groups * state, groups * state, mamba.nheads]
     )
-    per_group, theirs = mamba.nheads // groups, heads // groups
-    places = torch.cat([torch.arange(theirs) + group * per_group for group in range(groups)])  # head -> its place
+    heads_per_group, taken_per_group = mamba.nheads // groups, heads // groups
+    targets = torch.cat([torch.arange(taken_per_group) + group * heads_per_group for group in range(groups)])
     x.zero_()
-    x.view(mamba.nheads, width, -1)[places] = v.view(heads, width, -1)
-    for rows, source in ((write, k), (read, q)):
-        rows.view(groups, state, -1)[:, :width] = source.view(groups, theirs, width, -1).mean(1)
-    read.view(groups, state, -1)[:, width:] = 0
+    x.view(mamba.nheads, width, -1)[targets] = v.view(heads, width, -1)
+    for rows, source in ((B, k), (C, q)):
+        rows.view(groups, state, -1)[:, :width] = source.view(groups, taken_per_group, width, -1).mean(1)
+    C.view(groups, state, -1)[:, width:] = 0
     mamba.conv1d.weight.zero_()
     mamba.conv1d.weight[..., -1] = 1
-    mamba.conv1d.bias.zero_()
+    mamba.get_parameter("conv1d.bias").zero_()
     out = mamba.out_proj.weight.view(len(kept), mamba.nheads, width)
-    out[:, places] = attention.out_proj.weight[kept].view(len(kept), heads, width)
+    out[:, targets] = attention.out_proj.weight[kept].view(len(kept), heads, width)
     return ["in_proj.weight", "conv1d.weight", "conv1d.bias", "out_proj.weight"]

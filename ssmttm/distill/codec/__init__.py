@@ -1,1 +1,1 @@
-"""codec"""
+"""Distillation of codec decoders."""

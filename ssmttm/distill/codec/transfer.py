@@ -1,147 +1,106 @@
-"""A student decoder's first weights, cut from its codec's decoder: the channels that are most active are kept.
+"""Initial weights of a student decoder, sliced from its teacher's by channel energy.
 
-A `SpectralDecoder` is cut from a `TinyCodec`, a `ConvDecoder` from a DAC. The projections of the codebooks and what
-follows them become one `LatentConv`. With equal sizes the student decodes as its teacher does, to rounding.
+A `SpectralDecoder` is sliced from a `TinyCodec`, a `ConvDecoder` from a DAC. The codebook projections and the layer
+after them are merged into one `LatentConv`. With equal sizes the student decodes as its teacher does, up to rounding.
 Shapes: B batch, K codebooks of width c, T frames, D and D' channels of teacher and student.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssmttm.codecs import Codec, StudentCodec, TinyCodec
-from ssmttm.codecs.spectral import ConvNeXtBlock, Stack
 from ssmttm.codecs.students.decoders import ConvDecoder, SpectralDecoder
-from ssmttm.distill.channels import most
+from ssmttm.distill.channels import input_energy, top_channels
 from ssmttm.distill.layer_map import layer_map
 from ssmttm.errors import UserError
 
 
 @torch.no_grad()
 def transfer_decoder(teacher: Codec, student: StudentCodec, batches: Sequence[Tensor]) -> list[str]:
-    """Fill a student's decoder with what it can take from its teacher's.
+    """Initialise a student's decoder from its teacher's.
 
     Args:
-        teacher: the codec whose codes the student decodes.
-        batches: codes [B, K, T] by which the activity of channels is measured.
+        batches: codes [B, K, T] on which the energy of channels is measured.
 
     Returns:
-        The names of the student's parameters that were set: none where the kinds of decoders differ.
-
-    Raises:
-        UserError: the student is wider or deeper somewhere, or differs where nothing can be cut.
+        Names of the student's parameters that were set; empty if the decoders are of different kinds.
     """
     decoder = student.decoder
     if isinstance(teacher, TinyCodec) and isinstance(decoder, SpectralDecoder):
-        taken = _cut_spectral(teacher, decoder, batches)
+        weights = _slice_spectral(teacher, decoder, batches)
     elif isinstance(decoder, ConvDecoder) and _is_dac(teacher):
-        taken = _cut_conv(teacher, decoder, batches)
+        weights = _slice_conv(teacher, decoder, batches)
     else:
         return []
-    for name, value in taken.items():
+    for name, value in weights.items():
         parameter = decoder.get_parameter(name)
         assert parameter.shape == value.shape, (name, parameter.shape, value.shape)
         parameter.copy_(value)
-    return [f"decoder.{name}" for name in taken]
+    return [f"decoder.{name}" for name in weights]
 
 
-def channel_energy(
-    teacher: Codec, batches: Sequence[Tensor], probes: Mapping[str, Sequence[nn.Module]], axis: int
-) -> dict[str, Tensor]:
-    """Mean squares, channel by channel, of what goes into modules while the teacher decodes.
-
-    Args:
-        probes: by name, the modules whose inputs are added up.
-        axis: of the channels in these inputs.
-
-    Returns:
-        By name, [D].
-    """
-    energies: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            energy = inputs[0].float().square().movedim(axis, -1).flatten(0, -2).mean(0)
-            energies[name] = energies.get(name, 0) + energy
-
-        return hook
-
-    _watched(teacher, batches, {module: note(name) for name, modules in probes.items() for module in modules})
-    return energies
-
-
-def _watched(teacher: Codec, batches: Sequence[Tensor], hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-    """Decode batches of codes while each module's hook sees what goes into it."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-    try:
-        for codes in batches:
-            teacher.decode(codes)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _decode(teacher: Codec, batches: Sequence[Tensor]) -> None:
+    for codes in batches:
+        teacher.decode(codes)
 
 
 # --- TinyCodec to SpectralDecoder ---------------------------------------------------------------------------------
 
 
-def _cut_spectral(teacher: TinyCodec, decoder: SpectralDecoder, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def _slice_spectral(teacher: TinyCodec, decoder: SpectralDecoder, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     _check_spectral(teacher, decoder)
     stacks = {"coarse": teacher.decoder_coarse, "fine": teacher.decoder_fine}
-    sources = {name: _mapped(stacks[name], getattr(decoder, name)) for name in stacks}
-    blocks = [block for of_stack in sources.values() for block in of_stack]
-    probes = {"coarse": [*teacher.decoder_coarse, teacher.up], "fine": [*teacher.decoder_fine, teacher.head]}
-    probes |= {f"hidden {index}": [block.contract] for index, block in enumerate(blocks)}
-    energies = channel_energy(teacher, batches, probes, axis=-1)
+    blocks: dict[str, Any] = {}  # by the student's names
+    for name, stack in stacks.items():
+        numbers = layer_map("even", len(getattr(decoder, name)), len(stack))
+        blocks |= {f"{name}.{index}": stack[number - 1] for index, number in enumerate(numbers)}
+    inputs = {"coarse": [*teacher.decoder_coarse, teacher.up], "fine": [*teacher.decoder_fine, teacher.head]}
+    inputs |= {name: [block.contract] for name, block in blocks.items()}
+    energies = input_energy(inputs, lambda: _decode(teacher, batches))
     width, hidden_width = decoder.config.width, decoder.config.width * decoder.config.expansion
-    kept = {name: most(energies[name], len(energies[name]), width) for name in stacks}  # [D'] each
-    hidden = [most(e, len(e), hidden_width) for e in (energies[f"hidden {i}"] for i in range(len(blocks)))]
-    norms = {block.norm: kept[name] for name, of_stack in sources.items() for block in of_stack}
-    fitted = _fitted_norms(teacher, batches, norms | {teacher.head.norm: kept["fine"]})
+    kept = {name: top_channels(energies[name], width) for name in stacks}  # [D'] each
+    coarse, fine = kept["coarse"], kept["fine"]
+    norms = {block.norm: kept[name.split(".")[0]] for name, block in blocks.items()}
+    fitted = _fit_norms(teacher, batches, norms | {teacher.head.norm: fine})
 
-    widen, quantiser = teacher.widen.weight[kept["coarse"]], teacher.quantiser
-    columns = [torch.cat([p.weight, p.bias[:, None]], 1) for p in quantiser.project_out]  # [width, c + 1] each
-    first = torch.cat([widen @ column for column in columns], 1)[..., None]  # [D', all K (c + 1), 1]
-    taken = {"first.weight": first[:, : decoder.first.in_channels], "first.bias": teacher.widen.bias[kept["coarse"]]}
-    for name, of_stack in sources.items():
-        for index, block in enumerate(of_stack):
-            cut = _cut_block(block, kept[name], hidden.pop(0), fitted[block.norm])
-            taken |= {f"{name}.{index}.{key}": value for key, value in cut.items()}
-    up = teacher.up.weight.unflatten(0, (2, -1))[:, kept["fine"]][..., kept["coarse"]]  # [2, D', D']
-    taken |= {"up.weight": up.flatten(0, 1), "up.bias": teacher.up.bias.view(2, -1)[:, kept["fine"]].flatten()}
-    taken["head.norm.weight"], taken["head.norm.bias"] = fitted[teacher.head.norm]
+    widen = teacher.widen.weight[coarse]
+    project_out: Any = teacher.quantiser.project_out
+    columns = [widen @ torch.cat([linear.weight, linear.bias[:, None]], 1) for linear in project_out]  # [D', c + 1]
+    up_weight = teacher.up.weight.unflatten(0, (2, -1))[:, fine][..., coarse]  # [2, D', D']
     head = teacher.head.project
-    return taken | {"head.project.weight": head.weight[:, kept["fine"]], "head.project.bias": head.bias}
+    weights = {
+        "first.weight": torch.cat(columns, 1)[:, : decoder.first.in_channels, None],
+        "first.bias": teacher.widen.bias[coarse],
+        "up.weight": up_weight.flatten(0, 1),
+        "up.bias": teacher.up.bias.view(2, -1)[:, fine].flatten(),
+        "head.norm.weight": fitted[teacher.head.norm][0], "head.norm.bias": fitted[teacher.head.norm][1],
+        "head.project.weight": head.weight[:, fine], "head.project.bias": head.bias,
+    }  # fmt: skip
+    for name, block in blocks.items():
+        hidden = top_channels(energies[name], hidden_width)
+        sliced = _slice_block(block, kept[name.split(".")[0]], hidden, fitted[block.norm])
+        weights |= {f"{name}.{key}": value for key, value in sliced.items()}
+    return weights
 
 
 def _check_spectral(teacher: TinyCodec, decoder: SpectralDecoder) -> None:
     ours, theirs = decoder.config, teacher.config
-    equal = {
-        "kernel": (ours.kernel, theirs.kernel), "look_ahead": (ours.look_ahead, theirs.decoder_look_ahead),
-        "upsampling": (ours.upsampling, 2), "window": (len(decoder.head.stft.window), theirs.window),
-    }  # fmt: skip
-    for key, (own, wanted) in equal.items():
-        if own != wanted:
-            raise UserError(_unlike(key, own, wanted))
-    at_most = {
-        "width": (ours.width, theirs.decoder_width),
-        "width * expansion": (ours.width * ours.expansion, theirs.decoder_width * theirs.expansion),
-        **{f"blocks[{i}]": (ours.blocks[i], theirs.decoder_blocks[i]) for i in (0, 1)},
-    }  # fmt: skip
-    for key, (own, most_) in at_most.items():
-        if own > most_:
-            raise UserError(_too_large(key, own, most_))
+    _check_equal("kernel", ours.kernel, theirs.kernel)
+    _check_equal("look_ahead", ours.look_ahead, theirs.decoder_look_ahead)
+    _check_equal("upsampling", ours.upsampling, 2)
+    _check_equal("window", len(decoder.head.stft.window), theirs.window)
+    _check_at_most("width", ours.width, theirs.decoder_width)
+    _check_at_most("width * expansion", ours.width * ours.expansion, theirs.decoder_width * theirs.expansion)
+    for i in (0, 1):
+        _check_at_most(f"blocks[{i}]", ours.blocks[i], theirs.decoder_blocks[i])
 
 
-def _mapped(teacher: Stack, student: Stack) -> list[ConvNeXtBlock]:
-    """The teacher's block for each of the student's, evenly."""
-    return [teacher[number - 1] for number in layer_map("even", len(student), len(teacher))]
-
-
-def _cut_block(
-    block: ConvNeXtBlock, kept: Tensor, hidden: Tensor, norm: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
+def _slice_block(block: Any, kept: Tensor, hidden: Tensor, norm: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """A ConvNeXtBlock."""
     return {
         "depthwise.weight": block.depthwise.weight[kept], "depthwise.bias": block.depthwise.bias[kept],
         "norm.weight": norm[0], "norm.bias": norm[1],
@@ -151,22 +110,26 @@ def _cut_block(
     }  # fmt: skip
 
 
-def _fitted_norms(
+def _fit_norms(
     teacher: TinyCodec, batches: Sequence[Tensor], norms: Mapping[nn.LayerNorm, Tensor]
 ) -> dict[nn.LayerNorm, tuple[Tensor, Tensor]]:
-    """Weight and bias [D'] of norms over the kept channels alone, so that these come out as of the norm over all: on
-    average, as mean and spread over fewer channels are others."""
-    seen: dict[nn.LayerNorm, list[Tensor]] = {norm: [] for norm in norms}
+    """Weight and bias [D'] of layer norms over the kept channels that on average reproduce the norm over all: mean and
+    standard deviation of fewer channels differ."""
+    statistics: dict[nn.LayerNorm, list[Tensor]] = {norm: [] for norm in norms}
 
-    def look(norm: nn.LayerNorm, inputs: tuple[Tensor]) -> None:
-        (x,), few = inputs, inputs[0][..., norms[norm]]
-        spread, of_few = (v.var(-1, correction=0).add(norm.eps).sqrt() for v in (x, few))
-        seen[norm].append(torch.stack([of_few / spread, (few.mean(-1) - x.mean(-1)) / spread]).flatten(1).mean(1))
+    def measure(norm: nn.LayerNorm, inputs: tuple[Tensor]) -> None:
+        x, kept = inputs[0], inputs[0][..., norms[norm]]
+        std, kept_std = (v.var(-1, correction=0).add(norm.eps).sqrt() for v in (x, kept))
+        ratio, shift = kept_std / std, (kept.mean(-1) - x.mean(-1)) / std
+        statistics[norm].append(torch.stack([ratio, shift]).flatten(1).mean(1))
 
-    _watched(teacher, batches, dict.fromkeys(norms, look))
+    with contextlib.ExitStack() as hooks:
+        for norm in norms:
+            hooks.enter_context(norm.register_forward_pre_hook(measure))
+        _decode(teacher, batches)
     fitted = {}
     for norm, kept in norms.items():
-        ratio, shift = torch.stack(seen[norm]).mean(0)
+        ratio, shift = torch.stack(statistics[norm]).mean(0)
         weight = norm.weight[kept]
         fitted[norm] = weight * ratio, norm.bias[kept] + weight * shift
     return fitted
@@ -181,63 +144,63 @@ def _is_dac(codec: Codec) -> bool:
     return isinstance(codec, DacCodec)
 
 
-def _cut_conv(teacher: Any, decoder: ConvDecoder, batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """teacher: a DacCodec."""
+def _slice_conv(teacher: Any, decoder: Any, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """From a DacCodec to a ConvDecoder."""
     config, theirs = teacher.model.config, teacher.model.decoder
-    if decoder.config.ratios != tuple(config.upsampling_ratios):
-        raise UserError(_unlike("ratios", list(decoder.config.ratios), list(config.upsampling_ratios)))
-    if decoder.config.width > config.decoder_hidden_size:
-        raise UserError(_too_large("width", decoder.config.width, config.decoder_hidden_size))
-    after = [*theirs.block[1:], theirs.snake1]
-    probes = {"stream 0": [theirs.block[0]]}
-    for i, block in enumerate(theirs.block):
-        units = [block.res_unit1, block.res_unit2, block.res_unit3]
-        probes[f"stream {i + 1}"] = [*units, after[i]]
-        probes |= {f"unit {i} {u}": [unit.conv2] for u, unit in enumerate(units)}
-    energies = channel_energy(teacher, batches, probes, axis=1)
-    kept = [most(e, len(e), n) for n, e in ((n, energies[f"stream {i}"]) for i, n in enumerate(decoder.config.widths))]
+    _check_equal("ratios", list(decoder.config.ratios), list(config.upsampling_ratios))
+    _check_at_most("width", decoder.config.width, config.decoder_hidden_size)
+    units = [[block.res_unit1, block.res_unit2, block.res_unit3] for block in theirs.block]
+    inputs = {"0": [theirs.block[0]]}  # "i": residual channels before block i; "i.u": inside its unit u
+    for i, following in enumerate([*theirs.block[1:], theirs.snake1]):
+        inputs[f"{i + 1}"] = [*units[i], following]
+        inputs |= {f"{i}.{u}": [unit.conv2] for u, unit in enumerate(units[i])}
+    energies = input_energy(inputs, lambda: _decode(teacher, batches), axis=1)
+    kept = [top_channels(energies[f"{i}"], width) for i, width in enumerate(decoder.config.widths)]
 
-    layers = teacher.model.quantizer.quantizers[: len(decoder.conv1.weight[0]) // (decoder.conv1.codebook_dim + 1)]
+    n_codebooks = len(decoder.conv1.weight[0]) // (decoder.conv1.codebook_dim + 1)
+    layers = teacher.model.quantizer.quantizers[:n_codebooks]
     columns = [torch.cat([la.out_proj.weight[..., 0], la.out_proj.bias[:, None]], 1) for la in layers]  # [., c + 1]
     first = torch.einsum("dhj,hc->dcj", theirs.conv1.weight[kept[0]], torch.cat(columns, 1))  # [D', K (c + 1), 7]
-    taken = {"conv1.weight": first, "conv1.bias": theirs.conv1.bias[kept[0]]}
-    for i, block in enumerate(theirs.block):
-        stream = kept[i + 1]
-        cut = {
-            "snake1.alpha": block.snake1.alpha[:, kept[i]],
-            "conv_t1.weight": block.conv_t1.weight[kept[i]][:, stream], "conv_t1.bias": block.conv_t1.bias[stream],
-        }  # fmt: skip
-        for u, unit in enumerate([block.res_unit1, block.res_unit2, block.res_unit3]):
-            energy = energies[f"unit {i} {u}"]
-            inner = stream if decoder.config.depthwise else most(energy, len(energy), len(stream))
-            of_unit = _cut_unit(unit, stream, inner, decoder.config.depthwise)
-            cut |= {f"res_unit{u + 1}.{key}": value for key, value in of_unit.items()}
-        taken |= {f"block.{i}.{key}": value for key, value in cut.items()}
-    return taken | {
+    weights = {
+        "conv1.weight": first, "conv1.bias": theirs.conv1.bias[kept[0]],
         "snake1.alpha": theirs.snake1.alpha[:, kept[-1]],
         "conv2.weight": theirs.conv2.weight[:, kept[-1]], "conv2.bias": theirs.conv2.bias,
     }  # fmt: skip
+    for i, block in enumerate(theirs.block):
+        before, after = kept[i], kept[i + 1]
+        sliced = {
+            "snake1.alpha": block.snake1.alpha[:, before],
+            "conv_t1.weight": block.conv_t1.weight[before][:, after], "conv_t1.bias": block.conv_t1.bias[after],
+        }  # fmt: skip
+        for u, unit in enumerate(units[i]):
+            inner = after if decoder.config.depthwise else top_channels(energies[f"{i}.{u}"], len(after))
+            of_unit = _slice_unit(unit, after, inner, decoder.config.depthwise)
+            sliced |= {f"res_unit{u + 1}.{key}": value for key, value in of_unit.items()}
+        weights |= {f"block.{i}.{key}": value for key, value in sliced.items()}
+    return weights
 
 
-def _cut_unit(unit: nn.Module, stream: Tensor, inner: Tensor, depthwise: bool) -> dict[str, Tensor]:
-    """A depthwise unit keeps what each channel takes from itself."""
-    taps = unit.conv1.weight[stream, stream][:, None] if depthwise else unit.conv1.weight[inner][:, stream]
+def _slice_unit(unit: Any, outer: Tensor, inner: Tensor, depthwise: bool) -> dict[str, Tensor]:
+    """A residual unit; a depthwise one keeps the diagonal of the convolution."""
+    taps = unit.conv1.weight[outer, outer][:, None] if depthwise else unit.conv1.weight[inner][:, outer]
     return {
-        "snake1.alpha": unit.snake1.alpha[:, stream], "conv1.weight": taps, "conv1.bias": unit.conv1.bias[inner],
+        "snake1.alpha": unit.snake1.alpha[:, outer], "conv1.weight": taps, "conv1.bias": unit.conv1.bias[inner],
         "snake2.alpha": unit.snake2.alpha[:, inner],
-        "conv2.weight": unit.conv2.weight[stream][:, inner], "conv2.bias": unit.conv2.bias[stream],
+        "conv2.weight": unit.conv2.weight[outer][:, inner], "conv2.bias": unit.conv2.bias[outer],
     }  # fmt: skip
 
 
-def _unlike(key: str, own: Any, wanted: Any) -> str:
-    return (
-        f"codec_student.{key} is {own}, its teacher's {wanted}, and no weights can be cut from it: set the teacher's, "
-        "or codec_student.transfer=false"
-    )
+def _check_equal(key: str, ours: Any, theirs: Any) -> None:
+    if ours != theirs:
+        raise UserError(
+            f"weight transfer needs codec_student.{key}={theirs}, as of the teacher, got {ours}: change it, or set "
+            "codec_student.transfer=false"
+        )
 
 
-def _too_large(key: str, own: int, most_: int) -> str:
-    return (
-        f"codec_student.{key} is {own}, its teacher's {most_}: weights are cut, not grown; give as much or less, or "
-        "set codec_student.transfer=false"
-    )
+def _check_at_most(key: str, ours: int, theirs: int) -> None:
+    if ours > theirs:
+        raise UserError(
+            f"codec_student.{key} is {ours}, its teacher's {theirs}: weights are cut, not grown; choose at most "
+            f"{theirs}, or set codec_student.transfer=false"
+        )

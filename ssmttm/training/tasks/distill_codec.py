@@ -1,4 +1,4 @@
-"""Distillation of a codec's decoder: a small decoder learns to make audio of the codes that its teacher gives.
+"""Distillation of a codec's decoder into a smaller one.
 
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
@@ -21,34 +21,30 @@ from ssmttm.errors import UserError
 from ssmttm.training.tasks.base import Batch, Losses
 from ssmttm.training.tasks.codec import CodecTask, count_flops
 
-_CALIBRATION = 4  # batches by which the activity of channels is measured and the projections are fitted
+_CALIBRATION_BATCHES = 4
 
 
 class CodecDistillTask(CodecTask):
-    """A `StudentCodec` learns to decode its teacher's codes of crops of a store's audio: to give the crops back, to
-    please the discriminator, and to compute at its stages (`losses.decoder`) what its teacher computes at its own.
+    """A `StudentCodec` learns to decode its teacher's codes of audio crops with the losses of a codec, the adversarial
+    loss, and `decoder`, the distance of its decoder stages from its teacher's.
 
     Args:
-        config: as of `CodecTask` with `codec_student` instead of `codec`; `teacher`, what `load_codec` takes.
-
-    Raises:
-        UserError: no teacher, or none that is a codec; a student that cannot be, or not with its teacher's weights.
+        config: as for `CodecTask` with `codec_student` instead of `codec`; `teacher`, an argument of `load_codec`.
     """
 
     codec: StudentCodec
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
-        settings = config.codec_student
-        if config.init and settings.transfer:
-            raise UserError("init and codec_student.transfer both say where the student starts: leave one of them out")
-        matched = bool(config.losses.decoder)
-        shown = self._calibration() if matched or settings.transfer else []
-        self.transferred = transfer_decoder(self.teacher, self.codec, shown) if settings.transfer else []
-        self.stages: tuple[list[nn.Module], list[nn.Module]] | None = None  # of the student, and as many of the teacher
-        if matched:
-            self.stages = self.codec.decoder_stages(), self.teacher.decoder_stages()
-            self.modules["projections"] = self._match_stages(torch.cat(shown))
+        transfer, match_stages = config.codec_student.transfer, bool(config.losses.decoder)
+        if config.init and transfer:
+            raise UserError("init and codec_student.transfer both initialise the student: set only one of them")
+        codes = self._calibration_codes() if match_stages or transfer else []
+        self.transferred = transfer_decoder(self.teacher, self.codec, codes) if transfer else []
+        self.student_stages: list[nn.Module] = []  # matched, if losses.decoder is on
+        self.teacher_stages: list[nn.Module] = []
+        if match_stages:
+            self.modules["projections"] = self._match_stages(torch.cat(codes))
 
     @property
     def encoder(self) -> Codec:
@@ -56,94 +52,88 @@ class CodecDistillTask(CodecTask):
 
     def build(self, config: DictConfig) -> StudentCodec:
         if not config.teacher:
-            raise UserError("teacher is not set: give a codec, such as teacher=tiny, or its folder")
+            raise UserError("teacher is not set: set it to a codec or its folder, as in teacher=tiny")
         self.teacher = load_codec(config.teacher).requires_grad_(False)
         return StudentCodec.of(self.teacher, decoder_settings(config.codec_student, self.teacher))
 
     def reconstruct(self, model: nn.Module, wav: Tensor) -> CodecOutput:
-        """What the wrapped student makes of the teacher's codes."""
+        """The student's decoding of the teacher's codes."""
         output = model(self.teacher.to(wav.device).encode(wav))
         return output._replace(audio=output.audio[..., : wav.shape[-1]])
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        if self.stages is None:
-            return super().losses(trained_modules, batch, counts, step)
-        with traced_outputs(self.stages[0]) as ours:
-            output = self.reconstruct(trained_modules["model"], batch["audio"])
-        named = self.losses_of(output, trained_modules, batch, counts, step)
-        distances = trained_modules["projections"](ours, self._teachers(output.codes))  # [b]
-        named["model"]["decoder"] = distances.sum() / counts[0]
-        return named
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        if not self.student_stages:
+            return super().losses(modules, batch, denominators, step)
+        with traced_outputs(self.student_stages) as outputs:
+            output = self.reconstruct(modules["model"], batch["audio"])
+        losses = self.losses_of(output, modules, batch, denominators, step)
+        distances = modules["projections"](outputs, self._teacher_outputs(output.codes))  # [b]
+        losses["model"]["decoder"] = distances.sum() / denominators[0]
+        return losses
 
     def after_step(self, step: int) -> dict[str, float]:
-        """The codebooks are the teacher's: none is revived."""
+        """The codebooks are the teacher's: no code is restarted."""
         return {}
 
     def flops_per_item(self) -> float:
-        """Of the student; those of the teacher count a third, as it has no backward pass."""
+        """Of the student; the teacher's FLOPs count a third, as it has no backward pass."""
         codes = self.teacher.encode(torch.zeros(1, 1, self.samples_per_item))
         teacher = count_flops(lambda: self.teacher.encode(torch.zeros(1, 1, self.samples_per_item)))
         if self.config.losses.decoder:
             teacher += count_flops(lambda: self.teacher.decode(codes))
         return self.codec.decoder.flops(codes.shape[-1]) + teacher / 3
 
-    def facts(self) -> dict[str, Any]:
-        """With the teacher, whose codes these are and the licences of whose data are the student's too, and with what
-        an export needs to build the student again.
-
-        Raises:
-            UserError: the weights that the student has been given were made for other codebooks.
-        """
+    def metadata(self) -> dict[str, Any]:
+        """With the teacher, the licences of its data, and the config that the export rebuilds the student from."""
         self.codec.check_codebooks(self.teacher)
-        facts, teacher = super().facts(), self.codec.config
-        codec = {"name": teacher.teacher, "fingerprint": teacher.fingerprint}
+        metadata, config = super().metadata(), self.codec.config
+        codec = {"name": config.teacher, "fingerprint": config.fingerprint}
         folder = TINY_FOLDER if self.config.teacher == "tiny" else Path(self.config.teacher)
-        return facts | {
+        return metadata | {
             "codec": codec,
-            "licences": licences_of(folder) | facts["licences"],
+            "licences": licences_of(folder) | metadata["licences"],
             "teacher": codec | {"transferred": len(self.transferred)},
-            "student": asdict(self.codec.config),
+            "student": asdict(config),
         }
 
-    def _teachers(self, codes: Tensor) -> list[Tensor]:
-        """What comes out of the teacher's stages for codes [b, K, T], [b, T', W] each."""
-        with traced_outputs(self.stages[1]) as theirs:
+    def _teacher_outputs(self, codes: Tensor) -> list[Tensor]:
+        """Outputs [b, T', W] of the teacher's stages for codes [b, K, T]."""
+        with traced_outputs(self.teacher_stages) as outputs:
             self.teacher.decode(codes)
-        return theirs
+        return outputs
 
-    def _calibration(self) -> list[Tensor]:
-        """Codes [B, K, T] of the first training batches, the same on every rank."""
+    def _calibration_codes(self) -> list[Tensor]:
+        """Codes [B, K, T] of the first training batches, equal on every rank."""
         loader = self.loader("train", self.config.data.batch_size, 0, 1)
-        return [self.teacher.encode(loader.batch(n)["audio"]) for n in range(_CALIBRATION)]
+        return [self.teacher.encode(loader.batch(n)["audio"]) for n in range(_CALIBRATION_BATCHES)]
 
     def _match_stages(self, codes: Tensor) -> StageProjections:
-        """Keep those of the teacher's stages that the student's answer to, and see how the latter map to them."""
-        if not self.stages[1]:
-            raise UserError(f"the decoder of {self.teacher.name} has no stages to compare with: set losses.decoder=0")
-        with torch.no_grad(), traced_outputs(self.stages[0]) as ours:
+        """Select the teacher stage for each student stage and fit the projections."""
+        self.student_stages, self.teacher_stages = self.codec.decoder_stages(), self.teacher.decoder_stages()
+        if not self.teacher_stages:
+            raise UserError(f"the decoder of {self.teacher.name} has no stages to match: set losses.decoder=0")
+        with torch.no_grad(), traced_outputs(self.student_stages) as ours:
             self.codec(codes)
-        theirs = self._teachers(codes)
-        chosen = matched_stages(ours, theirs)
-        self.stages = self.stages[0], [self.stages[1][index] for index in chosen]
-        return StageProjections.fitted(ours, [theirs[index] for index in chosen])
+        theirs = self._teacher_outputs(codes)
+        matched = matched_stages(ours, theirs)
+        self.teacher_stages = [self.teacher_stages[index] for index in matched]
+        return StageProjections.fitted(ours, [theirs[index] for index in matched])
 
 
 def decoder_settings(settings: DictConfig, teacher: Codec) -> dict[str, Any]:
-    """`StudentConfig.decoder` from the config's `codec_student`, of whose keys each kind of decoder has its own.
-
-    Raises:
-        UserError: a convolutional student has no ratios, and its teacher has none to take over.
-    """
-    given = OmegaConf.to_container(settings)
-    if given["kind"] not in DECODERS:
-        raise UserError(f"codec_student.kind={given['kind']} is unknown: there are {', '.join(DECODERS)}")
-    chosen = {"kind": given["kind"]} | {field.name: given[field.name] for field in fields(DECODERS[given["kind"]][1])}
-    if given["kind"] == "conv" and chosen["ratios"] is None:
-        of_teacher = getattr(getattr(getattr(teacher, "model", None), "config", None), "upsampling_ratios", None)
-        if of_teacher is None:
+    """`StudentConfig.decoder` from the config's `codec_student`: the keys of its kind of decoder."""
+    values: Any = OmegaConf.to_container(settings)
+    kind = values["kind"]
+    if kind not in DECODERS:
+        raise UserError(f"unknown codec_student.kind={kind}: choose one of {', '.join(DECODERS)}")
+    if kind == "conv" and values["ratios"] is None:
+        ratios = getattr(getattr(getattr(teacher, "model", None), "config", None), "upsampling_ratios", None)
+        if ratios is None:
             raise UserError(
-                f"codec_student.ratios is not set and {teacher.name} has none: give strides whose product is "
+                f"codec_student.ratios is not set and {teacher.name} has none: set strides whose product is "
                 f"{teacher.hop_length}"
             )
-        chosen["ratios"] = list(of_teacher)
-    return chosen
+        values["ratios"] = list(ratios)
+    return {"kind": kind} | {field.name: values[field.name] for field in fields(DECODERS[kind][1])}

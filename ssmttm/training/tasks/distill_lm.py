@@ -1,9 +1,8 @@
-"""Distillation of a language model: a student learns from the data and from what its teacher says of the same codes.
+"""Distillation of a language model from a teacher's logits, hidden states and mixers.
 
 Shapes: b items of a micro-batch, K codebooks, S positions, V codes, n codes of a target, D width of the student.
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,40 +17,42 @@ from tqdm import tqdm
 
 from ssmttm.distill.hidden_states import HiddenStateProjections, check_mixers, mixer_error, traced_mixers
 from ssmttm.distill.layer_map import layer_map
-from ssmttm.distill.losses import Target, check_temperature, divergence, student_log_q, target
+from ssmttm.distill.losses import SoftTarget, check_temperature, divergence_sums, soft_target
 from ssmttm.distill.teacher import Teacher
 from ssmttm.distill.teacher_cache import TeacherLogitCache, write_cache
 from ssmttm.distill.weight_transfer import channel_importance, transfer_weights
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
+from ssmttm.models import TokenLM
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.accelerator import build_accelerator
-from ssmttm.training.run import check_least
+from ssmttm.training.run import check_minimum
 from ssmttm.training.step import to_device
 from ssmttm.training.tasks.base import Batch, Losses
 from ssmttm.training.tasks.lm import LanguageModelTask, LMBatch
 
 LOSSES = ("cross_entropy", "kl", "hidden")
-_LOOK_EVERY = 10  # steps between looks at the gradients' norms
-_CALIBRATION = 4  # batches from which the importance of channels is measured
+_GRADIENT_EVERY = 10  # steps between measurements of gradient norms
+_CALIBRATION_BATCHES = 4
 
 
 class DistillTask(LanguageModelTask):
-    """A student TokenLM learns a teacher's distributions, streams and mixers along with the codes of a store.
+    """A student TokenLM learns a store's codes and its teacher's distributions, hidden states and mixer outputs.
 
-    For the first `distill.mixer_steps` its mixers alone are matched, then for `distill.hidden_steps` its streams; from
-    then on all of `cross_entropy`, `kl` and `hidden` that have a weight in `losses`, weighted by `distill.weighting`.
+    The first `distill.mixer_steps` train on mixer matching alone, the next `distill.hidden_steps` on hidden states
+    alone, all others on `cross_entropy`, `kl` and `hidden` with the weights in `losses` and `distill.weighting`.
 
     Args:
-        config: as of `LanguageModelTask`, `teacher`, `distill`.
-
-    Raises:
-        UserError: no teacher, one of other codes or another text encoder, settings that contradict each other.
+        config: as for `LanguageModelTask`, `teacher`, `distill`.
     """
+
+    model: TokenLM
 
     def __init__(self, config: DictConfig) -> None:
         if not config.teacher:
-            raise UserError("teacher is not set: give a run, a model folder or an embedded model: teacher=tiny_lm")
+            raise UserError(
+                "teacher is not set: set it to a run, a model folder or an embedded model, as teacher=tiny_lm"
+            )
         _check_settings(config)
         super().__init__(config)
         settings = config.distill
@@ -59,139 +60,136 @@ class DistillTask(LanguageModelTask):
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         self.teacher = Teacher(config.teacher, settings.guidance_scale, null)
         self.frozen, self.null_condition = [self.teacher.model], self.teacher.folder.null_condition
-        self.guidance_scale = self.teacher.guidance_of_student
+        self.guidance_scale = self.teacher.student_guidance_scale
         self.teacher.check_student(config.model, config.pattern, self.store.info)
-        self.blocks = layer_map(settings.layer_map, config.model.n_layers, self.teacher.model.config.n_layers)
+        teacher = self.teacher.model.config
+        self.teacher_blocks = layer_map(settings.layer_map, config.model.n_layers, teacher.n_layers)
         if settings.mixer_steps:
             check_mixers(self.model, self.teacher.model)
-        if settings.cache and (self.teacher.model.config.chroma or self.teacher.model.config.tempo):
-            raise UserError("a cached answer does not know whose melody or tempo is withheld: set distill.cache=null")
-        self.cached = TeacherLogitCache(settings.cache, cache_facts(config, self)) if settings.cache else None
+        if settings.cache and (teacher.chroma or teacher.tempo):
+            raise UserError("cached logits do not cover dropout of melody and tempo: set distill.cache=null")
+        self.cache = TeacherLogitCache(settings.cache, cache_metadata(config, self)) if settings.cache else None
         weights = {name: config.losses[name] for name in LOSSES if config.losses[name]}
-        self.modules["weighting"] = LossWeighting(settings.weighting, weights)
+        self.weighting = self.modules["weighting"] = LossWeighting(settings.weighting, weights)
         if config.losses.hidden:
-            widths = config.model.d_model, self.teacher.model.config.d_model
-            self.modules["projections"] = HiddenStateProjections(len(self.blocks), *widths)
-        self.transferred: list[str] = []
-        self.asks = bool(config.losses.kl or config.losses.hidden)
-        self._observed: Tensor | None = None
-        self._transfer()
+            widths = config.model.d_model, teacher.d_model
+            self.modules["projections"] = HiddenStateProjections(len(self.teacher_blocks), *widths)
+        self.needs_teacher = bool(config.losses.kl or config.losses.hidden)
+        self._observed_sizes: Tensor | None = None
+        self.transferred = self._transfer_weights()
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """`distillation`, to train on, and what it is made of: `cross_entropy`, `kl`, `hidden`, `mixer`."""
-        controls = self.controls.dropped(self.controls.of(batch))
-        given = self._prepare_batch(batch, controls)
-        matching, hidden = step < self.settings.mixer_steps, "projections" in self.modules
-        behind = range(1, len(self.blocks) + 1) if hidden else []
-        said = trained_modules["model"](given.codes, self._text(batch), return_hidden_states_of=behind, controls=given.controls)
-        logits, hidden_states = said if behind else (said, [])
-        named = self._code_losses(logits, given, counts)
-        traced = traced_mixers(self.teacher.model, self.blocks) if matching else contextlib.nullcontext()
-        with traced as seen:
-            answer, of_teacher = self._asked(batch, given) if self.asks or matching else (None, [])
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """`distillation`, the training loss, and its parts `cross_entropy`, `kl`, `hidden` and `mixer`."""
+        inputs, text = self._prepare_batch(batch, self.controls.drop(self.controls.load(batch))), self._text(batch)
+        match_mixers, match_hidden = step < self.settings.mixer_steps, "projections" in self.modules
+        blocks = range(1, len(self.teacher_blocks) + 1) if match_hidden else []
+        output = modules["model"](inputs.codes, text, return_hidden_states_of=blocks, controls=inputs.controls)
+        logits, hidden_states = output if match_hidden else (output, [])
+        losses = self._code_losses(logits, inputs, denominators)
+        with traced_mixers(self.teacher.model, self.teacher_blocks if match_mixers else []) as traced:
+            query = self.needs_teacher or match_mixers
+            target, teacher_states = self._query_teacher(batch, inputs) if query else (None, [])
         if self.config.losses.kl:
-            named["kl"] = self._kl(logits, answer, given, counts)
-        if hidden:
-            distances = trained_modules["projections"](hidden_states, of_teacher)  # [b, S]
-            named["hidden"] = (distances * given.real.float().mean(1)).sum() / counts[:-1].mean()
-        share = len(batch["ids"]) / counts[-1]
-        if matching:
-            text = self.model.text(self._text(batch))
-            errors = mixer_error(self.model, text, given.real.any(1), self.blocks, seen)  # [b]
-            named["mixer"] = errors.sum() / counts[-1]
-        named["distillation"] = self._total(trained_modules, named, share, step)
-        return {"model": named}
+            losses["kl"] = self._kl(logits, target, inputs, denominators)
+        if match_hidden:
+            distances = modules["projections"](hidden_states, teacher_states)  # [b, S]
+            losses["hidden"] = (distances * inputs.valid.float().mean(1)).sum() / denominators[:-1].mean()
+        if match_mixers:
+            projected = self.model.text(text)
+            errors = mixer_error(self.model, projected, inputs.valid.any(1), self.teacher_blocks, traced)  # [b]
+            losses["mixer"] = errors.sum() / denominators[-1]
+        fraction = len(batch["ids"]) / denominators[-1]
+        losses["distillation"] = self._total_loss(modules, losses, fraction, step)
+        return {"model": losses}
 
-    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        """Cross-entropy on the data: so students compare with each other and with those that had no teacher."""
-        named = super().validation(trained_modules, batch, counts, step)
-        return named | {"distillation": named["cross_entropy"]}
+    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+        """Cross-entropy on the data, comparable between students and with models trained without a teacher."""
+        losses = super().validation(modules, batch, denominators, step)
+        return losses | {"distillation": losses["cross_entropy"]}
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Let the weighting take note of this step's sizes; the weights, to log."""
-        weighting = self.modules["weighting"]
-        if self._observed is not None:
-            weighting.observe(reduce(self._observed, "sum"))
-            self._observed = None
-        return {f"weight_{n}": w for n, w in zip(weighting.given, weighting.weights().tolist(), strict=True)}
+        """Update the loss weighting; returns the weights to log."""
+        if self._observed_sizes is not None:
+            self.weighting.observe(reduce(self._observed_sizes, "sum"))
+            self._observed_sizes = None
+        weights = zip(self.weighting.base_weights, self.weighting.weights().tolist(), strict=True)
+        return {f"weight_{name}": weight for name, weight in weights}
 
-    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
-        """As of a language model; the teacher has no backward pass, so its FLOPs count a third."""
-        codes, seconds, flops = super().work(batch, step)
-        if (self.asks or step < self.settings.mixer_steps) and self.cached is None:
+    def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
+        """As for a language model; the teacher's FLOPs count a third, as it has no backward pass."""
+        codes, seconds, flops = super().throughput(batch, step)
+        if (self.needs_teacher or step < self.settings.mixer_steps) and self.cache is None:
             length, items = self.pattern.sequence_length(batch["codes"].shape[-1]), len(batch["ids"])
             flops += items * self.teacher.flops(length, batch["text"].mask.shape[1]) / 3
         return codes, seconds, flops
 
-    def facts(self) -> dict[str, Any]:
-        """With the teacher, the licences of whose data are the student's too, and how many parameters came from it."""
-        facts = super().facts()
-        licences = (self.teacher.folder.licences or {}) | facts["licences"]
-        text = facts["text"] | {"null_condition": self.null_condition}
-        teacher = self.teacher.facts() | {"transferred": len(self.transferred)}
-        return facts | {"licences": licences, "text": text, "teacher": teacher}
+    def metadata(self) -> dict[str, Any]:
+        """With the teacher, the licences of its data, and the number of parameters that were transferred."""
+        return self.teacher.student_metadata(super().metadata(), transferred=len(self.transferred))
 
-    def ask(self, batch: Batch, k: int | None) -> Target:
-        """The teacher's distributions for a batch, [b, K, S, n], at the temperature of the settings."""
-        given = self._prepare_batch(batch, self.controls.of(batch))
-        return target(self.teacher(given.codes, self._text(batch), given.controls)[0], self.settings.temperature, k)
+    def query_teacher(self, batch: Batch, k: int | None) -> SoftTarget:
+        """The teacher's top-k distributions for a batch, [b, K, S, n], at `distill.temperature`."""
+        inputs = self._prepare_batch(batch, self.controls.load(batch))
+        logits, _ = self.teacher(inputs.codes, self._text(batch), inputs.controls)
+        return soft_target(logits, self.settings.temperature, k)
 
-    def _asked(self, batch: Batch, given: LMBatch) -> tuple[Target, list[Tensor]]:
-        """The teacher's distributions, from the cache if there is one, and its streams behind the mapped blocks, if any
-        are learnt from."""
-        if self.cached is not None:
-            return Target(*(None if p is None else p.to(given.codes.device) for p in self.cached(batch["ids"]))), []
-        blocks = self.blocks if "projections" in self.modules else []
-        logits, hidden_states = self.teacher(given.codes, self._text(batch), given.controls, blocks)
-        return target(logits, self.settings.temperature), hidden_states
+    def _query_teacher(self, batch: Batch, inputs: LMBatch) -> tuple[SoftTarget, list[Tensor]]:
+        """The teacher's distributions, cached or computed, and its hidden states after the mapped blocks if needed."""
+        if self.cache is not None:
+            return self.cache(batch["ids"]).to(inputs.codes.device), []
+        blocks = self.teacher_blocks if "projections" in self.modules else []
+        logits, hidden_states = self.teacher(inputs.codes, self._text(batch), inputs.controls, blocks)
+        return soft_target(logits, self.settings.temperature), hidden_states
 
-    def _kl(self, logits: Tensor, answer: Target, given: LMBatch, counts: Tensor) -> Tensor:
-        """The divergence, times the temperature's square: so its gradient keeps its size (arXiv 1503.02531)."""
-        temperature = self.settings.temperature
-        log_q = student_log_q(logits[..., : self.codebook_size], answer, temperature)
-        each = divergence(log_q, answer.log_p, self.settings.divergence, self.settings.skew)  # [b, K, S]
-        return temperature**2 * self._over_codebooks(each.masked_fill(~given.real, 0).sum((0, 2)), counts)
+    def _kl(self, logits: Tensor, target: SoftTarget | None, inputs: LMBatch, denominators: Tensor) -> Tensor:
+        """The divergence times the squared temperature, which preserves the gradient's scale (arXiv 1503.02531)."""
+        assert target is not None
+        logits, temperature = logits[..., : self.codebook_size], self.settings.temperature
+        kind, skew = self.settings.divergence, self.settings.skew
+        sums = divergence_sums(logits, target, inputs.valid, temperature, kind, skew)  # [K]
+        return temperature**2 * self._over_codebooks(sums, denominators)
 
-    def _total(self, trained_modules: Mapping[str, nn.Module], named: Losses, share: Tensor, step: int) -> Tensor:
-        """What is trained on in this step. In the first phases the others take part with weight 0: every parameter has
-        a gradient, as several devices need it."""
-        weighted = trained_modules["weighting"](named, share)
+    def _total_loss(self, modules: Mapping[str, nn.Module], losses: Losses, fraction: Tensor, step: int) -> Tensor:
+        """The training loss of this step. In the matching phases the other losses have weight 0, so that every
+        parameter has a gradient, as several devices need it."""
+        weighted = modules["weighting"](losses, fraction)
         if step < self.settings.mixer_steps:
-            return named["mixer"] + 0 * weighted
+            return losses["mixer"] + 0 * weighted
         if step < self.settings.mixer_steps + self.settings.hidden_steps:
-            return named["hidden"] + 0 * weighted
-        learnt = [named[name] for name in self.modules["weighting"].given]
+            return losses["hidden"] + 0 * weighted
+        values = [losses[name] for name in self.weighting.base_weights]
         if self.settings.weighting == "magnitude":
-            sizes = torch.stack(learnt).detach()
-            self._observed = sizes if self._observed is None else self._observed + sizes
-        elif self.settings.weighting == "gradient" and self._observed is None and step % _LOOK_EVERY == 0:
-            embedding = self.model.embedding.weight  # which every loss reaches through all of the model
-            slopes = [torch.autograd.grad(loss, embedding, retain_graph=True)[0] for loss in learnt]
-            self._observed = torch.stack([slope.norm() for slope in slopes])
+            sizes = torch.stack(values).detach()
+            self._observed_sizes = sizes if self._observed_sizes is None else self._observed_sizes + sizes
+        elif self.settings.weighting == "gradient" and self._observed_sizes is None and step % _GRADIENT_EVERY == 0:
+            embedding = self.model.embedding.weight
+            gradients = [torch.autograd.grad(loss, embedding, retain_graph=True)[0] for loss in values]
+            self._observed_sizes = torch.stack([gradient.norm() for gradient in gradients])
         return weighted
 
-    def _transfer(self) -> None:
-        """Start the student from its teacher's weights, as `distill.transfer` asks. A checkpoint's replace them."""
-        asked = self.settings.transfer
-        if asked.layers is None and asked.width is None:
-            return
-        folder = self.teacher.folder
+    def _transfer_weights(self) -> list[str]:
+        """Initialise the student from its teacher by `distill.transfer`; returns the parameters that were set."""
+        transfer, folder = self.settings.transfer, self.teacher.folder
+        if transfer.layers is None and transfer.width is None:
+            return []
         if "weights" in folder.card:
             raise UserError(
-                f"the weights of the teacher {folder.name} are {folder.card['weights']}, which distill.transfer cannot "
-                f"take: give the one it was made from"
+                f"the weights of the teacher {folder.name} are {folder.card['weights']}, distill.transfer needs float "
+                "weights: use the model that it was quantised from"
             )
         importance = None
-        if asked.width == "importance":
+        if transfer.width == "importance":
             loader = self.loader("train", self.config.data.batch_size, 0, 1)
-            batches = [loader.batch(n) for n in range(_CALIBRATION)]
-            shown = [(self._prepare_batch(b, self.controls.of(b)), self._text(b)) for b in batches]
-            importance = channel_importance(self.teacher.model, [(given.codes, text) for given, text in shown])
-        self.transferred = transfer_weights(self.teacher.model, self.model, asked.layers, asked.width, importance)
+            batches = [loader.batch(n) for n in range(_CALIBRATION_BATCHES)]
+            inputs = [(self._prepare_batch(b, self.controls.load(b)).codes, self._text(b)) for b in batches]
+            importance = channel_importance(self.teacher.model, inputs)
+        return transfer_weights(self.teacher.model, self.model, transfer.layers, transfer.width, importance)
 
 
-def cache_facts(config: DictConfig, task: DistillTask) -> dict[str, Any]:
-    """What a teacher's cached answers depend on."""
+def cache_metadata(config: DictConfig, task: DistillTask) -> dict[str, Any]:
+    """The settings that cached teacher logits depend on."""
     data, settings = config.data, config.distill
     return {
         "teacher": task.teacher.fingerprint, "store": task.store.fingerprint, "pattern": config.pattern,
@@ -201,51 +199,52 @@ def cache_facts(config: DictConfig, task: DistillTask) -> dict[str, Any]:
 
 
 def cache_teacher(config: DictConfig, out: Path, k: int) -> Path:
-    """Write the teacher's answers for every segment of the training split, as `data.fixed_crops` shows them.
+    """Cache the teacher's top-k logits for every training segment, with the crops of `data.fixed_crops`.
 
-    It is asked on the device and in the precision that the training would have here.
+    Runs on the device and in the precision of a training on this machine.
 
     Args:
-        config: of the distillation that is to read them.
-        k: codes kept of each distribution.
-
-    Raises:
-        UserError: there is one in the folder already, or a setting is wrong.
+        config: of the distillation that will read the cache.
     """
     config = config.copy()
     config.data.fixed_crops, config.distill.cache = True, None
-    config.distill.transfer.layers = config.distill.transfer.width = None  # of the student, who is not asked
+    config.distill.transfer.layers = config.distill.transfer.width = None  # the student is not run
     accelerator = build_accelerator(config.train.precision)
     task = DistillTask(config)
     accelerator.prepare_model(task.teacher.model, evaluation_mode=True)
     loader = task.loader("train", config.data.batch_size, 0, 1)
-    steps = tqdm(range(loader.steps_per_epoch), desc="asking the teacher", unit="batch")
-    answers = ((b["ids"], task.ask(to_device(b, accelerator.device), k)) for b in map(loader.batch, steps))
-    return write_cache(out, cache_facts(config, task) | {"k": k, "model": asdict(task.teacher.model.config)}, answers)
+    steps = tqdm(range(loader.steps_per_epoch), desc="querying the teacher", unit="batch")
+    batches = (to_device(loader.batch(step), accelerator.device) for step in steps)
+    targets = ((batch["ids"], task.query_teacher(batch, k)) for batch in batches)
+    metadata = cache_metadata(config, task) | {"k": k, "model": asdict(task.teacher.model.config)}
+    return write_cache(out, metadata, targets)
 
 
 def _check_settings(config: DictConfig) -> None:
     settings, losses = config.distill, config.losses
     check_temperature(settings.temperature)
-    numbers = [f"distill.{name}" for name in ("skew", "guidance_scale", "mixer_steps", "hidden_steps")]
-    check_least(config, dict.fromkeys([*numbers, *(f"losses.{name}" for name in LOSSES)], 0))
-    phases, steps = settings.mixer_steps + settings.hidden_steps, config.train.steps
-    if phases and phases >= steps:
+    keys = [f"distill.{name}" for name in ("skew", "guidance_scale", "mixer_steps", "hidden_steps")]
+    check_minimum(config, dict.fromkeys([*keys, *(f"losses.{name}" for name in LOSSES)], 0))
+    matching_steps = settings.mixer_steps + settings.hidden_steps
+    if matching_steps and matching_steps >= config.train.steps:
         raise UserError(
-            f"distill.mixer_steps and distill.hidden_steps are {phases} together, train.steps is {steps}: leave steps "
-            f"for all losses together, after these phases"
+            f"distill.mixer_steps + distill.hidden_steps must be below train.steps={config.train.steps}, got "
+            f"{matching_steps}"
         )
     if not isinstance(settings.transfer, DictConfig):
-        raise UserError(f"distill.transfer={settings.transfer}: give distill.transfer.layers and .width, or each null")
+        raise UserError(
+            f"distill.transfer={settings.transfer} is not a section: set distill.transfer.layers and "
+            "distill.transfer.width, or each to null"
+        )
     if not any(losses[name] for name in LOSSES):
-        raise UserError(f"nothing to learn from: give one of {', '.join(f'losses.{name}' for name in LOSSES)} a weight")
+        raise UserError(f"no loss to train on: set one of {', '.join(f'losses.{name}' for name in LOSSES)} above 0")
     if losses.tags:
-        raise UserError("losses.tags has no tag head in a distillation: set losses.tags=0")
+        raise UserError("distillation has no tag head: set losses.tags=0")
     if settings.hidden_steps and not losses.hidden:
-        raise UserError("distill.hidden_steps match streams, which losses.hidden=0 leaves out: give it a weight")
+        raise UserError("distill.hidden_steps needs losses.hidden above 0, got losses.hidden=0")
     if settings.cache and (losses.hidden or settings.mixer_steps):
-        raise UserError("a cache holds distributions only: set losses.hidden=0 and distill.mixer_steps=0, or no cache")
+        raise UserError("the cache holds logits only: set losses.hidden=0 and distill.mixer_steps=0, or no cache")
     if settings.cache and not config.data.fixed_crops:
-        raise UserError("a cached answer belongs to one crop of each segment: set data.fixed_crops=true")
+        raise UserError("cached logits belong to one crop of each segment: set data.fixed_crops=true")
     if config.init and (settings.transfer.layers is not None or settings.transfer.width is not None):
-        raise UserError("init and distill.transfer both say where the student starts: leave one of them null")
+        raise UserError("init and distill.transfer both initialise the student: set one of them to null")

@@ -1,8 +1,8 @@
-"""A small text encoder in the place of a language model's own, learnt from what that model takes from the text.
+"""Distillation of a language model's text encoder into a smaller one.
 
-First the student's token states are to say, behind the language model's own projection of the text, what those of the
-encoder say which it replaces. Then both learn along: the language model, which reads the student, from the codes of the
-store and from what it said when it read the original.
+First the student regresses the original encoder's token states after the language model's text projection. From
+`text_student.joint_step` on both are trained: the language model, which now reads the student, on the store's codes and
+on its own logits with the original encoder.
 
 Shapes: b items of a micro-batch, L text tokens of the student, E text width, K codebooks, S positions.
 """
@@ -18,228 +18,228 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ssmttm.data.loader import CodesLoader
-from ssmttm.data.prefetch import prefetched
+from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.distill.layer_map import layer_map
-from ssmttm.distill.losses import divergence, student_log_q, target
+from ssmttm.distill.losses import divergence_sums, soft_target
 from ssmttm.distill.teacher import Teacher
-from ssmttm.distill.text_alignment import TokenizedCaption, align, cut
+from ssmttm.distill.text_alignment import TokenizedCaption, alignment_matrix, tokenize
 from ssmttm.errors import UserError
+from ssmttm.models import TokenLM
 from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
 from ssmttm.text.student import StudentEncoder, StudentShape, build_student, describe
-from ssmttm.training.data import check_same
-from ssmttm.training.run import check_least
+from ssmttm.training.data import check_fingerprint
+from ssmttm.training.run import check_minimum
 from ssmttm.training.tasks.base import Batch, Losses, Sample
 from ssmttm.training.tasks.lm import LanguageModelTask
 
 LOSSES = ("text", "cross_entropy", "kl")
-_CALIBRATION = 4  # batches that tell how large the projected text is
+_CALIBRATION_BATCHES = 4
 
 
 class TextDistillTask(LanguageModelTask):
-    """A student encoder learns to stand for a teacher's; from `text_student.joint_step` on the language model learns to
-    read it. `model`, the encoder, follows the schedule of `optim`; `lm` the constant rate `optim.module_lr.lm`.
+    """Trains a student text encoder, `model`, with the schedule of `optim`, and from `text_student.joint_step` on the
+    language model, `lm`, with the constant learning rate `optim.module_lr.lm`.
 
     Args:
-        config: as of `LanguageModelTask`, `teacher`, `text_student`; `model` and `pattern` are the teacher's.
-
-    Raises:
-        UserError: no teacher, one that reads padding or has int8 weights, a store made with another codec or text
-            encoder, or a student that cannot be cut from where it starts.
+        config: as for `LanguageModelTask`, `teacher`, `text_student`; `model` and `pattern` are the teacher's.
     """
+
+    model: TokenLM
 
     def __init__(self, config: DictConfig) -> None:
         if not config.teacher:
-            raise UserError("teacher is not set: give a run, a model folder or an embedded model: teacher=tiny_lm")
+            raise UserError(
+                "teacher is not set: set it to a run, a model folder or an embedded model, as teacher=tiny_lm"
+            )
         _check_settings(config)
         self.teacher = Teacher(config.teacher)
         self.frozen = [self.teacher.model]
-        folder, lm = self.teacher.folder, self.teacher.model.config
+        folder = self.teacher.folder
         self.teacher.check_null_condition()
-        _check_teacher(folder.name, folder.card)
+        if "weights" in folder.card:
+            kind = folder.card["weights"]
+            raise UserError(f"the weights of the teacher {folder.name} are {kind}: use the model it was quantised from")
         self.null_condition, self.guidance_scale = folder.null_condition, folder.guidance_scale
         config = config.copy()
-        config.model, config.pattern = {"kind": "token_lm", **asdict(lm)}, folder.config.pattern
+        config.model = {"kind": "token_lm", **asdict(self.teacher.model.config)}
+        config.pattern = folder.config.pattern
         super().__init__(config)
         self.teacher.check_store(self.store.info)
         self.model.load_state_dict(self.teacher.model.state_dict())
-        self.replaced = load_text_encoder(folder.source("text"))
-        check_same("text", self.replaced.fingerprint, self.store.info)
-        asked = config.text_student
-        source = self.replaced if asked.encoder is None else load_text_encoder(asked.encoder)
-        self.max_tokens = min(source.max_tokens, self.replaced.max_tokens)
-        self.encoder, self.tokenizer = self._student(source)
+        self.original = load_text_encoder(folder.source("text"))
+        check_fingerprint("text", self.original.fingerprint, self.store.info)
+        settings = config.text_student
+        source = self.original if settings.encoder is None else load_text_encoder(settings.encoder)
+        self.max_tokens = min(source.max_tokens, self.original.max_tokens)
+        self.encoder, self.tokenizer = self._build_student(source)
         self.modules = {"model": self.encoder, "lm": self.model}
-        self.joint_step: int | None = asked.joint_step
-        self._mean_square = self._measured()
+        self.joint_step: int | None = settings.joint_step
+        self._mean_square = self._projected_mean_square()
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> "CaptionLoader":
         codes = super().loader(split, batch_size, rank, world_size)
-        return CaptionLoader(codes, self.tokenizer, self.max_tokens, self.replaced)
+        return CaptionLoader(codes, self.tokenizer, self.max_tokens, self.original)
 
-    def counts(self, batch: Batch) -> Tensor:
-        """Valid positions by codebook, the number of items and that of the student's text tokens, [K + 2]."""
-        return torch.cat([super().counts(batch), batch["read"].mask.sum()[None].float()])
+    def loss_denominators(self, batch: Batch) -> Tensor:
+        """Valid positions by codebook, the number of items and of the student's text tokens, [K + 2]."""
+        return torch.cat([super().loss_denominators(batch), batch["student_text"].mask.sum()[None].float()])
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """`text`, the square distance of the projected states in units of the teacher's mean square; later also
-        `cross_entropy`, each `codebook_k`, and `kl` from what the teacher says of the same codes."""
-        controls = self.controls.dropped(self.controls.of(batch)) if self._is_joint(step) else None
-        return {"model": self._named(trained_modules, batch, counts, controls)}
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """`text`, the squared error of the projected states relative to the teacher's mean square; in the joint phase
+        also `cross_entropy`, each `codebook_k`, and `kl` from the teacher's logits."""
+        controls = self.controls.drop(self.controls.load(batch)) if self._is_joint(step) else None
+        return {"model": self._losses_of(modules, batch, denominators, controls)}
 
-    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        """All of them from the first step on, with neither tempo nor melody withheld."""
-        return self._named(trained_modules, batch, counts, self.controls.of(batch))
+    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+        """All losses at every step, without dropout of controls."""
+        return self._losses_of(modules, batch, denominators, self.controls.load(batch))
 
-    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
-        """Of the phase that the step is in; the teacher has no backward pass, so its FLOPs count a third."""
-        _, seconds, of_lm = super().work(batch, step)
-        flops = float(self.encoder.flops(batch["read"].mask.numel()))
+    def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
+        """Of the current phase; the teacher's FLOPs count a third, as it has no backward pass."""
+        _, seconds, lm_flops = super().throughput(batch, step)
+        flops = float(self.encoder.flops(batch["student_text"].mask.numel()))
         if not self._is_joint(step):
             return 0.0, seconds, flops
-        return float(batch["frame_mask"].sum()) * self.n_codebooks, seconds, flops + of_lm * (1 + 1 / 3)
+        return float(batch["frame_mask"].sum()) * self.n_codebooks, seconds, flops + lm_flops * (1 + 1 / 3)
 
     def samples(self, step: int) -> list[Sample]:
-        """As of a language model that reads the student."""
+        """As for a language model, with the student as its text encoder."""
         self._text_encoder = TextEncoder("student", self.encoder, self.tokenizer, "", self.max_tokens)
         return super().samples(step)
 
-    def facts(self) -> dict[str, Any]:
-        """With the teacher, the licences of whose data are the student's too, and what the export builds them from."""
-        facts, folder = super().facts(), self.teacher.folder
-        told = {key: folder.config[key] for key in ("task", "pattern", "distill") if key in folder.config}
-        if told.get("distill"):
-            told["distill"] = {**told["distill"], "cache": None}  # a path of this machine
+    def metadata(self) -> dict[str, Any]:
+        """With the teacher, the licences of its data, and what the export needs to rebuild both models."""
+        config = self.teacher.folder.config
+        lm = {key: config[key] for key in ("task", "pattern", "distill") if key in config}
+        if lm.get("distill"):
+            lm["distill"] = {**lm["distill"], "cache": None}  # a local path
         blueprint = {
-            "lm": OmegaConf.to_container(OmegaConf.create(told | {"model": self.config.model})),
+            "lm": OmegaConf.to_container(OmegaConf.create(lm | {"model": self.config.model})),
             "encoder": describe(self.encoder, self.tokenizer),
         }
-        licences = (folder.licences or {}) | facts["licences"]
-        text = facts["text"] | {"null_condition": folder.null_condition}
-        return facts | {
-            "licences": licences, "text": text, "teacher": self.teacher.facts(), "blueprint": blueprint,
-        }  # fmt: skip
+        return self.teacher.student_metadata(super().metadata()) | {"blueprint": blueprint}
 
     def _is_joint(self, step: int) -> bool:
-        """Whether the language model learns along."""
         return self.joint_step is not None and step >= self.joint_step
 
-    def _named(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, controls: Controls | None) -> Losses:
-        """The losses of the student, and with wishes those of the language model that reads it."""
-        read = batch["read"]
-        states = trained_modules["model"](read.input_ids, read.mask).last_hidden_state.float()  # [b, L, E]
-        named = {"text": self._distance(states, read) / self._mean_square / counts[-1]}
-        return named if controls is None else named | self._language(trained_modules["lm"], states, batch, counts[:-1], controls)
+    def _losses_of(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, controls: Controls | None
+    ) -> Losses:
+        """The regression loss, and with controls the losses of the language model."""
+        text = batch["student_text"]
+        states = modules["model"](text.input_ids, text.mask).last_hidden_state.float()  # [b, L, E]
+        losses = {"text": self._squared_error(states, text) / self._mean_square / denominators[-1]}
+        if controls is None:
+            return losses
+        return losses | self._lm_losses(modules["lm"], states, batch, denominators[:-1], controls)
 
-    def _distance(self, states: Tensor, read: "ReadCaptions") -> Tensor:
-        """Square distance of projected states [b, L, E], summed over real tokens."""
-        return (self._projected(states, read.mask) - self._projected(read.targets, read.mask)).square().sum()
+    def _squared_error(self, states: Tensor, text: "StudentText") -> Tensor:
+        """Squared error of projected states [b, L, E], summed over valid tokens."""
+        return (self._project(states, text.mask) - self._project(text.targets, text.mask)).square().sum()
 
-    def _projected(self, states: Tensor, mask: Tensor) -> Tensor:
-        """As the teacher's language model projects them, 0 at padding: [b, L, E] -> [b, L, D]."""
+    def _project(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The text projection of the teacher's language model, 0 at padding: [b, L, E] -> [b, L, D]."""
         return self.teacher.model.text(TextCondition(states, mask)).tokens
 
-    def _language(self, lm: nn.Module, states: Tensor, batch: Batch, counts: Tensor, controls: Controls) -> Losses:
-        given = self._prepare_batch(batch, controls)
-        embeddings = apply_null_condition(self.null_condition, TextCondition(states, batch["read"].mask), batch["captions"])
-        logits = lm(given.codes, embeddings, controls=given.controls)
-        named = self._code_losses(logits, given, counts)
+    def _lm_losses(
+        self, lm: nn.Module, states: Tensor, batch: Batch, denominators: Tensor, controls: Controls
+    ) -> Losses:
+        inputs = self._prepare_batch(batch, controls)
+        student_text = TextCondition(states, batch["student_text"].mask)
+        text = apply_null_condition(self.null_condition, student_text, batch["captions"])
+        logits = lm(inputs.codes, text, controls=inputs.controls)
+        losses = self._code_losses(logits, inputs, denominators)
         if self.config.losses.kl:
-            answer = target(self.teacher(given.codes, self._text(batch), given.controls)[0])
-            each = divergence(student_log_q(logits[..., : self.codebook_size], answer), answer.log_p)  # [b, K, S]
-            named["kl"] = self._over_codebooks(each.masked_fill(~given.real, 0).sum((0, 2)), counts)
-        return named
+            target = soft_target(self.teacher(inputs.codes, self._text(batch), inputs.controls)[0])
+            sums = divergence_sums(logits[..., : self.codebook_size], target, inputs.valid)  # [K]
+            losses["kl"] = self._over_codebooks(sums, denominators)
+        return losses
 
-    def _student(self, source: TextEncoder) -> tuple[StudentEncoder, Any]:
-        """The student where it starts, and its tokenizer."""
-        asked = self.config.text_student
-        layers = None
-        if asked.n_layers is not None:
-            layers = layer_map("even", asked.n_layers, source.model.config.num_hidden_layers)
-        shape = StudentShape(layers, asked.d_model, asked.d_ff, self.max_tokens)
-        captions = None
-        if asked.trim:
+    def _build_student(self, source: TextEncoder) -> tuple[StudentEncoder, Any]:
+        """The student before training, and its tokenizer."""
+        settings, config = self.config.text_student, source.model.config
+        layers, captions = None, None
+        if settings.n_layers is not None:
+            layers = layer_map("even", settings.n_layers, config.num_hidden_layers)
+        if settings.trim:
             captions = {text for row in self.store.indices("train") for text in self.store.captions(int(row))}
-        return build_student(source.model, source.tokenizer, self.replaced.dim, shape, captions)
+        shape = StudentShape(layers, settings.d_model, settings.d_ff, self.max_tokens)
+        return build_student(source.model, source.tokenizer, self.original.dim, shape, captions)
 
     @torch.no_grad()
-    def _measured(self) -> float:
-        """The mean square of the projected text over its real tokens, of the first batches."""
+    def _projected_mean_square(self) -> float:
+        """Mean square of the projected text over valid tokens of the first batches."""
         loader = self.loader("train", self.config.data.batch_size, 0, 1)
-        batches = [loader.batch(n)["text"] for n in range(_CALIBRATION)]
-        total = sum(self._projected(*text).square().sum().item() for text in batches)
+        batches = [loader.batch(n)["text"] for n in range(_CALIBRATION_BATCHES)]
+        total = sum(self._project(*text).square().sum().item() for text in batches)
         return total / sum(text.mask.sum().item() for text in batches)
 
 
-class ReadCaptions(NamedTuple):
-    """Captions as the student reads them, padded behind, and what its states are to be behind the projection.
+class StudentText(NamedTuple):
+    """Captions in the student's tokens, right-padded, with the states that they regress."""
 
-    input_ids: int64 [b, L]. mask: bool [b, L], True where a token is real. targets: [b, L, E].
-    """
+    input_ids: Tensor  # int64 [b, L]
+    mask: Tensor  # bool [b, L], True at valid tokens
+    targets: Tensor  # [b, L, E]
 
-    input_ids: Tensor
-    mask: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device) -> "ReadCaptions":
-        return ReadCaptions(*(part.to(device) for part in self))
+    def to(self, device: torch.device) -> "StudentText":
+        return StudentText(*(part.to(device) for part in self))
 
 
 class CaptionLoader:
-    """The batches of a `CodesLoader` and, as `read`, their captions with the states of the encoder to be replaced,
-    which the store holds, brought to the student's tokens."""
+    """The batches of a `CodesLoader` with `student_text`: the captions in the student's tokens, and the store's states
+    of the original encoder aligned to these tokens."""
 
-    def __init__(self, codes: CodesLoader, tokenizer: Any, max_tokens: int, replaced: TextEncoder) -> None:
+    def __init__(self, codes: CodesLoader, tokenizer: Any, max_tokens: int, original: TextEncoder) -> None:
         self.codes, self.steps_per_epoch = codes, codes.steps_per_epoch
-        self.student = copy.deepcopy(tokenizer), max_tokens  # copies: a tokenizer serves one thread
-        self.replaced = copy.deepcopy(replaced.tokenizer), replaced.max_tokens
+        self.student = copy.deepcopy(tokenizer), max_tokens  # copies: tokenizers are not thread-safe
+        self.original = copy.deepcopy(original.tokenizer), original.max_tokens
 
     def batch(self, n: int) -> Batch:
         batch = self.codes.batch(n)
-        student, replaced = (cut(each, batch["captions"], most) for each, most in (self.student, self.replaced))
+        tokenizer, max_tokens = self.student
+        student = tokenize(tokenizer, batch["captions"], max_tokens)
+        original = tokenize(self.original[0], batch["captions"], self.original[1])
         states = [rows[mask] for rows, mask in zip(*batch["text"], strict=True)]
-        targets = [_spread(*parts) for parts in zip(student, replaced, states, strict=True)]
-        ids = [torch.tensor(pieces.ids) for pieces in student]
-        real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
-        padding = self.student[0].pad_token_id
-        padded = pad_sequence(ids, True, padding), pad_sequence(real, True), pad_sequence(targets, True)
-        return batch | {"read": ReadCaptions(*padded)}
+        targets = [_align_states(*caption) for caption in zip(student, original, states, strict=True)]
+        ids = [torch.tensor(caption.ids) for caption in student]
+        masks = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+        text = StudentText(
+            pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence(masks, True), pad_sequence(targets, True)
+        )
+        return batch | {"student_text": text}
 
     def iterate(self, start: int) -> Iterator[Batch]:
-        return prefetched(self.batch, start, 2)
+        return prefetch_batches(self.batch, start, 2)
 
 
-def _spread(student: TokenizedCaption, replaced: TokenizedCaption, states: Tensor) -> Tensor:
-    """Token states [L', E] of the one tokenizer at the tokens of the other, [L, E]."""
-    if len(states) != len(replaced.ids):
+def _align_states(student: TokenizedCaption, original: TokenizedCaption, states: Tensor) -> Tensor:
+    """Token states [L', E] of the original tokenizer averaged to the student's tokens, [L, E]."""
+    if len(states) != len(original.ids):
         raise UserError(
-            f"the store holds {len(states)} token states of a caption with {len(replaced.ids)} tokens: prepare it again"
+            f"the store holds {len(states)} token states of a caption with {len(original.ids)} tokens: prepare it again"
         )
-    return align(student, replaced) @ states
+    return alignment_matrix(student, original) @ states
 
 
 def _check_settings(config: DictConfig) -> None:
+    settings, steps = config.text_student, config.train.steps
     if config.init:
         raise UserError(
-            f"init={config.init} has no place here, a text student and its language model start from "
-            "text_student.encoder and teacher: set init=null and name those"
+            f"init={config.init} is not supported here: set init=null, text_student.encoder for the text encoder and "
+            "teacher for the language model"
         )
-    asked, steps = config.text_student, config.train.steps
-    check_least(config, {f"losses.{name}": 0 for name in LOSSES})
-    least = {"n_layers": 1, "d_model": 1, "d_ff": 1, "joint_step": 0}  # or null
-    check_least(config, {f"text_student.{name}": n for name, n in least.items() if asked[name] is not None})
-    if asked.joint_step is not None and asked.joint_step >= steps:
-        raise UserError(
-            f"text_student.joint_step={asked.joint_step} is never reached with train.steps={steps}: give fewer, or null"
-        )
+    check_minimum(config, {f"losses.{name}": 0 for name in LOSSES})
+    minimum = {"n_layers": 1, "d_model": 1, "d_ff": 1, "joint_step": 0}  # or null
+    check_minimum(config, {f"text_student.{name}": n for name, n in minimum.items() if settings[name] is not None})
+    if settings.joint_step is not None and settings.joint_step >= steps:
+        raise UserError(f"text_student.joint_step must be below train.steps={steps} or null, got {settings.joint_step}")
     if not config.losses.text:
-        raise UserError("losses.text=0 leaves the text student nothing to learn from: give it a weight")
+        raise UserError("losses.text must be above 0, got losses.text=0")
     if config.losses.tags:
-        raise UserError("losses.tags has no tag head in a distillation: set losses.tags=0")
-
-
-def _check_teacher(name: str, card: dict[str, Any]) -> None:
-    if "weights" in card:
-        raise UserError(f"the weights of the teacher {name} are {card['weights']}: give the one it was made from")
+        raise UserError("distillation has no tag head: set losses.tags=0")
