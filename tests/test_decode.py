@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.audio import decoder_process
-from data_prep.audio.decode import Decoder, Limits, Sound, probe
+from data_prep.audio.decode import Decoder, Limits, AudioInfo, probe
 from data_prep.track import KINDS, Rejected
 
 RATE = 44_100
@@ -84,12 +84,12 @@ def soon(condition: Callable[[], bool]) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("channels", [1, 2])
-def test_samples_are_libsndfiles_own(tmp_path, decoder, suffix, subtype, channels):
+def test_decoder_samples_equal_libsndfile(tmp_path, decoder, suffix, subtype, channels):
     rate = 48_000 if subtype == "OPUS" else RATE
     path = tmp_path / f"x.{suffix}"
     sf.write(path, noise(4.0, channels, rate), rate, subtype=subtype)
-    wav, told = whole(decoder, path)
-    assert told == rate and wav.dtype == np.float32
+    wav, header_rate = whole(decoder, path)
+    assert header_rate == rate and wav.dtype == np.float32
     assert np.array_equal(wav, sf.read(path, dtype="float32", always_2d=True)[0].T)
 
 
@@ -99,19 +99,19 @@ def test_samples_are_libsndfiles_own(tmp_path, decoder, suffix, subtype, channel
     samples=st.integers(1, 3) | st.integers(30_000, 35_000) | st.integers(260_000, 265_000),
     rate=st.sampled_from([8000, 22_050, 96_000]),
 )
-def test_any_shape_in_bounded_blocks(tmp_path, decoder, channels, samples, rate):
+def test_decoder_blocks_are_bounded(tmp_path, decoder, channels, samples, rate):
     path = tmp_path / "x.wav"
     pcm = np.random.default_rng(samples).integers(-32768, 32768, (samples, channels), dtype=np.int16)
     sf.write(path, pcm, rate)
     blocks = list(decoder.blocks(path))
-    for block, told in blocks:
-        assert block.flags.c_contiguous and block.flags.owndata and block.size <= 1 << 18 and told == rate
+    for block, header_rate in blocks:
+        assert block.flags.c_contiguous and block.flags.owndata and block.size <= 1 << 18 and header_rate == rate
     assert np.array_equal(np.concatenate([block for block, _ in blocks], axis=1) * 32768, pcm.T)
 
 
 @needs_ffmpeg
 @pytest.mark.parametrize("name", ["x.m4a", "x.mp4", "x.wma", "x.mka", "x.aac", "x.ac3", "x.tta", "x.wv", "x.webm"])
-def test_what_libsndfile_does_not_know_goes_to_ffmpeg(tmp_path, decoder, name):
+def test_decoder_uses_ffmpeg_for_other_formats(tmp_path, decoder, name):
     sf.write(tmp_path / "x.wav", noise(), RATE)
     path = tmp_path / name
     ffmpeg("-i", tmp_path / "x.wav", path)
@@ -123,16 +123,16 @@ def test_what_libsndfile_does_not_know_goes_to_ffmpeg(tmp_path, decoder, name):
 
 
 @needs_ffmpeg
-def test_lossless_through_ffmpeg_is_exact(tmp_path, decoder):
+def test_decoder_ffmpeg_lossless_is_exact(tmp_path, decoder):
     pcm = np.random.default_rng(0).integers(-32768, 32768, (RATE, 2), dtype=np.int16)
     sf.write(tmp_path / "x.wav", pcm, RATE)
     ffmpeg("-i", tmp_path / "x.wav", "-c:a", "alac", tmp_path / "x.m4a")
     assert np.array_equal(whole(decoder, tmp_path / "x.m4a")[0] * 32768, pcm.T)
-    assert decoder.probe(tmp_path / "x.m4a") == Sound("mov alac", 2, RATE, 1.0)
+    assert decoder.probe(tmp_path / "x.m4a") == AudioInfo("mov alac", 2, RATE, 1.0)
 
 
 @needs_ffmpeg
-def test_a_film_gives_its_first_sound(tmp_path, decoder):
+def test_decoder_reads_first_audio_stream_of_video(tmp_path, decoder):
     """Its picture may last longer than its sound: that is no sound cut short."""
     sf.write(tmp_path / "x.wav", noise(), RATE)
     picture = ["-f", "lavfi", "-i", "color=black:s=32x32:r=5:d=3", "-i", tmp_path / "x.wav"]
@@ -144,7 +144,7 @@ def test_a_film_gives_its_first_sound(tmp_path, decoder):
 
 
 @needs_ffmpeg
-def test_cut_short_before_ffmpeg(tmp_path, decoder):
+def test_decoder_rejects_truncated_files_of_ffmpeg(tmp_path, decoder):
     sf.write(tmp_path / "x.wav", noise(5.0), RATE)
     ffmpeg("-i", tmp_path / "x.wav", "-movflags", "+faststart", tmp_path / "x.m4a")
     data = (tmp_path / "x.m4a").read_bytes()
@@ -152,18 +152,18 @@ def test_cut_short_before_ffmpeg(tmp_path, decoder):
     assert rejected(decoder, tmp_path / "x.m4a").kind == "unreadable"
 
 
-def test_without_ffmpeg_the_reason_says_what_to_install(tmp_path, monkeypatch):
+def test_decoder_without_ffmpeg_names_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(1000))
     (tmp_path / "imageio_ffmpeg.py").write_text("raise ImportError\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with Decoder() as decoder:
-        assert "FFmpeg: install it" in rejected(decoder, tmp_path / "x.m4a").reason
+        assert "FFmpeg is not installed: install it" in rejected(decoder, tmp_path / "x.m4a").reason
 
 
-def test_probe(tmp_path):
+def test_probe_reads_header(tmp_path):
     sf.write(tmp_path / "x.flac", noise(2.0), RATE)
-    assert probe(tmp_path / "x.flac") == Sound("FLAC PCM_16", 2, RATE, 2.0)
+    assert probe(tmp_path / "x.flac") == AudioInfo("FLAC PCM_16", 2, RATE, 2.0)
     with pytest.raises(Rejected, match="no such file"):
         probe(tmp_path / "none.flac")
 
@@ -206,7 +206,7 @@ def bad_file(path: Path, kind: str) -> None:
         ("socket", "unreadable", "cannot be opened"),
         ("device", "unreadable", "not a regular file"),
         ("loop", "unreadable", "cannot be opened"),
-        ("text", "unreadable", "no audio|no format"),
+        ("text", "unreadable", "not audio|does not read its format"),
         ("nan", "unreadable", "NaN"),
         ("inf", "unreadable", "infinite"),
         ("no samples", "unreadable", "no samples"),
@@ -220,14 +220,14 @@ def bad_file(path: Path, kind: str) -> None:
         ("half rf64", "unreadable", "cut short"),
     ],
 )
-def test_bad_files_are_refused_with_a_reason(tmp_path, decoder, kind, why, words):
+def test_decoder_rejects_bad_files_with_reason(tmp_path, decoder, kind, why, words):
     bad_file(tmp_path / "song.mp3", kind)
     rejection = rejected(decoder, tmp_path / "song.mp3")
     assert rejection.kind == why
     assert re.search(words, rejection.reason), rejection.reason
 
 
-def test_streams_of_unknown_length_are_read_to_their_end(tmp_path, decoder):
+def test_decoder_reads_streams_of_unknown_length(tmp_path, decoder):
     """A size of 0xFFFFFFFF, as programs write into a pipe; a FLAC header without a number of samples."""
     path = tmp_path / "x.wav"
     sf.write(path, noise(), RATE)
@@ -245,7 +245,7 @@ def test_streams_of_unknown_length_are_read_to_their_end(tmp_path, decoder):
 
 
 @pytest.mark.parametrize("suffix", ["flac", "wav", "aiff", "mp3"])
-def test_a_tag_behind_the_sound_is_no_sound(tmp_path, decoder, suffix):
+def test_decoder_ignores_tag_after_audio(tmp_path, decoder, suffix):
     path = tmp_path / f"x.{suffix}"
     sf.write(path, noise(4.0), RATE)
     before = whole(decoder, path)[0]
@@ -257,7 +257,7 @@ def test_a_tag_behind_the_sound_is_no_sound(tmp_path, decoder, suffix):
 @pytest.mark.parametrize(
     "how", [["-c:a", "flac", "x.oga"], ["-c:a", "libmp3lame", "-f", "wav", "mp3.wav"], ["-c:a", "adpcm_ms", "ms.wav"]]
 )
-def test_rare_pairs_of_container_and_codec(tmp_path, decoder, how):
+def test_decoder_rare_containers_and_codecs(tmp_path, decoder, how):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     ffmpeg("-i", tmp_path / "x.wav", *how[:-1], tmp_path / how[-1])
     assert abs(whole(decoder, tmp_path / how[-1])[0].shape[1] / RATE - 10.0) < 0.1
@@ -266,7 +266,7 @@ def test_rare_pairs_of_container_and_codec(tmp_path, decoder, how):
 @needs_ffmpeg
 @pytest.mark.parametrize("tag", [["-id3v2_version", "0"], ["-metadata", f"comment={'x' * 50_000}"]])
 @pytest.mark.parametrize("loud_first", [False, True])
-def test_mp3_of_variable_rate_without_a_length(tmp_path, decoder, tag, loud_first):
+def test_decoder_vbr_mp3_without_length(tmp_path, decoder, tag, loud_first):
     """libsndfile alone guesses from the first frames: it would leave most out, or call it cut short."""
     parts = [noise(4.0), np.zeros((4 * RATE, 2), np.float32)]
     sf.write(tmp_path / "x.wav", np.concatenate(parts if loud_first else parts[::-1]), RATE)
@@ -286,31 +286,31 @@ def test_mp3_of_variable_rate_without_a_length(tmp_path, decoder, tag, loud_firs
         (Limits(max_bytes=1000), "larger than 1000 bytes"),
         (Limits(max_seconds=1.5), "longer than 1.5 s"),
         (Limits(max_channels=1), "2 channels"),
-        (Limits(rates=(1000, 44_000)), "44100 samples a second"),
-        (Limits(rates=(44_200, 96_000)), "44100 samples a second"),
+        (Limits(rates=(1000, 44_000)), "44100 Hz"),
+        (Limits(rates=(44_200, 96_000)), "44100 Hz"),
     ],
 )
-def test_limits(tmp_path, limits, words):
+def test_decoder_limits(tmp_path, limits, words):
     sf.write(tmp_path / "x.flac", noise(2.0), RATE)
     with Decoder(limits) as decoder:
         rejection = rejected(decoder, tmp_path / "x.flac")
     assert rejection.kind == "limit" and words in rejection.reason
 
 
-def test_what_is_within_the_limits_by_a_hair_is_read(tmp_path):
+def test_decoder_reads_files_just_within_limits(tmp_path):
     sf.write(tmp_path / "x.flac", noise(2.0), RATE)
     limits = Limits((tmp_path / "x.flac").stat().st_size, 2.0, max_channels=2, rates=(RATE, RATE))
     with Decoder(limits) as decoder:
         assert whole(decoder, tmp_path / "x.flac")[0].shape == (2, 2 * RATE)
 
 
-def test_a_crash_is_a_refusal_and_the_next_file_is_read(tmp_path):
+def test_decoder_crash_is_rejection_and_next_file_is_read(tmp_path):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     with Decoder() as decoder:
         blocks = decoder.blocks(tmp_path / "x.wav")
         next(blocks)
         os.kill(decoder.pid, signal.SIGSEGV)
-        with pytest.raises(Rejected, match=r"the decoder crashed on it \(signal 11\)") as caught:
+        with pytest.raises(Rejected, match=r"the decoder crashed \(signal 11\)") as caught:
             list(blocks)
         assert caught.value.kind == "unreadable"
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
@@ -318,7 +318,7 @@ def test_a_crash_is_a_refusal_and_the_next_file_is_read(tmp_path):
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
 
 
-def test_a_hang_ends_at_the_wall_limit(tmp_path):
+def test_decoder_hang_ends_at_wall_limit(tmp_path):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     with Decoder(Limits(wall_seconds=0.5)) as decoder:
         blocks = decoder.blocks(tmp_path / "x.wav")
@@ -332,7 +332,7 @@ def test_a_hang_ends_at_the_wall_limit(tmp_path):
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
 
 
-def test_the_wall_limit_holds_for_all_blocks_together(tmp_path):
+def test_decoder_wall_limit_covers_all_blocks(tmp_path):
     sf.write(tmp_path / "x.wav", noise(20.0), RATE)
     with Decoder(Limits(wall_seconds=0.6)) as decoder:
         blocks = decoder.blocks(tmp_path / "x.wav")
@@ -350,14 +350,14 @@ def test_the_wall_limit_holds_for_all_blocks_together(tmp_path):
                 next(blocks)
 
 
-def test_the_callers_time_is_not_the_decoders(tmp_path):
+def test_decoder_wall_limit_excludes_caller(tmp_path):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     with Decoder(Limits(wall_seconds=0.5)) as decoder:
         for _ in decoder.blocks(tmp_path / "x.wav"):
             time.sleep(0.3)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, decoder):
+def test_decoder_rejects_file_changed_while_read(tmp_path, decoder):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     blocks = decoder.blocks(tmp_path / "x.wav")
     next(blocks)
@@ -373,7 +373,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, decoder):
         list(blocks)
 
 
-def test_one_child_serves_good_files_and_a_new_one_follows_a_bad_one(tmp_path):
+def test_decoder_restarts_child_after_bad_file(tmp_path):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     (tmp_path / "bad.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt " + bytes(100))
     with Decoder() as decoder:
@@ -391,7 +391,7 @@ def test_one_child_serves_good_files_and_a_new_one_follows_a_bad_one(tmp_path):
     assert not alive(last)
 
 
-def test_two_files_at_once_are_a_mistake_of_the_program(tmp_path, decoder):
+def test_decoder_two_files_at_once_raise_runtime_error(tmp_path, decoder):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
     blocks = decoder.blocks(tmp_path / "x.wav")
     next(blocks)
@@ -414,7 +414,7 @@ time.sleep(100)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("suffix", ["wav", pytest.param("m4a", marks=needs_ffmpeg)])
-def test_the_child_dies_with_its_parent_even_while_it_hangs(tmp_path, suffix):
+def test_decoder_child_dies_with_parent(tmp_path, suffix):
     sf.write(tmp_path / "x.wav", noise(100.0), RATE)
     if suffix == "m4a":
         ffmpeg("-i", tmp_path / "x.wav", "-c:a", "alac", tmp_path / "x.m4a")
@@ -430,7 +430,7 @@ def test_the_child_dies_with_its_parent_even_while_it_hangs(tmp_path, suffix):
 
 
 @needs_ffmpeg
-def test_ffmpeg_ends_when_the_caller_has_enough(tmp_path, decoder):
+def test_decoder_ffmpeg_ends_when_caller_stops(tmp_path, decoder):
     sf.write(tmp_path / "x.wav", noise(100.0), RATE)
     ffmpeg("-i", tmp_path / "x.wav", "-c:a", "alac", tmp_path / "x.m4a")
     blocks = decoder.blocks(tmp_path / "x.m4a")
@@ -441,6 +441,6 @@ def test_ffmpeg_ends_when_the_caller_has_enough(tmp_path, decoder):
     assert not alive(pid)
 
 
-def test_decoding_needs_no_torch():
+def test_decoder_imports_no_torch():
     code = "import sys, data_prep.audio.decode, data_prep.paths; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -73,7 +73,7 @@ def noise(channels, samples, seed=0):
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_what_stands_in_vocals_is_gone(separator, channels, monkeypatch):
+def test_separator_removes_vocals_stem(separator, channels, monkeypatch):
     that_gives(separator, "vocals", monkeypatch)
     made = separator.remove_vocals(noise(channels, 5 * RATE), RATE)
     assert made.shape == (channels, 5 * RATE) and made.abs().max() == 0
@@ -81,7 +81,7 @@ def test_what_stands_in_vocals_is_gone(separator, channels, monkeypatch):
 
 @settings(deadline=None, max_examples=15)
 @given(channels=st.sampled_from([1, 2]), samples=st.integers(1, 5 * RATE))
-def test_what_stands_in_other_stems_stays_at_every_length(weights, channels, samples):
+def test_separator_keeps_other_stems_at_every_length(weights, channels, samples):
     separator = vocals._separator(VocalRemoval(str(weights)))
     with pytest.MonkeyPatch.context() as patch:
         that_gives(separator, "other", patch)
@@ -89,7 +89,7 @@ def test_what_stands_in_other_stems_stays_at_every_length(weights, channels, sam
         torch.testing.assert_close(separator.remove_vocals(wav, RATE), wav, atol=1e-6, rtol=1e-4)
 
 
-def test_the_sum_of_the_other_stems(separator):
+def test_separator_result_is_sum_of_other_stems(separator):
     wav = noise(2, separator.window)
     level = wav.std(correction=0)
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def test_the_sum_of_the_other_stems(separator):
     assert expected.std() > 1e-4
 
 
-def test_another_rate_comes_back_as_it_went(separator, monkeypatch):
+def test_separator_keeps_sample_rate(separator, monkeypatch):
     that_gives(separator, "drums", monkeypatch)
     time = torch.arange(3 * 22_050 + 7) / 22_050
     wav = 0.3 * torch.sin(2 * torch.pi * 440 * time)[None]
@@ -108,7 +108,7 @@ def test_another_rate_comes_back_as_it_went(separator, monkeypatch):
     torch.testing.assert_close(made[:, 2000:-2000], wav[:, 2000:-2000], atol=2e-3, rtol=0)
 
 
-def test_the_same_audio_gives_the_same_result(weights):
+def test_separator_is_deterministic(weights):
     wav, other = noise(2, 4 * RATE), noise(2, 3 * RATE, seed=1)
     one = Separator(str(weights), batch=1)
     first = one.remove_vocals(wav, RATE)
@@ -117,14 +117,14 @@ def test_the_same_audio_gives_the_same_result(weights):
     torch.testing.assert_close(Separator(str(weights), batch=3).remove_vocals(wav, RATE), first, atol=1e-5, rtol=1e-4)
 
 
-def test_positions_are_not_drawn_at_random(tmp_path):
+def test_separator_positions_are_not_random(tmp_path):
     shifting = write_separator(tmp_path / "shifting.safetensors", t_sin_random_shift=1000)
     wav = noise(2, RATE)
     made = [Separator(str(shifting)).remove_vocals(wav, RATE) for _ in range(2)]
     assert torch.equal(*made)
 
 
-def test_memory_is_bounded_by_the_window(weights, monkeypatch):
+def test_separator_memory_is_bounded_by_window(weights, monkeypatch):
     separator, shapes = Separator(str(weights), batch=4), []
     separate = separator._separate
     monkeypatch.setattr(separator, "_separate", lambda windows: shapes.append(windows.shape) or separate(windows))
@@ -132,7 +132,7 @@ def test_memory_is_bounded_by_the_window(weights, monkeypatch):
     assert {shape[1:] for shape in shapes} == {(2, separator.window)} and max(shape[0] for shape in shapes) == 4
 
 
-def test_a_bag_is_the_weighted_mean_of_its_models(tmp_path):
+def test_separator_bag_is_weighted_mean(tmp_path):
     for seed, name in enumerate(("one", "two", "three")):
         write_separator(tmp_path / f"{name}.safetensors", seed=seed)
     table = [[1.0, 0.0, 1.0], [3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
@@ -145,16 +145,16 @@ def test_a_bag_is_the_weighted_mean_of_its_models(tmp_path):
     torch.testing.assert_close(bag._separate(windows)[0], expected, atol=1e-6, rtol=1e-4)
 
 
-def test_hybrid_demucs_too(tmp_path):
+def test_separator_reads_hybrid_demucs(tmp_path):
     file = write_separator(tmp_path / "hybrid.safetensors", kind=HDemucs, segment=2)
     separator = Separator(str(file))
     assert separator.window == 2 * RATE
     assert separator.remove_vocals(noise(2, 5 * RATE), RATE).shape == (2, 5 * RATE)
 
 
-def test_settings_travel_and_tell_what_they_stand_for(weights):
+def test_vocal_settings_pickle_and_metadata(weights):
     removal = pickle.loads(pickle.dumps(VocalRemoval(str(weights))))  # noqa: S301
-    facts = json.loads(json.dumps(removal.facts()))
+    facts = json.loads(json.dumps(removal.metadata()))
     assert facts["window_seconds"] == 1.5 and len(facts["fingerprint"]) == 16
     assert removal.modification == "vocals removed with small"
     wav = noise(1, RATE)
@@ -162,20 +162,20 @@ def test_settings_travel_and_tell_what_they_stand_for(weights):
     assert vocals._separator(removal) is vocals._separator(VocalRemoval(str(weights)))
 
 
-def test_no_stem_of_vocals(tmp_path):
+def test_separator_needs_vocals_stem(tmp_path):
     with pytest.raises(UserError, match="stems drums, other, not vocals"):
         Separator(str(write_separator(tmp_path / "a.safetensors", stems=("drums", "other"))))
     with pytest.raises(UserError, match="stems vocals, not vocals and others"):
         Separator(str(write_separator(tmp_path / "b.safetensors", stems=("vocals",))))
 
 
-def test_a_file_cannot_name_what_is_run(tmp_path, weights):
+def test_separator_rejects_unknown_classes(tmp_path, weights):
     with safe_open(weights, framework="pt") as file:
         metadata, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     evil = tmp_path / "evil.safetensors"
     for klass in ("subprocess.Popen", "os.system", "demucs.solver.Solver", ""):
         save_file(state, evil, metadata | {"klass": klass, "args": '["touch", "ran"]', "kwargs": "{}"})
-        with pytest.raises(UserError, match="says it is a"):
+        with pytest.raises(UserError, match="names the class"):
             Separator(str(evil))
     save_file(state, evil, metadata | {"structure": '{"_class": "os.system"}'})
     with pytest.raises(UserError, match="quantised"):
@@ -188,29 +188,29 @@ def test_a_file_cannot_name_what_is_run(tmp_path, weights):
         Separator(str(evil))
 
 
-def test_pickles_are_refused_unread(tmp_path):
+def test_separator_rejects_pickles_unread(tmp_path):
     (tmp_path / "htdemucs.th").write_bytes(b"not even a pickle")
     with pytest.raises(UserError, match="is a pickle"):
         Separator(str(tmp_path / "htdemucs.th"))
 
 
-def test_bags_that_do_not_fit(tmp_path, weights):
+def test_separator_rejects_inconsistent_bags(tmp_path, weights):
     shutil.copy(weights, tmp_path / "one.safetensors")
     write_separator(tmp_path / "other.safetensors", stems=("vocals", "drums", "other"))
     with pytest.raises(UserError, match=r"2 \.safetensors files and no \.yaml"):
         Separator(str(tmp_path))
     for text, words in {
         "models: [../one]": "names the model '../one'", "models: [none]": "names the model 'none'",
-        "models: []": "names no model", "- one": "is no list of separators", "models: [one, other]": "they are no bag",
+        "models: []": "names no model", "- one": "is not a list of separators", "models: [one, other]": "they are no bag",
         "{models: [one], weights: [[1, 1]]}": "do not fit", "{models: [one], weights: [[1, 1, 0]]}": "do not fit",
-        "models: !!python/object/apply:os.getcwd []": "is no list of separators",
+        "models: !!python/object/apply:os.getcwd []": "is not a list of separators",
     }.items():  # fmt: skip
         (tmp_path / "bag.yaml").write_text(text)
         with pytest.raises(UserError, match=words):
             Separator(str(tmp_path))
 
 
-def test_names_of_the_hub(monkeypatch, tmp_path, weights):
+def test_separator_hub_names(monkeypatch, tmp_path, weights):
     asked = []
 
     def fetch(name, allow_patterns):
@@ -227,7 +227,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path, weights):
         Separator("./nowhere")
 
 
-def test_without_demucs(monkeypatch, weights):
+def test_separator_without_demucs_names_what_to_install(monkeypatch, weights):
     monkeypatch.setitem(__import__("sys").modules, "demucs.htdemucs", None)
     with pytest.raises(UserError, match=r"pip install 'ssmttm\[vocals\]'"):
         Separator(str(weights))
@@ -237,14 +237,14 @@ def test_without_demucs(monkeypatch, weights):
 @pytest.mark.parametrize("name", ["Male singing", "Speech", "Rapping", "Choir", "Vocal music", "female_vocal", "vocals",
                                   "Yodeling", "A capella", "Chant", "Hubbub, speech noise, speech babble", "voice",
                                   "Narration, monologue", "Speech synthesizer"])  # fmt: skip
-def test_classes_of_voices(name):
+def test_mentions_vocals_of_vocal_classes(name):
     assert mentions_vocals(name)
 
 
 @pytest.mark.parametrize("name", ["Singing bowl", "Bird vocalization, bird call, bird song", "Music", "no_vocals",
                                   "non-vocal", "nonvocal", "instrumental", "without voice", "Wrapping paper", "Piano",
                                   "Single-lens", "Strap"])  # fmt: skip
-def test_classes_of_none(name):
+def test_mentions_vocals_of_other_classes(name):
     assert not mentions_vocals(name)
 
 
@@ -278,18 +278,18 @@ def heard(monkeypatch):
 
 
 @pytest.mark.parametrize("second", [0, 9, 12, 24.9])
-def test_a_voice_is_heard_wherever_it_is(classifier, heard, second):
+def test_vocal_detector_finds_vocals_anywhere(classifier, heard, second):
     wav = torch.zeros(2, 25 * 22_050)
     wav[:, int(second * 22_050) :][:, :1000] = 0.9
     detection = VocalDetection(classifier)
     assert detection.probability(wav, 22_050) == pytest.approx(0.8)
     rejection = detection.rejection(wav, 22_050)
-    assert (rejection.kind, rejection.reason) == ("vocals", "somebody sings or speaks in it (probability 0.80)")
+    assert (rejection.kind, rejection.reason) == ("vocals", "it has singing or speech (probability 0.80)")
     assert detection.rejection(torch.zeros(1, 22_050), 22_050) is None
     assert VocalDetection(classifier, threshold=0.81).rejection(wav, 22_050) is None
 
 
-def test_it_is_the_classifier_that_is_asked(classifier):
+def test_vocal_detector_uses_classifier_probabilities(classifier):
     detector = VocalDetector(classifier)
     wav = noise(1, 25 * 16_000)
     windows = torch.stack([wav[0, :160_000], wav[0, 160_000:320_000], wav[0, 240_000:]])
@@ -304,21 +304,21 @@ def test_it_is_the_classifier_that_is_asked(classifier):
     torch.testing.assert_close(detector.classifier.probabilities(windows)[1:2], alone, atol=1e-5, rtol=0)
 
 
-def test_short_segments_are_heard_too(classifier):
+def test_vocal_detector_short_segments(classifier):
     assert 0 <= VocalDetection(classifier).probability(noise(1, 3000), 16_000) <= 1
 
 
-def test_which_classes_count(classifier, tmp_path):
-    facts = json.loads(json.dumps(VocalDetection(classifier).facts()))
+def test_vocal_detector_classes(classifier, tmp_path):
+    facts = json.loads(json.dumps(VocalDetection(classifier).metadata()))
     assert facts["labels"] == ["Speech", "Male singing"] and len(facts["fingerprint"]) == 16
     assert VocalDetector(classifier, ("Music",)).labels == ["Music"]
     with pytest.raises(UserError, match="has no class 'Song': it has Music"):
         VocalDetector(classifier, ("Song",))
-    with pytest.raises(UserError, match=r"no class of .* speaks of voices"):
+    with pytest.raises(UserError, match=r"no class of .* mentions vocals"):
         VocalDetector(write_classifier(tmp_path, ("Music", "no vocals")))
 
 
-def test_two_classes_exclude_each_other(tmp_path):
+def test_vocal_detector_softmax_classes(tmp_path):
     two = VocalDetector(write_classifier(tmp_path / "two", ("instrumental", "vocal")))
     assert two.classifier.exclusive
     torch.testing.assert_close(two.classifier.probabilities(noise(2, 16_000)).sum(1), torch.ones(2))
@@ -326,10 +326,10 @@ def test_two_classes_exclude_each_other(tmp_path):
     assert VocalDetector(three).classifier.exclusive
 
 
-def test_what_is_no_classifier(tmp_path, classifier):
+def test_vocal_detector_rejects_non_classifiers(tmp_path, classifier):
     ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path / "bare")
     ASTFeatureExtractor().save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="holds ASTModel: name an audio classifier"):
+    with pytest.raises(UserError, match="contains ASTModel: give an audio classifier"):
         VocalDetector(str(tmp_path / "bare"))
     with pytest.raises(UserError, match="there is no audio classifier folder"):
         VocalDetector(str(tmp_path / "nowhere"))
@@ -342,10 +342,10 @@ def test_what_is_no_classifier(tmp_path, classifier):
         VocalDetection(classifier, threshold=0.0)
 
 
-def test_the_hub_is_out_of_reach(monkeypatch, tmp_path):
+def test_vocal_models_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"audio classifier 'MIT/ast-.*' cannot be fetched"):
-        VocalDetection().facts()
+        VocalDetection().metadata()
     with pytest.raises(UserError, match="separator 'adefossez/HTDemucs' cannot be fetched"):
-        VocalRemoval().facts()
+        VocalRemoval().metadata()

@@ -1,8 +1,8 @@
-"""Any audio file to blocks of samples, whatever is in it: a child process does it, within limits.
+"""Decode any audio file to blocks of samples in a child process, within limits.
 
-libsndfile reads first (wav, flac, ogg, mp3, aiff ...), what it does not know goes to FFmpeg where there is one. A file
-that crashes, hangs or overfills the decoder costs that process and nothing else. The file is opened here, once, so what
-was looked at is what is decoded.
+libsndfile comes first (wav, flac, ogg, mp3, aiff ...); formats it does not know go to FFmpeg if it is installed. A file
+that crashes, hangs or exhausts the decoder ends only that process. The file is opened once, here, so that the checked
+file is the decoded one.
 
 Shapes: C channels, s samples; float32.
 """
@@ -25,26 +25,26 @@ from typing import Any
 import numpy as np
 
 from data_prep.track import Rejected
-from ssmttm.audio.lengths import cut_short, sound_bytes
+from ssmttm.audio.lengths import audio_bytes, is_truncated
 from ssmttm.errors import UserError
 
 _BLOCK = 1 << 18  # samples over all channels
-_FILES = 500  # that one child decodes at most
-_HEADER = 5  # bytes before a message: kind and length, as the child packs them
+_FILES = 500  # files per child process at most
+_HEADER = 5  # bytes before a message: kind and length, as packed by the child
 _START_SECONDS = 60.0
 _STARTS = 3  # tries
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is too much.
+    """Limits of a file and of its decoding.
 
     Attributes:
-        max_bytes: of the file.
-        max_seconds: of sound.
-        wall_seconds: of decoding; the time that the caller takes between blocks does not count.
-        memory_bytes: of address space of the decoder, at least 512 MiB for FFmpeg.
-        max_channels, rates: of the sound; rates in Hz, lowest and highest.
+        max_bytes: size of the file.
+        max_seconds: duration of the audio.
+        wall_seconds: time of decoding, without the caller's time between blocks.
+        memory_bytes: address space of the decoder; FFmpeg needs at least 512 MiB.
+        max_channels, rates: of the audio; rates in Hz, lowest and highest.
     """
 
     max_bytes: int = 4 << 30
@@ -56,8 +56,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Sound:
-    """What a file's header tells: `format` in words, Hz, and seconds where they are told."""
+class AudioInfo:
+    """The header of a file: `format` in words, Hz, and seconds if stated."""
 
     format: str
     channels: int
@@ -66,18 +66,18 @@ class Sound:
 
 
 class _Crashed(Rejected):
-    """The child is dead."""
+    """The child process has died."""
 
 
-class _Harmless(Rejected):
-    """The child did not touch what was refused."""
+class _RejectedByFFmpeg(Rejected):
+    """The file was rejected by FFmpeg, a process of its own; the child process is unaffected."""
 
 
 class Decoder:
-    """Decodes one file after the other; a context manager, for one thread.
+    """Decodes files one after the other; a context manager, for one thread.
 
-    Its process starts with the first file, anew after one that libsndfile refused (nothing of a bad file stays behind),
-    and ends with this object or this process, however that dies.
+    The child process starts with the first file, is restarted after a file that libsndfile rejected (so that no state
+    of a bad file is left), and ends with this object or this process, however that ends.
     """
 
     def __init__(self, limits: Limits = Limits()) -> None:
@@ -99,59 +99,59 @@ class Decoder:
 
     @property
     def pid(self) -> int | None:
-        """The process id of the child, if there is one now."""
+        """The process id of the child, if it is running."""
         return None if self._child is None else self._child.pid
 
     def close(self) -> None:
-        """End the process, and what it started."""
+        """End the child process and its own children."""
         self._end()
 
     def blocks(self, path: Path) -> Iterator[tuple[np.ndarray, int]]:
-        """The whole file, block by block, with its sample rate; every block is an array of its own.
+        """The whole file, block by block, with its sample rate; every block owns its memory.
 
         Yields:
             float32 [C, s], contiguous, at most 2**18 samples over all channels, and Hz.
 
         Raises:
-            Refused: missing, unreadable or limit; possibly after some blocks.
+            Rejected: missing, unreadable or limit; possibly after some blocks.
         """
-        with self._opened(path) as told:
-            channels, rate = told["channels"], told["sample_rate"]
-            kind = np.dtype(">f4" if told["big_endian"] else "<f4")
-            seen = 0
+        with self._opened(path) as header:
+            channels, rate = header["channels"], header["sample_rate"]
+            kind = np.dtype(">f4" if header["big_endian"] else "<f4")
+            n_frames = 0
             while size := self._block():
                 block = np.frombuffer(self._buffer, kind, size // 4).reshape(-1, channels)
                 if not np.isfinite(block).all():
                     raise Rejected("unreadable", "it holds NaN or infinite samples")
-                seen += len(block)
-                self._check_seconds(seen / rate)
+                n_frames += len(block)
+                self._check_seconds(n_frames / rate)
                 yield np.array(block.T, np.float32, order="C"), rate
-            if seen == 0:
+            if n_frames == 0:
                 raise Rejected("unreadable", "it holds no samples")
-            if told["frames"] is not None and cut_short(seen, told["frames"], told["exact"]):
-                raise Rejected("unreadable", f"it is cut short ({seen} of {told['frames']} samples)")
+            if header["frames"] is not None and is_truncated(n_frames, header["frames"], header["exact"]):
+                raise Rejected("unreadable", f"it is cut short ({n_frames} of {header['frames']} samples)")
 
-    def probe(self, path: Path) -> Sound:
-        """What the file's header tells; no sound is decoded. Raises Refused as `blocks`."""
-        with self._opened(path) as told:
-            seconds = None if told["frames"] is None else told["frames"] / told["sample_rate"]
-            return Sound(told["format"], told["channels"], told["sample_rate"], seconds)
+    def probe(self, path: Path) -> AudioInfo:
+        """The file's header; no audio is decoded. Raises Rejected as `blocks`."""
+        with self._opened(path) as header:
+            seconds = None if header["frames"] is None else header["frames"] / header["sample_rate"]
+            return AudioInfo(header["format"], header["channels"], header["sample_rate"], seconds)
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The file open in the child; gives what the child tells of it."""
+        """The file open in the child; yields its header."""
         if self._busy:
             raise RuntimeError("a Decoder reads one file at a time")
         handle, before = _open(path, self._limits.max_bytes)
         self._busy = True
         try:
-            told = self._reported(handle)
-            self._check(told)
-            yield told
+            header = self._read_header(handle)
+            self._check(header)
+            yield header
             if _state(handle) != before:
                 raise Rejected("unreadable", "it changed while it was read")
             self._request(b"C")
-        except (GeneratorExit, _Harmless):
+        except (GeneratorExit, _RejectedByFFmpeg):
             with suppress(Rejected):
                 self._request(b"C")
             raise
@@ -162,42 +162,42 @@ class Decoder:
             os.close(handle)
             self._busy = False
 
-    def _reported(self, handle: int) -> dict[str, Any]:
-        """What the child tells of the file. A child that dies on it and has served others gets a successor."""
+    def _read_header(self, handle: int) -> dict[str, Any]:
+        """The header, read by the child. A child that dies here after other files is restarted once."""
         self._left = self._limits.wall_seconds
         self._start()
         try:
-            return self._ask(handle)
+            return self._request_header(handle)
         except _Crashed:
             if self._files == 1:
                 raise
         self._end()
         self._start()
-        return self._ask(handle)
+        return self._request_header(handle)
 
-    def _ask(self, handle: int) -> dict[str, Any]:
+    def _request_header(self, handle: int) -> dict[str, Any]:
         self._files += 1
         os.lseek(handle, 0, os.SEEK_SET)
         self._request(b"O", [handle])
-        told: dict[str, Any] = json.loads(self._buffer[: self._message(b"S")])
-        return told
+        header: dict[str, Any] = json.loads(self._buffer[: self._message(b"S")])
+        return header
 
-    def _check(self, told: dict[str, Any]) -> None:
-        channels, rate = told["channels"], told["sample_rate"]
+    def _check(self, header: dict[str, Any]) -> None:
+        channels, rate = header["channels"], header["sample_rate"]
         if not 1 <= channels <= self._limits.max_channels:
-            raise Rejected("limit", f"it has {channels} channels, {self._limits.max_channels} is the most")
+            raise Rejected("limit", f"it has {channels} channels, at most {self._limits.max_channels} are allowed")
         lowest, highest = self._limits.rates
         if not lowest <= rate <= highest:
-            raise Rejected("limit", f"it has {rate} samples a second, which is not within {lowest} and {highest}")
-        if told["frames"] is not None:
-            self._check_seconds(told["frames"] / rate)
+            raise Rejected("limit", f"its sample rate is {rate} Hz, not within {lowest} to {highest} Hz")
+        if header["frames"] is not None:
+            self._check_seconds(header["frames"] / rate)
 
     def _check_seconds(self, seconds: float) -> None:
         if seconds > self._limits.max_seconds:
             raise Rejected("limit", f"it lasts longer than {self._limits.max_seconds:g} s")
 
     def _block(self) -> int:
-        """Have the next block put into the buffer; its size in bytes, 0 at the end."""
+        """Read the next block into the buffer; returns its size in bytes, 0 at the end."""
         self._request(b"R")
         return self._message(b"B")
 
@@ -209,18 +209,18 @@ class Decoder:
             raise self._died() from error
 
     def _message(self, wanted: bytes) -> int:
-        """Receive a message into the buffer; its size in bytes. Raises Refused if it is a refusal."""
+        """Receive a message into the buffer; returns its size in bytes. Raises Rejected if it is a rejection."""
         begun = time.monotonic()
         deadline = begun + self._left
         header = memoryview(bytearray(_HEADER))
         self._receive(header, deadline)
         kind, size = bytes(header[:1]), int.from_bytes(header[1:], "little")
         if kind not in (wanted, b"X", b"F") or size > len(self._buffer):
-            raise Rejected("unreadable", "the decoder went astray on it")
+            raise Rejected("unreadable", "the decoder gave an invalid answer")
         self._receive(memoryview(self._buffer)[:size], deadline)
         self._left -= time.monotonic() - begun
         if kind != wanted:
-            raise (_Harmless if kind == b"F" else Rejected)(*json.loads(self._buffer[:size]))
+            raise (_RejectedByFFmpeg if kind == b"F" else Rejected)(*json.loads(self._buffer[:size]))
         return size
 
     def _receive(self, into: memoryview, deadline: float) -> None:
@@ -244,20 +244,20 @@ class Decoder:
         assert self._child is not None
         code = self._child.wait()
         if code == -signal.SIGKILL:
-            return _Crashed("limit", "the system ended the decoder on it, as it does when memory runs out")
+            return _Crashed("limit", "the system killed the decoder, probably for lack of memory")
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return _Crashed("unreadable", f"the decoder crashed on it ({how})")
+        return _Crashed("unreadable", f"the decoder crashed ({how})")
 
     def _start(self) -> None:
         if self._child is not None and self._child.poll() is None and self._files < _FILES:
             return
         for _ in range(_STARTS):
-            if self._starts():
+            if self._start_child():
                 return
         raise UserError("the audio decoder does not start: see above, and check that `soundfile` is installed")
 
-    def _starts(self) -> bool:
-        """Begin a child anew; whether it lives and says so. One may be killed on its way, as when memory is short."""
+    def _start_child(self) -> bool:
+        """Start a new child; returns whether it is ready. It may be killed at start, as when memory is short."""
         self._end()
         self._link, link = socket.socketpair()
         limits = self._limits
@@ -290,14 +290,14 @@ class Decoder:
         self._child = self._link = None
 
 
-def probe(path: Path, limits: Limits = Limits()) -> Sound:
-    """What a file's header tells. Raises Refused if it is missing, unreadable or beyond a limit."""
+def probe(path: Path, limits: Limits = Limits()) -> AudioInfo:
+    """A file's header. Raises Rejected if it is missing, unreadable or beyond a limit."""
     with Decoder(limits) as decoder:
         return decoder.probe(path)
 
 
 def _open(path: Path, max_bytes: int) -> tuple[int, tuple[int, ...]]:
-    """A descriptor of a regular file of allowed size, as long as its header says; and its state."""
+    """A descriptor of a regular file of allowed size that is as long as its header states; and its state."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -315,9 +315,9 @@ def _open(path: Path, max_bytes: int) -> tuple[int, tuple[int, ...]]:
         if status.st_size > max_bytes:
             raise Rejected("limit", f"it is larger than {max_bytes} bytes")
         with open(handle, "rb", closefd=False) as file:
-            declared, present = sound_bytes(file, status.st_size)
+            declared, present = audio_bytes(file, status.st_size)
         if declared > present:
-            reason = f"it is cut short: its header tells of {declared} bytes of sound, {present} are there"
+            reason = f"it is cut short: its header states {declared} bytes of audio, it has {present}"
             raise Rejected("unreadable", reason)
     except BaseException:
         os.close(handle)

@@ -1,10 +1,10 @@
-"""The program that `data_prep.audio.decode` starts and that alone touches the bytes of audio files.
+"""The program started by `data_prep.audio.decode`, the only one that parses audio files.
 
-It is run by its path, imports nothing of this project, may write no file, has a limit of memory, and dies with its
-parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor comes along), R (read a
-block) or C (close). O and R are answered with a message each: a byte (its kind), its length and its content. Kinds: S,
-the sound in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a refusal in JSON; F,
-the same by FFmpeg, a process of its own. It gets what libsndfile does not know, and has the same bounds.
+It is run by its path, imports nothing of this project, may write no file, has a memory limit, and dies with its
+parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor is sent along), R (read a
+block) or C (close). The reply to O and R is a message: a byte (its kind), its length and its content. Kinds: S, the
+header in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a rejection in JSON; F, a
+rejection by FFmpeg, which runs as a process of its own, with the same limits, for formats unknown to libsndfile.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import soundfile
 
 HEADER = struct.Struct("<cI")
 CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "SVX", "VOC"}
-# What FFmpeg may take a file for: containers and decoders of sound, nothing that names other files or the network.
+# The containers and decoders that FFmpeg may use: audio only, none that refers to other files or the network.
 DEMUXERS = (
     "mov,matroska,asf,ogg,mp3,aac,loas,flac,wav,w64,aiff,caf,au,amr,ac3,eac3,dts,dtshd,truehd,mlp,wv,ape,tta,tak,mpc,mpc8,"
     "dsf,iff,shn,osq,qoa,voc"
@@ -40,10 +40,10 @@ DECODERS = (
     "pcm_s24be,pcm_s32le,pcm_s32be,pcm_f32le,pcm_f32be,pcm_f64le,pcm_f64be,pcm_alaw,pcm_mulaw,adpcm_ms,adpcm_ima_wav,"
     "adpcm_ima_qt,adpcm_swf,8svx_exp,8svx_fib"
 )
-# Containers whose header states how long the sound is, so that a file cut short can be told.
+# Containers whose header states the duration, so that a truncated file is detected.
 _TIMED = {"mov", "matroska", "asf", "wv", "ape", "tta", "tak"}
 _UNKNOWN = {1, 4}  # libsndfile: format not recognised, encoding not supported
-_UNKNOWN_WORDS = ("unimplemented", "regular file")  # the second is what it says of text that it takes for MP3
+_UNKNOWN_WORDS = ("unimplemented", "regular file")  # the second is its message for text detected as MP3
 _NO_MEMORY = "it needs more memory to decode than allowed"
 
 
@@ -52,28 +52,28 @@ class Rejection(Exception):
 
 
 class FFmpegRejection(Rejection):
-    """The same, after which this process is as it was."""
+    """A rejection by FFmpeg, which leaves this process unaffected."""
 
 
-class _Forwards(soundfile.SoundFile):
-    """Read from its beginning to its end; `soundfile` seeks after each read, which a FLAC without a length has not."""
+class _SequentialFile(soundfile.SoundFile):
+    """Reads without seeking; `soundfile` seeks after each read, which fails for a FLAC without a length."""
 
     def seekable(self) -> bool:
         return False
 
 
 class SndFile:
-    """A file that libsndfile reads."""
+    """A file read by libsndfile."""
 
     def __init__(self, handle: int) -> None:
         self._pipe: _Pipe | None = None
         try:
             self._file = self._open(handle)
         except Rejection as rejection:
-            if os.pread(handle, 4, 0) == b"OggS":  # of FLAC in Ogg it does not know all kinds
+            if os.pread(handle, 4, 0) == b"OggS":  # it does not read every FLAC in Ogg
                 raise LookupError from rejection
             raise
-        if self._file.format == "MP3" and not _tells_its_length(handle):
+        if self._file.format == "MP3" and not _states_its_length(handle):
             self._file.close()
             self._pipe = _Pipe(handle, _after_id3(handle))
             try:
@@ -82,8 +82,8 @@ class SndFile:
                 self._pipe.close()
                 raise
         frames = self._file.frames if self._file.frames >= 0 else 1 << 60
-        self._left = frames  # what is behind them, such as a tag, is no sound
-        self.sound = {
+        self._left = frames  # bytes after them, such as a tag, are no audio
+        self.header = {
             "format": f"{self._file.format} {self._file.subtype}",
             "channels": self._file.channels,
             "sample_rate": self._file.samplerate,
@@ -92,9 +92,9 @@ class SndFile:
             "big_endian": False,
         }
 
-    def _open(self, handle: int) -> _Forwards:
+    def _open(self, handle: int) -> _SequentialFile:
         try:
-            file = _Forwards(handle, closefd=False)
+            file = _SequentialFile(handle, closefd=False)
         except soundfile.LibsndfileError as error:
             if error.code in _UNKNOWN or any(word in error.error_string for word in _UNKNOWN_WORDS):
                 raise LookupError from error
@@ -120,10 +120,10 @@ class SndFile:
 
 
 class _Pipe:
-    """A file's bytes from `start` on, through a pipe that a thread fills.
+    """The bytes of a file from `start` on, through a pipe filled by a thread.
 
-    libsndfile guesses the length of an MP3 that does not tell it from its first frames, and reads no further than that;
-    of a pipe it reads all.
+    libsndfile estimates the length of an MP3 that does not state it from the first frames and reads no further; from a
+    pipe it reads everything.
     """
 
     def __init__(self, handle: int, start: int) -> None:
@@ -142,14 +142,14 @@ class _Pipe:
         self._thread.join()
 
 
-def _tells_its_length(handle: int) -> bool:
-    """Whether the first frame of an MP3 is one that holds the number of frames."""
+def _states_its_length(handle: int) -> bool:
+    """Whether the first frame of an MP3 holds the number of frames."""
     frame = os.pread(handle, 256, _after_id3(handle))
     return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def _after_id3(handle: int) -> int:
-    """Where the tags before the sound end. The size of a tag is four times seven bits."""
+    """The end of the tags before the audio. The size of a tag is stored as four times seven bits."""
     place = 0
     while len(head := os.pread(handle, 10, place)) == 10 and head[:3] == b"ID3":
         place += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
@@ -157,16 +157,16 @@ def _after_id3(handle: int) -> int:
 
 
 class FFmpeg:
-    """A file that FFmpeg reads; its samples come as an AU file through a pipe, which tells their rate and channels.
+    """A file read by FFmpeg; its samples arrive as an AU file through a pipe, with their rate and channels.
 
-    FFmpeg's log goes into a pipe that takes what fits and is read at the end: a flood of words neither blocks nor costs
-    memory.
+    FFmpeg's log goes into a non-blocking pipe that is read at the end, so that a flood of messages neither blocks nor
+    uses memory.
     """
 
     def __init__(self, handle: int, seconds: tuple[float, float]) -> None:
         program = _ffmpeg()
         if program is None:
-            reason = "it is in no format that libsndfile reads, and there is no FFmpeg: install it"
+            reason = "libsndfile does not read its format, and FFmpeg is not installed: install it"
             raise FFmpegRejection("unreadable", reason)
         self._log, log = os.pipe()
         os.set_blocking(log, False)
@@ -174,13 +174,13 @@ class FFmpeg:
         self._process = subprocess.Popen(
             _command(program, handle, seconds[0]),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pass_fds=(handle,), bufsize=0,
-            preexec_fn=functools.partial(_bound, os.getpid(), seconds[1]),
+            preexec_fn=functools.partial(_restrict, os.getpid(), seconds[1]),
         )  # fmt: skip
         os.close(log)
         assert self._process.stdout is not None
         self._out: IO[bytes] = self._process.stdout
         try:
-            self.sound = self._begin()
+            self.header = self._begin()
         except Rejection:
             self.close()
             raise
@@ -202,11 +202,11 @@ class FFmpeg:
         header = bytearray(24)
         if self._fill(memoryview(header)) < 24:
             self._finish()
-            raise FFmpegRejection("unreadable", "it is no audio that libsndfile or FFmpeg can read")
+            raise FFmpegRejection("unreadable", "it is not audio that libsndfile or FFmpeg can read")
         _, offset, _, _, rate, channels = struct.unpack(">4s5I", header)
         self._fill(memoryview(bytearray(offset - 24)))
         known = {"channels": channels, "sample_rate": rate, "exact": False, "big_endian": True}
-        return known | _described(self._words(), rate)
+        return known | _described(self._log_text(), rate)
 
     def _fill(self, buffer: memoryview) -> int:
         filled = 0
@@ -218,26 +218,26 @@ class FFmpeg:
         code = self._process.wait()
         if code == 0:
             return
-        if "Cannot allocate memory" in self._words():
+        if "Cannot allocate memory" in self._log_text():
             raise FFmpegRejection("limit", _NO_MEMORY)
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
-            raise FFmpegRejection("limit", "the system ended FFmpeg on it, as it does when memory or time runs out")
+            raise FFmpegRejection("limit", "the system killed FFmpeg, probably for lack of memory or time")
         if code < 0:
-            raise FFmpegRejection("unreadable", f"the decoder crashed on it (signal {-code})")
-        raise FFmpegRejection("unreadable", "it is no audio that libsndfile or FFmpeg can read, or damaged")
+            raise FFmpegRejection("unreadable", f"the decoder crashed (signal {-code})")
+        raise FFmpegRejection("unreadable", "it is not audio that libsndfile or FFmpeg can read, or it is damaged")
 
-    def _words(self) -> str:
+    def _log_text(self) -> str:
         with contextlib.suppress(BlockingIOError):
             return os.read(self._log, 1 << 16).decode("utf-8", "replace")
         return ""
 
 
 def _command(program: str, handle: int, seconds: float) -> list[str]:
-    confined = ["-protocol_whitelist", "file", "-format_whitelist", DEMUXERS, "-codec_whitelist", DECODERS]
-    wanted = ["-map", "0:a:0", "-vn", "-sn", "-dn", "-map_metadata", "-1", "-bitexact", "-t", f"{seconds:.3f}"]
+    whitelists = ["-protocol_whitelist", "file", "-format_whitelist", DEMUXERS, "-codec_whitelist", DECODERS]
+    output = ["-map", "0:a:0", "-vn", "-sn", "-dn", "-map_metadata", "-1", "-bitexact", "-t", f"{seconds:.3f}"]
     return [
         program, "-hide_banner", "-nostdin", "-nostats", "-loglevel", "info", "-max_error_rate", "0.01",
-        "-threads", "1", *confined, "-i", f"file:/dev/fd/{handle}", *wanted, "-c:a", "pcm_f32be", "-f", "au", "pipe:1",
+        "-threads", "1", *whitelists, "-i", f"file:/dev/fd/{handle}", *output, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"
     ]  # fmt: skip
 
 
@@ -246,10 +246,10 @@ def _described(log: str, rate: int) -> dict[str, Any]:
     container = re.search(r"^Input #0, ([\w,]+), from", log, re.MULTILINE)
     codec = re.search(r"^ +Stream #0:[^:]*: Audio: (\w+)", log, re.MULTILINE)
     length = re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", log, re.MULTILINE)
-    film = re.search(r"^ +Stream #0:[^:]*: Video: (?!.*\(attached pic\))", log, re.MULTILINE)
+    video = re.search(r"^ +Stream #0:[^:]*: Video: (?!.*\(attached pic\))", log, re.MULTILINE)
     name = container[1].split(",")[0] if container else "unknown"
     frames = None
-    if length and name in _TIMED and not film:
+    if length and name in _TIMED and not video:
         frames = round((int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3])) * rate)
     return {"format": f"{name} {codec[1] if codec else 'unknown'}", "frames": frames}
 
@@ -267,14 +267,14 @@ def _ffmpeg() -> str | None:
 
 
 def _damaged(error: soundfile.SoundFileError) -> Rejection:
-    words = getattr(error, "error_string", str(error)).rstrip(". ").lower()
-    if "malloc" in words or "memory" in words:
+    message = getattr(error, "error_string", str(error)).rstrip(". ").lower()
+    if "malloc" in message or "memory" in message:
         return Rejection("limit", _NO_MEMORY)
-    return Rejection("unreadable", f"it is no audio that can be read, or is damaged ({words})")
+    return Rejection("unreadable", f"it is not audio that can be read, or it is damaged ({message})")
 
 
-def _bound(parent: int, cpu_seconds: float) -> None:
-    """In a process that is to decode: die with the parent, write no file, leave no core."""
+def _restrict(parent: int, cpu_seconds: float) -> None:
+    """Limits of a decoding process: it dies with its parent, writes no file, leaves no core dump."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -292,7 +292,7 @@ def _limit(what: int, most: int) -> None:
 
 
 class Server:
-    """Answers requests until the socket is closed."""
+    """Handles requests until the socket is closed."""
 
     def __init__(self, link: socket.socket, block_bytes: int, seconds: tuple[float, float]) -> None:
         self._link, self._block, self._seconds = link, bytearray(block_bytes), seconds
@@ -306,20 +306,21 @@ class Server:
             if not request:
                 return
             try:
-                self._answer(request, handles)
+                self._handle_request(request, handles)
             except Rejection as rejection:
-                self._send(b"F" if isinstance(rejection, FFmpegRejection) else b"X", json.dumps(rejection.args).encode())
+                kind = b"F" if isinstance(rejection, FFmpegRejection) else b"X"
+                self._send(kind, json.dumps(rejection.args).encode())
             except MemoryError:
                 self._send(b"X", json.dumps(("limit", _NO_MEMORY)).encode())
 
-    def _answer(self, request: bytes, handles: list[int]) -> None:
+    def _handle_request(self, request: bytes, handles: list[int]) -> None:
         if request == b"O":
             self._handle = handles[0]
             self._source = self._open(self._handle)
-            self._send(b"S", json.dumps(self._source.sound).encode())
+            self._send(b"S", json.dumps(self._source.header).encode())
         elif request == b"R":
             assert self._source is not None
-            whole = len(self._block) // (4 * self._source.sound["channels"]) * 4 * self._source.sound["channels"]
+            whole = len(self._block) // (4 * self._source.header["channels"]) * 4 * self._source.header["channels"]
             size = self._source.read(memoryview(self._block)[:whole])
             self._send(b"B", memoryview(self._block)[:size])
         else:
@@ -344,13 +345,13 @@ class Server:
 
 
 def main() -> None:
-    """Arguments: the parent's process id, bytes of memory, bytes of a block, seconds of sound, seconds of decoding."""
+    """Arguments: the parent's process id, bytes of memory, bytes of a block, seconds of audio, seconds of decoding."""
     parent, memory, block = (int(word) for word in sys.argv[1:4])
     seconds = float(sys.argv[4]), float(sys.argv[5])
-    _bound(parent, 0)
+    _restrict(parent, 0)
     _limit(resource.RLIMIT_AS, memory)
     sys.stderr = os.fdopen(os.dup(2), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders talk; a bug's traceback is still seen
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders write to stderr; a traceback is still shown
     Server(socket.socket(fileno=0), block, seconds).run()
 
 

@@ -1,4 +1,4 @@
-"""Taking voices out of music: all stems of a source separator but the vocals.
+"""Vocal removal: the sum of all stems of a source separator except the vocals.
 
 Shapes: B windows, C channels, S samples.
 """
@@ -18,13 +18,13 @@ from ssmttm.errors import UserError
 from ssmttm.hub import checkpoint_folder, fingerprint_of
 
 _VOCALS = "vocals"
-OVERLAP = 0.25  # of a window with the next one
-# The separators that give each window as long as they got it, and predict from nothing but it.
+OVERLAP = 0.25  # fraction of a window shared with the next one
+# Separators whose output has the length of the window and depends on nothing else.
 _SEPARATORS = {"demucs.htdemucs.HTDemucs", "demucs.hdemucs.HDemucs"}
 
 
 class _Member(NamedTuple):
-    """A model of a bag, and how much its stems count."""
+    """A model of a bag, and the weights of its stems."""
 
     model: Any
     weights: list[float]
@@ -33,16 +33,16 @@ class _Member(NamedTuple):
 class Separator:
     """Hybrid Demucs (arXiv 2111.03600, 2211.08553) through the package demucs: all stems but the vocals.
 
-    demucs' own loaders unpickle, or import what a file names; here only safetensors are read, into known classes.
+    demucs' own loaders unpickle, or import classes named in a file; this one reads safetensors into known classes only.
 
     Args:
         weights: a name of demucs, such as htdemucs, htdemucs_ft, htdemucs_6s or hdemucs_mmi, fetched from the hub; a
             .safetensors file as demucs exports it; or a folder with such files and the .yaml of a bag.
         device: where it runs.
-        batch: windows at a time.
+        batch: windows per forward pass.
 
     Raises:
-        UserError: demucs is not installed, no such weights, they are pickled or quantised, or have no stem `vocals`.
+        UserError: demucs is not installed; the weights do not exist, are pickled or quantised, or lack the stem `vocals`.
     """
 
     def __init__(self, weights: str = "htdemucs", device: str = "cpu", batch: int = 1) -> None:
@@ -54,7 +54,7 @@ class Separator:
             raise UserError(f"the separator {weights} has the stems {', '.join(self.stems)}, not vocals and others")
         if any((list(m.sources), m.samplerate, m.audio_channels)
                != (self.stems, self.sample_rate, self.channels) for m in models):  # fmt: skip
-            raise UserError(f"the models of {weights} differ in stems, rate or channels: they are no bag")
+            raise UserError(f"the models of the bag {weights} differ in stems, rate or channels")
         self._members = _weighted(models, bag, weights, self.stems)
         self.window = int(min(member.model.segment for member in self._members) * self.sample_rate)
         if bag.get("segment"):
@@ -66,13 +66,13 @@ class Separator:
 
     @torch.inference_mode()
     def remove_vocals(self, wav: Tensor, rate: int) -> Tensor:
-        """The music without its voices: float32 [C, S] at `rate` Hz -> the same shape, C 1 or the separator's own.
+        """The music without vocals: float32 [C, S] at `rate` Hz -> the same shape; C is 1 or that of the separator.
 
-        Windows of fixed length, a quarter of which overlaps, are separated and faded into each other. The same audio
-        gives the same result, whatever else was separated before.
+        Windows of fixed length that overlap by a quarter are separated and cross-faded. The result depends on the audio
+        alone.
         """
         if len(wav) not in (1, self.channels):
-            raise ValueError(f"{len(wav)} channels where the separator takes 1 or {self.channels}")
+            raise ValueError(f"the separator takes 1 or {self.channels} channels, got {len(wav)}")
         mix = audio.resample(wav, rate, self.sample_rate)
         level = mix.std(correction=0) + 1e-8
         rest = self._rest(mix.expand(self.channels, -1) / level) * level
@@ -85,7 +85,7 @@ class Separator:
         length = mix.shape[1]
         fade = torch.minimum(torch.arange(1, self.window + 1), torch.arange(self.window, 0, -1)) / self.window
         total, weight = torch.zeros_like(mix), torch.zeros(length)
-        starts = starts_of(length, self.window, int(OVERLAP * self.window))
+        starts = window_starts(length, self.window, int(OVERLAP * self.window))
         for first in range(0, len(starts), self.batch):
             group = starts[first : first + self.batch]
             windows = torch.zeros(len(group), self.channels, self.window)
@@ -111,15 +111,15 @@ class Separator:
         return rest
 
 
-def starts_of(length: int, size: int, overlap: int) -> list[int]:
-    """Where windows of `size` begin that cover `length` and overlap by that much, the last one by more if need be."""
+def window_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Starts of windows of `size` that cover `length` and overlap by `overlap`, the last one by more if needed."""
     if length <= size:
         return [0]
     return [*range(0, length - size, size - overlap), length - size]
 
 
 def _bag_of(weights: str) -> tuple[dict[str, Any], list[Path]]:
-    """What a bag's .yaml says, and the files of its models."""
+    """The content of a bag's .yaml, and the files of its models."""
     path = Path(weights)
     if path.is_file() or path.suffix in (".th", ".pt", ".pth", ".ckpt"):
         if path.suffix != ".safetensors":
@@ -130,7 +130,7 @@ def _bag_of(weights: str) -> tuple[dict[str, Any], list[Path]]:
     if not bags:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
-            raise UserError(f"{folder} holds {len(files)} .safetensors files and no .yaml that says which: name one")
+            raise UserError(f"{folder} holds {len(files)} .safetensors files and no .yaml that names one: name a file")
         return {}, files
     return _read_bag(folder / f"{path.name}.yaml" if len(bags) > 1 else bags[0])
 
@@ -142,7 +142,7 @@ def _read_bag(file: Path) -> tuple[dict[str, Any], list[Path]]:
         bag = yaml.safe_load(file.read_text(encoding="utf-8"))
         names = [str(name) for name in bag["models"]]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no list of separators: it needs `models: [name, ...]`") from error
+        raise UserError(f"{file} is not a list of separators: it needs `models: [name, ...]`") from error
     files = [file.parent / f"{name}.safetensors" for name in names]
     for name, path in zip(names, files, strict=True):
         if Path(name).name != name or not path.is_file():
@@ -173,20 +173,20 @@ def _load(file: Path) -> Any:
         name = metadata.get("klass", "")
         if name not in _SEPARATORS:
             known = ", ".join(sorted(_SEPARATORS))
-            raise UserError(f"{file} says it is a {name or 'nameless thing'}, not one of {known}: use htdemucs")
+            raise UserError(f"{file} names the class {name or '(none)'}, expected one of {known}: use htdemucs")
         if "structure" in metadata:
             raise UserError(f"{file} is quantised: use a separator that is not, such as htdemucs")
         module, _, kind = name.removeprefix("demucs.").rpartition(".")
         maker = getattr(_demucs(module), kind)
         arguments, named = (json.loads(metadata[key], object_hook=_fraction) for key in ("args", "kwargs"))
-        known_names = inspect.signature(maker).parameters  # older exports hold some that are gone
+        known_names = inspect.signature(maker).parameters  # older exports hold arguments that no longer exist
         model = maker(*arguments, **{key: value for key, value in named.items() if key in known_names})
         model.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the separator {file} cannot be loaded: {reason}") from error
     if getattr(model, "crosstransformer", None) is not None:
-        model.crosstransformer.sin_random_shift = 0  # else its positions are drawn anew at every call
+        model.crosstransformer.sin_random_shift = 0  # otherwise its positions are random at every call
     return model
 
 
@@ -196,7 +196,7 @@ def _fraction(value: dict[str, Any]) -> Any:
 
 
 def _weighted(models: list[Any], bag: dict[str, Any], weights: str, stems: list[str]) -> list[_Member]:
-    """The models that have a say in any stem but the vocals, with what a bag's .yaml says of it."""
+    """The models with a weight in any stem but the vocals, with the weights of the bag's .yaml."""
     table = bag.get("weights") or [[1.0] * len(stems)] * len(models)
     good = len(table) == len(models) and all(len(row) == len(stems) for row in table)
     others = [index for index, stem in enumerate(stems) if stem != _VOCALS]

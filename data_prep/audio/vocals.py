@@ -1,7 +1,7 @@
-"""Voices in music: told by an audio classifier, taken out by a source separator.
+"""Vocals in music: detection by an audio classifier, removal by a source separator.
 
-Both are settings first: frozen, picklable, with `facts()` for a corpus's config. The model behind them is loaded once a
-process, when it is first needed. Shapes: C channels, S samples.
+Both are settings: frozen, picklable, with `metadata()` for a corpus's config. The model is loaded once per process, at
+first use. Shapes: C channels, S samples.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.audio.separator import OVERLAP, Separator, starts_of
+from data_prep.audio.separator import OVERLAP, Separator, window_starts
 from data_prep.track import Rejected
 from ssmttm import audio
 from ssmttm.errors import UserError
@@ -31,12 +31,12 @@ _NO_VOCALS = re.compile(r"\b(no|non|not|without|singing bowls?)\b")
 
 @dataclass(frozen=True)
 class VocalDetection:
-    """Whether somebody sings or speaks in a segment.
+    """Detection of singing or speech in a segment.
 
     Attributes:
         weights: of an audio classifier: a folder, or a hub name.
-        threshold: a segment is refused from this probability on; calibrate it on some segments of the corpus.
-        labels: the classes that count as a voice; empty: those whose names speak of singing, speech, rap, choirs ...
+        threshold: segments with this probability or more are rejected; calibrate it on the corpus.
+        labels: the classes that count as vocals; empty: those whose names mention singing, speech, rap, choirs ...
         device: where the classifier runs.
     """
 
@@ -47,10 +47,10 @@ class VocalDetection:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
-            raise UserError(f"the threshold of vocals must be above 0 and at most 1, not {self.threshold:g}")
+            raise UserError(f"the threshold of vocals must be above 0 and at most 1, got {self.threshold:g}")
 
-    def facts(self) -> dict[str, Any]:
-        """What decides which segments are refused, as JSON; loads the classifier, and raises UserError if it cannot."""
+    def metadata(self) -> dict[str, Any]:
+        """What decides which segments are rejected, as JSON. Raises UserError if the classifier does not load."""
         detector = _detector(replace(self, device="cpu"))
         return {
             "weights": self.weights,
@@ -65,29 +65,29 @@ class VocalDetection:
         return _detector(self).probability(wav, rate)
 
     def rejection(self, wav: Tensor, rate: int) -> Rejected | None:
-        """Why a segment [C, S] is refused, or None if nobody is heard."""
+        """Why a segment [C, S] is rejected, or None if no vocals are found."""
         probability = self.probability(wav, rate)
         if probability < self.threshold:
             return None
-        return Rejected("vocals", f"somebody sings or speaks in it (probability {probability:.2f})")
+        return Rejected("vocals", f"it has singing or speech (probability {probability:.2f})")
 
 
 @dataclass(frozen=True)
 class VocalRemoval:
-    """Taking the voices out of a segment.
+    """Removal of the vocals of a segment.
 
     Attributes:
         weights: as `Separator`.
         device: where the separator runs.
-        batch: windows at a time; bounds memory. More than one is slower on a CPU.
+        batch: windows per forward pass; bounds memory. More than one is slower on a CPU.
     """
 
     weights: str = "htdemucs"
     device: str = "cpu"
     batch: int = 1
 
-    def facts(self) -> dict[str, Any]:
-        """What decides the sound that is left, as JSON; loads the separator, and raises UserError if it cannot."""
+    def metadata(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON. Raises UserError if the separator does not load."""
         separator = _separator(replace(self, device="cpu"))
         return {
             "weights": self.weights,
@@ -99,7 +99,7 @@ class VocalRemoval:
 
     @property
     def modification(self) -> str:
-        """What was done to the work, for its attribution."""
+        """The modification of the work, for its attribution."""
         return f"vocals removed with {Path(self.weights).stem}"
 
     def remove(self, wav: Tensor, rate: int) -> Tensor:
@@ -108,16 +108,16 @@ class VocalRemoval:
 
 
 class VocalDetector:
-    """An audio classifier that is asked for voices only.
+    """An audio classifier, restricted to vocals.
 
     Args:
         weights, labels, device: as in `VocalDetection`.
 
     Attributes:
-        labels: the names of the classes that count.
+        labels: the names of the classes that count as vocals.
 
     Raises:
-        UserError: no such classifier, it has no class of `labels`, or none that speaks of voices.
+        UserError: no such classifier, it has no class of `labels`, or none that mentions vocals.
     """
 
     seconds = 10.0
@@ -130,26 +130,26 @@ class VocalDetector:
             raise UserError(f"the classifier {weights} has no class {unknown[0]!r}: it has {shown}")
         self.labels = list(labels) or [name for name in known if mentions_vocals(name)]
         if not self.labels:
-            raise UserError(f"no class of {weights} speaks of voices ({', '.join(known[:8])} ...): name those that do")
-        _log.info("classes of %s that count as a voice: %s", weights, ", ".join(self.labels))
+            raise UserError(f"no class of {weights} mentions vocals ({', '.join(known[:8])} ...): name the classes")
+        _log.info("classes of %s that count as vocals: %s", weights, ", ".join(self.labels))
         self._columns = [known.index(label) for label in self.labels]
 
     def probability(self, wav: Tensor, rate: int) -> float:
-        """The highest probability of a voice in any window of 10 s.
+        """The highest probability of vocals in any window of 10 s.
 
         Args:
-            wav: float32 [C, S], S >= 1; windows cover it wholly, the last one overlaps where S is no multiple.
+            wav: float32 [C, S], S >= 1; windows cover it, the last one overlaps if S is not a multiple.
             rate: Hz.
         """
         mono = audio.resample(audio.to_mono(wav), rate, self.classifier.sample_rate)[0]
         size = round(self.seconds * self.classifier.sample_rate)
-        starts = starts_of(len(mono), size, 0)
+        starts = window_starts(len(mono), size, 0)
         found = [self.classifier.probabilities(mono[None, first : first + size]) for first in starts]
         return float(torch.cat(found)[:, self._columns].max())
 
 
 def mentions_vocals(name: str) -> bool:
-    """Whether a class of that name is a human voice: "Male singing" or "female_vocal", not "no vocals"."""
+    """Whether a class name means a human voice: "Male singing" or "female_vocal", not "no vocals"."""
     words = re.sub(r"[\W_]+", " ", name.lower())
     return bool(_VOCALS.search(words)) and not _NO_VOCALS.search(words)
 
