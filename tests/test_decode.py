@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.audio import decoder_process
-from data_prep.audio.decode import Decoder, Limits, AudioInfo, probe
+from data_prep.audio.decode import AudioInfo, Decoder, Limits, probe
 from data_prep.track import KINDS, Rejected
 
 RATE = 44_100

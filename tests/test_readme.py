@@ -1,4 +1,4 @@
-"""The README's commands run, in their order, made small; what is too large for a test is composed only."""
+"""The README's commands run in their order at a reduced size; those too large for a test only compose their config."""
 
 import re
 import shlex
@@ -58,14 +58,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_readme_has_the_commands_of_every_user():
+def test_readme_has_commands_of_every_user():
     programs = ("make demo", "make test", "sample.py", "builtin", "folder", "train.py", "evaluate", "sweep report")
     for word in (*programs, "--second-stage"):
         assert any(word in command for command in COMMANDS), word
 
 
 @pytest.mark.timeout(600)
-def test_commands_run_in_their_order(folder):
+def test_readme_commands_run_in_order(folder):
     ran = 0
     for command in COMMANDS:
         if any(part in command for part in ONLY_COMPOSED):
@@ -88,6 +88,6 @@ def test_commands_run_in_their_order(folder):
     assert soundfile.info(folder / "waltz.wav").duration == pytest.approx(1.0, abs=0.01)
 
 
-def test_the_python_example_runs():
+def test_readme_python_example_runs():
     example = next(block for kind, block in BLOCKS if kind == "python")
     exec(compile(re.sub(r"duration=\d+\.0", "duration=1.0", example), "README", "exec"), {})

@@ -201,7 +201,8 @@ def test_separator_rejects_inconsistent_bags(tmp_path, weights):
         Separator(str(tmp_path))
     for text, words in {
         "models: [../one]": "names the model '../one'", "models: [none]": "names the model 'none'",
-        "models: []": "names no model", "- one": "is not a list of separators", "models: [one, other]": "they are no bag",
+        "models: []": "names no model", "- one": "is not a list of separators",
+        "models: [one, other]": "differ in stems, rate or channels",
         "{models: [one], weights: [[1, 1]]}": "do not fit", "{models: [one], weights: [[1, 1, 0]]}": "do not fit",
         "models: !!python/object/apply:os.getcwd []": "is not a list of separators",
     }.items():  # fmt: skip

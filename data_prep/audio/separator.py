@@ -42,7 +42,7 @@ class Separator:
         batch: windows per forward pass.
 
     Raises:
-        UserError: demucs is not installed; the weights do not exist, are pickled or quantised, or lack the stem `vocals`.
+        UserError: demucs is not installed; the weights are missing, pickled or quantised, or lack the stem `vocals`.
     """
 
     def __init__(self, weights: str = "htdemucs", device: str = "cpu", batch: int = 1) -> None:
