@@ -1,4 +1,4 @@
-"""Damaged audio files against the decoder, for as long as asked: what becomes of them, the worst time and memory.
+"""Fuzz the decoder with damaged audio files for a given time: the outcomes, the worst time and memory.
 
     python -m benchmarks.fuzz_decode --minutes 5 --seed 0
 

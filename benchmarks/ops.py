@@ -1,4 +1,4 @@
-"""Forward and backward of the mixers on one thread, beside the peers' at the same sizes, and how cost and memory grow.
+"""Forward and backward of the mixers on one thread beside other implementations at the same sizes; cost and memory.
 
     python benchmarks/ops.py --out benchmarks/results/ops
 

@@ -1,4 +1,4 @@
-"""Timing of alternatives side by side: in one run, in turn, so that a noisy machine troubles all of them alike."""
+"""Timing of alternatives in turn within one run, so that noise of the machine affects all of them equally."""
 
 import json
 import os
@@ -17,25 +17,25 @@ Times = dict[str, list[float]]
 
 
 def paired(cases: Mapping[str, Callable[[], Any]], rounds: int, title: str) -> Times:
-    """Seconds of each case in each round; the cases take turns, and another one begins every round.
+    """Seconds of each case in each round; the cases run in turn, and each round starts with another one.
 
-    One round before them warms up and is not kept.
+    A first round is warm-up and is not kept.
     """
     names = list(cases)
     times: Times = {name: [] for name in names}
-    for turn in tqdm(range(-1, rounds), desc=title, unit="round", leave=False):
+    for round_index in tqdm(range(-1, rounds), desc=title, unit="round", leave=False):
         for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
+            name = names[(round_index + place) % len(names)]
             begun = time.perf_counter()
             cases[name]()
-            if turn >= 0:
+            if round_index >= 0:
                 times[name].append(time.perf_counter() - begun)
     return times
 
 
 def summary(times: Times, ours: str) -> dict[str, dict[str, float]]:
-    """Median and 10th percentile of each case in milliseconds, and how many times as long as `ours` it took: the median
-    over the rounds of the ratio within a round."""
+    """Median and 10th percentile of each case in milliseconds, and the ratio of its time to that of `ours`: the median
+    over rounds."""
     base = np.array(times[ours])
     return {
         name: {
@@ -48,7 +48,7 @@ def summary(times: Times, ours: str) -> dict[str, dict[str, float]]:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on: machine, threads, load, versions."""
+    """Machine, threads, load and versions, which the figures depend on."""
     import transformers
 
     return {

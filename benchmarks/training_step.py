@@ -36,9 +36,9 @@ def main() -> None:
         name = job.labels["backbone"]
         cases[name], flops[name] = step_of(model), 3 * ITEMS * model.flops(FRAMES, TOKENS)
     metrics = summary(paired(cases, rounds, "training steps"), OURS)
-    for name, told in metrics.items():
-        told["gflops"] = flops[name] / 1e9
-        print(f"{name:20} {told['median_ms']:7.1f} ms   {told['ratio']:.2f} x {OURS}   {told['gflops']:.1f} GFLOP")
+    for name, row in metrics.items():
+        row["gflops"] = flops[name] / 1e9
+        print(f"{name:20} {row['median_ms']:7.1f} ms   {row['ratio']:.2f} x {OURS}   {row['gflops']:.1f} GFLOP")
     OUT.write_text(json.dumps({"environment": environment(), "results": metrics}, indent=1) + "\n")
     print(OUT)
 
