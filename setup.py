@@ -8,9 +8,9 @@ EXTRAS = {
     "data": ["tinysoundfont>=0.3.6", "pretty_midi>=0.2.11"],
     "vocals": ["demucs>=4.1"],
     "ffmpeg": ["imageio-ffmpeg>=0.6"],
-    "eval": ["librosa>=0.11", "matplotlib>=3.9"],
+    "eval": ["librosa>=0.11"],
     "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
-    "sweep": ["matplotlib>=3.9", "optuna>=4"],
+    "sweep": ["optuna>=4"],
     "ray": ["ray>=2.56"],
     "web": ["gradio>=5"],
     "track": ["wandb", "trackio"],
@@ -25,7 +25,6 @@ EXTRAS = {
         "mypy",
         "import-linter>=2.1",
         "librosa>=0.11",
-        "matplotlib>=3.9",
     ],
 }
 
@@ -37,7 +36,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["ssmttm*", "data_prep*"]), "ssmttm.configs"],
     package_dir={"ssmttm.configs": "configs"},
-    package_data={"ssmttm": ["assets/**/*"], "ssmttm.configs": ["**/*.yaml"]},
+    package_data={
+        "ssmttm": ["assets/**/*", "reports/templates/*"],
+        "ssmttm.configs": ["**/*.yaml"],
+        "data_prep": ["reports/*.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "numpy>=2",
@@ -53,6 +56,8 @@ setup(
         "pyloudnorm>=0.1.1",
         "pyarrow>=18",
         "scipy>=1.13",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],

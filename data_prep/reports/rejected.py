@@ -1,129 +1,105 @@
-"""What the page about a store tells of what is not in it: refusals, evaluation sets, tracks that sound alike."""
+"""What a store's report tells about tracks that are not in it: rejections, evaluation sets and near-duplicates."""
 
 import csv
 import json
 import re
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.track import KINDS
 from ssmttm.errors import UserError
-from ssmttm.reports.charts import Bar, Bars, Heading, plain
-from ssmttm.reports.html import Block, Facts, Table, Text
+from ssmttm.reports.charts import Bar
 
-_REASONS = 3  # examples of refusals, a kind
-_SEARCHED = 1000  # refusals of a kind that are looked through for them
-_LISTED = 5  # tracks of one evaluation set, pairs that are alike
+_EXAMPLES = 3  # of each kind
+_SEARCHED = 1000  # rejections of a kind that are searched for them
+_LISTED = 5  # tracks of an evaluation set, near-duplicate pairs
 
 
 class Rejections(NamedTuple):
-    """What rejected.csv tells: how many of each stage and kind, and a few of each kind whose reasons differ."""
+    """The rows of rejected.csv, counted.
+
+    Attributes:
+        counts: by stage and kind.
+        examples: some rows [kind, item, reason] of each kind, with different reasons.
+    """
 
     counts: Counter[tuple[str, str]]
-    examples: dict[str, dict[str, str]]  # kind -> reason -> item
+    examples: list[tuple[str, str, str]]
 
-    def of(self, kind: str) -> int:
-        """How many there are of a kind."""
-        return sum(count for (_, other), count in self.counts.items() if other == kind)
+    @property
+    def by_kind(self) -> Counter[str]:
+        """How many items of each kind."""
+        kinds: Counter[str] = Counter()
+        for (_, kind), count in self.counts.items():
+            kinds[kind] += count
+        return kinds
+
+    def bars(self) -> list[Bar]:
+        """A bar for each kind, the most frequent first."""
+        bars = []
+        for kind, count in sorted(self.by_kind.items(), key=lambda item: (-item[1], item[0])):
+            stages = ", ".join(f"{stage} {n:,}" for (stage, other), n in sorted(self.counts.items()) if other == kind)
+            bars.append(Bar(kind, count, f"{count:,}", remark=f"{KINDS.get(kind, 'unknown kind')} (stage: {stages})"))
+        return bars
 
 
 def read_rejected(file: Path) -> Rejections | None:
-    """None if there is no such file. Raises UserError if it is no quarantine table."""
+    """Read rejected.csv; None if there is no such file.
+
+    Raises:
+        UserError: the file is damaged or has other columns.
+    """
     if not file.is_file():
         return None
     counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[str, dict[str, str]] = {}
+    examples: dict[str, list[tuple[str, str, str]]] = {}
     shapes: set[tuple[str, str]] = set()
     try:
         with open(file, encoding="utf-8", errors="replace", newline="") as lines:
             table = csv.reader(lines)
             if next(table, []) != ["item", "stage", "kind", "reason"]:
-                raise UserError(f"{file} is no quarantine table: prepare the store again")
+                raise UserError(f"{file} is not a table of rejections: prepare the store again")
             for item, stage, kind, reason in table:
                 counts[stage, kind] += 1
-                some = examples.setdefault(kind, {})
-                if len(some) == _REASONS or counts[stage, kind] > _SEARCHED:
-                    continue
-                if (shape := (kind, re.sub(r"\d+", "0", reason)[:40])) not in shapes:
+                found = examples.setdefault(kind, [])
+                shape = (kind, re.sub(r"\d+", "0", reason)[:40])  # reasons that differ in numbers only are one
+                if len(found) < _EXAMPLES and counts[stage, kind] <= _SEARCHED and shape not in shapes:
                     shapes.add(shape)
-                    some[reason] = item
+                    found.append((kind, item, reason))
     except (csv.Error, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): prepare the store again") from error
-    return Rejections(counts, examples)
+    order = sorted(examples, key=lambda kind: (-sum(n for (_, k), n in counts.items() if k == kind), kind))
+    return Rejections(counts, [example for kind in order for example in examples[kind]])
 
 
-def rejected_in_short(rejections: Rejections | None) -> list[Block]:
-    """One sentence, if there is a record."""
-    if rejections is None:
-        return []
-    copies, held_out, total = rejections.of("duplicate"), rejections.of("evaluation"), rejections.counts.total()
-    return [Text(f"{many(total, 'item')} refused: {copies:,} as duplicates, {held_out:,} because an evaluation set "
-                 f"holds them, {total - copies - held_out:,} for other reasons, which stand below.")]  # fmt: skip
+def read_decontamination(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Read decontamination.json.
 
-
-def rejected(rejections: Rejections | None) -> list[Block]:
-    """How many of each kind, and some of them with their reasons."""
-    if rejections is None:
-        return [Text("This store keeps no record of what was refused.")]
-    if not rejections.counts:
-        return [Text("Nothing was refused.")]
-    bars, rows = [], []
-    for kind in sorted(rejections.examples, key=lambda kind: (-rejections.of(kind), kind)):
-        stages = ", ".join(f"{stage} {n:,}" for (stage, other), n in sorted(rejections.counts.items()) if other == kind)
-        remark = f"{KINDS.get(kind, 'no known kind')} (stage: {stages})"
-        bars.append(Bar(kind, rejections.of(kind), f"{rejections.of(kind):,}", remark=remark))
-        rows += [(short(kind), short(item), short(reason)) for reason, item in rejections.examples[kind].items()]
-    note = "A refused item never stops a run. rejected.csv holds all of them."
-    some = Table(["kind", "item", "why"], rows)
-    return [Heading("Refusals by kind", note), Bars(bars), Heading("Some of them"), some]
-
-
-def selection(file: Path) -> tuple[list[Block], list[Block]]:
-    """What decontamination.json tells: of evaluation sets, and of tracks that were kept though they sound alike.
+    Returns:
+        The evaluation sets, each with name, counts and rows [item, reason] of left-out items; and the near-duplicates
+        that were kept, as their number `pairs` and the `closest` rows [track, track, agreement].
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
-    told: dict[str, Any] = {}
+    if not file.is_file():
+        return [], {"pairs": 0, "closest": []}
     try:
-        if file.is_file():
-            told = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-        sets = [block for one in told.get("evaluation", []) for block in _kept_out(one)]
-        alike = _near_duplicates(told["suspected_duplicates"]) if told.get("suspected_duplicates") else []
+        found = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        sets = [_evaluation_set(entry) for entry in found.get("evaluation", [])]
+        suspected = found.get("suspected_duplicates") or {"pairs": 0, "closest": []}
+        closest = [[*pair["tracks"], pair["agreement"]] for pair in suspected["closest"][:_LISTED]]
+        return sets, {"pairs": f"{suspected['pairs']:,}" if suspected["pairs"] else "", "closest": closest}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): prepare the store again") from error
-    none = "None were named: give them as --against when the store is prepared, before a score is reported."
-    return sets or [Text(none)], alike
 
 
-def _kept_out(one: dict[str, Any]) -> list[Block]:
-    """Of one evaluation set how much is known of it, and what was left out for it."""
-    left = {str(item): str(reason) for item, reason in one["left_out"].items()}
-    facts = {"known works": one["works"], "artists": one["artists"], "recordings that could be heard": one["heard"]}
-    blocks: list[Block] = [
-        Heading(str(one["name"]), f"{many(len(left), 'item')} left out."),
-        Facts({name: f"{count:,}" for name, count in facts.items()}),
-    ]
-    some = [(short(item), short(reason)) for item, reason in islice(left.items(), _LISTED)]
-    return [*blocks, Table(["item", "why"], some)] if some else blocks
-
-
-def _near_duplicates(suspected: dict[str, Any]) -> list[Block]:
-    """Pairs of tracks for people to listen to."""
-    if not suspected["pairs"]:
-        return []
-    note = f"Pairs of kept tracks that agree, but less than copies do: {suspected['pairs']:,}. The closest:"
-    rows = [(*map(short, pair["tracks"]), short(pair["agreement"])) for pair in suspected["closest"][:_LISTED]]
-    return [Heading("Kept, though alike", note), Table(["track", "and", "how far"], rows)]
-
-
-def many(count: int, what: str) -> str:
-    """So many of something, in English."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def short(text: str, most: int = 300) -> str:
-    """Anybody's text on one line that is not too long."""
-    return plain(text if len(text) <= most else f"{text[:most]} ...")
+def _evaluation_set(entry: dict[str, Any]) -> dict[str, Any]:
+    counts = {"known works": entry["works"], "artists": entry["artists"], "recordings with audio": entry["heard"]}
+    return {
+        "name": entry["name"],
+        "n_left_out": len(entry["left_out"]),
+        "counts": {name: f"{count:,}" for name, count in counts.items()},
+        "left_out": list(entry["left_out"].items())[:_LISTED],
+    }

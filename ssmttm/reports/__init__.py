@@ -1,1 +1,1 @@
-"""reports"""
+"""HTML pages, charts and Markdown tables."""

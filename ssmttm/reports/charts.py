@@ -1,35 +1,56 @@
-"""More blocks of `page`: large numbers, bars, histograms, clips that lie beside the page.
+"""Charts by matplotlib as data URIs. matplotlib is imported when the first chart is drawn.
 
-Text may be anybody's: it is escaped, stands apart from the direction of what surrounds it, and links lead to http only.
+Colours suit a light and a dark page: the background is transparent, axes and labels are grey.
 """
 
-import re
+from __future__ import annotations
+
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ssmttm.reports.html import Block
-from ssmttm.reports.spectrogram import ticks
+import numpy as np
+from scipy import signal
+from torch import Tensor
 
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from ssmttm.reports.page import data_uri
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.figure import Figure
+
+_GREY = "#7d8590"
+_STYLE: Any = {
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.labelcolor": _GREY,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.hashsalt": "ssmttm",  # equal charts give equal bytes
+    "text.color": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+}
+_BLUE, _ORANGE, _GREEN, _VIOLET = "#3d7fb8", "#d2603f", "#4c9a51", "#9067bb"
+_MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
+_WINDOW, _HOP = 0.085, 0.02  # seconds of a spectrogram's frames
+_LOWEST, _HIGHEST, _RANGE = 60.0, 12_000.0, 70.0  # Hz, Hz, dB
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """The few figures to see first, large, under their names."""
+class Chart(NamedTuple):
+    """A picture as a data URI, and what it shows in words."""
 
-    numbers: Mapping[str, str]
-
-    def html(self) -> str:
-        """As HTML."""
-        cells = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in self.numbers.items())
-        return f'<dl class="numbers">{"".join(cells)}</dl>'
+    src: str
+    alt: str
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One line of `Bars`: how long, what to write for it, where its label leads, and a remark beneath."""
+class Bar(NamedTuple):
+    """A bar of the template macro `bar_chart`: its length, the text for its value, a link of its label, a remark."""
 
     label: str
     size: float
@@ -38,138 +59,85 @@ class Bar:
     remark: str = ""
 
 
-@dataclass(frozen=True)
-class Bars:
-    """Amounts side by side; the longest bar fills the width."""
+def style() -> AbstractContextManager[None]:
+    """matplotlib's settings for the charts of a page; a figure is drawn and saved within."""
+    import matplotlib
+    from cycler import cycler
 
-    bars: Sequence[Bar]
-
-    def html(self) -> str:
-        """As a list."""
-        longest = max((bar.size for bar in self.bars), default=0.0) or 1.0
-        lines = []
-        for bar in self.bars:
-            part = f'<i style="width:{100 * bar.size / longest:.1f}%"></i>' if bar.size else ""
-            track = f'<span class="track">{part}</span>'
-            value = f'<span class="value">{escape(bar.value)}</span>'
-            remark = f"<small>{anybodys(bar.remark)}</small>" if bar.remark else ""
-            lines.append(f"<li><span>{linked(bar.label, bar.link)}</span>{track}{value}{remark}</li>")
-        return f'<ul class="bars">{"".join(lines)}</ul>'
+    return matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=[_ORANGE, _BLUE, _GREEN, _VIOLET])})
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """How many of something lie between neighbouring edges: n counts, n >= 1, and n + 1 edges."""
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. It needs no display: pyplot is not used."""
+    from matplotlib.figure import Figure
 
-    edges: Sequence[float]
-    counts: Sequence[int]
-    label: str
-
-    def html(self) -> str:
-        """As an inline SVG of 640 x 230."""
-        left, right, top, bottom = 8.0, 632.0, 30.0, 160.0
-        low, span = self.edges[0], (self.edges[-1] - self.edges[0]) or 1.0
-        most = max(self.counts) or 1
-
-        def across(edge: float) -> float:
-            return left + (edge - low) / span * (right - left)
-
-        parts = [f'<path class="grid" d="M{left} {bottom}H{right}"/>']
-        for first, end, count in zip(self.edges, self.edges[1:], self.counts, strict=False):
-            height = count / most * (bottom - top)
-            place = f'x="{across(first) + 1:.1f}" y="{bottom - height:.1f}" height="{height:.1f}"'
-            width = max(across(end) - across(first) - 2, 1)
-            parts.append(f'<rect {place} width="{width:.1f}"><title>{first:g} to {end:g}: {count:,}</title></rect>')
-        highest = list(self.counts).index(max(self.counts))
-        middle = (across(self.edges[highest]) + across(self.edges[highest + 1])) / 2
-        anchor = "start" if middle < 80 else "end" if middle > 560 else "middle"
-        parts.append(f'<text x="{middle:.1f}" y="{top - 6}" text-anchor="{anchor}">{max(self.counts):,}</text>')
-        for edge in ticks(low, low + span):
-            if low - 1e-9 <= edge <= low + span + 1e-9:
-                anchor = "start" if across(edge) < 30 else "end" if across(edge) > 610 else "middle"
-                parts.append(f'<text x="{across(edge):.1f}" y="{bottom + 26}" text-anchor="{anchor}">{edge:g}</text>')
-        parts.append(f'<text x="320" y="220" text-anchor="middle">{escape(self.label)}</text>')
-        size = 'class="histogram" viewBox="0 0 640 230"'
-        return f'<svg {size} role="img" aria-label="{escape(self.label)}">{"".join(parts)}</svg>'
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """An audio file beside the page: a title, what is said of it, and `facts` beneath the player.
-
-    Attributes:
-        path: relative to the page, with `/`.
-        title: with `link`, it leads there.
-        words: paragraphs.
-    """
-
-    path: str
-    title: str
-    words: Sequence[str]
-    facts: Mapping[str, str]
-    link: str = ""
-
-    def html(self) -> str:
-        """As HTML."""
-        words = "".join(f"<p>{anybodys(text)}</p>" for text in self.words)
-        facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{anybodys(v)}</dd></div>" for k, v in self.facts.items())
-        label = escape(plain(self.title))
-        source = f'aria-label="{label}" src="{escape(quote(self.path))}"'
-        return (
-            f'<figure class="clip"><figcaption>{linked(self.title, self.link)}</figcaption>'
-            f'<audio controls preload="none" {source}></audio>{words}<dl>{facts}</dl></figure>'
-        )
+def save(figure: Figure, format: str, dpi: int = 110) -> bytes:
+    """The bytes of a figure as png or svg; the same for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=format, dpi=dpi, metadata={"Date": None} if format == "svg" else None)
+    return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class Heading:
-    """A heading within a section, and a remark under it."""
-
-    title: str
-    remark: str = ""
-
-    def html(self) -> str:
-        """As HTML."""
-        remark = f'<p class="note">{escape(self.remark)}</p>' if self.remark else ""
-        return f"<h3>{anybodys(self.title)}</h3>{remark}"
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Blocks one under the other in one cell of a row."""
-
-    blocks: Sequence[Block]
-
-    def html(self) -> str:
-        """As HTML."""
-        return f"<div>{''.join(block.html() for block in self.blocks)}</div>"
+def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Chart:
+    """Named lines [(x, y), ...]; points that are not finite are left out."""
+    with style():
+        figure = new_figure(7.2, 3.2)
+        axes = figure.subplots()
+        for name, line in lines.items():
+            points = np.array(line, dtype=float).reshape(-1, 2)
+            points = points[np.isfinite(points).all(1)]
+            axes.plot(points[:, 0], points[:, 1], marker="o" if len(points) == 1 else None, label=name)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.legend()
+        return _chart(figure, "svg", f"{y_label} over {x_label}: {', '.join(lines)}")
 
 
-@dataclass(frozen=True)
-class Folded:
-    """Blocks that are shown when their summary is clicked."""
+def histogram(values: np.ndarray, label: str, integer: bool = False) -> Chart:
+    """How many values [n], n >= 1, lie between round numbers; the outermost 0.05 % count for the bins at the ends."""
+    from matplotlib.ticker import MaxNLocator
 
-    summary: str
-    blocks: Sequence[Block]
-
-    def html(self) -> str:
-        """As HTML."""
-        inside = "".join(block.html() for block in self.blocks)
-        return f"<details><summary>{escape(self.summary)}</summary>{inside}</details>"
-
-
-def anybodys(text: str) -> str:
-    """Text of whatever script as HTML that cannot turn what stands around it."""
-    return f"<bdi>{escape(plain(text))}</bdi>"
-
-
-def plain(text: str) -> str:
-    """Text on one line, its control characters and those that reverse what follows shown as a replacement mark."""
-    return _CONTROLS.sub("\ufffd", " ".join(text.split()))
+    low, high = np.quantile(values, (0.0005, 0.9995))
+    locator = MaxNLocator(nbins=24, steps=[1, 2, 2.5, 5, 10], integer=integer)
+    edges = locator.tick_values(low, high + 1 if integer else high)
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    bins = [f"{first:g} to {last:g}: {n:,}" for first, last, n in zip(edges, edges[1:], counts, strict=False) if n]
+    with style():
+        figure = new_figure(4.6, 2.2)
+        axes = figure.subplots()
+        axes.stairs(counts, edges, fill=True, color=_BLUE)
+        axes.set(xlabel=label, ylabel="count")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        return _chart(figure, "svg", f"Histogram of {label}. {'; '.join(bins)}")
 
 
-def linked(text: str, link: str) -> str:
-    """Text as HTML, with a link if that leads to http or https."""
-    if not link.lower().startswith(("https://", "http://")):
-        return anybodys(text)
-    return f'<a href="{escape(link)}" rel="noopener noreferrer">{anybodys(text)}</a>'
+def spectrogram(wav: Tensor, sample_rate: int) -> Chart:
+    """A spectrogram in decibel over seconds and, logarithmic, hertz. wav [S] or [1, S]."""
+    times, frequencies, decibel = spectrum(wav, sample_rate)
+    with style():
+        figure = new_figure(4.6, 1.9)
+        axes = figure.subplots()
+        axes.pcolormesh(times, frequencies, decibel, cmap="magma", vmin=-_RANGE, vmax=0)
+        axes.set(xlabel="seconds", ylabel="Hz", yscale="log")
+        axes.set_yticks([100, 1000, 10_000], ["100", "1k", "10k"])
+        axes.set_ylim(_LOWEST, frequencies[-1])
+        axes.grid(False)
+        return _chart(figure, "png", "Spectrogram")
+
+
+def spectrum(wav: Tensor, sample_rate: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Seconds [T], hertz [F] and decibel below the loudest [F, T]. wav [S] or [1, S]."""
+    samples = np.nan_to_num(wav.reshape(-1).float().numpy())
+    window, hop = round(_WINDOW * sample_rate), round(_HOP * sample_rate)
+    samples = np.pad(samples, (0, max(window - len(samples), 0)))
+    frequencies, times, power = signal.spectrogram(samples, sample_rate, "hann", window, window - hop, mode="magnitude")
+    kept = (frequencies > 0) & (frequencies <= _HIGHEST)
+    decibel = 20 * np.log10(power[kept] / max(power.max(), 1e-9) + 1e-9)
+    return times, frequencies[kept], decibel
+
+
+def _chart(figure: Figure, format: str, alt: str) -> Chart:
+    return Chart(data_uri(_MEDIA_TYPES[format], save(figure, format)), alt)
