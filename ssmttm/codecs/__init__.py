@@ -1,4 +1,4 @@
-"""Waveform <-> codes <-> latents: the embedded tiny codec, and DAC, EnCodec and Mimi behind one interface."""
+"""Codecs behind one interface: the embedded tiny codec, DAC, EnCodec and Mimi."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,16 @@ __all__ = [
     "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig", "build_codec",
     "encoder_of", "load_codec",
 ]  # fmt: skip
-_OURS = {tiny.MODEL_TYPE: TinyCodec, codec.MODEL_TYPE: StudentCodec}
 
 
 def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None) -> Codec:
     """Load a codec in eval mode.
 
     Args:
-        name_or_path: "tiny" (embedded); a folder with config.json and model.safetensors, of ours (a
-            student only decodes) or of transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
+        name_or_path: "tiny" (embedded); a folder with config.json and model.safetensors, written by ssmttm (a student
+            only decodes) or by transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
             "descript/dac_44khz".
-        n_codebooks: keep only the first so many codebooks.
+        n_codebooks: keep only the first n codebooks.
 
     Raises:
         UserError: no such codec, or its files are missing or damaged.
@@ -38,29 +37,29 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
 
 
 def encoder_of(codec: Codec) -> Codec:
-    """What gives the codes that a codec decodes: itself; of a student, the codec whose codes it speaks.
+    """The codec that encodes for `codec`: itself, or the teacher of a student.
 
     Raises:
-        UserError: that codec is not found by its name, or is another by now.
+        UserError: the teacher is not found, or its weights have changed.
     """
     if not isinstance(codec, StudentCodec):
         return codec
     encoder = load_codec(codec.config.teacher, codec.n_codebooks)
     if encoder.fingerprint != codec.fingerprint:
         raise UserError(
-            f"{codec.name} decodes the codes of {codec.config.teacher} ({codec.fingerprint}), what is found under that "
-            f"name is {encoder.fingerprint}: put the original back"
+            f"{codec.name} decodes codes of {codec.config.teacher} with fingerprint {codec.fingerprint}, but the codec "
+            f"of that name has {encoder.fingerprint}: restore the original"
         )
     return encoder
 
 
 def build_codec(config: Mapping[str, Any]) -> Codec:
-    """A codec with random weights from a config of the group `codec`: `kind` (tiny, dac, encodec, mimi) and its fields.
+    """A codec with random weights from a config's `codec` section: `kind` (tiny, dac, encodec, mimi) and its fields.
 
     Raises:
-        UserError: an unknown kind or field.
+        UserError: unknown kind or field.
     """
-    fields = {name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    fields: dict[str, Any] = {name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
               for name, value in config.items()}  # fmt: skip
     kind = fields.pop("kind", None)
     try:
@@ -72,22 +71,24 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
             return hf.from_config(kind, fields)
     except TypeError as error:
         raise UserError(f"codec kind {kind}: {error}") from error
-    raise UserError(f"codec kind {kind!r} is none of tiny, {', '.join(hf.CLASSES)}")
+    raise UserError(f"unknown codec kind {kind!r}: choose from tiny, {', '.join(hf.CLASSES)}")
 
 
 def _load(name_or_path: str | Path) -> Codec:
     name = str(name_or_path)
     if name == "tiny":
         if not (TINY_FOLDER / "model.safetensors").is_file():
-            raise UserError("the embedded codec `tiny` is not in this installation: reinstall, or name another codec")
+            raise UserError("the embedded codec `tiny` is missing from this installation: reinstall ssmttm")
         return TinyCodec.load(TINY_FOLDER, "tiny")
     folder = Path(name)
     if folder.is_dir():
-        ours = _OURS.get(_model_type(folder))
-        if ours is not None:
-            return ours.load(folder)
+        model_type = _model_type(folder)
+        if model_type == tiny.MODEL_TYPE:
+            return TinyCodec.load(folder)
+        if model_type == codec.MODEL_TYPE:
+            return StudentCodec.load(folder)
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"codec {name}: no such folder, and no hub name such as descript/dac_44khz; `tiny` is embedded")
+        raise UserError(f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; `tiny` is embedded")
     from ssmttm.codecs import hf
 
     return hf.from_pretrained(name, folder.resolve().name if folder.is_dir() else name)

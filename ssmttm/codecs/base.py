@@ -1,4 +1,4 @@
-"""The one interface of every codec: waveform <-> codes <-> latents, whole or streamed."""
+"""The interface of all codecs: waveform <-> codes <-> latents, with streaming decoding."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -13,10 +13,10 @@ from ssmttm.errors import UserError
 
 
 class CodecOutput(NamedTuple):
-    """What a training forward of a codec gives.
+    """Output of a codec's training forward.
 
     Attributes:
-        audio: reconstruction, float [B, 1, S], as long as the input.
+        audio: reconstruction, float [B, 1, S], of the input's length.
         codes: int64 [B, K, T].
         losses: scalars `codebook` and `commitment` (DAC, arXiv 2306.06546, section 3.2).
     """
@@ -27,14 +27,14 @@ class CodecOutput(NamedTuple):
 
 
 class Codec(nn.Module, ABC):
-    """A neural audio codec of one channel.
+    """A mono neural audio codec.
 
-    The latents of a codec are its codebook vectors, stacked over the codebooks (DAC's "projected latents", C = K times
-    the codebook's width): looking them up again gives the same codes, which the sum over codebooks would not.
+    Its latents are its codebook vectors, concatenated over the codebooks (DAC's "projected latents", C = K times the
+    codebook width). Unlike the sum over codebooks, they can be mapped back to the same codes.
 
     Attributes:
-        context: frames of history and of look-ahead that one decoded frame depends on; None if unbounded.
-        similarity: how a latent finds its codebook entry.
+        context: past and future frames that one decoded frame depends on; None if unbounded.
+        similarity: how the nearest codebook entry is found.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Codec(nn.Module, ABC):
 
     @property
     def look_ahead_ms(self) -> float | None:
-        """Audio that a streamed frame waits for, in milliseconds; None if the codec cannot stream."""
+        """Latency of streaming in milliseconds; None if the codec cannot stream."""
         return None if self.context is None else 1000 * self.context[1] / self.frame_rate
 
     @property
@@ -66,20 +66,19 @@ class Codec(nn.Module, ABC):
         return weights_fingerprint(self.weights())
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict without what only training needs."""
+        """The state dict without training-only buffers."""
         return self.state_dict()
 
     def keep_codebooks(self, n: int) -> "Codec":
-        """Use only the first n codebooks from now on (a lower bit rate). Returns self."""
+        """Use only the first n codebooks (a lower bit rate). Returns self."""
         available = len(self.codebook_vectors())
         if not 1 <= n <= available:
-            raise UserError(f"codec {self.name} has {available} codebooks, it cannot keep {n}")
+            raise UserError(f"codec {self.name} has {available} codebooks: n_codebooks must be in [1, {available}]")
         self.n_codebooks = n
         return self
 
     def decoder_stages(self) -> list[nn.Module]:
-        """The modules of the decoder, from the codes to the audio, with whose outputs a student's may be compared:
-        [B, D, T'] each, of a `Stack` [B, T', D]. Empty: none are known."""
+        """Decoder modules, in order, whose outputs can be distilled: [B, D, T'] each, or [B, T', D] of a `Stack`."""
         return []
 
     @abstractmethod
@@ -96,23 +95,23 @@ class Codec(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """Codes of a waveform.
+        """Encode a waveform.
 
         Args:
-            wav: float [B, 1, S] at `sample_rate`, any S >= 1.
+            wav: float [B, 1, S] at `sample_rate`, S >= 1.
 
         Returns:
             int64 [B, K, T], T = ceil(S / hop_length).
 
         Raises:
-            UserError: the waveform has another shape or type, or is not finite.
+            UserError: the waveform has a wrong shape or dtype, or is not finite.
         """
         self.check_wav(wav)
         return self._encode(self.pad(wav))[:, : self.n_codebooks]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Waveform of codes.
+        """Decode codes.
 
         Args:
             codes: integers [B, K, T] in [0, codebook_size).
@@ -121,61 +120,63 @@ class Codec(nn.Module, ABC):
             float [B, 1, T * hop_length].
 
         Raises:
-            UserError: the codes have another shape or range.
+            UserError: the codes have a wrong shape or dtype, or are out of range.
         """
         self._check_codes(codes)
         return self._decode(codes.long())
 
     def to_latents(self, codes: Tensor) -> Tensor:
-        """Codebook vectors of codes [B, K, T], stacked over the codebooks: [B, C, T]."""
+        """Codebook vectors of codes [B, K, T], concatenated over the codebooks: [B, C, T]."""
         self._check_codes(codes)
         return self._look_up(codes)
 
     def _look_up(self, codes: Tensor) -> Tensor:
-        """`to_latents` of codes known to be good."""
+        """`to_latents` without checks."""
         books = self.codebook_vectors()
         rows = [books[k][codes[:, k].long()] for k in range(codes.shape[1])]  # K x [B, T, c]
         return torch.cat(rows, dim=-1).transpose(1, 2)
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        """Nearest codes of latents [B, C, T], codebook by codebook: int64 [B, K, T]."""
+        """Nearest codes of latents [B, C, T], per codebook: int64 [B, K, T]."""
         books = self.codebook_vectors()[: self.n_codebooks]
         if latents.dim() != 3 or latents.shape[1] != self.latent_channels:
-            raise UserError(f"latents must be [batch, {self.latent_channels}, frames], not {list(latents.shape)}")
+            raise UserError(f"latents must be [batch, {self.latent_channels}, frames], got {list(latents.shape)}")
         if not bool(latents.isfinite().all()):
-            raise UserError("the latents hold NaN or infinite values: no code is nearest to them")
-        parts = latents.transpose(1, 2).float().chunk(len(books), dim=-1)
-        pairs = zip(parts, books, strict=True)
-        return torch.stack([nearest(part, book, self.similarity) for part, book in pairs], dim=1)
+            raise UserError("the latents contain NaN or infinite values")
+        vectors = latents.transpose(1, 2).float().chunk(len(books), dim=-1)
+        codes = [nearest(vector, book, self.similarity) for vector, book in zip(vectors, books, strict=True)]
+        return torch.stack(codes, dim=1)
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode codes as they come; the pieces joined equal `decode` of all codes joined.
+        """Decode chunks of codes; the concatenated audio equals `decode` of the concatenated codes.
 
-        Each piece is decoded with the frames around it that it depends on (`context`), so a frame is given out once its
-        look-ahead has come. A codec whose history is unbounded (`context` None) gives one piece at the end.
+        A frame is yielded as soon as its look-ahead is available. A codec with unbounded `context` (None) yields all
+        audio at the end.
 
         Args:
-            chunks: codes [B, K, t], any t >= 0 each.
+            chunks: codes [B, K, t], t >= 0.
 
         Yields:
             float [B, 1, s], s a multiple of `hop_length`.
         """
         if self.context is None:
-            yield from (self.decode(codes) for codes in _joined(chunks))
+            parts = list(chunks)
+            if parts:
+                yield self.decode(torch.cat(parts, dim=-1))
             return
         history, look_ahead = self.context
-        held: Tensor | None = None  # codes still needed
-        first = 0  # how many of them are already given out
+        buffer: Tensor | None = None  # codes still needed
+        first = 0  # the first frame of the buffer that was not yielded yet
         for chunk in chunks:
             self._check_codes(chunk)
-            held = chunk if held is None else torch.cat([held, chunk], dim=-1)
-            ready = held.shape[-1] - look_ahead
+            buffer = chunk if buffer is None else torch.cat([buffer, chunk], dim=-1)
+            ready = buffer.shape[-1] - look_ahead
             if ready > first:
-                yield self.decode(held)[..., first * self.hop_length : ready * self.hop_length]
+                yield self.decode(buffer)[..., first * self.hop_length : ready * self.hop_length]
                 drop = max(0, ready - history)
-                held, first = held[..., drop:], ready - drop
-        if held is not None and held.shape[-1] > first:
-            yield self.decode(held)[..., first * self.hop_length :]
+                buffer, first = buffer[..., drop:], ready - drop
+        if buffer is not None and buffer.shape[-1] > first:
+            yield self.decode(buffer)[..., first * self.hop_length :]
 
     def pad(self, wav: Tensor) -> Tensor:
         """Pad the waveform with zeros to whole frames: [B, 1, S] -> [B, 1, ceil(S / hop) * hop]."""
@@ -185,30 +186,28 @@ class Codec(nn.Module, ABC):
         """Raise UserError unless the waveform is a finite float [B, 1, S], S >= 1."""
         if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[-1] < 1:
             raise UserError(
-                f"codec {self.name} takes a mono waveform [batch, 1, samples], not {list(wav.shape)}: mix it down first"
+                f"codec {self.name} takes a mono waveform [batch, 1, samples], got {list(wav.shape)}: downmix it first"
             )
         if not wav.is_floating_point():
-            raise UserError(f"codec {self.name} takes a float waveform in [-1, 1], not {wav.dtype}: convert it first")
+            raise UserError(f"codec {self.name} takes a float waveform in [-1, 1], got {wav.dtype}: convert it first")
         if not torch.isfinite(wav).all():
-            raise UserError(f"codec {self.name}: the waveform holds NaN or infinite samples: repair or drop that audio")
+            raise UserError(f"codec {self.name}: the waveform contains NaN or infinite samples: fix or drop that audio")
 
     def check_sample_rate(self, sample_rate: int) -> None:
-        """Raise UserError if audio of another rate is about to be encoded."""
+        """Raise UserError if audio of another sample rate is to be encoded."""
         if sample_rate != self.sample_rate:
-            raise UserError(
-                f"codec {self.name} works at {self.sample_rate} Hz, the audio is at {sample_rate} Hz: resample it"
-            )
+            raise UserError(f"codec {self.name} takes audio at {self.sample_rate} Hz, got {sample_rate}: resample it")
 
     def _check_codes(self, codes: Tensor) -> None:
         if codes.dim() != 3 or codes.shape[1] != self.n_codebooks or codes.is_floating_point():
             raise UserError(
                 f"codec {self.name} takes integer codes [batch, {self.n_codebooks}, frames], "
-                f"not {codes.dtype} {list(codes.shape)}"
+                f"got {codes.dtype} {list(codes.shape)}"
             )
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.codebook_size):
             raise UserError(
-                f"codec {self.name}: codes must lie in [0, {self.codebook_size}), got {int(codes.min())} to "
-                f"{int(codes.max())}: a special token was left in"
+                f"codec {self.name}: codes must be in [0, {self.codebook_size}), got {int(codes.min())} to "
+                f"{int(codes.max())}: remove special tokens first"
             )
 
 
@@ -235,8 +234,3 @@ def nearest(vectors: Tensor, book: Tensor, similarity: str) -> Tensor:
     if similarity == "cosine":
         return (vectors @ F.normalize(book, dim=-1).T).argmax(dim=-1)
     return (2 * vectors @ book.T - book.square().sum(dim=-1)).argmax(dim=-1)
-
-
-def _joined(chunks: Iterable[Tensor]) -> list[Tensor]:
-    parts = list(chunks)
-    return [torch.cat(parts, dim=-1)] if parts else []

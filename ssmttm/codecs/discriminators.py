@@ -1,4 +1,4 @@
-"""Multi-resolution complex-STFT discriminator, small enough for a CPU."""
+"""Multi-resolution complex-STFT discriminator."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class DiscriminatorOutput(NamedTuple):
-    """What one resolution says: logits [B, 1, T', F'] (high = real) and each layer's features."""
+    """Output of one resolution: logits [B, 1, T', F'] (high for real audio) and each layer's features."""
 
     logits: Tensor
     features: list[Tensor]
 
 
 class STFTDiscriminator(nn.Module):
-    """2-D convolutions over a complex spectrogram (EnCodec, arXiv 2210.13438, section 3.4; strided sooner to be cheap).
+    """2-D convolutions over a complex spectrogram (EnCodec, arXiv 2210.13438, section 3.4, with earlier strides).
 
     Args:
         window: STFT window in samples; the hop is half of it.
-        channels: of every hidden layer.
+        channels: width of the hidden layers.
     """
 
     window: Tensor
@@ -32,10 +32,10 @@ class STFTDiscriminator(nn.Module):
         self.layers = nn.ModuleList(
             _conv(channels if i else 2, channels, kernel, stride) for i, (kernel, stride) in enumerate(shapes)
         )
-        self.judge = _conv(channels, 1, (3, 3), (1, 1))
+        self.output = _conv(channels, 1, (3, 3), (1, 1))
 
     def forward(self, wav: Tensor) -> DiscriminatorOutput:
-        """wav [B, 1, S] -> a judgement."""
+        """wav [B, 1, S]."""
         n = len(self.window)
         spectrum = torch.stft(wav[:, 0].float(), n, n // 2, window=self.window, normalized=True, return_complex=True)
         x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, 2, T, F]
@@ -43,23 +43,18 @@ class STFTDiscriminator(nn.Module):
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return DiscriminatorOutput(self.judge(x), features)
+        return DiscriminatorOutput(self.output(x), features)
 
 
 class MultiResolutionDiscriminator(nn.Module):
-    """One `STFTDiscriminator` a window.
-
-    Args:
-        windows: in samples.
-        channels: width of the hidden layers.
-    """
+    """One `STFTDiscriminator` per window, in samples."""
 
     def __init__(self, windows: tuple[int, ...] = (2048, 1024, 512), channels: int = 24) -> None:
         super().__init__()
         self.scales = nn.ModuleList(STFTDiscriminator(window, channels) for window in windows)
 
     def forward(self, wav: Tensor) -> list[DiscriminatorOutput]:
-        """wav [B, 1, S], S > half the longest window -> one judgement a resolution."""
+        """wav [B, 1, S], S > half the longest window -> one output per resolution."""
         return [scale(wav) for scale in self.scales]
 
 

@@ -1,4 +1,4 @@
-"""A codec of ours on disk: config.json with its `model_type`, and model.safetensors."""
+"""Codec folders: config.json with a `model_type`, and model.safetensors."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -28,8 +28,7 @@ def write_folder(
 
 
 def licences_of(folder: Path) -> dict[str, int | None]:
-    """Licences of a codec's training data as the card in its folder counts them; without a card they are not known,
-    which SPDX calls NOASSERTION."""
+    """Licence counts of a codec's training data from its card.json; NOASSERTION (SPDX) without a card."""
     card = folder / "card.json"
     return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}
 
@@ -38,10 +37,10 @@ def read_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
     """The codec of a folder, in float32 and eval mode.
 
     Args:
-        build: from the config of the folder to a codec with any weights; a TypeError says that fields are wrong.
+        build: builds the codec from the folder's config; raises TypeError on wrong fields.
 
     Raises:
-        UserError: a file is missing or damaged, or the weights are not of the codec that the config describes.
+        UserError: a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
     try:
@@ -50,12 +49,12 @@ def read_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
         codec = build(config)
         weights = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise UserError(f"codec folder {folder} lacks config.json or model.safetensors") from error
+        raise UserError(f"codec folder {folder} has no config.json or no model.safetensors") from error
     except (TypeError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"codec folder {folder} cannot be read: {error}") from error
     expected = codec.weights()
-    wrong = [k for k in expected.keys() | weights.keys() if k not in weights or k not in expected
-             or weights[k].shape != expected[k].shape]  # fmt: skip
+    shapes, expected_shapes = ({k: v.shape for k, v in tensors.items()} for tensors in (weights, expected))
+    wrong = {name for name, _ in shapes.items() ^ expected_shapes.items()}
     if wrong:
         raise UserError(f"codec folder {folder}: weights do not fit config.json at {', '.join(sorted(wrong)[:3])}")
     codec.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)

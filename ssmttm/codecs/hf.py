@@ -12,12 +12,12 @@ from transformers import AutoConfig, DacConfig, DacModel, EncodecConfig, Encodec
 from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecResnetBlock
 
 from ssmttm.codecs.base import Codec, CodecOutput
-from ssmttm.codecs.quantiser import reseed, unused
+from ssmttm.codecs.quantiser import reseed, unused_entries
 from ssmttm.errors import UserError
 
 
 class TransformersCodec(Codec):
-    """What the three share: the wrapped model is `model`, its weights are the codec's."""
+    """Base of the three wrappers: the wrapped model is `model`, its weights are the codec's."""
 
     model: nn.Module
 
@@ -26,12 +26,7 @@ class TransformersCodec(Codec):
 
 
 class DacCodec(TransformersCodec):
-    """A transformers DacModel (DAC, arXiv 2306.06546); it can also be trained like `TinyCodec`.
-
-    Args:
-        model: with every field of its config set: a bare DacConfig() claims 16 kHz with other strides.
-        name: shown in messages and stores.
-    """
+    """A transformers DacModel (DAC, arXiv 2306.06546); it can be trained like `TinyCodec`."""
 
     similarity = "cosine"
     usage: Tensor
@@ -52,20 +47,20 @@ class DacCodec(TransformersCodec):
             for k, used in enumerate(self.usage):
                 used += torch.bincount(codes[:, k].flatten(), minlength=self.codebook_size)
         losses = {"codebook": codebook.mean() / codes.shape[1], "commitment": commitment.mean() / codes.shape[1]}
-        audio = self._whole_frames(self.model.decoder(z), codes.shape[-1])
+        audio = self._pad_to_frames(self.model.decoder(z), codes.shape[-1])
         return CodecOutput(audio[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
-    def restart_unused_codes(self, wav: Tensor, min_share: float = 0.05) -> Tensor:
+    def restart_unused_codes(self, wav: Tensor, min_usage: float = 0.05) -> Tensor:
         """Re-seed unused codebook entries, as `TinyCodec.restart_unused_codes` does."""
         residual = self.model.encoder(self.pad(wav))  # [B, D, T]
-        dead = unused(self.usage, min_share)  # [K, V]
-        for layer, rows in zip(self.model.quantizer.quantizers, dead, strict=True):
+        unused = unused_entries(self.usage, min_usage)  # [K, V]
+        for layer, rows in zip(self.model.quantizer.quantizers, unused, strict=True):
             pool = layer.in_proj(residual).transpose(1, 2).flatten(0, 1)  # [B * T, c]
             reseed(layer.codebook.weight.data, rows, pool)
             residual = residual - layer(residual)[0]
         self.usage.zero_()
-        return dead.sum(dim=1)
+        return unused.sum(dim=1)
 
     def decoder_stages(self) -> list[nn.Module]:
         return list(self.model.decoder.block)
@@ -77,17 +72,17 @@ class DacCodec(TransformersCodec):
         return self.model.encode(wav, n_quantizers=self.n_codebooks).audio_codes
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self._whole_frames(self.model.decode(audio_codes=codes).audio_values[:, None], codes.shape[-1])
+        return self._pad_to_frames(self.model.decode(audio_codes=codes).audio_values[:, None], codes.shape[-1])
 
-    def _whole_frames(self, wav: Tensor, frames: int) -> Tensor:
-        """Odd strides leave the model's output a few samples short of whole frames: pad with silence."""
+    def _pad_to_frames(self, wav: Tensor, frames: int) -> Tensor:
+        """Pad with zeros to full frames: with odd strides the model's output is a few samples short."""
         return F.pad(wav, (0, frames * self.hop_length - wav.shape[-1]))
 
 
 class EncodecCodec(TransformersCodec):
-    """A mono transformers EncodecModel that works on the whole clip (EnCodec, arXiv 2210.13438; MusicGen's codec).
+    """A mono transformers EncodecModel (EnCodec, arXiv 2210.13438; MusicGen's codec).
 
-    Its LSTM remembers everything, so it does not stream piece by piece (`context` is None).
+    Its LSTM has unbounded context, so it does not stream (`context` is None).
     """
 
     similarity = "euclidean"
@@ -97,7 +92,7 @@ class EncodecCodec(TransformersCodec):
         super().__init__()
         config = model.config
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
-            raise UserError(f"codec {name}: stereo, chunked or normalising EnCodec is not supported: use a mono one")
+            raise UserError(f"codec {name}: stereo, chunked or normalising EnCodec is not supported: use a mono model")
         self.model, self.name = model, name
         self.sample_rate, self.hop_length = config.sampling_rate, math.prod(config.upsampling_ratios)
         self.n_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
@@ -120,7 +115,7 @@ class EncodecCodec(TransformersCodec):
 
 
 class MimiCodec(TransformersCodec):
-    """A transformers MimiModel (Mimi, arXiv 2410.00037). Its attention does not stream here (`context` is None)."""
+    """A transformers MimiModel (Mimi, arXiv 2410.00037); streaming is not supported (`context` is None)."""
 
     similarity = "euclidean"
     context = None
@@ -168,27 +163,27 @@ def from_config(kind: str, fields: dict[str, object]) -> TransformersCodec:
 
 
 def from_pretrained(name_or_path: str, name: str) -> TransformersCodec:
-    """A pretrained codec in eval mode, from a local folder or by its hub name.
+    """A pretrained codec in eval mode, from a local folder or the hub.
 
     Raises:
-        UserError: there is none, it cannot be reached, or it is of another kind.
+        UserError: not found, not reachable, or of another kind.
     """
     try:
         kind = AutoConfig.from_pretrained(name_or_path).model_type
         if kind not in CLASSES:
-            raise UserError(f"codec {name_or_path}: model_type {kind!r} is none of {', '.join(CLASSES)}")
+            raise UserError(f"codec {name_or_path}: unknown model_type {kind!r}: choose from {', '.join(CLASSES)}")
         codec_class, model_class, _ = CLASSES[kind]
         return codec_class(model_class.from_pretrained(name_or_path), name).eval()
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"codec {name_or_path} cannot be loaded ({reason}): download its folder where there is a network and give "
-            "its path, or use the embedded codec `tiny`"
+            f"codec {name_or_path} cannot be loaded ({reason}): download it on a machine with network access and give "
+            "its folder, or use the embedded codec `tiny`"
         ) from error
 
 
 def _dac_context(upsampling_ratios: Sequence[int]) -> tuple[int, int]:
-    """Frames on either side that DAC's decoder sees: a kernel of 7 at each end, and in each block a transposed
+    """Receptive field of DAC's decoder in frames per side: a kernel of 7 at both ends, and in each block a transposed
     convolution (one input sample) and three residual units of kernel 7 and dilations 1, 3, 9 (39 samples)."""
     reach, rate = 3.0, 1
     for ratio in upsampling_ratios:

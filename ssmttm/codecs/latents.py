@@ -1,6 +1,6 @@
-"""Mean and spread of a codec's latents, codebook by codebook, from how often each code occurs.
+"""Mean and standard deviation of a codec's latents per codebook, from the counts of its codes.
 
-Shapes: K codebooks, V codes a codebook, c width of a codebook.
+Shapes: K codebooks, V entries per codebook, c codebook width.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ class LatentStatistics(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the values."""
+        """First 16 hex digits of the SHA-256 of the values."""
         return hashlib.sha256(torch.cat([self.mean, self.std]).float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def latent_statistics(books: Tensor, counts: Tensor) -> LatentStatistics:
-    """Statistics of latents whose codes occur `counts` [K, V] times in all; books [K, V, c]."""
-    shares = counts.double() / counts.sum(1, keepdim=True)  # [K, V]
+    """Statistics of latents whose codes occur `counts` [K, V] times; books [K, V, c]."""
+    frequencies = counts.double() / counts.sum(1, keepdim=True)  # [K, V]
     books = books.detach().double().cpu()
-    mean = (shares * books.mean(-1)).sum(1)
-    square = (shares * books.square().mean(-1)).sum(1)
+    mean = (frequencies * books.mean(-1)).sum(1)
+    square = (frequencies * books.square().mean(-1)).sum(1)
     return LatentStatistics(mean.float(), (square - mean.square()).clamp_min(1e-12).sqrt().float())

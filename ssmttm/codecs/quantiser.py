@@ -1,4 +1,4 @@
-"""Factorised residual vector quantiser (DAC, arXiv 2306.06546, section 3.2), with no dead codes."""
+"""Factorised residual vector quantiser (DAC, arXiv 2306.06546, section 3.2) that re-seeds unused codes."""
 
 import torch
 from torch import Tensor, distributed, nn
@@ -8,19 +8,19 @@ from ssmttm.codecs.base import nearest
 
 
 class ResidualQuantiser(nn.Module):
-    """K codebooks of V entries in a narrow space, looked up by cosine, each on what the ones before it left over.
+    """K codebooks of V entries in a projected space, with cosine look-up, each quantising the residual of the former.
 
-    The codebooks learn from the codebook loss alone (no moving averages). They are seeded from the first training
-    batch; entries that go unused are re-seeded by `revive`. `usage` and `seeded` are buffers, so that a resumed run
-    goes on exactly. Every parameter gets a gradient (perhaps zero) in every training step: a codebook that quantiser
-    dropout skips is masked, not left out, so DistributedDataParallel needs no `find_unused_parameters`.
+    The codebooks learn from the codebook loss alone (no moving averages) and are seeded from the first training batch;
+    `restart_unused` re-seeds unused entries. `usage` and `seeded` are buffers, so a run resumes exactly. Quantiser
+    dropout masks codebooks, so every parameter gets a gradient in every step and DistributedDataParallel needs no
+    `find_unused_parameters`.
 
     Args:
-        width: D of what is quantised.
+        width: D, width of the input.
         n_codebooks: K.
         codebook_size: V.
-        codebook_dim: c, the width in which entries are looked up.
-        dropout: share of training items that keep only a random number of codebooks.
+        codebook_dim: c, width of the codebook entries.
+        dropout: fraction of training items that keep only a random number of codebooks.
     """
 
     usage: Tensor
@@ -79,30 +79,28 @@ class ResidualQuantiser(nn.Module):
         return sum(self.project_out[k](self.codebooks[k][codes[:, k]]) for k in range(codes.shape[1]))
 
     @torch.no_grad()
-    def restart_unused(self, z: Tensor, min_share: float = 0.05) -> Tensor:
-        """Re-seed entries that were used less than `min_share` of the mean since the last call; start counting anew.
-
-        Each becomes a vector that its codebook is given for z now.
+    def restart_unused(self, z: Tensor, min_usage: float = 0.05) -> Tensor:
+        """Re-seed entries whose usage since the last call is below `min_usage` of the mean, and reset the counts.
 
         Args:
-            z: [B, T, D], encoder output of a training batch.
+            z: [B, T, D], encoder output of a training batch; entries become random vectors of their codebook's input.
 
         Returns:
-            How many entries were re-seeded, int64 [K].
+            Number of re-seeded entries, int64 [K].
         """
-        dead = unused(self.usage, min_share)  # [K, V]
-        self._reseed(z, dead)
+        unused = unused_entries(self.usage, min_usage)  # [K, V]
+        self._reseed(z, unused)
         self.usage.zero_()
-        return dead.sum(dim=1)
+        return unused.sum(dim=1)
 
     @torch.no_grad()
     def _seed(self, z: Tensor) -> None:
         self._reseed(z, torch.ones_like(self.usage, dtype=torch.bool))
         self.seeded.fill_(True)
 
-    def _reseed(self, z: Tensor, dead: Tensor) -> None:
+    def _reseed(self, z: Tensor, entries: Tensor) -> None:
         residual = z
-        for k, rows in enumerate(dead):
+        for k, rows in enumerate(entries):
             e = self.project_in[k](residual)
             reseed(self.codebooks.data[k], rows, e.flatten(0, 1))
             index = nearest(e, self.codebooks[k], "cosine")
@@ -122,19 +120,19 @@ class ResidualQuantiser(nn.Module):
             self.usage[k] += torch.bincount(codes[:, k].flatten(), minlength=self.usage.shape[1])
 
 
-def unused(usage: Tensor, min_share: float) -> Tensor:
-    """Entries used less than `min_share` of their codebook's mean: counts [K, V], summed over ranks here -> bool."""
+def unused_entries(usage: Tensor, min_usage: float) -> Tensor:
+    """Entries used less than `min_usage` of their codebook's mean; `usage` [K, V] is summed over ranks in place."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(usage)
-    return usage < min_share * usage.float().mean(dim=1, keepdim=True).clamp_min(1e-6)
+    return usage < min_usage * usage.float().mean(dim=1, keepdim=True).clamp_min(1e-6)
 
 
 def reseed(book: Tensor, rows: Tensor, pool: Tensor) -> None:
-    """Replace, in place, rows (bool [V]) of a codebook [V, c] by vectors of the pool [n, c] plus a little noise.
+    """Replace rows (bool [V]) of a codebook [V, c] in place by random vectors of the pool [n, c] plus noise.
 
-    Drawn with torch's global generator; under torch.distributed all ranks take rank 0's codebook.
+    Uses torch's global generator; under torch.distributed all ranks get rank 0's codebook.
     """
-    drawn = pool[torch.randint(len(pool), (int(rows.sum()),), device=pool.device)]
-    book[rows] = drawn + 0.02 * drawn.abs().mean() * torch.randn_like(drawn)
+    vectors = pool[torch.randint(len(pool), (int(rows.sum()),), device=pool.device)]
+    book[rows] = vectors + 0.02 * vectors.abs().mean() * torch.randn_like(vectors)
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast(book, src=0)

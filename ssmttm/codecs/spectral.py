@@ -1,16 +1,16 @@
-"""Parts of the spectral codec: STFT features, ConvNeXt blocks, the inverse-STFT head (Vocos, arXiv 2306.00814)."""
+"""Modules of the spectral codec: STFT features, ConvNeXt blocks, inverse-STFT head (Vocos, arXiv 2306.00814)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_LOG_MAGNITUDE = 6.0  # the head's exp() stays finite; full scale is log(window / 2) or so
+MAX_LOG_MAGNITUDE = 6.0  # keeps the head's exp() finite; full scale is about log(window / 2)
 
 
 class STFT(nn.Module):
     """Hann-windowed STFT whose frame t is centred on hop t, and its least-squares inverse.
 
-    A waveform of n hops gives n frames and back: no frame hangs over the ends, so whole and streamed audio agree.
+    A waveform of n hops gives n frames and back: no frame extends past the ends, so whole and streamed audio agree.
 
     Args:
         window: length in samples, a multiple of 2 * hop.
@@ -34,12 +34,10 @@ class STFT(nn.Module):
         return self.join(torch.fft.irfft(spectrum, len(self.window)))
 
     def join(self, frames: Tensor) -> Tensor:
-        """Frames [B, n, window], windowed once more and added up where they overlap -> wav [B, n * hop]."""
-        frames = frames * self.window
-        weight = self.window.square().expand(1, frames.shape[1], -1)
-        length = frames.shape[1] * self.hop
-        wav, norm = (self._overlap_add(x)[:, self.margin : self.margin + length] for x in (frames, weight))
-        return wav / norm
+        """Windowed overlap-add of frames [B, n, window] -> wav [B, n * hop]."""
+        weights = self.window.square().expand(1, frames.shape[1], -1)
+        inside = slice(self.margin, self.margin + frames.shape[1] * self.hop)
+        return self._overlap_add(frames * self.window)[:, inside] / self._overlap_add(weights)[:, inside]
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
         parts = frames.unflatten(-1, (-1, self.hop)).unbind(dim=2)
@@ -62,13 +60,13 @@ class ConvNeXtBlock(nn.Module):
         width: D.
         expansion: hidden width of the MLP in units of D.
         kernel: taps of the convolution.
-        look_ahead: taps that lie in the future.
-        scale: initial value of the residual branch's scale.
+        look_ahead: taps in the future.
+        scale: initial scale of the residual branch.
     """
 
     def __init__(self, width: int, expansion: int, kernel: int, look_ahead: int, scale: float) -> None:
         super().__init__()
-        self.reach = (kernel - 1 - look_ahead, look_ahead)
+        self.padding = (kernel - 1 - look_ahead, look_ahead)
         self.depthwise = nn.Conv1d(width, width, kernel, groups=width)
         self.norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, expansion * width)
@@ -77,7 +75,7 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        y = self.depthwise(F.pad(x.transpose(1, 2), self.reach)).transpose(1, 2)
+        y = self.depthwise(F.pad(x.transpose(1, 2), self.padding)).transpose(1, 2)
         return x + self.scale * self.contract(F.gelu(self.expand(self.norm(y))))
 
 

@@ -24,12 +24,12 @@ class TinyCodecConfig:
 
     Attributes:
         sample_rate: in Hz.
-        hop_length: samples a code frame; the STFT hops by half of it.
+        hop_length: samples per code frame; the STFT hop is half of it.
         window: STFT window in samples, an even multiple of half the hop.
         encoder_blocks: ConvNeXt blocks of the encoder at twice the frame rate, and at the frame rate.
-        decoder_blocks: the same for the decoder, in the order frame rate, twice the frame rate.
-        decoder_look_ahead: future taps in each decoder block, at the frame rate and at twice the frame rate.
-        quantiser_dropout: share of training items that keep only their first few codebooks.
+        decoder_blocks: ConvNeXt blocks of the decoder at the frame rate, and at twice the frame rate.
+        decoder_look_ahead: future taps of each decoder block, at the frame rate and at twice the frame rate.
+        quantiser_dropout: fraction of training items that keep only their first few codebooks.
     """
 
     sample_rate: int = 24000
@@ -52,17 +52,18 @@ class TinyCodecConfig:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.hop_length % 2 or self.window % self.hop_length or self.window < 2 * self.hop_length:
             raise UserError(
-                f"codec: hop_length {self.hop_length} must be even, window {self.window} a multiple of it (2 or more)"
+                f"codec: hop_length must be even and window a multiple of it (at least 2 times), got "
+                f"hop_length={self.hop_length} and window={self.window}"
             )
         if max(self.decoder_look_ahead) >= self.kernel or self.kernel % 2 == 0:
-            raise UserError(f"codec: kernel {self.kernel} must be odd and above the look-ahead")
+            raise UserError(f"codec: kernel must be odd and above decoder_look_ahead, got {self.kernel}")
 
 
 class TinyCodec(Codec):
     """STFT -> ConvNeXt -> residual quantiser -> ConvNeXt -> inverse STFT, at the frame rate and twice it.
 
-    After Vocos (arXiv 2306.00814) for the decoder and DAC (arXiv 2306.06546) for the quantiser. The encoder sees both
-    ways; the decoder's look-ahead is bounded (`look_ahead_ms`), so it streams.
+    The decoder follows Vocos (arXiv 2306.00814), the quantiser DAC (arXiv 2306.06546). The encoder is bidirectional;
+    the decoder's look-ahead is bounded (`look_ahead_ms`), so it streams.
     """
 
     similarity = "cosine"
@@ -74,11 +75,11 @@ class TinyCodec(Codec):
         self.sample_rate, self.hop_length = c.sample_rate, c.hop_length
         self.n_codebooks, self.codebook_size = c.n_codebooks, c.codebook_size
         self.stft = STFT(c.window, c.hop_length // 2)
-        both_ways = c.kernel // 2
+        half_kernel = c.kernel // 2
         self.embed = nn.Linear(3 * (c.window // 2 + 1), c.encoder_width)
-        self.encoder_fine = Stack(c.encoder_blocks[0], c.encoder_width, c.expansion, c.kernel, both_ways)
+        self.encoder_fine = Stack(c.encoder_blocks[0], c.encoder_width, c.expansion, c.kernel, half_kernel)
         self.down = nn.Linear(2 * c.encoder_width, c.encoder_width)  # stride-2 convolution of two taps
-        self.encoder_coarse = Stack(c.encoder_blocks[1], c.encoder_width, c.expansion, c.kernel, both_ways)
+        self.encoder_coarse = Stack(c.encoder_blocks[1], c.encoder_width, c.expansion, c.kernel, half_kernel)
         self.encoder_norm = nn.LayerNorm(c.encoder_width)
         self.quantiser = ResidualQuantiser(
             c.encoder_width, c.n_codebooks, c.codebook_size, c.codebook_dim, c.quantiser_dropout
@@ -93,18 +94,18 @@ class TinyCodec(Codec):
 
     def forward(self, wav: Tensor) -> CodecOutput:
         """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
-        z = self._analyse(self.pad(wav))
+        z = self._encode_latent(self.pad(wav))
         with torch.autocast(z.device.type, enabled=False):
             z, codes, losses = self.quantiser(z.float())
-        return CodecOutput(self._synthesise(z)[..., : wav.shape[-1]], codes, losses)
+        return CodecOutput(self._decode_latent(z)[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
     def restart_unused_codes(self, wav: Tensor) -> Tensor:
-        """Re-seed unused codebook entries from what the encoder makes of a training batch [B, 1, S].
+        """Re-seed unused codebook entries from the encoder output of a training batch [B, 1, S].
 
-        Call it every 50 steps or so. Returns how many were re-seeded, int64 [K]; see `ResidualQuantiser.revive`.
+        Returns the number of re-seeded entries, int64 [K]; see `ResidualQuantiser.restart_unused`.
         """
-        return self.quantiser.restart_unused(self._analyse(self.pad(wav)).float())
+        return self.quantiser.restart_unused(self._encode_latent(self.pad(wav)).float())
 
     def decoder_stages(self) -> list[nn.Module]:
         return [self.decoder_coarse, self.decoder_fine]
@@ -116,36 +117,36 @@ class TinyCodec(Codec):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in _TRAINING_ONLY}
 
     def _encode(self, wav: Tensor) -> Tensor:
-        return self.quantiser.encode(self._analyse(wav))
+        return self.quantiser.encode(self._encode_latent(wav))
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self._synthesise(self.quantiser.decode(codes))
+        return self._decode_latent(self.quantiser.decode(codes))
 
-    def _analyse(self, wav: Tensor) -> Tensor:
+    def _encode_latent(self, wav: Tensor) -> Tensor:
         x = self.encoder_fine(self.embed(spectral_features(self.stft(wav[:, 0].float()))))  # [B, 2T, D]
         x = self.down(x.unflatten(1, (-1, 2)).flatten(2))  # [B, T, D]
         return self.encoder_norm(self.encoder_coarse(x))
 
-    def _synthesise(self, z: Tensor) -> Tensor:
+    def _decode_latent(self, z: Tensor) -> Tensor:
         x = self.decoder_coarse(self.widen(z))  # [B, T, D]
         x = self.up(x).unflatten(2, (2, -1)).flatten(1, 2)  # [B, 2T, D]
         return self.head(self.decoder_fine(x))[:, None]
 
     def save(self, folder: Path | str, half: bool = True) -> None:
-        """Write config.json and model.safetensors (float16 if `half`) into a folder; `load` gives float32 back."""
+        """Write config.json and model.safetensors (float16 if `half`) to a folder."""
         write_folder(folder, MODEL_TYPE, dataclasses.asdict(self.config), self.weights(), half)
 
     @classmethod
     def load(cls, folder: Path | str, name: str | None = None) -> "TinyCodec":
-        """Read what `save` wrote, in eval mode. A folder that lacks it or does not fit raises UserError."""
+        """Load a folder written by `save`, in float32 and eval mode. Raises UserError if it is missing or damaged."""
         codec = read_folder(folder, lambda config: cls(TinyCodecConfig(**config), name or Path(folder).name))
         codec.quantiser.seeded.fill_(True)
         return codec
 
 
 def _decoder_context(c: TinyCodecConfig) -> tuple[int, int]:
-    """Code frames of history and look-ahead that the audio of one code frame depends on."""
+    """Code frames of history and look-ahead that one code frame of audio depends on."""
     overlap = math.ceil((c.window - c.hop_length // 2) / c.hop_length)  # neighbours in the inverse STFT, fine frames
     (coarse, fine), (ahead_coarse, ahead_fine) = c.decoder_blocks, c.decoder_look_ahead
-    back = coarse * (c.kernel - 1 - ahead_coarse) + math.ceil((fine * (c.kernel - 1 - ahead_fine) + overlap) / 2)
-    return back, coarse * ahead_coarse + math.ceil((fine * ahead_fine + overlap) / 2)
+    history = coarse * (c.kernel - 1 - ahead_coarse) + math.ceil((fine * (c.kernel - 1 - ahead_fine) + overlap) / 2)
+    return history, coarse * ahead_coarse + math.ceil((fine * ahead_fine + overlap) / 2)

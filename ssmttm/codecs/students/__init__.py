@@ -1,1 +1,1 @@
-"""students"""
+"""Small decoders for the codes of a teacher codec."""

@@ -1,4 +1,4 @@
-"""StudentCodec: a small decoder for the codes of a given codec."""
+"""StudentCodec: a small decoder for the codes of a teacher codec."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,12 +19,11 @@ DECODERS = {"spectral": (SpectralDecoder, SpectralConfig), "conv": (ConvDecoder,
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Whose codes a student decodes, and with what.
+    """The teacher codec, its codebooks' sizes, and the student's decoder.
 
     Attributes:
-        teacher: the codec's name.
-        fingerprint: the codec's.
-        codebook_dim: c.
+        teacher: name of the teacher.
+        fingerprint: of the teacher.
         decoder: `kind` ("spectral" or "conv") and the fields of its config, see `ssmttm.codecs.students.decoders`.
     """
 
@@ -40,13 +39,13 @@ class StudentConfig:
 
 
 class StudentCodec(Codec):
-    """A decoder of another codec's codes; it does not encode.
+    """Decodes the codes of its teacher; it does not encode.
 
-    `fingerprint` is that of the codec whose codes it speaks, so that it stands in for it wherever codes of that codec
-    are decoded; `decoder_fingerprint` is that of its own weights.
+    `fingerprint` is the teacher's, so that a student can replace it wherever codes are decoded; `decoder_fingerprint`
+    is of its own weights.
 
     Raises:
-        UserError: a decoder of no known kind, with a field that is not known or that cannot be.
+        UserError: unknown decoder kind or field, or an invalid value.
     """
 
     codebooks: Tensor
@@ -57,23 +56,23 @@ class StudentCodec(Codec):
         self.sample_rate, self.hop_length = config.sample_rate, config.hop_length
         self.n_codebooks, self.codebook_size = config.n_codebooks, config.codebook_size
         self.similarity = config.similarity
-        sizes = config.n_codebooks, config.codebook_dim
-        self.register_buffer("codebooks", torch.zeros(sizes[0], config.codebook_size, sizes[1]))
-        self.decoder = _build(config.decoder, *sizes, config.hop_length)
+        codebooks = torch.zeros(config.n_codebooks, config.codebook_size, config.codebook_dim)
+        self.register_buffer("codebooks", codebooks)
+        self.decoder = _build(config.decoder, config.n_codebooks, config.codebook_dim, config.hop_length)
         self.context = self.decoder.context
 
     @classmethod
-    def of(cls, teacher: Codec, decoder: Mapping[str, Any], name: str = "student") -> "StudentCodec":
-        """A student of a codec with the codec's codebooks and a decoder of random weights.
+    def from_teacher(cls, teacher: Codec, decoder: Mapping[str, Any], name: str = "student") -> "StudentCodec":
+        """A student with the teacher's codebooks and a decoder with random weights.
 
         Args:
             decoder: as `StudentConfig.decoder`.
 
         Raises:
-            UserError: the codec is a student itself, or the decoder cannot be.
+            UserError: the teacher is a student itself, or the decoder is invalid.
         """
         if isinstance(teacher, StudentCodec):
-            raise UserError(f"{teacher.name} is a student, it cannot encode: give its codec, {teacher.config.teacher}")
+            raise UserError(f"{teacher.name} is a student and cannot encode: use its teacher, {teacher.config.teacher}")
         books = teacher.codebook_vectors()[: teacher.n_codebooks].detach()  # [K, V, c]
         config = StudentConfig(
             teacher.name, teacher.fingerprint, teacher.similarity, teacher.sample_rate, teacher.hop_length,
@@ -89,12 +88,12 @@ class StudentCodec(Codec):
 
     @property
     def fingerprint(self) -> str:
-        """That of the codec whose codes it speaks."""
+        """The teacher's fingerprint."""
         return self.config.fingerprint
 
     @property
     def decoder_fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 of its own weights."""
+        """First 16 hex digits of the SHA-256 of the student's weights."""
         return weights_fingerprint(self.weights())
 
     def decoder_stages(self) -> list[nn.Module]:
@@ -104,27 +103,27 @@ class StudentCodec(Codec):
         return self.codebooks
 
     def check_codebooks(self, teacher: Codec) -> None:
-        """Raises UserError unless its codebooks are the teacher's, to the rounding to float16."""
+        """Raises UserError unless the codebooks equal the teacher's up to float16 rounding."""
         books = teacher.codebook_vectors()[: len(self.codebooks)].to(self.codebooks)
         if books.shape != self.codebooks.shape or (books - self.codebooks).abs().max() > 1e-3 * books.abs().max():
             raise UserError(
-                f"these weights were made for other codebooks than those of the teacher {teacher.name}: give the codec "
-                "that they learnt from as teacher=, or start without them"
+                f"these weights were trained for other codebooks than those of the teacher {teacher.name}: set teacher "
+                "to the codec they were trained with, or do not load them"
             )
 
     def _encode(self, wav: Tensor) -> Tensor:
-        raise UserError(f"codec {self.name} only decodes: encode with {self.config.teacher}, whose codes it speaks")
+        raise UserError(f"codec {self.name} only decodes: encode with its teacher, {self.config.teacher}")
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.decoder(self._look_up(codes))
 
     def save(self, folder: Path | str, half: bool = True) -> None:
-        """Write config.json and model.safetensors (float16 if `half`) into a folder; `load` gives float32 back."""
+        """Write config.json and model.safetensors (float16 if `half`) to a folder."""
         write_folder(folder, MODEL_TYPE, asdict(self.config), self.weights(), half)
 
     @classmethod
     def load(cls, folder: Path | str, name: str | None = None) -> "StudentCodec":
-        """Read what `save` wrote, in eval mode. A folder that lacks it or does not fit raises UserError."""
+        """Load a folder written by `save`, in float32 and eval mode. Raises UserError if it is missing or damaged."""
         return read_folder(folder, lambda config: cls(StudentConfig(**config), name or Path(folder).name))
 
 
@@ -132,7 +131,7 @@ def _build(decoder: Mapping[str, Any], n_codebooks: int, codebook_dim: int, hop_
     fields = dict(decoder)
     kind = fields.pop("kind", None)
     if kind not in DECODERS:
-        raise UserError(f"decoder kind {kind!r} is none of {', '.join(DECODERS)}")
+        raise UserError(f"unknown decoder kind {kind!r}: choose from {', '.join(DECODERS)}")
     decoder_class, config_class = DECODERS[kind]
     try:
         config = config_class(**fields)

@@ -1,4 +1,4 @@
-"""What decoding costs, counted the same way for every codec."""
+"""Parameters and FLOPs of decoding, for any codec."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from ssmttm.codecs.base import Codec
 
 
 class DecodingCost(NamedTuple):
-    """parameters: that decoding makes use of, with the codebooks. flops: of matrix products, convolutions and LSTMs,
-    for a second of audio."""
+    """parameters: used in decoding, including codebooks. flops: of matrix products, convolutions and LSTMs, per second
+    of audio."""
 
     parameters: int
     flops: float
 
 
 def decoding_cost(codec: Codec, seconds: float = 2.0) -> DecodingCost:
-    """Decode so many seconds, rounded up to frames, and count; parameters are those that a gradient reaches."""
+    """Measured by decoding `seconds` of audio; the parameters counted are those that receive a gradient."""
     frames = -int(-seconds * codec.frame_rate // 1)
     codes = torch.zeros(1, codec.n_codebooks, frames, dtype=torch.int64)
     parameters = [parameter for parameter in codec.parameters() if parameter.requires_grad]
@@ -36,19 +36,18 @@ def decoding_cost(codec: Codec, seconds: float = 2.0) -> DecodingCost:
 
 @contextmanager
 def counted_flops() -> Iterator[Callable[[], int]]:
-    """Yields a function that tells the FLOPs of what has run inside: matrix products, convolutions, and LSTMs, which
-    torch's own counter leaves out."""
-    of_lstms = 0
+    """Count FLOPs in the context, including LSTMs, which torch's counter omits. Yields a function that returns them."""
+    lstm_flops = 0
 
     def add(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal of_lstms
+        nonlocal lstm_flops
         if isinstance(module, nn.LSTM):
             weights = sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
-            of_lstms += 2 * weights * output[0].shape[:-1].numel()
+            lstm_flops += 2 * weights * output[0].shape[:-1].numel()
 
     hook = register_module_forward_hook(add)
     try:
         with FlopCounterMode(display=False) as counter:
-            yield lambda: counter.get_total_flops() + of_lstms
+            yield lambda: counter.get_total_flops() + lstm_flops
     finally:
         hook.remove()

@@ -1,7 +1,7 @@
-"""Small decoders of a codec's latents, for students: ConvNeXt with an inverse-STFT head, and DAC's kind.
+"""Small decoders of a codec's latents, for students: ConvNeXt with an inverse-STFT head, and DAC's decoder.
 
-Both see a bounded number of frames (`context`), so that they stream, and name the modules whose outputs may be compared
-with a teacher's (`stages`, from the latents to the audio).
+Both have a bounded receptive field (`context`), so they stream, and list the modules whose outputs can be matched to a
+teacher's (`stages`, from the latents to the audio).
 Shapes: B batch, K codebooks of width c, C = K c, T frames, D channels.
 """
 
@@ -21,10 +21,10 @@ KERNEL = 7  # of DAC's convolutions
 
 
 class LatentConv(nn.Conv1d):
-    """Convolution over codebook vectors, each with a one put after it: [B, k c, T] -> [B, D, T], zeros around the clip.
+    """Convolution over codebook vectors with a constant 1 appended to each: [B, k c, T] -> [B, D, T], zero padding.
 
-    So any chain of one projection a codebook, with its own bias, and a convolution behind their sum (as in DAC and in
-    `TinyCodec`) is one `LatentConv`, to the ends of the clip, also where only the first k of the K codebooks are given.
+    Any projection per codebook with a bias, followed by a convolution of their sum (as in DAC and `TinyCodec`), can be
+    written as one `LatentConv`, also where only the first k of the K codebooks are given.
     """
 
     def __init__(self, n_codebooks: int, codebook_dim: int, width: int, kernel: int) -> None:
@@ -44,9 +44,9 @@ class SpectralConfig:
     Attributes:
         width: D.
         blocks: ConvNeXt blocks at the frame rate, and at `upsampling` times the frame rate.
-        look_ahead: future taps in each of these blocks.
-        upsampling: STFT hops a code frame.
-        window: of the STFT, in samples, an even multiple of its hop; None: two code frames.
+        look_ahead: future taps of each of these blocks.
+        upsampling: STFT hops per code frame.
+        window: STFT window in samples, an even multiple of the hop; None: two code frames.
     """
 
     width: int = 192
@@ -61,18 +61,18 @@ class SpectralConfig:
         for field in ("blocks", "look_ahead"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if min(self.width, self.expansion, self.upsampling, *self.blocks) < 1:
-            raise UserError(f"a spectral decoder needs sizes of 1 or more, not {self}")
+            raise UserError(f"spectral decoder: sizes must be at least 1, got {self}")
         if max(self.look_ahead) >= self.kernel or min(self.look_ahead) < 0:
-            raise UserError(f"spectral decoder: look_ahead {list(self.look_ahead)} must be below kernel {self.kernel}")
+            raise UserError(f"spectral decoder: look_ahead must be in [0, {self.kernel}), got {list(self.look_ahead)}")
 
 
 class SpectralDecoder(nn.Module):
-    """ConvNeXt at the frame rate and a few times it, then an inverse STFT (after Vocos, arXiv 2306.00814).
+    """ConvNeXt at the frame rate and a multiple of it, then an inverse STFT (after Vocos, arXiv 2306.00814).
 
-    The decoder side of `TinyCodec` in any size and for any codec: no layer runs at the sample rate.
+    The decoder of `TinyCodec` in any size and for any codec: no layer runs at the sample rate.
 
     Raises:
-        UserError: the hop length and the window do not fit.
+        UserError: the hop length does not fit upsampling and window.
     """
 
     def __init__(self, config: SpectralConfig, n_codebooks: int, codebook_dim: int, hop_length: int) -> None:
@@ -81,8 +81,8 @@ class SpectralDecoder(nn.Module):
         hop, window = hop_length // c.upsampling, c.window or 2 * hop_length
         if hop_length % c.upsampling or window % (2 * hop):
             raise UserError(
-                f"a spectral decoder cuts a frame of {hop_length} samples into upsampling={c.upsampling} hops and "
-                f"takes a window of an even number of them, not of {window} samples: change upsampling or window"
+                f"spectral decoder: upsampling must divide the hop length {hop_length}, and window be an even multiple "
+                f"of the STFT hop; got upsampling={c.upsampling} and window={window}"
             )
         self.first = LatentConv(n_codebooks, codebook_dim, c.width, 1)
         self.coarse = Stack(c.blocks[0], c.width, c.expansion, c.kernel, c.look_ahead[0])
@@ -98,7 +98,7 @@ class SpectralDecoder(nn.Module):
 
     @property
     def stages(self) -> Sequence[nn.Module]:
-        """The stacks; [B, T, D] and [B, u T, D] come out of them."""
+        """The stacks, with outputs [B, T, D] and [B, u T, D]."""
         return self.coarse, self.fine
 
     @property
@@ -108,11 +108,12 @@ class SpectralDecoder(nn.Module):
         overlap = math.ceil(stft.margin / stft.hop)  # neighbours in the inverse STFT
         (coarse, fine), (ahead, ahead_fine) = c.blocks, c.look_ahead
         past, past_fine = c.kernel - 1 - ahead, c.kernel - 1 - ahead_fine
-        back, forth = (math.ceil((fine * taps + overlap) / c.upsampling) for taps in (past_fine, ahead_fine))
-        return coarse * past + back, coarse * ahead + forth
+        history = coarse * past + math.ceil((fine * past_fine + overlap) / c.upsampling)
+        look_ahead = coarse * ahead + math.ceil((fine * ahead_fine + overlap) / c.upsampling)
+        return history, look_ahead
 
     def flops(self, n_frames: int) -> int:
-        """Of matrix products and convolutions, for one clip."""
+        """FLOPs of matrix products and convolutions for one clip."""
         c = self.config
         block = 2 * c.kernel * c.width + 4 * c.expansion * c.width**2
         fine = c.blocks[1] * block + 2 * c.width * self.head.project.out_features
@@ -127,7 +128,7 @@ class ConvConfig:
     Attributes:
         width: channels before the first upsampling; each upsampling halves them.
         ratios: strides of the upsamplings; their product is the hop length.
-        depthwise: the convolutions of kernel 7 in the residual units see one channel each.
+        depthwise: make the convolutions of kernel 7 in the residual units depthwise.
     """
 
     width: int
@@ -137,26 +138,23 @@ class ConvConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", tuple(self.ratios))
         if not self.ratios or min(self.ratios) < 2:
-            raise UserError(f"a convolutional decoder's ratios are strides of 2 or more, not {list(self.ratios)}")
+            raise UserError(f"conv decoder: ratios must be strides of at least 2, got {list(self.ratios)}")
         if self.width < 1 or self.width % 2 ** len(self.ratios):
-            raise UserError(
-                f"a convolutional decoder's width is halved {len(self.ratios)} times: give a multiple of "
-                f"{2 ** len(self.ratios)}, not {self.width}"
-            )
+            raise UserError(f"conv decoder: width must be a multiple of {2 ** len(self.ratios)}, got {self.width}")
 
     @property
     def widths(self) -> list[int]:
-        """Channels before each upsampling and behind the last one."""
+        """Channels before each upsampling and after the last one."""
         return [self.width // 2**i for i in range(len(self.ratios) + 1)]
 
 
 class ConvDecoder(nn.Module):
     """DAC's decoder (arXiv 2306.06546, section 3.1): transposed convolutions and residual units with Snake.
 
-    Parameters are named as in transformers' DacDecoder; `conv1` takes codebook vectors in place of their projections.
+    Parameters are named as in transformers' DacDecoder; `conv1` takes codebook vectors instead of their projections.
 
     Raises:
-        UserError: the ratios do not make up the hop length.
+        UserError: the product of the ratios is not the hop length.
     """
 
     def __init__(self, config: ConvConfig, n_codebooks: int, codebook_dim: int, hop_length: int) -> None:
@@ -164,8 +162,8 @@ class ConvDecoder(nn.Module):
         self.config, self.hop_length = config, hop_length
         if math.prod(config.ratios) != hop_length:
             raise UserError(
-                f"ratios {list(config.ratios)} make frames of {math.prod(config.ratios)} samples, the codec's have "
-                f"{hop_length}: give strides whose product is {hop_length}"
+                f"conv decoder: the product of ratios must be the codec's hop length {hop_length}, got "
+                f"{list(config.ratios)} with product {math.prod(config.ratios)}"
             )
         widths = config.widths
         self.conv1 = LatentConv(n_codebooks, codebook_dim, widths[0], KERNEL)
@@ -177,7 +175,7 @@ class ConvDecoder(nn.Module):
         self.conv2 = nn.Conv1d(widths[-1], 1, KERNEL, padding=KERNEL // 2)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, T] -> wav [B, 1, T * hop_length]; odd strides leave the end a few samples short: silence."""
+        """[B, C, T] -> wav [B, 1, T * hop_length]; zeros at the end where odd strides leave it a few samples short."""
         x = self.conv1(latents)
         for block in self.block:
             x = block(x)
@@ -186,13 +184,13 @@ class ConvDecoder(nn.Module):
 
     @property
     def stages(self) -> Sequence[nn.Module]:
-        """The upsampling blocks; [B, D, T'] comes out of each."""
+        """The upsampling blocks, with outputs [B, D, T']."""
         return list(self.block)
 
     @property
     def context(self) -> tuple[int, int]:
-        """Frames of history and of look-ahead that one frame of audio depends on: from its samples back to the codes,
-        which positions every layer looks at."""
+        """Frames of history and of look-ahead that one frame of audio depends on: the receptive field, layer by layer
+        from the samples of the frame back to the codes."""
         reach = KERNEL // 2
         first, last = -reach, self.hop_length - 1 + reach
         for ratio in reversed(self.config.ratios):
@@ -202,7 +200,7 @@ class ConvDecoder(nn.Module):
         return reach - first, last + reach
 
     def flops(self, n_frames: int) -> int:
-        """Of convolutions, for one clip."""
+        """FLOPs of convolutions for one clip."""
         widths, length = self.config.widths, n_frames
         total = 2 * KERNEL * length * self.conv1.in_channels * widths[0]
         for before, after, ratio in zip(widths, widths[1:], self.config.ratios, strict=False):
@@ -213,7 +211,7 @@ class ConvDecoder(nn.Module):
 
 
 class Snake(nn.Module):
-    """x + sin(a x)^2 / a, with one a for each channel (arXiv 2006.08195): [B, D, T] -> the same."""
+    """x + sin(a x)^2 / a, with one a per channel (arXiv 2006.08195): [B, D, T] -> [B, D, T]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -225,7 +223,7 @@ class Snake(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """A dilated convolution and a pointwise one, each behind a Snake: [B, D, T] -> the same."""
+    """A dilated convolution and a pointwise one, each after a Snake: [B, D, T] -> [B, D, T]."""
 
     def __init__(self, width: int, dilation: int, depthwise: bool) -> None:
         super().__init__()
