@@ -23,10 +23,9 @@ def main(argv: list[str] | None = None) -> int:
 def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     from data_prep.build import executor_of, input_source_of, options_of
     from data_prep.pipeline import prepare, report_rejections, stages_of
-    from data_prep.run import Finished, Run
+    from data_prep.run import Finished, Run, submit_stages
     from data_prep.stages.pack import summary
     from data_prep.status import WORK
-    from ssmttm.launch.slurm import Slurm, submit
 
     opening = input_source_of(arguments)
     options = options_of(arguments, opening)
@@ -39,8 +38,10 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     if arguments.executor == "slurm" and arguments.stage is None:
         scripts = out / WORK / "slurm"
         scripts.mkdir(parents=True, exist_ok=True)
-        slurm = Slurm(arguments.tasks, arguments.workers, tuple(arguments.sbatch), tuple(arguments.sbatch_device))
-        submit(slurm, scripts, stages[: names.index(arguments.until or "pack") + 1], argv)
+        stages = stages[: names.index(arguments.until or "pack") + 1]
+        submit_stages(
+            scripts, stages, argv, arguments.tasks, arguments.workers, arguments.sbatch, arguments.sbatch_device
+        )
         return
     with _held(out / WORK, arguments), _preemptible(), executor_of(arguments) as executor:
         run = Run(out / WORK, executor, arguments.until, share_of(arguments))

@@ -17,7 +17,8 @@ from data_prep.stages.cut import Cut
 from data_prep.stages.embed import Embedder
 from data_prep.stages.encode import Windows
 from ssmttm.errors import UserError
-from ssmttm.launch.shard_executors import Processes, Ray
+from ssmttm.launch.local import ProcessExecutor
+from ssmttm.launch.ray import RayExecutor
 
 _LONGEST_WINDOW = 30.0  # seconds that a codec is given at a time
 _BATCHES = {"cpu": Windows.batch, "cuda": 16}  # windows at a time
@@ -66,9 +67,9 @@ def options_of(arguments: argparse.Namespace, opening: InputSource) -> Processin
     return options
 
 
-def executor_of(arguments: argparse.Namespace) -> Processes | Ray:
+def executor_of(arguments: argparse.Namespace) -> ProcessExecutor | RayExecutor:
     """Who does the work; a context manager."""
-    return Ray(arguments.ray_address) if arguments.executor == "ray" else Processes(arguments.workers)
+    return RayExecutor(arguments.ray_address) if arguments.executor == "ray" else ProcessExecutor(arguments.workers)
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:

@@ -27,9 +27,8 @@ from data_prep.tables import REJECTED, REJECTED_FILE, write_rows
 from data_prep.track import Rejection, Track
 from ssmttm import audio
 from ssmttm.data.store import SCHEMA, audio_inside, open_store
-from ssmttm.data.writer import config_hash
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256
+from ssmttm.files import config_hash, file_sha256
 
 _REFERENCE_FILES = 64  # a shard
 _STORE_ROWS = 512  # a shard
@@ -93,7 +92,7 @@ class TrackInput:
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
         root, tracks = self._found(run)
-        plan = run.alone("plan", partial(write_plan, tracks, root, self._licence, self._policy))
+        plan = run.run_single("plan", partial(write_plan, tracks, root, self._licence, self._policy))
         if not shards_of(plan):
             return []
         against = _fingerprinted(run, self._against)
@@ -102,7 +101,7 @@ class TrackInput:
             ShardTask(folder / key, inputs, partial(cut_shard, root, plan, index, self._cut))
             for index, (key, inputs) in enumerate(shards_of(plan))
         ]
-        return _selected(run, run.stage("cut", works), against, self._cut.modifications)
+        return _selected(run, run.run_stage("cut", works), against, self._cut.modifications)
 
     def _found(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
         """The tracks, and the folder that their paths start from."""
@@ -130,7 +129,7 @@ class ArchiveInput(TrackInput):
         for index, archive in enumerate(self._archives):
             stamp = [str(archive), archive.stat().st_size, archive.stat().st_mtime_ns]
             works.append(ShardTask(folder / f"{index:05d}", config_hash({"archive": stamp}), partial(unpack, archive)))
-        done = run.stage("unpack", works)
+        done = run.run_stage("unpack", works)
         return folder, (item for shard in done for item in unpacked(shard.folder))
 
 
@@ -157,7 +156,7 @@ class BuiltinInput:
 
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
-        made = run.stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed))
+        made = run.run_stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed))
         return _selected(run, made, [], f"{self.seconds:g} s segment")
 
 
@@ -199,7 +198,7 @@ class StoreInput:
             make = partial(take_shard, pa.Table.from_pylist(rows, SCHEMA), self._root if index == 0 else None)
             inputs = config_hash({"rows": rows, "told": told if index == 0 else []})
             works.append(ShardTask(folder / f"{index:05d}", inputs, make))
-        done = run.stage("take", works)
+        done = run.run_stage("take", works)
         return [Segments(shard.folder.name, shard.folder / ROWS_FILE, self._root, shard.outputs) for shard in done]
 
 
@@ -224,7 +223,7 @@ def _selected(run: Run, cuts: Sequence[ShardResult], against: Sequence[Decontami
     settings = {"modifications": modifications, "against": [set_.references.name for set_ in against]}
     inputs = config_hash({"cuts": [done.outputs for done in cuts], "against": [set_.inputs for set_ in against]})
     target = stage_folder(run.root, "select", settings) / "all"
-    (done,) = run.stage("select", [ShardTask(target, inputs, partial(select_shards, shards, against, modifications))])
+    (done,) = run.run_stage("select", [ShardTask(target, inputs, partial(select_shards, shards, against, modifications))])
     chosen, hashes = [], done.hashes
     for cut in cuts:
         name = f"{cut.folder.name}/{ROWS_FILE}"
@@ -244,7 +243,7 @@ def _fingerprinted(run: Run, references: Sequence[References]) -> list[Decontami
             make = partial(fingerprint_files, files)
             works.append(ShardTask(folder / f"{number:02d}-{index:05d}", config_hash({"files": stamps}), make))
             owners.append(set_)
-    done = run.stage("reference", works)
+    done = run.run_stage("reference", works)
     return [
         Decontamination(set_, tuple(shard for shard, owner in zip(done, owners, strict=True) if owner is set_))
         for set_ in references

@@ -24,9 +24,9 @@ from data_prep.stages.segments import Segments, with_results
 from data_prep.stages.vocals import detect_shard, remove_shard
 from data_prep.status import WORK
 from ssmttm.data.store import Store, open_store
-from ssmttm.data.writer import CONFIG_FILE, check_same_config, config_hash
+from ssmttm.data.writer import CONFIG_FILE, check_same_config
 from ssmttm.errors import UserError
-from ssmttm.files import clear_temporary_files, write_text
+from ssmttm.files import clear_temporary_files, config_hash, write_text
 
 PACKED = "packed.json"
 ProcessingOption = VocalDetection | VocalRemoval | CaptionOptions | Coder | Embedder
@@ -51,7 +51,7 @@ class ProcessingOptions:
     def facts(self) -> dict[str, Any]:
         """Everything that decides what the stages after the opening make."""
         return {
-            "vocals": self.vocals and {"how": type(self.vocals).__name__, **self.vocals.facts()},
+            "vocals": self.vocals and {"how": type(self.vocals).__name__, **self.vocals.metadata()},
             "captions": self.captions and self.captions.facts(),
             "codec": self.coder and self.coder.facts(),
         }
@@ -77,10 +77,10 @@ def prepare(opening: InputSource, options: ProcessingOptions, out: Path, run: Ru
         Finished: the part of the run that was asked for is done.
     """
     config = _config(opening, options)
-    if run.share is None and not _begun(out):
+    if run.task_slice is None and not _begun(out):
         (out / CONFIG_FILE).unlink(missing_ok=True)  # of a command that ended in a mistake before anything was made
     check_same_config(out, config)
-    if run.share is None:
+    if run.task_slice is None:
         for folder in (out, out / "text", run.root):
             clear_temporary_files(folder)
     segments = opening.segments(run)
@@ -100,15 +100,15 @@ def prepare(opening: InputSource, options: ProcessingOptions, out: Path, run: Ru
     if options.embedder is not None:
         text = options.embedder.facts()
         texts = _folders(_each(run, "text", text, segments, partial(embed_shard, options.embedder), options.embedder))
-    if run.share is not None and run.share.index > 0:
-        raise Finished(f"the first share of stage {run.share.stage} is all of it")
+    if run.task_slice is not None and run.task_slice.index > 0:
+        raise Finished(f"the first share of stage {run.task_slice.stage} is all of it")
     parts = Parts(segments, codes, texts, _folders(run.done))
     return _packed(parts, out, config, codec, text, opening.sample_rate, [done.outputs for done in run.done])
 
 
 def report_rejections(out: Path, run: Run) -> None:
     """Write what a run that stops before its end has refused so far; a finished store keeps its own."""
-    if run.share is None and not (out / "store.json").is_file():
+    if run.task_slice is None and not (out / "store.json").is_file():
         write_rejected_csv(out / REJECTED_CSV, _folders(run.done))
 
 
@@ -136,7 +136,7 @@ def _each(
     """One stage that holds a model, over every shard of segments."""
     folder = stage_folder(run.root, name, settings)
     works = [ShardTask(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)) for part in segments]
-    return run.stage(name, works, device=option.device == "cuda")
+    return run.run_stage(name, works, device=option.device == "cuda")
 
 
 def _folders(done: Sequence[ShardResult]) -> list[Path]:

@@ -1,7 +1,8 @@
-"""A run: its stages one after the other, each over all shards, with progress, and what `status` reads of it."""
+"""A run: stages one after another, each over all its shards, with progress."""
 
 import json
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -11,119 +12,155 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.shard_task import Counts, ShardResult, ShardTask, do, find, find_any
+from data_prep.shard_task import Counts, ShardResult, ShardTask, find_result, load_result, run_task
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
-from ssmttm.launch.shard_executors import Executor
+from ssmttm.launch import slurm
+from ssmttm.launch.job import Executor
 
 STAGES = "stages.json"
 
 
 class Finished(Exception):
-    """The part of the run that was asked for is done. The message says so."""
+    """The requested part of the run is done. The message names it."""
 
 
 @dataclass(frozen=True)
 class TaskSlice:
-    """One task's part of one stage: every `n`-th shard from the `index`-th on."""
+    """The shards of a stage that one of several tasks makes: every `num_tasks`-th one from the `index`-th on."""
 
     stage: str
     index: int
-    n: int
+    num_tasks: int
 
 
 @dataclass
 class Run:
-    """One run over a folder of work.
+    """One run in a work folder.
 
     Args:
-        root: where the stages keep their shards.
-        executor: who makes them.
-        until: stop after this stage; None goes to the end.
-        share: make only this part of this stage; the stages before it must be finished.
+        root: folder of the stages.
+        executor: runs the shard tasks.
+        until: stop after this stage; None runs all.
+        task_slice: run only this slice of this stage; the stages before it must be finished.
     """
 
     root: Path
     executor: Executor
     until: str | None = None
-    share: TaskSlice | None = None
+    task_slice: TaskSlice | None = None
     done: list[ShardResult] = field(default_factory=list)  # of all stages so far
     _stages: list[dict[str, Any]] = field(default_factory=list)
 
-    def alone(self, name: str, make: Callable[[Path], Counts]) -> Path:
-        """A stage of one shard that is made anew by every run, and taken as it is by one task of several."""
-        work = ShardTask(self.root / name / "all", uuid.uuid4().hex, make)
-        self._note(name, [work])
-        if self.share is None or self.share.stage == name:
-            self.done.append(do(work))
-            _remove_others([work])
+    def run_single(self, name: str, make: Callable[[Path], Counts]) -> Path:
+        """A stage of one shard that every run rebuilds, while one of several tasks takes it as it is."""
+        task = ShardTask(self.root / name / "all", uuid.uuid4().hex, make)
+        self._add_stage(name, [task])
+        if self.task_slice is None or self.task_slice.stage == name:
+            self.done.append(run_task(task))
+            _remove_others([task])
             self._stop_after(name)
-            return work.target
-        found = find_any(work.target)
-        if found is None:
-            raise UserError(f"stage {name} is not finished: run it before {self.share.stage}")
-        self.done.append(found)
-        return work.target
+            return task.target
+        result = load_result(task.target)
+        if result is None:
+            raise UserError(f"stage {name} is not finished: run it before {self.task_slice.stage}")
+        self.done.append(result)
+        return task.target
 
-    def stage(self, name: str, works: Sequence[ShardTask], device: bool = False) -> list[ShardResult]:
-        """Make what is not finished of a stage; gives all its shards, in the order of `works`.
+    def run_stage(self, name: str, tasks: Sequence[ShardTask], device: bool = False) -> list[ShardResult]:
+        """Run the unfinished tasks of a stage; returns all its results, in the order of `tasks`.
 
         Raises:
-            Finished: after the stage that the run goes up to, or after the share that was asked for.
-            UserError: an earlier stage is not finished and only a share of a later one was asked for.
+            Finished: after the stage `until`, or after the task slice.
+            UserError: this stage is not finished, and the task slice is of a later one.
         """
-        self._note(name, works)
-        done = {work.target: found for work in works if (found := find(work)) is not None}
-        fresh = [work for work in works if work.target not in done]
-        if self.share is not None and self.share.stage != name and fresh:
-            raise UserError(f"stage {name} lacks {len(fresh)} of {len(works)} shards: run it before {self.share.stage}")
-        if self.share is not None and self.share.stage == name:
-            fresh = [work for work in works[self.share.index :: self.share.n] if work.target not in done]
-        for finished in self._watched(name, works, list(done.values()), fresh, device):
-            done[finished.folder] = finished
-        if self.share is None:
-            _remove_others(works)
-        ordered = [done[work.target] for work in works if work.target in done]
-        self.done += ordered
+        self._add_stage(name, tasks)
+        done = {task.target: result for task in tasks if (result := find_result(task)) is not None}
+        pending = [task for task in tasks if task.target not in done]
+        own = self.task_slice
+        if own is not None and own.stage != name and pending:
+            raise UserError(f"stage {name} lacks {len(pending)} of {len(tasks)} shards: run it before {own.stage}")
+        if own is not None and own.stage == name:
+            pending = [task for task in tasks[own.index :: own.num_tasks] if task.target not in done]
+        for result in self._run_tasks(name, len(tasks), list(done.values()), pending, device):
+            done[result.folder] = result
+        if own is None:
+            _remove_others(tasks)
+        results = [done[task.target] for task in tasks if task.target in done]
+        self.done += results
         self._stop_after(name)
-        return ordered
+        return results
 
     def _stop_after(self, name: str) -> None:
-        if self.share is not None and self.share.stage == name:
-            raise Finished(f"share {self.share.index} of {self.share.n} of stage {name} is done")
+        own = self.task_slice
+        if own is not None and own.stage == name:
+            raise Finished(f"task {own.index} of {own.num_tasks} of stage {name} is done")
         if name == self.until:
-            raise Finished(f"stage {name} is done: give the same command without --until to go on")
+            raise Finished(f"stage {name} is done: run the same command without --until to continue")
 
-    def _watched(
-        self, name: str, works: Sequence[ShardTask], done: list[ShardResult], fresh: list[ShardTask], device: bool
+    def _run_tasks(
+        self, name: str, total: int, done: list[ShardResult], pending: list[ShardTask], device: bool
     ) -> Iterator[ShardResult]:
-        """The shards as they are finished, with a bar that tells the rate and what was refused."""
-        if not fresh:
+        """Run tasks with a progress bar that shows the rate and the number of rejections."""
+        if not pending:
             return
-        rejected = sum(int(shard.counts.get("rejected", 0)) for shard in done)
-        seconds, begun = 0.0, time.monotonic()
-        shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} shards [{elapsed}<{remaining}{postfix}]"
-        with tqdm(total=len(works), initial=len(works) - len(fresh), desc=name, bar_format=shape) as bar:
-            for shard in self.executor.run(fresh, device):
-                seconds += shard.counts.get("seconds", 0.0)
-                rejected += int(shard.counts.get("rejected", 0))
-                rate = seconds / max(time.monotonic() - begun, 1e-3)
-                sound = f"{seconds / 3600:.2f} h, {rate:.0f}x real time, " if seconds else ""
-                bar.set_postfix_str(f"{sound}{rejected} refused", refresh=False)
+        rejected = sum(int(result.counts.get("rejected", 0)) for result in done)
+        seconds, start = 0.0, time.monotonic()
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} shards [{elapsed}<{remaining}{postfix}]"
+        with tqdm(total=total, initial=total - len(pending), desc=name, bar_format=bar_format) as bar:
+            label = pending[0].target.parent.name
+            for result in self.executor.run(run_task, pending, label, device):
+                seconds += result.counts.get("seconds", 0.0)
+                rejected += int(result.counts.get("rejected", 0))
+                rate = seconds / max(time.monotonic() - start, 1e-3)
+                audio = f"{seconds / 3600:.2f} h, {rate:.0f}x real time, " if seconds else ""
+                bar.set_postfix_str(f"{audio}{rejected} rejected", refresh=False)
                 bar.update()
-                yield shard
+                yield result
 
-    def _note(self, name: str, works: Sequence[ShardTask]) -> None:
-        """Tell `status` of the stage; of several tasks the first one does."""
-        folder = works[0].target.parent.name if works else name
-        self._stages.append({"name": name, "folder": folder, "shards": len(works)})
-        if self.share is None or self.share.index == 0:
+    def _add_stage(self, name: str, tasks: Sequence[ShardTask]) -> None:
+        """Add a stage to the file that `status` reads; of several tasks the first one writes it."""
+        folder = tasks[0].target.parent.name if tasks else name
+        self._stages.append({"name": name, "folder": folder, "shards": len(tasks)})
+        if self.task_slice is None or self.task_slice.index == 0:
             write_text(self.root / STAGES, json.dumps(self._stages, indent=1) + "\n")
 
 
-def _remove_others(works: Sequence[ShardTask]) -> None:
-    """Remove what killed workers left half-made of a stage, and shards of tracks that are gone."""
-    targets = {work.target for work in works}
+def submit_stages(
+    folder: Path,
+    stages: Sequence[tuple[str, bool, bool]],
+    command: Sequence[str],
+    num_tasks: int,
+    cpus: int,
+    options: Sequence[str] = (),
+    device_options: Sequence[str] = (),
+) -> list[Path]:
+    """Write an array script for each stage to `folder` and submit them, each to start after the one before it.
+
+    Args:
+        stages: (name, has many shards, runs a model), in order.
+        command: arguments of `python -m data_prep` without executor and workers.
+        num_tasks: of each array.
+        cpus: of each task, and workers in it.
+        options: more options of sbatch, such as `partition=cpu`.
+        device_options: the same for stages that run a model, such as `gpus=1`.
+    """
+    scripts = []
+    for number, (stage, many, device) in enumerate(stages):
+        n = num_tasks if many else 1
+        arguments = [sys.executable, "-m", "data_prep", *command, "--workers", str(cpus), "--stage", stage, "--share"]
+        sbatch = {"job-name": f"prep-{stage}", "cpus-per-task": cpus, "output": folder / f"{stage}-%a.log"}
+        script = folder / f"{number}-{stage}.sbatch"
+        tasks = [f"{index}/{n}" for index in range(n)]
+        slurm.write_script(script, arguments, tasks, sbatch, device_options if device else options)
+        scripts.append(script)
+    slurm.submit(scripts)
+    return scripts
+
+
+def _remove_others(tasks: Sequence[ShardTask]) -> None:
+    """Remove temporary folders of killed workers, and shards whose tracks no longer exist."""
+    targets = {task.target for task in tasks}
     for folder in {target.parent for target in targets}:
         for path in folder.glob("*"):
             if path not in targets:

@@ -1,14 +1,13 @@
-"""One shard of one stage: made aside, fsynced, renamed; done once, whatever is killed on the way.
+"""One shard of one stage: written to a temporary folder, fsynced, renamed, and never made twice.
 
-A finished shard is a folder with `done.json`: what it was made from, what came out, each file's size and sha256. A
-stage's settings are in the path of its folder, so that two configs never meet; other inputs make the shard anew.
+A finished shard is a folder with `done.json`: hash of the inputs, counts, and the size and sha256 of each file. A hash
+of the stage's settings is in the folder's path, so different settings never meet; other inputs rebuild the shard.
 """
 
 import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmttm import __version__
-from ssmttm.data.writer import config_hash
-from ssmttm.files import file_sha256, fsync
+from ssmttm.files import config_hash, file_entry, publish_folder, temporary_path
 
 DONE = "done.json"
 Counts = dict[str, float]
@@ -28,10 +26,10 @@ class ShardTask:
     """A shard to be made.
 
     Attributes:
-        target: the folder that it becomes.
-        inputs: a hash of all that it is made from.
-        make: writes the shard's files into the empty folder it is given, and counts (`tracks`, `segments`, `refused`,
-            `seconds` of sound). It must be picklable, and give the same bytes for the same inputs.
+        target: the shard's folder.
+        inputs: a hash of everything that it is made from.
+        make: writes the shard's files into an empty folder and returns counts (`tracks`, `segments`, `rejected`,
+            `seconds` of audio). It must be picklable, and write the same bytes for the same inputs.
     """
 
     target: Path
@@ -41,7 +39,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard: its folder, its counts, and a hash of all that it holds."""
+    """A finished shard: its folder, its counts, and a hash of its files."""
 
     folder: Path
     counts: Counts
@@ -49,76 +47,63 @@ class ShardResult:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The sha256 of each file, read from the shard: of all shards they would fill the memory."""
+        """The sha256 of each file, read from the shard: those of all shards would fill the memory."""
         return _hashes(json.loads((self.folder / DONE).read_text(encoding="utf-8"))["files"])
 
 
 def stage_folder(root: Path, stage: str, settings: dict[str, Any]) -> Path:
-    """Where a stage keeps its shards: its name and the hash of its settings."""
+    """The folder of a stage's shards: its name and a hash of its settings."""
     return root / f"{stage}-{config_hash(settings)[:12]}"
 
 
-def find(work: ShardTask) -> ShardResult | None:
-    """The finished shard, if it is there, was made from the same inputs, and no file of it is missing or cut short."""
-    return find_any(work.target, work.inputs)
+def find_result(task: ShardTask) -> ShardResult | None:
+    """The finished shard, if it was made from the same inputs and all its files have their size."""
+    return load_result(task.target, task.inputs)
 
 
-def find_any(folder: Path, inputs: str | None = None) -> ShardResult | None:
-    """A finished shard by its folder, made from these inputs, or from whatever it was."""
+def load_result(folder: Path, inputs: str | None = None) -> ShardResult | None:
+    """A finished shard by its folder, made from these inputs, or from any."""
     try:
-        facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in facts["files"].items())
-        if not whole or inputs not in (None, facts["inputs"]) or facts["version"] != __version__:
+        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        complete = all((folder / name).stat().st_size == entry["bytes"] for name, entry in done["files"].items())
+        if not complete or inputs not in (None, done["inputs"]) or done["version"] != __version__:
             return None
-        return ShardResult(folder, facts["counts"], config_hash(_hashes(facts["files"])))
+        return ShardResult(folder, done["counts"], config_hash(_hashes(done["files"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def do(work: ShardTask) -> ShardResult:
-    """Make a shard, unless it is there. Safe to run twice at once: one of the two equal results is kept."""
-    done = find(work)
-    if done is not None:
-        return done
-    aside = work.target.with_name(f".{work.target.name}.{uuid.uuid4().hex}.tmp")
-    aside.mkdir(parents=True)
-    begun = time.monotonic()
+def run_task(task: ShardTask) -> ShardResult:
+    """Make a shard unless it is finished. Two processes may do so at once: one of the two equal results is kept."""
+    finished = find_result(task)
+    if finished is not None:
+        return finished
+    temporary = temporary_path(task.target)
+    temporary.mkdir(parents=True)
+    start = time.monotonic()
     try:
         with _one_thread():
-            counts = work.make(aside)
-        files = {path.relative_to(aside).as_posix(): path for path in sorted(aside.rglob("*")) if path.is_file()}
-        entries = {name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in files.items()}
-        facts = {
-            "inputs": work.inputs,
+            counts = task.make(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        entries = {file.relative_to(temporary).as_posix(): file_entry(file) for file in files}
+        done = {
+            "inputs": task.inputs,
             "version": __version__,
             "counts": counts,
-            "took": round(time.monotonic() - begun, 3),
+            "took": round(time.monotonic() - start, 3),
             "files": entries,
         }
-        (aside / DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        _fsync_all(aside)
-        _publish(aside, work)
-        return ShardResult(work.target, counts, config_hash(_hashes(entries)))
+        (temporary / DONE).write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        if task.target.exists() and find_result(task) is None:
+            shutil.rmtree(task.target, ignore_errors=True)  # another process may do the same
+        try:
+            publish_folder(temporary, task.target)
+        except OSError:
+            if find_result(task) is None:
+                raise
+        return ShardResult(task.target, counts, config_hash(_hashes(entries)))
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _publish(aside: Path, work: ShardTask) -> None:
-    """Rename `aside` to the target; what stands there of other inputs goes first."""
-    if work.target.exists() and find(work) is None:
-        shutil.rmtree(work.target, ignore_errors=True)  # another process may be at it
-    try:
-        aside.rename(work.target)
-    except OSError:
-        if find(work) is None:
-            raise
-    fsync(work.target.parent)
-
-
-def _fsync_all(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        fsync(path)
-    fsync(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _hashes(files: dict[str, Any]) -> dict[str, str]:

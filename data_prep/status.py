@@ -1,4 +1,4 @@
-"""How far a run is: read from its folder alone, while it works or after it stopped."""
+"""Progress of a run, read from its folder, while it runs or afterwards."""
 
 import json
 from pathlib import Path
@@ -15,42 +15,39 @@ WORK = "work"
 
 
 def status(store: Path) -> str:
-    """A table of stages: shards done, sound, what was refused, the rate and the time left; and whether a run is on.
+    """A table of stages (shards, hours of audio, rejections, rate, time left) and whether a run is active.
 
     Raises:
-        UserError: nothing was prepared in this folder.
+        UserError: `store` is not the output of a run.
     """
     file = store / WORK / STAGES
     if not file.is_file():
-        raise UserError(f"nothing was prepared in {store}: name the --out of a `python -m data_prep` run")
+        raise UserError(f"{store} is not the output of a run: give the --out of `python -m data_prep`")
     stages = json.loads(file.read_text(encoding="utf-8"))
     running = is_locked(store / WORK)
-    lines = [f"{'stage':<11}{'shards':>15}{'sound':>12}{'rejected':>9}{'rate':>12}{'left':>9}"]
+    lines = [f"{'stage':<11}{'shards':>15}{'audio':>12}{'rejected':>9}{'rate':>12}{'left':>9}"]
     lines += [_line(store / WORK, stage, running) for stage in stages]
     if (store / "store.json").is_file():
         lines.append(f"the store is finished: {store}")
     elif running:
-        lines.append("a run is working on it")
+        lines.append("a run is active")
     else:
-        lines.append("no run is working on it here: give the same command again to go on")
+        lines.append("no run is active on this machine: run the same command again to continue")
     return "\n".join(lines)
 
 
 def _line(root: Path, stage: dict[str, Any], running: bool) -> str:
-    shards = [_read(path) for path in sorted((root / stage["folder"]).glob(f"[!.]*/{DONE}"))]
-    seconds = sum(shard["counts"].get("seconds", 0.0) for shard in shards)
-    rejected = sum(int(shard["counts"].get("rejected", 0)) for shard in shards)
+    files = sorted((root / stage["folder"]).glob(f"[!.]*/{DONE}"))
+    counts = [json.loads(file.read_text(encoding="utf-8"))["counts"] for file in files]
+    end_times = [file.stat().st_mtime for file in files]
+    seconds = sum(shard.get("seconds", 0.0) for shard in counts)
+    rejected = sum(int(shard.get("rejected", 0)) for shard in counts)
     rate, left = "", ""
-    if len(shards) > 1:
-        first, last = min(shard["ended"] for shard in shards), max(shard["ended"] for shard in shards)
-        a_shard = (last - first) / (len(shards) - 1)
-        rate = f"{1 / max(a_shard, 1e-3):.2f}/s"
-        remaining = a_shard * (stage["shards"] - len(shards))
+    if len(files) > 1:
+        seconds_per_shard = (max(end_times) - min(end_times)) / (len(files) - 1)
+        rate = f"{1 / max(seconds_per_shard, 1e-3):.2f}/s"
+        remaining = seconds_per_shard * (stage["shards"] - len(files))
         left = tqdm.format_interval(remaining) if running and remaining else ""
-    done = f"{len(shards)}/{stage['shards']}"
-    sound = f"{seconds / 3600:.2f} h" if seconds else ""
-    return f"{stage['name']:<11}{done:>15}{sound:>12}{rejected:>9}{rate:>12}{left:>9}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) | {"ended": path.stat().st_mtime}
+    done = f"{len(files)}/{stage['shards']}"
+    hours = f"{seconds / 3600:.2f} h" if seconds else ""
+    return f"{stage['name']:<11}{done:>15}{hours:>12}{rejected:>9}{rate:>12}{left:>9}"

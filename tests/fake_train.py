@@ -1,7 +1,7 @@
-"""Stands in for train.py where a test is about sweeps: keeps the contract of a run folder, and learns nothing.
+"""A fake train.py for tests of sweeps: writes a run folder without training.
 
-A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user's mistake, 668 crashes once, then goes on.
-FAKE_IMPORTS is how many seconds it takes to get to work. As with train.py, a folder that another holds is a mistake.
+A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user error, 668 crashes once and then resumes.
+FAKE_IMPORTS is the import time in seconds. As with train.py, a locked run folder is a user error.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""A training in two processes on the CPU, as on two devices."""
+"""A training in two processes on the CPU."""
 
 import os
 import subprocess
@@ -13,30 +13,30 @@ ROOT = Path(__file__).parents[1]
 
 
 def train_in_two_processes(settings: DictConfig, run_dir: Path) -> None:
-    """The same training into another run folder."""
+    """Run the same training in another run folder."""
     settings = OmegaConf.merge(settings, {"run_dir": str(run_dir)})
-    told = [f"{key}={'null' if value is None else value}" for key, value in flat(settings).items()]
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in flat(settings).items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(
-        [*command, "--main_process_port", "0", "train.py", "experiment=debug", *told],
+    result = subprocess.run(
+        [*command, "--main_process_port", "0", "train.py", "experiment=debug", *overrides],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-6000:]
-    assert "2 x cpu" in ran.stdout
+    assert result.returncode == 0, result.stderr[-6000:]
+    assert "2 x cpu" in result.stdout
 
 
 def flat(settings: DictConfig) -> dict[str, object]:
-    """What a command line must say to get these settings."""
-    plain = config.load("experiment=debug")
-    found = {}
+    """The keys in which these settings differ from experiment=debug, by dotted name."""
+    defaults = config.load("experiment=debug")
+    different = {}
 
     def walk(node: DictConfig, other: DictConfig, prefix: str) -> None:
         for key in node:
             if OmegaConf.is_dict(node[key]):
                 walk(node[key], other[key], f"{prefix}{key}.")
             elif node[key] != other[key]:
-                found[f"{prefix}{key}"] = node[key]
+                different[f"{prefix}{key}"] = node[key]
 
-    walk(settings, plain, "")
-    return found
+    walk(settings, defaults, "")
+    return different

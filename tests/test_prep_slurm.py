@@ -1,4 +1,4 @@
-"""The scripts for Slurm, run by a stand-in for sbatch: the chain makes the store that processes make."""
+"""Slurm scripts run by a fake sbatch: the chain of arrays makes the same store as local processes."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ echo "$((99 + $(wc -l < "$0.log")));cluster"
 """
 
 
-def test_the_chain_makes_the_store_that_processes_make(tmp_path, monkeypatch, capsys):
+def test_slurm_chain_makes_the_same_store_as_processes(tmp_path, monkeypatch, capsys):
     for index in range(6):
         save(tmp_path / "music" / f"{index}.wav", music(index)[: 6 * RATE])
     save(tmp_path / "music" / "short.wav", music(6)[:RATE])
@@ -45,14 +45,14 @@ def test_the_chain_makes_the_store_that_processes_make(tmp_path, monkeypatch, ca
     assert one.fingerprint == other.fingerprint and len(one) == 6
     for name in ("rejected.csv", "ATTRIBUTION.csv", "decontamination.json"):
         assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
-    told = (other.path / "rejected.csv").read_text()
-    assert "short.wav,cut,short" in told and "nd.wav,plan,licence" in told
+    rejected = (other.path / "rejected.csv").read_text()
+    assert "short.wav,cut,short" in rejected and "nd.wav,plan,licence" in rejected
     stages = ["0-plan", "1-reference", "2-cut", "3-select", "4-codes", "5-pack"]
-    told = (tmp_path / "bin" / "sbatch.log").read_text().splitlines()
-    assert [Path(line.split(" ", 1)[1].split("sbatch ")[-1]).stem for line in told] == stages
-    assert ["--dependency" in line for line in told] == [False, True, True, True, True, True]
+    calls = (tmp_path / "bin" / "sbatch.log").read_text().splitlines()
+    assert [Path(line.split(" ", 1)[1].split("sbatch ")[-1]).stem for line in calls] == stages
+    assert ["--dependency" in line for line in calls] == [False, True, True, True, True, True]
     assert not list((other.path / WORK).glob("**/.*.tmp"))
     capsys.readouterr()
     command.main([*words, "--out", "by slurm"])
-    assert "shards" not in capsys.readouterr().err  # nothing is made again
+    assert "shards" not in capsys.readouterr().err  # nothing is rebuilt
     assert open_store(tmp_path / "by slurm").fingerprint == other.fingerprint

@@ -1,4 +1,4 @@
-"""Sweeps: what a grid expands to, jobs as processes, kills at any time, searches, and what the report says."""
+"""Sweeps: expansion of a grid, jobs as processes, kills at random times, searches, reports."""
 
 import csv
 import itertools
@@ -20,20 +20,23 @@ from small_stores import CODEBOOK_SIZE, FRAMES, N_CODEBOOKS, TEXT_DIM, write_cod
 from ssmttm import config
 from ssmttm.cli.main import main
 from ssmttm.errors import Preempted, UserError, run_cli
-from ssmttm.launch import sweep_launchers, training_job
+from ssmttm.launch import job as launch_job
+from ssmttm.launch import local
+from ssmttm.launch.job import CommandJob
 from ssmttm.models.size import count_parameters, size_of
-from ssmttm.sweeps import plots, report
+from ssmttm.sweeps import launchers, plots, report, training_job
 from ssmttm.sweeps.collect import SPENT, Group, Run, collect, group
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import Job, expand
 from ssmttm.sweeps.run import run_sweep
+from ssmttm.sweeps.training_job import TrainingJob
 
 HERE = Path(__file__).parent
 FAKE = HERE / "fake_train.py"
 
 
 def settings(tmp_path, grid, steps=5, parallel=2, **more):
-    """A sweep of debug trainings, composed as the command composes it."""
+    """A sweep of debug trainings, composed as by the command."""
     composed = config.load("launcher=local", root="sweep")
     OmegaConf.set_struct(composed, False)
     sweep = {"name": "s", "experiment": "debug", "grid": grid, "budget": {"steps": steps}, **more}
@@ -43,9 +46,9 @@ def settings(tmp_path, grid, steps=5, parallel=2, **more):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Jobs run the stand-in."""
-    monkeypatch.setattr(training_job, "TRAIN", FAKE)
-    monkeypatch.setattr(sweep_launchers, "_LOOK", 0.02)
+    """Jobs run fake_train.py."""
+    monkeypatch.setattr(launch_job, "TRAIN", FAKE)
+    monkeypatch.setattr(local, "_POLL_SECONDS", 0.02)
 
 
 def starts(folder, name):
@@ -59,7 +62,7 @@ RATES = {"optim.lr": [0.001, 0.01]}
 # --- expansion ------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_is_every_combination_with_every_seed(tmp_path):
+def test_grid_expands_to_every_combination_with_every_seed(tmp_path):
     grid = {"optim.lr": [0.001, 0.01], "mixer": {"ssd": ["model.layers=mamba2"], "s4d": ["model.layers=s4d"]}}
     jobs = expand(settings(tmp_path, grid, seeds=[0, 7]).sweep)
     assert len(jobs) == len({job.name for job in jobs}) == 8
@@ -70,25 +73,25 @@ def test_a_grid_is_every_combination_with_every_seed(tmp_path):
     assert (composed.optim.lr, composed.model.layers, composed.seed, composed.train.steps) == (0.01, "s4d", 7, 5)
 
 
-def test_an_axis_may_change_the_experiment(tmp_path):
+def test_grid_axis_may_change_the_experiment(tmp_path):
     grid = {"kind": {"a": ["experiment=debug"], "b": ["experiment=tiny", "model.n_layers=1"]}}
     composed = [config.load(*job.overrides) for job in expand(settings(tmp_path, grid).sweep)]
     assert [c.run_dir for c in composed] == ["runs/debug", "runs/tiny"] and composed[1].model.n_layers == 1
 
 
-def test_an_axis_may_hold_null(tmp_path):
+def test_grid_axis_may_contain_null(tmp_path):
     jobs = expand(settings(tmp_path, {"init": [None, "runs/x"]}).sweep)
     assert [config.load(*job.overrides).init for job in jobs] == [None, "runs/x"] and jobs[0].name == "null-seed0"
 
 
-def test_matched_sizes(tmp_path):
+def test_match_fits_every_model_to_one_size(tmp_path):
     grid = {"model.layers": ["mamba2", "attention"]}
     sweep = settings(tmp_path, grid, experiment="tiny", match={"parameters": "8M"}).sweep
     sizes = [count_parameters(config.load(*job.overrides).model) for job in expand(sweep)]
     assert all(abs(size / 8e6 - 1) < 0.06 for size in sizes) and sizes[0] != sizes[1]
 
 
-def test_a_budget_of_flops_gives_dearer_models_fewer_steps(tmp_path):
+def test_budget_of_flops_gives_larger_models_fewer_steps(tmp_path):
     budget = {"steps": None, "flops": 1e13}
     sweep = settings(tmp_path, {"model.n_layers": [2, 4]}, budget=budget).sweep
     for job in expand(sweep):
@@ -98,7 +101,7 @@ def test_a_budget_of_flops_gives_dearer_models_fewer_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"experiment": None}, "sweep=NAME"),
         ({"experiment": "debig"}, "experiment=debug"),
@@ -106,20 +109,20 @@ def test_a_budget_of_flops_gives_dearer_models_fewer_steps(tmp_path):
         ({"budget": {"steps": 0}}, "more than 0"),
         ({"seeds": []}, "seeds is empty"),
         ({"match": {"vary": "d_model"}}, "no parameters"),
-        ({"grid": {"optim.lr": 3}}, "no axis"),
-        ({"grid": {"optim.lr": []}}, "no axis"),
+        ({"grid": {"optim.lr": 3}}, "must be a list of values"),
+        ({"grid": {"optim.lr": []}}, "must be a list of values"),
         ({"grid": {"optim.rate": [1]}}, "optim.rate"),
         ({"grid": {"a": {"x y": ["seed=1"], "x/y": ["seed=2"]}}}, "both named"),
     ],
 )
-def test_a_mistake_in_a_sweep_is_one_clear_line(tmp_path, change, says):
+def test_invalid_sweep_is_one_clear_error(tmp_path, change, message):
     sweep = settings(tmp_path, {}).sweep
     OmegaConf.update(sweep, "grid", {})
     for key, value in change.items():
         sweep[key] = value
     with pytest.raises(UserError) as caught:
         expand(sweep)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", config.names("sweep"))
@@ -130,7 +133,7 @@ def test_every_sweep_composes_and_expands(name):
     assert len(jobs) >= 2 and len({tuple(job.overrides) for job in jobs}) == len(jobs)
 
 
-def test_the_examples_of_the_page_are_sweeps():
+def test_docs_examples_are_valid_sweeps():
     page = (HERE.parent / "docs" / "sweeps.md").read_text()
     example, search = (OmegaConf.create(block.split("```")[0]) for block in page.split("```yaml\n")[1:])
     composed = config.load(root="sweep").sweep
@@ -156,7 +159,7 @@ def test_jobs_run_once_and_are_skipped_afterwards(tmp_path, fake, capsys):
     assert len(folder.jobs()) == 6 and all(starts(folder, job.name) == 1 for job in folder.jobs())
 
 
-def test_jobs_run_side_by_side_where_there_is_room(tmp_path, fake):
+def test_jobs_run_in_parallel_up_to_the_limit(tmp_path, fake):
     def together(parallel):
         folder = run_sweep(settings(tmp_path / str(parallel), RATES, steps=40, parallel=parallel))
         spans = []
@@ -169,7 +172,7 @@ def test_jobs_run_side_by_side_where_there_is_room(tmp_path, fake):
     assert together(2) and not together(1)
 
 
-def test_a_failure_is_told_and_the_others_are_done(tmp_path, fake, capsys):
+def test_failed_job_is_reported_and_the_others_finish(tmp_path, fake, capsys):
     axes = {"train.log_every": [1, 666, 667, 668]}
     with pytest.raises(UserError, match=r"2 jobs failed \(666-seed0, 667-seed0\)"):
         run_sweep(settings(tmp_path, axes))
@@ -185,64 +188,64 @@ def test_a_failure_is_told_and_the_others_are_done(tmp_path, fake, capsys):
     assert [starts(folder, f"{kind}-seed0") for kind in axes["train.log_every"]] == [1, 4, 2, 2]
 
 
-def test_other_settings_under_a_name_in_use_are_refused(tmp_path, fake):
+def test_job_with_other_settings_is_rejected(tmp_path, fake):
     run_sweep(settings(tmp_path, RATES))
     with pytest.raises(UserError, match="other settings"):
         run_sweep(settings(tmp_path, RATES, steps=6))
 
 
-def test_another_store_is_refused(tmp_path, fake):
-    """Half of a table learnt from one corpus and half from another would look like any other table."""
+def test_sweep_with_another_store_is_rejected(tmp_path, fake):
+    """Models trained on different corpora cannot be compared in one table."""
     run_sweep(settings(tmp_path, RATES))
-    with pytest.raises(UserError, match=r"begun with store=.*none"):
+    with pytest.raises(UserError, match=r"started with store=.*none"):
         run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"store": "other"}))
 
 
-def test_an_evaluation_asked_for_later_is_made_without_training_again(tmp_path, fake, monkeypatch):
-    command = training_job.Work._command
+def test_evaluation_added_later_runs_without_training_again(tmp_path, fake, monkeypatch):
+    command = TrainingJob.command
 
     def evaluating(self, stage):
         if stage != "evaluation":
             return command(self, stage)
-        told = f"import json, pathlib as p; f = p.Path({str(self.folder / stage)!r}); f.mkdir(exist_ok=True)"
+        code = f"import json, pathlib as p; f = p.Path({str(self.folder / stage)!r}); f.mkdir(exist_ok=True)"
         metrics = json.dumps({"metrics": [{"name": "fad_tiny", "value": len(self._evaluate)}]})
-        return [sys.executable, "-c", f"{told}; (f / 'figures.json').write_text({metrics!r})"]
+        return [sys.executable, "-c", f"{code}; (f / 'metrics.json').write_text({metrics!r})"]
 
-    monkeypatch.setattr(training_job.Work, "_command", evaluating)
+    monkeypatch.setattr(TrainingJob, "command", evaluating)
     folder = run_sweep(settings(tmp_path, RATES))
     assert all(not run.metrics for run in collect(folder))
-    for asked in (["eval=builtin"], ["eval=builtin"], ["eval=builtin", "n=64"]):
-        run_sweep(settings(tmp_path, RATES, evaluate=asked))
-        assert [run.metrics for run in collect(folder)] == [{"fad_tiny": len(asked)}] * 2
+    for evaluate in (["eval=builtin"], ["eval=builtin"], ["eval=builtin", "n=64"]):
+        run_sweep(settings(tmp_path, RATES, evaluate=evaluate))
+        assert [run.metrics for run in collect(folder)] == [{"fad_tiny": len(evaluate)}] * 2
         log = (folder.job_folder("0.001-seed0") / "log.txt").read_text()
-        assert log.count("figures.json") == len(asked) and len(lines(folder, "0.001-seed0")) == 10
+        assert log.count("'metrics.json'") == len(evaluate) and len(lines(folder, "0.001-seed0")) == 10
     run_sweep(settings(tmp_path, RATES))
     assert (folder.job_folder("0.001-seed0") / "log.txt").read_text() == log
 
 
-def test_an_error_leaves_no_training_running(tmp_path, fake):
-    """As of a search that cannot take in what a trial has shown."""
+def test_error_in_a_sweep_stops_its_trainings(tmp_path, fake):
+    """Such as an error in the callback of a search."""
     wanted = settings(tmp_path, {"train.steps": [5, 500]}, budget={"steps": None})
     folder, jobs = SweepFolder(tmp_path / "sweep"), expand(wanted.sweep)
-    folder.enter(jobs)
+    folder.add_jobs(jobs)
 
-    def refuse(job, outcome):
+    def fail(job, outcome):
         raise UserError(f"no use for {job.name}, {outcome}")
 
     with pytest.raises(UserError, match="no use for 5-seed0, done"):
-        sweep_launchers.run_local(folder, jobs, wanted, 2, refuse)
+        launchers.run_local(folder, jobs, wanted, 2, fail)
     time.sleep(0.3)
     made = lines(folder, "500-seed0")
     time.sleep(0.3)
     assert 0 < len(made) == len(lines(folder, "500-seed0")) < 1000
 
 
-def test_no_store_is_a_clear_error(tmp_path):
+def test_sweep_without_store_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="store"):
         run_sweep(OmegaConf.merge(settings(tmp_path, RATES), {"store": None}))
 
 
-def test_a_budget_of_seconds_is_timed_first(tmp_path, fake):
+def test_budget_of_seconds_times_the_first_steps(tmp_path, fake):
     folder = run_sweep(settings(tmp_path, RATES, budget={"steps": None, "seconds": 0.5}))
     assert [run.spent["step"][-1] for run in collect(folder)] == [25, 25]  # of 20 ms each
 
@@ -253,15 +256,16 @@ SWEEP = """
 import sys
 from omegaconf import OmegaConf
 from ssmttm.errors import run_cli
-from ssmttm.sweeps import launch, run, work
-training_job.TRAIN, sweep_launchers._LOOK = sys.argv[1], 0.02
+from ssmttm.launch import job, local
+from ssmttm.sweeps import run
+job.TRAIN, local._POLL_SECONDS = sys.argv[1], 0.02
 sys.exit(run_cli(lambda: run.run_sweep(OmegaConf.load(sys.argv[2])) and None))
 """
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the same sweep of four jobs as a process of its own."""
+    """Starts the same sweep of four jobs in a new process."""
     path = tmp_path / "settings.yaml"
     path.write_text(OmegaConf.to_yaml(settings(tmp_path, RATES, steps=30, seeds=[0, 1])))
     return lambda: subprocess.Popen([sys.executable, "-c", SWEEP, str(FAKE), str(path)], stderr=subprocess.DEVNULL)
@@ -272,8 +276,8 @@ def lines(folder, name):
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def test_killed_at_any_time_it_completes_without_repeating(tmp_path, start):
-    """Kill -9, again and again: each step of each job is made once, and a job that is done is never started again."""
+def test_sweep_killed_at_random_times_repeats_no_step(tmp_path, start):
+    """With kill -9: each step of each job runs once, and a finished job is never started again."""
     folder, moments = SweepFolder(tmp_path / "sweep"), random.Random(0)
     was_done: dict[str, int] = {}
     for _ in range(4):
@@ -295,8 +299,8 @@ def test_killed_at_any_time_it_completes_without_repeating(tmp_path, start):
         assert steps == sorted([*range(1, 31), *range(1, 31)])
 
 
-def test_a_training_that_outlived_its_sweep_is_waited_for(tmp_path, start):
-    """The stand-in refuses a folder that another holds, and a second start would be counted."""
+def test_sweep_waits_for_a_training_left_by_a_killed_one(tmp_path, start):
+    """fake_train.py rejects a locked folder, and the log would show a second start."""
     process, folder = start(), SweepFolder(tmp_path / "sweep")
     while not lines(folder, "0.001-seed0"):
         time.sleep(0.01)
@@ -308,8 +312,8 @@ def test_a_training_that_outlived_its_sweep_is_waited_for(tmp_path, start):
     assert len(lines(folder, "0.001-seed0")) == 60
 
 
-def test_killed_while_its_jobs_are_still_importing(tmp_path, start, fake, monkeypatch):
-    """A training holds its job from its birth, long before it can hold its folder: no second one starts beside it."""
+def test_sweep_killed_while_its_jobs_still_import(tmp_path, start, fake, monkeypatch):
+    """A training inherits its job's lock, long before it locks its run folder: no second one starts beside it."""
     monkeypatch.setenv("FAKE_IMPORTS", "1.0")
     process, folder = start(), SweepFolder(tmp_path / "sweep")
     while len(list((folder.path / "jobs").glob("*/run"))) < 2:
@@ -323,7 +327,7 @@ def test_killed_while_its_jobs_are_still_importing(tmp_path, start, fake, monkey
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_stops_every_job_with_its_work_kept(tmp_path, start, number, code):
+def test_signal_stops_every_job_with_a_checkpoint(tmp_path, start, number, code):
     process, folder = start(), SweepFolder(tmp_path / "sweep")
     while not (lines(folder, "0.001-seed0") and lines(folder, "0.01-seed0")):
         time.sleep(0.01)
@@ -335,7 +339,7 @@ def test_a_signal_stops_every_job_with_its_work_kept(tmp_path, start, number, co
     assert start().wait() == 0 and all(len(lines(folder, name)) == 60 for name in counts)
 
 
-def test_two_sweeps_do_not_share_a_folder(tmp_path, start, fake):
+def test_two_sweeps_in_one_folder_are_rejected(tmp_path, start, fake):
     process, folder = start(), SweepFolder(tmp_path / "sweep")
     while not lines(folder, "0.001-seed0"):
         time.sleep(0.01)
@@ -349,20 +353,20 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, start, fake):
 
 
 def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
-    """A stand-in for sbatch runs every task of the script, as Slurm would."""
+    """A fake sbatch runs every task of the script."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(
-        "#!/bin/bash\nset -e\nlast=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $1)\n"
-        'for i in $(seq 0 $last); do SLURM_ARRAY_TASK_ID=$i bash "$1"; done\necho Submitted batch job 1\n'
+        '#!/bin/bash\nset -e\nscript="${@: -1}"\n'
+        "last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $script)\n"
+        'for i in $(seq 0 $last); do SLURM_ARRAY_TASK_ID=$i bash "$script" >&2; done\necho 1\n'
     )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     patched = tmp_path / "patched"
     patched.mkdir()
     (patched / "sitecustomize.py").write_text(
-        "from ssmttm.sweeps import work\n"
-        f"training_job.TRAIN = {str(FAKE)!r}\n"
+        f"from ssmttm.launch import job\njob.TRAIN = {str(FAKE)!r}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{patched}:{HERE.parent}")
     wanted = settings(tmp_path, RATES)
@@ -373,7 +377,7 @@ def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
     assert "--array=0-1%8" in script and "--signal=B:USR1@300" in script and "partition" not in script
 
 
-def test_slurm_is_not_asked_for_nothing(tmp_path, fake, monkeypatch):
+def test_slurm_submits_nothing_if_all_jobs_are_done(tmp_path, fake, monkeypatch):
     run_sweep(settings(tmp_path, RATES))
     launcher = config.load("launcher=slurm", "launcher.parallel=null", root="sweep").launcher
     monkeypatch.setenv("PATH", "")
@@ -384,7 +388,7 @@ def test_slurm_is_not_asked_for_nothing(tmp_path, fake, monkeypatch):
     assert "--array=0-0\n" in (folder.path / "sweep.sbatch").read_text()
 
 
-def test_without_slurm_the_script_is_written(tmp_path, monkeypatch):
+def test_slurm_script_is_written_without_sbatch(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     launcher = config.load("launcher=slurm", root="sweep").launcher
     with pytest.raises(UserError, match="sbatch"):
@@ -396,29 +400,29 @@ def test_ray_runs_each_job_as_a_task(tmp_path, request):
     request.addfinalizer(pytest.importorskip("ray", reason="Ray is not installed").shutdown)
     launcher = config.load("launcher=ray", root="sweep").launcher
     store = write_codes_store(tmp_path / "store")
-    wanted = OmegaConf.merge(real_settings(tmp_path, store), {"launcher": launcher})
+    wanted = OmegaConf.merge(debug_settings(tmp_path, store), {"launcher": launcher})
     folder = run_sweep(wanted)
     assert all(folder.is_done(job.name) for job in folder.jobs())
 
 
-def test_a_search_finds_the_better_rate_and_goes_on_after_a_stop(tmp_path, fake, monkeypatch, capsys):
-    """The stand-in's loss is least at a rate of 10 ** -2.5."""
+def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, monkeypatch, capsys):
+    """The loss of fake_train.py is lowest at a rate of 10 ** -2.5."""
     pytest.importorskip("optuna")
     rates = {"low": 1e-5, "high": 1.0, "log": True}
     search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
     wanted = settings(tmp_path, {}, search=search)
-    told = sweep_launchers.Work.poll
+    poll = CommandJob.poll
 
     def interrupted(self):
-        outcome = told(self)
+        outcome = poll(self)
         if outcome and self.job.labels["trial"] == "trial0004":
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
-    monkeypatch.setattr(sweep_launchers.Work, "poll", interrupted)
+    monkeypatch.setattr(CommandJob, "poll", interrupted)
     with pytest.raises(Preempted):
         run_sweep(wanted)
-    monkeypatch.setattr(sweep_launchers.Work, "poll", told)
+    monkeypatch.setattr(CommandJob, "poll", poll)
     folder = run_sweep(wanted)
     assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
     losses = [run.loss[-1] for run in collect(folder)]
@@ -426,7 +430,7 @@ def test_a_search_finds_the_better_rate_and_goes_on_after_a_stop(tmp_path, fake,
 
 
 @pytest.mark.parametrize("params", [0, 1])
-def test_a_trial_that_a_kill_left_half_chosen_is_replaced(tmp_path, fake, params):
+def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
     optuna = pytest.importorskip("optuna")
     axes = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "train.log_every": [1, 2]}
     wanted = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
@@ -442,15 +446,15 @@ def test_a_trial_that_a_kill_left_half_chosen_is_replaced(tmp_path, fake, params
     assert all(any("log_every" in word for word in job.overrides) for job in folder.jobs())
 
 
-def test_a_search_without_trials_is_a_clear_error(tmp_path):
+def test_search_without_trials_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="no trials"):
         run_sweep(settings(tmp_path, {}, search={"parameters": {"optim.lr": [1, 2]}}))
 
 
-# --- real trainings -------------------------------------------------------------------------------------------------
+# --- debug trainings -------------------------------------------------------------------------------------------------
 
 
-def real_settings(tmp_path, store):
+def debug_settings(tmp_path, store):
     sizes = [
         "model.d_model=16", "model.headdim=8", "model.d_state=4", f"model.n_codebooks={N_CODEBOOKS}",
         f"model.codebook_size={CODEBOOK_SIZE}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}",
@@ -460,8 +464,8 @@ def real_settings(tmp_path, store):
     return OmegaConf.merge(wanted, {"store": str(store)})
 
 
-def test_a_sweep_of_real_trainings_and_its_report(tmp_path, capsys):
-    folder = run_sweep(real_settings(tmp_path, write_codes_store(tmp_path / "a store, with a comma")))
+def test_sweep_of_debug_trainings_and_its_report(tmp_path, capsys):
+    folder = run_sweep(debug_settings(tmp_path, write_codes_store(tmp_path / "a store, with a comma")))
     runs = collect(folder)
     assert [run.status for run in runs] == ["done", "done"] and all(run.parameters > 1000 for run in runs)
     for run in runs:
@@ -476,28 +480,28 @@ def test_a_sweep_of_real_trainings_and_its_report(tmp_path, capsys):
     assert "mamba2" in text and "attention" in text and f"{runs[0].parameters:,}" in text
 
 
-def test_a_mistake_in_a_real_training_is_told_and_not_tried_again(tmp_path, capsys):
+def test_user_error_in_a_debug_training_is_shown_and_not_retried(tmp_path, capsys):
     with pytest.raises(UserError, match="2 jobs failed"):
-        run_sweep(real_settings(tmp_path, tmp_path / "nowhere"))
-    told = capsys.readouterr().err
+        run_sweep(debug_settings(tmp_path, tmp_path / "nowhere"))
+    errors = capsys.readouterr().err
     folder = SweepFolder(tmp_path / "sweep")
     logs = [(folder.job_folder(job.name) / "log.txt").read_text() for job in folder.jobs()]
     assert len(logs) == 2 and all(log.count("$ ") == 1 for log in logs)
-    assert told.count("\nerror: ") == 2 and "nowhere" in told
+    assert errors.count("\nerror: ") == 2 and "nowhere" in errors
 
 
-def test_accelerate_is_asked_for_many_processes_only():
-    assert training_job.launch_command(None, 1) == [sys.executable]
+def test_accelerate_is_used_for_several_processes_only():
+    assert launch_job.train_command(None, 1) == [sys.executable, str(launch_job.TRAIN)]
     file = HERE.parent / "configs" / "accelerate" / "cpu2.yaml"
-    assert "--main_process_port=7" in training_job.launch_command(str(file), 7)
+    assert "--main_process_port=7" in launch_job.train_command(str(file), 7)
     with pytest.raises(UserError, match="configs/accelerate"):
-        training_job.launch_command("nowhere.yaml", 1)
+        launch_job.train_command("nowhere.yaml", 1)
 
 
 # --- reports --------------------------------------------------------------------------------------------------------
 
 
-def made_up(name, seed, losses, pace, parameters=1000, metrics=None):
+def fake_run(name, seed, losses, pace, parameters=1000, metrics=None):
     steps = np.arange(1, len(losses) + 1, dtype=float)
     spent = {"step": steps, "samples": 8 * steps, "flops": 1e9 * steps, "seconds": pace * steps}
     job = Job(f"{name}-{seed}", {"backbone": name, "seed": str(seed)}, [])
@@ -506,26 +510,26 @@ def made_up(name, seed, losses, pace, parameters=1000, metrics=None):
 
 @pytest.fixture
 def groups():
-    runs = [made_up("fast", s, [4.0 + s, 3.0 + s, 2.0 + s], pace=1.0) for s in (0, 1, 2)]
-    runs += [made_up("slow", s, [3.5 + s, 2.5 + s, 1.5 + s], pace=2.0, metrics={"fad": 5.0 + s}) for s in (0, 1, 2)]
+    runs = [fake_run("fast", s, [4.0 + s, 3.0 + s, 2.0 + s], pace=1.0) for s in (0, 1, 2)]
+    runs += [fake_run("slow", s, [3.5 + s, 2.5 + s, 1.5 + s], pace=2.0, metrics={"fad": 5.0 + s}) for s in (0, 1, 2)]
     return group(runs)
 
 
-def test_equal_spending_is_compared_seed_by_seed(groups):
-    """At equal steps `slow` is 0.5 better; at equal seconds (3, its step 1.5) it is a whole step behind."""
+def test_report_compares_at_equal_cost_seed_by_seed(groups):
+    """At equal steps `slow` is 0.5 better; at equal seconds (3, its step 1.5) it is 1.0 worse."""
     rows = report.paired_table(groups)
     assert rows[1] == ["slow", "-0.5000 ± 0.0000", "-0.5000 ± 0.0000", "+1.0000 ± 0.0000"]
 
 
-def test_the_main_table(groups):
+def test_report_main_table(groups):
     rows = report.main_table(groups)
     table = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
-    assert table["fast"]["at the end"].startswith("3.0000 ± ") and table["slow"]["seconds a step"] == "2"
+    assert table["fast"]["at the end"].startswith("3.0000 ± ") and table["slow"]["seconds per step"] == "2"
     assert table["slow"]["at 3 seconds"].startswith("4.0000")
-    assert report.figures_table(groups)[2][1].startswith("6.0000")
+    assert report.metrics_table(groups)[2][1].startswith("6.0000")
 
 
-def test_intervals_are_students(groups):
+def test_report_interval_is_students_t(groups):
     values = np.array([1.0, 2.0, 4.0])
     low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
     mean, half = map(float, report.interval(values).split(" ± "))
@@ -533,45 +537,45 @@ def test_intervals_are_students(groups):
     assert report.interval(np.array([1.0])) == "1.0000"
 
 
-def test_a_curve_between_two_validations_is_straight(groups):
+def test_run_interpolates_between_validations(groups):
     run = groups[0].runs[0]
     assert run.at("step", 1.5) == 3.5 and run.at("seconds", 2.25) == 2.75 and groups[1].furthest("seconds") == 6
 
 
-def test_what_a_run_was_worth_before_its_first_validation_is_not_made_up(groups):
-    """A slow model whose first validation comes late gets no credit for it at an earlier time."""
-    late = Group("late", [made_up("late", seed, [1.0, 0.5], pace=50.0) for seed in (0, 1, 2)])
+def test_run_is_nan_before_its_first_validation(groups):
+    """A slow model's first validation does not count at an earlier time."""
+    late = Group("late", [fake_run("late", seed, [1.0, 0.5], pace=50.0) for seed in (0, 1, 2)])
     rows = report.paired_table([groups[0], late])
     assert rows[1][0] == "late" and rows[1][3] == "" and rows[1][1].startswith("-")
-    other = Group("other", [made_up("other", 7, [1.0, 0.5], pace=1.0)])
+    other = Group("other", [fake_run("other", 7, [1.0, 0.5], pace=1.0)])
     assert report.paired_table([groups[0], other])[1][1:] == ["", "", ""]
 
 
-def test_points_that_left_the_grid_come_last(tmp_path, fake):
-    """So that the first group, which all others are held against, stays the grid's first."""
+def test_collect_puts_points_outside_the_grid_last(tmp_path, fake):
+    """The first group, which the others are compared with, stays the grid's first."""
     run_sweep(settings(tmp_path, {"optim.lr": [0.001, 0.01]}))
     folder = run_sweep(settings(tmp_path, {"optim.lr": [0.1, 0.01]}))
     assert [run.job.labels["optim.lr"] for run in collect(folder)] == ["0.1", "0.01", "0.001"]
 
 
-def test_the_last_step_is_read_from_the_end(tmp_path):
+def test_last_step_is_read_from_the_end_of_the_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert training_job.last_step(tmp_path) == 0
     path.write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(5000)) + '{"step": 9')
     assert training_job.last_step(tmp_path) == 4999
 
 
-def test_the_pareto_front_is_what_nothing_beats():
+def test_pareto_front_is_not_dominated():
     points = [tuple(point) for point in np.random.default_rng(0).integers(0, 12, (60, 2)).tolist()]
 
-    def beaten(a):
+    def dominated(a):
         return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
 
     found = [points[i] for i in plots.front(points)]
-    assert found == sorted({point for point in points if not beaten(point)})
+    assert found == sorted({point for point in points if not dominated(point)})
 
 
-def test_reports_of_what_is_there_so_far(tmp_path, fake):
+def test_report_of_an_unfinished_sweep(tmp_path, fake):
     folder = run_sweep(settings(tmp_path, RATES, seeds=[0, 1]))
     (folder.job_folder("0.01-seed1") / "done.json").unlink()
     written = report.write_report(folder.path)
@@ -589,20 +593,20 @@ def test_reports_of_what_is_there_so_far(tmp_path, fake):
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
-def test_a_report_of_no_sweep_is_a_clear_error(tmp_path, make, capsys):
+def test_report_of_another_folder_is_a_clear_error(tmp_path, make, capsys):
     make(tmp_path / "x")
     assert run_cli(lambda: main(["sweep", "report", str(tmp_path / "x")])) == 2
-    assert "no sweep" in capsys.readouterr().err
+    assert "not the folder of a sweep" in capsys.readouterr().err
 
 
-def test_a_report_before_anything_was_recorded_is_a_clear_error(tmp_path):
+def test_report_before_the_first_validation_is_a_clear_error(tmp_path):
     folder = SweepFolder(tmp_path)
     folder.write_config(settings(tmp_path, RATES))
-    folder.enter(expand(settings(tmp_path, RATES).sweep))
+    folder.add_jobs(expand(settings(tmp_path, RATES).sweep))
     with pytest.raises(UserError, match="valid/loss yet"):
         report.write_report(tmp_path)
 
 
-def test_one_seed_has_no_interval():
-    rows = report.main_table([Group("a", [made_up("a", 0, [2.0, 1.0], 1.0)])])
+def test_report_has_no_interval_for_one_seed():
+    rows = report.main_table([Group("a", [fake_run("a", 0, [2.0, 1.0], 1.0)])])
     assert rows[1][6:] == ["1.0000"] * 4

@@ -1,1 +1,1 @@
-"""launch"""
+"""Running jobs and tasks: processes of this machine, Slurm arrays, a Ray cluster."""

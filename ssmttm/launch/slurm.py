@@ -1,81 +1,76 @@
-"""A run as a chain of Slurm arrays: for each stage a job, in which every task makes its share of the shards."""
+"""Slurm array scripts: one array task for each entry of a list of arguments."""
 
 import os
 import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
 
 
-@dataclass(frozen=True)
-class Slurm:
-    """What is asked of the scheduler.
+def write_script(
+    path: Path, command: Sequence[str], tasks: Sequence[str], options: Mapping[str, object], more: Sequence[str] = ()
+) -> None:
+    """Write an sbatch script whose task i runs `command` with the argument `tasks[i]` added.
+
+    SIGUSR1 is passed on to the command 5 minutes before the time limit; exit code 75 (preempted) requeues the task.
 
     Args:
-        tasks: of each array.
-        cpus: of each task, and workers in it.
-        options: more lines for sbatch, such as `partition=cpu`.
-        device_options: the same, for the stages that hold a model, such as `gpus=1`.
+        options: of sbatch by long name; those that are None are left out. `array_limit` is the number of tasks that
+            run at a time.
+        more: further options, such as `partition=cpu`, written as they are.
     """
+    given = {name: value for name, value in options.items() if value is not None}
+    limit = given.pop("array_limit", None)
+    array = f"0-{len(tasks) - 1}" + (f"%{limit}" if limit else "")
+    lines = [f"{name}={shlex.quote(str(value))}" for name, value in ({"array": array} | given).items()]
+    text = _SCRIPT.format(
+        options="\n".join(f"#SBATCH --{line}" for line in [*lines, *more]),
+        folder=shlex.quote(os.getcwd()),
+        tasks=shlex.join(tasks),
+        command=shlex.join(command),
+    )
+    write_text(path, text)
 
-    tasks: int
-    cpus: int = 1
-    options: tuple[str, ...] = ()
-    device_options: tuple[str, ...] = ()
 
-
-def submit(slurm: Slurm, folder: Path, stages: Sequence[tuple[str, bool, bool]], command: Sequence[str]) -> list[Path]:
-    """Write a script for each stage under `folder` and hand them to sbatch, each after the one before it.
-
-    Args:
-        stages: (name, made of many shards, holds a model), in order.
-        command: the arguments of `python -m data_prep` that describe the run, without executor and workers.
+def submit(scripts: Sequence[Path]) -> None:
+    """Submit scripts, each to start after the one before it has succeeded.
 
     Raises:
-        UserError: there is no sbatch here (the scripts are written all the same), or it refuses.
+        UserError: sbatch is not installed or rejects a script.
     """
-    scripts = []
-    for number, (stage, many, device) in enumerate(stages):
-        tasks = slurm.tasks if many else 1
-        options = {
-            "job-name": f"prep-{stage}",
-            "array": f"0-{tasks - 1}",
-            "cpus-per-task": str(slurm.cpus),
-            "output": str(folder / f"{stage}-%a.log"),
-        }
-        lines = [f"#SBATCH --{name}={value}" for name, value in options.items()]
-        lines += [f"#SBATCH --{line}" for line in (slurm.device_options if device else slurm.options)]
-        work = [sys.executable, "-m", "data_prep", *command, "--workers", str(slurm.cpus), "--stage", stage]
-        text = _SCRIPT.format(
-            options="\n".join(lines), here=shlex.quote(os.getcwd()), command=shlex.join(work), tasks=tasks
-        )
-        script = folder / f"{number}-{stage}.sbatch"
-        write_text(script, text)
-        scripts.append(script)
     if shutil.which("sbatch") is None:
-        raise UserError(f"there is no sbatch here: run the scripts in {folder} one after the other where there is one")
-    after: list[str] = []
+        raise UserError(f"sbatch not found: submit the scripts in {scripts[0].parent} in order on a Slurm machine")
+    dependency: list[str] = []
     for script in scripts:
-        done = subprocess.run(["sbatch", "--parsable", *after, str(script)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
-        job = done.stdout.strip().split(";")[0]
-        print(f"{script}: job {job}")
-        after = [f"--dependency=afterok:{job}"]
-    return scripts
+        result = subprocess.run(["sbatch", "--parsable", *dependency, str(script)], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise UserError(f"sbatch rejected {script}: {result.stderr.strip()}")
+        job_id = result.stdout.strip().split(";")[0]
+        print(f"{script}: job {job_id}")
+        dependency = [f"--dependency=afterok:{job_id}"]
 
 
 _SCRIPT = """\
 #!/bin/bash
 {options}
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-cd {here}
-exec {command} --share "$SLURM_ARRAY_TASK_ID/{tasks}"
+cd {folder}
+tasks=({tasks})
+{command} "${{tasks[$SLURM_ARRAY_TASK_ID]}}" &
+pid=$!
+trap 'kill -USR1 $pid; signalled=1' USR1
+while
+    signalled=
+    wait $pid  # a signal interrupts it
+    code=$?
+    [ -n "$signalled" ]
+do :; done
+if [ $code -eq 75 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
+exit $code
 """

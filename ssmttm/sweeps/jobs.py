@@ -1,9 +1,10 @@
-"""A sweep's jobs: every point of the grid, with every seed, as overrides of one experiment."""
+"""The jobs of a sweep: every point of the grid with every seed, as overrides of one experiment."""
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +13,7 @@ from ssmttm import config
 from ssmttm.errors import UserError
 from ssmttm.models.size import fit_budget, parse_count, size_of
 
-_TEXT_TOKENS = 32  # of a caption, when FLOPs are foreseen
+_TEXT_TOKENS = 32  # caption length assumed for FLOPs
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Job:
     """One training.
 
     Attributes:
-        name: of its folder, made of the labels.
-        labels: its place in the grid, and its seed.
-        overrides: what `train.py` is given besides store and run folder.
-        seconds: of training; set, `train.steps` is found by timing the first steps.
+        name: of its folder, from the labels.
+        labels: its point in the grid, and its seed.
+        overrides: of `train.py`, without store and run folder.
+        seconds: training time; if set, `train.steps` is found by timing the first steps.
     """
 
     name: str
@@ -31,68 +32,65 @@ class Job:
     overrides: list[str]
     seconds: float | None = None
 
-    def document(self) -> dict[str, Any]:
-        """As job.json holds it."""
-        return asdict(self)
-
 
 def expand(sweep: DictConfig) -> list[Job]:
     """All jobs of a sweep's grid.
 
     Raises:
-        UserError: `check` refuses, an axis that is none, two points of one name, or an override that the training's
-            config does not know.
+        UserError: see `check_sweep`; an invalid axis; two points with the same name; an unknown override.
     """
-    check(sweep)
+    check_sweep(sweep)
     budget = budget_of(sweep)
-    axes = {name: _points(name, axis) for name, axis in OmegaConf.to_container(sweep.grid, resolve=True).items()}
+    grid: Any = OmegaConf.to_container(sweep.grid, resolve=True)
+    axes = {str(name): _points(name, axis) for name, axis in grid.items()}
     jobs = []
     for seed in sweep.seeds:
-        for point in itertools.product(*(axis.items() for axis in axes.values())):
-            labels = dict(zip(axes, (label for label, _ in point), strict=True))
-            chosen = [override for _, overrides in point for override in overrides]
-            overrides = sized([f"experiment={sweep.experiment}", *sweep.overrides, *chosen, f"seed={seed}"], sweep)
-            jobs.append(make_job({**labels, "seed": str(seed)}, overrides, budget))
-    if twice := {job.name for job in jobs if sum(other.name == job.name for other in jobs) > 1}:
-        raise UserError(f"two points of the grid are both named {min(twice)}: give the axis labels of its own")
+        for labels in itertools.product(*axes.values()):
+            points = dict(zip(axes, labels, strict=True))
+            chosen = [override for name, label in points.items() for override in axes[name][label]]
+            overrides = match_size([f"experiment={sweep.experiment}", *sweep.overrides, *chosen, f"seed={seed}"], sweep)
+            jobs.append(make_job({**points, "seed": str(seed)}, overrides, budget))
+    duplicates = sorted(name for name, count in Counter(job.name for job in jobs).items() if count > 1)
+    if duplicates:
+        raise UserError(f"two points of the grid are both named {duplicates[0]}: give the axis distinct labels")
     return jobs
 
 
-def check(sweep: DictConfig) -> None:
-    """Raises UserError for a sweep without experiment or seeds, or with a budget that is none."""
+def check_sweep(sweep: DictConfig) -> None:
+    """Raises UserError for a sweep without experiment or seeds, or with an invalid budget."""
     if not sweep.experiment:
-        raise UserError(f"no sweep is named: give sweep=NAME, one of {', '.join(config.names('sweep'))}")
+        raise UserError(f"no sweep is set: set sweep=NAME, one of {', '.join(config.names('sweep'))}")
     if not sweep.seeds:
-        raise UserError("sweep.seeds is empty: give at least one, such as sweep.seeds=[0]")
+        raise UserError("sweep.seeds is empty: set at least one, such as sweep.seeds=[0]")
     budget = budget_of(sweep)
     if len(budget) > 1:
-        raise UserError(f"sweep.budget has {' and '.join(budget)}: keep one, and set the others to null")
-    if low := [f"{kind}={amount}" for kind, amount in budget.items() if amount <= 0]:
-        raise UserError(f"sweep.budget.{low[0]}: give more than 0")
+        raise UserError(f"sweep.budget has {' and '.join(budget)}: keep one and set the others to null")
+    for kind, amount in budget.items():
+        if amount <= 0:
+            raise UserError(f"sweep.budget.{kind} must be more than 0, got {amount}")
 
 
 def budget_of(sweep: DictConfig) -> dict[str, float]:
-    """What the sweep's budget limits, and how much of it there is."""
+    """The sweep's budget without the entries that are null."""
     return {kind: amount for kind, amount in sweep.budget.items() if amount is not None}
 
 
 def make_job(labels: Mapping[str, str], overrides: list[str], budget: Mapping[str, float]) -> Job:
-    """A job that lasts as long as the budget says."""
+    """A job whose length is set by the budget."""
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(f"seed{v}" if k == "seed" else v for k, v in labels.items()))
     return Job(name, dict(labels), [*overrides, *_length(overrides, budget)], budget.get("seconds"))
 
 
-def sized(overrides: list[str], sweep: DictConfig) -> list[str]:
-    """The overrides, with one `experiment` only (the last), and the model brought to the sweep's size."""
+def match_size(overrides: list[str], sweep: DictConfig) -> list[str]:
+    """The overrides with one `experiment` only, the last, and with the model fitted to `sweep.match`."""
     experiment = [override for override in overrides if override.startswith("experiment=")][-1:]
     overrides = [*experiment, *(override for override in overrides if not override.startswith("experiment="))]
+    settings = config.load(*overrides)  # a mistake is an error before anything runs
     if sweep.match is None:
-        config.load(*overrides)  # a mistake is told before anything runs
         return overrides
     if "parameters" not in sweep.match:
         raise UserError("sweep.match has no parameters: write {parameters: 300M, vary: n_layers}")
-    parameters, vary = parse_count(str(sweep.match.parameters)), sweep.match.get("vary", "n_layers")
-    fit = fit_budget(config.load(*overrides).model, parameters, vary)
+    fit = fit_budget(settings.model, parse_count(str(sweep.match.parameters)), sweep.match.get("vary", "n_layers"))
     return [*overrides, f"model.{fit.key}={fit.value}"]
 
 
@@ -103,14 +101,15 @@ def _points(name: str, axis: Any) -> dict[str, list[str]]:
         return {value: [f"{name}={value}"] for value in values}
     if isinstance(axis, dict) and axis and all(isinstance(overrides, list) for overrides in axis.values()):
         return {str(label): [str(override) for override in overrides] for label, overrides in axis.items()}
-    raise UserError(f"sweep.grid.{name} is no axis: write a list of values, or {{label: [overrides]}}")
+    raise UserError(f"sweep.grid.{name} must be a list of values, or {{label: [overrides]}}")
 
 
 def _length(overrides: list[str], budget: Mapping[str, float]) -> list[str]:
     if "steps" in budget:
         return [f"train.steps={int(budget['steps'])}"]
     if "flops" in budget:
-        composed = config.load(*overrides)
-        size, data = size_of(composed.model, composed.data.frames, _TEXT_TOKENS), composed.data
-        return [f"train.steps={max(1, round(budget['flops'] / (3 * size.forward * data.frames * data.batch_size)))}"]
+        settings = config.load(*overrides)
+        forward = size_of(settings.model, settings.data.frames, _TEXT_TOKENS).forward
+        flops_per_step = 3 * forward * settings.data.frames * settings.data.batch_size
+        return [f"train.steps={max(1, round(budget['flops'] / flops_per_step))}"]
     return []

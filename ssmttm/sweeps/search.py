@@ -1,6 +1,6 @@
-"""Search instead of a grid: Optuna proposes each job's settings and learns from its validation loss.
+"""Search instead of a grid: Optuna proposes the settings of each job from the validation losses of earlier ones.
 
-The study is a journal file in the sweep's folder: a search that was killed goes on with the trials it had begun.
+The study is a journal file in the sweep's folder, so a killed search continues with the trials it had started.
 """
 
 from collections.abc import Iterator
@@ -10,89 +10,111 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
-from ssmttm.launch.sweep_launchers import run_local
-from ssmttm.launch.training_job import DONE, STOPPED, read_metrics
+from ssmttm.launch.job import DONE, STOPPED, CommandJob
 from ssmttm.sweeps.folder import SweepFolder
-from ssmttm.sweeps.jobs import Job, budget_of, check, make_job, sized
+from ssmttm.sweeps.jobs import Job, budget_of, check_sweep, make_job, match_size
+from ssmttm.sweeps.launchers import run_local
+from ssmttm.sweeps.training_job import read_metrics
 
 
 def run_search(folder: SweepFolder, settings: DictConfig) -> None:
-    """Work through `sweep.search`: so many trials, as many at once as the launcher has room for.
+    """Run the trials of `sweep.search`, as many at a time as the launcher has slots.
 
     Raises:
-        UserError: the sweep is none (`jobs.check`), Optuna is not installed, trials or parameters are not given, a
-            parameter is neither a range nor a list of choices, or another launcher than local.
+        UserError: see `check_sweep`; Optuna is not installed; trials or parameters are missing; a parameter is neither
+            a range nor a list of choices; the launcher is not local.
     """
-    check(settings.sweep)
-    search, seed = settings.sweep.search, int(settings.sweep.seeds[0])
-    if missing := [name for name in ("trials", "parameters") if not search.get(name)]:
-        raise UserError(f"sweep.search has no {missing[0]}: write {{trials: 20, parameters: {{KEY: {{low, high}}}}}}")
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
-    except ImportError as error:
-        raise UserError("sweep.search needs Optuna: pip install optuna, or write a grid") from error
+    check_sweep(settings.sweep)
+    for name in ("trials", "parameters"):
+        if not settings.sweep.search.get(name):
+            raise UserError(f"sweep.search has no {name}: write {{trials: 20, parameters: {{KEY: {{low, high}}}}}}")
     if settings.launcher.kind != "local":
-        raise UserError("sweep.search runs with launcher=local only: each trial waits for what earlier ones showed")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder.path / "study.log"))),
-        sampler=optuna.samplers.TPESampler(seed=seed + len(list(folder.path.glob("jobs/*")))),
-        study_name=settings.sweep.name,
-        direction=search.get("direction", "minimize"),
-        load_if_exists=True,
-    )
-    states = optuna.trial.TrialState
-    numbers: dict[str, int] = {}
+        raise UserError("sweep.search needs launcher=local: each trial depends on the results of earlier ones")
+    search = _Search(folder, settings.sweep)
+    run_local(folder, search.jobs(), settings, search.n_left(), search.on_end)
+    search.print_best()
 
-    def chosen() -> list[Any]:
-        """Trials whose settings are all chosen, to whatever end they came; a kill may leave one without."""
-        return [trial for trial in study.get_trials() if trial.params.keys() == set(search.parameters)]
 
-    def proposals() -> Iterator[Job]:
-        whole = {trial.number for trial in chosen()}
-        for trial in study.get_trials(states=(states.RUNNING,)):
-            if trial.number in whole:
-                yield enter(trial.number, trial.params)
+class _Search:
+    """Jobs from the trials of a study."""
+
+    def __init__(self, folder: SweepFolder, sweep: DictConfig) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise UserError("sweep.search needs Optuna: pip install optuna, or use a grid") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._folder, self._sweep, self._seed = folder, sweep, int(sweep.seeds[0])
+        self._states = optuna.trial.TrialState
+        self._trials: dict[str, int] = {}  # number of the trial, by job name
+        journal = optuna.storages.journal.JournalFileBackend(str(folder.path / "study.log"))
+        self._study = optuna.create_study(
+            storage=optuna.storages.journal.JournalStorage(journal),
+            sampler=optuna.samplers.TPESampler(seed=self._seed + len(list(folder.path.glob("jobs/*")))),
+            study_name=sweep.name,
+            direction=sweep.search.get("direction", "minimize"),
+            load_if_exists=True,
+        )
+
+    def n_left(self) -> int:
+        """Trials that have not ended."""
+        ended = (self._states.COMPLETE, self._states.FAIL)
+        return self._sweep.search.trials - sum(trial.state in ended for trial in self._complete_trials())
+
+    def jobs(self) -> Iterator[Job]:
+        """The trials that were running when the search stopped, then new ones."""
+        complete = {trial.number for trial in self._complete_trials()}
+        for trial in self._study.get_trials(states=(self._states.RUNNING,)):
+            if trial.number in complete:
+                yield self._job(trial.number, trial.params)
             else:
-                study.tell(trial.number, state=states.FAIL)
-        while len(chosen()) < search.trials:
-            trial = study.ask()
-            yield enter(trial.number, {name: _suggest(trial, name, kind) for name, kind in search.parameters.items()})
+                self._study.tell(trial.number, state=self._states.FAIL)
+        parameters = self._sweep.search.parameters
+        while len(self._complete_trials()) < self._sweep.search.trials:
+            trial = self._study.ask()
+            yield self._job(trial.number, {name: _suggest(trial, name, kind) for name, kind in parameters.items()})
 
-    def enter(number: int, values: dict[str, Any]) -> Job:
-        labels = {"trial": f"trial{number:04d}", "seed": str(seed)}
-        picked = [f"{name}={value}" for name, value in values.items()]
-        overrides = [f"experiment={settings.sweep.experiment}", *settings.sweep.overrides, *picked, f"seed={seed}"]
-        job = make_job(labels, sized(overrides, settings.sweep), budget_of(settings.sweep))
-        folder.enter([job])
-        numbers[job.name] = number
-        return job
-
-    def finished(job: Job, outcome: str) -> None:
+    def on_end(self, job: CommandJob, outcome: str) -> None:
+        """Report a trial's value, or its failure."""
         if outcome == DONE:
-            study.tell(numbers[job.name], _last(folder.job_folder(job.name) / "run", settings.sweep.metric))
+            self._study.tell(self._trials[job.name], _last_value(job.folder / "run", self._sweep.metric))
         elif outcome != STOPPED:
-            study.tell(numbers[job.name], state=states.FAIL)
+            self._study.tell(self._trials[job.name], state=self._states.FAIL)
 
-    over = sum(trial.state in (states.COMPLETE, states.FAIL) for trial in chosen())
-    run_local(folder, proposals(), settings, search.trials - over, finished)
-    if study.get_trials(states=(states.COMPLETE,)):
-        best = " ".join(f"{name}={value}" for name, value in study.best_params.items())
-        print(f"best of {len(chosen())} trials: {settings.sweep.metric} {study.best_value:.4f} with {best}")
+    def print_best(self) -> None:
+        """Print the best trial, if there is one."""
+        if self._study.get_trials(states=(self._states.COMPLETE,)):
+            best = " ".join(f"{name}={value}" for name, value in self._study.best_params.items())
+            n = len(self._complete_trials())
+            print(f"best of {n} trials: {self._sweep.metric} {self._study.best_value:.4f} with {best}")
+
+    def _complete_trials(self) -> list[Any]:
+        """Trials with a value for every parameter; a kill may leave one without."""
+        names = set(self._sweep.search.parameters)
+        return [trial for trial in self._study.get_trials() if trial.params.keys() == names]
+
+    def _job(self, number: int, values: dict[str, Any]) -> Job:
+        labels = {"trial": f"trial{number:04d}", "seed": str(self._seed)}
+        chosen = [f"{name}={value}" for name, value in values.items()]
+        sweep = self._sweep
+        overrides = [f"experiment={sweep.experiment}", *sweep.overrides, *chosen, f"seed={self._seed}"]
+        job = make_job(labels, match_size(overrides, sweep), budget_of(sweep))
+        self._folder.add_jobs([job])
+        self._trials[job.name] = number
+        return job
 
 
 def _suggest(trial: Any, name: str, kind: Any) -> Any:
     if OmegaConf.is_list(kind):
         return trial.suggest_categorical(name, list(kind))
     if OmegaConf.is_dict(kind) and {"low", "high"} <= kind.keys() <= {"low", "high", "log"}:
-        whole = isinstance(kind.low, int) and isinstance(kind.high, int)
-        suggest = trial.suggest_int if whole else trial.suggest_float
+        integer = isinstance(kind.low, int) and isinstance(kind.high, int)
+        suggest = trial.suggest_int if integer else trial.suggest_float
         return suggest(name, kind.low, kind.high, log=bool(kind.get("log", False)))
-    raise UserError(f"sweep.search.parameters.{name}: write {{low: 1, high: 2, log: true}} or a list of choices")
+    raise UserError(f"sweep.search.parameters.{name} must be {{low: 1, high: 2, log: true}} or a list of choices")
 
 
-def _last(run: Path, metric: str) -> float:
+def _last_value(run: Path, metric: str) -> float:
     values = [row[metric] for row in read_metrics(run) if metric in row]
     if not values:
         raise UserError(f"{run} has no {metric}: set sweep.metric to a name in its metrics.jsonl")

@@ -1,4 +1,4 @@
-"""A small folder, the command that prepares it, and the store that comes of it when nothing is killed."""
+"""A small folder of audio, the command that prepares it, and comparison of stores."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0
 
 
 def small_folder(folder: Path) -> Path:
-    """24 short pieces, one of them twice, and one that cannot be read."""
+    """24 short audio files, a duplicate, and one that cannot be decoded."""
     for index in range(24):
         start = 8 * (index % 4) * RATE
         save(folder / f"{index:02d}.flac", music(index // 4)[start : start + 8 * RATE])
@@ -24,33 +24,33 @@ def small_folder(folder: Path) -> Path:
 
 
 def command(root: Path, out: Path, *more: str) -> list[str]:
-    """Audio, codes and embeddings of 48 segments."""
+    """The command line for audio, codes and embeddings of 48 segments."""
     words = ["folder", "--root", root, "--out", out, "--licence", "CC0-1.0", "--segment", "5", "--workers", "2", *more]
     return [sys.executable, "-m", "data_prep", *map(str, words)]
 
 
 def prepare(root: Path, out: Path) -> None:
-    """Run the command to its end."""
-    done = subprocess.run(command(root, out), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """Run the command."""
+    result = subprocess.run(command(root, out), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def files(store: Path) -> dict[str, bytes]:
-    """Every file of a store but those of the work."""
-    found = (path for path in sorted(store.rglob("*")) if path.is_file() and WORK not in path.relative_to(store).parts)
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in found}
+    """The bytes of every file of a store outside the work folder."""
+    paths = (path for path in sorted(store.rglob("*")) if path.is_file() and WORK not in path.relative_to(store).parts)
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in paths}
 
 
-def same(store: Path, unbroken: dict[str, bytes]) -> None:
-    """Byte for byte, and nothing half-made is left."""
-    found = files(store)
-    assert found.keys() == unbroken.keys()
-    assert [name for name in found if found[name] != unbroken[name]] == []
+def check_equal(store: Path, expected: dict[str, bytes]) -> None:
+    """The store has these files, byte for byte, and no temporary file is left."""
+    actual = files(store)
+    assert actual.keys() == expected.keys()
+    assert [name for name in actual if actual[name] != expected[name]] == []
     assert not list((store / WORK).rglob("*.tmp*"))
 
 
-def told(path: Path) -> str:
-    """What /proc tells; nothing of a process that is gone."""
+def read_proc(path: Path) -> str:
+    """A file of /proc; empty if the process has ended."""
     try:
         return path.read_text()
     except OSError:

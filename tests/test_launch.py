@@ -1,0 +1,71 @@
+"""Slurm scripts: quoting, signals and requeuing, run by bash with a fake scontrol."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ssmttm.launch.slurm import write_script
+
+TASK = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+open(sys.argv[1], "w").write(sys.argv[2])
+time.sleep(60 if sys.argv[2] == "wait" else 0)
+sys.exit(int(sys.argv[2]) if sys.argv[2].isdecimal() else 0)
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Writes a script of five tasks to a folder with a space in its name; runs one of them, with a fake scontrol."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/bash\necho "$*" >> "{tmp_path}/requeued"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    script = folder / "test.sbatch"
+    command = [sys.executable, "-c", TASK, str(folder / "argument")]
+    options = {"job-name": "test", "time": None, "array_limit": 2, "output": folder / "%a.log"}
+    write_script(script, command, ["0", "75", "3", "wait", "it's $HOME"], options, ["gpus=1"])
+
+    def start(task):
+        return subprocess.Popen(["bash", script], env=os.environ | {
+            "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_JOB_ID": "7",
+        })  # fmt: skip
+
+    return start
+
+
+def test_slurm_script_options_are_quoted(run_script, tmp_path):
+    lines = (tmp_path / "a folder" / "test.sbatch").read_text().splitlines()
+    assert lines[1:5] == [
+        "#SBATCH --array=0-4%2", "#SBATCH --job-name=test", f"#SBATCH --output='{tmp_path}/a folder/%a.log'",
+        "#SBATCH --gpus=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "code", "argument"), [(0, 0, "0"), (1, 75, "75"), (2, 3, "3"), (4, 0, "it's $HOME")])
+def test_slurm_script_exits_with_its_task_and_requeues_on_75(run_script, tmp_path, task, code, argument):
+    assert run_script(task).wait(30) == code
+    assert (tmp_path / "a folder" / "argument").read_text() == argument
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("requeue 7_1\n" if code == 75 else "")
+
+
+def test_slurm_script_passes_the_signal_on_and_requeues(run_script, tmp_path):
+    process = run_script(3)
+    argument = tmp_path / "a folder" / "argument"
+    deadline = time.monotonic() + 30
+    while not (argument.exists() and argument.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 7_3\n"
