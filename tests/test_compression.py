@@ -1,4 +1,4 @@
-"""`ssmttm compress`: the parts of a recipe, trained, put together and told apart from their teacher."""
+"""`ssmttm compress`: training of the parts of a recipe, assembly, sizes."""
 
 import json
 import os
@@ -42,8 +42,8 @@ class Encoder(WordEncoder):
         self.model = nn.Linear(3, 5)
 
     def encode(self, captions):
-        made = super().encode(captions)
-        return made._replace(embeddings=made.embeddings[..., :TEXT_DIM])
+        text = super().encode(captions)
+        return text._replace(embeddings=text.embeddings[..., :TEXT_DIM])
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +64,8 @@ def teacher(store):
 
 
 @pytest.fixture
-def told(store, teacher, tmp_path):
-    """What a recipe of a part or more is told on the command line."""
+def arguments(store, teacher, tmp_path):
+    """Command-line arguments for a recipe with the given parts."""
 
     def build(**parts):
         parts = {"text": "null", "codec": "null", "lm": "null", **parts}
@@ -76,20 +76,20 @@ def told(store, teacher, tmp_path):
     return build
 
 
-def listed(keys):
-    """A part's keys as a list on the command line: [a,b]."""
+def list_override(keys):
+    """Comma-separated overrides as a list override: ['a','b']."""
     parts, depth, start = [], 0, 0
-    for at, letter in enumerate(keys + ","):
+    for end, letter in enumerate(keys + ","):
         depth += (letter == "[") - (letter == "]")
         if letter == "," and not depth:
-            parts.append(f"'{keys[start:at]}'")
-            start = at + 1
+            parts.append(f"'{keys[start:end]}'")
+            start = end + 1
     return f"[{','.join(parts)}]"
 
 
-def test_a_recipe_becomes_a_system_that_plays(told, teacher, tmp_path, capsys):
-    words = told(lm=listed(LM), codec=listed(CODEC), int8="true")
-    assert main(["compress", *words]) == 0
+def test_recipe_produces_a_working_system(arguments, teacher, tmp_path, capsys):
+    command = arguments(lm=list_override(LM), codec=list_override(CODEC), int8="true")
+    assert main(["compress", *command]) == 0
     out = tmp_path / "out"
     pipe = MusicPipeline.from_pretrained(out, "cpu")
     assert pipe.guidance_scale == 1 and isinstance(pipe.model.heads, Int8Linear)
@@ -101,93 +101,93 @@ def test_a_recipe_becomes_a_system_that_plays(told, teacher, tmp_path, capsys):
     assert card["data"]["licences"] == {"NOASSERTION": None, "CC0-1.0": 24}  # the small codec has no card
     assert card["licence"] == "NOASSERTION"
     assert str(tmp_path) not in "".join(p.read_text() for p in out.rglob("*") if p.suffix in (".json", ".yaml"))
-    said = capsys.readouterr().out
-    assert "codec decoder" in said and "less" in (out / "sizes.md").read_text() and str(out) in said
+    printed = capsys.readouterr().out
+    assert "codec decoder" in printed and "smaller" in (out / "sizes.md").read_text() and str(out) in printed
     with pytest.raises(UserError, match="not empty"):
-        main(["compress", *words])
+        main(["compress", *command])
 
 
-def test_what_is_trained_is_not_trained_again(told, tmp_path):
-    words = told(lm=listed(LM))
-    main(["compress", *words])
+def test_finished_trainings_are_skipped(arguments, tmp_path):
+    command = arguments(lm=list_override(LM))
+    main(["compress", *command])
     metrics = (tmp_path / "work" / "lm" / "metrics.jsonl").read_text()
-    words[4] = f"out={tmp_path / 'again'}"
-    main(["compress", *words])
+    command[4] = f"out={tmp_path / 'again'}"
+    main(["compress", *command])
     assert (tmp_path / "work" / "lm" / "metrics.jsonl").read_text() == metrics
     first, second = (MusicPipeline.from_pretrained(tmp_path / name).model for name in ("out", "again"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_part_whose_teacher_was_trained_on_is_refused(told, tmp_path):
-    """A second language model stands for the text encoder here: it learns from the first."""
+def test_part_whose_teacher_was_continued_is_rejected(arguments, tmp_path):
+    """A second language model, in place of the text encoder, learns from the first."""
 
-    def follow(steps):
+    def train_all(steps):
         lm = f"{LM},train.precision=fp32,distill.guidance_scale=1"
-        words = told(lm=listed(f"{lm},train.steps={steps}"), text=listed(lm))
-        for keys in recipe.trainings(config.load(*words, root="compress")).values():
+        command = arguments(lm=list_override(f"{lm},train.steps={steps}"), text=list_override(lm))
+        for keys in recipe.training_overrides(config.load(*command, root="compress")).values():
             loop.train(config.load(*keys))
 
-    follow(2)
-    follow(2)
+    train_all(2)
+    train_all(2)
     with pytest.raises(UserError, match=r"text/.* learnt from another teacher, lm/step-00000002 .* lm/step-00000003"):
-        follow(3)
+        train_all(3)
 
 
-def test_an_exported_teacher_keeps_what_no_part_replaces(told, teacher, tmp_path):
+def test_parts_without_training_stay_the_teachers(arguments, teacher, tmp_path):
     whole = export(teacher, tmp_path / "exported", half=False)
-    words = told(int8="true")
-    words[1] = f"teacher={whole}"
-    main(["compress", *words])
+    command = arguments(int8="true")
+    command[1] = f"teacher={whole}"
+    main(["compress", *command])
     ours, theirs = (MusicPipeline.from_pretrained(folder, "cpu") for folder in (tmp_path / "out", whole))
     assert type(ours.codec) is type(theirs.codec) and ours.guidance_scale == theirs.guidance_scale == 3
     assert torch.equal(ours.model.embedding.weight, theirs.model.embedding.weight.half().float())
 
 
-def test_parts_follow_each_other(told, teacher, tmp_path):
-    """The text encoder is fitted to the language model that goes on, the decoder to the teacher's codec."""
-    words = told(lm=listed(LM), codec=listed(CODEC), text="['experiment=tinyttm_lm']")
-    found = recipe.trainings(config.load(*words, root="compress"))
-    assert list(found) == ["lm", "text", "codec"]
-    teachers = {part: config.load(*keys).teacher for part, keys in found.items()}
+def test_teachers_of_the_parts(arguments, teacher, tmp_path):
+    """The text encoder's teacher is the new language model, the decoder's the codec of the recipe's teacher."""
+    command = arguments(lm=list_override(LM), codec=list_override(CODEC), text="['experiment=tinyttm_lm']")
+    overrides = recipe.training_overrides(config.load(*command, root="compress"))
+    assert list(overrides) == ["lm", "text", "codec"]
+    teachers = {part: config.load(*keys).teacher for part, keys in overrides.items()}
     expected = (str(teacher), str(tmp_path / "work" / "lm"), str(teacher.parent / "codec"))
     assert teachers == dict(zip(("lm", "text", "codec"), expected, strict=True))
-    alone = recipe.trainings(config.load(*told(text="['experiment=tinyttm_lm']"), root="compress"))
+    alone = recipe.training_overrides(config.load(*arguments(text="['experiment=tinyttm_lm']"), root="compress"))
     assert f"teacher='{teacher}'" in alone["text"]
     with pytest.raises(UserError, match=r"train\.steps"):
-        recipe.trainings(config.load(*told(text="['train.stepz=3']"), root="compress"))
+        recipe.training_overrides(config.load(*arguments(text="['train.stepz=3']"), root="compress"))
 
 
 @pytest.mark.parametrize(("code", "error"), [(2, UserError), (75, Preempted), (1, subprocess.CalledProcessError)])
-def test_how_a_training_ends_is_how_a_compression_ends(code, error):
-    recipe.run([sys.executable, "-c", "pass"], "lm")
+def test_exit_code_of_training_is_raised(code, error):
+    recipe.run_training([sys.executable, "-c", "pass"], "lm")
     with pytest.raises(error):
-        recipe.run([sys.executable, "-c", f"raise SystemExit({code})"], "lm")
+        recipe.run_training([sys.executable, "-c", f"raise SystemExit({code})"], "lm")
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])
-def test_a_signal_asks_the_training_to_stop(number, error, tmp_path):
-    """It has the time that it takes to write a checkpoint."""
-    parent, note = os.getpid(), tmp_path / "stopped"
+def test_signal_is_passed_to_the_training(number, error, tmp_path):
+    """The parent waits until the training has ended."""
+    parent, marker = os.getpid(), tmp_path / "stopped"
     code = f"""
 import os, pathlib, signal, time
 def stop(*_):
-    time.sleep(0.5); pathlib.Path({str(note)!r}).touch(); os._exit(75)
+    time.sleep(0.5); pathlib.Path({str(marker)!r}).touch(); os._exit(75)
 signal.signal(signal.SIGTERM, stop); os.kill({parent}, {int(number)}); time.sleep(60)
 """
     with pytest.raises(error):
-        recipe.run([sys.executable, "-c", code], "lm")
-    assert note.exists()
+        recipe.run_training([sys.executable, "-c", code], "lm")
+    assert marker.exists()
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_those_of_the_parts(teacher):
+def test_component_sizes(teacher):
     pipe = MusicPipeline.from_pretrained(teacher, "cpu")
     text, language, decoder = components(pipe)
     assert (text.name, text.parameters, text.stored) == ("text encoder", 20, 80)
     assert language.parameters == sum(p.numel() for p in pipe.model.parameters()) == language.stored / 4
-    assert decoder.parameters < sum(p.numel() for p in pipe.codec.parameters())  # its encoder is left out
+    assert decoder.parameters < sum(p.numel() for p in pipe.codec.parameters())  # without its encoder
     pipe.guidance_scale = 1.0
     once = components(pipe)[1]
     assert language.flops == 2 * once.flops
@@ -197,17 +197,20 @@ def test_sizes_are_those_of_the_parts(teacher):
     assert language.read - once.read == pytest.approx(2 * carried * positions)
 
 
-def test_a_table_compares_part_by_part_and_in_all():
+def test_comparison_table_and_total():
     old, new = ([Component(name, n * 10**6, 0, 3e6 * n, 2e6) for name in "ab"] for n in (4, 1))
     assert total(old) == Component("all", 8_000_000, 0, 24e6, 4e6)
     lines = comparison(old, new).splitlines()
-    assert lines[2] == "| a | 4.0 → 1.0 (4.0 x less) | 0.0 → 0.0 | 12.0 → 3.0 (4.0 x less) | 2.0 → 2.0 (1.0 x less) |"
-    assert lines[4].startswith("| all | 8.0 → 2.0 (4.0 x less) |")
+    assert (
+        lines[2]
+        == "| a | 4.0 → 1.0 (4.0x smaller) | 0.0 → 0.0 | 12.0 → 3.0 (4.0x smaller) | 2.0 → 2.0 (1.0x smaller) |"
+    )
+    assert lines[4].startswith("| all | 8.0 → 2.0 (4.0x smaller) |")
 
 
 @pytest.mark.parametrize("name", ["tinyttm_89m", "tinyttm_ssm_89m"])
-def test_the_presets_keep_to_the_budget_of_the_paper(name):
-    """Counted as it counts: text encoder, language model and decoder; and they make sound."""
+def test_presets_are_within_parameter_budget_of_the_paper(name):
+    """Text encoder, language model and decoder, counted as in the paper; each system generates audio."""
     pipe = random_system(name)
     parts = components(pipe)
     assert 0.95 * BUDGET < total(parts).parameters <= BUDGET
@@ -220,28 +223,32 @@ def test_the_presets_keep_to_the_budget_of_the_paper(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({}, "changes nothing"),
         ({"teacher": "null"}, "teacher is not set"),
         ({"store": "null"}, "store is not set"),
         ({"teacher": "nowhere"}, "nowhere"),
-        ({"recipe": "null"}, "no recipe is named"),
+        ({"recipe": "null"}, "recipe is not set"),
     ],
 )
-def test_mistakes_are_one_clear_line(told, change, says):
-    words = told(int8="true" if "teacher" in change else "false") + [f"{key}={value}" for key, value in change.items()]
+def test_invalid_settings_are_rejected(arguments, change, message):
+    command = arguments(int8="true" if "teacher" in change else "false") + [
+        f"{key}={value}" for key, value in change.items()
+    ]
     if "recipe" in change:
-        words = words[1:4]
-    with pytest.raises(UserError, match=says):
-        main(["compress", *words])
+        command = command[1:4]
+    with pytest.raises(UserError, match=message):
+        main(["compress", *command])
 
 
-def test_a_decoder_of_other_codes_is_refused(told, teacher, store, tmp_path):
+def test_decoder_of_another_codec_is_rejected(arguments, teacher, store, tmp_path):
     other = tmp_path / "other"
     torch.manual_seed(9)
-    codec = StudentCodec.of(type(small_codec(other))(small_codec(other).config), {"kind": "spectral", "width": 8})
+    codec = StudentCodec.from_teacher(
+        type(small_codec(other))(small_codec(other).config), {"kind": "spectral", "width": 8}
+    )
     codec.save(tmp_path / "student")
-    with pytest.raises(UserError, match="decodes the codes of"):
+    with pytest.raises(UserError, match="decodes the codes of codec"):
         assemble(teacher, tmp_path / "student", tmp_path / "out")
     assert not (tmp_path / "out").exists()

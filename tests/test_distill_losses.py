@@ -1,4 +1,4 @@
-"""Losses of distillation and their weighting: gradients, independent references, limits, and what each rule claims."""
+"""Distillation losses and their weighting: gradients, independent references, limits."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from torch.nn import functional as F
 from ssmttm.distill.hidden_states import HiddenStateProjections
 from ssmttm.distill.losses import (
     DIVERGENCES,
-    Target,
-    _folded,
+    SoftTarget,
+    _merge_rest,
     divergence,
     hidden_state_distance,
     output_error,
-    student_log_q,
-    target,
+    soft_target,
+    student_log_probs,
 )
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
@@ -27,10 +27,10 @@ def logits(*shape, seed=0, scale=2.0):
 
 
 def loss(student, teacher, kind="forward", skew=0.0, temperature=1.0, k=None):
-    answer = target(teacher, temperature, k)
-    answer = Target(answer.log_p.double(), answer.ids)
-    log_q = student_log_q(student, answer, temperature)
-    return divergence(log_q.double(), answer.log_p, kind, skew)
+    target = soft_target(teacher, temperature, k)
+    target = SoftTarget(target.log_p.double(), target.ids)
+    log_q = student_log_probs(student, target, temperature)
+    return divergence(log_q.double(), target.log_p, kind, skew)
 
 
 # --- divergences ----------------------------------------------------------------------------------------------------
@@ -38,42 +38,42 @@ def loss(student, teacher, kind="forward", skew=0.0, temperature=1.0, k=None):
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("skew", [0.0, 0.1, 0.5])
-def test_gradients_are_those_of_finite_differences(kind, skew):
+def test_divergence_gradients_match_finite_differences(kind, skew):
     log_p = logits(2, 3, seed=1).log_softmax(-1)
     x = logits(2, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: divergence(x.log_softmax(-1), log_p, kind, skew), (x,))
-    folded = target(logits(2, 3, seed=1), 1.0, 3)
-    folded = Target(folded.log_p.double(), folded.ids)
-    of_top = lambda x: divergence(_folded(x.log_softmax(-1), folded.ids), folded.log_p, kind, skew)  # noqa: E731
-    assert torch.autograd.gradcheck(of_top, (x,))
+    top = soft_target(logits(2, 3, seed=1), 1.0, 3)
+    top = SoftTarget(top.log_p.double(), top.ids)
+    top_k_loss = lambda x: divergence(_merge_rest(x.log_softmax(-1), top.ids), top.log_p, kind, skew)  # noqa: E731
+    assert torch.autograd.gradcheck(top_k_loss, (x,))
 
 
-@pytest.mark.parametrize("which", ["stream", "output"])
-def test_gradients_of_the_distances(which):
+@pytest.mark.parametrize("which", ["hidden", "output"])
+def test_distance_gradients_match_finite_differences(which):
     teacher, x = torch.randn(2, 3, 4).double(), torch.randn(2, 3, 4).double().requires_grad_()
-    function = {"stream": hidden_state_distance, "output": output_error}[which]
+    function = {"hidden": hidden_state_distance, "output": output_error}[which]
     assert torch.autograd.gradcheck(lambda x: function(x, teacher), (x,))
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("skew", [0.0, 0.3])
 @pytest.mark.parametrize("k", [None, 1, 3, V])
-def test_a_model_is_at_no_distance_from_itself_and_has_no_slope(kind, skew, k):
+def test_divergence_and_gradient_are_zero_for_equal_logits(kind, skew, k):
     x = logits(4, 5).requires_grad_()
-    found = loss(x, x.detach(), kind, skew, 1.7, k)
-    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-6)
-    (slope,) = torch.autograd.grad(found.sum(), x)
-    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)
+    value = loss(x, x.detach(), kind, skew, 1.7, k)
+    torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
     others = loss(logits(4, 5, seed=9), x.detach(), kind, skew, 1.7, k)
     assert (others > 1e-4).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_against_torch_and_by_hand(temperature):
+def test_divergences_equal_torch_kl_div(temperature):
     student, teacher = logits(4, 5), logits(4, 5, seed=1)
     q, p = ((x / temperature).softmax(-1) for x in (student, teacher))
 
-    def kl(a, b):  # torch's takes the second first
+    def kl(a, b):  # F.kl_div takes the second argument first
         return F.kl_div(b.log(), a, reduction="none").sum(-1)
 
     close = dict(rtol=1e-5, atol=1e-6)
@@ -85,55 +85,55 @@ def test_against_torch_and_by_hand(temperature):
     torch.testing.assert_close(loss(student, teacher, "reverse", 0.2, temperature), kl(q, 0.2 * q + 0.8 * p), **close)
 
 
-def test_skew_bounds_what_an_impossible_code_costs():
+def test_skew_bounds_divergence_of_impossible_code():
     student, teacher = torch.zeros(V).double(), torch.zeros(V).double()
     student[0], teacher[0] = -1e4, 5.0
     assert loss(student, teacher, "forward", 0.0) > 1e3
     assert loss(student, teacher, "forward", 0.1) < -torch.tensor(0.1).log()
 
 
-def test_kept_codes_and_the_rest_are_a_distribution():
+def test_top_k_target_is_a_distribution_and_a_lower_bound():
     teacher = logits(3, 4)
-    answer = target(teacher, 1.3, 3)
+    target = soft_target(teacher, 1.3, 3)
     p = (teacher / 1.3).softmax(-1)
-    assert answer.log_p.shape == (3, 4, 4) and answer.ids.shape == (3, 4, 3)
-    torch.testing.assert_close(answer.log_p.double().exp()[..., :3], p.topk(3).values, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(answer.log_p.exp().sum(-1), torch.ones(3, 4), rtol=0, atol=1e-5)
-    assert target(teacher, 1.3, V).ids is None
+    assert target.log_p.shape == (3, 4, 4) and target.ids.shape == (3, 4, 3)
+    torch.testing.assert_close(target.log_p.double().exp()[..., :3], p.topk(3).values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(target.log_p.exp().sum(-1), torch.ones(3, 4), rtol=0, atol=1e-5)
+    assert soft_target(teacher, 1.3, V).ids is None
     whole, part = (loss(logits(3, 4, seed=2), teacher, k=k) for k in (None, 3))
-    assert (part <= whole + 1e-6).all() and (part < whole - 1e-3).any()  # merging codes can only bring them nearer
+    assert (part <= whole + 1e-6).all() and (part < whole - 1e-3).any()  # merging codes cannot increase the divergence
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_temperatures_that_are_none(temperature):
+def test_temperature_must_be_positive_and_finite(temperature):
     with pytest.raises(UserError, match=r"distill\.temperature"):
-        target(logits(2), temperature)
+        soft_target(logits(2), temperature)
 
 
-def test_kinds_and_shares_that_are_none():
+def test_invalid_divergence_skew_and_k_are_rejected():
     log_p = logits(2).log_softmax(-1)
-    for kind, skew, says in [("sideways", 0, r"unknown distill\.divergence"), ("forward", 1.0, r"distill\.skew=1\.0")]:
-        with pytest.raises(UserError, match=says):
+    for kind, skew, message in [("both", 0, r"unknown distill\.divergence"), ("forward", 1.0, r"distill\.skew=1\.0")]:
+        with pytest.raises(UserError, match=message):
             divergence(log_p, log_p, kind, skew)
     with pytest.raises(UserError, match="k=0"):
-        target(logits(2), 1.0, 0)
+        soft_target(logits(2), 1.0, 0)
 
 
-# --- streams --------------------------------------------------------------------------------------------------------
+# --- activations ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "teachers"), [(6, 6), (4, 6), (6, 4)])
-def test_projections_begin_as_the_identity_whatever_the_streams_size(width, teachers):
-    projections = HiddenStateProjections(2, width, teachers)
+@pytest.mark.parametrize(("width", "teacher_width"), [(6, 6), (4, 6), (6, 4)])
+def test_hidden_state_projections_start_as_scale_invariant_identity(width, teacher_width):
+    projections = HiddenStateProjections(2, width, teacher_width)
     hidden_states = [torch.randn(3, 5, width) for _ in range(2)]
-    if width == teachers:
+    if width == teacher_width:
         near = projections([3.0 * s for s in hidden_states], [0.1 * s for s in hidden_states])
         torch.testing.assert_close(near, torch.zeros(3, 5), rtol=0, atol=1e-8)
-    far = projections(hidden_states, [torch.randn(3, 5, teachers) for _ in range(2)])
+    far = projections(hidden_states, [torch.randn(3, 5, teacher_width) for _ in range(2)])
     assert far.shape == (3, 5) and (far > 0.1).all()
 
 
-def test_output_error_is_a_share_of_each_items_energy():
+def test_output_error_is_relative_to_each_items_energy():
     teacher = torch.randn(2, 3, 4) * torch.tensor([1.0, 100.0])[:, None, None]
     assert output_error(torch.zeros_like(teacher), teacher).tolist() == pytest.approx([1, 1])
     changed = teacher * torch.tensor([1.1, 1.2])[:, None, None]
@@ -143,26 +143,26 @@ def test_output_error_is_a_share_of_each_items_energy():
 # --- weighting ------------------------------------------------------------------------------------------------------
 
 
-def test_static_is_the_weighted_sum():
+def test_static_weighting_is_the_weighted_sum():
     losses = {"a": torch.tensor(2.0), "b": torch.tensor(5.0), "other": torch.tensor(9.0)}
     weighting = LossWeighting("static", {"a": 1.0, "b": 0.5})
     assert weighting(losses).item() == 4.5 and not list(weighting.parameters())
 
 
-def test_running_sizes_make_losses_count_as_their_weights_say():
+def test_running_means_keep_ratio_of_base_weights():
     weighting = LossWeighting("magnitude", {"a": 1.0, "b": 3.0})
-    assert weighting.weights().tolist() == [1, 3]  # nothing seen yet
+    assert weighting.weights().tolist() == [1, 3]  # nothing observed yet
     weighting.observe(torch.tensor([100.0, 0.01]))
     weighted = weighting.weights() * torch.tensor([100.0, 0.01])
     assert (weighted[1] / weighted[0]).item() == pytest.approx(3)
-    assert weighted.sum().item() == pytest.approx(100 + 3 * 0.01)  # in all what the given weights would make
+    assert weighted.sum().item() == pytest.approx(100 + 3 * 0.01)  # the total of the base weights
     for _ in range(200):
         weighting.observe(torch.tensor([1.0, 1.0]))
     torch.testing.assert_close(weighting.weights(), torch.tensor([1.0, 3.0]), rtol=1e-3, atol=0)
 
 
-def test_learnt_scales_go_to_the_losses_own_size():
-    """At the optimum of exp(-s) L / 2 + s / 2 each s is log L: every loss then counts 1/2 (arXiv 1705.07115)."""
+def test_uncertainty_scales_converge_to_loss_sizes():
+    """At the optimum of exp(-s) L / 2 + s / 2 each s is log L and every weighted loss 1/2 (arXiv 1705.07115)."""
     weighting = LossWeighting("uncertainty", {"a": 1.0, "b": 0.1})
     sizes = {"a": torch.tensor(50.0), "b": torch.tensor(0.2)}
     optimizer = torch.optim.Adam(weighting.parameters(), lr=0.05)
@@ -174,7 +174,7 @@ def test_learnt_scales_go_to_the_losses_own_size():
 
 
 @pytest.mark.parametrize("rule", ["static", "magnitude", "uncertainty"])
-def test_shares_of_a_batch_add_up_to_the_whole(rule):
+def test_weighted_losses_of_batch_parts_add_up(rule):
     weighting = LossWeighting(rule, {"a": 1.0, "b": 0.5})
     if rule == "magnitude":
         weighting.observe(torch.tensor([2.0, 7.0]))
@@ -185,13 +185,13 @@ def test_shares_of_a_batch_add_up_to_the_whole(rule):
     assert sum(parts).item() == pytest.approx(whole.item())
 
 
-def test_the_running_sizes_are_kept_with_the_weights():
+def test_running_means_are_in_the_state_dict():
     first, second = (LossWeighting("magnitude", {"a": 1.0, "b": 3.0}) for _ in range(2))
     first.observe(torch.tensor([4.0, 9.0]))
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.weights(), second.weights())
 
 
-def test_rules_that_are_none():
+def test_unknown_weighting_is_rejected():
     with pytest.raises(UserError, match=r"unknown distill\.weighting 'fair'"):
         LossWeighting("fair", {"a": 1.0})

@@ -1,4 +1,4 @@
-"""Text students: alignment of tokens, trimmed vocabularies, smaller encoders, their training and what it leaves."""
+"""Text students: token alignment, vocabulary trimming, smaller encoders, training and export."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ssmttm import MusicPipeline, checkpoint
-from ssmttm.distill.text_alignment import TokenizedCaption, align, cut
+from ssmttm.distill.text_alignment import TokenizedCaption, alignment_matrix, tokenize
 from ssmttm.errors import UserError
 from ssmttm.export.model_folder import export
 from ssmttm.generation.loading import open_model_folder
@@ -28,8 +28,8 @@ from ssmttm.text.student import (
     StudentShape,
     build_student,
     cut_down,
-    describe,
-    from_description,
+    student_description,
+    student_from_description,
 )
 from ssmttm.text.vocabulary import trim
 from ssmttm.training import loop
@@ -82,7 +82,7 @@ SMALL = ("text_student.n_layers=1", "text_student.d_model=8", "text_student.d_ff
 
 def losses_of(task, step=0, n=0, counts=None, batch=None):
     batch = batch or task.loader("train", 4, 0, 1).batch(n)
-    counts = task.counts(batch) if counts is None else counts
+    counts = task.loss_denominators(batch) if counts is None else counts
     return task.losses(task.modules, batch, counts, step)["model"]
 
 
@@ -93,67 +93,70 @@ def states_of(model, tokenizer, captions, max_tokens=40):
 # --- alignment ------------------------------------------------------------------------------------------------------
 
 
-def pieces_of(spans, name="x", front=1, behind=1):
-    """Tokens over these characters between marks; their names tell the two sides apart."""
-    special = [True] * front + [False] * len(spans) + [True] * behind
-    marked = [(0, 0)] * front + list(spans) + [(0, 0)] * behind
-    names = [f"{name}{i}" for i in range(len(marked))]
-    return TokenizedCaption(list(range(len(marked))), names, special, marked)
+def tokenized(words, name="x", before=1, after=1):
+    """A tokenised caption with word tokens at these offsets between special tokens."""
+    special = [True] * before + [False] * len(words) + [True] * after
+    offsets = [(0, 0)] * before + list(words) + [(0, 0)] * after
+    tokens = [f"{name}{i}" for i in range(len(offsets))]
+    return TokenizedCaption(list(range(len(offsets))), tokens, special, offsets)
 
 
-def spans(most=30):
-    """Tokens one behind the other, some characters left out between them."""
-    borders = st.lists(st.integers(0, most), min_size=2, max_size=12, unique=True).map(sorted)
+def random_offsets(length=30):
+    """Offsets of consecutive tokens, with gaps."""
+    borders = st.lists(st.integers(0, length), min_size=2, max_size=12, unique=True).map(sorted)
     pairs = borders.map(lambda b: list(itertools.pairwise(b)))
     return pairs.flatmap(lambda p: st.lists(st.booleans(), min_size=len(p), max_size=len(p)).map(
-        lambda keep: [span for span, kept in zip(p, keep, strict=True) if kept] or p[:1]))  # fmt: skip
+        lambda keep: [pair for pair, kept in zip(p, keep, strict=True) if kept] or p[:1]))  # fmt: skip
 
 
 @settings(max_examples=50, deadline=None)
-@given(spans(), spans())
-def test_tokens_align_as_their_characters_do(ours, theirs):
-    made = align(pieces_of(ours, "a"), pieces_of(theirs, "b"))
-    assert made.shape == (len(ours) + 2, len(theirs) + 2)
-    for row, (first, end) in zip(made[1:-1], ours, strict=True):
-        shared = [bool(set(range(first, end)) & set(range(a, b))) for a, b in theirs]
-        if not any(shared):  # how many characters lie between them
+@given(random_offsets(), random_offsets())
+def test_alignment_equals_character_overlap(ours, theirs):
+    weights = alignment_matrix(tokenized(ours, "a"), tokenized(theirs, "b"))
+    assert weights.shape == (len(ours) + 2, len(theirs) + 2)
+    for row, (first, end) in zip(weights[1:-1], ours, strict=True):
+        overlap = [bool(set(range(first, end)) & set(range(a, b))) for a, b in theirs]
+        if not any(overlap):  # the nearest by the number of characters between them
             between = [min(abs(i - j) for i in range(first, end) for j in range(a, b)) for a, b in theirs]
-            shared = [place == between.index(min(between)) for place in range(len(theirs))]
-        wanted = torch.tensor([0, *shared, 0]).float()
-        torch.testing.assert_close(row, wanted / wanted.sum())
-    assert torch.equal(made[[0, -1]], torch.eye(made.shape[1])[[0, -1]])  # marks in front, marks behind
+            overlap = [column == between.index(min(between)) for column in range(len(theirs))]
+        expected = torch.tensor([0, *overlap, 0]).float()
+        torch.testing.assert_close(row, expected / expected.sum())
+    assert torch.equal(weights[[0, -1]], torch.eye(weights.shape[1])[[0, -1]])  # special tokens before and after
 
 
-def test_marks_have_the_marks_of_their_side_or_all():
+def test_special_tokens_align_to_special_tokens_of_the_same_side():
     words = [(0, 2), (2, 4)]
-    both, behind, none = pieces_of(words, "a"), pieces_of(words, "b", front=0), pieces_of(words, "c", 0, 0)
-    assert align(both, behind).tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    assert align(behind, both)[-1].tolist() == [0, 0, 0, 1]
-    assert align(both, none)[0].tolist() == [0.5, 0.5]
-    empty, other = pieces_of([], "a"), pieces_of([], "b", front=0)
-    assert align(empty, other).tolist() == [[1], [1]] and align(other, empty).tolist() == [[0, 1]]
-    assert align(both, pieces_of([], "b"))[1].tolist() == [0.5, 0.5]  # a caption that the other finds empty
+    both, after, none = tokenized(words, "a"), tokenized(words, "b", before=0), tokenized(words, "c", 0, 0)
+    assert alignment_matrix(both, after).tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert alignment_matrix(after, both)[-1].tolist() == [0, 0, 0, 1]
+    assert alignment_matrix(both, none)[0].tolist() == [0.5, 0.5]
+    empty, other = tokenized([], "a"), tokenized([], "b", before=0)
+    assert alignment_matrix(empty, other).tolist() == [[1], [1]] and alignment_matrix(other, empty).tolist() == [[0, 1]]
+    assert alignment_matrix(both, tokenized([], "b"))[1].tolist() == [
+        0.5,
+        0.5,
+    ]  # empty for the teacher
 
 
-def test_equal_tokens_answer_one_by_one():
-    whole = pieces_of([(0, 1), (0, 1)])  # as of two bytes of one character
-    assert torch.equal(align(whole, whole._replace(spans=None)), torch.eye(4))
-    with pytest.raises(UserError, match="which characters a token stands for"):
-        align(whole._replace(spans=None), pieces_of([(0, 1)], "y"))
+def test_equal_tokens_align_one_to_one():
+    caption = tokenized([(0, 1), (0, 1)])  # as two bytes of one character
+    assert torch.equal(alignment_matrix(caption, caption._replace(offsets=None)), torch.eye(4))
+    with pytest.raises(UserError, match="no character offsets"):
+        alignment_matrix(caption._replace(offsets=None), tokenized([(0, 1)], "y"))
 
 
-def test_two_real_tokenizers_align(folders):
-    bert, t5 = (cut(load_text_encoder(folders[kind]).tokenizer, ["slowly, pianos"], 40)[0] for kind in KINDS)
-    assert bert.names == ["[CLS]", "slow", "##ly", ",", "piano", "##s", "[SEP]"]
-    assert t5.names == ["▁slow", "ly", ",", "▁piano", "s", "</s>"]
-    answers = [[t5.names[i] for i in row.nonzero()[:, 0]] for row in align(bert, t5)]
-    assert answers == [["</s>"], ["▁slow"], ["ly"], [","], ["▁piano"], ["s"], ["</s>"]]
+def test_wordpiece_and_unigram_tokenizers_align(folders):
+    bert, t5 = (tokenize(load_text_encoder(folders[kind]).tokenizer, ["slowly, pianos"], 40)[0] for kind in KINDS)
+    assert bert.tokens == ["[CLS]", "slow", "##ly", ",", "piano", "##s", "[SEP]"]
+    assert t5.tokens == ["▁slow", "ly", ",", "▁piano", "s", "</s>"]
+    aligned = [[t5.tokens[i] for i in row.nonzero()[:, 0]] for row in alignment_matrix(bert, t5)]
+    assert aligned == [["</s>"], ["▁slow"], ["ly"], [","], ["▁piano"], ["s"], ["</s>"]]
 
 
 # --- vocabulary -----------------------------------------------------------------------------------------------------
 
 
-def test_a_trimmed_encoder_says_the_same_of_the_captions(encoder):
+def test_trimmed_encoder_gives_equal_states_for_its_captions(encoder):
     model, tokenizer = trim(encoder.model, encoder.tokenizer, CAPTIONS)
     assert len(tokenizer) == model.config.vocab_size < len(encoder.tokenizer)
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
@@ -163,8 +166,8 @@ def test_a_trimmed_encoder_says_the_same_of_the_captions(encoder):
     assert torch.equal(before.embeddings, after.embeddings) and torch.equal(before.mask, after.mask)
 
 
-def test_other_texts_still_have_tokens(encoder):
-    """Words fall into characters, what has none into the unknown piece."""
+def test_trimmed_tokenizer_splits_unseen_words_into_characters(encoder):
+    """Characters that are not in the vocabulary become the unknown token."""
     model, tokenizer = trim(encoder.model, encoder.tokenizer, CAPTIONS)
     made = states_of(model, tokenizer, UNSEEN)
     assert torch.isfinite(made.embeddings).all() and (made.mask[:4].sum(1) > made.mask[4].sum()).all()
@@ -173,8 +176,8 @@ def test_other_texts_still_have_tokens(encoder):
     assert "".join(names[0]).replace("##", "").strip("▁").replace("[CLS]", "").startswith("violins")
 
 
-def test_an_unknown_piece_costs_what_it_did(folders):
-    """Unigram weighs it by the lowest score of all: a caption with one is cut as before."""
+def test_trimmed_unigram_keeps_cost_of_unknown_token(folders):
+    """Unigram derives its cost from the lowest score: a caption with one is tokenised as before."""
     encoder = load_text_encoder(folders["t5"])
     captions = ["piano λ slow", "a flute"]
     model, tokenizer = trim(encoder.model, encoder.tokenizer, captions)
@@ -189,13 +192,13 @@ def test_minilm_can_be_trimmed():
     assert len(tokenizer) < 250
     made = states_of(model, tokenizer, captions)
     assert torch.equal(made.embeddings, minilm.encode(captions).embeddings)
-    whole, trimmed = (cut(each, captions, 128) for each in (minilm.tokenizer, tokenizer))
-    assert [a.names for a in whole] == [a.names for a in trimmed]
+    whole, trimmed = (tokenize(each, captions, 128) for each in (minilm.tokenizer, tokenizer))
+    assert [a.tokens for a in whole] == [a.tokens for a in trimmed]
 
 
-def test_what_cannot_be_trimmed(encoder):
+def test_untrimmable_vocabularies_are_rejected(encoder):
     for captions in ([], [""], ["静かな"]):
-        with pytest.raises(UserError, match="nothing is left"):
+        with pytest.raises(UserError, match="knows no word of the captions"):
             trim(encoder.model, encoder.tokenizer, captions)
     pairs = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
     pairs.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -206,7 +209,7 @@ def test_what_cannot_be_trimmed(encoder):
 # --- the student ----------------------------------------------------------------------------------------------------
 
 
-def test_a_student_of_the_whole_shape_is_its_source(encoder):
+def test_student_of_full_shape_equals_its_source(encoder):
     for captions in (None, CAPTIONS):
         student, tokenizer = build_student(encoder.model, encoder.tokenizer, 16, StudentShape(), captions)
         made = states_of(student, tokenizer, CAPTIONS)
@@ -215,7 +218,7 @@ def test_a_student_of_the_whole_shape_is_its_source(encoder):
     assert not any(p.requires_grad for p in encoder.model.parameters())
 
 
-def test_a_smaller_student_is_made_of_layers_and_slices(encoder):
+def test_smaller_student_has_selected_layers_and_slices(encoder):
     bert = encoder.model.config.model_type == "bert"
     student = cut_down(encoder.model, StudentShape([2], 8, 12, 20))
     ours, theirs = student.state_dict(), encoder.model.state_dict()
@@ -228,7 +231,7 @@ def test_a_smaller_student_is_made_of_layers_and_slices(encoder):
         assert student.config.num_attention_heads == 1 and student.config.hidden_dropout_prob == 0
     else:
         bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        assert torch.equal(ours[bias], theirs[bias][:, :1])  # of the first layer, which alone has one
+        assert torch.equal(ours[bias], theirs[bias][:, :1])  # only the first layer has one
     made = states_of(StudentEncoder(student, 16), encoder.tokenizer, CAPTIONS, 20)
     assert made.embeddings.shape[-1] == 16 and torch.isfinite(made.embeddings).all()
 
@@ -236,18 +239,18 @@ def test_a_smaller_student_is_made_of_layers_and_slices(encoder):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (StudentShape(width=12), "heads are 8 wide"),
-        (StudentShape(width=24), "width 24 cannot be cut from an encoder with 16"),
-        (StudentShape(mlp=0), "mlp 0 cannot be cut"),
+        (StudentShape(width=12), "multiple of the head width 8, got 12"),
+        (StudentShape(width=24), r"width of a text student must be in \[1, 16\], its source.s; got 24"),
+        (StudentShape(mlp=0), "mlp of a text student must be in .*; got 0"),
     ],
 )
-def test_shapes_that_do_not_fit(shape, message, encoder):
+def test_invalid_shapes_are_rejected(shape, message, encoder):
     with pytest.raises(UserError, match=message):
         cut_down(encoder.model, shape)
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_student_comes_back_from_its_folder(half, encoder, tmp_path):
+def test_student_is_restored_from_its_folder(half, encoder, tmp_path):
     torch.manual_seed(0)
     student, tokenizer = build_student(encoder.model, encoder.tokenizer, 24, StudentShape([1], 8), CAPTIONS)
     torch.nn.init.normal_(student.projection.weight)
@@ -261,12 +264,12 @@ def test_a_student_comes_back_from_its_folder(half, encoder, tmp_path):
     alone = loaded.encode([CAPTIONS[0]])  # padding changes nothing
     together = loaded.encode([*CAPTIONS])
     torch.testing.assert_close(together.embeddings[0][together.mask[0]], alone.embeddings[0], rtol=0, atol=1e-5)
-    built, words = from_description(json.loads(json.dumps(describe(student, tokenizer))))
-    built.load_state_dict(student.state_dict())
-    assert torch.equal(states_of(built, words, texts).embeddings, wanted.embeddings)
+    restored, words = student_from_description(json.loads(json.dumps(student_description(student, tokenizer))))
+    restored.load_state_dict(student.state_dict())
+    assert torch.equal(states_of(restored, words, texts).embeddings, wanted.embeddings)
 
 
-def test_a_student_is_known_by_weights_projection_and_words(encoder, tmp_path):
+def test_fingerprint_covers_weights_projection_and_tokenizer(encoder, tmp_path):
     student, tokenizer = build_student(encoder.model, encoder.tokenizer, 16, StudentShape([1]), CAPTIONS)
     student.save(tmp_path / "a", tokenizer)
     found = {load_text_encoder(tmp_path / "a").fingerprint}
@@ -279,14 +282,14 @@ def test_a_student_is_known_by_weights_projection_and_words(encoder, tmp_path):
     found.add(load_text_encoder(tmp_path / "a").fingerprint)
     assert len(found) == 3
     (tmp_path / "a" / PROJECTION).write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="does not fit the encoder beside it"):
+    with pytest.raises(UserError, match="does not fit the encoder in its folder"):
         load_text_encoder(tmp_path / "a")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def test_the_encoder_itself_has_nothing_to_learn(config_of):
+def test_losses_are_zero_for_the_original_encoder(config_of):
     task = TextDistillTask(config_of())
     assert losses_of(task)["text"].item() < 1e-6  # the store holds float16
     named = losses_of(TextDistillTask(config_of("text_student.joint_step=0")))
@@ -294,30 +297,30 @@ def test_the_encoder_itself_has_nothing_to_learn(config_of):
     assert losses_of(TextDistillTask(config_of(*SMALL)))["text"] > 0.1
 
 
-def test_the_loss_is_a_share_of_the_projected_text(config_of):
-    """By hand, caption by caption; 1 for a student that says what projects to nothing."""
+def test_text_loss_is_relative_to_projected_mean_square(config_of):
+    """Computed caption by caption."""
     task = TextDistillTask(config_of(*SMALL))
     loader, student = task.loader("train", 4, 0, 1), TextEncoder("", task.encoder.eval(), task.tokenizer, "", 40)
-    read = task.teacher.model.text
+    projection = task.teacher.model.text
 
-    def rows(encoder, caption):
-        return read(encoder.encode([caption])).tokens[0]
+    def project(encoder, caption):
+        return projection(encoder.encode([caption])).tokens[0]
 
     captions = [caption for n in range(4) for caption in loader.batch(n)["captions"]]
-    sizes = torch.cat([rows(task.replaced, caption).square().sum(-1) for caption in captions])
-    assert task._mean_square == pytest.approx(sizes.mean().item(), rel=1e-3)
+    squares = torch.cat([project(task.original, caption).square().sum(-1) for caption in captions])
+    assert task._mean_square == pytest.approx(squares.mean().item(), rel=1e-3)
     first = loader.batch(0)["captions"]
-    off = torch.cat([(rows(student, c) - rows(task.replaced, c)).square().sum(-1) for c in first])
-    assert losses_of(task)["text"].item() == pytest.approx(off.mean().item() / task._mean_square, rel=1e-3)
+    errors = torch.cat([(project(student, c) - project(task.original, c)).square().sum(-1) for c in first])
+    assert losses_of(task)["text"].item() == pytest.approx(errors.mean().item() / task._mean_square, rel=1e-3)
 
 
 @pytest.mark.parametrize("step", [0, 5])
-def test_shares_of_micro_batches_add_up(step, config_of):
-    """So neither padding nor the split of a batch changes what is learnt."""
+def test_losses_of_micro_batches_add_up(step, config_of):
+    """Neither padding nor the split of a batch changes the losses."""
     task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=5", "model.dropout=0"))
     task.model.eval()
     batch = task.loader("train", 4, 0, 1).batch(1)
-    counts = task.counts(batch)
+    counts = task.loss_denominators(batch)
     whole = losses_of(task, step, counts=counts, batch=batch)
     parts = [losses_of(task, step, counts=counts, batch=micro) for micro in micro_batches(batch, 1)]
     for name, value in whole.items():
@@ -325,41 +328,41 @@ def test_shares_of_micro_batches_add_up(step, config_of):
     assert ("kl" in whole) == (step == 5)
 
 
-def test_the_gradient_of_the_regression(config_of):
+def test_regression_gradient_matches_finite_differences(config_of):
     task = TextDistillTask(config_of())
     task.teacher.model.text.double()
-    read = task.loader("train", 4, 0, 1).batch(0)["read"]
-    states = torch.randn(*read.targets.shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: task._distance(x, read), states)
-    slope = torch.autograd.grad(task._distance(states, read), states)[0]
-    assert not slope[~read.mask].any() and slope[read.mask].any(-1).all()
+    text = task.loader("train", 4, 0, 1).batch(0)["student_text"]
+    states = torch.randn(*text.targets.shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: task._squared_error(x, text), states)
+    gradient = torch.autograd.grad(task._squared_error(states, text), states)[0]
+    assert not gradient[~text.mask].any() and gradient[text.mask].any(-1).all()
 
 
-def test_the_language_model_joins_late(config_of):
+def test_language_model_is_trained_from_joint_step(config_of):
     task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=3"))
-    for step, joins in ((2, False), (3, True)):
+    for step, joint in ((2, False), (3, True)):
         named = losses_of(task, step)
         sum(task.loss_weights[name] * loss for name, loss in named.items() if name in task.loss_weights).backward()
         assert all(p.grad is not None for p in task.encoder.parameters())
-        assert all((p.grad is not None) == joins for p in task.model.parameters())
+        assert all((p.grad is not None) == joint for p in task.model.parameters())
     text_only = losses_of(task, 2)["text"]
     assert torch.equal(text_only, losses_of(task, 3)["text"])
 
 
-def test_the_empty_caption_is_learnt_too(config_of):
-    """Guidance needs it. A model that knows no text instead is told none."""
+def test_empty_caption_is_a_regression_target(config_of):
+    """Guidance needs it. A teacher with the null condition no_tokens gets none."""
     task = TextDistillTask(config_of("data.caption_dropout=1", "text_student.joint_step=0"))
     batch = task.loader("train", 4, 0, 1).batch(0)
-    assert batch["captions"] == [""] * 4 and batch["read"].mask.sum(1).tolist() == [2] * 4
-    wanted = task.replaced.encode([""]).embeddings
-    torch.testing.assert_close(batch["read"].targets, wanted.expand(4, -1, -1), rtol=1e-2, atol=1e-2)
+    assert batch["captions"] == [""] * 4 and batch["student_text"].mask.sum(1).tolist() == [2] * 4
+    wanted = task.original.encode([""]).embeddings
+    torch.testing.assert_close(batch["student_text"].targets, wanted.expand(4, -1, -1), rtol=1e-2, atol=1e-2)
     assert task._text(batch).mask.all(1).tolist() == [True] * 4
     task.null_condition = "no_tokens"
     mixed = batch | {"captions": ["", "a", "", "b"]}
     assert task._text(mixed).mask.any(1).tolist() == [False, True, False, True]
 
 
-def test_training_brings_the_student_nearer_and_leaves_the_language_model(config_of, teacher):
+def test_training_reduces_text_loss_and_keeps_language_model(config_of, teacher):
     run = loop.train(config_of(*SMALL, "train.steps=60", "optim.lr=0.02", "train.eval_every=60"))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [row["text"] for row in rows if "text" in row]
@@ -371,24 +374,24 @@ def test_training_brings_the_student_nearer_and_leaves_the_language_model(config
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_a_student_with_another_tokenizer_learns(config_of, folders):
+def test_student_with_another_tokenizer_learns(config_of, folders):
     told = (*SMALL, f"text_student.encoder={folders['t5']}", "train.steps=40", "optim.lr=0.02")
     run = loop.train(config_of(*told))
     found = [json.loads(line).get("text") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert found[-1] < 0.6 * found[0]
 
 
-def test_work_is_that_of_the_phase(config_of):
-    """Whatever was asked before; from the joint step on the language model takes part, and its frozen self a third."""
+def test_throughput_counts_the_current_phase(config_of):
+    """From the joint step on it includes the language model, and the frozen teacher with a third of its FLOPs."""
     task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=3"))
     batch = task.loader("train", 4, 0, 1).batch(0)
-    (codes, _, joint), (none, _, alone) = task.work(batch, 3), task.work(batch, 2)
+    (codes, _, joint), (none, _, alone) = task.throughput(batch, 3), task.throughput(batch, 2)
     length, tokens = task.pattern.sequence_length(20), batch["text"].mask.shape[1]
     assert none == 0 and codes == 4 * batch["frame_mask"].sum()
     assert joint - alone == pytest.approx(4 * task.model.flops(length, tokens) * 4 / 3)
 
 
-def test_a_run_of_two_phases_resumes_exactly(config_of, monkeypatch):
+def test_training_of_two_phases_resumes_exactly(config_of, monkeypatch):
     asked = (*SMALL, "text_student.joint_step=4", "train.steps=7", "data.caption_dropout=0.3", "train.eval_every=4")
     stopped = config_of(*asked, name="stopped")
     train_with_stops(stopped, TextDistillTask, (2, 5), monkeypatch)
@@ -397,11 +400,11 @@ def test_a_run_of_two_phases_resumes_exactly(config_of, monkeypatch):
     assert {"model", "lm", "ema", "optimizer"} == unbroken[0].keys()
 
 
-# --- what it leaves -------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("joint", ["null", "4"])
-def test_an_exported_folder_plays_by_itself(joint, config_of, teacher, tmp_path):
+def test_exported_folder_is_self_contained(joint, config_of, teacher, tmp_path):
     run = loop.train(config_of(*SMALL, f"text_student.joint_step={joint}", "train.steps=6"))
     with pytest.raises(UserError, match="ssmttm export"):
         open_model_folder(run)
@@ -420,16 +423,18 @@ def test_an_exported_folder_plays_by_itself(joint, config_of, teacher, tmp_path)
     assert all(same) == (joint == "null") and str(tmp_path) not in (Path(out) / "config.yaml").read_text()
 
 
-def test_a_student_can_be_cut_again(config_of, folders, tmp_path):
-    """An exported folder is a teacher like others; cut to nothing less, its student says the same."""
+def test_student_can_be_distilled_again(config_of, folders, tmp_path):
+    """A student of full shape of an exported student gives equal states."""
     encoder = load_text_encoder(folders["bert"])
     student, tokenizer = build_student(encoder.model, encoder.tokenizer, 24, StudentShape([1], 8))
     torch.nn.init.normal_(student.projection.weight)
-    again, words = build_student(student, tokenizer, 24, StudentShape())
-    assert torch.equal(states_of(again, words, CAPTIONS).embeddings, states_of(student, tokenizer, CAPTIONS).embeddings)
+    again, tokenizer_again = build_student(student, tokenizer, 24, StudentShape())
+    assert torch.equal(
+        states_of(again, tokenizer_again, CAPTIONS).embeddings, states_of(student, tokenizer, CAPTIONS).embeddings
+    )
 
 
-def changed_card(teacher, tmp_path, change):
+def export_with_card(teacher, tmp_path, change):
     out = export(teacher, tmp_path / "exported")
     card = json.loads((out / "card.json").read_text())
     change(card)
@@ -437,9 +442,9 @@ def changed_card(teacher, tmp_path, change):
     return out
 
 
-def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
-    """As MusicGen's: a dropped caption is no token at all, in training and behind the export."""
-    folder = changed_card(teacher, tmp_path, lambda card: card["data"]["text"].update(null_condition="no_tokens"))
+def test_null_condition_no_tokens_is_inherited_from_teacher(config_of, teacher, tmp_path):
+    """As in MusicGen, a dropped caption has no tokens, in training and after export."""
+    folder = export_with_card(teacher, tmp_path, lambda card: card["data"]["text"].update(null_condition="no_tokens"))
     asked = (f"teacher={folder}", "text_student.joint_step=0", "data.caption_dropout=1", "train.steps=2")
     task = TextDistillTask(config_of(*asked))
     before = losses_of(task)
@@ -462,8 +467,8 @@ def test_a_model_that_knows_no_text_keeps_to_it(config_of, teacher, tmp_path):
         (lambda card: card["data"]["text"].update(fingerprint="0" * 16), "was trained with text"),
     ],
 )
-def test_teachers_that_cannot_be_had(change, message, config_of, teacher, tmp_path):
-    folder = changed_card(teacher, tmp_path, change)
+def test_unsupported_teachers_are_rejected(change, message, config_of, teacher, tmp_path):
+    folder = export_with_card(teacher, tmp_path, change)
     with pytest.raises(UserError, match=message):
         TextDistillTask(config_of(f"teacher={folder}"))
 
@@ -473,17 +478,17 @@ def test_teachers_that_cannot_be_had(change, message, config_of, teacher, tmp_pa
     [
         ("teacher=null", "teacher is not set"),
         ("init=somewhere", "set init=null"),
-        ("losses.text=0", "losses.text=0"),
+        ("losses.text=0", "got losses.text=0"),
         ("losses.kl=-1", "losses.kl=-1"),
         ("losses.tags=1", "losses.tags"),
-        ("text_student.d_model=12", "heads are 8 wide"),
+        ("text_student.d_model=12", "multiple of the head width 8, got 12"),
         ("text_student.n_layers=0", "text_student.n_layers=0"),
         ("text_student.d_ff=x", "text_student.d_ff=x is no number"),
         ("losses.text=null", "losses.text=None is no number"),
         ("text_student.joint_step=-1", "text_student.joint_step=-1"),
-        ("text_student.joint_step=20", "never reached with train.steps=20"),
+        ("text_student.joint_step=20", "below train.steps=20 or null, got 20"),
     ],
 )
-def test_settings_that_contradict_themselves(override, message, config_of):
+def test_invalid_settings_are_rejected(override, message, config_of):
     with pytest.raises(UserError, match=message):
         TextDistillTask(config_of(override))

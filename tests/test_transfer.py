@@ -1,4 +1,4 @@
-"""Weight transfer: equal shapes are the teacher to the bit, slices drop what is dead, attention lands in Mamba-2."""
+"""Weight transfer: equal shapes, selected layers, sliced widths, attention to Mamba-2."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM, TokenLMConfig
 from ssmttm.ops.int8 import quantise
 
-HEARING = {"chroma": True, "tempo": True}
+CONTROLS = {"chroma": True, "tempo": True}
 MIXERS = {"mamba1": {}, "mamba2": {"ngroups": 2}, "mamba3": {}, "s4d": {"expand": 1}, "s4d wide": {}, "attention": {}}
 
 
@@ -51,19 +51,19 @@ def codes():
         ([5, 1], 2, 5, [5, 1]),
     ],
 )
-def test_maps_of_layers(kind, n_student, n_teacher, expected):
+def test_layer_map(kind, n_student, n_teacher, expected):
     assert layer_map(kind, n_student, n_teacher) == expected
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
-        (3, "3 is no map"), ([1, True], "is no map"), ([1.0, 2], "is no map"), ([1, 6], "no block 6"),
-        ([0, 1], "no block 0"), ([1], "1 blocks are named"), ("middle", "unknown map"),
+        (3, "invalid layer map 3"), ([1, True], "invalid layer map"), ([1.0, 2], "invalid layer map"),
+        ([1, 6], "no block 6"), ([0, 1], "no block 0"), ([1], "lists 1 blocks"), ("middle", "unknown layer map"),
     ],
 )  # fmt: skip
-def test_maps_that_make_no_sense(kind, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_layer_maps_are_rejected(kind, message):
+    with pytest.raises(UserError, match=message):
         layer_map(kind, 2, 5)
     with pytest.raises(UserError, match="more than its teacher"):
         layer_map("first", 6, 5)
@@ -72,54 +72,57 @@ def test_maps_that_make_no_sense(kind, says):
 # --- equal shapes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *MIXERS, "hearing"])
+@pytest.mark.parametrize("variant", [*VARIANTS, *MIXERS, "controls"])
 @pytest.mark.parametrize("width", [None, "first", "importance"])
-def test_equal_shapes_are_the_teacher_to_the_bit(variant, width, codes):
-    changes = VARIANTS[variant] if variant in VARIANTS else mixer(variant) if variant in MIXERS else HEARING
+def test_student_of_equal_shape_equals_teacher_bit_for_bit(variant, width, codes):
+    changes = VARIANTS[variant] if variant in VARIANTS else mixer(variant) if variant in MIXERS else CONTROLS
     teacher, student = build(0, **changes), build(1, **changes)
     importance = channel_importance(teacher, [(codes, captions(4, 0, 7))]) if width == "importance" else None
-    done = transfer_weights(teacher, student, "even", width, importance)
-    assert set(done) == {name for name, _ in student.named_parameters()} and len(done) == len(set(done))
+    transferred = transfer_weights(teacher, student, "even", width, importance)
+    assert set(transferred) == {name for name, _ in student.named_parameters()} and len(transferred) == len(
+        set(transferred)
+    )
     for name, value in teacher.state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
     assert torch.equal(student(codes, captions(4, 0, 7)), teacher(codes, captions(4, 0, 7)))
 
 
-def test_chosen_layers_are_the_teacher_without_the_others(codes):
+def test_student_of_selected_layers_equals_teacher_without_the_others(codes):
     teacher, student = build(0, n_layers=4), build(1, n_layers=2)
     transfer_weights(teacher, student, [2, 4], None)
     teacher.blocks = torch.nn.ModuleList([teacher.blocks[1], teacher.blocks[3]])
     assert torch.equal(student(codes, captions(4, 0, 7)), teacher(codes, captions(4, 0, 7)))
 
 
-def test_sublayers_go_to_those_of_the_same_purpose():
-    """A teacher that looks at the text between mixer and MLP, a student that has the text in front."""
+def test_sublayers_are_matched_by_function():
+    """A teacher with cross-attention between mixer and MLP, a student with a text prefix."""
     teacher, student = build(0, conditioning="cross_attention"), build(1)
-    done = transfer_weights(teacher, student, "even", None)
-    assert {name for name, _ in student.named_parameters()} == set(done)
-    for own, theirs in [("0.inner.in_proj", "0.inner.in_proj"), ("1.inner.fc1", "2.inner.fc1"), ("1.norm", "2.norm")]:
-        pair = (student, own), (teacher, theirs)
-        found, wanted = (model.get_parameter(f"blocks.1.sublayers.{name}.weight") for model, name in pair)
-        assert torch.equal(found, wanted)
+    transferred = transfer_weights(teacher, student, "even", None)
+    assert {name for name, _ in student.named_parameters()} == set(transferred)
+    for ours, theirs in [("0.inner.in_proj", "0.inner.in_proj"), ("1.inner.fc1", "2.inner.fc1"), ("1.norm", "2.norm")]:
+        value = student.get_parameter(f"blocks.1.sublayers.{ours}.weight")
+        assert torch.equal(value, teacher.get_parameter(f"blocks.1.sublayers.{theirs}.weight"))
 
 
-def test_without_layers_the_blocks_keep_their_start():
+def test_blocks_keep_initialisation_without_layer_transfer():
     teacher, student, fresh = build(0), build(1), build(1)
-    done = transfer_weights(teacher, student, None, None)
-    assert not [name for name in done if name.startswith("blocks")]
+    transferred = transfer_weights(teacher, student, None, None)
+    assert not [name for name in transferred if name.startswith("blocks")]
     for name, value in fresh.state_dict().items():
-        taken = teacher.state_dict()[name] if name in done else value
+        taken = teacher.state_dict()[name] if name in transferred else value
         assert torch.equal(student.state_dict()[name], taken), name
-    assert {"embedding.weight", "heads.weight", "text.linear.weight", "norm.weight"} <= set(done)
+    assert {"embedding.weight", "heads.weight", "text.linear.weight", "norm.weight"} <= set(transferred)
 
 
-def test_only_what_was_set_is_reported():
-    """A teacher of int8 weights keeps its matrices where no parameter is."""
+def test_transfer_returns_only_parameters_that_were_set():
+    """The matrices of an int8 teacher are buffers, not parameters."""
     teacher, student, fresh = quantise(build(0)).float(), build(1).float(), build(1).float()
-    done = transfer_weights(teacher, student, "even", "first")
+    transferred = transfer_weights(teacher, student, "even", "first")
     before = dict(fresh.named_parameters())
-    assert set(done) == {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
-    assert "embedding.weight" in done and "blocks.0.sublayers.0.inner.in_proj.weight" not in done
+    assert set(transferred) == {
+        name for name, value in student.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert "embedding.weight" in transferred and "blocks.0.sublayers.0.inner.in_proj.weight" not in transferred
 
 
 # --- slices ---------------------------------------------------------------------------------------------------------
@@ -135,16 +138,16 @@ WIDER = {
 
 
 @pytest.mark.parametrize("name", WIDER)
-def test_a_slice_has_its_teachers_values_where_they_belong(name):
-    """By a second way: numbers that say which channel they belong to."""
+def test_sliced_parameters_hold_the_kept_channels(name):
+    """Each weight of the teacher holds the index of its channel."""
     narrow = {k: v for k, v in WIDER[name].items() if k not in ("n_heads", "d_state")}
     teacher, student = build(0, d_model=24, **WIDER[name]), build(1, d_model=16, **narrow)
     with torch.no_grad():
         for parameter in teacher.parameters():
             if parameter.shape[-1] == 24:
-                parameter.copy_(torch.arange(24.0).expand_as(parameter))  # the last axis is the model's width
+                parameter.copy_(torch.arange(24.0).expand_as(parameter))  # the last axis is d_model
     importance = channel_importance(teacher, [(torch.zeros(1, K, 4).long(), captions(2))])
-    importance.model.copy_(torch.arange(24.0) % 3)  # channels 1, 2, 4, 5, ... are to be kept
+    importance.model.copy_(torch.arange(24.0) % 3)  # keep channels 1, 2, 4, 5, ...
     transfer_weights(teacher, student, "even", "importance", importance)
     kept = torch.tensor([channel for channel in range(24) if channel % 3], dtype=torch.float64)
     for name, value in student.named_parameters():
@@ -152,24 +155,24 @@ def test_a_slice_has_its_teachers_values_where_they_belong(name):
             assert torch.equal(value, kept.expand_as(value)), name
 
 
-def test_a_narrower_student_hears_melodies_as_its_teacher_and_learns_tempi_anew():
-    """The map of pitch classes is cut; the network of a tempo stands on sinusoids of its own width."""
-    teacher, student = build(0, d_model=24, **HEARING), build(1, d_model=16, **HEARING)
-    fresh = build(1, d_model=16, **HEARING)
-    done = transfer_weights(teacher, student, None, "first")
-    assert torch.equal(student.chroma.linear.weight, teacher.chroma.linear.weight[:16]) and "chroma.null" in done
-    assert torch.equal(student.tempo.null, fresh.tempo.null) and not [name for name in done if "tempo" in name]
+def test_narrower_student_keeps_chroma_but_not_tempo_embedding():
+    """The projection of the chroma is sliced; the tempo embedding depends on the width of its sinusoids."""
+    teacher, student = build(0, d_model=24, **CONTROLS), build(1, d_model=16, **CONTROLS)
+    fresh = build(1, d_model=16, **CONTROLS)
+    transferred = transfer_weights(teacher, student, None, "first")
+    assert torch.equal(student.chroma.linear.weight, teacher.chroma.linear.weight[:16]) and "chroma.null" in transferred
+    assert torch.equal(student.tempo.null, fresh.tempo.null) and not [name for name in transferred if "tempo" in name]
 
 
-def test_the_importance_leaves_no_hook_behind(codes):
+def test_channel_importance_removes_its_hooks(codes):
     teacher = build(0)
     channel_importance(teacher, [(codes, captions(4, 0, 7))])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 
 
 @pytest.mark.parametrize("layers", ["mamba2", "mamba1", "attention"])
-def test_dead_inner_channels_are_found_and_their_loss_changes_nothing(layers, codes):
-    """A teacher whose second half of heads, hidden units and inner channels is switched off, cut to the other half."""
+def test_importance_drops_dead_hidden_units_without_changing_logits(layers, codes):
+    """A teacher with half of its hidden units switched off, cut to the other half."""
     wide = {"mlp_ratio": 4.0, "n_heads": 2}
     teacher = build(0, layers=layers, **wide)
     narrow = {"mlp_ratio": 2.0, "n_heads": 2}
@@ -189,9 +192,9 @@ def test_dead_inner_channels_are_found_and_their_loss_changes_nothing(layers, co
     assert (random_choice(codes, text) - teacher(codes, text)).abs().max() > 1e-3
 
 
-def test_dead_heads_and_states_of_mamba2_are_dropped_exactly(codes):
-    """Heads whose x and gate are 0, states that nothing writes or reads. The norm behind the heads then takes the mean
-    of half as many, which is made up for here."""
+def test_importance_drops_dead_heads_and_states_of_mamba2_exactly(codes):
+    """Heads with x and gate 0, states with B and C 0. The norm after the heads averages half as many channels, which
+    the student's norm weight compensates."""
     teacher, student = build(0, expand=4, d_state=16), build(1, expand=2, d_state=8)
     text, mixers = captions(4, 0, 7), [block.sublayers[0].inner for block in teacher.blocks]
     with torch.no_grad():
@@ -215,90 +218,93 @@ def test_dead_heads_and_states_of_mamba2_are_dropped_exactly(codes):
 
 
 @pytest.mark.parametrize(("groups", "expand", "state"), [(4, 1, 4), (4, 2, 8), (2, 1, 4), (1, 2, 6)])
-def test_attention_starts_mamba2_as_linear_attention(groups, expand, state):
-    """Against masked linear attention in plain code, with the decay and the step that the mixer has."""
+def test_attention_to_mamba2_computes_linear_attention(groups, expand, state):
+    """Reference: causal linear attention with the decay and step size of the mixer."""
     torch.manual_seed(0)
     width, heads, size = 16, 4, 4
     attention = Attention(width, n_heads=heads).double()
     mamba = Mamba2(width, d_state=state, expand=expand, headdim=size, ngroups=groups).double()
-    done = attention_to_mamba2(attention, mamba, torch.arange(width))
-    assert {"in_proj.weight", "out_proj.weight"} <= set(done)
+    transferred = attention_to_mamba2(attention, mamba, torch.arange(width))
+    assert {"in_proj.weight", "out_proj.weight"} <= set(transferred)
     inputs = torch.randn(2, 7, width).double()
     q, k, v = (getattr(attention, f"{n}_proj")(inputs).unflatten(-1, (heads, size)) for n in "qkv")  # [B, T, H, P]
     q, k = (x.unflatten(2, (groups, -1)).mean(3).repeat_interleave(heads // groups, 2) for x in (q, k))
-    q, k, v = F.silu(q), F.silu(k), F.silu(v)  # which the mixer's convolution ends with
+    q, k, v = F.silu(q), F.silu(k), F.silu(v)  # the activation of the mixer's convolution
     dt_rows = mamba.in_proj(inputs)[..., -mamba.nheads :]
     per_group = mamba.nheads // groups
-    places = [g * per_group + h for g in range(groups) for h in range(heads // groups)]
-    dt = F.softplus(dt_rows + mamba.dt_bias)[..., places]
-    decay = -mamba.A_log.exp()[places] * dt  # [B, T, H]
+    targets = [g * per_group + h for g in range(groups) for h in range(heads // groups)]
+    dt = F.softplus(dt_rows + mamba.dt_bias)[..., targets]
+    decay = -mamba.A_log.exp()[targets] * dt  # [B, T, H]
     expected = torch.zeros_like(v)
     for t in range(7):
         for s in range(t + 1):
             weight = (q[:, t] * k[:, s]).sum(-1) * decay[:, s + 1 : t + 1].sum(1).exp() * dt[:, s]  # [B, H]
             expected[:, t] += weight[..., None] * v[:, s]
-        expected[:, t] += mamba.D[places, None] * v[:, t]
-    seen = {}
-    handle = mamba.norm.register_forward_pre_hook(lambda module, given: seen.update(y=given[0]))
+        expected[:, t] += mamba.D[targets, None] * v[:, t]
+    recorded = {}
+    handle = mamba.norm.register_forward_pre_hook(lambda module, inputs: recorded.update(y=inputs[0]))
     mamba(inputs)
     handle.remove()
-    found = seen["y"].unflatten(-1, (mamba.nheads, size))
-    assert_equal(found[:, :, places], expected, 1e-9)
+    found = recorded["y"].unflatten(-1, (mamba.nheads, size))
+    assert_equal(found[:, :, targets], expected, 1e-9)
     out = mamba.out_proj.weight.view(width, mamba.nheads, size)
-    assert torch.equal(out[:, places].flatten(1), attention.out_proj.weight)
-    silent = [head for head in range(mamba.nheads) if head not in places]
+    assert torch.equal(out[:, targets].flatten(1), attention.out_proj.weight)
+    silent = [head for head in range(mamba.nheads) if head not in targets]
     assert not found[:, :, silent].any() and out[:, silent].all()
 
 
-def test_surplus_heads_and_states_of_mamba2_learn():
-    """They are silent at the start, but a gradient reaches every number within two steps."""
+def test_surplus_heads_and_states_of_mamba2_receive_gradients():
+    """Their output starts at 0, but every parameter has a gradient after two steps."""
     torch.manual_seed(0)
     attention = Attention(16, n_heads=4).double()
     mamba = Mamba2(16, d_state=8, expand=2, headdim=4, ngroups=2).double()
     attention_to_mamba2(attention, mamba, torch.arange(16))
-    optimizer, inputs, wanted = torch.optim.SGD(mamba.parameters(), 0.1), *torch.randn(2, 3, 9, 16).double()
+    optimizer, inputs, targets = torch.optim.SGD(mamba.parameters(), 0.1), *torch.randn(2, 3, 9, 16).double()
     for _ in range(3):
         optimizer.zero_grad()
-        (mamba(inputs) - wanted).square().mean().backward()
+        (mamba(inputs) - targets).square().mean().backward()
         optimizer.step()
     for name, parameter in mamba.named_parameters():
         assert bool((parameter.grad != 0).all()), name
 
 
-def test_a_transformer_hands_its_blocks_to_mamba2(codes):
+def test_transformer_blocks_are_transferred_to_mamba2(codes):
     teacher = build(0, layers="attention", n_heads=4)
     student = build(1, layers="mamba2", headdim=4, ngroups=4, d_state=8)
-    done = transfer_weights(teacher, student, "even", None)
-    assert "blocks.0.sublayers.0.inner.out_proj.weight" in done and "blocks.1.sublayers.1.inner.fc1.weight" in done
-    assert not [name for name in done if name.endswith(("A_log", "dt_bias", ".D"))]
+    transferred = transfer_weights(teacher, student, "even", None)
+    assert (
+        "blocks.0.sublayers.0.inner.out_proj.weight" in transferred
+        and "blocks.1.sublayers.1.inner.fc1.weight" in transferred
+    )
+    assert not [name for name in transferred if name.endswith(("A_log", "dt_bias", ".D"))]
     assert torch.equal(student.blocks[1].sublayers[1].inner.fc2.weight, teacher.blocks[1].sublayers[1].inner.fc2.weight)
-    with pytest.raises(UserError, match=r"attention of 4 heads of 4 goes into a Mamba-2 with model.headdim=4"):
+    with pytest.raises(UserError, match=r"attention with 4 heads of width 4 needs a Mamba-2 with model.headdim=4"):
         transfer_weights(teacher, build(1, layers="mamba2", headdim=8), "even", None)
 
 
-# --- what cannot be had ---------------------------------------------------------------------------------------------
+# --- invalid transfers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "width", "says"),
+    ("changes", "width", "message"),
     [
         ({"n_codebooks": 2}, None, "model.n_codebooks=3"),
         ({"codebook_size": 8}, None, "model.codebook_size=16"),
         ({"text_dim": 5}, None, "model.text_dim=12"),
-        ({"d_model": 24}, "first", "24 wide, its teacher 16: weights are cut, not grown"),
+        ({"d_model": 24}, "first", "model.d_model=24, its teacher 16: weights are cut, not grown"),
         ({"d_model": 8}, None, "set distill.transfer.width=importance"),
-        ({"d_state": 4}, None, "blocks.0.sublayers.0 is of other widths"),
-        ({"mlp_ratio": 1.0}, None, "blocks.0.sublayers.1 is of other widths"),
+        ({"d_state": 4}, None, "blocks.0.sublayers.0 has other widths"),
+        ({"mlp_ratio": 1.0}, None, "blocks.0.sublayers.1 has other widths"),
         ({"d_model": 8}, "largest", "unknown distill.transfer.width 'largest'"),
-        ({"d_state": 16}, "first", "16 state where .* of its teacher has 8"),
+        ({"d_state": 16}, "first", "16 state, .* of its teacher has 8"),
     ],
 )
-def test_students_that_cannot_take_it(changes, width, says):
-    with pytest.raises(UserError, match=says):
+def test_unfit_students_are_rejected(changes, width, message):
+    with pytest.raises(UserError, match=message):
         transfer_weights(build(0), build(1, **changes), "even", width)
 
 
-def test_mamba3_is_not_cut():
+def test_mamba3_of_other_width_is_rejected():
     teacher, student = build(0, layers="mamba3"), build(1, layers="mamba3", d_model=8)
-    with pytest.raises(UserError, match="Mamba3, whose widths cannot be cut"):
+    with pytest.raises(UserError, match="widths of a Mamba3 cannot be cut"):
         transfer_weights(teacher, student, "even", "first")

@@ -56,12 +56,13 @@ def _put_codec(folder: Path, codec: str | Path) -> None:
     else:
         export(source, folder / CODEC)
     card = json.loads((folder / "card.json").read_text())
-    speaks, needs = load_codec(folder / CODEC).fingerprint, card["data"]["codec"]["fingerprint"]
-    if speaks != needs:
+    fingerprint, expected = load_codec(folder / CODEC).fingerprint, card["data"]["codec"]["fingerprint"]
+    if fingerprint != expected:
         raise UserError(
-            f"{codec} decodes the codes of {speaks}, the language model writes those of {needs}: give a student of that"
+            f"{codec} decodes the codes of codec {fingerprint}, the language model was trained with {expected}: give a "
+            "student of that codec"
         )
-    card["data"]["codec"] = {"name": f"./{CODEC}", "fingerprint": speaks}
+    card["data"]["codec"] = {"name": f"./{CODEC}", "fingerprint": fingerprint}
     card["data"]["licences"] = licences_of(folder / CODEC) | (card["data"].get("licences") or {})
     card["licence"] = strictest(card["data"]["licences"])
     write_text(folder / "card.json", json.dumps(card, indent=2) + "\n")

@@ -54,7 +54,7 @@ class CodecDistillTask(CodecTask):
         if not config.teacher:
             raise UserError("teacher is not set: set it to a codec or its folder, as in teacher=tiny")
         self.teacher = load_codec(config.teacher).requires_grad_(False)
-        return StudentCodec.of(self.teacher, decoder_settings(config.codec_student, self.teacher))
+        return StudentCodec.from_teacher(self.teacher, decoder_settings(config.codec_student, self.teacher))
 
     def reconstruct(self, model: nn.Module, wav: Tensor) -> CodecOutput:
         """The student's decoding of the teacher's codes."""
@@ -68,7 +68,7 @@ class CodecDistillTask(CodecTask):
             return super().losses(modules, batch, denominators, step)
         with traced_outputs(self.student_stages) as outputs:
             output = self.reconstruct(modules["model"], batch["audio"])
-        losses = self.losses_of(output, modules, batch, denominators, step)
+        losses = self.output_losses(output, modules, batch, denominators, step)
         distances = modules["projections"](outputs, self._teacher_outputs(output.codes))  # [b]
         losses["model"]["decoder"] = distances.sum() / denominators[0]
         return losses

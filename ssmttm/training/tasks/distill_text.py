@@ -8,7 +8,7 @@ Shapes: b items of a micro-batch, L text tokens of the student, E text width, K 
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ssmttm.data.loader import CodesLoader
 from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.distill.layer_map import layer_map
 from ssmttm.distill.losses import divergence_sums, soft_target
@@ -29,10 +28,10 @@ from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
-from ssmttm.text.student import StudentEncoder, StudentShape, build_student, describe
+from ssmttm.text.student import StudentEncoder, StudentShape, build_student, student_description
 from ssmttm.training.data import check_fingerprint
 from ssmttm.training.run import check_minimum
-from ssmttm.training.tasks.base import Batch, Losses, Sample
+from ssmttm.training.tasks.base import Batch, Loader, Losses, Sample
 from ssmttm.training.tasks.lm import LanguageModelTask
 
 LOSSES = ("text", "cross_entropy", "kl")
@@ -120,7 +119,7 @@ class TextDistillTask(LanguageModelTask):
             lm["distill"] = {**lm["distill"], "cache": None}  # a local path
         blueprint = {
             "lm": OmegaConf.to_container(OmegaConf.create(lm | {"model": self.config.model})),
-            "encoder": describe(self.encoder, self.tokenizer),
+            "encoder": student_description(self.encoder, self.tokenizer),
         }
         return self.teacher.student_metadata(super().metadata()) | {"blueprint": blueprint}
 
@@ -195,7 +194,7 @@ class CaptionLoader:
     """The batches of a `CodesLoader` with `student_text`: the captions in the student's tokens, and the store's states
     of the original encoder aligned to these tokens."""
 
-    def __init__(self, codes: CodesLoader, tokenizer: Any, max_tokens: int, original: TextEncoder) -> None:
+    def __init__(self, codes: Loader, tokenizer: Any, max_tokens: int, original: TextEncoder) -> None:
         self.codes, self.steps_per_epoch = codes, codes.steps_per_epoch
         self.student = copy.deepcopy(tokenizer), max_tokens  # copies: tokenizers are not thread-safe
         self.original = copy.deepcopy(original.tokenizer), original.max_tokens
@@ -214,7 +213,7 @@ class CaptionLoader:
         )
         return batch | {"student_text": text}
 
-    def iterate(self, start: int) -> Iterator[Batch]:
+    def iterate(self, start: int) -> Generator[Batch, None, None]:
         return prefetch_batches(self.batch, start, 2)
 
 
