@@ -2,9 +2,9 @@
 
     python benchmarks/codec_students.py --store STORE transfer=exported/student scratch=exported/other
 
-Quality: the first clips of the store's test split, encoded by the teacher, decoded by each; 95 % intervals of the mean
-difference between two decoders on the same clips, by bootstrap. Time: whole decodes, and a stream that is fed five
-frames a piece.
+Quality: the first clips of the store's test split, encoded by the teacher and decoded by each codec; bootstrap 95 %
+intervals of the mean difference of two decoders on the same clips. Time: whole clips, and streams in chunks of five
+frames.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from ssmttm.data import open_store
 
 TEACHER = "teacher"
 QUALITY = ("mel_distance", "chroma_similarity", "onset_f")
-SECONDS, PIECE = 10.0, 5  # of a clip; frames of a streamed piece
+SECONDS, CHUNK = 10.0, 5  # clip length; frames per streamed chunk
 
 
 def held_out(store_path: str, clips: int, sample_rate: int) -> list[Tensor]:
-    """The beginnings of test segments, [1, 1, S] each."""
+    """The first seconds of test segments, [1, 1, S] each."""
     store = open_store(store_path)
     rows = store.indices("test")[:clips]
     length = round(SECONDS * sample_rate)
@@ -40,7 +40,7 @@ def held_out(store_path: str, clips: int, sample_rate: int) -> list[Tensor]:
 
 
 def quality(codecs: dict[str, Codec], clips: list[Tensor]) -> dict[str, dict[str, np.ndarray]]:
-    """Figures of every clip, [n], by codec."""
+    """Metrics of every clip, [n], by codec."""
     metrics: dict[str, list[dict[str, float]]] = {name: [] for name in codecs}
     for clip in tqdm(clips, desc="held-out clips", leave=False):
         for name, codec in codecs.items():
@@ -54,8 +54,8 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(end) for end in np.percentile(values[draws].mean(1), (2.5, 97.5))]
 
 
-def compared(metrics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Means, and differences of each codec to each one before it."""
+def compare(metrics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Means, and differences of each codec from each one before it."""
     names = list(metrics)
     means = {name: {key: float(values.mean()) for key, values in rows.items()} for name, rows in metrics.items()}
     pairs = [(a, b) for i, b in enumerate(names) for a in names[:i]]
@@ -65,18 +65,18 @@ def compared(metrics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
     return {"means": means, "differences_95": differences}
 
 
-def decode_of(codec: Codec, codes: Tensor) -> Callable[[], object]:
+def decode_case(codec: Codec, codes: Tensor) -> Callable[[], object]:
     return lambda: codec.decode(codes)
 
 
-def stream_of(codec: Codec, codes: Tensor) -> Callable[[], object]:
-    return lambda: list(codec.decode_stream(codes.split(PIECE, dim=-1)))
+def stream_case(codec: Codec, codes: Tensor) -> Callable[[], object]:
+    return lambda: list(codec.decode_stream(codes.split(CHUNK, dim=-1)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("students", nargs="+", metavar="NAME=FOLDER", help="exported students of one teacher")
-    parser.add_argument("--store", required=True, help="whose test split is decoded")
+    parser.add_argument("--store", required=True, help="a store, of which the test split is decoded")
     parser.add_argument("--teacher", default="tiny", help="their codec (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=31)
@@ -84,7 +84,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     codecs: dict[str, Codec] = {TEACHER: load_codec(arguments.teacher)}
-    codecs |= {name: load_codec(folder) for name, _, folder in (given.partition("=") for given in arguments.students)}
+    for student in arguments.students:
+        name, _, folder = student.partition("=")
+        codecs[name] = load_codec(folder)
     teacher = codecs[TEACHER]
     for codec in codecs.values():
         assert codec is teacher or (isinstance(codec, StudentCodec) and codec.fingerprint == teacher.fingerprint)
@@ -94,18 +96,18 @@ def main() -> None:
     codes = teacher.encode(clips[0])  # [1, K, T]
     seconds = codes.shape[-1] / teacher.frame_rate
     timed = {}
-    for kind, case_of in (("whole", decode_of), ("stream", stream_of)):
-        times = paired({name: case_of(codec, codes) for name, codec in codecs.items()}, arguments.rounds, kind)
+    for kind, make_case in (("whole", decode_case), ("stream", stream_case)):
+        times = paired({name: make_case(codec, codes) for name, codec in codecs.items()}, arguments.rounds, kind)
         timed[kind] = summary(times, TEACHER)
         for name, metrics in timed[kind].items():
             metrics["times_real_time"] = 1e3 * seconds / metrics["median_ms"]
             metrics["times_the_teacher"] = 1 / metrics.pop("ratio")
             if kind == "stream":
                 metrics["look_ahead_ms"] = codecs[name].look_ahead_ms
-                metrics["ms_a_piece"] = metrics["median_ms"] * PIECE / codes.shape[-1]
+                metrics["ms_per_chunk"] = metrics["median_ms"] * CHUNK / codes.shape[-1]
     document = {
-        "environment": environment(), "clips": len(clips), "seconds_a_clip": SECONDS, "frames_a_piece": PIECE,
-        "quality": compared(quality(codecs, clips)), "cost": cost, "time": timed,
+        "environment": environment(), "clips": len(clips), "clip_seconds": SECONDS, "chunk_frames": CHUNK,
+        "quality": compare(quality(codecs, clips)), "cost": cost, "time": timed,
     }  # fmt: skip
     arguments.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document, indent=1))

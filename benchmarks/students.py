@@ -1,10 +1,10 @@
-"""Students of one size and number of steps: what transfer, losses, weightings, mixers and guidance within are worth.
+"""Comparison of students of equal size and steps: weight transfer, losses, weighting, mixers, distilled guidance.
 
     ssmttm sweep sweep=tinyttm_tiny store=STORE
     python -m benchmarks.students STORE runs/sweeps/tinyttm_tiny
 
-Cross-entropy of the whole test split, the judge's figures of music for its captions, and what each costs; the teacher
-beside them. Writes benchmarks/results/students.json and prints the table; what it holds is not measured again.
+Cross-entropy of the whole test split, metrics of music for its captions, and costs, for the students and the teacher.
+Writes benchmarks/results/students.json and prints the table; rows that it holds already are not measured again.
 """
 
 import argparse
@@ -23,56 +23,56 @@ from scipy import stats
 from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
-from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.loading import load_model, open_model_folder
+from ssmttm.reports.tables import markdown_table
 from ssmttm.training.tasks.lm import LanguageModelTask
 
 RESULTS = Path(__file__).parent / "results" / "students.json"
-PIECE = 10.0  # seconds
-FIGURES = {"cross_entropy": 3, "fad": 0, "kad": 2, "kl": 2, **dict.fromkeys(ATTRIBUTES, 2)}  # and their decimals
+CLIP_SECONDS = 10.0
+METRICS = {"cross_entropy": 3, "fad": 0, "kad": 2, "kl": 2, **dict.fromkeys(ATTRIBUTES, 2)}  # decimals
 
 
 @torch.no_grad()
 def cross_entropy(model: str, store: str, batch_size: int = 8) -> float:
-    """Of every segment of the test split once, under its first caption of that seed; nats a code."""
+    """Cross-entropy of the test split, every segment once with one caption, in nats per code."""
     folder = open_model_folder(model)
     settings = config.load("experiment=tinyttm_lm", "task=lm", f"data.store={store}", f"data.batch_size={batch_size}")
     settings = OmegaConf.merge(settings, {"model": folder.config.model, "pattern": folder.config.pattern})
     task = LanguageModelTask(settings)
-    trained_modules, loader = {"model": load_model(folder)}, task.loader("test", batch_size, 0, 1)
+    modules, loader = {"model": load_model(folder)}, task.loader("test", batch_size, 0, 1)
     batches = [loader.batch(n) for n in range(len(loader) // batch_size)]
-    counts = sum(task.counts(batch) for batch in batches)
-    return sum(task.validation(trained_modules, batch, counts, 0)["cross_entropy"].item() for batch in batches)
+    denominators = sum(task.loss_denominators(batch) for batch in batches)
+    return sum(task.validation(modules, batch, denominators, 0)["cross_entropy"].item() for batch in batches)
 
 
-def embeddings(model: str, judge: Judge, seed: int) -> dict[str, float]:
-    """What the judge says of music for its captions, sampled with the model's own guidance."""
+def music_metrics(model: str, judge: Judge, seed: int) -> dict[str, float]:
+    """Metrics of music for the judge's captions, sampled with the model's default guidance."""
     pipe = MusicPipeline.from_pretrained(model, "cpu")
     captions = [prompt.caption for prompt in judge.prompts]
     seeds = [1_000 * seed + i for i in range(len(captions))]
-    made = [
+    audios = [
         pipe(captions[i : i + 16], FRAMES / judge.codec.frame_rate, seeds=seeds[i : i + 16]).audios[:, 0]
         for i in range(0, len(captions), 16)
     ]
-    return judge.embeddings(torch.cat(made))
+    return judge.embeddings(torch.cat(audios))
 
 
 def cost(model: str) -> dict[str, float]:
-    """Parameters, FLOPs of a second of music, and the real-time factor from a prompt to a file on the disk."""
+    """Parameters, FLOPs per second of music, and the real-time factor from a prompt to an audio file."""
     pipe = MusicPipeline.from_pretrained(model, "cpu")
     passes = 1 if pipe.guidance_scale == 1 else 2
-    frames = round(PIECE * pipe.codec.frame_rate)
+    frames = round(CLIP_SECONDS * pipe.codec.frame_rate)
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(4):
-            begun = time.perf_counter()
-            made = pipe("a slow waltz in D minor on a music box", PIECE, seeds=[seed])
-            audio.write(Path(folder) / "piece.wav", made.audios[0], made.sample_rate)
-            times.append(time.perf_counter() - begun)
+            start = time.perf_counter()
+            output = pipe("a slow waltz in D minor on a music box", CLIP_SECONDS, seeds=[seed])
+            audio.write(Path(folder) / "clip.wav", output.audios[0], output.sample_rate)
+            times.append(time.perf_counter() - start)
     return {
         "parameters": sum(parameter.numel() for parameter in pipe.model.parameters()),
-        "flops_a_second": passes * pipe.model.flops(frames, 16) / PIECE,
-        "real_time_factor": float(np.median(times[1:])) / PIECE,
+        "flops_per_second": passes * pipe.model.flops(frames, 16) / CLIP_SECONDS,
+        "real_time_factor": float(np.median(times[1:])) / CLIP_SECONDS,
     }
 
 
@@ -86,25 +86,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     judge = Judge(arguments.store, arguments.prompts)
     document = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    facts = {"environment": environment(), "prompts": arguments.prompts, "store": judge.store.fingerprint}
-    if any(document.get(key, value) != value for key, value in facts.items() if key != "environment"):
-        raise SystemExit(f"{RESULTS} holds figures of other prompts: move it away")
-    found = document.setdefault("students", {})
+    metadata = {"environment": environment(), "prompts": arguments.prompts, "store": judge.store.fingerprint}
+    if any(document.get(key, value) != value for key, value in metadata.items() if key != "environment"):
+        raise SystemExit(f"{RESULTS} holds metrics of other prompts: move it away")
+    students = document.setdefault("students", {})
     for student, seed, run in runs_of(arguments.sweep):
-        row = found.setdefault(student, {"seeds": {}})
+        row = students.setdefault(student, {"seeds": {}})
         if seed not in row["seeds"]:
             loss = cross_entropy(run, arguments.store)
-            row["seeds"][seed] = {"cross_entropy": loss} | embeddings(run, judge, int(seed))
+            row["seeds"][seed] = {"cross_entropy": loss} | music_metrics(run, judge, int(seed))
         if "parameters" not in row:
             row |= cost(run)
-        RESULTS.write_text(json.dumps(document | facts, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(document | metadata, indent=1) + "\n")
         print(student, seed, row["seeds"][seed], flush=True)
-    print(markdown(table(found)))
+    print(markdown_table(table(students)))
     print(RESULTS)
 
 
 def runs_of(sweep: Path) -> list[tuple[str, str, str]]:
-    """(student, seed, run) of every job that is done, and of the teacher."""
+    """(student, seed, run) of every finished job, and of the teacher."""
     runs = []
     for done in sorted(sweep.glob("jobs/*/done.json")):
         labels = json.loads((done.parent / "job.json").read_text())["labels"]
@@ -112,19 +112,19 @@ def runs_of(sweep: Path) -> list[tuple[str, str, str]]:
     return [*runs, ("teacher", "0", "tiny_lm")]
 
 
-def table(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row a student: means over seeds with 95 % intervals, then the costs."""
-    rows = [["student", "seeds", *FIGURES, "M parameters", "MFLOP a second", "real-time factor"]]
-    for student, row in found.items():
+def table(students: Mapping[str, Any]) -> list[list[str]]:
+    """One row per student: means over seeds with 95 % intervals, then the costs."""
+    rows = [["student", "seeds", *METRICS, "M parameters", "MFLOP per second", "real-time factor"]]
+    for student, row in students.items():
         seeds = list(row["seeds"].values())
-        cells = [interval([metrics[name] for metrics in seeds], decimals) for name, decimals in FIGURES.items()]
-        costs = [f"{row['parameters'] / 1e6:.2f}", f"{row['flops_a_second'] / 1e6:,.0f}"]
+        cells = [interval([metrics[name] for metrics in seeds], decimals) for name, decimals in METRICS.items()]
+        costs = [f"{row['parameters'] / 1e6:.2f}", f"{row['flops_per_second'] / 1e6:,.0f}"]
         rows.append([student, str(len(seeds)), *cells, *costs, f"{row['real_time_factor']:.3f}"])
     return rows
 
 
 def interval(values: list[float], decimals: int) -> str:
-    """Mean and half the width of its 95 % interval (Student's t), which one value has not."""
+    """Mean and half the width of its 95 % interval (Student's t); the mean alone for one value."""
     mean = f"{np.mean(values):.{decimals}f}"
     if len(values) < 2:
         return mean

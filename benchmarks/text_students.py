@@ -1,12 +1,12 @@
-"""A text student against the encoder that it stands for, on the test split of a store.
+"""A text student against the original encoder, on the test split of a store.
 
     python train.py experiment=tinyttm_text data.store=STORE run_dir=RUN
-    ssmttm export RUN/checkpoints/step-00000760 regressed      # before the language model joins
+    ssmttm export RUN/checkpoints/step-00000760 regressed      # before the joint phase
     ssmttm export RUN joint
     python benchmarks/text_students.py --store STORE --regressed regressed --joint joint
 
-How far the projected text is off, parameters and bytes, the time of one caption on one thread, and what the language
-model says of held-out codes when it reads the one encoder or the other, with the same captions and crops.
+Error of the projected text, parameters and bytes, time for one caption on one thread, and the language model's
+cross-entropy of held-out codes with each encoder, for the same captions and crops.
 """
 
 import argparse
@@ -24,18 +24,17 @@ from ssmttm import MusicPipeline
 from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store, open_store
 from ssmttm.distill.losses import divergence
-from ssmttm.distill.text_alignment import align, cut
+from ssmttm.distill.text_alignment import alignment_matrix, tokenize
 from ssmttm.models import TokenLM
 from ssmttm.patterns import Pattern
 from ssmttm.text.encoders import TextEncoder
 from ssmttm.training.tasks.lm import interleave, token_losses
 
-BATCH, FRAMES, SHOWN = 8, 100, "a slow waltz in D minor on a music box, with a soft harp behind it"
+BATCH, FRAMES, CAPTION = 8, 100, "a slow waltz in D minor on a music box, with a soft harp behind it"
 
 
-class Told(NamedTuple):
-    """Of each segment, means over codebooks, in nats a code: the cross-entropy, and the divergence of the distributions
-    from those of the original system."""
+class HeldOut(NamedTuple):
+    """Means over codebooks for each segment, in nats per code; kl: from the original system."""
 
     cross_entropy: list[float]
     kl: list[float]
@@ -43,66 +42,71 @@ class Told(NamedTuple):
 
 @torch.inference_mode()
 def regression_error(teacher: MusicPipeline, student: TextEncoder, captions: list[str]) -> dict[str, float]:
-    """Square distance of the projected states over all tokens, as a share of the original's square and of its variance
-    over all tokens (1: no better than one constant)."""
+    """Squared error of the projected states over all tokens, relative to the original's square and to its variance
+    (1: no better than a constant)."""
     theirs, ours = [], []
     for caption in tqdm(captions, desc="captions", leave=False):
-        wanted, said = (teacher.model.text(e.encode([caption])).tokens[0] for e in (teacher.text_encoder, student))
-        pieces = [cut(e.tokenizer, [caption], e.max_tokens)[0] for e in (student, teacher.text_encoder)]
-        theirs.append(align(*pieces) @ wanted)
-        ours.append(said)
-    wanted, said = torch.cat(theirs), torch.cat(ours)  # [tokens, D]
-    off = (said - wanted).square().sum()
-    spread = (wanted - wanted.mean(0)).square().sum()
-    return {"of_square": float(off / wanted.square().sum()), "of_variance": float(off / spread), "tokens": len(wanted)}
-
-
-class Listener(NamedTuple):
-    """A language model, the encoder that it reads, and whether it is told the captions or the empty one."""
-
-    model: TokenLM
-    encoder: TextEncoder
-    told: bool = True
-
-
-@torch.inference_mode()
-def held_out(listeners: dict[str, Listener], pattern: Pattern, store: Store) -> dict[str, Told]:
-    """What each says of the test segments; the first one is the original system."""
-    said = {name: Told([], []) for name in listeners}
-    loader = CodesLoader(store, "test", BATCH, FRAMES, seed=0, fixed=True)
-    size = next(iter(listeners.values())).model.config.codebook_size
-    for n in tqdm(range(len(loader) // BATCH), desc="segments", leave=False):
-        batch = loader.batch(n)
-        sequence, real = interleave(pattern, batch["codes"], batch["frame_mask"], size)
-        shown = torch.cat([torch.full_like(sequence[..., :1], size), sequence[..., :-1]], -1)  # [b, K, S]
-        original = None
-        for name, (model, encoder, told) in listeners.items():
-            logits = model(shown, encoder.encode([caption * told for caption in batch["captions"]]))
-            log_p = logits[..., :size].log_softmax(-1)
-            original = log_p if original is None else original
-            apart = divergence(log_p, original).masked_fill(~real, 0)  # [b, K, S]
-            for item in range(len(shown)):
-                rows, codes = slice(item, item + 1), real[item].sum(-1)  # [K]
-                plain, _ = token_losses(logits[rows], sequence[rows], real[rows], size, 0.0)
-                said[name].cross_entropy.append(float((plain / codes).mean()))
-                said[name].kl.append(float((apart[item].sum(-1) / codes).mean()))
-    return said
-
-
-def compared(said: Told, base: Told) -> dict[str, float]:
-    """The means, and how far the cross-entropy lies above that of `base`, paired by segment, with half of its 95 %
-    interval."""
-    above = np.array(said.cross_entropy) - np.array(base.cross_entropy)
+        expected = teacher.model.text(teacher.text_encoder.encode([caption])).tokens[0]
+        projected = teacher.model.text(student.encode([caption])).tokens[0]
+        tokens = [tokenize(e.tokenizer, [caption], e.max_tokens)[0] for e in (student, teacher.text_encoder)]
+        theirs.append(alignment_matrix(*tokens) @ expected)
+        ours.append(projected)
+    expected, projected = torch.cat(theirs), torch.cat(ours)  # [tokens, D]
+    error = (projected - expected).square().sum()
+    variance = (expected - expected.mean(0)).square().sum()
     return {
-        "cross_entropy": float(np.mean(said.cross_entropy)),
-        "above": float(above.mean()),
-        "half_95": float(1.96 * above.std(ddof=1) / len(above) ** 0.5),
-        "kl": float(np.mean(said.kl)),
+        "relative_to_square": float(error / expected.square().sum()),
+        "relative_to_variance": float(error / variance),
+        "tokens": len(expected),
     }
 
 
-def size_of(encoder: TextEncoder, folder: Path | None) -> dict[str, int]:
-    """Parameters and vocabulary; bytes of the weights on disk."""
+class System(NamedTuple):
+    """A language model, its text encoder, and whether it gets the captions or the empty caption."""
+
+    model: TokenLM
+    encoder: TextEncoder
+    use_captions: bool = True
+
+
+@torch.inference_mode()
+def held_out(systems: dict[str, System], pattern: Pattern, store: Store) -> dict[str, HeldOut]:
+    """Metrics of each system on the test segments; the first one is the original."""
+    metrics = {name: HeldOut([], []) for name in systems}
+    loader = CodesLoader(store, "test", BATCH, FRAMES, seed=0, fixed=True)
+    size = next(iter(systems.values())).model.config.codebook_size
+    for n in tqdm(range(len(loader) // BATCH), desc="segments", leave=False):
+        batch = loader.batch(n)
+        sequence, valid = interleave(pattern, batch["codes"], batch["frame_mask"], size)
+        inputs = torch.cat([torch.full_like(sequence[..., :1], size), sequence[..., :-1]], -1)  # [b, K, S]
+        original = None
+        for name, (model, encoder, use_captions) in systems.items():
+            logits = model(inputs, encoder.encode([caption * use_captions for caption in batch["captions"]]))
+            log_p = logits[..., :size].log_softmax(-1)
+            original = log_p if original is None else original
+            kl = divergence(log_p, original).masked_fill(~valid, 0)  # [b, K, S]
+            for item in range(len(inputs)):
+                rows, n_codes = slice(item, item + 1), valid[item].sum(-1)  # [K]
+                plain, _ = token_losses(logits[rows], sequence[rows], valid[rows], size, 0.0)
+                metrics[name].cross_entropy.append(float((plain / n_codes).mean()))
+                metrics[name].kl.append(float((kl[item].sum(-1) / n_codes).mean()))
+    return metrics
+
+
+def compare(system: HeldOut, base: HeldOut) -> dict[str, float]:
+    """Means, and the difference of the cross-entropy from that of `base`, paired by segment, with half of its 95 %
+    interval."""
+    difference = np.array(system.cross_entropy) - np.array(base.cross_entropy)
+    return {
+        "cross_entropy": float(np.mean(system.cross_entropy)),
+        "difference": float(difference.mean()),
+        "half_95": float(1.96 * difference.std(ddof=1) / len(difference) ** 0.5),
+        "kl": float(np.mean(system.kl)),
+    }
+
+
+def encoder_size(encoder: TextEncoder, folder: Path | None) -> dict[str, int]:
+    """Parameters, bytes of the weights on disk, and size of the vocabulary."""
     parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
     files = [] if folder is None else list(folder.glob("*.safetensors"))
     stored = sum(file.stat().st_size for file in files) or 4 * parameters
@@ -112,9 +116,9 @@ def size_of(encoder: TextEncoder, folder: Path | None) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--teacher", default="tiny_lm", help="the language model with its own encoder")
-    parser.add_argument("--regressed", type=Path, required=True, help="exported before the language model joined")
-    parser.add_argument("--joint", type=Path, required=True, help="exported after it did")
+    parser.add_argument("--teacher", default="tiny_lm", help="the language model with the original encoder")
+    parser.add_argument("--regressed", type=Path, required=True, help="model exported before the joint phase")
+    parser.add_argument("--joint", type=Path, required=True, help="model exported after the joint phase")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/text_students.json"))
     parser.add_argument("--rounds", type=int, default=61)
     arguments = parser.parse_args()
@@ -124,27 +128,30 @@ def main() -> None:
     teacher, regressed, joint = (MusicPipeline.from_pretrained(folder, "cpu") for folder in folders)
     original, student = teacher.text_encoder, joint.text_encoder
     captions = sorted({text for row in store.indices("test") for text in store.captions(int(row))})
-    both = {"student": student, "original": original}
-    times = paired({name: partial(encoder.encode, [SHOWN]) for name, encoder in both.items()}, arguments.rounds, "text")
+    cases = {"student": partial(student.encode, [CAPTION]), "original": partial(original.encode, [CAPTION])}
+    times = paired(cases, arguments.rounds, "text")
 
-    listeners = {
-        "original": Listener(teacher.model, original),
-        "student": Listener(regressed.model, regressed.text_encoder),
-        "student, joint": Listener(joint.model, student),
-        "original encoder, joint language model": Listener(joint.model, original),
-        "no caption": Listener(teacher.model, original, told=False),
+    systems = {
+        "original": System(teacher.model, original),
+        "student": System(regressed.model, regressed.text_encoder),
+        "student, joint": System(joint.model, student),
+        "original encoder, joint language model": System(joint.model, original),
+        "no caption": System(teacher.model, original, use_captions=False),
     }
-    said = held_out(listeners, teacher.pattern, store)
+    metrics = held_out(systems, teacher.pattern, store)
     results = {
-        "sizes": {"original": size_of(original, None), "student": size_of(student, arguments.joint / "text_encoder")},
+        "sizes": {
+            "original": encoder_size(original, None),
+            "student": encoder_size(student, arguments.joint / "text_encoder"),
+        },
         "regression": {
             name: regression_error(teacher, pipe.text_encoder, captions)
             for name, pipe in (("regressed", regressed), ("joint", joint))
         },
         "captions": len(captions),
         "one_caption": summary(times, "student"),
-        "segments": len(said["original"].kl),
-        "held_out": {name: compared(of_one, said["original"]) for name, of_one in said.items()},
+        "segments": len(metrics["original"].kl),
+        "held_out": {name: compare(system, metrics["original"]) for name, system in metrics.items()},
     }
     document = {"environment": environment(), "results": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
