@@ -28,7 +28,8 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.size": 9,
-    "grid.alpha": 0.3,
+    "grid.alpha": 0.25,
+    "grid.color": _GREY,
     "legend.frameon": False,
     "savefig.transparent": True,
     "svg.hashsalt": "ssmttm",  # equal charts give equal bytes
@@ -84,7 +85,7 @@ def save(figure: Figure, format: str, dpi: int = 110) -> bytes:
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Chart:
     """Named lines [(x, y), ...]; points that are not finite are left out."""
     with style():
-        figure = new_figure(7.2, 3.2)
+        figure = new_figure(7.8, 2.6)
         axes = figure.subplots()
         for name, line in lines.items():
             points = np.array(line, dtype=float).reshape(-1, 2)
