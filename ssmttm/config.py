@@ -2,16 +2,10 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,39 +14,70 @@ from ssmttm.errors import UserError
 _PACKAGED = Path(__file__).parent / "configs"
 CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
 
+RENAMED_KEYS = {
+    "optim.player_lr": "optim.module_lr",
+    "model.sketch_codebooks": "model.n_coarse_codebooks",
+    "diffusion.sketch_dropout": "diffusion.coarse_dropout",
+    "diffusion.sketch_noise": "diffusion.coarse_noise_aug",
+    "diffusion.sketch_scale": "diffusion.coarse_guidance_scale",
+    "codec_training.revive_every": "codec_training.restart_every",
+    "codec_training.revive_until": "codec_training.restart_until",
+    "painter": "second_stage",
+}
+RENAMED_EXPERIMENTS = {
+    "paper_two_stage_sketch": "paper_stage1",
+    "paper_two_stage_paint": "paper_stage2",
+    "tiny_two_stage_sketch": "tiny_stage1",
+    "tiny_two_stage_paint": "tiny_stage2",
+    "tiny_melody_sketch": "tiny_melody_stage1",
+    "tiny_melody_paint": "tiny_melody_stage2",
+}
+
 
 def load(*overrides: str, root: str = "config") -> DictConfig:
     """Compose a root config, such as `configs/config.yaml` for a training, with Hydra overrides.
 
     Args:
         overrides: `group=name` picks a file of a group (`experiment=tiny`), `key.path=value` sets a value.
-        root: the root's name: config (training), sweep or eval.
+        root: the root's name: config (training), sweep, eval or compress.
 
     Returns:
         The composed config, resolved; an unknown key can be neither read nor set.
 
     Raises:
-        UserError: an override names no known group, file or key, or its value cannot be read.
+        UserError: an override names no known group, file or key, or its value cannot be parsed.
     """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
+
+    for text in overrides:
+        _check_not_renamed(text)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         try:
             config = compose(root, overrides=list(overrides))
             OmegaConf.resolve(config)
         except MissingConfigException as error:
-            raise UserError(_missing_config(error, overrides)) from error
+            raise UserError(_missing_config(error.missing_cfg_file or "")) from error
         except ConfigCompositionException as error:
-            raise UserError(_bad_override(error, root)) from error
+            raise UserError(_bad_override(error, flatten(compose(root)))) from error
         except OverrideParseException as error:
-            raise UserError(f"{error.override!r} cannot be read ({_first_line(error)}): write key=value") from error
+            reason = _first_line(error)
+            raise UserError(f"cannot parse the override {error.override!r} ({reason}): write key=value") from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"the config cannot be composed: {_first_line(error)}") from error
+            raise UserError(f"cannot compose the config: {_first_line(error)}") from error
     OmegaConf.set_struct(config, True)
     return config
 
 
 def override(key: str, value: object) -> str:
-    """key=value for `load`, whatever signs the value holds, such as the commas and blanks of a path."""
+    """key=value for `load`, quoted so that the value may hold any character, such as the commas of a path."""
     quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", r"\'"), str(value))
     return f"{key}='{quoted}'"
 
@@ -62,39 +87,65 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-def _missing_config(error: MissingConfigException, overrides: tuple[str, ...]) -> str:
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+def read_config(path: Path) -> DictConfig:
+    """Read the config.yaml of a run or a model folder; an unknown key can be neither read nor set.
+
+    Raises:
+        UserError: a key has been renamed since the file was written.
+    """
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    for key in flatten(config):
+        if new := _new_key(key):
+            raise UserError(f"{path} has the old config key {key}: rename it to {new} there")
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested config (DictConfig or dict) by dotted key; an empty mapping is a value."""
+    nested: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _new_key(key: str) -> str | None:
+    """The present name of a renamed key (optim.player_lr.lm -> optim.module_lr.lm), None for any other key."""
+    for old, new in RENAMED_KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return None
+
+
+def _check_not_renamed(text: str) -> None:
+    key, _, value = text.lstrip("+~").partition("=")
+    if new := _new_key(key):
+        raise UserError(f"the config key {key} was renamed: write {new}={value}")
+
+
+def _missing_config(file: str) -> str:
+    group, _, name = file.rpartition("/")
+    if group == "experiment" and name in RENAMED_EXPERIMENTS:
+        return f"experiment={name} was renamed: write experiment={RENAMED_EXPERIMENTS[name]}"
     known = names(group)
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {group}={close[0]}?" if close else f"there are: {', '.join(known)}"
+    hint = f"did you mean {group}={close[0]}?" if close else f"choose from {', '.join(known)}"
     return f"no config {group}={name}: {hint}"
 
 
-def _bad_override(error: ConfigCompositionException, root: str) -> str:
+def _bad_override(error: BaseException, known: Mapping[str, Any]) -> str:
     cause = error.__cause__ or error
-    text = _first_line(cause)
-    key = getattr(cause, "full_key", None)
-    if key:
-        close = difflib.get_close_matches(str(key), _all_keys(root), n=1, cutoff=0.5)
-        every = f"all keys stand in configs/{root}.yaml and the files of its groups"
-        hint = f"did you mean {close[0]}?" if close else every
-        return f"unknown config key {key!r}: {hint}"
-    return f"the config cannot be composed: {text}"
-
-
-def _all_keys(root: str) -> list[str]:
-    """Every dotted key of a root's defaults."""
-    with_defaults = compose(root)
-    keys: list[str] = []
-
-    def walk(node: DictConfig, prefix: str) -> None:
-        for key in node:
-            keys.append(f"{prefix}{key}")
-            if isinstance(node._get_node(key), DictConfig):
-                walk(node[key], f"{prefix}{key}.")
-
-    walk(with_defaults, "")
-    return keys
+    key = str(getattr(cause, "full_key", None) or "")
+    if not key:
+        return f"cannot compose the config: {_first_line(cause)}"
+    if new := _new_key(key):
+        return f"the config key {key} was renamed to {new}"
+    keys = [*known, *{name.rpartition(".")[0] for name in known}]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "configs/ lists all keys"
+    return f"unknown config key {key!r}: {hint}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,87 +1,124 @@
-"""Files written whole or not at all (a full disk is one clear line), and folders held by one process."""
+"""Atomic writes of files and folders, hashes, and lock files."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ssmttm.errors import UserError
 
 
 class DiskFull(UserError):
-    """There is no room left; what was written before is whole."""
+    """No space left on the device; files written before are intact."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: fsynced and renamed onto it at the end, removed on any error.
+    """Yield a temporary path beside `path`; it is fsynced and renamed to `path` at the end, removed on any error.
 
     Raises:
-        DiskFull: nothing half-written is left.
+        DiskFull: no space left.
         UserError: the folder cannot be written.
     """
-    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
+    temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        fsync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"the disk is full while writing {path}: free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-        raise
+        with _clear_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; `publish_folder` is applied at the end, it is removed on any error.
+
+    An existing folder at `path` is replaced, and restored if the rename fails. Raises as `atomic_write`.
+    """
+    temporary, replaced = temporary_path(path), temporary_path(path)
+    try:
+        with _clear_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                path.rename(replaced)
+            publish_folder(temporary, path)
+    finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """`atomic_folder` for a folder that must not exist yet.
+
+    Raises:
+        UserError: `path` exists already, or its parent cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already: give the name of a new folder")
+    with atomic_folder(path) as temporary:
+        yield temporary
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Fsync every file and folder below `temporary`, then rename it to `path`.
+
+    Raises:
+        OSError: a non-empty folder exists at `path`, or the disk fails.
+    """
+    for file in temporary.rglob("*"):
+        fsync(file)
+    fsync(temporary)
+    temporary.rename(path)
+    fsync(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside `path`, with its suffix."""
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
 
 
 def clear_temporary_files(folder: Path) -> None:
-    """Remove what `atomic_write` left half-written in a folder when its process was killed. Nobody may be writing."""
+    """Remove the temporary files that killed processes left in a folder. No process may be writing there."""
     for path in folder.glob(".*.tmp*"):
         if path.is_file():
             path.unlink()
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or vanishes on any error.
-
-    Raises:
-        UserError: `out` is there already, or its place cannot be written to.
-    """
-    if out.exists():
-        raise UserError(f"{out} is there already: give the name of a new folder")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
-    try:
-        yield aside
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as JSON: {"bytes": int, "sha256": hex}."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """16 hex digits of the sha256 of a config's JSON; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fsync(path: Path) -> None:
@@ -95,27 +132,29 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def directory_lock(folder: Path, work: str) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it if the process dies.
+    """Lock a folder for this process; the system releases the lock when the process ends.
+
+    Args:
+        work: what the process does there, such as "training", for the error message.
 
     Raises:
-        UserError: it cannot be written to, or another process holds it; `work`, such as "training", is what it is
-            said to do.
+        UserError: the folder cannot be written, or another process holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another place") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another {work} is writing to {folder}: wait for it, or name another folder") from error
+            raise UserError(f"another {work} is writing to {folder}: wait for it, or choose another folder") from error
         yield
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the folder."""
+    """Whether a process holds the folder's lock."""
     if not (folder / ".lock").is_file():
         return False
     with (folder / ".lock").open() as lock:
@@ -124,3 +163,16 @@ def is_locked(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors while writing `path` into errors for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk is full, {path} is not written: free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        raise

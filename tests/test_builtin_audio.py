@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from data_prep.builtin import compose, corpus, render, segments, synth
+from data_prep.builtin import compose, render, segments, synth
 from data_prep.builtin.corpus import render_shard, shard_tasks
+from ssmttm.data.splits import split_by_hash
 from ssmttm.errors import UserError
 
 RATE = 24_000
@@ -78,7 +79,7 @@ def test_shard_rows_hold_fields_of_store(produced) -> None:
         assert 4 <= len(row["captions"]) <= 6 and -40 < row["loudness"] < -10 and row["track"] == row["id"][:-2]
     for track in pq.read_table(folder / "tracks.parquet").to_pylist():
         assert track["licence"] == "CC0-1.0" and track["author"] == "ssmttm" and track["title"]
-        assert track["split"] == corpus.split_of(track["id"])
+        assert track["split"] == split_by_hash(track["id"])
     assert segments(compose(5, 0)) == [(0, 480_000), (480_000, 480_000)]
 
 
@@ -99,7 +100,7 @@ def test_shards_are_unchanged_by_more_hours(tmp_path: Path) -> None:
 
 
 def test_splits_are_disjoint_by_piece_and_near_90_5_5() -> None:
-    splits = [corpus.split_of(f"builtin-1-{index:06d}") for index in range(4000)]
+    splits = [split_by_hash(f"builtin-1-{index:06d}") for index in range(4000)]
     shares = {name: splits.count(name) / len(splits) for name in ("train", "valid", "test")}
     assert shares == pytest.approx({"train": 0.9, "valid": 0.05, "test": 0.05}, abs=0.015)
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there: crashes at every write, damage, a full disk, retention."""
+"""Checkpoints: crashes at every write, damage, a full disk, retention, old config keys."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ssmttm import checkpoint
+from ssmttm import checkpoint, files
 from ssmttm.errors import UserError
 
 CONFIG = OmegaConf.create({"task": "lm"})
@@ -25,7 +25,7 @@ def write(run_dir, step, value=None):
     )
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_checkpoint_round_trip(tmp_path):
     folder = write(tmp_path, 7)
     assert checkpoint.latest_good(tmp_path) == folder
     assert torch.equal(checkpoint.load_weights(folder, ema=False)["w"], torch.full((3, 5), 7.0))
@@ -34,8 +34,8 @@ def test_what_was_written_is_read(tmp_path):
     assert checkpoint.read_state(folder) == {"step": 7} and checkpoint.read_config(folder).task == "lm"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing file", "unfinished", "seal"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing file", "unfinished", "COMPLETE"])
+def test_latest_good_skips_damaged_checkpoint(tmp_path, capsys, damage):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     weights = bad / "model.safetensors"
     if damage == "truncated":
@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, dama
 
 
 def write_and_die(run_dir, dies_at):
-    """Save step 2 in a child process that is killed at its N-th fsync; each file, folder and rename has one."""
+    """Save step 2 in a child process that is killed at its N-th fsync; each file and folder has one."""
     child = os.fork()
     if child == 0:
         calls, fsync = 0, os.fsync
@@ -76,7 +76,7 @@ def write_and_die(run_dir, dies_at):
     return os.waitpid(child, 0)[1] == 0
 
 
-def test_a_kill_at_any_write_leaves_a_good_checkpoint(tmp_path):
+def test_kill_at_any_fsync_leaves_a_good_checkpoint(tmp_path):
     for dies_at in range(1, 20):
         run_dir = tmp_path / str(dies_at)
         write(run_dir, 1)
@@ -84,16 +84,16 @@ def test_a_kill_at_any_write_leaves_a_good_checkpoint(tmp_path):
         newest = checkpoint.latest_good(run_dir)
         step = checkpoint.read_state(newest)["step"]
         assert torch.equal(checkpoint.load_weights(newest, ema=False)["w"], torch.full((3, 5), float(step)))
-        write(run_dir, 2)  # the run that goes on writes over what was left
+        write(run_dir, 2)  # the resumed run overwrites what was left
         checkpoint.prune(run_dir, keep=1)
         assert os.listdir(run_dir / "checkpoints") == ["step-00000002"]
         if survived:
             break
-    assert survived and dies_at > 6, "the last child must have got through, and the others been killed"
+    assert survived and dies_at > 6, "the last child must survive, the others must have been killed"
 
 
 def full_disk(limit):
-    """A `save_file` that meets a full disk at its `limit`-th call, as safetensors reports it."""
+    """A `save_file` whose `limit`-th call fails as safetensors does on a full disk."""
     calls = 0
 
     def save_file(tensors, path):
@@ -102,14 +102,14 @@ def full_disk(limit):
         if calls == limit:
             Path(path).write_bytes(b"half")
             raise checkpoint.SafetensorError("Error while serializing: No space left on device (os error 28)")
-        return real(tensors, path)
+        return original(tensors, path)
 
-    real = checkpoint.save_file
+    original = checkpoint.save_file
     return save_file
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_a_full_disk_is_one_clear_line_and_earlier_checkpoints_stay(tmp_path, monkeypatch, limit):
+def test_full_disk_is_a_user_error_and_keeps_earlier_checkpoints(tmp_path, monkeypatch, limit):
     good = write(tmp_path, 1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_disk(limit))
@@ -121,25 +121,35 @@ def test_a_full_disk_is_one_clear_line_and_earlier_checkpoints_stay(tmp_path, mo
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_a_disk_that_fills_at_the_seal_brings_back_what_stood_there(tmp_path, monkeypatch, replaces):
+@pytest.mark.parametrize("fails_at", ["COMPLETE", "rename"])
+def test_failed_save_restores_the_folder_it_was_to_replace(tmp_path, monkeypatch, replaces, fails_at):
     write(tmp_path, 1)
     if replaces:
         write(tmp_path, 2, value=20)
-    written = checkpoint._write_text
+    full = OSError(errno.ENOSPC, "No space left on device")
+    write_text = Path.write_text
 
-    def fails_at_seal(path, text):
-        if path.name == ".COMPLETE":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        written(path, text)
+    def fail(*paths):
+        raise full
 
-    monkeypatch.setattr(checkpoint, "_write_text", fails_at_seal)
-    with pytest.raises(UserError, match="disk is full"):
-        write(tmp_path, 2)
+    def fail_for_complete(path, text):
+        if path.name == "COMPLETE":
+            raise full
+        return write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        if fails_at == "COMPLETE":
+            patch.setattr(Path, "write_text", fail_for_complete)
+        else:
+            patch.setattr(files, "publish_folder", fail)
+        with pytest.raises(UserError, match="disk is full"):
+            write(tmp_path, 2)
     newest = checkpoint.latest_good(tmp_path)
     assert checkpoint.load_weights(newest, ema=False)["w"][0, 0] == (20 if replaces else 1)
+    assert len(os.listdir(tmp_path / "checkpoints")) == 1 + replaces
 
 
-def test_retention_keeps_the_last_and_never_deletes_for_a_bad_one(tmp_path):
+def test_prune_keeps_the_last_and_deletes_nothing_if_the_newest_is_damaged(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
     checkpoint.prune(tmp_path, keep=2)
@@ -150,13 +160,22 @@ def test_retention_keeps_the_last_and_never_deletes_for_a_bad_one(tmp_path):
     assert checkpoint.latest_good(tmp_path).name == "step-00000002"
 
 
-def test_find_model_takes_a_run_a_checkpoint_or_an_export_and_says_what_it_misses(tmp_path):
+def test_find_model_accepts_run_and_checkpoint_and_names_what_is_missing(tmp_path):
     folder = write(tmp_path / "run", 3)
     assert checkpoint.find_model(tmp_path / "run") == checkpoint.find_model(folder) == folder
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    for bad, said in (("nowhere", "no model at"), ("empty", "no good checkpoint")):
-        with pytest.raises(UserError, match=said):
+    for bad, message in (("nowhere", "no model at"), ("empty", "no good checkpoint")):
+        with pytest.raises(UserError, match=message):
             checkpoint.find_model(tmp_path / bad)
     (folder / "state.json").unlink()
     with pytest.raises(UserError, match="damaged"):
         checkpoint.find_model(folder)
+
+
+def test_read_config_names_the_new_key_for_an_old_one(tmp_path):
+    folder = write(tmp_path, 1)
+    (folder / "config.yaml").write_text("task: codec\ncodec_training: {revive_every: 50}\n")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_config(folder)
+    message = "has the old config key codec_training.revive_every: rename it to codec_training.restart_every there"
+    assert str(caught.value) == f"{folder / 'config.yaml'} {message}"

@@ -5,10 +5,10 @@ import torch
 from small_stores import SAMPLE_RATE, lm_config, small_codec, write_codes_store
 from test_resume import assert_same, everything, train_with_stops
 from test_sample_cli import WordEncoder
-from test_token_lm import SMALL, VARIANTS, K, S, V, assert_equal, captions
+from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions
 from torch.nn import functional as F
 
-from ssmttm.codecs.metrics import frame_chroma
+from ssmttm.audio.features import frame_chroma
 from ssmttm.data import open_store
 from ssmttm.errors import UserError
 from ssmttm.generation.engine import generate
@@ -89,10 +89,10 @@ def test_training_tells_each_position_the_frame_that_it_is_to_predict(name, tmp_
         return plain(codes, text, controls=controls)
 
     monkeypatch.setattr(task.model, "forward", forward)
-    task.losses({"model": task.model}, batch, task.counts(batch), 0)
+    task.losses({"model": task.model}, batch, task.loss_denominators(batch), 0)
     chroma, frames = embeddings["controls"].chroma, task.pattern.frames(batch["codes"].shape[-1])
     assert chroma.shape[-1] == embeddings["codes"].shape[-1] == len(frames)
-    of_frames = task.controls.of(batch).chroma  # [b, 12, T]
+    of_frames = task.controls.load(batch).chroma  # [b, 12, T]
     for position, frame in enumerate(frames.tolist()):
         told = chroma[..., position]
         if 0 <= frame < of_frames.shape[-1]:
@@ -106,7 +106,7 @@ def test_the_melodies_of_a_store_are_those_of_the_crops_own_audio(tmp_path):
     store = open_store(write_codes_store(tmp_path / "codes", codec=codec))
     task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *HEARS, "data.frames=9"))
     batch = task.loader("train", 6, 0, 1).batch(1)
-    found = task.controls.of(batch)
+    found = task.controls.load(batch)
     for item, name in enumerate(batch["ids"]):
         bpm = 60.0 + 5 * int(name[1:]) if int(name[1:]) % 2 else torch.nan
         torch.testing.assert_close(found.tempo[item], torch.tensor(bpm), equal_nan=True)
@@ -127,8 +127,8 @@ def test_forward_is_prefill_and_steps_under_wishes(codes, name):
     expected = model(codes, text, controls=controls)
     for split in (1, 9, S):
         state = model.init_state(3)
-        found = [model.prefill(codes[..., :split], text, state, controls.columns(slice(split)))]
-        found += [model.step(codes[..., s], state, controls.columns(slice(s, s + 1))) for s in range(split, S)]
+        found = [model.prefill(codes[..., :split], text, state, controls.select_frames(slice(split)))]
+        found += [model.step(codes[..., s], state, controls.select_frames(slice(s, s + 1))) for s in range(split, S)]
         assert_equal(torch.stack(found, 2), expected[:, :, split - 1 :])
 
 
@@ -195,7 +195,7 @@ def test_an_item_is_the_same_alone_and_in_any_batch(name, guidance):
     def run(items, told):
         rows = torch.tensor(items)
         captioned = type(text)(text.embeddings[rows], text.mask[rows])
-        return generate(model, captioned, null, pattern, 9, sampling, [7 + i for i in items], controls=told.rows(rows))
+        return generate(model, captioned, null, pattern, 9, sampling, [7 + i for i in items], controls=told.select_rows(rows))
 
     together = run([0, 1, 2], controls)
     for item in range(3):
@@ -274,7 +274,7 @@ def test_chances_of_withholding_are_met(tmp_path):
     task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, *chances))
     all_there = Controls(torch.zeros(4000, 12, 1), torch.full((4000,), 90.0))
     torch.manual_seed(0)
-    dropped = task.controls.dropped(all_there)
+    dropped = task.controls.drop(all_there)
     assert dropped.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert dropped.chroma.isnan().float().mean().item() == pytest.approx(0.6, abs=0.03)
 
@@ -282,5 +282,5 @@ def test_chances_of_withholding_are_met(tmp_path):
 @pytest.mark.parametrize("key", ["tempo_dropout", "chroma_dropout"])
 @pytest.mark.parametrize("value", ["1.5", "nan", "null"])
 def test_what_is_no_chance_is_refused(key, value, tmp_path):
-    with pytest.raises(UserError, match=f"data.{key}=.* is no chance"):
+    with pytest.raises(UserError, match=rf"data.{key} must be in \[0, 1\], got "):
         loop.train(lm_config(tmp_path, tmp_path / "run", f"data.{key}={value}"))

@@ -148,7 +148,7 @@ def test_builtin_to_store_and_again(tmp_path, monkeypatch, capsys):
     assert command.main([*arguments, "--codec", str(tmp_path / "codec")]) == 0
     store = open_store(out)
     assert store.info["sample_rate"] == 24000 and store.codes(0).shape == (codec.n_codebooks, 500)
-    assert store.captions(0)[0] and store.truth(0)["segment"] == 0 and store.info["licences"] == {"CC0-1.0": len(store)}
+    assert store.captions(0)[0] and store.annotations(0)["segment"] == 0 and store.info["licences"] == {"CC0-1.0": len(store)}
     assert f"{len(store)} segments, 0.01 h" in capsys.readouterr().out
     monkeypatch.setattr("data_prep.builtin.corpus.render", lambda *_: pytest.fail("rendered again"))
     monkeypatch.setattr("data_prep.stages.codes.encode_all", lambda *_: pytest.fail("encoded again"))

@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import zlib
 from collections import namedtuple
 
 import numpy as np
@@ -21,8 +19,6 @@ from ssmttm.evaluation.attributes.classifiers import MODES, AttributeClassifiers
 from ssmttm.evaluation.metrics.statistics import agreement_of, binomial_tail, wilson
 from ssmttm.evaluation.music.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
 from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts, named
-from ssmttm.reports import html
-from ssmttm.reports.spectrogram import encode_png, spectrogram_png, ticks
 
 RATE = features.SAMPLE_RATE
 FAMILIES = ["brass", "flutes", "guitar", "mallets", "organ", "piano", "reeds", "strings", "synth"]
@@ -215,7 +211,7 @@ def test_prompts_are_balanced_distinct_and_seeded():
         counts = np.unique([p.expected[name] for p in prompts], return_counts=True)[1]
         assert len(counts) == size and counts.max() - counts.min() <= 3
     assert prompts == balanced_prompts(store, 36, seed=1) != balanced_prompts(store, 36, seed=2)
-    assert all(p.expected == expected_of(store.truth(p.row)) for p in prompts)
+    assert all(p.expected == expected_of(store.annotations(p.row)) for p in prompts)
     with pytest.raises(UserError, match="fewer than 999"):
         balanced_prompts(store, 999, seed=1)
 
@@ -261,30 +257,3 @@ def test_audio_checks_tell_silence_clipping_and_noise_from_music():
 def test_tempo_classes_and_tonics():
     assert [tempo_class(bpm) for bpm in (89.9, 90, 130, 130.1)] == ["slow", "medium", "medium", "fast"]
     assert [pitch_class(name) for name in ("C", "Db", "F#", "Bb", "B", "G#")] == [0, 1, 6, 10, 11, 8]
-
-
-def test_page_is_one_self_contained_file(tmp_path):
-    wav = torch.cat([tone(note) for note in (60, 64)], 1)
-    curve = html.Curve({"loss": [(0, 6.9), (10, 5.5), (20, float("nan"))]}, "step", "loss")
-    module_name = html.TrainedModule(wav, RATE, "a <b>slow</b> waltz", {"key": "D minor", "silent": False})
-    sections = [
-        html.Section("Samples", [html.Row([module_name, html.TrainedModule(wav, RATE, "second", format="flac")])]),
-        html.Section("Training", [curve, html.Table(["step", "loss"], [[0, 6.9]]), html.Text("make demo", code=True)]),
-    ]
-    page = html.write_page(tmp_path / "page.html", "Music & models", sections, lead="Hello").read_text()
-    assert page.count("<audio controls") == 2 and page.count("data:image/png;base64,") == 2
-    assert "data:audio/mpeg;base64," in page and "data:audio/flac;base64," in page and "<polyline" in page
-    assert not re.search(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", page)
-    assert "<b>slow</b>" not in page and "nan" not in page.split("<polyline")[1].split("/>")[0]
-    flat = html.Curve({"loss": [(0, 1.0)]}, "step", "loss").html()
-    assert "nan" not in flat and "inf" not in flat
-
-
-def test_png_holds_its_pixels_and_the_spectrogram_its_note():
-    pixels = torch.arange(2 * 3 * 3, dtype=torch.uint8).view(2, 3, 3)
-    data = encode_png(pixels)
-    length = int.from_bytes(data[33:37], "big")
-    assert zlib.decompress(data[41 : 41 + length]) == b"".join(b"\0" + row.numpy().tobytes() for row in pixels)
-    picture = spectrogram_png(tone(69, 1.0), RATE, width=64, height=32)
-    assert picture.startswith(b"\x89PNG") and picture != spectrogram_png(tone(81, 1.0), RATE, width=64, height=32)
-    assert ticks(0.13, 6.9)[0] <= 0.13 and ticks(0.13, 6.9)[-1] >= 6.9 and len(ticks(3, 3)) >= 2

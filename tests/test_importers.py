@@ -34,7 +34,7 @@ from ssmttm.models import TokenLM, TokenLMConfig, build_model
 from ssmttm.models.conditioning import sinusoids
 from ssmttm.text import TextCondition, load_text_encoder
 from ssmttm.text.null_condition import build_null_condition
-from ssmttm.training.checkpointer import start_from
+from ssmttm.training.checkpointer import load_initial_weights
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
 PROMPTS = ["slow piano", "loud drums with slow piano"]
@@ -249,7 +249,7 @@ def test_a_released_folder_says_what_it_is_and_can_be_trained_on(shelf, tmp_path
     assert card["data"]["text"]["fingerprint"] == load_text_encoder(shelf / "t5").fingerprint
     assert str(shelf) not in "".join(path.read_text() for path in (out / "card.json", out / "config.yaml"))
     model = TokenLM(read_released(shelf / "simba.ckpt").config)
-    assert start_from(out, model)["licences"] == {"NOASSERTION": None}
+    assert load_initial_weights(out, model)["licences"] == {"NOASSERTION": None}
     torch.testing.assert_close(model.state_dict(), read_released(shelf / "simba.ckpt").state_dict())
 
 
@@ -435,7 +435,7 @@ def test_the_folder_needs_no_other_and_may_be_moved(imported, tmp_path, monkeypa
     card = json.loads((tmp_path / "elsewhere/card.json").read_text())
     card["data"]["text"]["null_condition"] = "aloud"
     (tmp_path / "elsewhere/card.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="unknown reading of captions 'aloud': choose from plain, no_tokens"):
+    with pytest.raises(UserError, match="unknown null_condition 'aloud': choose from empty_caption, no_tokens"):
         MusicPipeline.from_pretrained("elsewhere", codec=imported / "codec")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ssmttm.data import AudioLoader, CodesLoader, StoreWriter
 from ssmttm.data.permutation import Permutation, mix
-from ssmttm.data.prefetch import prefetched
+from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.data.store import text_name
 from ssmttm.data.text_table import write_text_table
 from ssmttm.errors import UserError
@@ -174,12 +174,12 @@ def test_prefetch_thread_ends_and_passes_errors_on():
         return n
 
     before = threading.active_count()
-    batches = prefetched(make, 0, 2)
+    batches = prefetch_batches(make, 0, 2)
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="broken file"):
         next(batches)
     assert threading.active_count() == before
-    batches = prefetched(lambda n: n, 0, 2)
+    batches = prefetch_batches(lambda n: n, 0, 2)
     next(batches)
     batches.close()
     assert threading.active_count() == before
@@ -209,7 +209,7 @@ def test_bad_audio_is_named(store, tmp_path):
 def test_bad_sizes(store):
     with pytest.raises(UserError, match="multiple of the 4 processes"):
         codes_loader(store, batch_size=6, world_size=4)
-    with pytest.raises(UserError, match="at least one frame"):
+    with pytest.raises(UserError, match="frames must be at least 1, got 0"):
         codes_loader(store, frames=0)
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match=r"must be in \[0, 1\], got 1\.5"):
         codes_loader(store, caption_dropout=1.5)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.stages.select import Reference, Selection, select, split_of, splits_of
+from data_prep.stages.select import Reference, Selection, select, splits_of
 from data_prep.tables import SOUNDS, TRACKS
-from ssmttm.data.store import SPLITS
+from ssmttm.data.splits import SPLITS, split_by_hash
 
 LENGTH = 200  # words of a sound: 20 s
 
@@ -235,9 +235,10 @@ def test_train_gets_the_artist_with_most_tracks():
 
 
 def test_splits_are_by_hash():
-    splits = [split_of(str(index)) for index in range(4000)]
+    splits = [split_by_hash(str(index), hash_bytes=4) for index in range(4000)]
     assert [splits.count(name) / 4000 for name in SPLITS] == pytest.approx([0.9, 0.05, 0.05], abs=0.015)
-    assert splits_of(map(str, range(500))) == {str(index): split_of(str(index)) for index in range(500)}
+    keys = [str(index) for index in range(500)]
+    assert splits_of(keys) == {key: split_by_hash(key, hash_bytes=4) for key in keys}
 
 
 @settings(max_examples=50, deadline=None)

@@ -61,7 +61,7 @@ def test_roundtrip(made):
         np.testing.assert_array_equal(store.codes(index), some_codes(index))
     for caption, embedding in table.items():
         np.testing.assert_array_equal(store.text(caption), embedding)
-    assert store.truth(3) == {"tempo": 120} and store.truth(4) is None
+    assert store.annotations(3) == {"tempo": 120} and store.annotations(4) is None
     assert store.info["counts"] == {"train": 9, "valid": 1, "test": 0}
     store.verify()
     with pytest.raises(KeyError, match="no embedding of the caption 'never said'"):
@@ -160,7 +160,7 @@ def test_not_a_store(tmp_path):
     with pytest.raises(UserError, match="is not a store"):
         open_store(tmp_path)
     (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(UserError, match="damaged or no store's"):
+    with pytest.raises(UserError, match="store.json is damaged"):
         open_store(tmp_path)
     (tmp_path / "store.json").write_text('{"format": "ssmttm-store", "version": 99}')
     with pytest.raises(UserError, match="version 99"):
@@ -173,7 +173,7 @@ def test_a_missing_or_short_file_is_named(made, name):
     file = store.path / name
     whole = file.read_bytes()
     file.write_bytes(whole[:-3])
-    with pytest.raises(UserError, match="cut short") as caught:
+    with pytest.raises(UserError, match="truncated") as caught:
         open_store(store.path)
     assert file.name in str(caught.value)
     file.unlink()
@@ -195,7 +195,7 @@ def test_damaged_headers(tmp_path):
     for name, data in {"empty": b"", "huge": b"\xff" * 64, "text": b"hello, no safetensors file at all"}.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(data)
-        with pytest.raises(UserError, match="cut short or damaged"):
+        with pytest.raises(UserError, match="truncated or damaged"):
             map_tensors(path)
     header = json.dumps({"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")

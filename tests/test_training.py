@@ -196,7 +196,7 @@ def test_the_average_follows_its_formula_and_swaps_in_and_out():
         expected = decay * expected + (1 - decay) * step
     torch.testing.assert_close(ema.state_dict()["weight"], expected)
     assert ema.state_dict().keys() == module.state_dict().keys()
-    with ema.swapped_in():
+    with ema.average_weights():
         torch.testing.assert_close(module.weight.data, expected)
     assert torch.equal(module.weight.data, torch.full((3,), 11.0))
 
@@ -260,8 +260,8 @@ def test_fill_and_padding_are_neither_predicted_nor_counted(name):
         (["train.precision=fp8"], "train.precision=fp8"),
         (["data.store=null"], "data_prep builtin"),
         (["data.store=nowhere"], "nowhere"),
-        (["train.steps=many"], "train.steps=many"),
-        (["data.batch_size=0"], "data.batch_size=0"),
+        (["train.steps=many"], "train.steps must be a number of at least 1, got many"),
+        (["data.batch_size=0"], "data.batch_size must be a number of at least 1, got 0"),
         (["train.codebook_weights=[1,1]"], "codebook_weights"),
         (["train.codebook_weights=[1,1,1,0]"], "codebook_weights"),
         (["init=nowhere"], "nowhere"),
@@ -296,8 +296,8 @@ def test_a_model_learns_under_every_pattern(codes_store, tmp_path, name, positio
     assert embeddings[-1] < 0.97 * embeddings[0]
     task = lm.LanguageModelTask(settings)
     batch = task.loader("train", 2, 0, 1).batch(0)
-    assert task.counts(batch).tolist() == [batch["frame_mask"].sum()] * N_CODEBOOKS + [2]
-    assert task.work(batch, 0)[2] == 2 * task.model.flops(positions, batch["text"].mask.shape[1])
+    assert task.loss_denominators(batch).tolist() == [batch["frame_mask"].sum()] * N_CODEBOOKS + [2]
+    assert task.throughput(batch, 0)[2] == 2 * task.model.flops(positions, batch["text"].mask.shape[1])
 
 
 def test_codebooks_weigh_in_the_loss_as_asked(codes_store, tmp_path):
@@ -318,7 +318,7 @@ def test_naming_tags_teaches_what_the_words_mean(codes_store, tmp_path):
     assert metrics[0] == pytest.approx(blind, rel=0.3) and metrics[-1] < 0.3 * blind
     unfed = [name for name in checkpoint.load_weights(run_dir / "checkpoints/step-00000060", module_name="tag_head")]
     assert unfed and not any("tag_head" in name for name in weights(run_dir))
-    with pytest.raises(UserError, match="no tags to learn to name"):
+    with pytest.raises(UserError, match="no tags that are frequent enough"):
         loop.train(lm_config(codes_store, tmp_path / "rare", *TAGS, "tag_head.min_share=2"))
     with pytest.raises(UserError, match=r"tag_head\.block=3"):
         loop.train(lm_config(codes_store, tmp_path / "other", "losses.tags=1", "tag_head.block=3"))
@@ -328,7 +328,7 @@ def test_the_tag_loss_reaches_the_text_through_the_blocks_below_only(codes_store
     task = lm.LanguageModelTask(lm_config(codes_store, tmp_path / "run", "losses.tags=1", "tag_head.block=1"))
     batch = task.loader("train", 4, 0, 1).batch(0)
     nn.init.normal_(task.modules["tag_head"].linear.weight)
-    losses = task.losses(task.modules, batch, task.counts(batch), 0)["model"]
+    losses = task.losses(task.modules, batch, task.loss_denominators(batch), 0)["model"]
     losses["tags"].backward()
     assert task.model.text.linear.weight.grad.abs().sum() > 0
     assert all(p.grad is not None for p in task.model.blocks[0].parameters())
@@ -379,7 +379,7 @@ def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, mo
 
     monkeypatch.setattr(lm, "MusicPipeline", Pipe)
     encoder = SimpleNamespace(fingerprint=open_store(codes_store).info["text"]["fingerprint"])
-    monkeypatch.setattr(lm, "codec_of", lambda *about: nn.Identity())
+    monkeypatch.setattr(lm, "load_store_codec", lambda *about: nn.Identity())
     monkeypatch.setattr(lm, "load_text_encoder", lambda name: encoder)
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=4", "train.sample_every=4"))
     prompts, seeds, used = embeddings[0]
@@ -398,8 +398,8 @@ def test_the_discriminator_joins_at_its_step_and_each_player_learns_from_its_own
     settings = codec_config(audio_store, tmp_path / "run", "codec.quantiser_dropout=0")
     task = codec.CodecTask(settings)
     batch = task.loader("train", 2, 0, 1).batch(0)
-    assert task.losses(task.modules, batch, task.counts(batch), step=2).keys() == {"model"}
-    named = task.losses(task.modules, batch, task.counts(batch), step=3)
+    assert task.losses(task.modules, batch, task.loss_denominators(batch), step=2).keys() == {"model"}
+    named = task.losses(task.modules, batch, task.loss_denominators(batch), step=3)
     assert named.keys() == {"model", "discriminator"} and {"adversarial", "feature", "mel"} <= named["model"].keys()
     discriminator = task.modules["discriminator"]
     assert all(parameter.requires_grad for parameter in discriminator.parameters())
@@ -423,7 +423,7 @@ def test_a_codec_learns_and_unused_codes_come_back(audio_store, tmp_path):
     run_dir = loop.train(codec_config(audio_store, tmp_path / "run", *overrides))
     mel = [row["valid/mel"] for row in rows(run_dir) if "valid/mel" in row]
     assert len(mel) == 6 and mel[-1] < 0.8 * mel[0]
-    revived = [row.get("codes_revived") for row in rows(run_dir) if "mel" in row]
+    revived = [row.get("codes_restarted") for row in rows(run_dir) if "mel" in row]
     assert revived[0] is None and revived[1] is not None and len(set(revived[5:])) == 1
     assert not (checkpoint.latest_good(run_dir) / "discriminator.safetensors").exists()
 

@@ -19,25 +19,19 @@ from data_prep.shard_task import Counts, ShardTask, stage_folder
 from data_prep.stages.segments import write_sound
 from data_prep.stages.shard import Shard
 from ssmttm.audio.fingerprint import Fingerprinter
-from ssmttm.data.writer import config_hash
+from ssmttm.data.splits import split_by_hash
+from ssmttm.files import config_hash
 
 SAMPLE_RATE = 24_000
 SEGMENT = 20.0  # seconds
 SHARD_PIECES = 16
 _LICENCE_URL = "https://creativecommons.org/publicdomain/zero/1.0/"
-_SPLITS = ((90, "train"), (95, "valid"), (100, "test"))
 
 
 def segments(piece: Piece) -> list[tuple[int, int]]:
     """The piece's 20 s segments at 24 kHz as (first sample, number of samples)."""
     length = round(SEGMENT * SAMPLE_RATE)
     return [(start, length) for start in range(0, round(piece.duration * SAMPLE_RATE), length)]
-
-
-def split_of(piece_id: str) -> str:
-    """The split of a piece, from its identity's hash: 90 % train, 5 % valid, 5 % test."""
-    share = int.from_bytes(hashlib.sha256(piece_id.encode()).digest()[:8], "big") % 100
-    return next(name for limit, name in _SPLITS if share < limit)
 
 
 def shard_tasks(root: Path, hours: float, seed: int) -> list[ShardTask]:
@@ -72,7 +66,7 @@ def _add_piece(piece: Piece, folder: Path, shard: Shard) -> None:
     shard.tracks.append({
         "id": piece.id, "path": "", "licence": "CC0-1.0", "licence_url": _LICENCE_URL, "title": piece.title,
         "author": "ssmttm", "source_url": "", "artist": "", "work": piece.id, "evidence": "composed by this program",
-        "captions": [], "tags": [], "split": split_of(piece.id)})  # fmt: skip
+        "captions": [], "tags": [], "split": split_by_hash(piece.id)})  # fmt: skip
 
 
 def _segment(piece: Piece, index: int, sound: np.ndarray, folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from data_prep.shard_task import Counts
 from data_prep.stages.encode import Encoder, Windows, codec_facts, encode_all
 from data_prep.stages.segments import Segments
 from ssmttm import audio
-from ssmttm.data.prefetch import prefetched
+from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.data.tensorfile import write_tensors
 
 CODES_FILE = "codes.safetensors"
@@ -68,7 +68,7 @@ def _read_ahead(segments: Segments, rows: list[dict[str, Any]], rate: int) -> It
         return audio.read(segments.audio / rows[index]["audio"], rate)[0]
 
     with suppress(_Over):
-        yield from prefetched(read, 0, 4)
+        yield from prefetch_batches(read, 0, 4)
 
 
 class _Over(Exception):

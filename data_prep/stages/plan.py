@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from data_prep.shard_task import Counts
 from data_prep.tables import TRACKS, printable, write_rejected
 from data_prep.track import Rejected, Rejection, Track
-from ssmttm.data.writer import config_hash
 from ssmttm.errors import UserError
+from ssmttm.files import config_hash
 from ssmttm.licences import Licence, allowed, normalise
 
 TRACKS_FILE, SHARDS_FILE = "tracks.arrow", "shards.json"

@@ -28,14 +28,13 @@ import pyarrow.compute as pc
 from data_prep.audio.duplicates import SAME, SUSPECT, Pairs, groups, near_pairs
 from data_prep.track import Rejection
 from ssmttm.audio.fingerprint import NONE, RATE, Alignment, bit_error_rate
-from ssmttm.data.store import SPLITS
+from ssmttm.data.splits import SPLITS, split_by_hash
 from ssmttm.errors import UserError
 from ssmttm.licences import POLICIES, allowed, normalise
 
 KEPT = pa.schema({"id": pa.string(), "split": pa.string()})
 _SHARE = 0.8  # of the shorter sound, that must agree
 _COMPARED = 16  # of the tracks that stay of one recording, at most
-_LIMITS = (90, 95, 100)  # of a hash modulo 100, for each of SPLITS
 _DESCRIBED = ("title", "author", "source_url", "artist", "work", "evidence")
 _SHOWN = 100  # suspected pairs in the report
 
@@ -350,16 +349,10 @@ def _reported(
     return told
 
 
-def split_of(key: str) -> str:
-    """Split by a hash: 90 % train, 5 % valid, 5 % test."""
-    share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % 100
-    return next(name for name, limit in zip(SPLITS, _LIMITS, strict=True) if share < limit)
-
-
 def splits_of(
     keys: Iterable[str], sizes: Mapping[str, int] | None = None, given: Collection[str] = ()
 ) -> dict[str, str]:
-    """The split of each key by `split_of`; where that leaves a split empty, as in a small corpus, a key fills it.
+    """The split of each key by `split_by_hash`; where that leaves a split empty, as in a small corpus, a key fills it.
 
     Train comes first, then valid, then test, as far as there are keys. Train is filled by the largest, the others by
     the smallest; of equal ones the first by hash. What is larger than a twentieth of all trains, unless it fills.
@@ -372,7 +365,7 @@ def splits_of(
     ranked = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
     size = dict.fromkeys(ranked, 1) if sizes is None else sizes
     large = max(1, sum(size.values()) / 20)
-    splits = {key: split_of(key) if size[key] <= large else SPLITS[0] for key in ranked}
+    splits = {key: split_by_hash(key, hash_bytes=4) if size[key] <= large else SPLITS[0] for key in ranked}
     needed = [name for name in SPLITS if name not in given][: len(ranked)]
     counts = Counter(splits.values())
     for name in needed:

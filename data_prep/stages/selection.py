@@ -24,8 +24,8 @@ from data_prep.tables import write_rejected
 from data_prep.track import Rejected, Rejection
 from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.data.store import SCHEMA
-from ssmttm.data.tensorfile import gathered, map_tensors, write_tensors
-from ssmttm.data.writer import config_hash
+from ssmttm.data.tensorfile import concatenate_on_disk, map_tensors, write_tensors
+from ssmttm.files import config_hash
 
 _TRACK_COLUMNS = ("licence", "licence_url", "title", "author", "source_url", "artist", "work", "evidence")
 
@@ -116,6 +116,6 @@ def _fingerprint(decoder: Decoder, file: Path) -> np.ndarray:
 def _fingerprints(folders: Sequence[Path], spool: BinaryIO) -> list[np.ndarray]:
     """The fingerprint, uint32 [n], of every track of folders, memory-mapped."""
     offsets = [np.array(map_tensors(folder / FINGERPRINTS_FILE)["offsets"]) for folder in folders]
-    words = gathered((map_tensors(folder / FINGERPRINTS_FILE)["words"] for folder in folders), spool)
+    words = concatenate_on_disk((map_tensors(folder / FINGERPRINTS_FILE)["words"] for folder in folders), spool)
     ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *map(np.diff, offsets)])).tolist()
     return [words[first:end] for first, end in pairwise(ends)]

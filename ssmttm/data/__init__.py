@@ -1,4 +1,4 @@
-"""The store (what a corpus is on disk) and the deterministic loaders that read it."""
+"""The store (a corpus on disk) and its deterministic loaders."""
 
 from ssmttm.data.loader import AudioLoader, CodesLoader
 from ssmttm.data.store import Store, open_store

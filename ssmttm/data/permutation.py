@@ -1,4 +1,4 @@
-"""A pseudo-random permutation of n items in O(1) memory, and the hash behind every random choice of the loaders.
+"""A pseudo-random permutation of n items in O(1) memory, and the hash that makes every random choice of the loaders.
 
 The permutation is a Feistel network over the smallest even number of bits that holds n, walked along its cycle until
 the value falls inside [0, n) (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
@@ -22,12 +22,12 @@ class Permutation:
 
     Args:
         n: number of items, at least 1.
-        key: any integers or strings; another key gives another permutation.
+        key: integers or strings; another key gives another permutation.
     """
 
     def __init__(self, n: int, *key: int | str) -> None:
         if n < 1:
-            raise ValueError(f"a permutation needs at least one item, not {n}")
+            raise ValueError(f"n must be at least 1, got {n}")
         self.n = n
         self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self._mask = (np.uint64(1) << self._half) - np.uint64(1)

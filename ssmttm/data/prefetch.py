@@ -1,18 +1,18 @@
-"""Making batches ahead of their use, in a thread that ends with its consumer."""
+"""Prefetching of batches in a thread that ends with its consumer."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 _POLL_SECONDS = 0.1
 
 
-def prefetched(make: Callable[[int], Any], start: int, ahead: int) -> Iterator[Any]:
-    """Yield make(start), make(start + 1), ... without end, up to `ahead` made beforehand in a daemon thread.
+def prefetch_batches(make: Callable[[int], Any], start: int, ahead: int) -> Generator[Any, None, None]:
+    """Yield make(start), make(start + 1), ... endlessly, up to `ahead` prepared in a daemon thread (0: no thread).
 
-    An error of `make` is raised where the value would have been yielded. Closing the generator (also by leaving the
-    loop and dropping it) stops the thread and waits for it. With `ahead` 0 there is no thread.
+    An error of `make` is raised where its value would have been yielded. Closing the generator stops the thread and
+    waits for it.
     """
     if ahead == 0:
         while True:
@@ -26,7 +26,7 @@ def prefetched(make: Callable[[int], Any], start: int, ahead: int) -> Iterator[A
         while not stop.is_set():
             try:
                 result: tuple[Any, BaseException | None] = (make(n), None)
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
+            except BaseException as error:  # noqa: BLE001 - raised in the consumer
                 result = (None, error)
             while not stop.is_set():
                 try:

@@ -1,7 +1,7 @@
 """The store: a corpus on disk as a Parquet manifest, memory-mapped code shards and text embeddings.
 
-    manifest.parquet            one row a segment (SCHEMA)
-    audio/*.flac                the segments' sound, where the store keeps it
+    manifest.parquet            one row per segment (SCHEMA)
+    audio/*.flac                the audio of the segments, if the store keeps it
     shards/00000.safetensors    `codes` uint16 [K, T_total], `offsets` int64 [n+1]
     text/ENCODER.safetensors    `hashes` uint8 [n, 16] sorted, `offsets` int64 [n+1], `embeddings` float16 [tokens, E]
     store.json                  codec, text encoder, counts, sizes and sha256 of the files; written last
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ssmttm.data.splits import SPLITS
 from ssmttm.data.tensorfile import map_tensors
 from ssmttm.data.text_table import TextTable
 from ssmttm.errors import UserError
@@ -28,7 +29,6 @@ FORMAT = "ssmttm-store"
 VERSION = 1
 _OPEN_SHARDS = 256
 _AGAIN = "restore it from a copy, or prepare the store again"
-SPLITS = ("train", "valid", "test")
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -47,10 +47,10 @@ SCHEMA = pa.schema(
         pa.field("content_hash", pa.string()),
         pa.field("duration", pa.float64()),  # seconds
         pa.field("audio", pa.string()),  # path inside the store, or null
-        pa.field("truth", pa.string()),  # JSON, or null
-        pa.field("track", pa.string()),  # id of the work that it was cut from
-        pa.field("artist", pa.string()),  # identity across data sets, or empty
-        pa.field("work", pa.string()),  # identity of the recording across data sets, or empty
+        pa.field("truth", pa.string()),  # annotations as JSON, or null
+        pa.field("track", pa.string()),  # id of the source track
+        pa.field("artist", pa.string()),  # the same across data sets, or empty
+        pa.field("work", pa.string()),  # the recording, the same across data sets, or empty
         pa.field("evidence", pa.string()),  # where the licence is stated
         pa.field("loudness", pa.float64()),  # LUFS
     ]
@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
 
 
 class CodecLike(Protocol):
-    """What the store needs to know of a codec."""
+    """The attributes of a codec that the store needs."""
 
     name: str
     fingerprint: str
@@ -68,14 +68,13 @@ def open_store(path: str | Path) -> "Store":
     """Open a store folder for reading.
 
     Raises:
-        UserError: no such folder, not a store, unfinished, of a version this program does not know, or with a file that
-            is missing or cut short.
+        UserError: no such folder, not a store, unfinished, of another version, or with a missing or truncated file.
     """
     return Store(Path(path))
 
 
 class Store:
-    """A finished store, read-only. Built by `open_store`.
+    """A finished store, read-only; see `open_store`.
 
     Attributes:
         path: the folder.
@@ -104,7 +103,7 @@ class Store:
         return self.manifest.num_rows
 
     def indices(self, split: str) -> np.ndarray:
-        """Rows of a split (train, valid or test), int64 [n]. Raises UserError if there are none."""
+        """Rows of a split (train, valid or test), int64 [n]. Raises UserError if the split is empty."""
         if split not in SPLITS:
             raise UserError(f"no split {split!r}: there are {', '.join(SPLITS)}")
         rows = np.flatnonzero(pc.equal(self.manifest["split"], split).to_numpy())
@@ -124,13 +123,13 @@ class Store:
             raise UserError(_audio_only(self.path))
         if shard not in self._codes:
             if len(self._codes) >= _OPEN_SHARDS:
-                self._codes.clear()  # every map holds a file descriptor
+                self._codes.clear()  # each memory map uses a file descriptor
             self._codes[shard] = map_tensors(self.path / shard_name(shard))["codes"]
         offset = int(self._offset[row])
         return self._codes[shard][:, offset : offset + int(self._frames[row])]
 
     def captions(self, row: int) -> list[str]:
-        """The captions of one segment; never empty: a segment without words has the empty caption."""
+        """The captions of one segment; [""] for a segment without captions."""
         return self.manifest["captions"][int(row)].as_py() or [""]
 
     def tags(self, row: int) -> list[str]:
@@ -138,11 +137,11 @@ class Store:
         return self.manifest["tags"][int(row)].as_py() or []
 
     def text(self, caption: str) -> np.ndarray:
-        """The embedding of a caption that the store holds (the empty one always), float16 [L, E].
+        """The embedding of a caption of the store (the empty caption is always there), float16 [L, E].
 
         Raises:
-            UserError: the store was prepared without a text encoder.
-            KeyError: the store does not hold this caption.
+            UserError: the store has no text embeddings.
+            KeyError: the caption is not in the store.
         """
         if self._text is None:
             if self.info["text"] is None:
@@ -150,40 +149,40 @@ class Store:
             self._text = TextTable(self.path / text_name(self.info["text"]["name"]))
         return self._text[caption]
 
-    def truth(self, row: int) -> dict[str, Any] | None:
-        """What is known of the segment for certain (tempo, key, instruments), or None."""
+    def annotations(self, row: int) -> dict[str, Any] | None:
+        """The ground-truth annotations of one segment (tempo, key, instruments), or None."""
         text = self.manifest["truth"][int(row)].as_py()
         return None if text is None else json.loads(text)
 
     def audio_path(self, row: int) -> Path:
-        """The segment's audio file. Raises UserError if the store keeps no audio."""
+        """The audio file of one segment. Raises UserError if the store keeps no audio."""
         return audio_inside(self.path, self.manifest["audio"][int(row)].as_py())
 
     def require_codec(self, codec: CodecLike) -> None:
-        """Raises UserError unless the codes were made by this very codec."""
-        made = self.info["codec"]
-        if made is None:
+        """Raises UserError unless this codec made the codes."""
+        known = self.info["codec"]
+        if known is None:
             raise UserError(_audio_only(self.path))
-        if made["fingerprint"] != codec.fingerprint:
+        if known["fingerprint"] != codec.fingerprint:
             raise UserError(
-                f"{self.path} was encoded by codec {made['name']!r} ({made['fingerprint']}), but the codec in use is "
+                f"{self.path} was encoded by codec {known['name']!r} ({known['fingerprint']}), but the codec in use is "
                 f"{codec.name!r} ({codec.fingerprint}): use that codec, or encode the store again with "
                 f"`python -m data_prep pack --root {self.path} --out NEW --codec {codec.name}`"
             )
 
     def verify(self) -> None:
-        """Read every file listed in store.json and compare its sha256. Raises UserError on the first damaged one."""
+        """Compare the sha256 of every file listed in store.json. Raises UserError on the first damaged one."""
         for name, entry in self.info["files"].items():
             if file_sha256(self.path / name) != entry["sha256"]:
                 raise UserError(f"{self.path / name} is damaged (its sha256 differs): {_AGAIN}")
 
 
 def audio_inside(path: Path, name: str | None) -> Path:
-    """A segment's audio file by its name in the manifest of the store at `path`; errors as `Store.audio_path`."""
+    """The path of an audio file by its name in the manifest. Raises UserError for a name outside the store, or None."""
     if name is None:
         raise UserError(f"{path} keeps no audio: prepare it from audio files again")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"{path} names audio outside itself ({name}): it is damaged or not to be trusted")
+        raise UserError(f"{path} lists audio outside the store ({name}): it is damaged or not trustworthy")
     return path / name
 
 
@@ -211,7 +210,7 @@ def _read_info(path: Path) -> dict[str, Any]:
         if kind == FORMAT and version == VERSION and not {"files", "counts", "codec", "text"} <= info.keys():
             raise ValueError("keys are missing")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged or no store's: prepare the store again") from error
+        raise UserError(f"{file} is damaged: prepare the store again") from error
     if kind != FORMAT or version != VERSION:
         raise UserError(f"{file} is of {kind!r} version {version!r}; this program reads {FORMAT!r} version {VERSION}")
     return info
@@ -221,7 +220,7 @@ def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing: {_AGAIN}")
     if path.stat().st_size != size:
-        raise UserError(f"{path} is cut short or changed ({path.stat().st_size} bytes where {size} belong): {_AGAIN}")
+        raise UserError(f"{path} is truncated or changed ({path.stat().st_size} bytes, expected {size}): {_AGAIN}")
 
 
 def _audio_only(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Safetensors files written in a stream and read by memory map.
+"""Safetensors files, written in a stream and read by memory map.
 
-The layout is `8-byte little-endian header length, JSON header, raw tensors`. Reading it here, and not through the
-safetensors package, gives numpy memory maps: a crop of a shard touches only its own pages.
+The layout is `8-byte little-endian header length, JSON header, raw tensors`. It is read here and not with the
+safetensors package to get numpy memory maps: a crop of a shard reads only its own pages.
 """
 
 import json
@@ -21,11 +21,11 @@ _CHUNK = 1 << 24
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays as one safetensors file, whole or not at all; a memory-mapped array is streamed.
+    """Write arrays atomically as one safetensors file; a memory-mapped array is streamed.
 
     Args:
         tensors: name -> array of uint8, uint16, uint32, int64, float16 or float32.
-        metadata: strings kept in the header.
+        metadata: strings for the header.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # keeps every tensor aligned
@@ -36,17 +36,17 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
         position = span[1]
     text = json.dumps(header, ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path) as aside, open(aside, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, array in ordered:
             _write_array(file, array)
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
-    """The tensors' entries, the metadata and the position of the first data byte of a safetensors file.
+    """The tensor entries, the metadata and the position of the first data byte of a safetensors file.
 
     Raises:
-        UserError: the file is missing, cut short or no safetensors file.
+        UserError: the file is missing, truncated or not a safetensors file.
     """
     advice = "restore it from a copy, or prepare the store again"
     try:
@@ -54,35 +54,34 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, 1 << 30):
-                raise UserError(f"{path} is cut short or damaged ({size} bytes): {advice}")
+                raise UserError(f"{path} is truncated or damaged ({size} bytes): {advice}")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {advice}") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is cut short or damaged (its header cannot be read): {advice}") from error
+        raise UserError(f"{path} is truncated or damaged (cannot read its header): {advice}") from error
     if size != end:
-        raise UserError(f"{path} is cut short or damaged ({size} bytes where {end} belong): {advice}")
+        raise UserError(f"{path} is truncated or damaged ({size} bytes, expected {end}): {advice}")
     return header, metadata, 8 + length
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Memory-map every tensor of a safetensors file, read-only. Errors as `read_header`."""
+    """Memory-map every tensor of a safetensors file, read-only. Raises as `read_header`."""
     header, _, start = read_header(path)
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{path} holds {name!r} as {entry['dtype']}, which a store never does")
+            raise UserError(f"{path} holds {name!r} as {entry['dtype']}, which a store does not use")
         first, last = entry["data_offsets"]
         tensors[name] = raw[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
-def gathered(arrays: Iterable[np.ndarray], spool: BinaryIO) -> np.ndarray:
-    """Arrays of one kind, joined along their first axis in a temporary file and memory-mapped there: one file held
-    open, however many there were."""
+def concatenate_on_disk(arrays: Iterable[np.ndarray], spool: BinaryIO) -> np.ndarray:
+    """Concatenate arrays along their first axis in a temporary file and memory-map it."""
     total, array = 0, np.empty(0, np.uint8)
     for array in arrays:
         spool.write(np.ascontiguousarray(array).tobytes())

@@ -1,4 +1,4 @@
-"""Embeddings of captions on disk, found by the caption's hash.
+"""Caption embeddings on disk, looked up by the hash of the caption.
 
 hashes      uint8 [n, 16], sorted: the first 16 bytes of the sha256 of each caption
 offsets     int64 [n+1]: token positions
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ssmttm.data.tensorfile import gathered, map_tensors, read_header, write_tensors
+from ssmttm.data.tensorfile import concatenate_on_disk, map_tensors, read_header, write_tensors
 
-_WINDOW = 512  # captions sorted by length together, so that a batch has little padding
+_WINDOW = 512  # captions that are sorted by length, so that a batch has little padding
 
 
 def caption_hash(caption: str) -> bytes:
@@ -23,7 +23,7 @@ def caption_hash(caption: str) -> bytes:
 
 
 class TextTable:
-    """Memory-mapped embeddings; a caption is found by binary search over the hashes. Errors as `map_tensors`."""
+    """Memory-mapped embeddings, with binary search over the caption hashes. Raises as `map_tensors`."""
 
     def __init__(self, path: Path) -> None:
         tensors = map_tensors(path)
@@ -32,7 +32,7 @@ class TextTable:
         self._prefix = np.ascontiguousarray(self._hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
 
     def find(self, caption: str) -> int | None:
-        """The caption's place, or None."""
+        """The index of a caption, or None."""
         key = caption_hash(caption)
         index = int(np.searchsorted(self._prefix, int.from_bytes(key[:8], "big")))
         while index < len(self._prefix) and self._hashes[index, :8].tobytes() == key[:8]:
@@ -45,7 +45,7 @@ class TextTable:
         return self.find(caption) is not None
 
     def __getitem__(self, caption: str) -> np.ndarray:
-        """float16 [L, E]. Raises KeyError if the caption is not here."""
+        """float16 [L, E]. Raises KeyError for an unknown caption."""
         index = self.find(caption)
         if index is None:
             raise KeyError(f"no embedding of the caption {caption!r} in {self._path}")
@@ -59,12 +59,11 @@ def write_text_table(
     dim: int,
     fingerprint: str,
 ) -> None:
-    """Embed captions, and the empty one, into a table.
+    """Write the embeddings of captions, and of the empty caption.
 
     Args:
-        path: the table.
-        captions: texts, in any order, repeated at will.
-        encode: a list of captions -> one float [L_i, dim] a caption.
+        captions: in any order, duplicates allowed.
+        encode: a list of captions -> one float [L_i, dim] per caption.
         fingerprint: of the encoder.
     """
     ordered = sorted({"", *captions}, key=caption_hash)
@@ -73,32 +72,32 @@ def write_text_table(
         for first in range(0, len(ordered), _WINDOW):
             window = ordered[first : first + _WINDOW]
             by_length = sorted(window, key=len)
-            made = dict(zip(by_length, encode(by_length), strict=True))
-            yield from (made[text] for text in window)
+            embedding_of = dict(zip(by_length, encode(by_length), strict=True))
+            yield from (embedding_of[text] for text in window)
 
     _write_table(path, b"".join(map(caption_hash, ordered)), embeddings(), dim, fingerprint)
 
 
 def merge_text_tables(path: Path, tables: Sequence[Path]) -> None:
-    """One table of all captions of several, which are of one encoder; of a caption's embeddings the first counts."""
+    """Merge tables of one encoder; for a caption in several tables, the first embedding is kept."""
     hashes, lengths = [], []
     for table in tables:
         tensors = map_tensors(table)
         hashes.append(np.array(tensors["hashes"]))
         lengths.append(np.diff(tensors["offsets"]))
     keys, ends = np.concatenate(hashes), np.cumsum(np.concatenate(lengths))  # [n, 16], [n]
-    chosen = np.unique(keys.view("V16")[:, 0], return_index=True)[1]
+    first = np.unique(keys.view("V16")[:, 0], return_index=True)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as spool:
-        rows = gathered((map_tensors(table)["embeddings"] for table in tables), spool)  # [tokens, E]
-        spans = zip(ends[chosen], np.concatenate(lengths)[chosen], strict=True)
+        rows = concatenate_on_disk((map_tensors(table)["embeddings"] for table in tables), spool)  # [tokens, E]
+        spans = zip(ends[first], np.concatenate(lengths)[first], strict=True)
         embeddings = (rows[end - length : end] for end, length in spans)
         fingerprint = read_header(tables[0])[1]["fingerprint"]
-        _write_table(path, keys[chosen].tobytes(), embeddings, rows.shape[1], fingerprint)
+        _write_table(path, keys[first].tobytes(), embeddings, rows.shape[1], fingerprint)
 
 
 def _write_table(path: Path, hashes: bytes, embeddings: Iterable[np.ndarray], dim: int, fingerprint: str) -> None:
-    """Stream embeddings, one float [L_i, dim] a hash, to disk."""
+    """Stream embeddings to disk, one float [L_i, dim] per hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lengths: list[int] = []
 
@@ -108,7 +107,7 @@ def _write_table(path: Path, hashes: bytes, embeddings: Iterable[np.ndarray], di
             yield rows.astype(np.float16).reshape(-1, dim)
 
     with tempfile.TemporaryFile(dir=path.parent) as spool:
-        rows = gathered(counted(), spool)
+        rows = concatenate_on_disk(counted(), spool)
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        tensors = {"hashes": np.frombuffer(hashes, np.uint8).reshape(-1, 16), "offsets": offsets, "embeddings": rows}
-        write_tensors(path, tensors, {"fingerprint": fingerprint})
+        keys = np.frombuffer(hashes, np.uint8).reshape(-1, 16)
+        write_tensors(path, {"hashes": keys, "offsets": offsets, "embeddings": rows}, {"fingerprint": fingerprint})

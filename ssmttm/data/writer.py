@@ -1,9 +1,8 @@
-"""Writing a store: rows and codes streamed to disk, `store.json` last, so that a folder without it is no store.
+"""Writing a store: rows and codes are streamed to disk, `store.json` comes last and marks the store as finished.
 
-Memory does not grow with the store: what is held is one shard of codes and one batch of rows.
+Memory does not grow with the store: one shard of codes and one batch of rows are in memory.
 """
 
-import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -15,35 +14,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ssmttm.data.store import FORMAT, SCHEMA, SPLITS, VERSION, Store, open_store, shard_name, text_name
+from ssmttm.config import flatten
+from ssmttm.data.splits import SPLITS
+from ssmttm.data.store import FORMAT, SCHEMA, VERSION, Store, open_store, shard_name, text_name
 from ssmttm.data.tensorfile import write_tensors
 from ssmttm.errors import UserError
-from ssmttm.files import atomic_write, file_sha256, write_text
+from ssmttm.files import atomic_write, config_hash, file_entry, write_text
 from ssmttm.licences import strictest
 
 CONFIG_FILE = "prep.json"
 _DEFAULTS: dict[str, Any] = {"shard": -1, "offset": 0, "frames": 0, "tags": [], "captions": []}
 _REQUIRED = ("id", "split", "licence", "duration")
-_SHOWN = 3  # settings that differ, in an error
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """16 hex digits of a config's sha256, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+_SHOWN = 3  # settings that differ, in an error message
 
 
 class StoreWriter:
-    """Writes one store, its rows in the order in which they are added.
+    """Writes one store; its rows keep the order in which they are added.
 
     Args:
         path: the store's folder.
-        config: everything that decides what the codes are; a JSON-able dict.
-        codec: name, fingerprint, sample_rate, frame_rate, n_codebooks, codebook_size; None for a store of audio only.
+        config: everything that determines the codes, as JSON.
+        codec: name, fingerprint, sample_rate, frame_rate, n_codebooks, codebook_size; None for an audio-only store.
         sample_rate: Hz of the store's audio files.
-        shard_segments: segments a shard.
+        shard_segments: segments per shard.
 
     Raises:
-        UserError: the folder holds a store of another config.
+        UserError: the folder holds a store with another config.
     """
 
     def __init__(
@@ -59,7 +55,7 @@ class StoreWriter:
         self._shard_segments = shard_segments
         check_same_config(self.path, config)
         (self.path / "store.json").unlink(missing_ok=True)
-        self._spool = tempfile.TemporaryFile(dir=self.path)  # noqa: SIM115 - read back by finish
+        self._spool = tempfile.TemporaryFile(dir=self.path)  # noqa: SIM115 - read by finish
         self._batches = pa.ipc.new_stream(self._spool, SCHEMA)
         self._rows: list[dict[str, Any]] = []
         self._codes: list[np.ndarray] = []
@@ -72,20 +68,21 @@ class StoreWriter:
         """Add one segment.
 
         Args:
-            row: the manifest's columns; `id`, `split`, `licence` and `duration` are needed, the rest has defaults.
+            row: the manifest's columns; `id`, `split`, `licence` and `duration` are required.
             codes: [K, frames] integers; None for an audio-only store.
         """
         missing = [key for key in _REQUIRED if row.get(key) is None]
         unknown = sorted(row.keys() - set(SCHEMA.names))
         if missing or unknown or row["split"] not in SPLITS:
             raise ValueError(f"bad manifest row: missing {missing}, unknown {unknown}, split {row.get('split')!r}")
-        truth = row.get("truth")
-        whole = {**_DEFAULTS, **row, "truth": json.dumps(truth) if isinstance(truth, dict) else truth}
+        annotations = row.get("truth")
+        if isinstance(annotations, dict):
+            annotations = json.dumps(annotations)
         if self._codec is not None:
             if codes is None or codes.shape[0] != self._codec["n_codebooks"]:
                 raise ValueError(f"segment {row['id']} needs codes [{self._codec['n_codebooks']}, frames]")
             self._codes.append(codes.astype(np.uint16))
-        self._rows.append(whole)
+        self._rows.append({**_DEFAULTS, **row, "truth": annotations})
         self._counts[row["split"]] += 1
         self._seconds[row["split"]] += row["duration"]
         self._licences[row["licence"]] += 1
@@ -93,10 +90,10 @@ class StoreWriter:
             self._flush()
 
     def finish(self, text: dict[str, Any] | None = None) -> Store:
-        """Write the manifest and, last, store.json; returns the store, opened.
+        """Write the manifest and, last, store.json; returns the opened store.
 
         Args:
-            text: name, fingerprint, dim of the encoder whose embeddings stand under text/.
+            text: name, fingerprint and dim of the encoder whose embeddings are in text/.
         """
         self._flush()
         self._write_manifest()
@@ -114,13 +111,13 @@ class StoreWriter:
             "licence": strictest(self._licences) if self._licences else None,
             "config_hash": config_hash(self._config),
             "config": self._config,
-            "files": {name: _entry(self.path / name) for name in names},
+            "files": {name: file_entry(self.path / name) for name in names},
         }
         write_text(self.path / "store.json", json.dumps(info, indent=2) + "\n")
         return open_store(self.path)
 
     def _flush(self) -> None:
-        """Write the segments added so far as a shard, and their rows as a batch."""
+        """Write the added segments as a shard, and their rows as a batch."""
         if self._codes:
             offsets = np.cumsum([0, *(codes.shape[1] for codes in self._codes)], dtype=np.int64)  # [n+1]
             tensors = {"codes": np.concatenate(self._codes, axis=1), "offsets": offsets}  # codes [K, T_total]
@@ -138,34 +135,38 @@ class StoreWriter:
         self._batches.close()
         self._spool.seek(0)
         path = self.path / "manifest.parquet"
-        with atomic_write(path) as aside:
-            with self._spool, pa.ipc.open_stream(self._spool) as batches, pq.ParquetWriter(aside, SCHEMA) as manifest:
+        with atomic_write(path) as temporary:
+            with (
+                self._spool,
+                pa.ipc.open_stream(self._spool) as batches,
+                pq.ParquetWriter(temporary, SCHEMA) as manifest,
+            ):
                 for batch in batches:
                     manifest.write_batch(batch)
-            found = pc.value_counts(pq.read_table(aside, columns=["id"])["id"])
-            twice = found.field("values").filter(pc.greater(found.field("counts"), 1))
-            if len(twice):
-                raise ValueError(f"segment {twice[0]} was added twice")
+            found = pc.value_counts(pq.read_table(temporary, columns=["id"])["id"])
+            duplicates = found.field("values").filter(pc.greater(found.field("counts"), 1))
+            if len(duplicates):
+                raise ValueError(f"segment {duplicates[0]} was added twice")
 
 
 def check_same_config(path: Path, config: dict[str, Any]) -> None:
-    """Make `path` the folder of this config's store, or check that it is.
+    """Record the config of a store folder, or check that it equals the recorded one.
 
-    What was null before may be filled in: a store of audio may be given codes.
+    A key that was null may get a value: codes can be added to an audio-only store.
 
     Raises:
-        UserError: it is the folder of another config; the line names what differs.
+        UserError: the recorded config differs; the message lists the keys.
     """
     file = path / CONFIG_FILE
     if not file.exists():
-        _write_claim(file, config)
+        _write_config(file, config)
         return
     try:
         known = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged: prepare into a fresh folder") from error
-    old, new = _flat(known), _flat(json.loads(json.dumps(config)))
-    keys = old.keys() | new.keys()  # what has another value is named first, then names
+        raise UserError(f"{file} is damaged: prepare into a new folder") from error
+    old, new = _values(known), _values(json.loads(json.dumps(config)))
+    keys = old.keys() | new.keys()  # changed values first, and among them names
     order = sorted(keys, key=lambda key: (None in (old.get(key), new.get(key)), "name" not in key, key))
     changes = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in order
                if old.get(key) != new.get(key) and known.get(key.split(".")[0], 0) is not None]  # fmt: skip
@@ -173,20 +174,13 @@ def check_same_config(path: Path, config: dict[str, Any]) -> None:
         changed = ", ".join(changes[:_SHOWN]) + (f" and {len(changes) - _SHOWN} more" if changes[_SHOWN:] else "")
         raise UserError(f"{path} was prepared with other settings ({changed}): give the same ones or another folder")
     if new != old:
-        _write_claim(file, config)
+        _write_config(file, config)
 
 
-def _write_claim(file: Path, config: dict[str, Any]) -> None:
+def _write_config(file: Path, config: dict[str, Any]) -> None:
     write_text(file, json.dumps({"config_hash": config_hash(config), "config": config}, indent=2) + "\n")
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def _values(config: dict[str, Any]) -> dict[str, Any]:
+    """`flatten`, without empty mappings."""
+    return {key: value for key, value in flatten(config).items() if value != {}}

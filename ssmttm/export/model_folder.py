@@ -24,7 +24,7 @@ from ssmttm.generation.loading import (
 )
 from ssmttm.licences import strictest
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
-from ssmttm.text.student import from_description
+from ssmttm.text.student import student_from_description
 
 TEXT_ENCODER = "text_encoder"  # of an exported model, the folder of a text encoder of its own
 
@@ -119,8 +119,8 @@ def write_text_student(folder: Path, out: Path, data: dict[str, Any], half: bool
         What its card says otherwise: the language model's parameters, and which text encoder it reads.
     """
     blueprint, weights = data["blueprint"], checkpoint.load_weights(folder, module_name="lm")
-    encoder, tokenizer = from_description(blueprint["encoder"])
-    checkpoint.fill(encoder, checkpoint.load_weights(folder), folder)
+    encoder, tokenizer = student_from_description(blueprint["encoder"])
+    checkpoint.load_into(encoder, checkpoint.load_weights(folder), folder)
     with quiet_transformers():
         encoder.save(out / TEXT_ENCODER, tokenizer, half)
     with atomic_write(out / "model.safetensors") as path:

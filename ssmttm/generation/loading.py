@@ -161,7 +161,7 @@ def load_model(folder: ModelFolder) -> TokenLM | LatentDenoiser:
         quantise(model)
     elif kept_as is not None:
         raise UserError(f"the weights of {folder.path} are {kept_as!r}, int8 is known: a newer ssmttm may read them")
-    checkpoint.fill(model, checkpoint.load_weights(folder.path, ema=True), folder.weights_file)
+    checkpoint.load_into(model, checkpoint.load_weights(folder.path, ema=True), folder.weights_file)
     return model.eval()
 
 

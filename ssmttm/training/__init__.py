@@ -1,1 +1,1 @@
-"""Training: one loop (`loop.train`), one task per kind of model (`lm`, `codec`)."""
+"""Training: one loop (`loop.train`) and one task per kind of model (`tasks`)."""

@@ -1,4 +1,4 @@
-"""What makes training on a CPU quick: bf16 where the processor has it, and memory that is kept between steps."""
+"""Speed on a CPU: detection of bf16 instructions, and an allocator that keeps freed memory between steps."""
 
 import ctypes
 import sys
@@ -8,23 +8,22 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt(3)
 
 
 def has_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices natively (AVX512-BF16 or AMX); elsewhere fp32 is quicker."""
+    """Whether the processor has bf16 matrix instructions (AVX512-BF16 or AMX); without them fp32 is faster."""
     cpu = Path("/proc/cpuinfo")
     return cpu.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpu.read_text().split()))
 
 
 def keep_freed_memory() -> bool:
-    """Let the C allocator keep what is freed, instead of giving large tensors back to the system after each use.
+    """Make glibc keep freed memory instead of returning large tensors to the system after each use.
 
-    On a CPU every step makes and drops the same large tensors. glibc maps and unmaps them each time, and the kernel
-    clears the pages anew: a fifth of a step of the tiny language model (docs/training.md). A program that never frees
-    for good loses nothing.
+    Every step allocates the same large tensors. By default glibc maps and unmaps them each time and the kernel clears
+    the pages: a fifth of a step of the tiny language model (docs/training.md).
 
     Returns:
-        Whether it took effect; only glibc has these settings.
+        Whether the settings took effect; only glibc has them.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    wanted = {_MMAP_THRESHOLD: 2**30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26}
-    return mallopt is not None and all(mallopt(option, value) for option, value in wanted.items())
+    options = {_MMAP_THRESHOLD: 2**30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26}
+    return mallopt is not None and all(mallopt(option, value) for option, value in options.items())

@@ -1,28 +1,42 @@
-"""What training writes down about the store that it learns from."""
+"""The store of a training: its metadata for the model card, and checks of its codec and text encoder."""
 
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from ssmttm.codecs import Codec, load_codec
+from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 
 
-def store_facts(store: Store, name: str) -> dict[str, Any]:
+def store_metadata(store: Store, name: str) -> dict[str, Any]:
     """Name, fingerprint, licences, hours by split, and name and fingerprint of codec and text encoder, as JSON."""
     info = store.info
-
-    def part(kind: str) -> dict[str, Any] | None:
-        return {key: info[kind][key] for key in ("name", "fingerprint")} if info.get(kind) else None
-
+    codec, text = (
+        {key: info[kind][key] for key in ("name", "fingerprint")} if info.get(kind) else None
+        for kind in ("codec", "text")
+    )
     return {
         "store": Path(name).name,
         "fingerprint": store.fingerprint,
         "licences": info["licences"],
         "hours": info["hours"],
-        "codec": part("codec"),
-        "text": part("text"),
+        "codec": codec,
+        "text": text,
     }
+
+
+def codes_loader(
+    store: Store, config: DictConfig, split: str, batch_size: int, rank: int, world_size: int
+) -> CodesLoader:
+    """The loader of `config.data`; captions are dropped in the train split only."""
+    data = config.data
+    dropout = data.caption_dropout if split == "train" else 0.0
+    return CodesLoader(
+        store, split, batch_size, data.frames, config.seed, rank, world_size, dropout, fixed=data.fixed_crops
+    )
 
 
 def check_complete(store: Store, name: str) -> None:
@@ -33,22 +47,22 @@ def check_complete(store: Store, name: str) -> None:
         )
 
 
-def codec_of(store: Store, name: str, n_codebooks: int | None = None) -> Codec:
-    """The codec that a store's codes were made with, kept to its first codebooks.
+def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) -> Codec:
+    """The codec of a store's codes, limited to its first `n_codebooks`.
 
     Raises:
-        UserError: the store has no codes or captions, or the codec of that name here is another.
+        UserError: the store has no codes or captions, or the installed codec of that name is another.
     """
     check_complete(store, name)
     codec = load_codec(store.info["codec"]["name"], n_codebooks)
-    check_same("codec", codec.fingerprint, store.info)
+    check_fingerprint("codec", codec.fingerprint, store.info)
     return codec
 
 
-def check_same(kind: str, fingerprint: str, info: dict[str, Any]) -> None:
-    """Raises UserError unless the codec or text encoder here is the one that the store was made with."""
+def check_fingerprint(kind: str, fingerprint: str, info: dict[str, Any]) -> None:
+    """Raises UserError unless the installed codec or text encoder (`kind`) is that of the store."""
     if fingerprint != info[kind]["fingerprint"]:
         raise UserError(
-            f"the store was made with another {kind} than the {info[kind]['name']} that is installed here: prepare it "
-            "again, or train where the original is"
+            f"the store was made with another {kind} than the installed {info[kind]['name']}: prepare it again, or "
+            f"install the original {kind}"
         )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class EMA:
     """`average = d * average + (1 - d) * weight` after every step, with d = min(decay, (1 + step) / (10 + step)).
 
-    The ramp of d keeps early averages near the weights. Whatever is no floating-point parameter (buffers, integer
-    tables) is copied, so that `state_dict` loads into the module by itself.
+    The ramp of d keeps early averages near the weights. Buffers are not averaged; `state_dict` is the
+    complete state dict of the module, with the averages.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -20,7 +20,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step` (the first is 1)."""
+        """Update the averages after optimiser step `step` (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [parameter.detach().float() for parameter in self.module.parameters()]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
@@ -34,10 +34,10 @@ class EMA:
 
     @contextmanager
     @torch.no_grad()
-    def swapped_in(self) -> Iterator[None]:
-        """The module holds the averages inside the `with`, and its own weights, bit for bit, after it."""
+    def average_weights(self) -> Iterator[None]:
+        """Inside the `with` block the module holds the averages; its own weights are restored after it."""
         parameters = dict(self.module.named_parameters())
-        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             parameter.copy_(self.averages[name])
         try:
@@ -45,4 +45,4 @@ class EMA:
         finally:
             with torch.no_grad():
                 for name, parameter in parameters.items():
-                    parameter.copy_(own[name])
+                    parameter.copy_(weights[name])

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl always, TensorBoard beside it, and how fast it goes against the device's peak."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, the console's lines, throughput and MFU."""
 
 import json
 import time
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ssmttm import audio
+from ssmttm.files import write_text
 
-# Dense peak of the tensor cores in bf16 (float32 accumulation), FLOP/s, from the makers' data sheets.
+# Dense bf16 peak of the tensor cores (float32 accumulation), FLOP/s, from the data sheets.
 BF16_PEAK = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -20,7 +21,7 @@ BF16_PEAK = {
 
 
 class MetricsLog:
-    """config.yaml, metrics.jsonl, TensorBoard and samples of a run folder; a resume drops lines after `start_step`."""
+    """Writes a run folder's config.yaml, metrics.jsonl, TensorBoard and samples; drops lines after `start_step`."""
 
     def __init__(self, run_dir: Path, config: DictConfig, start_step: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -32,13 +33,13 @@ class MetricsLog:
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One JSON object on one line: step and every value (a loss, a rate, a validation figure)."""
+        """Append one JSON line with the step and the values, and log them to TensorBoard."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
     def write_audio(self, step: int, name: str, wav: Tensor, sample_rate: int) -> None:
-        """Keep one sample, [C, S], as samples/step-NNNNNNNN/NAME.wav and in TensorBoard."""
+        """Write one sample, [C, S], to samples/step-NNNNNNNN/NAME.wav and to TensorBoard."""
         folder = self.samples_dir / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         wav = wav.detach().float().cpu().clamp(-1, 1)
@@ -52,15 +53,12 @@ class MetricsLog:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(kept))
-        aside.replace(self.path)
+        complete = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_text(self.path, "".join(line for line in complete if json.loads(line)["step"] <= step))
 
 
-class Speed:
-    """Counts between two log lines; `rates()` gives per-second figures over all ranks and starts anew."""
+class Throughput:
+    """Sums between two log lines; `rates()` returns rates over all ranks and resets the sums."""
 
     def __init__(self, peak_flops: float) -> None:
         self.peak_flops = peak_flops
@@ -70,14 +68,14 @@ class Speed:
         self._since, self.tokens, self.audio_seconds, self.flops, self.steps = time.perf_counter(), 0.0, 0.0, 0.0, 0
 
     def add(self, tokens: float, audio_seconds: float, flops: float) -> None:
-        """One optimiser step: codes predicted, seconds of audio and FLOPs (forward and backward), of all ranks."""
+        """Add one optimiser step: codes predicted, seconds of audio and FLOPs (forward and backward), of all ranks."""
         self.tokens += tokens
         self.audio_seconds += audio_seconds
         self.flops += flops
         self.steps += 1
 
     def pause(self, since: float) -> None:
-        """Leave out the time from `since` to now (validation, samples, checkpoint)."""
+        """Exclude the time from `since` to now (validation, samples, checkpoint)."""
         self._since += time.perf_counter() - since
 
     def rates(self) -> dict[str, float]:
@@ -94,7 +92,7 @@ class Speed:
 
 @cache
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """The device's peak in FLOP/s and its source: a table for known GPUs in bf16, else a measurement."""
+    """The peak of a device in FLOP/s and its source: the data sheet of a known GPU in bf16, else a measurement."""
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for known, peak in BF16_PEAK.items():
@@ -106,13 +104,31 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 
 def _measured_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """The best of a few products of two size x size matrices, FLOP/s."""
+    """FLOP/s of the fastest of six products of two size x size matrices."""
     left = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(6):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         left @ left
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """The console's line for a log interval: losses, learning rate, throughput, MFU and ETA."""
+    eta = int((steps - step) * values["seconds_per_step"])
+    other_losses = "".join(f" | {key} {values[key]:.3f}" for key in values if key.endswith("_loss"))
+    return (
+        f"step {step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f}{other_losses} | lr {values['lr']:.2e} | "
+        f"grad {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tokens/s | "
+        f"{values['audio_seconds_per_second']:.1f} audio-s/s | MFU {100 * values['mfu']:.1f} % | "
+        f"ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}"
+    )
+
+
+def validation_line(step: int, values: dict[str, float]) -> str:
+    """The console's line for a validation."""
+    listed = [f"{name.removeprefix('valid/')} {value:.4f}" for name, value in values.items()]
+    return f"step {step} valid | {' | '.join(listed)}"

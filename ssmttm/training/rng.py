@@ -1,4 +1,4 @@
-"""The state of every random generator a step may draw from, as JSON; a fence around what must not touch them."""
+"""Seeding, saving and isolating the random generators of torch, numpy and python."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def seed_all(seed: int, rank: int) -> None:
-    """Seed torch (all devices), numpy and python; each rank draws its own dropout."""
+    """Seed torch (all devices), numpy and python, differently on each rank."""
     mixed = (seed * 1_000_003 + rank) % 2**32
     random.seed(mixed)
     np.random.seed(mixed)
@@ -19,13 +19,13 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def get_state() -> dict[str, Any]:
-    """A JSON object: torch, cuda (this process's device; null without), numpy, python."""
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    """All generator states as JSON; cuda is that of this process's device, or null."""
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": _to_hex(torch.get_rng_state()),
         "cuda": _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
-        "numpy": [keys.tolist(), position, has_gauss, cached],
+        "numpy": [np.asarray(keys).tolist(), position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
 
@@ -43,7 +43,7 @@ def set_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Inside, every generator starts from `seed`; after it, training's generators stand where they stood."""
+    """Seed every generator inside the `with` block and restore its state after it."""
     before = get_state()
     seed_all(seed, rank=0)
     try:

@@ -1,22 +1,28 @@
-"""What the loop asks of a task: a kind of model, what it learns from, and how to hear how far it is."""
+"""The interface of a task: a kind of model with its data, losses and samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-Batch = dict[str, Any]  # of a loader: tensors, a TextCondition and lists of str, all with one entry an item
+from ssmttm.data.store import Store
+from ssmttm.training.data import store_metadata
+
+Batch = dict[str, Any]  # from a loader: tensors, a TextCondition and lists of str, one entry per item
 Losses = dict[str, Tensor]
 
 
 class Loader(Protocol):
     """Deterministic: batch n is a pure function of (seed, n, world size, rank)."""
 
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int: ...
 
     def batch(self, n: int) -> Batch: ...
 
-    def iterate(self, start: int) -> Iterator[Batch]: ...
+    def iterate(self, start: int) -> Generator[Batch, None, None]: ...
 
 
 class Sample(NamedTuple):
@@ -25,45 +31,57 @@ class Sample(NamedTuple):
     sample_rate: int
 
 
-class Task(Protocol):
-    """One kind of training. Losses come as shares that add up, over micro-batches and ranks, to a global mean.
+class Task(ABC):
+    """One kind of training. Losses are partial: they add up, over micro-batches and ranks, to a global mean.
 
     Attributes:
-        modules: the players by name, each with its own optimiser; "model" comes first and is what the export holds.
-        frozen: networks that are asked and not trained: they run on the device and in the precision of the training.
-        loss_weights: weight by loss name; a loss without one is logged and not trained on.
+        modules: the trained modules by name, each with its own optimiser; "model" comes first and is exported.
+        frozen: networks used in the forward pass only, on the device and in the precision of the training.
+        loss_weights: weight by loss name; a loss without a weight is logged only.
     """
 
+    config: DictConfig
+    store: Store
     modules: dict[str, nn.Module]
-    frozen: Sequence[nn.Module]
+    frozen: Sequence[nn.Module] = ()
     loss_weights: Mapping[str, float]
 
+    @abstractmethod
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> Loader:
-        """The batches of a split; `batch_size` is that of all ranks together."""
+        """The batches of a split; `batch_size` counts the items of all ranks."""
 
-    def counts(self, batch: Batch) -> Tensor:
+    @abstractmethod
+    def loss_denominators(self, batch: Batch) -> Tensor:
         """What the losses of this micro-batch are averaged over, [n]: valid positions, or items."""
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """Named losses by player that takes a turn at this step.
+    @abstractmethod
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """Partial losses by module that is updated at this step, and by name.
 
         Args:
-            players: `modules` as the loop has wrapped them; call these.
-            counts: `counts` summed over all micro-batches and ranks of the step, [n].
-            step: steps done before this one.
+            modules: `self.modules` as wrapped by the loop; call these.
+            denominators: `loss_denominators` summed over all micro-batches and ranks of the step, [n].
+            step: optimiser steps done.
         """
 
-    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        """Shares, as of `losses`, of the figures of the model that validation logs."""
+    @abstractmethod
+    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+        """Partial losses of the model, as in `losses`, for the validation metrics."""
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Bookkeeping once the optimisers have stepped; returns figures to log."""
+        """Called after the optimisers' step; returns values to log."""
+        return {}
 
-    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
-        """Codes predicted, seconds of audio and forward FLOPs of a micro-batch, when `step` steps are done."""
+    @abstractmethod
+    def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
+        """Codes predicted, seconds of audio and forward FLOPs of a micro-batch after `step` steps."""
 
+    @abstractmethod
     def samples(self, step: int) -> list[Sample]:
-        """Fixed prompts or items with fixed seeds, made with the weights that `modules["model"]` now holds."""
+        """Audio for fixed prompts or items with fixed seeds, from the current weights of `modules["model"]`."""
 
-    def facts(self) -> dict[str, Any]:
-        """What a model card must know of the data: store, fingerprint, licences, hours, codec, text."""
+    def metadata(self) -> dict[str, Any]:
+        """The data section of a model card: store, fingerprint, licences, hours, codec, text."""
+        return store_metadata(self.store, self.config.data.store)

@@ -1,14 +1,14 @@
 """Codec training: reconstruction losses first, then a multi-resolution STFT discriminator with feature matching.
 
-Codec and discriminator learn from the same forward and step together. The discriminator judges real and reconstructed
-audio in one call of its wrapped form; the codec's own judgement passes through it with its weights frozen, so that each
-player's gradients reach that player only (and DDP sees one forward a player a micro-batch).
+Codec and discriminator are updated in the same step from the same forward. The wrapped discriminator scores real and
+reconstructed audio in one call; the codec's adversarial loss uses the discriminator with its weights frozen. So the
+gradients of each loss reach one module only, and DDP sees one forward per module and micro-batch.
 
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -21,23 +21,20 @@ from ssmttm.codecs.students.cost import counted_flops
 from ssmttm.data.loader import AudioLoader
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
-from ssmttm.training.data import store_facts
-from ssmttm.training.tasks.base import Batch, Losses, Sample
+from ssmttm.training.tasks.base import Batch, Losses, Sample, Task
 
 SAMPLE_SECONDS, N_SAMPLES = 5.0, 4
 
 
-class CodecTask:
-    """A codec learns to reconstruct crops of a store's audio.
+class CodecTask(Task):
+    """Trains a codec to reconstruct crops of a store's audio.
 
     Args:
         config: `codec`, `codec_training`, `data` (store, seconds), `losses`, `seed`.
 
     Raises:
-        UserError: no such codec kind, or the store's audio has another sample rate.
+        UserError: unknown codec kind, or the store's audio has another sample rate.
     """
-
-    frozen: Sequence[nn.Module] = ()
 
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
@@ -49,29 +46,29 @@ class CodecTask:
                 f"{config.data.store} holds audio at {self.store.info['sample_rate']} Hz and the codec works at "
                 f"{self.codec.sample_rate} Hz: prepare the store at that rate, or set codec.sample_rate"
             )
-        self.modules: dict[str, nn.Module] = {"model": self.codec}
+        self.modules = {"model": self.codec}
         if self.adversarial_start is not None:
             self.modules["discriminator"] = MultiResolutionDiscriminator()
         self.samples_per_item = round(config.data.seconds * self.codec.sample_rate)
         self._flops_per_item = self.flops_per_item()
-        self._figures: dict[str, float] = {}
+        self._restart_metrics: dict[str, float] = {}
         self._last_audio: Tensor | None = None
 
     def build(self, config: DictConfig) -> Codec:
-        """The codec that learns."""
+        """The codec to train."""
         return build_codec(config.codec)
 
     @property
     def encoder(self) -> Codec:
-        """The codec that makes the codes."""
+        """The codec that encodes the samples."""
         return self.codec
 
     def reconstruct(self, model: nn.Module, wav: Tensor) -> CodecOutput:
-        """What the wrapped codec makes of a waveform [b, 1, S]."""
+        """The output of the wrapped codec for a waveform [b, 1, S]."""
         return model(wav)
 
     def flops_per_item(self) -> float:
-        """Of one item's forward."""
+        """Forward FLOPs of one item."""
         training = self.codec.training
         flops = count_flops(lambda: self.codec.eval()(torch.zeros(1, 1, self.samples_per_item)))
         self.codec.train(training)
@@ -80,48 +77,53 @@ class CodecTask:
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> AudioLoader:
         return AudioLoader(self.store, split, batch_size, self.samples_per_item, self.config.seed, rank, world_size)
 
-    def counts(self, batch: Batch) -> Tensor:
+    def loss_denominators(self, batch: Batch) -> Tensor:
         return torch.tensor([float(len(batch["ids"]))])
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        self._last_audio = batch["audio"]
-        return self.losses_of(self.reconstruct(trained_modules["model"], batch["audio"]), trained_modules, batch, counts, step)
-
-    def losses_of(
-        self, output: CodecOutput, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
     ) -> dict[str, Losses]:
-        """`losses`, once the batch is reconstructed."""
+        self._last_audio = batch["audio"]
+        output = self.reconstruct(modules["model"], batch["audio"])
+        return self.output_losses(output, modules, batch, denominators, step)
+
+    def output_losses(
+        self, output: CodecOutput, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """`losses` for an output of the codec."""
         wav = batch["audio"]  # [b, 1, S]
-        share = len(wav) / counts[0]
+        fraction = len(wav) / denominators[0]  # of the global batch
         losses = {"model": reconstruction_losses(output, wav, self.codec.sample_rate)}
         if self.adversarial_start is not None and step >= self.adversarial_start:
-            real, fake = _halves(trained_modules["discriminator"](torch.cat([wav, output.audio.detach()])))
+            real, fake = _halves(modules["discriminator"](torch.cat([wav, output.audio.detach()])))
             losses["discriminator"] = {"discriminator": discriminator_loss(real, fake)}
             frozen = self.modules["discriminator"].requires_grad_(False)
             losses["model"] |= adversarial_losses(real, frozen(output.audio))
             frozen.requires_grad_(True)
-        return {module_name: {name: share * loss for name, loss in named.items()} for module_name, named in losses.items()}
+        return {
+            module: {name: fraction * loss for name, loss in named.items()} for module, named in losses.items()
+        }
 
-    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        output = self.reconstruct(trained_modules["model"], batch["audio"])
+    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+        output = self.reconstruct(modules["model"], batch["audio"])
         losses = reconstruction_losses(output, batch["audio"], self.codec.sample_rate)
-        return {name: len(batch["ids"]) / counts[0] * loss for name, loss in losses.items()}
+        return {name: len(batch["ids"]) / denominators[0] * loss for name, loss in losses.items()}
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Give unused codebook entries a new start, every `restart_every` steps until `restart_until`."""
+        """Restart unused codebook entries every `restart_every` steps until `restart_until`."""
         every, until = self.config.codec_training.restart_every, self.config.codec_training.restart_until
         if (step + 1) % every == 0 and step < until:
-            dead = self.codec.restart_unused_codes(self._last_audio)  # [K]
-            self._figures = {"codes_revived": float(dead.sum())}
-        return self._figures
+            restarted = cast(Any, self.codec).restart_unused_codes(self._last_audio)  # [K]
+            self._restart_metrics = {"codes_restarted": float(restarted.sum())}
+        return self._restart_metrics
 
-    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
+    def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
         items, seconds = len(batch["ids"]), self.samples_per_item / self.codec.sample_rate
         tokens = items * seconds * self.codec.frame_rate * self.codec.n_codebooks
         return tokens, items * seconds, items * self._flops_per_item
 
     def samples(self, step: int) -> list[Sample]:
-        """Validation items before and after the codec."""
+        """Validation items, original and decoded."""
         rate = self.codec.sample_rate
         count = min(N_SAMPLES, len(self.store.indices("valid")))
         batch = AudioLoader(self.store, "valid", count, round(SAMPLE_SECONDS * rate), self.config.seed).batch(0)
@@ -130,21 +132,23 @@ class CodecTask:
         pairs = {"original": wav, "decoded": decoded}
         return [Sample(f"{i}-{kind}", audio[i], rate) for i in range(count) for kind, audio in pairs.items()]
 
-    def facts(self) -> dict[str, Any]:
-        return store_facts(self.store, self.config.data.store)
 
-
-def _halves(judgements: list[DiscriminatorOutput]) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
-    """Judgements on [real; fake] apart."""
+def _halves(outputs: list[DiscriminatorOutput]) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
+    """The outputs for [real; fake], separated."""
 
     def half(index: int) -> list[DiscriminatorOutput]:
-        return [DiscriminatorOutput(j.logits.chunk(2)[index], [f.chunk(2)[index] for f in j.features]) for j in judgements]
+        return [
+            DiscriminatorOutput(
+                output.logits.chunk(2)[index], [feature.chunk(2)[index] for feature in output.features]
+            )
+            for output in outputs
+        ]
 
     return half(0), half(1)
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of what is run, as `counted_flops` counts."""
+    """FLOPs of what is run, as `counted_flops` denominators."""
     with torch.no_grad(), counted_flops() as flops:
         run()
     return flops()

@@ -1,10 +1,9 @@
-"""Denoiser training: the latents of a segment's last codebooks, given those of its first and its caption.
+"""Denoiser training: the latents of a segment's fine codebooks, given those of its coarse ones and its caption.
 
-Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S channels of the sketch, C channels to find.
+Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S coarse channels, C channels to generate.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,79 +20,73 @@ from ssmttm.errors import UserError
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models import build_model
 from ssmttm.models.controls import Controls
-from ssmttm.models.latent_denoiser import Conditions
+from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
-from ssmttm.training.data import codec_of, store_facts
-from ssmttm.training.tasks.base import Batch, Losses, Sample
+from ssmttm.training.data import codes_loader, load_store_codec
+from ssmttm.training.tasks.base import Batch, Losses, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 
-_COUNTED = 4_096  # segments, evenly spread over the training split, from which statistics are taken
+_STATISTICS_SEGMENTS = 4_096  # evenly spread over the training split
 _SAMPLES = 3
 
 
-class DiffusionTask:
-    """A LatentDenoiser learns to complete a store's codes from their first codebooks.
+class DiffusionTask(Task):
+    """Trains a LatentDenoiser to complete a store's codes from their first codebooks.
 
     Args:
-        config: `model` (kind latent_denoiser), `diffusion`, `data` (store, frames, and the chances that captions, tempi
-            and melodies are withheld), `losses`, `seed`.
+        config: `model` (kind latent_denoiser), `diffusion`, `data` (store, frames and condition dropouts), `losses`,
+            `seed`.
 
     Raises:
         UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
     """
 
-    frozen: Sequence[nn.Module] = ()
-
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
-        self.model = build_model(config.model)
-        self.codec = codec_of(self.store, config.data.store)
+        model = build_model(config.model)
+        assert isinstance(model, LatentDenoiser)
+        self.model = model
+        self.codec = load_store_codec(self.store, config.data.store)
         _check_fit(config, self.store.info, self.codec)
-        _check_chances(config.diffusion)
         self.statistics = store_statistics(self.store, self.codec)
         self.model.set_statistics(*self.statistics)
-        self.modules: dict[str, nn.Module] = {"model": self.model}
+        self.modules = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
-        SecondStageConfig.of(config)  # a wrong one is told now, not when there is something to sample
+        SecondStageConfig.of(config)  # invalid settings fail here, not at the first samples
         self.controls = StoreControls(self.store, self.model.config, config.data, self.codec)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
-        data, seed = self.config.data, self.config.seed
-        dropout = data.caption_dropout if split == "train" else 0.0
-        return CodesLoader(
-            self.store, split, batch_size, data.frames, seed, rank, world_size, dropout, fixed=data.fixed_crops
-        )
+        return codes_loader(self.store, self.config, split, batch_size, rank, world_size)
 
-    def counts(self, batch: Batch) -> Tensor:
-        """Real frames, [1]."""
+    def loss_denominators(self, batch: Batch) -> Tensor:
+        """Valid frames, [1]."""
         return batch["frame_mask"].sum().float()[None]
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """`denoising`, the mean square error of what the objective asks for, over real frames and channels."""
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """`denoising`: the mean square error of the objective's target, over valid frames and channels."""
         settings, items = self.config.diffusion, len(batch["ids"])
-        kept = torch.rand(items) >= settings.coarse_dropout
-        spread = torch.rand(items) * settings.coarse_noise_aug
-        controls = self.controls.dropped(self.controls.of(batch))
-        return {"model": self._denoising(trained_modules["model"], batch, counts, kept, spread, controls)}
+        has_coarse = torch.rand(items) >= settings.coarse_dropout  # [b]
+        noise_level = torch.rand(items) * settings.coarse_noise_aug  # [b]
+        controls = self.controls.drop(self.controls.load(batch))
+        return {"model": self._denoising(modules["model"], batch, denominators, has_coarse, noise_level, controls)}
 
-    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        """The same with nothing withheld and the sketch as it is."""
+    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+        """The same without condition dropout and without noise on the coarse latents."""
         items = len(batch["ids"])
-        kept, spread = torch.ones(items, dtype=torch.bool), torch.zeros(items)
-        return self._denoising(trained_modules["model"], batch, counts, kept, spread, self.controls.of(batch))
+        has_coarse, noise_level = torch.ones(items, dtype=torch.bool), torch.zeros(items)
+        controls = self.controls.load(batch)
+        return self._denoising(modules["model"], batch, denominators, has_coarse, noise_level, controls)
 
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
-
-    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
-        """Codes found, seconds of audio and FLOPs."""
+    def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
         frames, config = float(batch["frame_mask"].sum()), self.config.model
         flops = len(batch["ids"]) * self.model.flops(batch["codes"].shape[-1], batch["text"].mask.shape[1])
         return frames * (config.n_codebooks - config.n_coarse_codebooks), frames / self.codec.frame_rate, flops
 
     def samples(self, step: int) -> list[Sample]:
-        """Held-out sketches painted, beside the same segments through the codec."""
+        """Validation segments: original codes, and fine codes generated from the coarse ones."""
         count = min(_SAMPLES, len(self.store.indices("valid")))
         frames = round(self.config.train.sample_seconds * self.codec.frame_rate)
         batch = CodesLoader(self.store, "valid", count, frames, self.config.seed).batch(0)
@@ -102,57 +95,49 @@ class DiffusionTask:
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         codes = batch["codes"].to(device)
         coarse_codes = codes[:, : self.config.model.n_coarse_codebooks]
-        painted = second_stage.generate(coarse_codes, SecondStageInputs(batch["text"].to(device), null.to(device), list(range(count))))
-        pairs = {"original": codes, "painted": painted}
+        inputs = SecondStageInputs(batch["text"].to(device), null.to(device), seeds=list(range(count)))
+        pairs = {"original": codes, "generated": second_stage.generate(coarse_codes, inputs)}
         rate = self.codec.sample_rate
-        return [Sample(f"{i}-{what}", self.codec.decode(c[i : i + 1])[0], rate)
-                for i in range(count) for what, c in pairs.items()]  # fmt: skip
+        return [Sample(f"{i}-{kind}", self.codec.decode(c[i : i + 1])[0], rate)
+                for i in range(count) for kind, c in pairs.items()]  # fmt: skip
 
-    def facts(self) -> dict[str, Any]:
-        held = LatentStatistics(self.model.latent_mean, self.model.latent_std)  # those of a model to start from, if any
-        return store_facts(self.store, self.config.data.store) | {"latents": {"fingerprint": held.fingerprint}}
+    def metadata(self) -> dict[str, Any]:
+        """With the fingerprint of the model's latent statistics, which may come from `init`."""
+        statistics = LatentStatistics(self.model.latent_mean, self.model.latent_std)
+        return super().metadata() | {"latents": {"fingerprint": statistics.fingerprint}}
 
     def _denoising(
         self,
         model: nn.Module,
         batch: Batch,
-        counts: Tensor,
-        kept: Tensor,
-        spread: Tensor,
+        denominators: Tensor,
+        has_coarse: Tensor,
+        noise_level: Tensor,
         controls: Controls,
     ) -> Losses:
-        """Kept [b] says whose sketch is told, spread [b] how much noise it is given."""
+        """The loss with the coarse latents of some items [b] only, and with noise of this level [b] added to them."""
         codes, mask = batch["codes"], batch["frame_mask"]
-        device, n_sketch = codes.device, self.model.config.coarse_channels
-        latents = self.model.normalised(self.codec.to(device).to_latents(codes).detach().float())  # [b, K * c, T]
-        coarse_codes, clean = latents[:, :n_sketch], latents[:, n_sketch:]
-        kept, spread = kept.to(device), spread.to(device)
-        coarse_codes = coarse_codes + spread[:, None, None] * torch.randn_like(coarse_codes)
-        noise, time = torch.randn_like(clean), self.objective.draw_times(len(codes)).to(device)
-        conditions = Conditions(coarse_codes, batch["text"], kept, spread, controls.to(device), mask)
-        said = model(self.objective.noisy(clean, noise, time), time, conditions).float()
-        errors = (said - self.objective.target(clean, noise, time)).square().mean(1)  # [b, T]
-        return {"denoising": errors.masked_fill(~mask, 0).sum() / counts[0]}
+        device, n_coarse = codes.device, self.model.config.coarse_channels
+        latents = self.model.normalise(self.codec.to(device).to_latents(codes).detach().float())  # [b, K * c, T]
+        coarse_latents, clean = latents[:, :n_coarse], latents[:, n_coarse:]
+        has_coarse, noise_level = has_coarse.to(device), noise_level.to(device)
+        coarse_latents = coarse_latents + noise_level[:, None, None] * torch.randn_like(coarse_latents)
+        noise, time = torch.randn_like(clean), self.objective.sample_times(len(codes)).to(device)
+        conditions = Conditions(coarse_latents, batch["text"], has_coarse, noise_level, controls.to(device), mask)
+        prediction = model(self.objective.add_noise(clean, noise, time), time, conditions).float()
+        errors = (prediction - self.objective.target(clean, noise, time)).square().mean(1)  # [b, T]
+        return {"denoising": errors.masked_fill(~mask, 0).sum() / denominators[0]}
 
 
 def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
-    """Statistics of the latents of a store's training split, from at most 4,096 segments spread over it."""
+    """Statistics of the latents of a store's training split, from at most 4,096 of its segments."""
     rows = store.indices("train")
-    rows = rows[:: -(-len(rows) // _COUNTED)]
-    counts = np.zeros((codec.n_codebooks, codec.codebook_size), np.int64)  # [K, V]
+    rows = rows[:: -(-len(rows) // _STATISTICS_SEGMENTS)]
+    denominators = np.zeros((codec.n_codebooks, codec.codebook_size), np.int64)  # [K, V]
     for row in rows:
         for k, codes in enumerate(store.codes(int(row))):
-            counts[k] += np.bincount(codes, minlength=codec.codebook_size)
-    return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(counts))
-
-
-def _check_chances(settings: DictConfig) -> None:
-    limits = {"coarse_dropout": 1, "coarse_noise_aug": math.inf}
-    for name, most in limits.items():
-        value = settings[name]
-        if not isinstance(value, int | float) or not 0 <= value <= most:
-            wanted = "no chance: give 0 to 1" if most == 1 else "no spread: give 0 or more"
-            raise UserError(f"diffusion.{name}={value} is {wanted}")
+            denominators[k] += np.bincount(codes, minlength=codec.codebook_size)
+    return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(denominators))
 
 
 def _check_fit(config: DictConfig, info: dict[str, Any], codec: Codec) -> None:

@@ -241,7 +241,7 @@ def _check_settings(config: DictConfig) -> None:
     if losses.tags:
         raise UserError("distillation has no tag head: set losses.tags=0")
     if settings.hidden_steps and not losses.hidden:
-        raise UserError("distill.hidden_steps needs losses.hidden above 0, got losses.hidden=0")
+        raise UserError("distill.hidden_steps needs losses.hidden above 0, got 0")
     if settings.cache and (losses.hidden or settings.mixer_steps):
         raise UserError("the cache holds logits only: set losses.hidden=0 and distill.mixer_steps=0, or no cache")
     if settings.cache and not config.data.fixed_crops:

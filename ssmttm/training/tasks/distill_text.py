@@ -239,6 +239,6 @@ def _check_settings(config: DictConfig) -> None:
     if settings.joint_step is not None and settings.joint_step >= steps:
         raise UserError(f"text_student.joint_step must be below train.steps={steps} or null, got {settings.joint_step}")
     if not config.losses.text:
-        raise UserError("losses.text must be above 0, got losses.text=0")
+        raise UserError("losses.text must be above 0, got 0")
     if config.losses.tags:
         raise UserError("distillation has no tag head: set losses.tags=0")

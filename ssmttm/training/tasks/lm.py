@@ -1,6 +1,6 @@
 """Language-model training: cross-entropy of a token model on interleaved codes.
 
-Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the pattern's sequence, V codes a codebook.
+Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the pattern's sequence, V codes per codebook.
 """
 
 import re
@@ -13,51 +13,52 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmttm.codecs import Codec
-from ssmttm.data.loader import CodesLoader
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
 from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.pipeline import MusicPipeline
-from ssmttm.models import build_model
+from ssmttm.models import TokenLM, build_model
 from ssmttm.models.controls import Controls
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
-from ssmttm.training.data import check_complete, check_same, codec_of, store_facts
-from ssmttm.training.tasks.base import Batch, Losses, Sample
+from ssmttm.training.data import check_complete, check_fingerprint, codes_loader, load_store_codec
+from ssmttm.training.tasks.base import Batch, Loader, Losses, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
 
 
-class LanguageModelTask:
-    """A TokenLM learns to predict a store's codes from its captions.
+class LanguageModelTask(Task):
+    """Trains a TokenLM to predict a store's codes from its captions.
 
     Args:
-        config: `model`, `pattern`, `data` (store, frames, and the chances that captions, tempi and melodies are
-            withheld), `train` (label_smoothing, codebook_weights, and for samples sample_every, sample_seconds,
-            prompts), `losses`, `tag_head` (if losses.tags), `seed`.
+        config: `model`, `pattern`, `data` (store, frames and condition dropouts), `train` (label_smoothing,
+            codebook_weights, and for samples sample_every, sample_seconds, prompts), `losses`, `tag_head` (if
+            losses.tags), `seed`.
 
     Raises:
-        UserError: the store has no codes or captions, or its codec or text encoder does not fit the model; weights that
-            are not one positive number a codebook.
+        UserError: the store has no codes or captions, its codec or text encoder does not fit the model, or
+            codebook_weights is invalid.
     """
 
-    frozen: Sequence[nn.Module] = ()
-    guidance_scale, null_condition = GUIDANCE_SCALE, "empty_caption"  # how it is sampled
+    guidance_scale: float = GUIDANCE_SCALE  # of the samples
+    null_condition: str = "empty_caption"
 
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
         check_complete(self.store, config.data.store)
         _check_fit(config, self.store.info)
-        self.model = build_model(config.model)
-        self.modules: dict[str, nn.Module] = {"model": self.model}
+        model = build_model(config.model)
+        assert isinstance(model, TokenLM)
+        self.model = model
+        self.modules = {"model": self.model}
         self.tags: TagVocabulary | None = None
         if config.losses.tags:
             _check_block(config.tag_head.block, config.model.n_layers)
             self.tags = TagVocabulary(self.store, config.tag_head.min_share)
-            self.modules["tag_head"] = TagHead(config.model.d_model, self.tags.shares)
+            self.modules["tag_head"] = TagHead(config.model.d_model, self.tags.frequencies)
         self.n_codebooks, self.codebook_size = config.model.n_codebooks, config.model.codebook_size
         self.pattern = get_pattern(config.pattern, n_codebooks=self.n_codebooks)
         self.codebook_weights = _codebook_weights(config.train.codebook_weights, self.n_codebooks)
@@ -65,156 +66,161 @@ class LanguageModelTask:
         self._codec: Codec | None = None
         self._text_encoder: TextEncoder | None = None
         if config.train.sample_every or self.model.config.chroma:
-            self._codec = codec_of(self.store, config.data.store, self.n_codebooks)
+            self._codec = load_store_codec(self.store, config.data.store, self.n_codebooks)
         self.controls = StoreControls(self.store, self.model.config, config.data, self._codec)
-        if config.train.sample_every:  # now, so that an encoder that is not here stops the run before it begins
+        if config.train.sample_every:  # loaded now, so that a missing encoder stops the run at its start
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
-            check_same("text", self._text_encoder.fingerprint, self.store.info)
+            check_fingerprint("text", self._text_encoder.fingerprint, self.store.info)
 
-    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
-        data, seed = self.config.data, self.config.seed
-        dropout = data.caption_dropout if split == "train" else 0.0
-        return CodesLoader(
-            self.store, split, batch_size, data.frames, seed, rank, world_size, dropout, fixed=data.fixed_crops
-        )
+    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> Loader:
+        return codes_loader(self.store, self.config, split, batch_size, rank, world_size)
 
-    def counts(self, batch: Batch) -> Tensor:
+    def loss_denominators(self, batch: Batch) -> Tensor:
         """Valid positions by codebook and the number of items, [K + 1]."""
-        positions = real_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2))  # [K]
+        positions = valid_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2))  # [K]
         return torch.cat([positions, positions.new_tensor([len(batch["ids"])])]).float()
 
-    def losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> dict[str, Losses]:
-        """`cross_entropy`, weighted mean over codebooks with smoothed labels, to train on; each `codebook_k`, plain;
-        with a tag head `tags`, to train on, and `tags_from_text`, that of the first position."""
-        controls = self.controls.dropped(self.controls.of(batch))
-        return {"model": self._losses(trained_modules, batch, counts, controls)}
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+    ) -> dict[str, Losses]:
+        """`cross_entropy`: weighted mean over codebooks, with label smoothing; `codebook_k`: without, of each codebook.
 
-    def validation(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, step: int) -> Losses:
-        """The same with neither tempo nor melody withheld."""
-        return self._losses(trained_modules, batch, counts, self.controls.of(batch))
+        With a tag head also `tags`, and `tags_from_text`, the tag loss of the first position.
+        """
+        controls = self.controls.drop(self.controls.load(batch))
+        return {"model": self._losses(modules, batch, denominators, controls)}
 
-    def _losses(self, trained_modules: Mapping[str, nn.Module], batch: Batch, counts: Tensor, controls: Controls) -> Losses:
-        given, text = self._prepare_batch(batch, controls), self._text(batch)
+    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+        """The same without dropout of tempo and melody."""
+        return self._losses(modules, batch, denominators, self.controls.load(batch))
+
+    def _losses(
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, controls: Controls
+    ) -> Losses:
+        inputs, text = self._prepare_batch(batch, controls), self._text(batch)
         if self.tags is None:
-            return self._code_losses(trained_modules["model"](given.codes, text, controls=given.controls), given, counts)
-        behind = [self.config.tag_head.block]
-        logits, (stream,) = trained_modules["model"](given.codes, text, return_hidden_states_of=behind, controls=given.controls)
-        log_odds = trained_modules["tag_head"](stream)  # [b, S, n]
-        targets = self.tags.targets(batch["ids"]).to(log_odds.device)
-        from_text, mean = tag_losses(log_odds, targets, given.real.any(1))
-        named = {"tags": (from_text + mean) / 2 / counts[-1], "tags_from_text": from_text / counts[-1]}
-        return named | self._code_losses(logits, given, counts)
+            logits = modules["model"](inputs.codes, text, controls=inputs.controls)
+            return self._code_losses(logits, inputs, denominators)
+        logits, (hidden_states,) = modules["model"](
+            inputs.codes, text, return_hidden_states_of=[self.config.tag_head.block], controls=inputs.controls
+        )
+        tag_logits = modules["tag_head"](hidden_states)  # [b, S, n]
+        targets = self.tags.targets(batch["ids"]).to(tag_logits.device)
+        from_text, mean = tag_losses(tag_logits, targets, inputs.valid.any(1))
+        losses = {"tags": (from_text + mean) / 2 / denominators[-1], "tags_from_text": from_text / denominators[-1]}
+        return losses | self._code_losses(logits, inputs, denominators)
 
     def _text(self, batch: Batch) -> TextCondition:
-        """The captions as the model reads them."""
+        """The captions with the model's null condition."""
         return apply_null_condition(self.null_condition, batch["text"], batch["captions"])
 
     def _prepare_batch(self, batch: Batch, controls: Controls) -> "LMBatch":
         codes = batch["codes"][:, : self.n_codebooks]
-        sequence, real = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
+        sequence, valid = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
-        told = controls.at(self.pattern.frames(codes.shape[-1])).to(codes.device)  # by position
-        return LMBatch(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, real, told)
+        by_position = controls.gather_frames(self.pattern.frames(codes.shape[-1])).to(codes.device)
+        return LMBatch(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, valid, by_position)
 
-    def _code_losses(self, logits: Tensor, given: "LMBatch", counts: Tensor) -> Losses:
+    def _code_losses(self, logits: Tensor, inputs: "LMBatch", denominators: Tensor) -> Losses:
         """`cross_entropy` and each `codebook_k` of logits [b, K, S, V']."""
         smoothing = self.config.train.label_smoothing
-        plain, smoothed = token_losses(logits, given.sequence, given.real, self.codebook_size, smoothing)
-        named = {f"codebook_{k}": share for k, share in enumerate(plain / counts[:-1])}
-        return {"cross_entropy": self._over_codebooks(smoothed, counts), **named}
+        plain, smoothed = token_losses(logits, inputs.targets, inputs.valid, self.codebook_size, smoothing)
+        by_codebook = {f"codebook_{k}": loss for k, loss in enumerate(plain / denominators[:-1])}
+        return {"cross_entropy": self._over_codebooks(smoothed, denominators), **by_codebook}
 
-    def _over_codebooks(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """The weighted mean over codebooks of what is summed over real positions, [K]."""
-        return (self.codebook_weights.to(sums.device) * sums / counts[:-1]).sum()
+    def _over_codebooks(self, sums: Tensor, denominators: Tensor) -> Tensor:
+        """The weighted mean over codebooks of sums over valid positions, [K]."""
+        return (self.codebook_weights.to(sums.device) * sums / denominators[:-1]).sum()
 
-    def after_step(self, step: int) -> dict[str, float]:
-        return {}
-
-    def work(self, batch: Batch, step: int) -> tuple[float, float, float]:
+    def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
         frames = float(batch["frame_mask"].sum())
         items, length = len(batch["ids"]), self.pattern.sequence_length(batch["codes"].shape[-1])
         flops = items * self.model.flops(length, batch["text"].mask.shape[1])
         return frames * self.n_codebooks, frames / self.frame_rate, flops
 
     def samples(self, step: int) -> list[Sample]:
-        """`train.prompts`, always with the same seeds."""
+        """`train.prompts`, with the same seeds each time."""
         assert self._codec is not None and self._text_encoder is not None  # loaded when train.sample_every is set
         device = next(self.model.parameters()).device
-        how = {"null_condition": self.null_condition, "guidance_scale": self.guidance_scale}
-        pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern, **how)
+        pipe = MusicPipeline(
+            self.model,
+            self._codec.to(device),
+            self._text_encoder,
+            self.pattern,
+            null_condition=self.null_condition,
+            guidance_scale=self.guidance_scale,
+        )
         prompts = list(self.config.train.prompts)
         out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
         return [Sample(f"{i}-{_file_name(prompt)}", out.audios[i], out.sample_rate) for i, prompt in enumerate(prompts)]
 
-    def facts(self) -> dict[str, Any]:
-        return store_facts(self.store, self.config.data.store)
-
 
 class LMBatch(NamedTuple):
-    """A batch as the model is shown it.
+    """A batch as inputs and targets of the model.
 
     Attributes:
-        codes: [b, K, S], the sequence behind its start.
-        sequence: [b, K, S], what is to be predicted. real: bool [b, K, S], True where it holds codes.
-        wishes: by position.
+        codes: [b, K, S], the input: the start column and the sequence without its last position.
+        targets: [b, K, S], the sequence.
+        valid: bool [b, K, S], True where the target is a code.
+        controls: by position.
     """
 
     codes: Tensor
-    sequence: Tensor
-    real: Tensor
+    targets: Tensor
+    valid: Tensor
     controls: Controls
 
 
-def real_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Tensor:
-    """True where a sequence holds a real code, neither fill nor padding: [b, T] -> bool [b, K, S]."""
+def valid_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Tensor:
+    """True where a sequence holds a code, neither special token nor padding: [b, T] -> bool [b, K, S]."""
     mask = frame_mask[:, None].expand(-1, n_codebooks, -1).long()  # [b, K, T]
     return pattern.build(mask, 0).bool()
 
 
 def interleave(pattern: Pattern, codes: Tensor, frame_mask: Tensor, special_token_id: int) -> tuple[Tensor, Tensor]:
-    """The sequence to predict, with the special token on fill and padding, and where it is real: [b, K, S] each."""
+    """The target sequence, with the special token where there is no code, and the valid mask: [b, K, S] each."""
     padded = codes.masked_fill(~frame_mask[:, None], special_token_id)
-    return pattern.build(padded, special_token_id), real_positions(pattern, frame_mask, codes.shape[1])
+    return pattern.build(padded, special_token_id), valid_positions(pattern, frame_mask, codes.shape[1])
 
 
 def token_losses(
-    logits: Tensor, targets: Tensor, real: Tensor, codebook_size: int, smoothing: float
+    logits: Tensor, targets: Tensor, valid: Tensor, codebook_size: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy by codebook, summed over real positions.
+    """Cross-entropy by codebook, summed over valid positions.
 
-    Label smoothing (arXiv 1512.00567) spreads its mass over the V codes; the special token, where the model has a logit
-    for it, gets none.
+    Label smoothing (arXiv 1512.00567) is spread over the V codes; the special token, if the model has a logit for it,
+    gets none.
 
     Args:
         logits: [b, K, S, V'], V' = V or V + 1.
         targets: int64 [b, K, S].
-        real: bool [b, K, S].
+        valid: bool [b, K, S].
 
     Returns:
-        Plain and smoothed sums, [K] each.
+        The sums without and with label smoothing, [K] each.
     """
     log_p = F.log_softmax(logits.float(), dim=-1)
-    right = targets.masked_fill(~real, 0)[..., None]
-    plain = -log_p.gather(-1, right)[..., 0]  # [b, K, S]
+    codes = targets.masked_fill(~valid, 0)[..., None]
+    plain = -log_p.gather(-1, codes)[..., 0]  # [b, K, S]
     smoothed = plain
     if smoothing:
         smoothed = (1 - smoothing) * plain - smoothing * log_p[..., :codebook_size].mean(-1)
-    return plain.masked_fill(~real, 0).sum((0, 2)), smoothed.masked_fill(~real, 0).sum((0, 2))
+    return plain.masked_fill(~valid, 0).sum((0, 2)), smoothed.masked_fill(~valid, 0).sum((0, 2))
 
 
-def _codebook_weights(given: Sequence[float] | None, n_codebooks: int) -> Tensor:
-    """Shares of the loss by codebook, [K], that add up to 1; None: all the same."""
-    weights = torch.tensor(given if given is not None else [1.0] * n_codebooks, dtype=torch.float32)
-    if len(weights) != n_codebooks or not bool((weights > 0).all()):
+def _codebook_weights(weights: Sequence[float] | None, n_codebooks: int) -> Tensor:
+    """Loss weights by codebook, [K], that add up to 1; None: equal weights."""
+    values = torch.tensor(weights if weights is not None else [1.0] * n_codebooks, dtype=torch.float32)
+    if len(values) != n_codebooks or not bool((values > 0).all()):
         raise UserError(
-            f"train.codebook_weights={list(given or [])}: give {n_codebooks} positive numbers, one a codebook"
+            f"train.codebook_weights must be {n_codebooks} positive numbers, one per codebook, got {weights}"
         )
-    return weights / weights.sum()
+    return values / values.sum()
 
 
 def _check_block(block: int, n_layers: int) -> None:
     if not 1 <= block <= n_layers:
-        raise UserError(f"tag_head.block={block}: the model has blocks 1 to {n_layers}")
+        raise UserError(f"tag_head.block={block} must be a block of the model, 1 to {n_layers}")
 
 
 def _file_name(prompt: str) -> str:
