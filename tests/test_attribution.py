@@ -1,4 +1,4 @@
-"""ATTRIBUTION.csv: every work once, word for word."""
+"""ATTRIBUTION.csv lists every work once, verbatim."""
 
 import csv
 import tracemalloc
@@ -23,7 +23,7 @@ def read(path) -> list[tuple[str, ...]]:
 @example(works=[("a\rb", "c\nd", 1), ("\r", '"', 2)], batch=2)
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(works=st.lists(st.tuples(TEXT, TEXT, st.integers(1, 4)), min_size=1, max_size=6), batch=st.integers(1, 5))
-def test_every_work_once_and_word_for_word(tmp_path_factory, works, batch):
+def test_attribution_lists_every_work_once_and_verbatim(tmp_path_factory, works, batch):
     rows = [
         {"id": f"{number:03d}-{index}", "split": "train", "licence": "CC0-1.0", "duration": 1.0, "title": title,
          "author": author, "evidence": f"table line {number}"}
@@ -41,12 +41,12 @@ def test_every_work_once_and_word_for_word(tmp_path_factory, works, batch):
     ]
 
 
-def test_a_formula_stays_as_it_is(tmp_path):
+def test_attribution_keeps_a_formula_as_text(tmp_path):
     rows = [{"id": "a", "split": "train", "licence": "CC0-1.0", "duration": 1.0, "title": '=HYPERLINK("x")'}]
     assert read(write_attribution(write_rows_store(tmp_path, rows)))[0][0] == '=HYPERLINK("x")'
 
 
-def test_memory_does_not_grow_with_the_store(tmp_path):
+def test_attribution_memory_does_not_grow_with_the_store(tmp_path):
     store = write_rows_store(
         tmp_path,
         [{"id": f"{n:06d}", "split": "train", "licence": "CC0-1.0", "duration": 1.0, "title": f"work {n} " + 40 * "x",
@@ -57,4 +57,4 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     write_attribution(store)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5e6  # all rows at once take 10 MB
+    assert peak < 5e6  # all rows at once would take 10 MB

@@ -1,4 +1,4 @@
-"""croissant.json of a store: the structure that Croissant 1.1 asks for, and what its own reader makes of it."""
+"""croissant.json of a store: the structure that Croissant 1.1 requires, and how mlcroissant reads it."""
 
 import json
 
@@ -27,7 +27,7 @@ def store(tmp_path):
     return made
 
 
-def test_structure(store):
+def test_croissant_has_the_required_structure(store):
     path = write_croissant(store)
     assert path == store.path / "croissant.json"
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def test_structure(store):
     assert len(ids) == len(set(ids))
 
 
-def test_croissants_own_reader_finds_no_fault_and_the_records(store):
+def test_croissant_is_read_by_mlcroissant_without_issues(store):
     import mlcroissant
 
     data = mlcroissant.Dataset(jsonld=str(write_croissant(store)))
@@ -66,5 +66,5 @@ def test_croissants_own_reader_finds_no_fault_and_the_records(store):
     assert [record["splits/name"] for record in data.records("splits")] == ["train", "valid", "test"]
 
 
-def test_twice_the_same(store):
+def test_croissant_of_the_same_store_is_the_same_file(store):
     assert write_croissant(store).read_bytes() == write_croissant(store).read_bytes()

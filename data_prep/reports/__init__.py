@@ -1,1 +1,1 @@
-"""What stands beside a store: attribution, Croissant metadata, a page for people."""
+"""Files that describe a store: attribution, Croissant metadata and an HTML report."""
