@@ -72,7 +72,7 @@ def draw_plan(rng: Random) -> Plan:
 
     styles = [style for style in STYLES.values() if metre.name in style.grooves and len(tempi(style)) >= 5]
     style = rng.choices(styles, [_weight(style, metre) for style in styles])[0]
-    backing = [BACKING[name] for name in style.players if BACKING[name].family != family]
+    backing = [BACKING[name] for name in style.backing if BACKING[name].family != family]
     basses = [BACKING[name] for name in style.basses if not (family == "strings" and name == "cello")
               and not (family == "brass" and name == "tuba")]
     own = style.moods if style.moods and rng.random() < 0.3 else ()

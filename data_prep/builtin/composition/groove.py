@@ -23,7 +23,7 @@ class Groove:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A style: `tempo` in perceived beats per minute, grooves by metre, instruments by name, and probabilities.
+    """A style: `tempo` in perceived beats per minute, grooves by metre, backing instruments by name, and probabilities.
 
     `drums`, `sevenths` and `pad` are the probabilities of drums, seventh chords and a pad; `kit` is the drum preset.
     """
@@ -31,7 +31,7 @@ class Style:
     name: str
     tempo: tuple[int, int]
     moods: tuple[str, ...]
-    players: tuple[str, ...]
+    backing: tuple[str, ...]
     basses: tuple[str, ...]
     grooves: dict[str, Groove]
     drums: float = 0.0

@@ -57,7 +57,7 @@ METRES = {"4/4": Metre("4/4", 4, 3), "3/4": Metre("3/4", 3, 3), "6/8": Metre("6/
 
 @dataclass(frozen=True)
 class Piece:
-    """A composed piece: `bpm` perceived beats per minute, `duration` in seconds (whole segments), `truth` the annotations."""
+    """A composed piece: `bpm` perceived beats per minute, `duration` in seconds, `truth` the annotations."""
 
     id: str
     title: str

@@ -5,7 +5,7 @@ from data_prep.builtin.composition.groove import Groove, Style
 _STYLES = (
     Style(
         "waltz", tempo=(60, 180), drums=0.4, moods=("elegant",),
-        players=("piano", "accordion", "strings", "harp", "nylon-string guitar"),
+        backing=("piano", "accordion", "strings", "harp", "nylon-string guitar"),
         basses=("acoustic bass", "cello"),
         grooves={
             "3/4": Groove(
@@ -17,7 +17,7 @@ _STYLES = (
     ),
     Style(
         "jazz swing", tempo=(75, 180), drums=0.9, kit=32, swing=True, sevenths=0.9, pad=0.0, moods=("cool", "smoky"),
-        players=("piano", "jazz guitar", "electric piano", "vibraphone", "organ"),
+        backing=("piano", "jazz guitar", "electric piano", "vibraphone", "organ"),
         basses=("acoustic bass",),
         grooves={
             "4/4": Groove(
@@ -38,7 +38,7 @@ _STYLES = (
     ),
     Style(
         "bossa nova", tempo=(80, 160), drums=0.85, sevenths=0.9, moods=("breezy", "sultry"),
-        players=("nylon-string guitar", "electric piano", "piano"),
+        backing=("nylon-string guitar", "electric piano", "piano"),
         basses=("acoustic bass", "fretless bass"),
         grooves={
             "4/4": Groove(
@@ -53,7 +53,7 @@ _STYLES = (
     ),
     Style(
         "rock", tempo=(90, 175), drums=1.0, moods=("driving", "gritty"),
-        players=("overdriven guitar", "clean electric guitar", "organ", "piano"),
+        backing=("overdriven guitar", "clean electric guitar", "organ", "piano"),
         basses=("bass guitar",),
         grooves={
             "4/4": Groove(
@@ -74,7 +74,7 @@ _STYLES = (
     ),
     Style(
         "folk", tempo=(65, 150), moods=("homespun", "pastoral"),
-        players=("nylon-string guitar", "steel-string guitar", "accordion", "harp", "piano"),
+        backing=("nylon-string guitar", "steel-string guitar", "accordion", "harp", "piano"),
         basses=("acoustic bass",),
         grooves={
             "4/4": Groove(
@@ -93,7 +93,7 @@ _STYLES = (
     ),
     Style(
         "techno", tempo=(118, 165), drums=1.0, kit=25, moods=("hypnotic", "pulsing"),
-        players=("synth chords", "warm synth pad", "electric piano", "organ"),
+        backing=("synth chords", "warm synth pad", "electric piano", "organ"),
         basses=("synth bass",),
         grooves={
             "4/4": Groove(
@@ -108,7 +108,7 @@ _STYLES = (
     ),
     Style(
         "synth-pop", tempo=(92, 160), drums=1.0, kit=24, pad=0.5, moods=("shiny", "neon"),
-        players=("synth chords", "warm synth pad", "piano", "clean electric guitar"),
+        backing=("synth chords", "warm synth pad", "piano", "clean electric guitar"),
         basses=("synth bass", "bass guitar"),
         grooves={
             "4/4": Groove(
@@ -123,7 +123,7 @@ _STYLES = (
     ),
     Style(
         "baroque", tempo=(60, 140), pad=0.1, moods=("ornate", "refined"),
-        players=("harpsichord", "church organ", "strings"),
+        backing=("harpsichord", "church organ", "strings"),
         basses=("cello", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -143,7 +143,7 @@ _STYLES = (
     ),
     Style(
         "classical", tempo=(58, 152), pad=0.3, moods=("graceful", "refined"),
-        players=("piano", "strings", "harp", "harpsichord"),
+        backing=("piano", "strings", "harp", "harpsichord"),
         basses=("cello", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -162,7 +162,7 @@ _STYLES = (
     ),
     Style(
         "ballad", tempo=(54, 92), drums=0.55, sevenths=0.4, pad=0.5, moods=("heartfelt", "intimate"),
-        players=("piano", "electric piano", "nylon-string guitar", "strings"),
+        backing=("piano", "electric piano", "nylon-string guitar", "strings"),
         basses=("fretless bass", "bass guitar", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -179,7 +179,7 @@ _STYLES = (
     ),
     Style(
         "reggae", tempo=(66, 104), drums=1.0, sevenths=0.2, pad=0.0, moods=("laid-back", "easy"),
-        players=("clean electric guitar", "organ", "piano"),
+        backing=("clean electric guitar", "organ", "piano"),
         basses=("bass guitar",),
         grooves={
             "4/4": Groove(
@@ -194,7 +194,7 @@ _STYLES = (
     ),
     Style(
         "march", tempo=(88, 138), drums=1.0, pad=0.0, moods=("proud", "ceremonial"),
-        players=("brass section", "strings", "piano", "organ"),
+        backing=("brass section", "strings", "piano", "organ"),
         basses=("tuba", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -211,7 +211,7 @@ _STYLES = (
     ),
     Style(
         "tango", tempo=(92, 142), moods=("passionate",),
-        players=("accordion", "piano", "strings", "nylon-string guitar"),
+        backing=("accordion", "piano", "strings", "nylon-string guitar"),
         basses=("acoustic bass", "cello"),
         grooves={
             "4/4": Groove(
@@ -222,7 +222,7 @@ _STYLES = (
     ),
     Style(
         "ambient", tempo=(50, 88), sevenths=0.5, pad=1.0, moods=("floating", "atmospheric"),
-        players=("warm synth pad", "electric piano", "strings", "harp"),
+        backing=("warm synth pad", "electric piano", "strings", "harp"),
         basses=("synth bass", "fretless bass"),
         grooves={
             "4/4": Groove(
@@ -242,7 +242,7 @@ _STYLES = (
     ),
     Style(
         "lullaby", tempo=(52, 90), pad=0.3, moods=("soothing", "sleepy"),
-        players=("piano", "harp", "nylon-string guitar", "strings", "vibraphone"),
+        backing=("piano", "harp", "nylon-string guitar", "strings", "vibraphone"),
         basses=("acoustic bass", "cello"),
         grooves={
             "3/4": Groove(
@@ -261,7 +261,7 @@ _STYLES = (
     ),
     Style(
         "jig", tempo=(96, 148), drums=0.5, moods=("spirited", "rustic"),
-        players=("steel-string guitar", "accordion", "piano", "harp"),
+        backing=("steel-string guitar", "accordion", "piano", "harp"),
         basses=("acoustic bass",),
         grooves={
             "6/8": Groove(
@@ -273,7 +273,7 @@ _STYLES = (
     ),
     Style(
         "polka", tempo=(112, 180), drums=0.9, pad=0.0, moods=("bouncy", "spirited"),
-        players=("accordion", "piano", "clean electric guitar", "brass section"),
+        backing=("accordion", "piano", "clean electric guitar", "brass section"),
         basses=("tuba", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -285,7 +285,7 @@ _STYLES = (
     ),
     Style(
         "country", tempo=(76, 176), drums=0.75, moods=("down-home", "rustic"),
-        players=("steel-string guitar", "piano", "clean electric guitar"),
+        backing=("steel-string guitar", "piano", "clean electric guitar"),
         basses=("acoustic bass", "bass guitar"),
         grooves={
             "4/4": Groove(
@@ -306,7 +306,7 @@ _STYLES = (
     ),
     Style(
         "funk", tempo=(88, 128), drums=1.0, sevenths=0.7, pad=0.0, moods=("groovy", "punchy"),
-        players=("clean electric guitar", "electric piano", "organ", "brass section"),
+        backing=("clean electric guitar", "electric piano", "organ", "brass section"),
         basses=("bass guitar",),
         grooves={
             "4/4": Groove(
@@ -321,7 +321,7 @@ _STYLES = (
     ),
     Style(
         "blues", tempo=(60, 150), drums=0.9, swing=True, sevenths=0.6, pad=0.0, moods=("soulful", "weary"),
-        players=("piano", "electric piano", "organ", "clean electric guitar"),
+        backing=("piano", "electric piano", "organ", "clean electric guitar"),
         basses=("bass guitar", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -342,7 +342,7 @@ _STYLES = (
     ),
     Style(
         "salsa", tempo=(132, 178), drums=1.0, sevenths=0.4, pad=0.0, moods=("fiery", "sizzling"),
-        players=("piano", "brass section", "nylon-string guitar"),
+        backing=("piano", "brass section", "nylon-string guitar"),
         basses=("acoustic bass", "bass guitar"),
         grooves={
             "4/4": Groove(
@@ -357,7 +357,7 @@ _STYLES = (
     ),
     Style(
         "hymn", tempo=(54, 92), moods=("solemn", "reverent"),
-        players=("church organ", "strings", "piano"),
+        backing=("church organ", "strings", "piano"),
         basses=("cello", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -372,7 +372,7 @@ _STYLES = (
     ),
     Style(
         "cinematic", tempo=(62, 160), drums=0.6, pad=0.6, moods=("epic", "sweeping"),
-        players=("strings", "piano", "brass section", "warm synth pad"),
+        backing=("strings", "piano", "brass section", "warm synth pad"),
         basses=("cello", "synth bass", "acoustic bass"),
         grooves={
             "4/4": Groove(
@@ -394,7 +394,7 @@ _STYLES = (
     ),
     Style(
         "chiptune", tempo=(96, 180), drums=0.9, kit=25, pad=0.0, moods=("quirky", "bouncy"),
-        players=("synth chords", "clean electric guitar", "vibraphone"),
+        backing=("synth chords", "clean electric guitar", "vibraphone"),
         basses=("synth bass",),
         grooves={
             "4/4": Groove(
