@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_token_lm import SMALL, VARIANTS, K, S, V, assert_equal, captions
+from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions
 from torch.nn import functional as F
 
 from ssmttm.distill.layer_map import layer_map

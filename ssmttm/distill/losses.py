@@ -64,7 +64,7 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: str = "forward", skew: float 
     if kind not in DIVERGENCES:
         raise UserError(f"unknown distill.divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
     if not 0 <= skew < 1:
-        raise UserError(f"distill.skew must be in [0, 1), got distill.skew={skew}")
+        raise UserError(f"distill.skew must be in [0, 1), got {skew}")
     forward, reverse = (log_p, log_q), (log_q, log_p)
     pairs = {"forward": [forward], "reverse": [reverse], "bidirectional": [forward, reverse]}[kind]
     return torch.stack([_kl(a, _mix(a, b, skew)) for a, b in pairs]).mean(0)
@@ -96,7 +96,7 @@ def output_error(student: Tensor, teacher: Tensor) -> Tensor:
 def check_temperature(temperature: float) -> None:
     """Raises UserError unless the temperature is finite and above 0."""
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise UserError(f"distill.temperature must be a number above 0, got distill.temperature={temperature}")
+        raise UserError(f"distill.temperature must be a number above 0, got {temperature}")
 
 
 def _merge_rest(log_p: Tensor, ids: Tensor) -> Tensor:
