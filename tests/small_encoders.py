@@ -1,4 +1,4 @@
-"""Text encoders of random weights with a few words, saved as transformers saves them: one WordPiece, one Unigram."""
+"""Small text encoders with random weights in transformers folders: BERT with WordPiece, T5 with Unigram."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ WORDS = ["slow", "piano", "loud", "drums", "with", "flute", "violin", "choir", "
 
 
 def write_bert(folder: Path, width: int = 16, layers: int = 2, seed: int = 0) -> Path:
-    """Heads 8 wide, 40 positions."""
+    """Head width 8, 40 positions."""
     names = ["[PAD]", *(f"[unused{i}]" for i in range(5)), "[UNK]", "[CLS]", "[SEP]", *WORDS, "##ly", "é"]
     vocab = {name: i for i, name in enumerate([*names, *LETTERS, *(f"##{letter}" for letter in LETTERS)])}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    marks = [("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    special_tokens = [("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special_tokens)
     torch.manual_seed(seed)
     sizes = dict(hidden_size=width, num_attention_heads=width // 8, num_hidden_layers=layers)
     sizes |= dict(intermediate_size=2 * width, max_position_embeddings=40, vocab_size=len(vocab))
@@ -31,7 +31,7 @@ def write_bert(folder: Path, width: int = 16, layers: int = 2, seed: int = 0) ->
 
 
 def write_t5(folder: Path, width: int = 16, layers: int = 2, seed: int = 0) -> Path:
-    """Heads 8 wide."""
+    """Head width 8."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("s", -4.0), ("ly", -5.0)]
     pieces += [(f"▁{word}", -6.0 - i) for i, word in enumerate(WORDS)] + [("▁a", -3.5), ("ano", -7.0), ("▁pi", -7.5)]
     pieces += [("é", -12.0)] + [(letter, -11.0 - i / 10) for i, letter in enumerate(LETTERS) if letter != "s"]

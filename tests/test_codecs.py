@@ -232,7 +232,7 @@ def test_load_codec_rejects_missing_and_damaged_folders(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load_codec(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="has no config.json or no model.safetensors"):
+    with pytest.raises(UserError, match=r"has no config\.json or no model\.safetensors"):
         load_codec(tmp_path)
 
 

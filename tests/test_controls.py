@@ -1,11 +1,11 @@
-"""Melody and tempo in a language model: which position hears what, what is withheld, that it is learnt and resumed."""
+"""Melody and tempo controls of the language model: positions, null vectors, generation, training, dropout, resuming."""
 
 import pytest
 import torch
 from small_stores import SAMPLE_RATE, lm_config, small_codec, write_codes_store
+from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions, randomised, small_token_lm
 from test_resume import assert_same, everything, train_with_stops
 from test_sample_cli import WordEncoder
-from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions
 from torch.nn import functional as F
 
 from ssmttm.audio.features import frame_chroma
@@ -21,21 +21,15 @@ from ssmttm.training import loop
 from ssmttm.training.tasks import lm
 
 PATTERNS = ("delay", "parallel", "flatten", "coarse_first")
-HEARS = ("model.chroma=true", "model.tempo=true")
+WITH_CONTROLS = ("model.chroma=true", "model.tempo=true")
 
 
 def build(name="ours", **changes):
-    """A model that hears both, with weights at random, nulls included."""
-    torch.manual_seed(0)
-    sizes = {**SMALL, **VARIANTS[name], "chroma": True, "tempo": True, **changes}
-    model = TokenLM(TokenLMConfig(**sizes)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    """A model with both controls and random weights, null vectors included."""
+    return randomised(small_token_lm(**{**VARIANTS[name], "chroma": True, "tempo": True, **changes}).double().eval())
 
 
-def wished(items=3, length=S, seed=5):
+def make_controls(items=3, length=S, seed=5):
     g = torch.Generator().manual_seed(seed)
     chroma = torch.rand(items, 12, length, generator=g)
     chroma[0, :, 4:7] = torch.nan
@@ -52,7 +46,7 @@ def codes():
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("n_frames", [1, 2, 7])
-def test_a_position_is_told_the_newest_frame_that_it_writes(name, n_frames):
+def test_pattern_frames_are_the_newest_frame_of_each_position(name, n_frames):
     pattern = get_pattern(name, K)
     numbers = pattern.build(torch.arange(n_frames).expand(1, K, -1), -1)[0].amax(0)  # newest frame by position
     frames = pattern.frames(n_frames)
@@ -60,51 +54,52 @@ def test_a_position_is_told_the_newest_frame_that_it_writes(name, n_frames):
     inside = (frames >= 0) & (frames < n_frames)
     assert torch.equal(frames[inside], numbers[inside])
     assert set(range(n_frames)) <= set(frames.tolist())
-    assert name == "delay" or inside.all()  # only delay ends with positions that write none but older frames
+    assert name == "delay" or inside.all()  # only delay ends with positions that hold older frames only
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_melody_is_heard_from_its_position_on(codes, name):
-    model, text, controls = build(name), captions(4, 0, 7), wished()
-    plain = model(codes, text, controls=controls)
+def test_chroma_changes_logits_from_its_position_on(codes, name):
+    model, text, controls = build(name), captions(4, 0, 7), make_controls()
+    reference = model(codes, text, controls=controls)
     for position in (0, 5, S - 1):
         chroma = controls.chroma.clone()
         chroma[:, :, position] = torch.rand(3, 12)
         other = model(codes, text, controls=Controls(chroma, controls.tempo))
-        assert_equal(other[:, :, :position], plain[:, :, :position])
-        assert (other[:, :, position] - plain[:, :, position]).abs().amax((1, 2)).min() > 1e-4
+        assert_equal(other[:, :, :position], reference[:, :, :position])
+        assert (other[:, :, position] - reference[:, :, position]).abs().amax((1, 2)).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_training_tells_each_position_the_frame_that_it_is_to_predict(name, tmp_path, monkeypatch):
-    """The chroma of frame t reaches the columns whose targets hold codes of frame t as their newest."""
+def test_training_conditions_each_position_on_the_frame_it_predicts(name, tmp_path, monkeypatch):
+    """The chroma of frame t is given to the positions whose targets have frame t as their newest."""
     codec = small_codec(tmp_path / "codec")
     store = write_codes_store(tmp_path / "codes", codec=codec)
-    task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, f"pattern={name}", "data.chroma_dropout=0"))
-    batch, embeddings = task.loader("train", 4, 0, 1).batch(0), {}
-    plain = task.model.forward
+    overrides = (*WITH_CONTROLS, f"pattern={name}", "data.chroma_dropout=0")
+    task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *overrides))
+    batch, inputs = task.loader("train", 4, 0, 1).batch(0), {}
+    reference = task.model.forward
 
     def forward(codes, text, controls):
-        embeddings.update(codes=codes, controls=controls)
-        return plain(codes, text, controls=controls)
+        inputs.update(codes=codes, controls=controls)
+        return reference(codes, text, controls=controls)
 
     monkeypatch.setattr(task.model, "forward", forward)
     task.losses({"model": task.model}, batch, task.loss_denominators(batch), 0)
-    chroma, frames = embeddings["controls"].chroma, task.pattern.frames(batch["codes"].shape[-1])
-    assert chroma.shape[-1] == embeddings["codes"].shape[-1] == len(frames)
+    chroma, frames = inputs["controls"].chroma, task.pattern.frames(batch["codes"].shape[-1])
+    assert chroma.shape[-1] == inputs["codes"].shape[-1] == len(frames)
     of_frames = task.controls.load(batch).chroma  # [b, 12, T]
     for position, frame in enumerate(frames.tolist()):
-        told = chroma[..., position]
+        given = chroma[..., position]
         if 0 <= frame < of_frames.shape[-1]:
-            torch.testing.assert_close(told, of_frames[..., frame], equal_nan=True)
+            torch.testing.assert_close(given, of_frames[..., frame], equal_nan=True)
         else:
-            assert told.isnan().all()
+            assert given.isnan().all()
 
 
-def test_the_melodies_of_a_store_are_those_of_the_crops_own_audio(tmp_path):
+def test_store_controls_match_the_audio_of_the_crop(tmp_path):
     codec = small_codec(tmp_path / "codec")
     store = open_store(write_codes_store(tmp_path / "codes", codec=codec))
-    task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *HEARS, "data.frames=9"))
+    task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *WITH_CONTROLS, "data.frames=9"))
     batch = task.loader("train", 6, 0, 1).batch(1)
     found = task.controls.load(batch)
     for item, name in enumerate(batch["ids"]):
@@ -113,17 +108,17 @@ def test_the_melodies_of_a_store_are_those_of_the_crops_own_audio(tmp_path):
         tone = 220 + 40 * int(name[1:])
         wav = torch.sin(2 * torch.pi * tone * torch.arange(20 * codec.hop_length) / codec.sample_rate)[None]
         pitch = frame_chroma(wav, codec.sample_rate, 20)[0].mean(1).argmax()
-        real = batch["frame_mask"][item]
-        assert found.chroma[item][:, real].mean(1).argmax() == pitch
-        assert found.chroma[item][:, ~real].isnan().all()
+        valid = batch["frame_mask"][item]
+        assert found.chroma[item][:, valid].mean(1).argmax() == pitch
+        assert found.chroma[item][:, ~valid].isnan().all()
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_forward_is_prefill_and_steps_under_wishes(codes, name):
-    model, text, controls = build(name), captions(4, 0, 7), wished()
+def test_forward_equals_prefill_and_steps_with_controls(codes, name):
+    model, text, controls = build(name), captions(4, 0, 7), make_controls()
     expected = model(codes, text, controls=controls)
     for split in (1, 9, S):
         state = model.init_state(3)
@@ -132,8 +127,8 @@ def test_forward_is_prefill_and_steps_under_wishes(codes, name):
         assert_equal(torch.stack(found, 2), expected[:, :, split - 1 :])
 
 
-def test_nan_is_none_item_by_item_and_silence_is_a_melody(codes):
-    model, text, controls = build(), captions(4, 0, 7), wished()
+def test_nan_controls_equal_none_per_item_and_zero_chroma_does_not(codes):
+    model, text, controls = build(), captions(4, 0, 7), make_controls()
     nothing = model(codes, text)
     absent = Controls(torch.full((3, 12, S), torch.nan), torch.full((3,), torch.nan))
     assert_equal(model(codes, text, controls=absent), nothing)
@@ -146,36 +141,36 @@ def test_nan_is_none_item_by_item_and_silence_is_a_melody(codes):
         assert (model(codes, text, controls=one) - nothing)[2].abs().max() > 1e-3
 
 
-def test_what_is_absent_teaches_the_null_and_what_is_there_the_map():
+def test_absent_controls_train_the_null_vector_and_present_ones_the_map():
     chroma, tempo = ChromaEmbedding(6), TempoEmbedding(6)
-    there = Controls(torch.rand(2, 12, 5), torch.tensor([60.0, 120.0]))
-    gone = Controls(torch.full((2, 12, 5), torch.nan), torch.full((2,), torch.nan))
-    for controls, taught in [(there, False), (gone, True), (Controls(), True)]:
+    present = Controls(torch.rand(2, 12, 5), torch.tensor([60.0, 120.0]))
+    absent = Controls(torch.full((2, 12, 5), torch.nan), torch.full((2,), torch.nan))
+    for controls, trains_null in [(present, False), (absent, True), (Controls(), True)]:
         for module, given in ((chroma, controls.chroma), (tempo, controls.tempo)):
             module.zero_grad()
             module(given).square().add(module(given)).sum().backward()
             assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
-            assert bool(module.null.grad is not None and module.null.grad.abs().sum()) == taught
+            assert bool(module.null.grad is not None and module.null.grad.abs().sum()) == trains_null
             others = [p.grad for name, p in module.named_parameters() if name != "null"]
-            assert bool(sum(0 if g is None else g.abs().sum() for g in others)) != taught
+            assert bool(sum(0 if g is None else g.abs().sum() for g in others)) != trains_null
 
 
-def test_a_model_that_hears_nothing_has_no_parameters_for_it():
-    deaf, hearing = (TokenLM(TokenLMConfig(**SMALL, chroma=on, tempo=on)) for on in (False, True))
-    assert not [name for name in deaf.state_dict() if "chroma" in name or "tempo" in name]
-    assert deaf.state_dict().keys() < hearing.state_dict().keys()
+def test_model_without_controls_has_no_parameters_for_them():
+    without, with_both = (TokenLM(TokenLMConfig(**SMALL, chroma=on, tempo=on)) for on in (False, True))
+    assert not [name for name in without.state_dict() if "chroma" in name or "tempo" in name]
+    assert without.state_dict().keys() < with_both.state_dict().keys()
 
 
 @pytest.mark.parametrize(
-    ("controls", "says"),
+    ("controls", "message"),
     [
-        (Controls(torch.zeros(3, 12, S - 1)), r"the chroma is \[3, 12, 20\], the language model takes \[3, 12, 21\]"),
-        (Controls(torch.zeros(3, 11, S)), r"the chroma is \[3, 11, 21\]"),
-        (Controls(tempo=torch.zeros(2)), r"the tempo is \[2\], the language model takes \[3\]"),
+        (Controls(torch.zeros(3, 12, S - 1)), r"language model takes chroma of shape \[3, 12, 21\], got \[3, 12, 20\]"),
+        (Controls(torch.zeros(3, 11, S)), r"chroma of shape .*, got \[3, 11, 21\]"),
+        (Controls(tempo=torch.zeros(2)), r"the language model takes tempo of shape \[3\], got \[2\]"),
     ],
 )
-def test_controls_of_another_shape_are_one_clear_line(codes, controls, says):
-    with pytest.raises(UserError, match=says):
+def test_controls_of_invalid_shape_are_rejected_with_one_line(codes, controls, message):
+    with pytest.raises(UserError, match=message):
         build()(codes, captions(4, 0, 7), controls=controls)
     part = "chroma" if controls.tempo is None else "tempo"
     with pytest.raises(UserError, match=f"was not trained with {part}: leave it out"):
@@ -187,15 +182,17 @@ def test_controls_of_another_shape_are_one_clear_line(codes, controls, says):
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_an_item_is_the_same_alone_and_in_any_batch(name, guidance):
-    """Its melody may be shorter than the piece; in coarse_first each frame is told it twice."""
+def test_generation_with_controls_is_independent_of_the_batch(name, guidance):
+    """With a melody shorter than the clip; in coarse_first each frame is used twice."""
     model, text, null = build().float(), captions(3, 5, 2), captions(1)
-    controls, pattern, sampling = wished(length=6), get_pattern(name, K), Sampling(top_k=0, guidance_scale=guidance)
+    controls, pattern = make_controls(length=6), get_pattern(name, K)
+    sampling = Sampling(top_k=0, guidance_scale=guidance)
 
-    def run(items, told):
+    def run(items, controls):
         rows = torch.tensor(items)
         captioned = type(text)(text.embeddings[rows], text.mask[rows])
-        return generate(model, captioned, null, pattern, 9, sampling, [7 + i for i in items], controls=told.select_rows(rows))
+        seeds = [7 + i for i in items]
+        return generate(model, captioned, null, pattern, 9, sampling, seeds, controls=controls.select_rows(rows))
 
     together = run([0, 1, 2], controls)
     for item in range(3):
@@ -203,62 +200,62 @@ def test_an_item_is_the_same_alone_and_in_any_batch(name, guidance):
     assert not torch.equal(run([0, 1, 2], Controls()), together)
 
 
-def test_guidance_is_towards_the_text_and_both_rows_hear_the_wishes(monkeypatch):
-    model, embeddings = build().float(), []
+def test_guidance_uses_the_controls_in_both_rows(monkeypatch):
+    model, calls = build().float(), []
     step, prefill = model.step, model.prefill
-    monkeypatch.setattr(model, "step", lambda c, s, w: embeddings.append(w) or step(c, s, w))
-    monkeypatch.setattr(model, "prefill", lambda c, t, s, w: embeddings.append(w) or prefill(c, t, s, w))
-    controls = wished(1, 8)
+    monkeypatch.setattr(model, "step", lambda c, s, w: calls.append(w) or step(c, s, w))
+    monkeypatch.setattr(model, "prefill", lambda c, t, s, w: calls.append(w) or prefill(c, t, s, w))
+    controls = make_controls(1, 8)
     generate(model, captions(3), captions(1), get_pattern("parallel", K), 8, Sampling(guidance_scale=2.0), [1],
              controls=controls)  # fmt: skip
-    told = torch.cat([w.chroma[:2] for w in embeddings], -1)  # [caption and null, 12, 8]; steps have spare rows behind them
+    chroma = torch.cat([w.chroma[:2] for w in calls], -1)  # [caption and null, 12, 8]; steps have padding rows
     for row in range(2):
-        torch.testing.assert_close(told[row], controls.chroma[0], equal_nan=True)
-        assert all(w.tempo[row] == 90 for w in embeddings)
+        torch.testing.assert_close(chroma[row], controls.chroma[0], equal_nan=True)
+        assert all(w.tempo[row] == 90 for w in calls)
 
 
-@pytest.mark.parametrize("hearing", [True, False])
-def test_a_pipeline_of_one_stage_takes_wishes_if_it_hears_them(hearing, tmp_path):
+@pytest.mark.parametrize("supported", [True, False])
+def test_single_stage_pipeline_takes_supported_controls_only(supported, tmp_path):
     codec = small_codec(tmp_path / "codec")
-    sizes = dict(n_codebooks=4, codebook_size=16, chroma=hearing, tempo=hearing)
+    sizes = dict(n_codebooks=4, codebook_size=16, chroma=supported, tempo=supported)
     model = build(**sizes).float()
     pipe = MusicPipeline(model, codec, WordEncoder(), get_pattern("delay", 4))
     tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None]
-    plain = pipe("a march", duration=1.0, seeds=2).codes
-    for name, wish in (("tempo", 150.0), ("melody", tone)):
-        if hearing:
-            assert not torch.equal(pipe("a march", duration=1.0, seeds=2, **{name: wish}).codes, plain)
+    reference = pipe("a march", duration=1.0, seeds=2).codes
+    for name, value in (("tempo", 150.0), ("melody", tone)):
+        if supported:
+            assert not torch.equal(pipe("a march", duration=1.0, seeds=2, **{name: value}).codes, reference)
         else:
             with pytest.raises(UserError, match=f"this model was not trained with a {name}"):
-                pipe("a march", duration=1.0, **{name: wish})
+                pipe("a march", duration=1.0, **{name: value})
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def test_a_melody_is_learnt():
-    """Codes that are the pitch class of the frame they stand in: sure with the melody, pure chance without."""
+def test_melody_is_learnt():
+    """Codes equal to the pitch class of their frame: predictable with the melody, chance without."""
     losses = {}
-    for hears in (True, False):
+    for supported in (True, False):
         torch.manual_seed(0)
-        model = TokenLM(TokenLMConfig(**{**SMALL, "n_codebooks": 1, "chroma": hears}))
+        model = TokenLM(TokenLMConfig(**{**SMALL, "n_codebooks": 1, "chroma": supported}))
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         for _ in range(60):
             classes = torch.randint(12, (8, 1, 16))
             chroma = F.one_hot(classes[:, 0], 12).transpose(1, 2).float()
             shifted = torch.cat([torch.full((8, 1, 1), V), classes[..., :-1]], -1)
-            logits = model(shifted, captions(*[2] * 8), controls=Controls(chroma if hears else None))
+            logits = model(shifted, captions(*[2] * 8), controls=Controls(chroma if supported else None))
             loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        losses[hears] = loss.item()
+        losses[supported] = loss.item()
     assert losses[True] < 0.7 < 2.2 < losses[False]
 
 
-def test_a_run_with_wishes_resumes_exactly_and_withholds_some(tmp_path, monkeypatch):
+def test_run_with_controls_resumes_exactly_and_drops_some(tmp_path, monkeypatch):
     store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
-    steps = (*HEARS, "train.steps=8", "train.eval_every=4", "train.eval_batches=1", "data.batch_size=4")
+    steps = (*WITH_CONTROLS, "train.steps=8", "train.eval_every=4", "train.eval_batches=1", "data.batch_size=4")
     loop.train(lm_config(store, tmp_path / "unbroken", *steps))
     train_with_stops(lm_config(store, tmp_path / "stopped", *steps), lm.LanguageModelTask, (2, 5), monkeypatch)
     unbroken = everything(tmp_path / "unbroken")
@@ -268,10 +265,10 @@ def test_a_run_with_wishes_resumes_exactly_and_withholds_some(tmp_path, monkeypa
     assert [row[1] for row in everything(tmp_path / "never")[3]] != [row[1] for row in unbroken[3]]
 
 
-def test_chances_of_withholding_are_met(tmp_path):
+def test_controls_dropout_rates(tmp_path):
     store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
-    chances = ("data.tempo_dropout=0.25", "data.chroma_dropout=0.6")
-    task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *HEARS, *chances))
+    rates = ("data.tempo_dropout=0.25", "data.chroma_dropout=0.6")
+    task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *WITH_CONTROLS, *rates))
     all_there = Controls(torch.zeros(4000, 12, 1), torch.full((4000,), 90.0))
     torch.manual_seed(0)
     dropped = task.controls.drop(all_there)
@@ -281,6 +278,6 @@ def test_chances_of_withholding_are_met(tmp_path):
 
 @pytest.mark.parametrize("key", ["tempo_dropout", "chroma_dropout"])
 @pytest.mark.parametrize("value", ["1.5", "nan", "null"])
-def test_what_is_no_chance_is_refused(key, value, tmp_path):
+def test_controls_dropout_must_be_a_probability(key, value, tmp_path):
     with pytest.raises(UserError, match=rf"data.{key} must be in \[0, 1\], got "):
         loop.train(lm_config(tmp_path, tmp_path / "run", f"data.{key}={value}"))

@@ -1,4 +1,4 @@
-"""Codebook interleaving: build and revert are inverses, tail included, and every code stands where the paper has it."""
+"""Codebook patterns: build and revert are inverses, and every code has the position of the paper."""
 
 import re
 from pathlib import Path
@@ -30,12 +30,12 @@ over_all_patterns = given(
 
 
 def numbered(batch, n_codebooks, frames):
-    """Codes that are all different."""
+    """Distinct codes."""
     return torch.arange(batch * n_codebooks * frames).view(batch, n_codebooks, frames)
 
 
 def steps(name, n_codebooks, frames):
-    """The oracle: a list of the codes (codebook, frame) of each position, position by position as in the paper."""
+    """Reference: the codes (codebook, frame) of each position, as in the paper."""
     ks, ts = range(n_codebooks), range(frames)
     if name == "parallel":
         return [[(k, t) for k in ks] for t in ts]
@@ -48,7 +48,7 @@ def steps(name, n_codebooks, frames):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @over_all_patterns
-def test_build_is_the_paper_and_revert_undoes_it(name, batch, n_codebooks, frames, leading):
+def test_build_equals_the_paper_and_revert_inverts_it(name, batch, n_codebooks, frames, leading):
     codes = numbered(batch, n_codebooks, frames)
     pattern = get_pattern(name, n_codebooks=n_codebooks, leading=leading)
     wanted = torch.full((batch, n_codebooks, leading + POSITIONS[name](n_codebooks, frames)), SPECIAL)
@@ -63,33 +63,33 @@ def test_build_is_the_paper_and_revert_undoes_it(name, batch, n_codebooks, frame
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @over_all_patterns
-def test_each_code_stands_once_and_the_mask_says_where(name, batch, n_codebooks, frames, leading):
+def test_mask_marks_each_code_once(name, batch, n_codebooks, frames, leading):
     codes = numbered(batch, n_codebooks, frames)
     pattern = get_pattern(name, n_codebooks=n_codebooks, leading=leading)
     sequence, mask = pattern.build(codes, SPECIAL), pattern.mask(frames)
     assert torch.equal(sequence[:, mask].sort().values.flatten(), codes.flatten())
     assert torch.equal(sequence == SPECIAL, ~mask.expand_as(sequence))
     assert not mask[:, :leading].any() and mask.any(0)[leading:].all()
-    with_codes_in_the_fill = torch.where(mask, sequence, 0)
-    assert torch.equal(pattern.revert(with_codes_in_the_fill), codes)
+    with_codes_in_padding = torch.where(mask, sequence, 0)
+    assert torch.equal(pattern.revert(with_codes_in_padding), codes)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @over_all_patterns
-def test_no_code_stands_before_what_it_may_see(name, batch, n_codebooks, frames, leading):
+def test_codes_follow_the_codes_they_depend_on(name, batch, n_codebooks, frames, leading):
     pattern = get_pattern(name, n_codebooks=n_codebooks, leading=leading)
     S = pattern.sequence_length(frames)
-    where = pattern.revert(torch.arange(S).expand(1, n_codebooks, S))[0]  # [K, T] positions
-    assert (where.diff(dim=1) > 0).all()  # a codebook runs forward in time
-    coarser_first = where.diff(dim=0)
+    position = pattern.revert(torch.arange(S).expand(1, n_codebooks, S))[0]  # [K, T] positions
+    assert (position.diff(dim=1) > 0).all()  # a codebook runs forward in time
+    coarser_first = position.diff(dim=0)
     if name in ("delay", "flatten"):
-        assert (coarser_first > 0).all()  # a code sees the coarser ones of its frame
+        assert (coarser_first > 0).all()  # a code depends on the coarser codes of its frame
     else:
         assert (coarser_first >= 0).all()
     if name == "flatten":
-        assert where.T.flatten().diff().eq(1).all()  # a frame ends before the next begins
+        assert position.T.flatten().diff().eq(1).all()  # a frame ends before the next begins
     if name == "coarse_first" and n_codebooks > 1:
-        assert where[1:].min() == where[0].max() + 1  # every finer code sees all of codebook 0
+        assert position[1:].min() == position[0].max() + 1  # every finer code depends on all of codebook 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -99,7 +99,7 @@ def test_no_code_stands_before_what_it_may_see(name, batch, n_codebooks, frames,
     stride=st.integers(1, 4),
     frames=st.integers(1, 20),
 )
-def test_revert_undoes_build_of_any_offsets_passes_and_stride(offsets, passes, stride, frames):
+def test_revert_inverts_build_for_any_offsets_passes_and_stride(offsets, passes, stride, frames):
     pattern = Pattern(tuple(offsets), tuple(passes[: len(offsets)]), stride)
     codes = numbered(2, len(offsets), frames)
     assert torch.equal(pattern.revert(pattern.build(codes, SPECIAL)), codes)
@@ -108,7 +108,7 @@ def test_revert_undoes_build_of_any_offsets_passes_and_stride(offsets, passes, s
 @pytest.mark.parametrize("leading", [0, 2])
 @pytest.mark.parametrize("n_codebooks", [1, 4])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_revert_takes_whole_sequences_only(name, n_codebooks, leading):
+def test_revert_rejects_invalid_lengths(name, n_codebooks, leading):
     pattern = get_pattern(name, n_codebooks, leading)
     frames_of = {leading + POSITIONS[name](n_codebooks, frames): frames for frames in range(1, 41)}
     for length in range(41):
@@ -116,13 +116,13 @@ def test_revert_takes_whole_sequences_only(name, n_codebooks, leading):
         if length in frames_of:
             assert pattern.revert(sequence).shape[-1] == frames_of[length]
         else:
-            following = min(whole for whole in frames_of if whole > length)
-            with pytest.raises(UserError, match=f"{length} positions are no whole sequence .* has {following}$"):
+            following = min(valid for valid in frames_of if valid > length)
+            with pytest.raises(UserError, match=f"{length} positions does not fit .* length is {following}$"):
                 pattern.revert(sequence)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_the_docs_show_what_is_built(name):
+def test_docs_show_the_patterns(name):
     picture = re.search(rf"^{name} +(.*) positions\n((?:[0-3. ]+\n){{4}})", DOCS, re.MULTILINE)
     assert picture is not None
     length, rows = picture.groups()
@@ -135,8 +135,8 @@ def test_the_docs_show_what_is_built(name):
     assert int(row[1].replace(",", "")) == get_pattern(name, n_codebooks=8).sequence_length(250)
 
 
-def test_one_leading_position_gives_the_released_sequence():
-    """arXiv 2601.14786's code: row i is [1024] * (i + 1) and then codes, cut at 6; here the tail is kept."""
+def test_leading_position_gives_the_released_sequence():
+    """arXiv 2601.14786's code: row i is [1024] * (i + 1) and then codes, cut at 6; the tail is kept here."""
     codes = torch.randint(1024, (1, 4, 6))
     sequence = get_pattern("delay", n_codebooks=4, leading=1).build(codes, 1024)
     for i in range(4):
@@ -144,7 +144,7 @@ def test_one_leading_position_gives_the_released_sequence():
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_codes_keep_their_dtype_and_are_not_changed(name):
+def test_build_and_revert_keep_dtype_and_do_not_modify_codes(name):
     codes = torch.randint(SPECIAL, (1, 3, 5), dtype=torch.int32)
     before, pattern = codes.clone(), get_pattern(name, n_codebooks=3)
     sequence = pattern.build(codes, SPECIAL)
@@ -154,7 +154,7 @@ def test_codes_keep_their_dtype_and_are_not_changed(name):
     assert torch.equal(codes, before)
 
 
-def test_mistakes_are_said_clearly():
+def test_pattern_errors_are_clear():
     with pytest.raises(UserError, match="unknown pattern 'zigzag': choose from delay, parallel, flatten, coarse_first"):
         get_pattern("zigzag", n_codebooks=2)
     for name in PATTERNS:

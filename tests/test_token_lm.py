@@ -1,47 +1,18 @@
-"""The language model: prefill and steps equal forward, padding changes nothing, text does, sizes are the paper's."""
+"""TokenLM: prefill and steps equal forward, padding, conditioning, initialisation, errors."""
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from small_token_lms import SMALL, VARIANTS, E, K, S, V, assert_equal, captions, preset, randomised, small_token_lm
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssmttm.config import CONFIG_DIR
 from ssmttm.errors import UserError
 from ssmttm.models import TokenLM, TokenLMConfig, build_model
 from ssmttm.text.condition import TextCondition
 
-K, V, E, S = 3, 16, 12, 21
-SMALL = {
-    "n_codebooks": K, "codebook_size": V, "d_model": 16, "n_layers": 2, "d_state": 8, "headdim": 8, "chunk_size": 8,
-    "text_dim": E, "n_heads": 2,
-}  # fmt: skip
-VARIANTS = {
-    "ours": {},
-    "paper": {"positions": "sinusoidal", "final_norm": False, "predict_special": True, "init_std": None},
-    "released": {"positions": "joint", "final_norm": False, "predict_special": True, "init_std": None},
-    "mamba": {"block": "mamba", "layers": ["mamba2", "mamba2"], "ngroups": 2},
-    "cross simba": {"conditioning": "cross_attention", "positions": "sinusoidal", "final_norm": False},
-    "cross transformer": {"conditioning": "cross_attention", "layers": "attention", "positions": "sinusoidal"},
-    "cross mamba": {"conditioning": "cross_attention", "block": "mamba", "layer_scale": 0.1},
-    "prefix transformer": {"layers": "attention", "positions": "rotary"},
-    "hybrid": {"layers": ["mamba2", "attention"], "positions": "rotary", "norm": "layer", "text_norm": False},
-    "adaln": {"conditioning": "adaln", "mlp_bias": False},
-}
-
-
-def preset(name, *overrides):
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(f"model/{name}", overrides=[f"model.{o}" for o in overrides]).model
-
 
 @pytest.fixture(params=VARIANTS)
 def model(request):
-    torch.manual_seed(0)
-    model = TokenLM(TokenLMConfig(**{**SMALL, **VARIANTS[request.param]})).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return randomised(small_token_lm(**VARIANTS[request.param]).double().eval())
 
 
 @pytest.fixture
@@ -49,16 +20,7 @@ def codes():
     return torch.randint(V + 1, (3, K, S), generator=torch.Generator().manual_seed(1))
 
 
-def captions(*lengths, seed=2):
-    g = torch.Generator().manual_seed(seed)
-    return TextCondition.stack([torch.randn(n, E, generator=g) for n in lengths])
-
-
-def assert_equal(found, expected, tolerance=1e-11):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-
-
-def test_forward_is_prefill_and_steps_at_every_split(model, codes):
+def test_forward_equals_prefill_and_steps_at_every_split(model, codes):
     text = captions(4, 0, 7)
     expected = model(codes, text)
     assert expected.shape == (3, K, S, V + model.config.predict_special)
@@ -71,7 +33,7 @@ def test_forward_is_prefill_and_steps_at_every_split(model, codes):
         assert state.position == S
 
 
-def test_a_state_carried_over_two_prefills_equals_one(model, codes):
+def test_two_prefills_equal_one(model, codes):
     text = captions(4, 0, 7)
     state, whole = model.init_state(3), model.init_state(3)
     model.prefill(codes[..., :9], text, state)
@@ -80,7 +42,7 @@ def test_a_state_carried_over_two_prefills_equals_one(model, codes):
     assert_equal(model.prefill(codes[..., 9:], None, copy), model.prefill(codes, text, model.init_state(3)))
 
 
-def test_the_future_is_not_seen(model, codes):
+def test_logits_are_causal(model, codes):
     text, changed = captions(4, 0, 7), codes.clone()
     changed[..., 10:] = (changed[..., 10:] + 1) % V
     before, after = model(codes, text), model(changed, text)
@@ -92,25 +54,25 @@ def test_the_future_is_not_seen(model, codes):
 def test_text_padding_changes_no_logit(model, codes, where):
     text = captions(4, 0, 7)
     slots = {"left": range(9, 16), "right": range(7), "scattered": [1, 2, 5, 8, 9, 13, 15]}[where]
-    embeddings = torch.full((3, 16, E), torch.nan)  # whatever stands in padding is not read
+    embeddings = torch.full((3, 16, E), torch.nan)  # values at padding are not read
     mask = torch.zeros(3, 16, dtype=torch.bool)
-    for row, real in enumerate(text.mask):
-        n = int(real.sum())
+    for row, valid in enumerate(text.mask):
+        n = int(valid.sum())
         if n:
             chosen = torch.tensor(list(slots)[:n])
-            embeddings[row, chosen], mask[row, chosen] = text.embeddings[row, real], True
+            embeddings[row, chosen], mask[row, chosen] = text.embeddings[row, valid], True
     padded = TextCondition(embeddings, mask)
     expected = model(codes, text)
     assert_equal(model(codes, padded), expected)
-    state, plain = model.init_state(3), model.init_state(3)
-    assert_equal(model.prefill(codes, padded, state), model.prefill(codes, text, plain))
-    assert_equal(model.step(codes[..., 0], state), model.step(codes[..., 0], plain))
+    state, reference = model.init_state(3), model.init_state(3)
+    assert_equal(model.prefill(codes, padded, state), model.prefill(codes, text, reference))
+    assert_equal(model.step(codes[..., 0], state), model.step(codes[..., 0], reference))
     alone = TextCondition(text.embeddings[:1, text.mask[0]], text.mask[:1, text.mask[0]])
     assert_equal(model(codes[:1], alone), expected[:1])
 
 
 def test_text_padding_changes_no_gradient():
-    """At the start of training, when biases are zero: padding must not be where gradients explode."""
+    """At initialisation, when biases are zero: gradients must not explode at padding."""
     torch.manual_seed(0)
     model = TokenLM(TokenLMConfig(**{**SMALL, "n_layers": 8}))
     codes, text = torch.randint(V, (2, K, S)), captions(2, 40)
@@ -122,23 +84,23 @@ def test_text_padding_changes_no_gradient():
             model(codes[row], TextCondition(text.embeddings[row][:, mask], text.mask[row][:, mask])).sum().backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    padded, apart = gradients([[0, 1]]), gradients([[0], [1]])
-    for name, gradient in apart.items():
+    padded, separate = gradients([[0, 1]]), gradients([[0], [1]])
+    for name, gradient in separate.items():
         torch.testing.assert_close(padded[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
 
 
-def test_text_changes_every_logit_and_no_text_is_the_same_as_none(model, codes):
+def test_text_changes_every_logit_and_empty_text_equals_none(model, codes):
     text = captions(4, 0, 7)
     before, after = model(codes, text), model(codes, captions(4, 0, 7, seed=3))
     changed = (before - after).abs().amax(-1)  # [B, K, S]
     assert (changed[[0, 2]] > 1e-9).all() and (changed[1] == 0).all()
     assert_equal(model(codes, None)[1], before[1])
     shuffled = model(codes, TextCondition(text.embeddings.flip(1), text.mask.flip(1)))
-    order_counts = (shuffled - before).abs()[[0, 2]].max() > 1e-6
-    assert order_counts == (model.config.conditioning == "prefix")  # the others see their text as a set
+    order_matters = (shuffled - before).abs()[[0, 2]].max() > 1e-6
+    assert order_matters == (model.config.conditioning == "prefix")  # the others do not depend on the order of tokens
 
 
-def test_the_empty_caption_trains_the_projection(model, codes):
+def test_text_projection_gets_gradients(model, codes):
     model(codes, captions(2, 2, 2)).logsumexp(-1).sum().backward()
     assert model.text.linear.weight.grad.abs().sum() > 0
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -146,7 +108,7 @@ def test_the_empty_caption_trains_the_projection(model, codes):
 
 
 def test_audio_positions_do_not_depend_on_the_text():
-    """With positions but deaf to its text, a model hears the same audio behind captions of any length."""
+    """Without layers the audio logits are independent of the length of the text prefix."""
     torch.manual_seed(0)
     model = TokenLM(TokenLMConfig(**{**SMALL, "positions": "sinusoidal", "n_layers": 0})).double()
     codes = torch.randint(V, (2, K, S))
@@ -154,7 +116,7 @@ def test_audio_positions_do_not_depend_on_the_text():
     assert (model(codes, None) - model(codes.flip(-1), None).flip(2)).abs().max() > 1e-6
 
 
-def test_autocast_agrees_with_float32(codes):
+def test_token_lm_autocast_agrees_with_float32(codes):
     torch.manual_seed(0)
     model, text = TokenLM(TokenLMConfig(**SMALL)), captions(4, 0, 7)
     expected = model(codes, text)
@@ -167,27 +129,27 @@ def test_autocast_agrees_with_float32(codes):
     assert (steps - expected[:, :, 5:]).abs().max() < 0.03 * expected.abs().max()
 
 
-def test_dropout_acts_in_training_only(codes):
+def test_token_lm_dropout_acts_in_training_only(codes):
     model = TokenLM(TokenLMConfig(**{**SMALL, "dropout": 0.5}))
     assert not torch.equal(model(codes, None), model(codes, None))
     model.eval()
     assert torch.equal(model(codes, None), model(codes, None))
 
 
-def test_the_special_token_has_the_id_behind_the_codes():
+def test_special_token_id_follows_the_codes():
     with torch.device("meta"):
         model = build_model(preset("prefix_simba"))
     assert model.special_token_id == 1024 and model.n_logits == 1025
 
 
-def test_the_presets_build():
+def test_model_presets_build():
     with torch.device("meta"):
         tiny, debug = build_model(preset("tiny")), build_model(preset("debug"))
     assert 7e6 < sum(p.numel() for p in tiny.parameters()) < 11e6 and tiny.config.n_codebooks == 8
     assert sum(p.numel() for p in debug.parameters()) < 1e5
 
 
-def test_our_start_is_calm_and_leaves_the_recurrence_alone():
+def test_initialisation_is_small_and_keeps_the_recurrence():
     torch.manual_seed(0)
     model = TokenLM(TokenLMConfig(n_layers=4, codebook_size=256))
     logits = model(torch.randint(256, (1, 8, 30)), None)
@@ -198,32 +160,32 @@ def test_our_start_is_calm_and_leaves_the_recurrence_alone():
     assert mixer.out_proj.weight.abs().max() <= 1 / 512**0.5 / 8**0.5
 
 
-def test_a_step_costs_the_same_at_any_position_and_keeps_its_memory(codes):
+def test_step_has_constant_cost_and_updates_state_in_place(codes):
     model = TokenLM(TokenLMConfig(**SMALL)).eval()
     state = model.init_state(3)
     model.prefill(codes, captions(4, 0, 7), state)
     tensors = [t for states in state.blocks for s in states if s.inner is not None for t in vars(s.inner).values()]
-    places = [t.data_ptr() for t in tensors]
+    addresses = [t.data_ptr() for t in tensors]
     for _ in range(3):
         with FlopCounterMode(display=False) as counter:
             model.step(codes[..., 0], state)
         assert counter.get_total_flops() == pytest.approx(3 * model.flops(1, 0), rel=0.3)
-    assert [t.data_ptr() for t in tensors] == places
+    assert [t.data_ptr() for t in tensors] == addresses
 
 
-def test_mistakes_are_said_clearly(codes):
+def test_token_lm_errors_are_clear(codes):
     model = TokenLM(TokenLMConfig(**SMALL))
     text = captions(4, 0, 7)
     with pytest.raises(UserError, match="the codes have 2 codebooks, the model has 3"):
         model(codes[:, :2], text)
-    with pytest.raises(UserError, match="3 captions for a batch of 2"):
+    with pytest.raises(UserError, match="got 3 captions for a batch of 2"):
         model(codes[:2], text)
     with pytest.raises(UserError, match=r"model\.text_dim is 12"):
         model(codes, TextCondition(torch.zeros(3, 2, 5), torch.ones(3, 2, dtype=torch.bool)))
     with pytest.raises(UserError, match="codes are empty"):
         model(codes[..., :0], text)
     for call in (lambda s: model.prefill(codes, text, s), lambda s: model.step(codes[..., 0], s)):
-        with pytest.raises(UserError, match="the state is for a batch of 2"):
+        with pytest.raises(UserError, match="the state has batch size 2"):
             call(model.init_state(2))
     with pytest.raises(UserError, match=r"unknown model\.kind 'gpt'"):
         build_model({"kind": "gpt"})
@@ -242,26 +204,21 @@ def test_mistakes_are_said_clearly(codes):
 
 
 @pytest.mark.parametrize("conditioning", ["cross_attention", "adaln"])
-def test_a_state_made_of_parts_goes_on_as_each_part_would(conditioning, codes):
-    """Rows of their own text, put into one state, as the sampling loop does."""
-    torch.manual_seed(0)
-    options = {"conditioning": conditioning, "layers": ["mamba2", "attention"]}
-    model = TokenLM(TokenLMConfig(**{**SMALL, **options})).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    whole, expected = model.init_state(3), []
+def test_state_assembled_by_write_rows_equals_single_states(conditioning, codes):
+    """Rows with different texts written into one state, as in the sampling loop."""
+    model = randomised(small_token_lm(conditioning=conditioning, layers=["mamba2", "attention"]).double())
+    batched, expected = model.init_state(3), []
     for row, length in enumerate((4, 0, 7)):
         text = captions(length, seed=row)
         alone = model.init_state(1)
         model.prefill(codes[row : row + 1, :, :5], text, alone)
-        whole.put(slice(row, row + 1), alone)
+        batched.write_rows(slice(row, row + 1), alone)
         expected.append([model.step(codes[row : row + 1, :, s], alone)[0] for s in range(5, S)])
-    found = torch.stack([model.step(codes[..., s], whole) for s in range(5, S)], 1)
+    found = torch.stack([model.step(codes[..., s], batched) for s in range(5, S)], 1)
     assert_equal(found, torch.stack([torch.stack(row) for row in expected]))
 
 
-def test_modulation_starts_as_nothing_and_learns():
+def test_adaln_is_identity_at_first_and_learns():
     torch.manual_seed(0)
     model = TokenLM(TokenLMConfig(**{**SMALL, "conditioning": "adaln"}))
     codes = torch.randint(V, (2, K, S))
@@ -270,12 +227,12 @@ def test_modulation_starts_as_nothing_and_learns():
     assert all(sublayer.adaln.linear.weight.grad.any() for block in model.blocks for sublayer in block.sublayers)
 
 
-def test_layer_scale_starts_small_and_is_learnt():
-    calm = TokenLM(TokenLMConfig(**{**SMALL, "layer_scale": 1e-4}))
+def test_layer_scale_is_initialised_and_learnt():
+    model = TokenLM(TokenLMConfig(**{**SMALL, "layer_scale": 1e-4}))
     codes = torch.randint(V, (2, K, S))
-    scales = [sublayer.layer_scale for block in calm.blocks for sublayer in block.sublayers]
+    scales = [sublayer.layer_scale for block in model.blocks for sublayer in block.sublayers]
     assert all(scale.shape == (16,) and (scale == 1e-4).all() for scale in scales)
     x = torch.randn(1, 5, 16)
-    assert 0 < (calm.blocks[0](x) - x).abs().max() < 1e-2
-    calm(codes, None).square().sum().backward()
+    assert 0 < (model.blocks[0](x) - x).abs().max() < 1e-2
+    model(codes, None).square().sum().backward()
     assert all(scale.grad.abs().sum() > 0 for scale in scales)
