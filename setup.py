@@ -25,6 +25,7 @@ EXTRAS = {
         "mypy",
         "import-linter>=2.1",
         "librosa>=0.11",
+        "pyloudnorm>=0.1.1",
     ],
 }
 
@@ -53,7 +54,6 @@ setup(
         "hydra-core>=1.3",
         "soundfile>=0.13",
         "soxr>=0.5",
-        "pyloudnorm>=0.1.1",
         "pyarrow>=18",
         "scipy>=1.13",
         "jinja2>=3.1",

@@ -23,12 +23,12 @@ from ssmttm import MusicPipeline, audio, config
 from ssmttm.codecs import StudentCodec
 from ssmttm.codecs.hf import from_config
 from ssmttm.compress.sizes import components, total
-from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.engine import generate
 from ssmttm.generation.request import Sampling
 from ssmttm.models import build_model
 from ssmttm.ops.int8 import quantise
 from ssmttm.patterns import get_pattern
+from ssmttm.reports.tables import markdown_table
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.student import StudentEncoder
@@ -55,7 +55,7 @@ def random_system(recipe: str) -> MusicPipeline:
     encoder = StudentEncoder(T5EncoderModel(T5Config(**T5_SMALL)), lm.model.text_dim).eval()
     text = TextEncoder("t5-small", encoder, load_text_encoder().tokenizer, "0" * 16, 128)
     fields = {name: codec.codec_student[name] for name in ("kind", "width", "blocks")}
-    decoder = StudentCodec.of(from_config("encodec", dict(ENCODEC)), fields)
+    decoder = StudentCodec.from_teacher(from_config("encodec", dict(ENCODEC)), fields)
     pattern = get_pattern(lm.pattern, n_codebooks=lm.model.n_codebooks)
     return MusicPipeline(build_model(lm.model), decoder, text, pattern, guidance_scale=1.0)
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = [f"{of['stages'][stage]:.3f}" for stage in STAGES]
         millions = of["costs"]["all"]["parameters"] / 1e6
         rows.append([name, f"{millions:.1f}", *cells, f"{of['real_time_factor']:.2f}"])
-    print(markdown(rows))
+    print(markdown_table(rows))
     RESULTS.write_text(json.dumps({"environment": environment(), "systems": found}, indent=1) + "\n")
     print(RESULTS)
 

@@ -14,7 +14,7 @@ from ssmttm.data import open_store
 from ssmttm.evaluation import frechet_distance, kernel_distance
 from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers
 from ssmttm.evaluation.embedders import load_embedder
-from ssmttm.evaluation.metrics.distances import class_divergence
+from ssmttm.evaluation.metrics.kl import kl_divergence
 from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts
 from ssmttm.text.condition import TextCondition
 
@@ -62,7 +62,7 @@ class Judge:
         }
         found = self._embedded(wav)
         distances = {"fad": frechet_distance(found, self.reference), "kad": kernel_distance(found, self.reference)}
-        divergence = class_divergence(self._styles(wav), self.styles).mean().item()
+        divergence = kl_divergence(self._styles(wav), self.styles).mean().item()
         return {**distances, "kl": divergence, **shares}
 
     def _audio(self, row: int) -> Tensor:

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment, paired
 from ssmttm import MusicPipeline, config
-from ssmttm.codecs.metrics import chroma_similarity, frame_chroma
+from ssmttm.audio.features import frame_chroma
+from ssmttm.codecs.metrics import chroma_similarity
 from ssmttm.diffusion.samplers import SAMPLERS, SamplerSettings
-from ssmttm.evaluation.metrics.metric import markdown
 from ssmttm.generation.engine import generate
 from ssmttm.generation.loading import load_denoiser, open_model_folder
 from ssmttm.generation.request import Sampling
@@ -39,6 +39,7 @@ from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, Secon
 from ssmttm.models import build_model
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions
+from ssmttm.reports.tables import markdown_table
 from ssmttm.sweeps.report import interval
 from ssmttm.text.condition import TextCondition
 
@@ -102,8 +103,8 @@ def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
                 metrics = judge.metrics(second_stage.generate(judge.codes[:, :1], inputs))
                 piece = seconds_a_piece(second_stage, judge.codes[:1, :1], inputs.rows(slice(1)))
                 found.append({"network": network, "objective": objective, "sampler": sampler, "steps": steps,
-                              "evaluations": settings.evaluations, "seconds": piece, **metrics})  # fmt: skip
-                cells = [network, objective, sampler, str(steps), str(settings.evaluations), f"{piece:.2f}"]
+                              "evaluations": settings.n_evaluations, "seconds": piece, **metrics})  # fmt: skip
+                cells = [network, objective, sampler, str(steps), str(settings.n_evaluations), f"{piece:.2f}"]
                 rows.append([*cells, *(f"{metrics[k]:.3f}" for k in FIGURES)])
                 print(" | ".join(rows[-1]), flush=True)
     return rows, {"prompts": len(judge.prompts), "threads": torch.get_num_threads(), "rows": found}
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rows, results = KINDS[arguments.what](arguments)
-    print(markdown(rows))
+    print(markdown_table(rows))
     path = RESULTS / f"two_stage_{arguments.what}.json"
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     print(path)

@@ -1,4 +1,4 @@
-"""A planted copy is found, however it was treated; new music is not."""
+"""Memorisation: degraded copies are found at their position, new music is not."""
 
 import numpy as np
 import pytest
@@ -9,21 +9,26 @@ from small_stores import CODEBOOK_SIZE, write_codes_store
 
 from ssmttm import audio
 from ssmttm.audio.features import SAMPLE_RATE
+from ssmttm.audio.fingerprint import RATE, fingerprint
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.memorisation import RATE, SUSPECT, AudioIndex, CodeIndex, fingerprints
+from ssmttm.evaluation.memorisation import MAX_COPY_RATE, QUERY, AudioIndex, CodeIndex
 
 
 def music(seed, seconds=8.0):
-    """Chords that change every fifth of a second."""
+    """Chords that change five times a second."""
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     wav = np.zeros_like(time)
     for start in np.arange(0, seconds, 0.2):
-        here = (time >= start) & (time < start + 0.2)
+        chord = (time >= start) & (time < start + 0.2)
         for hertz in 110 * 2 ** (rng.integers(0, 48, 4) / 12):
-            wav[here] += 0.1 * np.sin(2 * np.pi * hertz * time[here])
+            wav[chord] += 0.1 * np.sin(2 * np.pi * hertz * time[chord])
     return torch.from_numpy(wav).float()[None]
+
+
+def fingerprints(wav):
+    return fingerprint(wav[0].numpy(), SAMPLE_RATE)
 
 
 @pytest.fixture(scope="module")
@@ -32,49 +37,49 @@ def index():
     return AudioIndex([f"s{i}" for i in range(60)], np.cumsum([0, *map(len, parts)]), np.concatenate(parts))
 
 
-TREATMENTS = {
-    "as it is": lambda wav: wav,
+DEGRADATIONS = {
+    "unchanged": lambda wav: wav,
     "quieter": lambda wav: 0.05 * wav,
     "noise": lambda wav: wav + 0.005 * torch.randn(wav.shape, generator=torch.Generator().manual_seed(0)),
-    "dull": lambda wav: audio.resample(audio.resample(wav, SAMPLE_RATE, 8000), 8000, SAMPLE_RATE),
+    "low-pass": lambda wav: audio.resample(audio.resample(wav, SAMPLE_RATE, 8000), 8000, SAMPLE_RATE),
     "clipped": lambda wav: (1.2 * wav).clamp(-0.4, 0.4),
 }
 
 
-@pytest.mark.parametrize("treat", TREATMENTS.values(), ids=TREATMENTS)
-def test_a_treated_copy_is_found_at_its_place(index, treat):
+@pytest.mark.parametrize("degrade", DEGRADATIONS.values(), ids=DEGRADATIONS)
+def test_audio_index_finds_degraded_copy_at_its_position(index, degrade):
     for seed, start in ((3, 1.013), (41, 2.49)):
         cut = music(seed)[:, round(start * SAMPLE_RATE) :][:, : 5 * SAMPLE_RATE]
-        found = index.nearest(treat(cut))
-        assert found.id == f"s{seed}" and found.score < SUSPECT
-        middle = start + (len(fingerprints(cut)) - 3 * RATE) // 2 / RATE
+        found = index.nearest(degrade(cut))
+        assert found.id == f"s{seed}" and found.score < MAX_COPY_RATE
+        middle = start + (len(fingerprints(cut)) - QUERY) // 2 / RATE
         assert found.start == pytest.approx(middle, abs=1.5 / RATE)
 
 
-def test_new_music_is_not(index):
-    assert min(index.nearest(music(seed)).score for seed in range(100, 110)) > SUSPECT
+def test_audio_index_does_not_match_new_music(index):
+    assert min(index.nearest(music(seed)).score for seed in range(100, 110)) > MAX_COPY_RATE
 
 
-def test_a_match_lies_within_one_segment(index):
+def test_audio_match_is_within_one_segment(index):
     joined = torch.cat([music(7)[:, -2 * SAMPLE_RATE :], music(8)[:, : 2 * SAMPLE_RATE]], 1)
     found = index.nearest(joined)
     owner = int(found.id[1:])
     first = index.starts[owner] + round(found.start * RATE)
-    assert first >= index.starts[owner] and first + 3 * RATE <= index.starts[owner + 1]
+    assert first >= index.starts[owner] and first + QUERY <= index.starts[owner + 1]
 
 
-def test_a_copy_across_two_segments_is_no_match():
-    """The segments hold a copy of the piece, cut where no half is long enough, and two places that are unlike it."""
-    own, other = fingerprints(music(1)), fingerprints(music(2))[: 3 * RATE + 1]
+def test_audio_copy_across_two_segments_is_no_match():
+    """Two segments contain halves of the clip, each shorter than a query; the third is unrelated."""
+    own, other = fingerprints(music(1)), fingerprints(music(2))[: QUERY + 1]
     cut = len(own) // 2
     middle = slice(cut - 2 * RATE, cut), slice(cut, cut + 2 * RATE)
     parts = [own[middle[0]], own[middle[1]], other]
     index = AudioIndex(["first", "second", "other"], np.cumsum([0, *map(len, parts)]), np.concatenate(parts))
     found = index.nearest(music(1))
-    assert found.id == "other" and found.score > SUSPECT
+    assert found.id == "other" and found.score > MAX_COPY_RATE
 
 
-def test_an_index_of_short_segments_only_is_a_clear_error():
+def test_audio_index_of_short_segments_raises_error():
     parts = [fingerprints(music(seed, 2.5)) for seed in range(3)]
     index = AudioIndex(["a", "b", "c"], np.cumsum([0, *map(len, parts)]), np.concatenate(parts))
     with pytest.raises(UserError, match="none of the 3 segments"):
@@ -83,20 +88,20 @@ def test_an_index_of_short_segments_only_is_a_clear_error():
         AudioIndex([], np.zeros(1, int), np.empty(0, np.uint32)).nearest(music(0))
 
 
-def test_a_damaged_index_is_a_clear_error(tmp_path):
+def test_damaged_audio_index_raises_error(tmp_path):
     (tmp_path / "index.safetensors").write_bytes(b"damaged")
     for name in ("index.safetensors", "none.safetensors"):
         with pytest.raises(UserError, match=name):
             AudioIndex.load(tmp_path / name)
 
 
-def test_an_index_comes_back_from_disk(index, tmp_path):
+def test_audio_index_save_and_load(index, tmp_path):
     index.save(tmp_path / "index.safetensors")
-    again = AudioIndex.load(tmp_path / "index.safetensors")
-    assert again.ids == index.ids and again.nearest(music(5)) == index.nearest(music(5))
+    loaded = AudioIndex.load(tmp_path / "index.safetensors")
+    assert loaded.ids == index.ids and loaded.nearest(music(5)) == index.nearest(music(5))
 
 
-def test_too_little_audio_is_a_clear_error(index):
+def test_audio_index_rejects_short_audio(index):
     with pytest.raises(UserError, match="4 s"):
         index.nearest(music(1, 1.0))
 
@@ -119,7 +124,7 @@ def longest_by_loops(query, codes):
 
 @given(st.integers(0, 23), st.integers(0, 6), st.integers(8, 12), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_a_planted_run_of_codes_is_found(store, row, start, length, seed):
+def test_code_index_finds_planted_run(store, row, start, length, seed):
     rows = np.arange(len(store))
     codes = store.codes(row)[0]
     planted = codes[start : start + length]
@@ -136,7 +141,7 @@ def test_a_planted_run_of_codes_is_found(store, row, start, length, seed):
         assert longest_by_loops(query.tolist(), run.tolist()) == len(run) == longest
 
 
-def test_new_codes_match_nothing(store):
+def test_code_index_does_not_match_new_codes(store):
     query = np.random.default_rng(5).integers(0, CODEBOOK_SIZE, 60)
     assert CodeIndex(store, np.arange(len(store))).longest(query) is None
     assert CodeIndex(store, np.arange(len(store))).longest(query[:3]) is None

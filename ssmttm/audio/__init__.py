@@ -1,25 +1,31 @@
-"""Audio files and what is computed from audio: reading, writing, resampling, loudness, features, fingerprints."""
+"""Audio files and signal processing: reading, writing, resampling, loudness, features, fingerprints.
 
-from ssmttm.audio.io import (
-    WRITERS,
-    check_file,
-    loudness,
-    normalise,
-    read,
-    read_comment,
-    read_crop,
-    read_part,
-    read_segments,
-    resample,
-    to_mono,
-    write,
-)
+Names are imported on first use: the decoder process of `data_prep` needs `ssmttm.audio.lengths` without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssmttm.audio.io import (
+        WRITERS,
+        check_file,
+        read,
+        read_comment,
+        read_crop,
+        read_part,
+        read_segments,
+        resample,
+        to_mono,
+        write,
+    )
+    from ssmttm.audio.loudness import integrated_loudness, normalise_loudness
 
 __all__ = [
     "WRITERS",
     "check_file",
-    "loudness",
-    "normalise",
+    "integrated_loudness",
+    "normalise_loudness",
     "read",
     "read_comment",
     "read_crop",
@@ -29,3 +35,11 @@ __all__ = [
     "to_mono",
     "write",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ssmttm.audio' has no attribute {name!r}")
+    if name in ("integrated_loudness", "normalise_loudness"):
+        return getattr(import_module("ssmttm.audio.loudness"), name)
+    return getattr(import_module("ssmttm.audio.io"), name)

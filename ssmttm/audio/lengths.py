@@ -1,22 +1,22 @@
-"""Whether an audio file is as long as it says: what libsndfile leaves to its caller. No torch, no decoder."""
+"""Detection of truncated audio files from their headers, which libsndfile leaves to its caller."""
 
 import io
 import struct
 from collections.abc import Iterator
 
-_SLACK, _SLACK_SAMPLES = 0.02, 4096  # what may be missing of a length that is a guess, as in some MP3 files
-_UNTIL_THE_END = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}  # what programs write into a pipe
-_CHUNKS = 1000  # looked at, at most
+_SLACK, _SLACK_SAMPLES = 0.02, 4096  # tolerance for an estimated length, as in some MP3 files
+_UNTIL_THE_END = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}  # written by programs whose output is a pipe
+_CHUNKS = 1000  # read at most
 
 
-def sound_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
-    """Bytes of sound that the header of a WAV, RF64, W64, AIFF or AU tells of, and those present.
+def audio_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
+    """Bytes of audio that the header of a WAV, RF64, W64, AIFF or AU file declares, and bytes present.
 
-    (0, 0) for anything else, and for a size that stands for "until the end".
+    (0, 0) for other formats, and for a size that means "until the end".
 
     Args:
-        file: at its beginning.
-        size: bytes of the whole file.
+        file: at its start.
+        size: bytes of the file.
     """
     head = file.read(12)
     if head[:4] in (b".snd", b"dns.") and len(head) == 12:
@@ -33,7 +33,7 @@ def sound_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
 
 
 def _chunks(file: io.BufferedReader, head: bytes, size: int) -> Iterator[tuple[bytes, int]]:
-    """Name and length of every chunk of the RIFF family, the file standing at its content."""
+    """Name and length of each chunk of the RIFF family; the file is positioned at its content."""
     wide = head[:4] == b"riff"
     small = {b"RIFF": "<I", b"RF64": "<I", b"BW64": "<I", b"RIFX": ">I", b"FORM": ">I"}.get(head[:4])
     if not wide and (small is None or head[8:] not in (b"WAVE", b"AIFF", b"AIFC")):
@@ -52,6 +52,6 @@ def _chunks(file: io.BufferedReader, head: bytes, size: int) -> Iterator[tuple[b
         file.seek(following)
 
 
-def cut_short(seen: int, declared: int, exact: bool) -> bool:
-    """Whether `seen` samples are too few for the `declared` ones, which are a guess unless `exact`."""
-    return seen < (declared if exact else declared * (1 - _SLACK) - _SLACK_SAMPLES)
+def is_truncated(n_read: int, declared: int, exact: bool) -> bool:
+    """Whether `n_read` samples are too few for the `declared` ones, which are an estimate unless `exact`."""
+    return n_read < (declared if exact else declared * (1 - _SLACK) - _SLACK_SAMPLES)

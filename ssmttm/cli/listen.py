@@ -9,7 +9,7 @@ from ssmttm.files import write_text
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `listen` to the `ssmttm` command."""
-    listen = commands.add_parser("listen", help="blind listening tests: a page for listeners, and what they said")
+    listen = commands.add_parser("listen", help="blind listening tests: the page, and the analysis of its answers")
     kinds = listen.add_subparsers(dest="kind_of_test", required=True, metavar="COMMAND")
     make = kinds.add_parser(
         "make",
@@ -19,20 +19,20 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     webmushra = kinds.add_parser("webmushra", help="write the same test for webMUSHRA 1.4")
     for command in (make, webmushra):
         command.add_argument("--systems", nargs="+", required=True, metavar="NAME=FOLDER", help="two or more")
-        command.add_argument("--out", type=Path, required=True, help="the folder to write")
+        command.add_argument("--out", type=Path, required=True, help="output folder")
         command.add_argument("--kind", default="both", help="mos, pairs or both (default: %(default)s)")
-        command.add_argument("--seed", type=int, default=0, help="of the blind names")
+        command.add_argument("--seed", type=int, default=0, help="seed of the blind names")
     make.add_argument("--axes", nargs="+", default=None, metavar="AXIS", help="quality, musicality, adherence")
-    make.add_argument("--listeners", type=int, default=24, help="different orders (default: %(default)s)")
+    make.add_argument("--listeners", type=int, default=24, help="number of different orders (default: %(default)s)")
     make.set_defaults(run=run_make)
     webmushra.set_defaults(run=run_webmushra)
     analyse = kinds.add_parser(
         "analyse",
-        help="means, intervals and Bradley-Terry strengths of saved answers",
+        help="mean ratings, intervals and Bradley-Terry strengths of saved answers",
         epilog="example: ssmttm listen analyse answers/*.json --key listening/key.json --out listening/report.md",
     )
-    analyse.add_argument("answers", nargs="+", type=Path, help="files that the page has saved, JSON or CSV")
-    analyse.add_argument("--key", type=Path, required=True, help="the key.json that was made with the page")
+    analyse.add_argument("answers", nargs="+", type=Path, help="answer files saved by the page, JSON or CSV")
+    analyse.add_argument("--key", type=Path, required=True, help="key.json of the page")
     analyse.add_argument("--out", type=Path, default=None, help="also write the report there")
     analyse.set_defaults(run=run_analyse)
 
@@ -46,11 +46,11 @@ def run_make(arguments: argparse.Namespace) -> None:
         systems_of(arguments.systems), arguments.out, arguments.kind, axes, arguments.listeners, arguments.seed
     )
     print("\n".join([*notes, *map(str, written)]))
-    print(f"give listeners {written[0]}, keep {written[1]}; a link ending in ?p=3 fills in number 3")
+    print(f"send {written[0]} to the listeners and keep {written[1]}; a link ending in ?p=3 is for listener 3")
 
 
 def run_webmushra(arguments: argparse.Namespace) -> None:
-    """Write the YAML and the clips."""
+    """Write the YAML file and the clips."""
     from ssmttm.listening.webmushra import export
 
     written, notes = export(systems_of(arguments.systems), arguments.out, arguments.kind, arguments.seed)
@@ -58,7 +58,7 @@ def run_webmushra(arguments: argparse.Namespace) -> None:
 
 
 def run_analyse(arguments: argparse.Namespace) -> None:
-    """Print, and write, what listeners said."""
+    """Print the report, and write it with --out."""
     from ssmttm.listening.analyse import read_answers, report
 
     text = report(read_answers(arguments.answers, arguments.key))
@@ -69,13 +69,13 @@ def run_analyse(arguments: argparse.Namespace) -> None:
 
 
 def systems_of(words: list[str]) -> dict[str, Path]:
-    """NAME=FOLDER words as a mapping. Raises UserError for anything else, or a name given twice."""
+    """Parse NAME=FOLDER words. Raises UserError for another format or a repeated name."""
     systems: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
         if not (name and equals and folder):
-            raise UserError(f"--systems {word}: write NAME=FOLDER")
+            raise UserError(f"--systems must be NAME=FOLDER, got {word}")
         if name in systems:
-            raise UserError(f"--systems has the name {name} twice: give each system its own")
+            raise UserError(f"--systems has the name {name} twice: use unique names")
         systems[name] = Path(folder)
     return systems

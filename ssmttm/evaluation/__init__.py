@@ -1,5 +1,6 @@
-"""How good is what a model makes: distances to real music, musical measures, adherence to prompts, protocols."""
+"""Evaluation of generated music: metrics, embedders, music analysis, attribute classifiers, protocols."""
 
-from ssmttm.evaluation.metrics.distances import frechet_distance, kernel_distance
+from ssmttm.evaluation.metrics.frechet import frechet_distance
+from ssmttm.evaluation.metrics.kernel import kernel_distance
 
 __all__ = ["frechet_distance", "kernel_distance"]

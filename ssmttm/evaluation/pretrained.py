@@ -1,4 +1,4 @@
-"""Small networks that are shipped as a folder: config.json, their card, and model.safetensors, weights in float16."""
+"""Loading and saving of the small networks that ship as a folder: config.json (the card) and float16 safetensors."""
 
 import hashlib
 import json
@@ -16,42 +16,42 @@ from ssmttm.files import atomic_write, write_text
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def load_network(folder: Path, build: Callable[[dict[str, Any]], Network], what: str, mend: str) -> Network:
-    """Read a network from its folder, ready to be used.
+def load_network(folder: Path, build: Callable[[dict[str, Any]], Network], what: str, fix: str) -> Network:
+    """Load a network in evaluation mode.
 
     Args:
-        build: makes it, untrained, from its card.
-        what: its name in errors. mend: what to do if there is none.
+        build: builds the untrained network from its card.
+        what: its name in errors. fix: advice in errors.
 
     Raises:
-        UserError: the folder holds none, or a damaged one.
+        UserError: there is none in the folder, or it is damaged.
     """
     try:
         network = build(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         network.load_state_dict(load_file(folder / "model.safetensors"))
     except FileNotFoundError as error:
-        raise UserError(f"no {what} in {folder}: {mend}") from error
+        raise UserError(f"no {what} in {folder}: {fix}") from error
     except (ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder}: damaged {what} ({error}): restore the folder, or {mend}") from error
+        raise UserError(f"{folder}: damaged {what} ({error}): restore the folder, or {fix}") from error
     return network.eval()
 
 
 def save_network(network: nn.Module, card: Mapping[str, Any], folder: Path) -> None:
-    """Write a network and its card into a folder, each file whole or not at all."""
-    with atomic_write(folder / "model.safetensors") as aside:
-        save_file({name: _stored(value) for name, value in network.state_dict().items()}, aside)
+    """Write a network and its card into a folder, each file atomically."""
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file({name: _half(value) for name, value in network.state_dict().items()}, temporary)
     write_text(folder / "config.json", json.dumps(card, indent=1) + "\n")
 
 
-def network_fingerprint(network: nn.Module, answers: Sequence[str]) -> str:
-    """16 hex digits over the weights as stored (float16) and the answers that they stand for."""
-    digest = hashlib.sha256(json.dumps(answers).encode())
+def network_fingerprint(network: nn.Module, classes: Sequence[str]) -> str:
+    """16 hex digits over the weights as stored (float16) and the names of the classes."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(_stored(value).numpy().tobytes())
+        digest.update(_half(value).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _stored(value: Tensor) -> Tensor:
-    """A weight as it is written: float16 where it is a float."""
+def _half(value: Tensor) -> Tensor:
+    """A weight as stored: float16 if it is a float."""
     return (value.half() if value.is_floating_point() else value).contiguous().cpu()

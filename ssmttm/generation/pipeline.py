@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ssmttm import __version__
+from ssmttm.audio.features import frame_chroma
 from ssmttm.codecs import Codec, load_codec
-from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation.engine import generate_frames

@@ -1,1 +1,1 @@
-"""Listening tests: a page for listeners, an analyser for what they say, an export to webMUSHRA."""
+"""Listening tests: a self-contained page, the analysis of its answers, an export to webMUSHRA."""

@@ -1,7 +1,8 @@
-"""What listeners said: mean opinions with intervals, and Bradley-Terry strengths of paired preferences."""
+"""Analysis of a listening test: mean ratings with intervals, Bradley-Terry strengths of paired preferences."""
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ssmttm.errors import UserError
-from ssmttm.evaluation.metrics.metric import markdown
-from ssmttm.evaluation.metrics.statistics import binomial_tail
+from ssmttm.evaluation.metrics.bootstrap import Interval, bootstrap
+from ssmttm.reports.tables import markdown_table
 
-_DRAWS, _ROUNDS, _TOLERANCE = 1_000, 10_000, 1e-10
+_MAX_ITERATIONS, _TOLERANCE = 10_000, 1e-10
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One answer on a scale from 1 to 5."""
+    """A rating from 1 to 5."""
 
     listener: str
     system: str
@@ -29,17 +31,17 @@ class Rating:
 
 @dataclass(frozen=True)
 class Preference:
-    """One choice; `share` is 1 if the first was preferred, 0 if the second, 0.5 for neither."""
+    """A preference; `score` is 1 for the first system, 0 for the second, 0.5 for a tie."""
 
     listener: str
     first: str
     second: str
-    share: float
+    score: float
 
 
 @dataclass(frozen=True)
 class Answers:
-    """All usable answers, and what was left out."""
+    """All valid answers, and notes on skipped files."""
 
     ratings: list[Rating]
     preferences: list[Preference]
@@ -47,34 +49,34 @@ class Answers:
 
 
 def read_answers(files: Sequence[Path], key_file: Path) -> Answers:
-    """Read what the page has saved, JSON or CSV; a listener counts once.
+    """Read the answer files of the page, JSON or CSV, one for each listener.
 
     Raises:
-        UserError: the key cannot be read, or there is no answer to this test.
+        UserError: the key cannot be read, or there are no answers to this test.
     """
     try:
         key = json.loads(key_file.read_text(encoding="utf-8"))
-        known, systems = key["test"], {name: clip["system"] for name, clip in key["clips"].items()}
+        test_id, systems = key["test"], {name: clip["system"] for name, clip in key["clips"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{key_file} is no key of a listening test: give the key.json made with the page") from error
+        raise UserError(f"{key_file} is not the key of a listening test: give the key.json of the page") from error
     ratings, preferences, notes = [], [], []
-    seen: Counter[str] = Counter()
+    listeners: set[str] = set()
     for file in files:
         try:
-            test, listener, given = _read(file)
-            rated, preferred = _taken(given, listener, systems) if test == known else ([], [])
+            test, listener, answers = _read(file)
+            rated, preferred = _parse(answers, listener, systems) if test == test_id else ([], [])
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            notes.append(f"{file}: left out, not a file of answers ({type(error).__name__}: {error})")
+            notes.append(f"{file}: skipped, not a file of answers ({type(error).__name__}: {error})")
             continue
-        if test != known:
-            notes.append(f"{file}: left out, of another test")
-        elif seen[listener]:
-            notes.append(f"{file}: left out, listener {listener} has answered already")
+        if test != test_id:
+            notes.append(f"{file}: skipped, answers of another test")
+        elif listener in listeners:
+            notes.append(f"{file}: skipped, listener {listener} has already answered")
         else:
-            seen[listener] += 1
+            listeners.add(listener)
             ratings += rated
             preferences += preferred
-    if not seen:
+    if not listeners:
         raise UserError(f"no answers to this test in {len(files)} files{': ' + notes[0] if notes else ''}")
     counts = Counter(r.listener for r in ratings) + Counter(p.listener for p in preferences)
     most = max(counts.values(), default=0)
@@ -82,49 +84,76 @@ def read_answers(files: Sequence[Path], key_file: Path) -> Answers:
     return Answers(ratings, preferences, notes)
 
 
-def mean_opinions(ratings: Sequence[Rating], seed: int = 0) -> dict[tuple[str, str], tuple[float, float, float, int]]:
+def mean_ratings(ratings: Sequence[Rating], seed: int = 0) -> dict[tuple[str, str], tuple[float, float, float, int]]:
     """Mean, 95 % interval and number of ratings by (system, axis).
 
-    The interval is a bootstrap over listeners: one listener's answers belong together, and one listener has none (NaN).
+    The interval is a bootstrap over listeners, whose answers are dependent; NaN for a single listener.
     """
     listeners = sorted({rating.listener for rating in ratings})
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(listeners), size=(_DRAWS, len(listeners)))
-    weights = np.stack([(drawn == i).sum(1) for i in range(len(listeners))], 1)  # [draws, listeners]
     found = {}
     for system, axis in dict.fromkeys((r.system, r.axis) for r in ratings):
-        mine = [r for r in ratings if (r.system, r.axis) == (system, axis)]
+        values = [r for r in ratings if (r.system, r.axis) == (system, axis)]
         sums, counts = np.zeros(len(listeners)), np.zeros(len(listeners))
-        for rating in mine:
-            place = listeners.index(rating.listener)
-            sums[place] += rating.value
-            counts[place] += 1
-        totals = weights @ counts
-        means = (weights @ sums)[totals > 0] / totals[totals > 0]
-        low, high = np.quantile(means, (0.025, 0.975)) if (counts > 0).sum() > 1 else (np.nan, np.nan)
-        found[system, axis] = float(sums.sum() / counts.sum()), float(low), float(high), len(mine)
+        for rating in values:
+            sums[listeners.index(rating.listener)] += rating.value
+            counts[listeners.index(rating.listener)] += 1
+
+        def mean(weights: Tensor, sums: np.ndarray = sums, counts: np.ndarray = counts) -> list[float]:
+            total = weights.numpy() @ counts
+            return [weights.numpy() @ sums / total if total else math.nan]
+
+        (interval,) = bootstrap(mean, len(listeners), draws=1_000, seed=seed, centred=False)
+        low, high = interval[1:] if (counts > 0).sum() > 1 else (math.nan, math.nan)
+        found[system, axis] = interval.value, low, high, len(values)
     return found
 
 
 def bradley_terry(systems: Sequence[str], preferences: Sequence[Preference]) -> np.ndarray:
-    """Strengths, as logarithms with mean 0: a is preferred to b with odds exp(strength a - strength b). [systems]
+    """Log strengths with mean 0: a is preferred to b with odds exp(strength a - strength b). [systems]
 
-    Maximum likelihood by minorisation (Hunter, Annals of Statistics 32, 2004); a tie is half a win for both. Half a tie
-    is added between every two systems that met, so that one that always wins stays finite.
+    Maximum likelihood by minorisation-maximisation (Hunter, Annals of Statistics 32, 2004); a tie counts as half a win
+    for both. Half a tie is added for every two systems that were compared, so that strengths are finite.
     """
+    return _fit(_win_matrix(systems, preferences))
+
+
+def strengths(preferences: Sequence[Preference], seed: int = 0) -> dict[str, Interval]:
+    """Bradley-Terry strength and 95 % interval by system, in descending order.
+
+    The interval is a bootstrap over listeners; NaN for a single listener.
+    """
+    systems = sorted({p.first for p in preferences} | {p.second for p in preferences})
+    listeners = sorted({p.listener for p in preferences})
+    wins = np.stack([_win_matrix(systems, [p for p in preferences if p.listener == who]) for who in listeners])
+
+    def statistic(weights: Tensor) -> np.ndarray:
+        return _fit(np.tensordot(weights.numpy(), wins, 1))
+
+    intervals = bootstrap(statistic, len(listeners), draws=200, seed=seed, centred=False)
+    if len(listeners) == 1:
+        intervals = [Interval(interval.value, math.nan, math.nan) for interval in intervals]
+    found = dict(zip(systems, intervals, strict=True))
+    return dict(sorted(found.items(), key=lambda item: -item[1].value))
+
+
+def _win_matrix(systems: Sequence[str], preferences: Sequence[Preference]) -> np.ndarray:
+    """Wins of each system against each other, a tie counting half. [systems, systems]"""
     wins = np.zeros((len(systems), len(systems)))
     for p in preferences:
         a, b = systems.index(p.first), systems.index(p.second)
-        wins[a, b] += p.share
-        wins[b, a] += 1 - p.share
-    met = (wins + wins.T) > 0
-    wins = wins + 0.25 * met
+        wins[a, b] += p.score
+        wins[b, a] += 1 - p.score
+    return wins
+
+
+def _fit(wins: np.ndarray) -> np.ndarray:
+    """Bradley-Terry log strengths of a matrix of wins."""
+    wins = wins + 0.25 * ((wins + wins.T) > 0)
     games = wins + wins.T
-    strength = np.ones(len(systems))
-    for _ in range(_ROUNDS):
-        shared = (games / (strength[:, None] + strength[None])).sum(1)
-        new = wins.sum(1) / np.where(shared > 0, shared, 1)
-        new = np.where(shared > 0, new, 1.0)
+    strength = np.ones(len(wins))
+    for _ in range(_MAX_ITERATIONS):
+        expected = (games / (strength[:, None] + strength[None])).sum(1)
+        new = np.where(expected > 0, wins.sum(1) / np.where(expected > 0, expected, 1), 1.0)
         new /= np.exp(np.log(new).mean())
         if np.abs(np.log(new / strength)).max() < _TOLERANCE:
             break
@@ -132,63 +161,44 @@ def bradley_terry(systems: Sequence[str], preferences: Sequence[Preference]) -> 
     return np.log(new)
 
 
-def strengths(preferences: Sequence[Preference], seed: int = 0) -> dict[str, tuple[float, float, float]]:
-    """Bradley-Terry strength and 95 % interval by system, the strongest first.
-
-    The interval is a bootstrap over listeners; one listener has none (NaN).
-    """
-    systems = sorted({p.first for p in preferences} | {p.second for p in preferences})
-    by_listener: dict[str, list[Preference]] = {}
-    for preference in preferences:
-        by_listener.setdefault(preference.listener, []).append(preference)
-    groups = list(by_listener.values())
-    rng = np.random.default_rng(seed)
-    draws = np.array([
-        bradley_terry(systems, [p for i in rng.integers(len(groups), size=len(groups)) for p in groups[i]])
-        for _ in range(_DRAWS // 5)
-    ])  # fmt: skip
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0) if len(groups) > 1 else np.full((2, len(systems)), np.nan)
-    values = bradley_terry(systems, preferences)
-    told = {s: (float(values[i]), float(low[i]), float(high[i])) for i, s in enumerate(systems)}
-    return dict(sorted(told.items(), key=lambda item: -item[1][0]))
-
-
 def pairwise_wins(preferences: Sequence[Preference]) -> list[tuple[str, str, int, int, int, float]]:
-    """For every two systems: wins of the first, of the second, ties, and the two-sided sign test without ties."""
+    """For each pair of systems: wins of the first, wins of the second, ties, and the p-value of the sign test."""
+    from scipy.stats import binomtest
+
     found: dict[tuple[str, str], list[float]] = {}
     for p in preferences:
-        pair = (p.first, p.second)
-        share = p.share
-        if pair[0] > pair[1]:
-            pair, share = pair[::-1], 1 - share
-        found.setdefault(pair, []).append(share)
+        if p.first < p.second:
+            found.setdefault((p.first, p.second), []).append(p.score)
+        else:
+            found.setdefault((p.second, p.first), []).append(1 - p.score)
     rows = []
-    for (a, b), shares in sorted(found.items()):
-        wins, losses = shares.count(1.0), shares.count(0.0)
-        p_value = min(1.0, 2 * binomial_tail(max(wins, losses), wins + losses, 0.5)) if wins + losses else 1.0
-        rows.append((a, b, wins, losses, len(shares) - wins - losses, p_value))
+    for (a, b), scores in sorted(found.items()):
+        wins, losses = scores.count(1.0), scores.count(0.0)
+        p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+        rows.append((a, b, wins, losses, len(scores) - wins - losses, p_value))
     return rows
 
 
 def report(answers: Answers) -> str:
-    """Everything as Markdown."""
+    """The results as Markdown."""
     parts = ["# Listening test"]
     if answers.ratings:
-        opinions = mean_opinions(answers.ratings)
-        axes = list(dict.fromkeys(axis for _, axis in opinions))
+        means = mean_ratings(answers.ratings)
+        axes = list(dict.fromkeys(axis for _, axis in means))
         rows = [["system", *axes]]
-        for system in dict.fromkeys(s for s, _ in opinions):
-            cells = [opinions.get((system, axis)) for axis in axes]
+        for system in dict.fromkeys(system for system, _ in means):
+            cells = [means.get((system, axis)) for axis in axes]
             rows.append([system, *(f"{c[0]:.2f} ({_range(*c[1:3])}), n {c[3]}" if c else "" for c in cells)])
-        parts.append(f"Mean opinion, 1 to 5, and 95 % interval (bootstrap over listeners):\n\n{markdown(rows)}")
+        parts.append(f"Mean rating, 1 to 5, and 95 % interval (bootstrap over listeners):\n\n{markdown_table(rows)}")
     if answers.preferences:
         rows = [["system", "strength", "95 % interval"]]
-        found = strengths(answers.preferences).items()
-        rows += [[system, f"{value:+.2f}", _range(low, high, "+.2f")] for system, (value, low, high) in found]
-        parts.append(f"Bradley-Terry strength (log odds; a tie is half a win):\n\n{markdown(rows)}")
+        for system, (value, low, high) in strengths(answers.preferences).items():
+            rows.append([system, f"{value:+.2f}", _range(low, high, "+.2f")])
+        parts.append(f"Bradley-Terry strength (log odds; a tie is half a win):\n\n{markdown_table(rows)}")
         rows = [["pair", "first preferred", "second preferred", "ties", "p (sign test)"]]
-        rows += [[f"{a} / {b}", str(w), str(x), str(t), f"{p:.2g}"] for a, b, w, x, t, p in pairwise_wins(answers.preferences)]
-        parts.append(markdown(rows))
+        for a, b, wins, losses, ties, p in pairwise_wins(answers.preferences):
+            rows.append([f"{a} / {b}", str(wins), str(losses), str(ties), f"{p:.2g}"])
+        parts.append(markdown_table(rows))
     parts.append("\n".join(f"- {note}" for note in answers.notes))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -198,7 +208,7 @@ def _range(low: float, high: float, form: str = ".2f") -> str:
 
 
 def _read(file: Path) -> tuple[str, str, list[dict[str, Any]]]:
-    """Test, listener and answers of one saved file."""
+    """Test id, listener and answers of one file."""
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix.lower() != ".csv":
         found = json.loads(text)
@@ -212,19 +222,20 @@ def _read(file: Path) -> tuple[str, str, list[dict[str, Any]]]:
     return rows[0]["test"], rows[0]["listener"], list(answers.values())
 
 
-def _taken(
+def _parse(
     answers: Sequence[dict[str, Any]], listener: str, systems: dict[str, str]
 ) -> tuple[list[Rating], list[Preference]]:
-    """One listener's answers; a clip's name gives its system. Raises ValueError, KeyError for what is no answer."""
+    """Ratings and preferences of one listener. Raises ValueError or KeyError for an invalid answer."""
     ratings: list[Rating] = []
     preferences: list[Preference] = []
     for answer in answers:
-        embeddings = [systems[clip] for clip in answer["clips"]]
+        presented = [systems[clip] for clip in answer["clips"]]
         if answer["kind"] == "mos":
-            ratings += [Rating(listener, embeddings[0], axis, int(value)) for axis, value in answer["given"].items()]
+            ratings += [Rating(listener, presented[0], axis, int(value)) for axis, value in answer["given"].items()]
         else:
-            share = {"0": 1.0, "1": 0.0, "tie": 0.5}[str(answer["given"]["choice"])]
-            preferences.append(Preference(listener, embeddings[0], embeddings[1], share))
-    if outside := [rating.value for rating in ratings if not 1 <= rating.value <= 5]:
-        raise ValueError(f"{outside[0]} is not from 1 to 5")
+            score = {"0": 1.0, "1": 0.0, "tie": 0.5}[str(answer["given"]["choice"])]
+            preferences.append(Preference(listener, presented[0], presented[1], score))
+    for rating in ratings:
+        if not 1 <= rating.value <= 5:
+            raise ValueError(f"ratings must be from 1 to 5, got {rating.value}")
     return ratings, preferences

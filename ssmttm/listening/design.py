@@ -1,4 +1,4 @@
-"""Who hears what, and in which order: every system as often in every place, every pair both ways round."""
+"""Balanced design of a listening test: order of systems and of the two clips of a pair."""
 
 import random
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ KINDS = ("mos", "pairs", "both")
 
 @dataclass(frozen=True)
 class Trial:
-    """One question of the page.
+    """One trial of the page.
 
     Attributes:
-        kind: mos, one clip to be rated, or pair, two to choose from.
-        prompt: what the clips should sound like.
-        clips: their blind names, in the order heard.
+        kind: mos, a rating of one clip, or pair, a preference between two.
+        prompt: of the clips.
+        clips: their blind names, in presentation order.
     """
 
     kind: str
@@ -28,51 +28,50 @@ class Trial:
     clips: list[str]
 
     def document(self) -> dict[str, object]:
-        """As the page holds it."""
+        """The trial as JSON."""
         return asdict(self)
 
 
 def check_kind(kind: str) -> None:
-    """Raises UserError for a kind of test that there is not."""
+    """Raise UserError for an unknown kind of test."""
     if kind not in KINDS:
-        raise UserError(f"--kind {kind} is unknown: there are {', '.join(KINDS)}")
+        raise UserError(f"--kind must be one of {', '.join(KINDS)}, got {kind}")
 
 
 def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
     """Each system's clips by prompt, for the prompts that all systems have.
 
-    A clip's prompt stands in the record beside it (FILE.json, as sample.py and `ssmttm evaluate` write), or is its
-    file's name.
+    A clip's prompt is that of its metadata sidecar (FILE.json), or else its file name.
 
     Returns:
-        {prompt: {system: file}}, and what was left out.
+        {prompt: {system: file}}, and notes on skipped prompts and files.
 
     Raises:
-        UserError: fewer than two systems, an empty folder, or no prompt in common.
+        UserError: fewer than two systems, an empty folder, or no common prompt.
     """
     if len(folders) < 2:
-        raise UserError("a listening test compares systems: give --systems NAME=FOLDER NAME=FOLDER ...")
+        raise UserError("a listening test needs at least two systems: give --systems NAME=FOLDER NAME=FOLDER ...")
     found: dict[str, dict[str, Path]] = {}
-    again = []
+    duplicates = []
     for system, folder in folders.items():
         files = sorted(p for p in folder.glob("**/*") if p.suffix.lower() in WRITERS) if folder.is_dir() else []
         if not files:
-            raise UserError(f"there is no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
+            raise UserError(f"no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
         for path in files:
             clips = found.setdefault(read_sidecar(path).get("prompt", path.stem), {})
             if clips.setdefault(system, path) != path:
-                again.append(f"{path}: {clips[system].name} has the same prompt")
-    whole = {prompt: clips for prompt, clips in sorted(found.items()) if len(clips) == len(folders)}
-    left = [f"{prompt}: only of {', '.join(clips)}" for prompt, clips in found.items() if len(clips) < len(folders)]
-    if not whole:
-        raise UserError(f"{', '.join(folders)} have no prompt in common: sample all of them from the same prompts")
-    return whole, [*left, *again]
+                duplicates.append(f"{path}: {clips[system].name} has the same prompt")
+    common = {prompt: clips for prompt, clips in sorted(found.items()) if len(clips) == len(folders)}
+    skipped = [f"{prompt}: only of {', '.join(clips)}" for prompt, clips in found.items() if len(clips) < len(folders)]
+    if not common:
+        raise UserError(f"{', '.join(folders)} have no prompt in common: generate all from the same prompts")
+    return common, [*skipped, *duplicates]
 
 
 def williams(n: int) -> list[list[int]]:
-    """A Williams design: in its rows, each of n treatments has each place, and follows each other, equally often.
+    """A Williams design: each of n treatments is in each position, and follows each other treatment, equally often.
 
-    n rows for an even n, 2 n for an odd one. Source: Williams, Australian Journal of Scientific Research 2 (1949).
+    n rows for even n, 2 n for odd n. Source: Williams, Australian Journal of Scientific Research 2 (1949).
     """
     first = [0]
     for i in range(1, n):
@@ -84,14 +83,13 @@ def williams(n: int) -> list[list[int]]:
 def plan(prompts: Sequence[str], names: dict[str, dict[str, str]], kind: str, listener: int) -> list[Trial]:
     """The trials of one listener.
 
-    Prompts come in an order of their own for each listener; within a prompt, systems follow the row of a Williams
-    design that this listener and prompt have, and every second listener hears a pair the other way round.
+    The order of the prompts is random for each listener. Within a prompt, the order of the systems is a row of a
+    Williams design; the order of a pair alternates between listeners.
 
     Args:
-        prompts: of the test.
         names: {prompt: {system: blind name}}.
-        kind: of KINDS.
-        listener: from 1.
+        kind: one of KINDS.
+        listener: number, from 1.
     """
     systems = list(names[prompts[0]])
     rows = williams(len(systems))

@@ -1,7 +1,7 @@
-"""The same test for webMUSHRA 1.4: a YAML of its pages, and the clips as WAV files under blind names.
+"""Export to webMUSHRA 1.4: a YAML of its pages, and the clips as WAV files under blind names.
 
-webMUSHRA's paired comparison holds clips against a named reference, and counts how often that is found. It cannot ask
-which of two unknown pieces is preferred, so a pair is one page on which both are rated, side by side.
+webMUSHRA's paired comparison needs a reference and cannot ask for a preference between two clips; so a pair is one
+page on which both clips are rated.
 """
 
 import random
@@ -26,17 +26,17 @@ def export(
 ) -> tuple[list[Path], list[str]]:
     """Write OUT/listening.yaml, for webMUSHRA's configs folder, OUT/listening/*.wav, and OUT/key.yaml.
 
-    Ratings are likert_single_stimulus pages, one a clip and axis; a pair is a likert_multi_stimulus page: the clip that
-    is rated higher is preferred. webMUSHRA shuffles pages, and the clips of a page, itself.
+    Ratings are likert_single_stimulus pages, one for each clip and axis; a pair is a likert_multi_stimulus page, where
+    the clip with the higher rating is preferred. webMUSHRA shuffles the pages and the clips of a page.
 
     Returns:
-        What was written, and notes on what was left out.
+        The files, and notes on skipped clips.
 
     Raises:
-        UserError: an unknown kind, or systems that cannot be compared.
+        UserError: an unknown kind, or no common prompts.
     """
     check_kind(kind)
-    found, left = find_systems(folders)
+    found, skipped = find_systems(folders)
     rng = random.Random(seed)
     key: dict[str, dict[str, str]] = {}
     ratings: list[Any] = ["random"]
@@ -45,12 +45,12 @@ def export(
         try:
             wavs = {system: audio.read(path, mono=False) for system, path in systems.items()}
         except UserError as error:
-            left.append(str(error))
+            skipped.append(str(error))
             continue
         names = {}
         for system, (wav, rate) in wavs.items():
             name = f"{rng.getrandbits(48):012x}"
-            audio.write(out / "listening" / f"{name}.wav", audio.normalise(wav, rate, LOUDNESS), rate)
+            audio.write(out / "listening" / f"{name}.wav", audio.normalise_loudness(wav, rate, LOUDNESS), rate)
             names[system] = f"configs/resources/listening/{name}.wav"
             key[name] = {"system": system, "prompt": prompt, "file": str(systems[system])}
         if kind in ("mos", "both"):
@@ -59,11 +59,11 @@ def export(
             listed = list(names.values())
             pairs += [_pair(prompt, a, b) for i, a in enumerate(listed) for b in listed[i + 1 :]]
     if not key:
-        raise UserError(f"no prompt has a readable clip of every system; the last: {left[-1]}")
+        raise UserError(f"no prompt has a readable clip of every system; last error: {skipped[-1]}")
     pages: list[Any] = [
-        {"type": "generic", "id": "welcome", "name": "Welcome", "content": "You will hear short pieces of music."},
+        {"type": "generic", "id": "welcome", "name": "Welcome", "content": "You will hear short clips of music."},
         {
-            "type": "volume", "id": "volume", "name": "Volume", "content": "Play this until it is comfortable.",
+            "type": "volume", "id": "volume", "name": "Volume", "content": "Set a comfortable volume.",
             "stimulus": f"configs/resources/listening/{next(iter(key))}.wav", "defaultVolume": 0.5,
         },
         *([ratings] if len(ratings) > 1 else []),
@@ -77,7 +77,7 @@ def export(
     }  # fmt: skip
     for path, document in ((out / "listening.yaml", test), (out / "key.yaml", key)):
         write_text(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    notes = [f"left out: {what}" for what in left]
+    notes = [f"skipped: {what}" for what in skipped]
     return [out / "listening.yaml", out / "listening", out / "key.yaml"], notes
 
 
@@ -93,6 +93,6 @@ def _pair(prompt: str, a: str, b: str) -> dict[str, Any]:
     names = Path(a).stem, Path(b).stem
     return {
         "type": "likert_multi_stimulus", "id": f"pair_{names[0]}_{names[1]}", "name": "Which do you prefer?",
-        "content": f"{escape(prompt)}<br>Rate the one that you prefer higher, or both alike.", "mustRate": True,
+        "content": f"{escape(prompt)}<br>Rate the preferred clip higher, or both the same.", "mustRate": True,
         "mustPlayback": "ended", "stimuli": dict(zip(names, (a, b), strict=True)), "response": _SCALE,
     }  # fmt: skip

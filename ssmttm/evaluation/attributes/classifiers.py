@@ -1,7 +1,7 @@
-"""Small trained detectors: which family leads, how fast, in which key and mode a piece of music is.
+"""Attribute classifiers: family of the lead instrument, tempo, key and mode.
 
-The `networks` over `features`, trained by `train_detectors` on the built-in corpus and shipped under
-`ssmttm/assets/detectors`. They measure whether generated music follows its prompt (`adherence`).
+Small networks on audio features, trained by `ssmttm.cli.train_attribute_classifiers` on the built-in corpus and shipped
+under `ssmttm/assets/attribute_classifiers`. They measure prompt adherence (`adherence`).
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssmttm.audio import features
+from ssmttm.audio import features, resample
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes.networks import FamilyNet, KeyNet, TempoNet
 from ssmttm.evaluation.pretrained import load_network, network_fingerprint, save_network
@@ -22,8 +22,8 @@ MODES = ("major", "minor", "dorian", "mixolydian")
 TONICS = ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
 TEMPO_CLASSES = ("slow", "medium", "fast")
 SLOW_BELOW, FAST_ABOVE = 90.0, 130.0  # beats per minute
-WINDOW = 10.0  # seconds of the training crops; longer audio is heard window by window
-SHORTEST = 4.0  # seconds
+WINDOW = 10.0  # seconds of the training crops; longer audio is classified window by window
+MIN_SECONDS = 4.0  # seconds
 
 
 def tempo_class(bpm: float) -> str:
@@ -43,7 +43,7 @@ def third(mode: str) -> str:
 
 @dataclass(frozen=True)
 class AttributePrediction:
-    """What was heard in one piece of audio; each probability table sums to 1."""
+    """Predicted attributes of one clip; each table of probabilities sums to 1."""
 
     family: str
     family_probs: dict[str, float]
@@ -56,16 +56,16 @@ class AttributePrediction:
 
     @property
     def third(self) -> str:
-        """major or minor, by the mode's third."""
+        """major or minor, the third of the mode."""
         return max(("major", "minor"), key=lambda name: sum(p for m, p in self.mode_probs.items() if third(m) == name))
 
 
 class AttributeClassifiers(nn.Module):
-    """The three networks, with what they answer. Built by `from_pretrained`, or untrained from a list of families.
+    """The three networks; `from_pretrained` loads the shipped ones.
 
     Attributes:
-        families: the answers of the family detector.
-        card: how they were trained and how often they were right on held-out audio (config.json).
+        families: the classes of the family network.
+        card: training settings and held-out accuracy (config.json).
     """
 
     def __init__(self, families: list[str], card: dict[str, Any] | None = None) -> None:
@@ -78,13 +78,13 @@ class AttributeClassifiers(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "AttributeClassifiers":
-        """Load detectors from a folder, by default the embedded ones; ready to `detect`.
+        """Load classifiers from a folder, by default the shipped ones.
 
         Raises:
-            UserError: the folder holds none, or damaged ones.
+            UserError: there are none in the folder, or they are damaged.
         """
-        mend = "train them with `python -m ssmttm.cli.train_attribute_classifiers`"
-        return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "classifiers", mend)
+        fix = "train them with `python -m ssmttm.cli.train_attribute_classifiers`"
+        return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "classifiers", fix)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (the card) and model.safetensors (float16 weights) into a folder."""
@@ -97,63 +97,59 @@ class AttributeClassifiers(nn.Module):
 
     @torch.inference_mode()
     def predict(self, wav: Tensor, sample_rate: int) -> list[AttributePrediction]:
-        """Listen to each row of wav [B, S], or [S].
+        """Predict the attributes of each clip of wav [B, S], or [S].
 
-        Audio longer than a window of 10 s is heard window by window and the log-probabilities are averaged.
+        Log-probabilities are averaged over windows of 10 s.
 
         Raises:
             UserError: less than 4 s of audio.
         """
         wav = wav[None] if wav.ndim == 1 else wav
-        if sample_rate != features.SAMPLE_RATE:
-            from ssmttm.audio import resample
-
-            wav = resample(wav, sample_rate, features.SAMPLE_RATE)
+        wav = resample(wav, sample_rate, features.SAMPLE_RATE)
         seconds = wav.shape[-1] / features.SAMPLE_RATE
-        if seconds < SHORTEST:
-            raise UserError(f"{seconds:.1f} s of audio are too short to hear tempo and key: give {SHORTEST:.0f} s")
-        family, tempo, tonality = (
-            torch.stack([parts[i] for parts in map(self._predict, windows(wav))]).mean(0) for i in range(3)
-        )
-        rows = zip(family.softmax(-1), tempo.softmax(-1), tonality.softmax(-1), strict=True)
-        return [self._describe(*row) for row in rows]
+        if seconds < MIN_SECONDS:
+            raise UserError(f"{seconds:.1f} s of audio are too short: give at least {MIN_SECONDS:.0f} s")
+        per_window = [self._log_probabilities(window) for window in windows(wav)]
+        family, tempo, key = (torch.stack(outputs).mean(0).softmax(-1) for outputs in zip(*per_window, strict=True))
+        return [self._prediction(*row) for row in zip(family, tempo, key, strict=True)]
 
-    def _predict(self, wav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of family [B, F], tempo [B, answers] and tonality [B, 48] for one window [B, S]."""
-        wav = features.level(wav)
-        pitches = features.pitch_class_bands(features.log_frequency_spectrum(wav))
+    def _log_probabilities(self, wav: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of family [B, F], tempo [B, tempi] and key and mode [B, 48] for one window [B, S]."""
+        wav = features.rms_normalise(wav)
+        bands = features.pitch_class_bands(features.log_frequency_spectrum(wav))
         gram = features.tempogram(features.onset_strength(wav))
-        logits = self.family(features.log_mel(wav)), self.tempo(gram), self.key(pitches).flatten(1)
-        return logits[0].log_softmax(-1), logits[1].log_softmax(-1), logits[2].log_softmax(-1)
+        family, tempo, key = self.family(features.log_mel(wav)), self.tempo(gram), self.key(bands).flatten(1)
+        return family.log_softmax(-1), tempo.log_softmax(-1), key.log_softmax(-1)
 
-    def _describe(self, family: Tensor, tempo: Tensor, tonality: Tensor) -> AttributePrediction:
-        """Read the probabilities of one piece out."""
-        answers = self.tempo.answers
+    def _prediction(self, family: Tensor, tempo: Tensor, key: Tensor) -> AttributePrediction:
+        """Classes of one clip from the probabilities."""
+        grid = self.tempo.bpm
         peak = int(functional.avg_pool1d(tempo[None], 5, 1, 2).argmax())
         near = slice(max(0, peak - 3), peak + 4)
-        bpm = round(float(2 ** ((tempo[near] * answers[near].log2()).sum() / tempo[near].sum())), 1)
-        shares = dict.fromkeys(TEMPO_CLASSES, 0.0)
-        for value, probability in zip(answers.tolist(), tempo.tolist(), strict=True):
-            shares[tempo_class(value)] += probability
-        tonality = tonality.view(12, len(MODES))
-        modes = dict(zip(MODES, tonality.sum(0).tolist(), strict=True))
+        bpm = round(float(2 ** ((tempo[near] * grid[near].log2()).sum() / tempo[near].sum())), 1)
+        tempo_classes = dict.fromkeys(TEMPO_CLASSES, 0.0)
+        for value, probability in zip(grid.tolist(), tempo.tolist(), strict=True):
+            tempo_classes[tempo_class(value)] += probability
+        key = key.view(12, len(MODES))
+        modes = dict(zip(MODES, key.sum(0).tolist(), strict=True))
         families = dict(zip(self.families, family.tolist(), strict=True))
         return AttributePrediction(
             family=max(families, key=families.__getitem__),
             family_probs=families,
             bpm=bpm,
             tempo_class=tempo_class(bpm),
-            tempo_probs=shares,
-            key=TONICS[int(tonality.sum(1).argmax())],
+            tempo_probs=tempo_classes,
+            key=TONICS[int(key.sum(1).argmax())],
             mode=max(modes, key=modes.__getitem__),
             mode_probs=modes,
         )
 
 
 def windows(wav: Tensor) -> list[Tensor]:
-    """Cut [B, S] into windows of `WINDOW` seconds that overlap as little as they can and reach both ends."""
+    """Split [B, S] into windows of `WINDOW` seconds that cover both ends with the least overlap."""
     size, length = int(WINDOW * features.SAMPLE_RATE), wav.shape[-1]
     if length <= size:
         return [wav]
     count = -(-length // size)
-    return [wav[:, start : start + size] for start in (round(i * (length - size) / (count - 1)) for i in range(count))]
+    starts = [round(i * (length - size) / (count - 1)) for i in range(count)]
+    return [wav[:, start : start + size] for start in starts]

@@ -1,4 +1,4 @@
-"""The detectors' three small networks, one for each thing to hear; some 230,000 parameters together.
+"""The three networks of the attribute classifiers, about 230,000 parameters together.
 
 Sources: attention pooling over log-mel convolutions (Kong et al., arXiv 1711.00927); convolutions along the
 log-frequency and log-tempo axes with tempo as a distribution over a grid (Schreiber and Müller, ISMIR 2018, SMC 2019).
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ssmttm.audio import features
 
-BPM_LOW, BPM_HIGH = 42.0, 215.0  # what the tempo network may answer
+BPM_LOW, BPM_HIGH = 42.0, 215.0  # range of the tempo network
 
 
 class FamilyNet(nn.Module):
-    """Convolutions over log-mel, attention over time: log-mel [B, MELS, T] -> logits [B, families]."""
+    """Convolutions over log-mel, attention over time: log-mel [B, N_MELS, T] -> logits [B, families]."""
 
     def __init__(self, n_families: int, width: int = 16) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class FamilyNet(nn.Module):
             _block(nn.Conv2d(2 * width, 4 * width, 3, (2, 1), 1, bias=False)),
             _block(nn.Conv2d(4 * width, 4 * width, 3, (2, 2), 1, bias=False)),
         )
-        flat = 4 * width * features.MELS // 16
+        flat = 4 * width * features.N_MELS // 16
         self.mix = nn.Sequential(nn.Conv1d(flat, 6 * width, 1), nn.ReLU(), nn.Dropout(0.2))
         self.attention = nn.Conv1d(6 * width, 1, 1)
         self.out = nn.Linear(6 * width, n_families)
@@ -36,8 +36,8 @@ class FamilyNet(nn.Module):
 class KeyNet(nn.Module):
     """Key and mode from pitch-class bands [B, 3, PITCH_BINS, T]: logits [B, 12 tonics, modes].
 
-    Every layer treats the twelve pitch classes alike (circular convolutions, shared weights), so transposing the input
-    by a semitone (a shift by BINS_PER_SEMITONE) shifts the logits' tonic axis by one and changes nothing else.
+    Equivariant under transposition: all layers are circular convolutions along pitch, so a shift of the input by a
+    semitone (BINS_PER_SEMITONE) shifts the logits' tonic axis by one.
     """
 
     def __init__(self, n_modes: int, width: int = 32, n_layers: int = 3) -> None:
@@ -64,9 +64,9 @@ class KeyNet(nn.Module):
 
 
 class TempoNet(nn.Module):
-    """Tempo from the tempogram [B, 2 N, tempi]: logits [B, answers] over the part of the grid that may be answered.
+    """Tempo from the tempogram [B, 2 N, tempi]: logits [B, G] over the G tempi of the grid within the range.
 
-    Convolutions along log tempo see a tempo's halves, thirds and doubles at fixed distances; `prior` knows the rest.
+    Along log tempo, halves, thirds and doubles of a tempo are at fixed distances; `prior` is a learned bias per tempo.
     """
 
     def __init__(self, width: int = 40, n_layers: int = 6) -> None:
@@ -83,8 +83,8 @@ class TempoNet(nn.Module):
         self.prior = nn.Parameter(torch.zeros(self.last - self.first))
 
     @property
-    def answers(self) -> Tensor:
-        """The tempi that the logits stand for, in beats per minute."""
+    def bpm(self) -> Tensor:
+        """The tempo of each logit in beats per minute: [G]."""
         return self.grid[self.first : self.last]
 
     def forward(self, gram: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _block(convolution: nn.Conv1d | nn.Conv2d) -> nn.Sequential:
 
 
 class _Circular(nn.Module):
-    """A convolution that wraps around the pitch axis: [B, C, P, T] -> [B, C', P / stride, T / time_stride]."""
+    """A convolution that is circular along the pitch axis: [B, C, P, T] -> [B, C', P / stride, T / time_stride]."""
 
     def __init__(
         self,
@@ -113,9 +113,9 @@ class _Circular(nn.Module):
         activate: bool = True,
     ) -> None:
         super().__init__()
-        self.before, self.after = (size - 1) // 2, size - 1 - (size - 1) // 2
         # The first output is centred on bin stride // 2, the middle of the first pitch class.
-        self.before, self.after = self.before - stride // 2, self.after - (stride - 1 - stride // 2)
+        self.before = (size - 1) // 2 - stride // 2
+        self.after = size - 1 - (size - 1) // 2 - (stride - 1 - stride // 2)
         strides, padding = (stride, time_stride), (0, time // 2)
         self.convolution = nn.Conv2d(channels, out, (size, time), strides, padding, bias=not activate)
         self.finish = nn.Sequential(nn.BatchNorm2d(out), nn.ReLU()) if activate else nn.Identity()

@@ -1,4 +1,4 @@
-"""Embedders by name. Each is imported when it is asked for."""
+"""Embedders by name, imported on first use."""
 
 from importlib import import_module
 
@@ -25,22 +25,21 @@ def load_embedder(name: str, weights: str | None = None, device: str = "cpu") ->
 
     Args:
         name: one of EMBEDDERS: tiny (embedded), log_mel (no weights), codec, clap, ast, panns, vggish.
-        weights: a file, folder or hub name; None: the embedder's own, where it has some.
-        device: where it runs; tiny and log_mel stay on the CPU.
+        weights: a file, folder or hub name; default: the embedder's own, if it has any.
+        device: of the network; tiny and log_mel run on the CPU.
 
     Raises:
-        UserError: there is no such embedder, or its weights are not there.
+        UserError: unknown name, or missing weights.
     """
     if name not in EMBEDDERS:
-        raise UserError(f"no embedder {name!r}: there are {', '.join(EMBEDDERS)}")
-    module, kind = EMBEDDERS[name]
-    made = getattr(import_module(f"{__name__}.{module}"), kind)
+        raise UserError(f"embedder must be one of {', '.join(EMBEDDERS)}, got {name!r}")
+    module, class_name = EMBEDDERS[name]
+    embedder_class = getattr(import_module(f"{__name__}.{module}"), class_name)
     if name == "tiny":
-        return made.from_pretrained(weights)
-    return made() if name in _WITHOUT_WEIGHTS else made(weights, device)
+        return embedder_class.from_pretrained(weights)
+    return embedder_class() if name in _WITHOUT_WEIGHTS else embedder_class(weights, device)
 
 
 def mono_at(wav: Tensor, sample_rate: int, embedder: Embedder) -> Tensor:
-    """Audio [C, S] as an embedder takes it: the channels' mean at its rate, [1, s]."""
+    """Downmix audio [C, S] and resample it to the embedder's rate: [1, s]."""
     return audio.resample(audio.to_mono(wav), sample_rate, embedder.sample_rate)
-

@@ -1,4 +1,4 @@
-"""Audio classification models of transformers, such as an AST trained on AudioSet: how likely each class is heard.
+"""Audio classification models of transformers, such as AST trained on AudioSet.
 
 Shapes: B clips, S samples, N classes.
 """
@@ -19,38 +19,38 @@ _FILES = ("config.json", "preprocessor_config.json", "model*.safetensors", "mode
 
 
 class AudioClassifier:
-    """A checkpoint that AutoModelForAudioClassification knows, in safetensors.
+    """A checkpoint of AutoModelForAudioClassification, in safetensors.
 
     Args:
         weights: a folder, or a hub name such as MIT/ast-finetuned-audioset-10-10-0.4593 (AST, arXiv 2104.01778).
-        device: where it runs.
+        device: of the network.
 
     Attributes:
         classes: the N names.
-        exclusive: whether one class excludes the others (softmax) or not (sigmoid, as for AudioSet): as the config
-            says, else whether there are just two.
+        exclusive: whether the classes are mutually exclusive (softmax) or not (sigmoid, as for AudioSet): from the
+            config; without an entry there, whether there are two classes.
         fingerprint: 16 hex digits over weights and config.
 
     Raises:
-        UserError: there is no such checkpoint, or it classifies no audio.
+        UserError: the checkpoint is missing, or is not an audio classifier.
     """
 
     def __init__(self, weights: str, device: str = "cpu") -> None:
         folder = checkpoint_folder(weights, _FILES, "audio classifier")
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
-            raise UserError(f"{folder} has no model*.safetensors: an audio classifier is a folder of transformers")
+            raise UserError(f"{folder} has no model*.safetensors: give the folder of a transformers audio classifier")
         extractor, model = _load(folder)
         self.fingerprint = fingerprint_of([*files, folder / "config.json"])
         self.extractor, self.model = extractor, model.to(device).eval().requires_grad_(False)
         self.sample_rate = int(extractor.sampling_rate)
         self.classes = [model.config.id2label[index] for index in range(model.config.num_labels)]
-        stated = model.config.problem_type
-        self.exclusive = stated == "single_label_classification" if stated else len(self.classes) == 2
+        problem = model.config.problem_type
+        self.exclusive = problem == "single_label_classification" if problem else len(self.classes) == 2
 
     @torch.inference_mode()
     def probabilities(self, wav: Tensor) -> Tensor:
-        """How likely each class is heard: wav float32 [B, S] at `sample_rate` -> float32 [B, N] on the CPU."""
+        """Class probabilities: wav float32 [B, S] at `sample_rate` -> float32 [B, N] on the CPU."""
         clips = list(wav.cpu().numpy())
         inputs = self.extractor(clips, sampling_rate=self.sample_rate, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.model.device)).logits.float().cpu()
@@ -59,19 +59,20 @@ class AudioClassifier:
 
 def _load(folder: Path) -> tuple[Any, Any]:
     with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of AST's mel filters, some of which are empty by design
+        warnings.simplefilter("ignore")  # some of AST's mel filters are empty by design
         from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
         options: dict[str, Any] = {"trust_remote_code": False}
         try:
-            kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-            if not any("AudioClassification" in kind or "SequenceClassification" in kind for kind in kinds):
-                raise UserError(f"{folder} holds {', '.join(kinds) or 'no known model'}: name an audio classifier")
+            architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+            if not any("AudioClassification" in kind or "SequenceClassification" in kind for kind in architectures):
+                found = ", ".join(architectures) or "no known model"
+                raise UserError(f"{folder} contains {found}: give an audio classifier")
             extractor = AutoFeatureExtractor.from_pretrained(folder, **options)
             model = AutoModelForAudioClassification.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, **options
             )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the audio classifier in {folder} cannot be loaded: {reason}") from error
+            raise UserError(f"cannot load the audio classifier in {folder}: {reason}") from error
     return extractor, model

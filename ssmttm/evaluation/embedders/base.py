@@ -1,4 +1,4 @@
-"""What the distribution metrics ask of an embedder: audio in, vectors out; some also name classes, or read captions.
+"""Interfaces of embedders: audio to vectors; some also classify, or embed captions.
 
 Shapes: B clips, S samples, W windows of a clip, D width of the embedding, N classes.
 """
@@ -13,13 +13,13 @@ from ssmttm.errors import UserError
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Turns mono audio into vectors.
+    """Embeds mono audio.
 
     Attributes:
-        name: as `load_embedder` knows it, such as "tiny" or "log_mel".
-        fingerprint: 16 hex digits over the weights and every setting that changes a vector.
-        sample_rate: Hz of the audio that it takes.
-        seconds: length of the window that one vector stands for; a clip of at least one such window gives one or more.
+        name: name in `load_embedder`, such as "tiny" or "log_mel".
+        fingerprint: 16 characters: a hash over the weights and all settings that change the embeddings, or a version.
+        sample_rate: Hz of the input.
+        seconds: length of the window of one embedding.
         dim: D.
     """
 
@@ -30,7 +30,7 @@ class Embedder(Protocol):
     dim: int
 
     def embed(self, wav: Tensor) -> Tensor:
-        """Vectors of each clip, window by window: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D].
+        """Embeddings of each clip's windows: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D].
 
         Raises:
             UserError: a clip is shorter than one window.
@@ -39,7 +39,7 @@ class Embedder(Protocol):
 
 @runtime_checkable
 class Classifier(Protocol):
-    """An embedder that also says what it hears.
+    """An embedder that also classifies.
 
     Attributes:
         classes: the N names.
@@ -48,29 +48,26 @@ class Classifier(Protocol):
     classes: Sequence[str]
 
     def posteriors(self, wav: Tensor) -> Tensor:
-        """A distribution over the classes for each clip, rows summing to 1: wav [B, S] -> float32 [B, N]."""
+        """Class probabilities of each clip, summing to 1: wav [B, S] -> float32 [B, N]."""
 
 
 @runtime_checkable
 class JointEmbedder(Protocol):
-    """An embedder that also brings clips and captions into one space, to be compared by cosine there.
-
-    E is the width of that space.
-    """
+    """An embedder of clips and captions in one joint space of width E, compared by cosine similarity."""
 
     def joint_audio(self, wav: Tensor) -> Tensor:
-        """One vector a clip: wav [B, S] -> float32 [B, E]."""
+        """One embedding a clip: wav [B, S] -> float32 [B, E]."""
 
     def joint_text(self, captions: Sequence[str]) -> Tensor:
-        """One vector a caption: float32 [n, E]."""
+        """One embedding a caption: float32 [n, E]."""
 
 
 def windows(wav: Tensor, size: int) -> Tensor:
-    """Cut clips into windows side by side, leaving out a rest: [B, S] -> [B, W, size].
+    """Split clips into adjacent windows, dropping the remainder: [B, S] -> [B, W, size].
 
     Raises:
         UserError: the clips are shorter than one window.
     """
     if wav.shape[-1] < size:
-        raise UserError(f"clips of {wav.shape[-1]} samples are shorter than the window of {size}: give longer ones")
+        raise UserError(f"clips of {wav.shape[-1]} samples are shorter than the window of {size}: use longer clips")
     return wav.unfold(-1, size, size)

@@ -1,4 +1,4 @@
-"""A codec's own view of audio: mean and standard deviation of its latents within a window."""
+"""Codec latents as embeddings: mean and standard deviation within a window."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from ssmttm.evaluation.embedders.base import windows
 
 
 class CodecEmbedder:
-    """Latents of the codec's codes, pooled over windows of 2 s; blind to what the codec loses.
+    """Latents of the codec's codes, pooled over windows of 2 s; insensitive to what the codec discards.
 
     Args:
-        weights: the codec's name or folder; None: the embedded one.
-        device: where it runs.
+        weights: the codec's name or folder; default: the embedded codec.
+        device: of the codec.
     """
 
     name, seconds = "codec", 2.0
@@ -25,12 +25,8 @@ class CodecEmbedder:
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
-        """Windows of 2 s: wav [B, S] -> [B, W, D].
-
-        Raises:
-            UserError: a clip is shorter than one window.
-        """
-        cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
+        """Windows of 2 s: wav [B, S] -> [B, W, D]."""
+        windowed = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
         device = next(self.codec.parameters()).device
-        latents = self.codec.to_latents(self.codec.encode(cut.flatten(0, 1)[:, None].to(device))).float().cpu()
-        return torch.cat([latents.mean(-1), latents.std(-1)], -1).unflatten(0, cut.shape[:2])
+        latents = self.codec.to_latents(self.codec.encode(windowed.flatten(0, 1)[:, None].to(device))).float().cpu()
+        return torch.cat([latents.mean(-1), latents.std(-1)], -1).unflatten(0, windowed.shape[:2])

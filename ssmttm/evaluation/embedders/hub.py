@@ -1,4 +1,4 @@
-"""CLAP and AST through transformers: the embedders that published figures are made with, or are nearest to."""
+"""CLAP and AST through transformers, the embedders of most published results."""
 
 import hashlib
 import warnings
@@ -19,10 +19,10 @@ class ClapEmbedder:
 
     Args:
         weights: a folder, or a hub name such as laion/larger_clap_music.
-        device: where it runs.
+        device: of the network.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: the checkpoint is missing.
     """
 
     name, seconds = "clap", 10.0
@@ -31,46 +31,42 @@ class ClapEmbedder:
         from transformers import ClapModel, ClapProcessor
 
         source = weights or "laion/larger_clap_music"
-        self.processor = _loaded(ClapProcessor.from_pretrained, source)
-        self.model = _loaded(ClapModel.from_pretrained, source).to(device).eval()
+        self.processor = _load(ClapProcessor.from_pretrained, source)
+        self.model = _load(ClapModel.from_pretrained, source).to(device).eval()
         self.sample_rate = int(self.processor.feature_extractor.sampling_rate)
         self.dim = int(self.model.config.projection_dim)
         self.fingerprint = _fingerprint(self.model)
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
-        """Windows of 10 s, each of length 1: wav [B, S] -> [B, W, D].
-
-        Raises:
-            UserError: a clip is shorter than one window.
-        """
-        cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
-        clips = list(cut.flatten(0, 1).numpy())
+        """Windows of 10 s, each of norm 1: wav [B, S] -> [B, W, D]."""
+        windowed = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
+        clips = list(windowed.flatten(0, 1).numpy())
         inputs = self.processor(audio=clips, sampling_rate=self.sample_rate, return_tensors="pt")
-        found = _pooled(self.model.get_audio_features(**inputs.to(self.model.device)))
-        return F.normalize(found.float().cpu(), dim=-1).unflatten(0, cut.shape[:2])
+        embeddings = _pooled(self.model.get_audio_features(**inputs.to(self.model.device)))
+        return F.normalize(embeddings.float().cpu(), dim=-1).unflatten(0, windowed.shape[:2])
 
     def joint_audio(self, wav: Tensor) -> Tensor:
-        """Mean of the windows, of length 1: wav [B, S] -> [B, D]."""
+        """Mean of the windows, of norm 1: wav [B, S] -> [B, D]."""
         return F.normalize(self.embed(wav).mean(1), dim=-1)
 
     @torch.inference_mode()
     def joint_text(self, captions: Sequence[str]) -> Tensor:
-        """Captions, each of length 1: [n, D]."""
+        """Captions, each of norm 1: [n, D]."""
         inputs = self.processor(text=list(captions), padding=True, truncation=True, return_tensors="pt")
-        found = _pooled(self.model.get_text_features(**inputs.to(self.model.device)))
-        return F.normalize(found.float().cpu(), dim=-1)
+        embeddings = _pooled(self.model.get_text_features(**inputs.to(self.model.device)))
+        return F.normalize(embeddings.float().cpu(), dim=-1)
 
 
 class AstEmbedder:
-    """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in PaSST's place.
+    """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in place of PaSST.
 
     Args:
         weights: a folder, or a hub name such as MIT/ast-finetuned-audioset-10-10-0.4593.
-        device: where it runs.
+        device: of the network.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: the checkpoint is missing.
     """
 
     name, seconds = "ast", 10.0
@@ -79,47 +75,43 @@ class AstEmbedder:
         from transformers import ASTFeatureExtractor, ASTForAudioClassification
 
         source = weights or "MIT/ast-finetuned-audioset-10-10-0.4593"
-        self.extractor = _loaded(ASTFeatureExtractor.from_pretrained, source)
-        self.model = _loaded(ASTForAudioClassification.from_pretrained, source).to(device).eval()
+        self.extractor = _load(ASTFeatureExtractor.from_pretrained, source)
+        self.model = _load(ASTForAudioClassification.from_pretrained, source).to(device).eval()
         self.sample_rate, self.dim = int(self.extractor.sampling_rate), int(self.model.config.hidden_size)
         self.classes = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.fingerprint = _fingerprint(self.model)
 
     def embed(self, wav: Tensor) -> Tensor:
-        """Windows of 10 s: wav [B, S] -> [B, W, D].
-
-        Raises:
-            UserError: a clip is shorter than one window.
-        """
+        """Windows of 10 s: wav [B, S] -> [B, W, D]."""
         return self._predict(wav)[0]
 
     def posteriors(self, wav: Tensor) -> Tensor:
-        """AudioSet's classes by softmax, the windows' mean: wav [B, S] -> [B, N]."""
+        """Softmax over AudioSet's classes, averaged over windows: wav [B, S] -> [B, N]."""
         return self._predict(wav)[1].softmax(-1).mean(1)
 
     @torch.inference_mode()
     def _predict(self, wav: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and logits of each window."""
-        cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
-        clips = list(cut.flatten(0, 1).numpy())
+        windowed = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
+        clips = list(windowed.flatten(0, 1).numpy())
         inputs = self.extractor(clips, sampling_rate=self.sample_rate, return_tensors="pt").to(self.model.device)
         pooled = self.model.audio_spectrogram_transformer(**inputs).pooler_output
         logits = self.model.classifier(pooled)
-        return tuple(found.float().cpu().unflatten(0, cut.shape[:2]) for found in (pooled, logits))
+        return tuple(output.float().cpu().unflatten(0, windowed.shape[:2]) for output in (pooled, logits))
 
 
-def _loaded(load: Callable[[str], Any], source: str) -> Any:
+def _load(from_pretrained: Callable[[str], Any], source: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return load(source)
+            return from_pretrained(source)
         except (OSError, ValueError) as error:
-            where = "the folder holds none" if Path(source).is_dir() else "it is neither here nor can be fetched"
-            raise UserError(f"no checkpoint {source} ({where}): download it, and name its folder") from error
+            reason = "no model in the folder" if Path(source).is_dir() else "not a folder, and download failed"
+            raise UserError(f"cannot load {source} ({reason}): download it and give its folder") from error
 
 
 def _pooled(output: Any) -> Tensor:
-    """The projected vectors, which transformers wraps from its version 5 on."""
+    """The projected embeddings, which transformers wraps since version 5."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 

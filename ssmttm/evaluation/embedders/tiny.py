@@ -1,8 +1,8 @@
-"""Our own small audio-text embedder and tagger: no download, at home in the built-in corpus and nowhere else.
+"""A small audio-text embedder and tagger that ships with the package; valid for the built-in corpus only.
 
-A convolutional network over a log-mel spectrogram, pooled over time by mean and standard deviation. What is pooled is
-the embedding of the distribution metrics; one head names the style, another meets captions (contrastive, as CLAP, arXiv
-2206.04769), which are read through the token states of MiniLM. Trained by `ssmttm.cli.train_embedder`.
+A convolutional network over a log-mel spectrogram, pooled over time by mean and standard deviation. The result is
+the embedding; one head classifies the style, another projects into a joint space with captions (contrastive, as CLAP,
+arXiv 2206.04769), whose text features are the token states of MiniLM. Trained by `ssmttm.cli.train_embedder`.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ _TEXT_DIM = 384  # MiniLM's
 
 
 class TinyEmbedder(nn.Module):
-    """The embedder. Built by `from_pretrained`, or untrained from a list of classes.
+    """The embedder; `from_pretrained` loads the shipped one.
 
     Attributes:
-        classes: the styles that the tagger tells apart.
-        card: how it was trained, and how well it did on held-out music (config.json).
+        classes: the styles.
+        card: training settings and held-out accuracy (config.json).
     """
 
     name, sample_rate, seconds, dim = "tiny", features.SAMPLE_RATE, 5.0, 2 * _WIDTH
@@ -43,7 +43,7 @@ class TinyEmbedder(nn.Module):
             _block(nn.Conv2d(64, 64, 3, (2, 2), 1, bias=False)),
         )
         self.mix = nn.Sequential(
-            nn.Conv1d(64 * features.MELS // 16, 128, 1), nn.ReLU(),
+            nn.Conv1d(64 * features.N_MELS // 16, 128, 1), nn.ReLU(),
             nn.Conv1d(128, 128, 5, padding=2), nn.ReLU(),
             nn.Conv1d(128, _WIDTH, 5, padding=2),
         )  # fmt: skip
@@ -55,13 +55,13 @@ class TinyEmbedder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "TinyEmbedder":
-        """Load an embedder from a folder, by default the embedded one.
+        """Load an embedder from a folder, by default the shipped one.
 
         Raises:
-            UserError: the folder holds none, or a damaged one.
+            UserError: there is none in the folder, or it is damaged.
         """
-        mend = "train one with `python -m ssmttm.cli.train_embedder`"
-        return load_network(Path(path or ASSETS), lambda card: cls(card["classes"], card), "embedder", mend)
+        fix = "train one with `python -m ssmttm.cli.train_embedder`"
+        return load_network(Path(path or ASSETS), lambda card: cls(card["classes"], card), "embedder", fix)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (the card) and model.safetensors (float16 weights) into a folder."""
@@ -74,41 +74,38 @@ class TinyEmbedder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
-        """Vectors of each clip's windows of 5 s: wav [B, S] -> [B, W, D].
-
-        Raises:
-            UserError: a clip is shorter than one window.
-        """
-        cut = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
-        return self.pooled(features.log_mel(features.level(cut.flatten(0, 1)))).unflatten(0, cut.shape[:2])
+        """Embeddings of windows of 5 s: wav [B, S] -> [B, W, D]."""
+        windowed = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
+        mel = features.log_mel(features.rms_normalise(windowed.flatten(0, 1)))
+        return self.pool(mel).unflatten(0, windowed.shape[:2])
 
     @torch.inference_mode()
     def posteriors(self, wav: Tensor) -> Tensor:
-        """Styles of each clip, its windows' mean: wav [B, S] -> [B, N]."""
+        """Style probabilities of each clip, averaged over windows: wav [B, S] -> [B, N]."""
         return self.tag(self.head(self.embed(wav))).softmax(-1).mean(1)
 
     @torch.inference_mode()
     def joint_audio(self, wav: Tensor) -> Tensor:
-        """Where each clip lies among captions, its windows' mean: wav [B, S] -> [B, E] of length 1."""
+        """Joint embedding of each clip, averaged over windows: wav [B, S] -> [B, E] of norm 1."""
         return F.normalize(F.normalize(self.audio_joint(self.head(self.embed(wav))), dim=-1).mean(1), dim=-1)
 
     @torch.inference_mode()
     def joint_text(self, captions: Sequence[str]) -> Tensor:
-        """Where captions lie among clips: [n, E] of length 1."""
+        """Joint embedding of each caption: [n, E] of norm 1."""
         encoder = load_text_encoder(MINILM)
         text = encoder.encode(list(captions))
-        return F.normalize(self.text_joint(mean_of_tokens(text.embeddings, text.mask)), dim=-1)
+        return F.normalize(self.text_joint(mean_pool(text.embeddings, text.mask)), dim=-1)
 
-    def pooled(self, mel: Tensor) -> Tensor:
+    def pool(self, mel: Tensor) -> Tensor:
         """The embedding of log-mel spectrograms: [B, MELS, T] -> [B, D]."""
         hidden = self.mix(self.body(mel[:, None]).flatten(1, 2))  # [B, C, T / 8]
         return torch.cat([hidden.mean(-1), hidden.std(-1)], -1)
 
 
-def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the real tokens' states: [n, L, E], [n, L] -> [n, E]."""
-    real = mask[..., None].to(states.dtype)
-    return (states * real).sum(1) / real.sum(1)
+def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the states of valid tokens: [n, L, E], mask [n, L] -> [n, E]."""
+    valid = mask[..., None].to(states.dtype)
+    return (states * valid).sum(1) / valid.sum(1)
 
 
 def _block(convolution: nn.Conv2d) -> nn.Sequential:

@@ -1,1 +1,1 @@
-"""music"""
+"""Music metrics without networks: tempo, key, repetition, signal statistics, codec tokens."""

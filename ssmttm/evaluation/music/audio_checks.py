@@ -1,4 +1,4 @@
-"""Is it sound at all, and is it music rather than noise: level, clipping, spectral flatness, difference between pieces.
+"""Checks of generated audio: silence, clipping, noise by spectral flatness, difference between clips.
 
 Pure functions of audio [S] or [1, S], float in [-1, 1].
 """
@@ -9,29 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssmttm.audio import features
+from ssmttm.audio import features, resample
 
-NOISE_FLATNESS = 0.5615  # of white Gaussian noise: exp(-Euler's constant), the mean log of an exponential variable
+NOISE_FLATNESS = 0.5615  # of white Gaussian noise: exp(-Euler's constant)
 SILENCE_RMS = 1e-3  # -60 dBFS
-CLIPPED_LEVEL, CLIPPED_SHARE = 0.999, 1e-3
+CLIPPED_LEVEL, MAX_CLIPPED = 0.999, 1e-3
 _FFT = 2048
 
 
 @dataclass(frozen=True)
 class AudioCheck:
-    """What was measured in one piece.
+    """Checks of one clip.
 
     Attributes:
-        rms, peak: linear, full scale 1. clipped_share: share of samples at full scale.
+        rms, peak: linear, full scale 1. clipped_fraction: of samples at full scale.
         flatness: spectral flatness, 0 (a pure tone) to about 0.56 (white noise).
-        silent: RMS under -60 dBFS. clipped: over a thousandth of the samples at full scale.
-        noisy: on a log scale, flatness lies nearer to white noise than to the reference.
+        silent: RMS below -60 dBFS. clipped: more than a thousandth of the samples at full scale.
+        noisy: on a log scale, the flatness is closer to that of white noise than to the reference.
         finite: no NaN and no infinity.
     """
 
     rms: float
     peak: float
-    clipped_share: float
+    clipped_fraction: float
     flatness: float
     silent: bool
     clipped: bool
@@ -40,12 +40,12 @@ class AudioCheck:
 
     @property
     def good(self) -> bool:
-        """Finite, neither silent nor clipped nor noise."""
+        """Finite, and not silent, clipped or noisy."""
         return self.finite and not (self.silent or self.clipped or self.noisy)
 
 
 def check_audio(wav: Tensor, sample_rate: int, reference_flatness: float) -> AudioCheck:
-    """Measure one piece against the flatness that real music hardly exceeds (`adherence.music_flatness`)."""
+    """Check one clip; `reference_flatness` is a high quantile of real music (`adherence.music_flatness`)."""
     finite = bool(wav.isfinite().all())
     wav = torch.nan_to_num(wav.float()).flatten()
     rms, size = float(wav.square().mean().sqrt()), wav.abs()
@@ -54,23 +54,24 @@ def check_audio(wav: Tensor, sample_rate: int, reference_flatness: float) -> Aud
     return AudioCheck(
         rms=rms,
         peak=float(size.max()),
-        clipped_share=clipped,
+        clipped_fraction=clipped,
         flatness=flatness,
         silent=rms < SILENCE_RMS,
-        clipped=clipped > CLIPPED_SHARE,
+        clipped=clipped > MAX_CLIPPED,
         noisy=rms >= SILENCE_RMS and flatness > limit,
         finite=finite,
     )
 
 
 def spectral_flatness(wav: Tensor, sample_rate: int, low: float = 100.0, high: float = 8_000.0) -> float:
-    """Geometric over arithmetic mean of the power spectrum between two frequencies in Hz, the median over time.
+    """Geometric over arithmetic mean of the power spectrum between two frequencies in Hz, median over time.
 
-    Frames more than 40 dB under the loudest are left out; 0 for silence. wav [S] or [1, S].
+    Frames more than 40 dB below the loudest are excluded; 0 for silence. wav [S] or [1, S].
     """
     wav = wav.float().flatten()
-    window = torch.hann_window(_FFT)
-    spectrum = torch.stft(wav, _FFT, _FFT // 2, window=window, pad_mode="constant", return_complex=True).abs().square()
+    spectrum = torch.stft(
+        wav, _FFT, _FFT // 2, window=torch.hann_window(_FFT), pad_mode="constant", return_complex=True
+    ).abs().square()
     hertz = torch.linspace(0, sample_rate / 2, _FFT // 2 + 1)
     power = spectrum[(hertz >= low) & (hertz <= high)]  # [F, T]
     mean = power.mean(0)
@@ -82,14 +83,13 @@ def spectral_flatness(wav: Tensor, sample_rate: int, low: float = 100.0, high: f
 
 
 def pairwise_difference(wavs: list[Tensor], sample_rate: int) -> Tensor:
-    """How different pieces sound from one another: the RMS difference of their log-mel spectrograms in dB.
+    """RMS difference of the log-mel spectrograms of all pairs of clips, in dB.
 
-    Pieces are brought to one level and cut to the shortest; the same piece twice gives 0, unrelated music some 10 dB
-    and more. wavs: n times [S] or [1, S] -> [n, n].
+    Clips are RMS-normalised and truncated to the shortest. Identical clips give 0, unrelated music about 10 dB or more.
+    wavs: n times [S] or [1, S] -> [n, n].
     """
-    from ssmttm.audio import resample
-
     rows = [resample(wav.float().reshape(1, -1), sample_rate, features.SAMPLE_RATE) for wav in wavs]
     shortest = min(row.shape[-1] for row in rows)
-    mels = torch.cat([features.log_mel(features.level(row[:, :shortest])) for row in rows]) * 20  # [n, M, T] in dB
+    mels = torch.cat([features.log_mel(features.rms_normalise(row[:, :shortest])) for row in rows])
+    mels = mels * 20  # [n, M, T] in dB
     return torch.stack([(mels - mel).square().mean((1, 2)).sqrt() for mel in mels])

@@ -1,4 +1,4 @@
-"""Key, mode and how tonal music is, from pitch classes. Shapes: T frames of `features.chroma`."""
+"""Key, mode and tonal clarity from chroma. Shapes: T frames of `features.chroma_log_frequency`."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
 
 
 class Key(NamedTuple):
-    """tonic such as "F#"; mode major or minor; clarity, the best correlation with a key's profile, -1 to 1."""
+    """Tonic such as "F#"; mode, major or minor; clarity, the correlation with the key's profile, -1 to 1."""
 
     tonic: str
     mode: str
@@ -22,26 +22,23 @@ class Key(NamedTuple):
 
 
 def key(chroma: Tensor) -> Key | None:
-    """The key whose profile correlates best with the mean of the pitch classes [12, T]; None in silence."""
-    share = chroma.mean(-1)
-    if float(share.sum()) <= 0 or float(share.std()) <= 1e-9:
+    """The key whose profile correlates best with the mean chroma [12, T]; None in silence."""
+    mean = chroma.mean(-1)
+    if float(mean.sum()) <= 0 or float(mean.std()) <= 1e-9:
         return None
     profiles = torch.tensor([MAJOR, MINOR])
-    turned = torch.stack([profiles.roll(i, 1) for i in range(12)], 1)  # [2, 12 tonics, 12]
-    turned = turned - turned.mean(-1, keepdim=True)
-    centred = share - share.mean()
-    correlation = (turned @ centred) / (turned.norm(dim=-1) * centred.norm())  # [2, 12]
+    rotated = torch.stack([profiles.roll(i, 1) for i in range(12)], 1)  # [2, 12 tonics, 12]
+    rotated = rotated - rotated.mean(-1, keepdim=True)
+    centred = mean - mean.mean()
+    correlation = (rotated @ centred) / (rotated.norm(dim=-1) * centred.norm())  # [2, 12]
     best = int(correlation.argmax())
     return Key(TONICS[best % 12], ("major", "minor")[best // 12], float(correlation.flatten()[best]))
 
 
 def chroma_entropy(chroma: Tensor) -> float:
-    """Entropy of the pitch classes' shares over a clip [12, T], in bits: 0 one note, log2 12 = 3.58 all alike.
-
-    NaN in silence.
-    """
-    share = chroma.sum(-1).double()
-    if float(share.sum()) <= 0:
+    """Entropy of the pitch classes of a clip [12, T] in bits, from 0 (one note) to log2 12 = 3.58; NaN in silence."""
+    total = chroma.sum(-1).double()
+    if float(total.sum()) <= 0:
         return math.nan
-    share = share / share.sum()
-    return float(-(share * share.clamp_min(1e-12).log2()).sum())
+    p = total / total.sum()
+    return float(-(p * p.clamp_min(1e-12).log2()).sum())

@@ -1,4 +1,4 @@
-"""Does a piece repeat itself: windows of its spectrogram that sound like an earlier one. Shapes: T frames, M mels."""
+"""Self-repetition: windows of a spectrogram that are similar to an earlier one. Shapes: T frames, M mels."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ssmttm.audio.features import MEL_RATE
 
-_RATE = 10  # frames a second that are compared
-_SAME = 0.95  # correlation of two windows that counts as a repeat
+_RATE = 10  # frames per second of the comparison
+_REPEAT = 0.95  # correlation above which a window repeats another
 
 
 class Repetition(NamedTuple):
-    """share: of the windows of 1 s that repeat one at least 1 s earlier. longest: seconds of the longest repeat."""
+    """Fraction of the windows of 1 s that repeat one at least 1 s earlier; seconds of the longest repeat."""
 
-    share: float
+    fraction: float
     longest: float
 
 
@@ -27,10 +27,10 @@ def repetition(mel: Tensor) -> Repetition:
         return Repetition(0.0, 0.0)
     windows = frames.unfold(0, _RATE, 1).flatten(1)  # [n, M * rate]
     windows = F.normalize(windows - windows.mean(1, keepdim=True), dim=1)
-    same = (windows @ windows.T).tril(-_RATE) >= _SAME  # [n, n], later by earlier
-    longest = _longest_diagonal(same.numpy())
+    repeats = (windows @ windows.T).tril(-_RATE) >= _REPEAT  # [n, n]: later window, earlier window
+    longest = _longest_diagonal(repeats.numpy())
     return Repetition(
-        share=float(same[_RATE:].any(1).float().mean()),
+        fraction=float(repeats[_RATE:].any(1).float().mean()),
         longest=(longest + _RATE - 1) / _RATE if longest else 0.0,
     )
 

@@ -1,4 +1,4 @@
-"""How loud, how wide, how bright: measures of the signal as such.
+"""Signal statistics: true peak, clipping, silence, stereo width, brightness.
 
 Pure functions of audio [C, S], float in [-1, 1].
 """
@@ -11,48 +11,48 @@ from torch import Tensor
 
 from ssmttm.evaluation.music.audio_checks import CLIPPED_LEVEL, SILENCE_RMS
 
-_FRAME = 0.05  # seconds of a frame that is silent or not
+_FRAME = 0.05  # seconds of a frame in `silent_fraction`
 _FFT = 4096
-_FLOOR = 1e-6  # -60 dB under the loudest frequency a spectrum is held to have ended
+_FLOOR = 1e-6  # bandwidth ends where the power is 60 dB below the maximum
 _ROLLOFF = 0.95
-_PHASES, _TAPS = 4, 24  # of the interpolation between samples, taps of each phase
-_BLOCK = 16  # samples that are interpolated together
+_PHASES, _TAPS = 4, 24  # of the interpolation filter; taps per phase
+_BLOCK = 16  # samples interpolated at once
 
 
 def true_peak(wav: Tensor) -> float:
-    """The peak between samples too, in dBTP, at 4 times the rate (ITU-R BS.1770-4, annex 2); -inf for silence.
+    """True peak in dBTP by oversampling 4 times (ITU-R BS.1770-4, annex 2); -inf for silence.
 
-    Looked for only where samples are high enough: between them, sound exceeds them by the filter's gain at the most.
+    Interpolates only blocks with samples high enough that the filter's gain could exceed the highest sample.
     """
     padded = F.pad(wav, (_TAPS // 2, -wav.shape[-1] % _BLOCK + _TAPS // 2))
     blocks = padded.unfold(-1, _BLOCK + _TAPS - 1, _BLOCK)  # [C, n, block + taps - 1]
     peaks = torch.maximum(blocks.amax(-1), -blocks.amin(-1))
     highest, filters = peaks.max(), _interpolator()
-    between = blocks[peaks * filters.abs().sum(0).max() >= highest] @ filters  # [loud, block * 4]
-    return float(20 * torch.maximum(between.abs().max(), highest).log10())
+    interpolated = blocks[peaks * filters.abs().sum(0).max() >= highest] @ filters  # [loud, block * 4]
+    return float(20 * torch.maximum(interpolated.abs().max(), highest).log10())
 
 
-def clipped_share(wav: Tensor) -> float:
-    """Share of the samples at full scale."""
+def clipped_fraction(wav: Tensor) -> float:
+    """Fraction of the samples at full scale."""
     return float((wav.abs() >= CLIPPED_LEVEL).float().mean())
 
 
-def silent_share(wav: Tensor, sample_rate: int) -> float:
-    """Share of frames of 50 ms that are under -60 dBFS in every channel."""
+def silent_fraction(wav: Tensor, sample_rate: int) -> float:
+    """Fraction of frames of 50 ms below -60 dBFS in all channels."""
     size = max(1, round(_FRAME * sample_rate))
     frames = F.pad(wav, (0, -wav.shape[-1] % size)).unfold(-1, size, size)  # [C, T, size]
     return float((frames.square().mean(-1).amax(0).sqrt() < SILENCE_RMS).float().mean())
 
 
 def dc_offset(wav: Tensor) -> float:
-    """The largest mean of a channel."""
+    """Largest absolute mean of a channel."""
     return float(wav.mean(-1).abs().max())
 
 
 def stereo(wav: Tensor) -> tuple[float, float] | None:
-    """Width, the side's share of the energy (0: mono in two channels; 0.5: unrelated ones), and the correlation.
+    """Width, the side's fraction of the energy (0: identical channels; 0.5: unrelated ones), and channel correlation.
 
-    None if there are not two channels; correlation 0 if one of them is silent.
+    None unless there are two channels; correlation 0 if one of them is silent.
     """
     if len(wav) != 2:
         return None
@@ -64,7 +64,7 @@ def stereo(wav: Tensor) -> tuple[float, float] | None:
 
 
 def spectrum(wav: Tensor) -> Tensor:
-    """Mean power over time and channels, [_FFT / 2 + 1] up to half the sample rate."""
+    """Power spectrum averaged over time and channels, [_FFT / 2 + 1]."""
     size = min(_FFT, wav.shape[-1])
     window = torch.hann_window(_FFT)
     frames = F.pad(wav, (0, max(0, _FFT - size))).unfold(-1, _FFT, _FFT)  # [C, T, _FFT]
@@ -72,9 +72,9 @@ def spectrum(wav: Tensor) -> Tensor:
 
 
 def brightness(power: Tensor, sample_rate: int) -> tuple[float, float, float]:
-    """Centroid, roll-off (95 % of the power lies below) and bandwidth (no frequency above is within 60 dB), in Hz.
+    """Centroid, roll-off (95 % of the power is below) and bandwidth (no higher frequency is within 60 dB), in Hz.
 
-    power: of `spectrum`. All 0 for silence.
+    power: from `spectrum`. All 0 for silence.
     """
     hertz = torch.linspace(0, sample_rate / 2, len(power))
     total = power.sum()
@@ -88,14 +88,14 @@ def brightness(power: Tensor, sample_rate: int) -> tuple[float, float, float]:
 
 @lru_cache(maxsize=1)
 def _interpolator() -> Tensor:
-    """A Kaiser-windowed sinc in 4 phases, each of unit gain at 0 Hz, once for each sample of a block.
+    """A Kaiser-windowed sinc in 4 phases, each of unit gain at 0 Hz, for each sample of a block.
 
-    A matrix that turns a block's samples and their neighbours into all values between: [block + taps - 1, block * 4].
+    A matrix from a block's samples and their neighbours to the interpolated values: [block + taps - 1, block * 4].
     """
     taps = torch.arange(_TAPS) - _TAPS // 2 + 1  # correlation: tap k meets sample s + k - taps / 2
-    places = taps[None] - torch.arange(_PHASES)[:, None] / _PHASES
-    reach = (places / (_TAPS / 2)).clamp(-1, 1)
-    window = torch.special.i0(8.0 * (1 - reach.square()).sqrt()) / torch.special.i0(torch.tensor(8.0))
-    filters = torch.sinc(places) * window
+    positions = taps[None] - torch.arange(_PHASES)[:, None] / _PHASES
+    relative = (positions / (_TAPS / 2)).clamp(-1, 1)
+    window = torch.special.i0(8.0 * (1 - relative.square()).sqrt()) / torch.special.i0(torch.tensor(8.0))
+    filters = torch.sinc(positions) * window
     filters = F.pad(filters / filters.sum(1, keepdim=True), (0, _BLOCK - 1))
     return torch.cat([filters.roll(i, 1) for i in range(_BLOCK)]).T.contiguous()

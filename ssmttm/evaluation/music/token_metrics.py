@@ -1,4 +1,4 @@
-"""What codes tell by themselves: entropy, how much of a codebook is used, repeats. Shapes: K codebooks, T frames."""
+"""Metrics of codec tokens: entropy, codebook usage, repeats. Shapes: K codebooks, T frames."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class TokenMeasures:
-    """Figures of codes, by codebook [K].
+class TokenMetrics:
+    """Metrics by codebook [K].
 
     Attributes:
-        entropy: of single codes, bits. conditional: of a code given the one before it, bits.
-        usage: share of the codebook's entries that occur.
-        longest_repeat: frames of the longest run, over all codebooks together, that occurs twice (it may overlap).
+        entropy: of single codes, bits. conditional: entropy of a code given the previous one, bits.
+        usage: fraction of the codebook's entries that occur.
+        longest_repeat: frames of the longest run, over all codebooks, that occurs twice (with possible overlap).
     """
 
     entropy: list[float]
@@ -21,24 +21,24 @@ class TokenMeasures:
     longest_repeat: int
 
 
-def measure_tokens(codes: np.ndarray, codebook_size: int) -> TokenMeasures:
-    """Measure the codes [K, T] of one piece."""
+def measure_tokens(codes: np.ndarray, codebook_size: int) -> TokenMetrics:
+    """Metrics of the codes [K, T] of one clip."""
     single = [_entropy(row) for row in codes]
     pairs = [_entropy(row[:-1].astype(np.int64) * codebook_size + row[1:]) for row in codes]
-    return TokenMeasures(
+    return TokenMetrics(
         entropy=single,
-        conditional=[two - _entropy(row[:-1]) for two, row in zip(pairs, codes, strict=True)],
+        conditional=[pair - _entropy(row[:-1]) for pair, row in zip(pairs, codes, strict=True)],
         usage=[len(np.unique(row)) / codebook_size for row in codes],
         longest_repeat=longest_repeat(codes),
     )
 
 
 def longest_repeat(codes: np.ndarray) -> int:
-    """Frames of the longest run of columns of [K, T] that occurs at two places."""
+    """Frames of the longest run of columns of [K, T] that occurs twice."""
     _, symbols = np.unique(codes, axis=1, return_inverse=True)
     symbols = symbols.reshape(-1)
     low, high = 0, len(symbols) - 1
-    while low < high:  # a repeat of n frames holds one of n - 1
+    while low < high:  # a repeat of n frames contains one of n - 1
         middle = (low + high + 1) // 2
         runs = np.lib.stride_tricks.sliding_window_view(symbols, middle)
         if len(np.unique(runs, axis=0)) < len(runs):
@@ -49,7 +49,7 @@ def longest_repeat(codes: np.ndarray) -> int:
 
 
 def _entropy(values: np.ndarray) -> float:
-    """Of the values' frequencies, in bits."""
+    """Empirical entropy in bits."""
     counts = np.unique(values, return_counts=True)[1]
-    share = counts / counts.sum()
-    return float(-(share * np.log2(share)).sum()) + 0.0
+    p = counts / counts.sum()
+    return float(-(p * np.log2(p)).sum()) + 0.0

@@ -1,1 +1,1 @@
-"""protocol"""
+"""Evaluation protocols: prompts, generation, cached embeddings, metrics and the report."""

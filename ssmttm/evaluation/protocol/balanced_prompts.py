@@ -1,7 +1,7 @@
-"""Held-out captions that name the lead's family, the tempo and the mode, balanced over all three.
+"""Held-out captions that mention the lead's family, the tempo and the mode, balanced over all three.
 
-A caption names an attribute if it holds one of the words below for the segment's true value, and none for another tempo
-or mode. (The built-in corpus never accompanies a lead by an instrument of its own family, but for basses and pads.)
+A caption mentions an attribute if it contains one of the words below for the segment's true class, and none for another
+tempo or mode. (In the built-in corpus no accompaniment is of the lead's family, except basses and pads.)
 """
 
 import re
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_of, truth_of
+from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, annotations_of, expected_labels
 from ssmttm.evaluation.attributes.classifiers import MODES, TEMPO_CLASSES, tempo_class
 
 FAMILY_WORDS = {
@@ -40,15 +40,15 @@ _BPM = re.compile(r"(\d{2,3}) ?(?:bpm|beats (?:per|a) minute)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption to generate from, the store's row that it describes, and what the detectors should answer."""
+    """A caption, the store's row that it describes, and the true class of each attribute."""
 
     caption: str
     row: int
     expected: dict[str, str]
 
 
-def named(caption: str, expected: dict[str, str]) -> set[str]:
-    """Which attributes of a segment (`expected_of` its truth) its caption names without contradiction."""
+def mentioned_attributes(caption: str, expected: dict[str, str]) -> set[str]:
+    """The attributes of a segment (`expected_labels`) that its caption mentions without contradiction."""
     found = set()
     if _words(FAMILY_WORDS[expected["family"]]).search(caption):
         found.add("family")
@@ -62,21 +62,21 @@ def named(caption: str, expected: dict[str, str]) -> set[str]:
 
 
 def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> list[Prompt]:
-    """Choose n captions of a split that name all three attributes, each value of each attribute about equally often.
+    """Choose n captions of a split that mention all three attributes, each class about equally often.
 
-    Segments come before second captions of segments already chosen.
+    A segment is used twice only when all segments are used.
 
     Raises:
-        UserError: the split has too few such captions.
+        UserError: too few such captions in the split.
     """
     candidates = list(_candidates(store, store.indices(split)))
     if len(candidates) < n:
         raise UserError(
-            f"{store.path} has {len(candidates)} {split} captions that name lead, tempo and mode, fewer than {n}: "
-            "ask for fewer prompts, or prepare more hours of the built-in corpus"
+            f"{store.path} has {len(candidates)} {split} captions that mention lead, tempo and mode, fewer than {n}: "
+            "use fewer prompts, or prepare more hours of the built-in corpus"
         )
     order = np.random.default_rng(seed).permutation(len(candidates))
-    left = [candidates[i] for i in order]
+    remaining = [candidates[i] for i in order]
     counts: Counter[tuple[str, str]] = Counter()
     used: Counter[int] = Counter()
     chosen: list[Prompt] = []
@@ -85,8 +85,8 @@ def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> li
         return used[prompt.row], sum(counts[name, prompt.expected[name]] * _SIZES[name] for name in ATTRIBUTES)
 
     for _ in tqdm(range(n), desc="choosing prompts", unit="prompt", leave=False):
-        best = min(left, key=cost)
-        left.remove(best)
+        best = min(remaining, key=cost)
+        remaining.remove(best)
         chosen.append(best)
         used[best.row] += 1
         counts.update((name, best.expected[name]) for name in ATTRIBUTES)
@@ -95,13 +95,13 @@ def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> li
 
 def _candidates(store: Store, rows: np.ndarray) -> Iterator[Prompt]:
     for row in rows.tolist():
-        expected = expected_of(truth_of(store, row))
+        expected = expected_labels(annotations_of(store, row))
         for caption in store.captions(row):
-            if named(caption, expected) == set(ATTRIBUTES):
+            if mentioned_attributes(caption, expected) == set(ATTRIBUTES):
                 yield Prompt(caption, row, expected)
 
 
 @cache
 def _words(pattern: str) -> re.Pattern[str]:
-    """Any of the words, whole; a capital or a plural s does not matter."""
+    """Match any of the whole words, in any case, with an optional plural s."""
     return re.compile(rf"(?<![\w-])(?:{pattern})s?(?![\w-])", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""What an embedder makes of audio files (vectors, classes, places among captions), kept so that none is made twice."""
+"""Embeddings of audio files, cached by the content of the files."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,34 +18,30 @@ from ssmttm.evaluation.embedders import mono_at
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
 from ssmttm.files import atomic_write, file_sha256
 
-_KEPT_EVERY = 50  # clips between two looks at the disk
+_WRITE_EVERY = 50  # clips between two writes of the cache
 
 
 class ClipEmbeddings(NamedTuple):
-    """What was made of n files, in their order.
+    """Embeddings of n files.
 
     Attributes:
-        vectors: [n, W, D]; W windows of the first seconds of each.
-        posteriors: [n, N], of a Classifier, else empty. joint: [n, E], of a JointEmbedder, else empty.
+        vectors: [n, W, D]; W windows of the first seconds of each file.
+        posteriors: [n, N] of a Classifier, else empty. joint: [n, E] of a JointEmbedder, else empty.
     """
 
     vectors: Tensor
     posteriors: Tensor
     joint: Tensor
 
-    def rows(self) -> Tensor:
-        """Every window's vector: [n * W, D]."""
-        return self.vectors.flatten(0, 1)
-
 
 def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[str, str]]:
-    """Files that hold so many seconds of audio, and the reason for each that does not."""
+    """Files with at least `seconds` of audio, and the reason for each other file."""
     good, bad = [], {}
     for path in tqdm(paths, desc="checking files", unit="clip"):
         try:
             wav, rate = audio.read(path)
             if wav.shape[-1] < round(seconds * rate):
-                raise UserError(f"{path} has {wav.shape[-1] / rate:.2f} s of audio, fewer than {seconds:g}")
+                raise UserError(f"{path} has {wav.shape[-1] / rate:.2f} s of audio, less than {seconds:g} s")
             good.append(path)
         except UserError as error:
             bad[str(path)] = str(error)
@@ -53,14 +49,14 @@ def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[st
 
 
 def embed_clips(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path) -> ClipEmbeddings:
-    """Embed the first `seconds` of each file; what was heard before is read from the cache folder.
+    """Embed the first `seconds` of each file, using the cache folder.
 
     Raises:
         UserError: a file cannot be read, or is shorter than the embedder's window.
     """
     store = _Cache(cache / f"{embedder.name}-{embedder.fingerprint}-{seconds:g}.safetensors")
     found = []
-    for path in tqdm(paths, desc=f"hearing ({embedder.name})", unit="clip"):
+    for path in tqdm(paths, desc=f"embedding ({embedder.name})", unit="clip"):
         key = _content(path)
         if key not in store:
             store.put(key, _embed_clip(embedder, path, seconds))
@@ -70,18 +66,18 @@ def embed_clips(embedder: Embedder, paths: Sequence[Path], seconds: float, cache
 
 
 def set_hash(paths: Sequence[Path]) -> str:
-    """16 hex digits over the contents of a set of files, whatever their order and names."""
+    """16 hex digits over the contents of a set of files; order and names do not matter."""
     return hashlib.sha256("".join(sorted(map(_content, paths))).encode()).hexdigest()[:16]
 
 
 def _content(path: Path) -> str:
-    """The file's sha256, taken once as long as the file stays as it is."""
-    facts = path.stat()
-    return _sha256(path, facts.st_size, facts.st_mtime_ns)
+    """The file's sha256, computed again only if the file changes."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def _sha256(path: Path, size: int, changed: int) -> str:
+def _sha256(path: Path, size: int, modified: int) -> str:
     return file_sha256(path)
 
 
@@ -95,7 +91,7 @@ def _embed_clip(embedder: Embedder, path: Path, seconds: float) -> ClipEmbedding
 
 
 class _Cache:
-    """A file of tensors named KEY.vectors, KEY.posteriors, KEY.joint; a damaged one counts as none."""
+    """A file of tensors named KEY.vectors, KEY.posteriors, KEY.joint; a damaged file counts as empty."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._new = path, 0
@@ -113,11 +109,11 @@ class _Cache:
     def put(self, key: str, embeddings: ClipEmbeddings) -> None:
         self._tensors |= {f"{key}.{name}": value.contiguous() for name, value in embeddings._asdict().items()}
         self._new += 1
-        if self._new % _KEPT_EVERY == 0:
+        if self._new % _WRITE_EVERY == 0:
             self.write()
 
     def write(self) -> None:
         if self._new:
-            with atomic_write(self.path) as aside:
-                save_file(self._tensors, aside)
+            with atomic_write(self.path) as temporary:
+                save_file(self._tensors, temporary)
             self._new = 0

@@ -1,9 +1,9 @@
-"""`ssmttm evaluate`: a protocol from its prompts to its figures. Each stage goes on where it was stopped.
+"""`ssmttm evaluate`: run a protocol from its prompts to its metrics. Every stage resumes where it was stopped.
 
-    OUT/audio/          what was generated, a wav and its record a prompt
-    OUT/heard/          what the embedders made of every file
-    OUT/figures.json    every figure with its fingerprint; written last
-    OUT/report.md       the same to read
+    OUT/audio/          generated clips, a wav and its metadata sidecar for each prompt
+    OUT/embeddings/     cached embeddings of all files
+    OUT/metrics.json    all metrics with their fingerprints; written last
+    OUT/report.md       the report; OUT/report.html is the same as a page
 """
 
 import json
@@ -22,10 +22,10 @@ from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes.adherence import AdherenceReport, measure_adherence
 from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder
-from ssmttm.evaluation.metrics.compute import Clip, score
-from ssmttm.evaluation.metrics.distances import FEW as FEW_FOR_FRECHET
-from ssmttm.evaluation.metrics.metric import Metric, markdown, table
-from ssmttm.evaluation.music.music_metrics import FolderMeasures, measure_files, unlike_rates
+from ssmttm.evaluation.metrics.compute import Clip, compute_metrics
+from ssmttm.evaluation.metrics.frechet import FEW_SAMPLES
+from ssmttm.evaluation.metrics.metric import Metric, table
+from ssmttm.evaluation.music.music_metrics import measure_files, sample_rate_notes
 from ssmttm.evaluation.protocol.balanced_prompts import Prompt, balanced_prompts
 from ssmttm.evaluation.protocol.embed_files import readable
 from ssmttm.evaluation.protocol.generate import Decoding, generate
@@ -33,188 +33,214 @@ from ssmttm.evaluation.protocol.prompt_lists import ListedPrompt, read_prompt_li
 from ssmttm.files import write_text
 from ssmttm.generation.output import read_sidecar, slug
 from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.reports.page import write_page
+from ssmttm.reports.tables import Section, markdown_report
 
-FEW = 20  # clips under which no distribution is worth a figure
+MIN_CLIPS = 20  # clips for any metric
 _LISTED = 5  # names of each kind in a note
 _SETTINGS = ("duration", "guidance_scale", "temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a protocol asks for.
+class ProtocolData:
+    """Prompts and references of a protocol.
 
     Attributes:
-        prompts: with the true audio of each, where there is some.
-        references: the set of real music that what is generated is compared with.
-        store, truths: of the built-in corpus, else None and empty.
+        prompts: with their reference audio, where available.
+        references: the set of reference audio.
+        store, labelled: the built-in store and its prompts with true labels; None and empty for other protocols.
     """
 
     prompts: list[ListedPrompt]
     references: list[Path]
     store: Store | None = None
-    truths: Sequence[Prompt] = ()
+    labelled: Sequence[Prompt] = ()
 
 
 def evaluate(settings: DictConfig) -> dict[str, Any]:
-    """Generate, or take finished audio, and measure all that the protocol asks for.
+    """Generate clips, or take existing audio, and compute the metrics of a protocol.
 
     Args:
         settings: configs/eval.yaml, composed.
 
     Returns:
-        What figures.json holds.
+        The content of metrics.json.
 
     Raises:
-        UserError: no prompts, no model, too few clips, or files that cannot be used.
+        UserError: no prompts, no model, too few clips, or unusable files.
     """
     protocol, out = settings.eval, Path(settings.out)
-    task = _task(settings)
+    data = _protocol_data(settings)
     embedders = [load_embedder(name, protocol.weights[name]) for name in protocol.embedders]
-    paired = [prompt.reference for prompt in task.prompts if prompt.reference is not None]
-    true, bad_true = readable(list(dict.fromkeys([*task.references, *paired])), protocol.seconds)
-    references = [path for path in task.references if str(path) not in bad_true]
-    _check(task, references, embedders, protocol.seconds)
+    paired = [prompt.reference for prompt in data.prompts if prompt.reference is not None]
+    usable, rejected = readable(list(dict.fromkeys([*data.references, *paired])), protocol.seconds)
+    references = [path for path in data.references if str(path) not in rejected]
+    _check(data, references, embedders, protocol.seconds)
+    pipeline = None
+    model: Any
     if settings.audio:
-        pieces, unmatched = match_audio(Path(settings.audio), task.prompts)
-        facts = {"model": str(settings.audio), **_shared_settings(list(pieces.values()))}
+        paths, unmatched = match_audio(Path(settings.audio), data.prompts)
+        model, decoding = str(settings.audio), _common_settings(list(paths.values()))
     else:
         pipeline = MusicPipeline.from_pretrained(settings.checkpoint, second_stage=settings.second_stage)
-        decoding = _decoding(settings, pipeline)
-        named = [(prompt.name, prompt.caption) for prompt in task.prompts]
-        made = generate(pipeline, named, decoding, out / "audio", settings.batch)
-        pieces, unmatched = dict(zip((name for name, _ in named), made, strict=True)), []
-        facts = {"model": pipeline.facts["model"], **decoding.settings(), "seed": settings.seed}
-    good, bad = readable(list(pieces.values()), protocol.seconds)
-    usable = set(good)
-    clips = _clips(task, {name: path for name, path in pieces.items() if path in usable}, set(true))
-    if len(clips) < FEW:
-        raise UserError(f"{len(clips)} clips of {len(task.prompts)} prompts can be scored, fewer than {FEW}: give more")
-    notes = _notes(task, pieces, unmatched, {**bad, **bad_true})
-    if references and min(len(clips), len(references)) < FEW_FOR_FRECHET:
+        sampling = _decoding(settings, pipeline)
+        named = [(prompt.name, prompt.caption) for prompt in data.prompts]
+        generated = generate(pipeline, named, sampling, out / "audio", settings.batch)
+        paths, unmatched = dict(zip((name for name, _ in named), generated, strict=True)), []
+        model, decoding = pipeline.facts["model"], {**sampling.settings(), "seed": settings.seed}
+    _, bad = readable(list(paths.values()), protocol.seconds)
+    readable_paths = {name: path for name, path in paths.items() if str(path) not in bad}
+    clips = _clips(data, readable_paths, set(usable))
+    if len(clips) < MIN_CLIPS:
+        raise UserError(f"at least {MIN_CLIPS} clips are needed, got {len(clips)} of {len(data.prompts)} prompts")
+    notes = _notes(data, paths, unmatched, {**bad, **rejected})
+    if references and min(len(clips), len(references)) < FEW_SAMPLES:
         numbers = f"{len(clips)} clips and {len(references)} references"
-        notes.append(f"{numbers} are few: fad is too large, to be compared only with that of the same numbers")
-    if settings.audio and settings.adherence and task.store is not None:
-        notes.append("adherence to the prompts is measured of what is generated here, not of finished audio")
-    decoded = {name: value for name, value in facts.items() if name != "model"}
-    metrics, floor = [], []
+        notes.append(f"{numbers} are few: fad is biased upwards; compare it only at equal numbers")
+    if settings.audio and settings.adherence and data.store is not None:
+        notes.append("prompt adherence is measured only on clips generated here, not on existing audio")
+    metrics, reference_metrics = [], []
     for embedder in embedders:
-        metrics += score(clips, references, embedder, protocol.seconds, decoded, out / "embeddings")
-        if all(clip.reference for clip in clips):
-            music = [Clip(clip.reference, clip.caption) for clip in clips]
-            floor += score(music, references, embedder, protocol.seconds, {"decoding": "none"}, out / "embeddings")
-    measured = {"model": [clip.path for clip in clips], "true music": references} if settings.measures else {}
-    measures = {name: measure_files(paths) for name, paths in measured.items() if paths}
+        metrics += compute_metrics(clips, references, embedder, protocol.seconds, decoding, out / "embeddings")
+        music = [Clip(clip.reference, clip.caption) for clip in clips if clip.reference is not None]
+        if len(music) == len(clips):
+            true = {"decoding": "none"}
+            reference_metrics += compute_metrics(
+                music, references, embedder, protocol.seconds, true, out / "embeddings"
+            )
+    files = {"model": [clip.path for clip in clips], "reference": references} if settings.music_metrics else {}
+    music_metrics = {name: measure_files(paths) for name, paths in files.items() if paths}
     adherence = None
-    if settings.adherence and task.store is not None and not settings.audio:
-        by_name = dict(zip((prompt.name for prompt in task.prompts), task.truths, strict=True))
-        kept = {clip.path.stem: clip.path for clip in clips}
-        told = {"model": facts["model"]["name"], "weights": facts["model"]["weights_sha256"][:16], **decoded}
+    if settings.adherence and data.store is not None and pipeline is not None:
+        labelled = dict(zip((prompt.name for prompt in data.prompts), data.labelled, strict=True))
+        of_model = {"model": model["name"], "weights": model["weights_sha256"][:16], **decoding}
+        kept = [labelled[clip.path.stem] for clip in clips]
         adherence = measure_adherence(
-            task.store, [by_name[n] for n in kept], list(kept.values()), pipeline.codec, told, settings.seed
+            data.store, kept, [clip.path for clip in clips], pipeline.codec, of_model, settings.seed
         )
-    document = _document(settings, facts, metrics, floor, measures, adherence, notes)
-    write_text(out / "report.md", report(document, adherence))
-    write_text(out / "figures.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    for name, folder in music_metrics.items():
+        notes += [f"{name}: {note}" for note in folder.notes()]
+    document = {
+        "protocol": protocol.name,
+        "model": model,
+        "metrics": [metric.document() for metric in metrics],
+        "reference": [metric.document() for metric in reference_metrics],
+        "published": OmegaConf.to_container(protocol.published),
+        "source_of_published": protocol.source_of_published,
+        "music_metrics": {name: folder.document() for name, folder in music_metrics.items()},
+        "adherence": adherence.document() if adherence else None,
+        "notes": [*notes, *sample_rate_notes(music_metrics)],
+    }
+    sections = report_sections(document, adherence)
+    write_text(out / "report.md", markdown_report(protocol.name, sections))
+    write_page(out / "report.html", "report.html", title=protocol.name, charts=[], sections=sections)
+    write_text(out / "metrics.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return document
 
 
 def match_audio(folder: Path, prompts: Sequence[ListedPrompt]) -> tuple[dict[str, Path], list[str]]:
-    """Finished audio files by the name of the prompt that each belongs to: by its own name, or by its record's prompt.
+    """Match existing audio files to prompts, by file name or by the prompt in the metadata sidecar.
 
     Returns:
-        The pieces, and the files that belong to no prompt.
+        The file of each prompt's name, and the files without a prompt.
 
     Raises:
-        UserError: the folder holds no audio, or none of these prompts.
+        UserError: no audio in the folder, or no match.
     """
     files = sorted(path for path in folder.glob("**/*") if path.suffix.lower() in WRITERS) if folder.is_dir() else []
     if not files:
-        raise UserError(f"there is no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
+        raise UserError(f"no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
     names, captions = {prompt.name for prompt in prompts}, {prompt.caption: prompt.name for prompt in prompts}
-    pieces: dict[str, Path] = {}
+    matched: dict[str, Path] = {}
     unmatched = []
     for path in files:
         stem = slug(path.stem, longest=120)
         name = stem if stem in names else captions.get(read_sidecar(path).get("prompt", ""))
-        if name is None or name in pieces:
+        if name is None or name in matched:
             unmatched.append(str(path))
         else:
-            pieces[name] = path
-    if not pieces:
-        raise UserError(f"none of the {len(files)} files in {folder} belongs to a prompt: name them as the prompts are")
-    return pieces, unmatched
+            matched[name] = path
+    if not matched:
+        raise UserError(f"none of the {len(files)} files in {folder} matches a prompt: name them after the prompts")
+    return matched, unmatched
 
 
-def report(document: Mapping[str, Any], adherence: AdherenceReport | None) -> str:
-    """The figures as Markdown."""
+def report_sections(document: Mapping[str, Any], adherence: AdherenceReport | None) -> list[Section]:
+    """The results as sections of a report."""
     metrics = [Metric(**metric) for metric in document["metrics"]]
-    floor = {metric["name"]: metric["value"] for metric in document["true_music"]}
+    reference = {metric["name"]: f"{metric['value']:.4g}" for metric in document["reference"]}
     titles, values = table({"model": metrics})
-    true = [f"{floor[metric.name]:.4g}" if metric.name in floor else "" for metric in metrics]
-    rows = [["", "model (95 % interval)", "true music"], *map(list, zip(titles[1:], values[1:], true, strict=True))]
+    true = [reference.get(metric.name, "") for metric in metrics]
+    rows = [["", "model (95 % interval)", "reference"], *map(list, zip(titles[1:], values[1:], true, strict=True))]
     model = document["model"]
     name = model if isinstance(model, str) else f"{model['name']} (weights {model['weights_sha256'][:16]})"
-    parts = [f"# {document['protocol']}", f"Model: {name}.", markdown(rows)]
+    sections = [Section(text=f"Model: {name}.", rows=rows)]
     if published := document["published"]:
         names = sorted({name for metrics in published.values() for name in metrics})
-        listed = [[system, *(str(found.get(name, "")) for name in names)] for system, found in published.items()]
+        rows = [["", *names]]
+        rows += [[system, *(str(found.get(name, "")) for name in names)] for system, found in published.items()]
         source = document["source_of_published"]
-        parts.append(f"As published, not measured here ({source}):\n\n{markdown([['', *names], *listed])}")
+        sections.append(Section("Published results", f"As published, not measured here ({source}):", rows))
     if adherence is not None:
-        parts.append(f"## Does it follow its prompts?\n\n{adherence.table()}")
-    if measures := document["measures"]:
-        summaries = {whose: found["summary"] for whose, found in measures.items()}
-        lines = [["mean over clips (95 % interval)", *summaries]]
+        sections.append(adherence.section())
+    if music_metrics := document["music_metrics"]:
+        summaries = {name: found["summary"] for name, found in music_metrics.items()}
+        rows = [["mean over clips (95 % interval)", *summaries]]
         for name in summaries["model"]:
-            told = [summary.get(name) for summary in summaries.values()]
-            lines.append([name, *((t and f"{t['mean']:.4g} ({t['low']:.4g} to {t['high']:.4g})") or "" for t in told)])
-        parts.append(f"## Musical measures\n\n{markdown(lines)}")
-    parts.append("\n".join(f"- {note}" for note in document["notes"]))
-    parts.append(f"Measured with: {json.dumps(document['metrics'][0]['fingerprint'], ensure_ascii=False)}")
-    return "\n\n".join(part for part in parts if part) + "\n"
+            cells = [summary.get(name) for summary in summaries.values()]
+            rows.append([name, *(f"{c['mean']:.4g} ({c['low']:.4g} to {c['high']:.4g})" if c else "" for c in cells)])
+        sections.append(Section("Music metrics", rows=rows))
+    settings = f"Settings: {json.dumps(document['metrics'][0]['fingerprint'], ensure_ascii=False)}"
+    notes = [f"- {note}" for note in document["notes"]]
+    return [*sections, Section("Notes", "\n".join([*notes, "", settings]).strip())]
 
 
-def _task(settings: DictConfig) -> Task:
+def _protocol_data(settings: DictConfig) -> ProtocolData:
     protocol = settings.eval
     n = settings.n or protocol.n
     if protocol.source == "builtin":
-        if settings.store is None:
-            raise UserError("store is not set: give store=DIR, a store of `python -m data_prep builtin`")
-        store = open_store(settings.store)
-        truths = balanced_prompts(store, n, settings.seed)
-        ids = store.ids(np.array([truth.row for truth in truths]))
-        names = [f"{i:04d}-{slug(name)}" for i, name in enumerate(ids)]
-        asked = {truth.row for truth in truths}
-        listed = [
-            ListedPrompt(name, truth.caption, store.audio_path(truth.row))
-            for name, truth in zip(names, truths, strict=True)
-        ]
-        held_out = np.concatenate([store.indices("valid"), store.indices("test")]).tolist()
-        return Task(listed, [store.audio_path(row) for row in held_out if row not in asked], store, truths)
+        return _builtin_data(settings, n)
     if protocol.source != "table":
-        raise UserError(f"no protocol is named: give eval=NAME, one of {', '.join(configs.names('eval'))}")
+        raise UserError(f"no protocol selected: set eval=NAME, one of {', '.join(configs.names('eval'))}")
     if settings.prompts is None:
-        raise UserError(f"eval={protocol.name} needs prompts=FILE, the benchmark's own table of captions")
-    listed = read_prompt_list(
+        raise UserError(f"eval={protocol.name} needs prompts=FILE, the benchmark's table of captions")
+    prompts = read_prompt_list(
         settings.prompts, protocol.name_of, protocol.caption, protocol.keep, settings.references, list(protocol.audio)
     )
-    if n and n < len(listed):
-        order = np.random.default_rng(settings.seed).permutation(len(listed))[:n]
-        listed = [listed[i] for i in sorted(order)]
-    return Task(listed, list(dict.fromkeys(p.reference for p in listed if p.reference is not None)))
+    if n and n < len(prompts):
+        chosen = np.random.default_rng(settings.seed).permutation(len(prompts))[:n]
+        prompts = [prompts[i] for i in sorted(chosen)]
+    return ProtocolData(prompts, list(dict.fromkeys(p.reference for p in prompts if p.reference is not None)))
 
 
-def _check(task: Task, references: Sequence[Path], embedders: Sequence[Embedder], seconds: float) -> None:
-    """Raises UserError for what could not be scored, before anything is generated."""
-    if len(task.prompts) < FEW:
-        raise UserError(f"{len(task.prompts)} prompts are fewer than {FEW}, too few for any distance: give more")
+def _builtin_data(settings: DictConfig, n: int) -> ProtocolData:
+    """Held-out captions of a built-in store; all other held-out segments are the references."""
+    if settings.store is None:
+        raise UserError("store is not set: give store=DIR, a store of `python -m data_prep builtin`")
+    store = open_store(settings.store)
+    labelled = balanced_prompts(store, n, settings.seed)
+    ids = store.ids(np.array([prompt.row for prompt in labelled]))
+    prompts = [
+        ListedPrompt(f"{i:04d}-{slug(name)}", prompt.caption, store.audio_path(prompt.row))
+        for i, (name, prompt) in enumerate(zip(ids, labelled, strict=True))
+    ]
+    prompted = {prompt.row for prompt in labelled}
+    held_out = np.concatenate([store.indices("valid"), store.indices("test")]).tolist()
+    references = [store.audio_path(row) for row in held_out if row not in prompted]
+    return ProtocolData(prompts, references, store, labelled)
+
+
+def _check(data: ProtocolData, references: Sequence[Path], embedders: Sequence[Embedder], seconds: float) -> None:
+    """Raise UserError, before anything is generated, if no metric can be computed."""
+    if len(data.prompts) < MIN_CLIPS:
+        raise UserError(f"at least {MIN_CLIPS} prompts are needed, got {len(data.prompts)}")
     for embedder in embedders:
         if embedder.seconds > seconds:
-            raise UserError(f"{embedder.name} hears {embedder.seconds:g} s at a time: give as much (eval.seconds)")
+            raise UserError(f"the window of {embedder.name} is {embedder.seconds:g} s: raise eval.seconds to it")
     if len(references) == 1:
         raise UserError(f"one reference, {references[0]}, has no distribution: give some hundreds, or none")
     if not references and not any(isinstance(embedder, JointEmbedder) for embedder in embedders):
-        raise UserError("no true audio can be read, and no embedder reads captions: give references=DIR, or tiny")
+        raise UserError("no reference audio, and no embedder of captions: give references=DIR, or the embedder tiny")
 
 
 def _decoding(settings: DictConfig, pipeline: MusicPipeline) -> Decoding:
@@ -228,63 +254,37 @@ def _decoding(settings: DictConfig, pipeline: MusicPipeline) -> Decoding:
     )
 
 
-def _clips(task: Task, pieces: Mapping[str, Path], references: set[Path]) -> list[Clip]:
+def _clips(data: ProtocolData, paths: Mapping[str, Path], references: set[Path]) -> list[Clip]:
     return [
-        Clip(pieces[p.name], p.caption, p.reference if p.reference in references else None)
-        for p in task.prompts
-        if p.name in pieces
+        Clip(paths[p.name], p.caption, p.reference if p.reference in references else None)
+        for p in data.prompts
+        if p.name in paths
     ]
 
 
-def _shared_settings(paths: Sequence[Path]) -> dict[str, Any]:
-    """The decoding of finished audio, as far as all its records agree on it."""
-    records = [read_sidecar(path) for path in paths]
-    return {
-        name: records[0].get(name, "unknown") if all(r.get(name) == records[0].get(name) for r in records) else "mixed"
-        for name in _SETTINGS
-    }
+def _common_settings(paths: Sequence[Path]) -> dict[str, Any]:
+    """The sampling settings that all sidecars of existing audio share."""
+    sidecars = [read_sidecar(path) for path in paths]
+    common = {}
+    for name in _SETTINGS:
+        first = sidecars[0].get(name)
+        same = all(sidecar.get(name) == first for sidecar in sidecars)
+        common[name] = sidecars[0].get(name, "unknown") if same else "mixed"
+    return common
 
 
-def _notes(task: Task, pieces: Mapping[str, Path], unmatched: Sequence[str], bad: Mapping[str, str]) -> list[str]:
-    """What a reader of the figures must know: what is missing, and what was left out."""
-    silent = [prompt.name for prompt in task.prompts if prompt.name not in pieces]
-    alone = [prompt.name for prompt in task.prompts if prompt.reference is None]
-    told = {
-        "prompts without audio": silent,
-        "audio without a prompt": list(unmatched),
-        "prompts without reference audio": alone,
-        "left out": [f"{path}: {reason}" for path, reason in bad.items()],
+def _notes(
+    data: ProtocolData, paths: Mapping[str, Path], unmatched: Sequence[str], bad: Mapping[str, str]
+) -> list[str]:
+    """Notes on missing and skipped files."""
+    found = {
+        "prompts without audio": [prompt.name for prompt in data.prompts if prompt.name not in paths],
+        "audio files without a prompt": list(unmatched),
+        "prompts without reference audio": [prompt.name for prompt in data.prompts if prompt.reference is None],
+        "files skipped": [f"{path}: {reason}" for path, reason in bad.items()],
     }
     return [
-        f"{len(items)} {what}: {'; '.join(items[:_LISTED])}{' ...' * (len(items) > _LISTED)}"
-        for what, items in told.items()
+        f"{len(items)} {what}: {'; '.join(items[:_LISTED])}{' ...' if len(items) > _LISTED else ''}"
+        for what, items in found.items()
         if items
     ]
-
-
-def _document(
-    settings: DictConfig,
-    facts: Mapping[str, Any],
-    metrics: Sequence[Metric],
-    floor: Sequence[Metric],
-    measures: Mapping[str, FolderMeasures],
-    adherence: AdherenceReport | None,
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    protocol = settings.eval
-    return {
-        "protocol": protocol.name,
-        "model": facts["model"],
-        "metrics": [metric.document() for metric in metrics],
-        "true_music": [metric.document() for metric in floor],
-        "published": OmegaConf.to_container(protocol.published),
-        "source_of_published": protocol.source_of_published,
-        "measures": {whose: found.document() for whose, found in measures.items()},
-        "adherence": adherence.document() if adherence else None,
-        "notes": [
-            *notes,
-            *(f"{whose}: {note}" for whose, found in measures.items() for note in found.notes()),
-            *unlike_rates(measures),
-        ],
-    }
-

@@ -1,4 +1,4 @@
-"""A model's answers to a list of prompts as files, each with its record; what is there already is not made again."""
+"""Generate a clip for each prompt, with a metadata sidecar; existing clips are kept."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ssmttm.generation.pipeline import MusicPipeline
 
 @dataclass(frozen=True)
 class Decoding:
-    """How pieces are sampled; piece i has the seed `first_seed` + i."""
+    """Sampling settings; clip i has the seed `first_seed` + i."""
 
     duration: float
     guidance_scale: float
@@ -27,7 +27,7 @@ class Decoding:
     first_seed: int
 
     def settings(self) -> dict[str, Any]:
-        """As records and fingerprints hold it, but for the seed."""
+        """The settings without the seed, as in sidecars and fingerprints."""
         names = ("duration", "guidance_scale", "temperature", "top_k", "top_p")
         return {name: getattr(self, name) for name in names}
 
@@ -35,42 +35,42 @@ class Decoding:
 def generate(
     pipeline: MusicPipeline, prompts: Sequence[tuple[str, str]], decoding: Decoding, folder: Path, batch: int
 ) -> list[Path]:
-    """One wav a prompt, named as it is.
+    """Generate FILE.wav for each prompt, named after it.
 
     Args:
         prompts: (name, caption) of each.
-        folder: where FILE.wav and FILE.json go; a pair made with the same settings by the same model is kept.
-        batch: pieces sampled together.
+        folder: for FILE.wav and FILE.json; pairs of the same model and settings are kept.
+        batch: clips sampled together.
 
     Raises:
-        UserError: the folder holds pieces of another model or of other settings.
+        UserError: the folder contains clips of another model or other settings.
     """
     names = [name for name, _ in prompts]
     paths = [folder / f"{name}.wav" for name in names]
-    records = [
+    sidecars = [
         sidecar_path(caption, decoding.first_seed + i, decoding.settings(), pipeline.facts)
         for i, (_, caption) in enumerate(prompts)
     ]
-    left = [i for i, path in enumerate(paths) if not _is_made(path, records[i])]
-    with tqdm(total=len(prompts), initial=len(prompts) - len(left), desc="generating", unit="piece") as bar:
-        for start in range(0, len(left), batch):
-            lot = left[start : start + batch]
+    missing = [i for i, path in enumerate(paths) if not _exists(path, sidecars[i])]
+    with tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc="generating", unit="clip") as bar:
+        for start in range(0, len(missing), batch):
+            rows = missing[start : start + batch]
             out = pipeline(
-                [prompts[i][1] for i in lot], seeds=[decoding.first_seed + i for i in lot], **decoding.settings()
+                [prompts[i][1] for i in rows], seeds=[decoding.first_seed + i for i in rows], **decoding.settings()
             )
-            for i, wav in zip(lot, out.audios, strict=True):
+            for i, wav in zip(rows, out.audios, strict=True):
                 audio.write(paths[i], wav, out.sample_rate)
-                write_text(paths[i].with_suffix(".json"), json.dumps(records[i], indent=1, ensure_ascii=False) + "\n")
-            bar.update(len(lot))
+                write_text(paths[i].with_suffix(".json"), json.dumps(sidecars[i], indent=1, ensure_ascii=False) + "\n")
+            bar.update(len(rows))
     return paths
 
 
-def _is_made(path: Path, record: dict[str, Any]) -> bool:
-    """Whether the piece is there (its record is written last)."""
-    made = read_sidecar(path)
-    if not made:
+def _exists(path: Path, sidecar: dict[str, Any]) -> bool:
+    """Whether the clip is complete: its sidecar is written last."""
+    existing = read_sidecar(path)
+    if not existing:
         return False
-    differing = [key for key in record if key != "created" and made.get(key) != record[key]]
+    differing = [key for key in sidecar if key != "created" and existing.get(key) != sidecar[key]]
     if differing:
-        raise UserError(f"{path} was made otherwise ({', '.join(differing)} differ): give another out=DIR")
+        raise UserError(f"{path} has other settings ({', '.join(differing)} differ): use another out=DIR")
     return path.is_file()

@@ -1,6 +1,6 @@
-"""A benchmark's prompts, and the reference audio that belongs to them, from the tables that its authors publish.
+"""Prompts of a benchmark and their reference audio, from the tables that its authors publish.
 
-Tables are read as they come: CSV, TSV, JSON (a list, or one object a line) or Parquet.
+Formats: CSV, TSV, JSON (a list, or one object a line), Parquet, or .txt with one prompt a line.
 """
 
 import csv
@@ -20,8 +20,8 @@ class ListedPrompt:
     """One prompt.
 
     Attributes:
-        name: a file name without extension, different for every prompt of a list.
-        reference: the true audio of this prompt; None if there is none at hand.
+        name: a unique file name without extension.
+        reference: the reference audio of this prompt, if available.
     """
 
     name: str
@@ -40,37 +40,36 @@ def read_prompt_list(
     """Read a benchmark's table.
 
     Args:
-        table: the file; a .txt holds one prompt a line.
-        name: template of a prompt's name over its row's columns, such as "{ytid}".
+        name: template of the prompt's name, from the columns, such as "{ytid}".
         caption: the caption's column.
-        keep: only rows whose columns have these values (compared as lower-case text).
-        references: folder of the true audio.
-        audio: templates of a reference's path in that folder without extension, over the columns, {name}, and every
-            column's value without its own extension as {COLUMN_stem}; any audio format will do.
+        keep: keep only rows with these values (compared as lower-case text).
+        references: folder of the reference audio.
+        audio: templates of a reference's path in that folder without extension, from the columns, {name}, and
+            {COLUMN_stem}, a column's value without extension.
 
     Raises:
-        UserError: the table is missing, cannot be read, lacks a column, or keeps no row.
+        UserError: the table is missing or unreadable, lacks a column, or no row is kept.
     """
     path = Path(table)
     rows = _rows(path)
     if path.suffix == ".txt":
         return [ListedPrompt(f"{i:04d}-{slug(row['caption'])}", row["caption"]) for i, row in enumerate(rows)]
     try:
-        kept = [row for row in rows if all(_same(row[column], value) for column, value in (keep or {}).items())]
-        prompts = {}
+        kept = [row for row in rows if all(_equal(row[column], value) for column, value in (keep or {}).items())]
+        prompts: dict[str, ListedPrompt] = {}
         for row in kept:
-            words, stem = str(row[caption] or "").strip(), slug(name.format(**row), longest=120)
-            if words:
-                prompts.setdefault(stem, ListedPrompt(stem, words, _reference(references, audio, row, stem)))
+            text, stem = str(row[caption] or "").strip(), slug(name.format(**row), longest=120)
+            if text:
+                prompts.setdefault(stem, ListedPrompt(stem, text, _reference(references, audio, row, stem)))
     except KeyError as error:
-        raise UserError(f"{path} has no column {error}: it has {', '.join(rows[0])}") from error
+        raise UserError(f"{path} has no column {error}; its columns: {', '.join(rows[0])}") from error
     if not prompts:
-        raise UserError(f"{path} has no prompt left of {len(rows)} rows (keep: {dict(keep or {})}): check the file")
+        raise UserError(f"{path} has no prompts in {len(rows)} rows (keep: {dict(keep or {})}): check the file")
     return list(prompts.values())
 
 
 def find_audio(folder: Path, stem: str) -> Path | None:
-    """The audio file of that path without extension, in any format that is read here."""
+    """The audio file with this stem, in any supported format."""
     for suffix in WRITERS:
         path = folder / f"{stem}{suffix}"
         if path.is_file():
@@ -85,12 +84,13 @@ def _reference(
         return None
     bare = {f"{column}_stem": str(Path(str(value)).with_suffix("")) for column, value in row.items() if value}
     stems = [template.format(**{**row, **bare, "name": name}) for template in templates]
-    return next((found for stem in stems if (found := find_audio(Path(folder), stem))), None)
+    paths = [find_audio(Path(folder), stem) for stem in stems]
+    return next((path for path in paths if path), None)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise UserError(f"there is no table {path}: give prompts=FILE, the benchmark's own table of captions")
+        raise UserError(f"{path} does not exist: set prompts=FILE, the benchmark's table of captions")
     try:
         if path.suffix == ".txt":
             rows = [{"caption": line.strip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -99,8 +99,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
                 rows = []
                 for row in reader:
-                    if None in row:  # where the fields go that no column is named for
-                        raise UserError(f"{path}, line {reader.line_num}, has more fields than columns: quote its text")
+                    if None in row:  # csv collects surplus fields under None
+                        raise UserError(f"{path}, line {reader.line_num}, has more fields than columns: quote the text")
                     rows.append(row)
         elif path.suffix == ".parquet":
             import pyarrow.parquet as pq
@@ -111,11 +111,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
     except (ValueError, csv.Error, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): give CSV, TSV, JSON or Parquet") from error
+        raise UserError(f"{path} cannot be read ({reason}): use CSV, TSV, JSON or Parquet") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} holds no rows with named columns: give the benchmark's own table")
+        raise UserError(f"{path} has no rows with named columns: use the benchmark's table")
     return rows
 
 
-def _same(found: Any, wanted: Any) -> bool:
-    return str(found).strip().lower() == str(wanted).strip().lower()
+def _equal(value: Any, wanted: Any) -> bool:
+    return str(value).strip().lower() == str(wanted).strip().lower()
