@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _GREY = "#7d8590"
 _STYLE: Any = {
+    "axes.axisbelow": True,
     "axes.edgecolor": _GREY,
     "axes.grid": True,
     "axes.labelcolor": _GREY,
@@ -39,6 +40,7 @@ _STYLE: Any = {
 }
 _BLUE, _ORANGE, _GREEN, _VIOLET = "#3d7fb8", "#d2603f", "#4c9a51", "#9067bb"
 _MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
+_STEPS = [1, 2, 2.5, 5, 10]  # of round numbers
 _WINDOW, _HOP = 0.085, 0.02  # seconds of a spectrogram's frames
 _LOWEST, _HIGHEST, _RANGE = 60.0, 12_000.0, 70.0  # Hz, Hz, dB
 
@@ -101,7 +103,7 @@ def histogram(values: np.ndarray, label: str, integer: bool = False) -> Chart:
     from matplotlib.ticker import MaxNLocator
 
     low, high = np.quantile(values, (0.0005, 0.9995))
-    locator = MaxNLocator(nbins=24, steps=[1, 2, 2.5, 5, 10], integer=integer)
+    locator = MaxNLocator(nbins=24, steps=_STEPS, integer=integer)
     edges = locator.tick_values(low, high + 1 if integer else high)
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     bins = [f"{first:g} to {last:g}: {n:,}" for first, last, n in zip(edges, edges[1:], counts, strict=False) if n]
@@ -110,6 +112,7 @@ def histogram(values: np.ndarray, label: str, integer: bool = False) -> Chart:
         axes = figure.subplots()
         axes.stairs(counts, edges, fill=True, color=_BLUE)
         axes.set(xlabel=label, ylabel="count")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=_STEPS, integer=integer))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.yaxis.set_major_formatter("{x:,.0f}")
         return _chart(figure, "svg", f"Histogram of {label}. {'; '.join(bins)}")
