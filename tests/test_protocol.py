@@ -89,6 +89,8 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
     assert names["fad_tiny"]["value"] > 3 * true["fad_tiny"]
     text = (out / "report.md").read_text()
     assert "As published, not measured here" in text and "4.88" in text and "fad_tiny (↓)" in text
+    page = (out / "report.html").read_text()
+    assert "As published, not measured here" in page and "4.88" in page and "fad_tiny (↓)" in page
 
     (out / "audio" / "clip-3.wav").unlink()
     (out / "audio" / "clip-5.json").unlink()  # a piece without its record was cut off
