@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import assert_same_runs, run_contents, train_with_stops
 from small_stores import SAMPLE_RATE, small_codec, write_audio_store
-from test_resume import assert_same, everything, train_with_stops
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.dac.modeling_dac import DacConfig, DacDecoder
 
@@ -430,8 +430,8 @@ def test_training_with_discriminator_resumes_exactly(config_of, tmp_path, monkey
     loop.train(config_of("train.steps=6", run_dir="unbroken"))
     stopped = config_of("train.steps=6", run_dir="stopped")
     train_with_stops(stopped, distill_codec.CodecDistillTask, (2, 4), monkeypatch)
-    unbroken = everything(tmp_path / "unbroken")
-    assert_same(unbroken, everything(tmp_path / "stopped"))
+    unbroken = run_contents(tmp_path / "unbroken")
+    assert_same_runs(unbroken, run_contents(tmp_path / "stopped"))
     assert {"model", "discriminator", "projections", "ema", "optimizer"} == unbroken[0].keys()
 
 

@@ -9,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from processes import train_in_two_processes
-from small_stores import CODEBOOK_SIZE, TEXT_DIM, lm_config, small_codec, write_codes_store
-from test_resume import assert_same, everything, train_with_stops
-from test_sample_cli import WordEncoder
+from small_runs import assert_same_runs, run_contents, train_with_stops
+from small_stores import CODEBOOK_SIZE, lm_config, small_codec, write_codes_store
+from small_word_encoder import WordEncoder
 from torch.distributions import Categorical, kl_divergence
 
 from ssmttm import checkpoint
@@ -282,8 +282,8 @@ def test_dynamic_weighting_resumes_exactly(rule, config_of, monkeypatch):
     overrides = (f"distill.weighting={rule}", "losses.hidden=0.5", "train.steps=14", "data.caption_dropout=0.3")
     stopped = config_of(*overrides, name="stopped")
     train_with_stops(stopped, DistillTask, (4, 11), monkeypatch)
-    unbroken = everything(loop.train(config_of(*overrides, name="unbroken")))
-    assert_same(unbroken, everything(Path(stopped.run_dir)))
+    unbroken = run_contents(loop.train(config_of(*overrides, name="unbroken")))
+    assert_same_runs(unbroken, run_contents(Path(stopped.run_dir)))
     assert {"weighting", "projections"} <= unbroken[0].keys()
     sizes = unbroken[0]["weighting"]
     moved = sizes["log_variance"] if rule == "uncertainty" else sizes["sizes"]
@@ -350,8 +350,8 @@ def test_cached_run_equals_online_run(k, tolerance, precision, config_of, tmp_pa
     overrides = ("train.steps=15", f"train.precision={precision}")
     overrides += ("data.fixed_crops=true", "data.caption_dropout=0.3", "distill.temperature=1.5")
     cache = cache_teacher(config_of(*overrides), tmp_path / "cache", k)
-    online = everything(loop.train(config_of(*overrides, name="online")))
-    cached = everything(loop.train(config_of(*overrides, f"distill.cache={cache}", name="cached")))
+    online = run_contents(loop.train(config_of(*overrides, name="online")))
+    cached = run_contents(loop.train(config_of(*overrides, f"distill.cache={cache}", name="cached")))
     pairs = [(a[1], b[1]) for a, b in zip(online[3], cached[3], strict=True)]
     if tolerance is not None:
         assert all(abs(a - b) < tolerance for a, b in pairs), pairs
@@ -436,14 +436,7 @@ def test_export_is_a_language_model_that_names_its_teacher(config_of, tmp_path, 
     assert folder.guidance_scale == 1 and open_model_folder(None).guidance_scale == 3
     assert "teacher" not in OmegaConf.load(out / "config.yaml")  # a local path
 
-    class Encoder(WordEncoder):
-        dim, fingerprint, name = TEXT_DIM, "1" * 16, "fake"
-
-        def encode(self, captions):
-            text = super().encode(captions)
-            return text._replace(embeddings=text.embeddings[..., :TEXT_DIM])
-
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: Encoder())
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: WordEncoder())
     pipe = pipeline.MusicPipeline.from_pretrained(out)
     assert pipe.guidance_scale == 1
     default, explicit = (pipe("a march", duration=0.5, **g).codes for g in ({}, {"guidance_scale": 1.0}))

@@ -112,7 +112,10 @@ def test_temperature_must_be_positive_and_finite(temperature):
 
 def test_invalid_divergence_skew_and_k_are_rejected():
     log_p = logits(2).log_softmax(-1)
-    for kind, skew, message in [("both", 0, r"unknown distill\.divergence"), ("forward", 1.0, r"distill\.skew must be in .*got 1\.0")]:
+    for kind, skew, message in [
+        ("both", 0, r"unknown distill\.divergence"),
+        ("forward", 1.0, r"distill\.skew must be in .*got 1\.0"),
+    ]:
         with pytest.raises(UserError, match=message):
             divergence(log_p, log_p, kind, skew)
     with pytest.raises(UserError, match="k=0"):

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_encoders import CAPTIONS, write_bert, write_t5
+from small_runs import assert_same_runs, run_contents, train_with_stops
 from small_stores import lm_config, small_codec, write_codes_store
-from test_resume import assert_same, everything, train_with_stops
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -395,8 +395,8 @@ def test_training_of_two_phases_resumes_exactly(config_of, monkeypatch):
     asked = (*SMALL, "text_student.joint_step=4", "train.steps=7", "data.caption_dropout=0.3", "train.eval_every=4")
     stopped = config_of(*asked, name="stopped")
     train_with_stops(stopped, TextDistillTask, (2, 5), monkeypatch)
-    unbroken = everything(loop.train(config_of(*asked, name="unbroken")))
-    assert_same(unbroken, everything(Path(stopped.run_dir)))
+    unbroken = run_contents(loop.train(config_of(*asked, name="unbroken")))
+    assert_same_runs(unbroken, run_contents(Path(stopped.run_dir)))
     assert {"model", "lm", "ema", "optimizer"} == unbroken[0].keys()
 
 

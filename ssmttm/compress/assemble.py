@@ -18,12 +18,11 @@ CODEC = "codec"  # subfolder of the decoder
 
 
 def assemble(language: str | Path, codec: str | Path | None, out: str | Path, int8: bool = False) -> Path:
-    """Write, atomically, a model folder for `MusicPipeline.from_pretrained`.
+    """Write, atomically, a new model folder for `MusicPipeline.from_pretrained`.
 
     Args:
         language: a run, checkpoint or model folder of a language model, with or without its own text encoder.
         codec: a run or a folder of a student codec; None: the codec of the language model.
-        out: a new folder.
         int8: quantise the language model's linear layers to int8.
     """
     out = Path(out)

@@ -16,23 +16,14 @@ from ssmttm.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 from ssmttm.files import write_text
 from ssmttm.generation.loading import open_model_folder
 from ssmttm.generation.pipeline import MusicPipeline
-from ssmttm.launch.job import Command, train_command
-from ssmttm.launch.local import run_to_end
-from ssmttm.signals import INTERRUPT
+from ssmttm.launch.job import run_command, train_command
+from ssmttm.signals import INTERRUPT, stop_requests
 
 PARTS = ("lm", "text", "codec")
 
 
 def compress(settings: DictConfig) -> Path:
-    """Run a recipe and return OUT; finished trainings are skipped.
-
-    Args:
-        settings: the composed configs/compress.yaml.
-
-    Raises:
-        Preempted, KeyboardInterrupt: a training was stopped and has written a checkpoint.
-        CalledProcessError: a training crashed.
-    """
+    """Run a recipe, the composed configs/compress.yaml, and return OUT; finished trainings are skipped."""
     out = check_settings(settings)
     for part, keys in training_overrides(settings).items():
         print(f"\n{part}: train.py {' '.join(keys)}", flush=True)
@@ -65,10 +56,11 @@ def training_overrides(settings: DictConfig) -> dict[str, list[str]]:
 
 def run_training(command: list[str], part: str) -> None:
     """Run a training as a process, to which a request to stop is passed on; raise as the training ended."""
-    code, received = run_to_end(Command(command))
-    if received == INTERRUPT:
+    with stop_requests() as received:
+        code = run_command(command, received)
+    if received() == INTERRUPT:
         raise KeyboardInterrupt
-    if received or code == PREEMPTED:
+    if received() or code == PREEMPTED:
         raise Preempted(f"the training of {part} was stopped at a checkpoint: run the same command to resume")
     if code == USER_ERROR:
         raise UserError(f"the training of {part} failed with the error above: fix it and run the same command again")

@@ -23,20 +23,13 @@ SECONDS = 10.0  # duration over which the cost of the text and the weights is av
 
 
 class Component(NamedTuple):
-    """Size and cost of one part of a system.
-
-    Attributes:
-        parameters: used in generation.
-        stored: bytes of these in memory.
-        flops: per second of audio, of matrix products, convolutions and LSTMs.
-        read: bytes of weights and states read and written per second of audio, for one clip of 10 s decoded at once.
-    """
+    """Size and cost of one part of a system, per second of audio of a clip of 10 s."""
 
     name: str
-    parameters: int
-    stored: int
-    flops: float
-    read: float
+    parameters: int  # used in generation
+    stored: int  # bytes of the parameters in memory
+    flops: float  # of matrix products, convolutions and LSTMs
+    read: float  # bytes of weights and states, read and written
 
 
 def components(pipe: MusicPipeline) -> list[Component]:

@@ -7,6 +7,7 @@ parameters consistently. Kinds: "model" D, "inner" I, "heads" H, "group_state" G
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,37 +66,27 @@ def layer_sizes(layer: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def input_energy(
-    modules: Mapping[str, Sequence[nn.Module]], run: Callable[[], None], axis: int = -1
+    modules: Mapping[str, Sequence[nn.Module]], run: Callable[[], object], axis: int = -1
 ) -> dict[str, Tensor]:
-    """Mean squares by channel of the inputs of modules while `run` runs, summed over calls and modules of a name.
-
-    Args:
-        axis: the channel axis of the inputs.
-    """
+    """Mean squares by channel of the inputs of modules during `run`, summed over calls and over the modules of a name.
+    axis: of the channels."""
     energies: dict[str, Tensor] = {}
 
-    def add_energy(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            energy = inputs[0].square().movedim(axis, -1).flatten(0, -2).mean(0).cpu()
-            energies[name] = energies[name] + energy if name in energies else energy
-
-        return hook
+    def add_energy(name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        energy = inputs[0].square().movedim(axis, -1).flatten(0, -2).mean(0).cpu()
+        energies[name] = energies[name] + energy if name in energies else energy
 
     with contextlib.ExitStack() as hooks:
-        for name, of_name in modules.items():
-            for module in of_name:
-                hooks.enter_context(module.register_forward_pre_hook(add_energy(name)))
+        for name, named_modules in modules.items():
+            for module in named_modules:
+                hooks.enter_context(module.register_forward_pre_hook(partial(add_energy, name)))
         run()
     return energies
 
 
 def select_channels(teacher: nn.Module, student: nn.Module, energy: Tensor | None, name: str) -> ChannelIndices:
-    """The channels inside a teacher's layer that its student's layer of the same class keeps.
-
-    Args:
-        energy: of the input of the teacher's last projection, [I] or [M]; None: the first channels are kept.
-        name: the layer's name in errors.
-    """
+    """The channels inside a teacher's layer that its student's layer of the same class keeps. energy: of the input of
+    the teacher's last projection, [I] or [M]; None: the first channels are kept. name: of the layer, in errors."""
     theirs, ours = layer_sizes(teacher), layer_sizes(student)
     for kind, size in ours.items():
         if size > theirs[kind] or (kind == "groups" and size != theirs[kind]):

@@ -58,14 +58,8 @@ def traced_mixers(teacher: TokenLM, blocks: Sequence[int]) -> Iterator[MixerTrac
 def mixer_error(
     student: TokenLM, text: ProjectedText, audio: Tensor, blocks: Sequence[int], traced: MixerTrace
 ) -> Tensor:
-    """`output_error` of the student's first mixers on their teacher's inputs, mean over blocks: [B].
-
-    Args:
-        text: projected by the student.
-        audio: bool [B, S], True at valid audio positions.
-        blocks: the teacher block for each student block.
-        traced: from `traced_mixers`.
-    """
+    """`output_error` of the student's first mixers on their teacher's inputs, mean over blocks: [B]. text: projected by
+    the student. audio: valid audio positions, bool [B, S]. blocks: the teacher block for each student block."""
     valid = valid_positions(text.mask, audio) if student.config.conditioning == "prefix" else audio
     errors = []
     for index, block in enumerate(blocks):

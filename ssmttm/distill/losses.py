@@ -18,15 +18,10 @@ _MIN_LOG_P = -30.0
 
 
 class SoftTarget(NamedTuple):
-    """A teacher's distribution at a temperature.
+    """A teacher's distribution at a temperature."""
 
-    Attributes:
-        log_p: [..., n], of all V codes, or of the codes `ids` and then of all others together.
-        ids: int64 [..., k], or None if all codes are kept.
-    """
-
-    log_p: Tensor
-    ids: Tensor | None = None
+    log_p: Tensor  # [..., n], of all V codes, or of the codes `ids` and then of all others together
+    ids: Tensor | None = None  # int64 [..., k], or None if all codes are kept
 
     def to(self, device: torch.device) -> "SoftTarget":
         return SoftTarget(self.log_p.to(device), None if self.ids is None else self.ids.to(device))
@@ -58,8 +53,7 @@ def divergence(log_q: Tensor, log_p: Tensor, kind: str = "forward", skew: float 
         reverse        KL(q, skew q + (1 - skew) p), mode-seeking
         bidirectional  the mean of both
 
-    Args:
-        skew: in [0, 1); above 0 it bounds the divergence and its gradient.
+    A skew above 0 bounds the divergence and its gradient.
     """
     if kind not in DIVERGENCES:
         raise UserError(f"unknown distill.divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")

@@ -17,13 +17,8 @@ NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 
 class Teacher:
-    """A trained TokenLM.
-
-    Args:
-        name: a run, a checkpoint, an exported or imported folder, or an embedded model.
-        guidance_scale: classifier-free guidance applied to the logits; 1: none.
-        null_text: the null condition, one row; needed with guidance.
-    """
+    """A trained TokenLM: a run, a checkpoint, an exported or imported folder, or an embedded model. With a guidance
+    scale other than 1 its logits are guided, with `null_text`, one row, as the null condition."""
 
     def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)

@@ -13,17 +13,12 @@ from ssmttm.errors import UserError
 
 
 class TokenizedCaption(NamedTuple):
-    """A tokenised caption, special tokens included.
-
-    Attributes:
-        special: whether a token is special, such as [CLS] or </s>.
-        offsets: start and end of each token in characters; None if the tokenizer has no offsets.
-    """
+    """A tokenised caption, with special tokens such as [CLS] or </s>."""
 
     ids: list[int]
     tokens: list[str]
     special: list[bool]
-    offsets: list[tuple[int, int]] | None
+    offsets: list[tuple[int, int]] | None  # start and end in characters; None if the tokenizer has no offsets
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> list[TokenizedCaption]:

@@ -19,22 +19,16 @@ from ssmttm.distill.layer_map import layer_map
 from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM
-from ssmttm.models.blocks import MLP, Sublayer
-from ssmttm.models.cross_attention import CrossAttention
+from ssmttm.models.blocks import MLP, CrossAttentionSublayer, MLPSublayer, Sublayer
 from ssmttm.text.condition import TextCondition
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Energies of a teacher's channels on calibration data.
+    """Energies of a teacher's channels on calibration data."""
 
-    Attributes:
-        model: [D], of the RMS-normalised hidden states after all blocks.
-        layers: by layer name, of the input of its last projection, [I] or [M].
-    """
-
-    model: Tensor
-    layers: dict[str, Tensor]
+    model: Tensor  # [D], of the RMS-normalised hidden states after all blocks
+    layers: dict[str, Tensor]  # [I] or [M], of the input of the last projection of each layer
 
 
 @torch.no_grad()
@@ -45,18 +39,14 @@ def channel_importance(teacher: TokenLM, batches: Iterable[tuple[Tensor, TextCon
     def add_energy(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         energy.add_(F.rms_norm(output, output.shape[-1:]).square().flatten(0, -2).mean(0).cpu())
 
-    def run() -> None:
-        for codes, text in batches:
-            teacher(codes, text)
-
-    last_projections = {}
+    projections = {}
     for name, layer in teacher.named_modules():
         if type(layer) in AXES:
-            last_projections[name] = [layer.fc2 if isinstance(layer, MLP) else layer.get_submodule("out_proj")]
+            projections[name] = [layer.get_submodule("fc2" if isinstance(layer, MLP) else "out_proj")]
     with contextlib.ExitStack() as hooks:
         for block in teacher.blocks:
             hooks.enter_context(block.register_forward_hook(add_energy))
-        layers = input_energy(last_projections, run)
+        layers = input_energy(projections, lambda: [teacher(codes, text) for codes, text in batches])
     return Importance(energy, layers)
 
 
@@ -68,16 +58,12 @@ def transfer_weights(
     width: str | None,
     importance: Importance | None = None,
 ) -> list[str]:
-    """Initialise a student from its teacher where their parameters correspond.
+    """Initialise a student from its teacher where they correspond; returns the names of the parameters that were set.
 
     Args:
-        layers: the teacher block for each student block, see `ssmttm.distill.layer_map`; None: only embedding, text
-            projection, controls, last norm and heads.
+        layers: an argument of `layer_map`; None: only embedding, text projection, controls, last norm and heads.
         width: how a narrower student selects channels: "importance" (most energy) or "first"; None: equal widths.
         importance: for width="importance".
-
-    Returns:
-        Names of the student's parameters that were set.
     """
     for key in ("n_codebooks", "codebook_size", "text_dim"):
         size, expected = getattr(student.config, key), getattr(teacher.config, key)
@@ -111,17 +97,14 @@ def transfer_weights(
     return transferred
 
 
-def _matching_sublayers(teacher: nn.Module, student: nn.Module) -> list[tuple[int, int]]:
-    """Indices of sublayers with the same function in two blocks: mixers, cross-attentions, MLPs, in order."""
+def _matching_sublayers(teacher: Any, student: Any) -> list[tuple[int, int]]:
+    """Indices of sublayers of the same class in two blocks: mixers, cross-attentions, MLPs, in order."""
     pairs: list[tuple[int, int]] = []
-    for kind in ("mixer", "text", "mlp"):
-        pairs += zip(_sublayers_of(teacher, kind), _sublayers_of(student, kind), strict=False)
+    for kind in (Sublayer, CrossAttentionSublayer, MLPSublayer):
+        theirs = [index for index, sublayer in enumerate(teacher.sublayers) if type(sublayer) is kind]
+        ours = [index for index, sublayer in enumerate(student.sublayers) if type(sublayer) is kind]
+        pairs += zip(theirs, ours, strict=False)
     return pairs
-
-
-def _sublayers_of(block: Any, kind: str) -> list[int]:
-    kinds = {CrossAttention: "text", MLP: "mlp"}
-    return [i for i, sublayer in enumerate(block.sublayers) if kinds.get(type(sublayer.inner), "mixer") == kind]
 
 
 def _copy(module: nn.Module, name: str, value: Tensor) -> str:
@@ -205,10 +188,7 @@ def attention_to_mamba2(attention: Attention, mamba: Mamba2, kept: Tensor) -> li
 
     Each group takes the mean Q and K of its heads; the convolution is set to the identity; the gate z, dt, A and D keep
     their initialisation. Surplus heads and states start at zero output (x of these heads and C of these states are 0),
-    while out and B keep their initialisation, so that all of them receive gradients.
-
-    Args:
-        kept: the model's channels, int64 [D of the student].
+    while out and B keep their initialisation, so that all of them receive gradients. kept: the student's channels, [D].
     """
     heads, width = attention.n_heads, attention.d_model // attention.n_heads
     groups, state = mamba.ngroups, mamba.d_state

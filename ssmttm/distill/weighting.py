@@ -21,11 +21,7 @@ _DECAY = 0.9  # of the running means
 
 
 class LossWeighting(nn.Module):
-    """Weighted sum of named losses. Running means and learnt scales are part of the state dict.
-
-    Args:
-        weights: base weights by name, above 0.
-    """
+    """Weighted sum of named losses with base weights above 0. Running means and learnt scales are in the state dict."""
 
     sizes: Tensor
 
@@ -38,12 +34,7 @@ class LossWeighting(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(len(weights))) if rule == "uncertainty" else None
 
     def forward(self, losses: Mapping[str, Tensor], fraction: float | Tensor = 1.0) -> Tensor:
-        """The weighted sum.
-
-        Args:
-            losses: scalars by name, contributions to a mean over the global batch; other names are ignored.
-            fraction: of the global batch that they cover.
-        """
+        """The weighted sum of scalar losses, which cover a fraction of the global batch; other names are ignored."""
         values = torch.stack([losses[name] for name in self.base_weights])  # [n]
         total = (self.weights().to(values) * values).sum()
         if self.log_variance is not None:

@@ -21,14 +21,8 @@ from ssmttm.errors import UserError
 
 @torch.no_grad()
 def transfer_decoder(teacher: Codec, student: StudentCodec, batches: Sequence[Tensor]) -> list[str]:
-    """Initialise a student's decoder from its teacher's.
-
-    Args:
-        batches: codes [B, K, T] on which the energy of channels is measured.
-
-    Returns:
-        Names of the student's parameters that were set; empty if the decoders are of different kinds.
-    """
+    """Initialise a student's decoder from its teacher's, with channel energies measured on batches of codes [B, K, T].
+    Returns the names of the parameters that were set: none if the decoders are of different kinds."""
     decoder = student.decoder
     if isinstance(teacher, TinyCodec) and isinstance(decoder, SpectralDecoder):
         weights = _slice_spectral(teacher, decoder, batches)

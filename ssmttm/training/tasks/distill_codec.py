@@ -26,11 +26,8 @@ _CALIBRATION_BATCHES = 4
 
 class CodecDistillTask(CodecTask):
     """A `StudentCodec` learns to decode its teacher's codes of audio crops with the losses of a codec, the adversarial
-    loss, and `decoder`, the distance of its decoder stages from its teacher's.
-
-    Args:
-        config: as for `CodecTask` with `codec_student` instead of `codec`; `teacher`, an argument of `load_codec`.
-    """
+    loss, and `decoder`, the distance of its decoder stages from its teacher's. Of the config it reads `teacher`, an
+    argument of `load_codec`, and `codec_student` instead of `codec`."""
 
     codec: StudentCodec
 

@@ -41,9 +41,6 @@ class DistillTask(LanguageModelTask):
 
     The first `distill.mixer_steps` train on mixer matching alone, the next `distill.hidden_steps` on hidden states
     alone, all others on `cross_entropy`, `kl` and `hidden` with the weights in `losses` and `distill.weighting`.
-
-    Args:
-        config: as for `LanguageModelTask`, `teacher`, `distill`.
     """
 
     model: TokenLM
@@ -199,13 +196,8 @@ def cache_metadata(config: DictConfig, task: DistillTask) -> dict[str, Any]:
 
 
 def cache_teacher(config: DictConfig, out: Path, k: int) -> Path:
-    """Cache the teacher's top-k logits for every training segment, with the crops of `data.fixed_crops`.
-
-    Runs on the device and in the precision of a training on this machine.
-
-    Args:
-        config: of the distillation that will read the cache.
-    """
+    """Cache the teacher's top-k logits for every training segment, with the crops of `data.fixed_crops`, for the
+    distillation of this config; runs on its device and in its precision."""
     config = config.copy()
     config.data.fixed_crops, config.distill.cache = True, None
     config.distill.transfer.layers = config.distill.transfer.width = None  # the student is not run

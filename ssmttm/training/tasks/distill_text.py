@@ -40,11 +40,7 @@ _CALIBRATION_BATCHES = 4
 
 class TextDistillTask(LanguageModelTask):
     """Trains a student text encoder, `model`, with the schedule of `optim`, and from `text_student.joint_step` on the
-    language model, `lm`, with the constant learning rate `optim.module_lr.lm`.
-
-    Args:
-        config: as for `LanguageModelTask`, `teacher`, `text_student`; `model` and `pattern` are the teacher's.
-    """
+    language model, `lm`, with the constant rate `optim.module_lr.lm`. `model` and `pattern` are the teacher's."""
 
     model: TokenLM
 
@@ -161,7 +157,8 @@ class TextDistillTask(LanguageModelTask):
 
     def _build_student(self, source: TextEncoder) -> tuple[StudentEncoder, Any]:
         """The student before training, and its tokenizer."""
-        settings, config = self.config.text_student, source.model.config
+        settings = self.config.text_student
+        config: Any = source.model.config
         layers, captions = None, None
         if settings.n_layers is not None:
             layers = layer_map("even", settings.n_layers, config.num_hidden_layers)
