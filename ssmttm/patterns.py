@@ -22,17 +22,11 @@ from ssmttm.errors import UserError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Frame t of codebook k is at position `offsets[k] + passes[k] * T + stride * t`.
+    """Frame t of codebook k is at position `offsets[k] + passes[k] * T + stride * t`."""
 
-    Attributes:
-        offsets: delay of each codebook in positions.
-        passes: number of passes over all T frames before each codebook starts.
-        stride: positions between frames.
-    """
-
-    offsets: tuple[int, ...]
-    passes: tuple[int, ...]
-    stride: int
+    offsets: tuple[int, ...]  # delay of each codebook in positions
+    passes: tuple[int, ...]  # passes over all T frames before each codebook starts
+    stride: int  # positions between frames
 
     @property
     def n_codebooks(self) -> int:

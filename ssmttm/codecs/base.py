@@ -13,17 +13,11 @@ from ssmttm.errors import UserError
 
 
 class CodecOutput(NamedTuple):
-    """Output of a codec's training forward.
+    """Output of a codec's training forward."""
 
-    Attributes:
-        audio: reconstruction, float [B, 1, S], of the input's length.
-        codes: int64 [B, K, T].
-        losses: scalars `codebook` and `commitment` (DAC, arXiv 2306.06546, section 3.2).
-    """
-
-    audio: Tensor
-    codes: Tensor
-    losses: dict[str, Tensor]
+    audio: Tensor  # [B, 1, S], of the input's length
+    codes: Tensor  # int64 [B, K, T]
+    losses: dict[str, Tensor]  # scalars `codebook` and `commitment` (DAC, arXiv 2306.06546, section 3.2)
 
 
 class Codec(nn.Module, ABC):
@@ -47,7 +41,7 @@ class Codec(nn.Module, ABC):
 
     @property
     def frame_rate(self) -> float:
-        """Frames a second."""
+        """Frames per second."""
         return self.sample_rate / self.hop_length
 
     @property
@@ -95,13 +89,7 @@ class Codec(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """Encode a waveform.
-
-        Args:
-            wav: float [B, 1, S] at `sample_rate`, S >= 1.
-
-        Returns:
-            int64 [B, K, T], T = ceil(S / hop_length).
+        """wav float [B, 1, S] at `sample_rate`, S >= 1 -> codes int64 [B, K, T], T = ceil(S / hop_length).
 
         Raises:
             UserError: the waveform has a wrong shape or dtype, or is not finite.
@@ -111,13 +99,7 @@ class Codec(nn.Module, ABC):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes.
-
-        Args:
-            codes: integers [B, K, T] in [0, codebook_size).
-
-        Returns:
-            float [B, 1, T * hop_length].
+        """Codes [B, K, T] in [0, codebook_size) -> wav float [B, 1, T * hop_length].
 
         Raises:
             UserError: the codes have a wrong shape or dtype, or are out of range.
@@ -148,16 +130,10 @@ class Codec(nn.Module, ABC):
         return torch.stack(codes, dim=1)
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode chunks of codes; the concatenated audio equals `decode` of the concatenated codes.
+        """Decode chunks of codes [B, K, t >= 0] into audio [B, 1, s] whose concatenation equals `decode` of all codes.
 
-        A frame is yielded as soon as its look-ahead is available. A codec with unbounded `context` (None) yields all
+        A frame is yielded as soon as its look-ahead is available; a codec with unbounded `context` (None) yields all
         audio at the end.
-
-        Args:
-            chunks: codes [B, K, t], t >= 0.
-
-        Yields:
-            float [B, 1, s], s a multiple of `hop_length`.
         """
         if self.context is None:
             parts = list(chunks)
@@ -221,16 +197,7 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def nearest(vectors: Tensor, book: Tensor, similarity: str) -> Tensor:
-    """Index of the codebook entry nearest to each vector.
-
-    Args:
-        vectors: [..., c].
-        book: [V, c].
-        similarity: "cosine" (DAC, arXiv 2306.06546) or "euclidean".
-
-    Returns:
-        int64 [...].
-    """
+    """Index of the entry of `book` [V, c] nearest to each vector [..., c] by "cosine" (DAC) or "euclidean": [...]."""
     if similarity == "cosine":
         return (vectors @ F.normalize(book, dim=-1).T).argmax(dim=-1)
     return (2 * vectors @ book.T - book.square().sum(dim=-1)).argmax(dim=-1)

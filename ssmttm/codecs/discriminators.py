@@ -18,9 +18,7 @@ class DiscriminatorOutput(NamedTuple):
 class STFTDiscriminator(nn.Module):
     """2-D convolutions over a complex spectrogram (EnCodec, arXiv 2210.13438, section 3.4, with earlier strides).
 
-    Args:
-        window: STFT window in samples; the hop is half of it.
-        channels: width of the hidden layers.
+    `window` is the STFT window in samples; the hop is half of it.
     """
 
     window: Tensor

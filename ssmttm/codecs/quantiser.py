@@ -15,12 +15,8 @@ class ResidualQuantiser(nn.Module):
     dropout masks codebooks, so every parameter gets a gradient in every step and DistributedDataParallel needs no
     `find_unused_parameters`.
 
-    Args:
-        width: D, width of the input.
-        n_codebooks: K.
-        codebook_size: V.
-        codebook_dim: c, width of the codebook entries.
-        dropout: fraction of training items that keep only a random number of codebooks.
+    `dropout` is the fraction of training items that keep only a random number of codebooks. Shapes: D input width, c
+    codebook width.
     """
 
     usage: Tensor
@@ -36,14 +32,8 @@ class ResidualQuantiser(nn.Module):
         self.register_buffer("seeded", torch.zeros((), dtype=torch.bool))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Quantise, with straight-through gradients.
-
-        Args:
-            z: [B, T, D].
-
-        Returns:
-            The quantised z [B, T, D], codes int64 [B, K, T], losses `codebook` and `commitment` (mean over codebooks).
-        """
+        """z [B, T, D] -> quantised z with straight-through gradients, codes int64 [B, K, T], and the losses `codebook`
+        and `commitment` (mean over codebooks)."""
         if self.training and not self.seeded:
             self._seed(z)
         active = self._active(z)  # [K, B]
@@ -80,13 +70,9 @@ class ResidualQuantiser(nn.Module):
 
     @torch.no_grad()
     def restart_unused(self, z: Tensor, min_usage: float = 0.05) -> Tensor:
-        """Re-seed entries whose usage since the last call is below `min_usage` of the mean, and reset the counts.
+        """Re-seed entries used less than `min_usage` of the mean since the last call, and reset the counts.
 
-        Args:
-            z: [B, T, D], encoder output of a training batch; entries become random vectors of their codebook's input.
-
-        Returns:
-            Number of re-seeded entries, int64 [K].
+        They become random inputs of their codebook for z [B, T, D]. Returns the number of re-seeded entries, int64 [K].
         """
         unused = unused_entries(self.usage, min_usage)  # [K, V]
         self._reseed(z, unused)

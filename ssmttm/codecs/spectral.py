@@ -1,5 +1,7 @@
 """Modules of the spectral codec: STFT features, ConvNeXt blocks, inverse-STFT head (Vocos, arXiv 2306.00814)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,10 +13,7 @@ class STFT(nn.Module):
     """Hann-windowed STFT whose frame t is centred on hop t, and its least-squares inverse.
 
     A waveform of n hops gives n frames and back: no frame extends past the ends, so whole and streamed audio agree.
-
-    Args:
-        window: length in samples, a multiple of 2 * hop.
-        hop: in samples.
+    `window`, in samples, is a multiple of 2 * hop.
     """
 
     window: Tensor
@@ -54,14 +53,9 @@ def spectral_features(spectrum: Tensor) -> Tensor:
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution over time, then a pointwise MLP, with a scaled residual (arXiv 2201.03545; Vocos).
+    """Depthwise convolution over time, then a pointwise MLP of width D * expansion (arXiv 2201.03545; Vocos).
 
-    Args:
-        width: D.
-        expansion: hidden width of the MLP in units of D.
-        kernel: taps of the convolution.
-        look_ahead: taps in the future.
-        scale: initial scale of the residual branch.
+    `look_ahead` of the kernel's taps are in the future; `scale` is the initial scale of the residual branch.
     """
 
     def __init__(self, width: int, expansion: int, kernel: int, look_ahead: int, scale: float) -> None:
@@ -109,3 +103,15 @@ class InverseSTFTHead(nn.Module):
     def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
         """The two parts of a spectrum, both [B, n, F] -> wav [B, n * hop]."""
         return self.stft.inverse(torch.complex(real, imaginary))
+
+
+def decoder_context(
+    blocks: tuple[int, int], look_ahead: tuple[int, int], kernel: int, upsampling: int, stft: STFT
+) -> tuple[int, int]:
+    """Code frames of history and of look-ahead that one frame of audio depends on: ConvNeXt blocks at the frame rate
+    and at `upsampling` times the frame rate, then an inverse STFT."""
+    overlap = math.ceil(stft.margin / stft.hop)  # neighbours in the inverse STFT
+    (coarse, fine), (ahead, ahead_fine) = blocks, look_ahead
+    past, past_fine = kernel - 1 - ahead, kernel - 1 - ahead_fine
+    history = coarse * past + math.ceil((fine * past_fine + overlap) / upsampling)
+    return history, coarse * ahead + math.ceil((fine * ahead_fine + overlap) / upsampling)

@@ -1,7 +1,6 @@
 """TinyCodec: a spectral codec that trains and decodes on a CPU."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ssmttm.codecs.base import Codec, CodecOutput
 from ssmttm.codecs.folder import read_folder, write_folder
 from ssmttm.codecs.quantiser import ResidualQuantiser
-from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, spectral_features
+from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, decoder_context, spectral_features
 from ssmttm.errors import UserError
 
 MODEL_TYPE = "ssmttm_tiny_codec"
@@ -90,7 +89,7 @@ class TinyCodec(Codec):
         self.up = nn.Linear(c.decoder_width, 2 * c.decoder_width)  # transposed convolution of two taps, stride 2
         self.decoder_fine = Stack(c.decoder_blocks[1], c.decoder_width, c.expansion, c.kernel, ahead_fine)
         self.head = InverseSTFTHead(c.decoder_width, self.stft)
-        self.context = _decoder_context(c)
+        self.context = decoder_context(c.decoder_blocks, c.decoder_look_ahead, c.kernel, 2, self.stft)
 
     def forward(self, wav: Tensor) -> CodecOutput:
         """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
@@ -142,11 +141,3 @@ class TinyCodec(Codec):
         codec = read_folder(folder, lambda config: cls(TinyCodecConfig(**config), name or Path(folder).name))
         codec.quantiser.seeded.fill_(True)
         return codec
-
-
-def _decoder_context(c: TinyCodecConfig) -> tuple[int, int]:
-    """Code frames of history and look-ahead that one code frame of audio depends on."""
-    overlap = math.ceil((c.window - c.hop_length // 2) / c.hop_length)  # neighbours in the inverse STFT, fine frames
-    (coarse, fine), (ahead_coarse, ahead_fine) = c.decoder_blocks, c.decoder_look_ahead
-    history = coarse * (c.kernel - 1 - ahead_coarse) + math.ceil((fine * (c.kernel - 1 - ahead_fine) + overlap) / 2)
-    return history, coarse * ahead_coarse + math.ceil((fine * ahead_fine + overlap) / 2)

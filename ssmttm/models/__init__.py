@@ -17,11 +17,7 @@ KINDS: dict[str, tuple[type, type]] = {
 
 
 def build_model(config: Mapping[str, Any]) -> TokenLM | LatentDenoiser:
-    """Build the model of a config's `model` section: `kind`, and the fields of that kind's config class.
-
-    Raises:
-        UserError: the kind or a field is unknown, or a value is invalid.
-    """
+    """Build the model of a config's `model` section: `kind`, and the fields of its config class. Raises UserError."""
     options = {key: value if isinstance(value, str | Mapping) or not isinstance(value, Sequence) else list(value)
                for key, value in config.items()}  # fmt: skip
     kind = options.pop("kind", None)

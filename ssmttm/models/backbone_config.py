@@ -13,10 +13,8 @@ _MIXER_OPTIONS = ("d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_si
 class BackboneConfig:
     """Keys of a config's `model` section that every kind of model has.
 
-    layers: the name of a mixer, or a list of names that is repeated over the depth, such as five mamba2 and an
-    attention. d_state to chunk_size: of the state-space mixers. n_heads: of attention and cross-attention. text_dim:
-    width of the text embeddings. text_norm: LayerNorm after the text projection. chroma, tempo: controls the model is
-    built with.
+    layers: the name of a mixer, or a list of names that is repeated over the depth. n_heads: of attention and
+    cross-attention. text_norm: LayerNorm after the text projection. chroma, tempo: controls the model is built with.
     """
 
     n_codebooks: int = 8
@@ -49,7 +47,6 @@ class BackboneConfig:
 
     @property
     def mixer_options(self) -> dict[str, Any]:
-        """The options that mixers are built with."""
         return {key: getattr(self, key) for key in _MIXER_OPTIONS}
 
 

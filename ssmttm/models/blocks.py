@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmttm.models.conditioning import ProjectedText
-from ssmttm.models.cross_attention import TextKeys
 from ssmttm.ops.linear import Linear
 
 
@@ -56,6 +55,9 @@ class AdaLN(nn.Module):
         return self.linear(F.silu(mean)).unflatten(-1, (3, -1)) + mean.new_tensor([0.0, 1.0, 1.0])[:, None]
 
 
+Text = ProjectedText | None
+
+
 @dataclass
 class SublayerState:
     """`inner`: the mixer's state or the text's keys. `adaln`: [B, 3, D]. None where the sublayer has none."""
@@ -91,10 +93,7 @@ def build_norm(kind: str, d_model: int) -> nn.Module:
 
 
 class Sublayer(nn.Module):
-    """Norm, adaLN, `inner`, layer scale, dropout: the term that is added to the residual stream.
-
-    `inner` is a mixer (`ssmttm.mixers`), or what a subclass says.
-    """
+    """Norm, adaLN, `inner` (a mixer, unless a subclass says otherwise), layer scale, dropout."""
 
     inner: Any
 
@@ -107,9 +106,7 @@ class Sublayer(nn.Module):
         self.layer_scale = None if scale is None else nn.Parameter(torch.full((d_model,), float(scale)))
         self.adaln = AdaLN(d_model) if config.use_adaln else None
 
-    def forward(
-        self, x: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, text: Text, state: SublayerState | None, mask: Tensor | None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. With a state, what later steps need of the text is stored in it."""
         adaln = self._adaln_of_text(x, text, state)
         h = self._modulate(self.norm(x), adaln)
@@ -141,9 +138,7 @@ class Sublayer(nn.Module):
         with torch.no_grad():
             self._residual_projection().weight.div_(math.sqrt(2 * n_layers))
 
-    def _inner_forward(
-        self, h: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
-    ) -> Tensor:
+    def _inner_forward(self, h: Tensor, text: Text, state: SublayerState | None, mask: Tensor | None) -> Tensor:
         return self.inner(h, None if state is None else state.inner, mask)
 
     def _inner_flops(self, n_tokens: int, n_text_tokens: int) -> int:
@@ -152,7 +147,7 @@ class Sublayer(nn.Module):
     def _residual_projection(self) -> nn.Linear:
         return self.inner.out_proj
 
-    def _adaln_of_text(self, x: Tensor, text: ProjectedText | None, state: SublayerState | None) -> Tensor | None:
+    def _adaln_of_text(self, x: Tensor, text: Text, state: SublayerState | None) -> Tensor | None:
         """[B, 3, D], from the text, from the state if the text came earlier, or for no text."""
         if self.adaln is None:
             return None
@@ -166,12 +161,12 @@ class Sublayer(nn.Module):
     def _modulate(self, h: Tensor, adaln: Tensor | None) -> Tensor:
         if adaln is None:
             return h
-        shift, scale, _ = _broadcast_adaln(adaln, h)
+        shift, scale, _ = (adaln[:, None] if h.ndim == 3 else adaln).unbind(-2)
         return h * scale + shift
 
     def _scale(self, y: Tensor, adaln: Tensor | None) -> Tensor:
         if adaln is not None:
-            y = y * _broadcast_adaln(adaln, y)[2]
+            y = y * (adaln[:, None] if y.ndim == 3 else adaln).unbind(-2)[2]
         if self.layer_scale is not None:
             y = y * self.layer_scale
         return self.dropout(y)
@@ -180,19 +175,14 @@ class Sublayer(nn.Module):
 class CrossAttentionSublayer(Sublayer):
     """`inner` is a `CrossAttention`; its state is the text's keys."""
 
-    def _inner_forward(
-        self, h: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
-    ) -> Tensor:
-        return self.inner(h, self._keys(h, text, state))
-
-    def _keys(self, h: Tensor, text: ProjectedText | None, state: SublayerState | None) -> TextKeys:
-        """From the text, from the state if the text came earlier, or for no text."""
+    def _inner_forward(self, h: Tensor, text: Text, state: SublayerState | None, mask: Tensor | None) -> Tensor:
+        """With keys of the text, of the state if the text came earlier, or of no text."""
         if text is None:
-            return self.inner.init_state(len(h), h.device, h.dtype) if state is None else state.inner
+            return self.inner(h, self.inner.init_state(len(h), h.device, h.dtype) if state is None else state.inner)
         keys = self.inner.project_keys(*text)
         if state is not None:
             state.inner = keys.detach()
-        return keys
+        return self.inner(h, keys)
 
     def _inner_flops(self, n_tokens: int, n_text_tokens: int) -> int:
         return self.inner.flops(n_tokens, n_text_tokens)
@@ -207,19 +197,11 @@ class MLPSublayer(Sublayer):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def _inner_forward(
-        self, h: Tensor, text: ProjectedText | None, state: SublayerState | None, mask: Tensor | None
-    ) -> Tensor:
+    def _inner_forward(self, h: Tensor, text: Text, state: SublayerState | None, mask: Tensor | None) -> Tensor:
         return self.inner(h)
 
     def _residual_projection(self) -> nn.Linear:
         return self.inner.fc2
-
-
-def _broadcast_adaln(adaln: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """[B, 3, D] -> shift, scale, gate that broadcast over x, [B, T, D] or [B, D]."""
-    parts = adaln.unbind(1)
-    return tuple(part[:, None] for part in parts) if x.ndim == 3 else parts
 
 
 class Block(nn.Module):
@@ -232,11 +214,7 @@ class Block(nn.Module):
         self.sublayers = nn.ModuleList(sublayers)
 
     def forward(
-        self,
-        x: Tensor,
-        text: ProjectedText | None = None,
-        states: list[SublayerState] | None = None,
-        mask: Tensor | None = None,
+        self, x: Tensor, text: Text = None, states: list[SublayerState] | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D]; one state per sublayer; mask [B, T]."""
         for index, sublayer in enumerate(self.sublayers):

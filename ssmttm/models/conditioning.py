@@ -50,11 +50,9 @@ class TextProjection(nn.Module):
 
     def forward(self, text: TextCondition) -> ProjectedText:
         """Raises UserError if the embeddings are not `text_dim` wide."""
-        if text.embeddings.shape[-1] != self.linear.in_features:
-            raise UserError(
-                f"the text embeddings have width {text.embeddings.shape[-1]}, model.text_dim is "
-                f"{self.linear.in_features}: use the text encoder the model was built for"
-            )
+        width, text_dim = text.embeddings.shape[-1], self.linear.in_features
+        if width != text_dim:
+            raise UserError(f"text embeddings have width {width}, model.text_dim is {text_dim}: use its text encoder")
         padding = ~text.mask[..., None]
         embeddings = text.embeddings.masked_fill(padding, 0).to(self.linear.weight.dtype)
         return ProjectedText(self.norm(self.linear(embeddings)).masked_fill(padding, 0), text.mask)

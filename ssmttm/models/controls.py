@@ -28,11 +28,9 @@ class SupportsControls(Protocol):
 
 @dataclass(frozen=True)
 class Controls:
-    """Controls of a batch.
+    """Controls of a batch. chroma: [B, 12, T], strength of each pitch class in [0, 1]. tempo: [B], beats per minute.
 
-    Attributes:
-        chroma: [B, 12, T], strength of each pitch class in [0, 1], NaN where absent; None: no melody.
-        tempo: [B], beats per minute, NaN where absent; None: no tempo.
+    NaN where an item has none; None where no item has one.
     """
 
     chroma: Tensor | None = None
@@ -66,14 +64,7 @@ class Controls:
         return Controls(self.chroma if config.chroma else None, self.tempo if config.tempo else None)
 
     def check(self, config: SupportsControls, name: str, batch: int, length: int) -> None:
-        """Check the controls against a model's config and the batch size and length of its other inputs.
-
-        Args:
-            name: the kind of model, for the message.
-
-        Raises:
-            UserError: the model was not built with one of them, or a shape does not fit.
-        """
+        """Raises UserError if the model (`name` in the message) was not built with one of them, or a shape is wrong."""
         expected: dict[str, tuple[int, ...]] = {"chroma": (batch, N_PITCH_CLASSES, length), "tempo": (batch,)}
         for key, shape in expected.items():
             value = getattr(self, key)

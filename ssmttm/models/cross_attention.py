@@ -47,11 +47,7 @@ class TextKeys:
 
 
 class CrossAttention(HeadProjections):
-    """Multi-head attention to the text; `dropout` acts on the attention weights, in training only.
-
-    Raises:
-        UserError: `n_heads` does not divide `d_model`.
-    """
+    """Multi-head attention to the text; `dropout` acts on the attention weights, in training only."""
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__(d_model, n_heads, dropout, bias=False, out_bias=bias)
@@ -82,11 +78,8 @@ class CrossAttention(HeadProjections):
         """Keys of no text."""
         weight = self.k_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        shape = (batch_size, self.n_heads, SLOTS, weight.shape[0] // self.n_heads)
-        mask = torch.zeros(batch_size, SLOTS, dtype=torch.bool, device=device)
-        return TextKeys(
-            torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), mask
-        )
+        k = torch.zeros(batch_size, self.n_heads, SLOTS, len(weight) // self.n_heads, device=device, dtype=dtype)
+        return TextKeys(k, k.clone(), torch.zeros(batch_size, SLOTS, dtype=torch.bool, device=device))
 
     def flops(self, n_tokens: int, n_text_tokens: int) -> int:
         """Forward FLOPs of `n_tokens` positions over `n_text_tokens` text tokens."""

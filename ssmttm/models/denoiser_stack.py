@@ -58,21 +58,10 @@ class DenoiserBlock(nn.Module):
 
 
 class DenoiserStack(nn.Module):
-    """Blocks in sequence.
-
-    Args:
-        layers: names of mixers, repeated over the depth.
-        options: sizes of the mixers, see `LatentDenoiserConfig`.
-    """
+    """Blocks in sequence; `layers` names their mixers and is repeated over the depth, `options` are the mixers'."""
 
     def __init__(
-        self,
-        d_model: int,
-        n_layers: int,
-        layers: Sequence[str],
-        time_dim: int,
-        mlp_ratio: float,
-        options: dict[str, Any],
+        self, d_model: int, n_layers: int, layers: Sequence[str], time_dim: int, mlp_ratio: float, options: dict
     ) -> None:
         super().__init__()
         heads, dropout = options["n_heads"], options["dropout"]

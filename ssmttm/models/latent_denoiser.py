@@ -72,23 +72,14 @@ class LatentDenoiserConfig(BackboneConfig):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the denoiser is conditioned on.
+    """What the denoiser is conditioned on."""
 
-    Attributes:
-        coarse_latents: [B, S, T], normalised latents of the coarse codes.
-        text: B captions; the null condition is the embedding of the empty caption.
-        has_coarse: [B] bool, False where the coarse latents are dropped; None: all are given.
-        coarse_noise_aug: [B], standard deviation of the noise added to the coarse latents; None: none.
-        controls: chroma by frame [B, 12, T] and tempo.
-        mask: [B, T] bool, True at valid frames; None: all are valid.
-    """
-
-    coarse_latents: Tensor
-    text: TextCondition
-    has_coarse: Tensor | None = None
-    coarse_noise_aug: Tensor | None = None
-    controls: Controls = field(default_factory=Controls)
-    mask: Tensor | None = None
+    coarse_latents: Tensor  # [B, S, T], normalised latents of the coarse codes
+    text: TextCondition  # B captions; the null condition is the embedding of the empty caption
+    has_coarse: Tensor | None = None  # [B] bool, False where the coarse latents are dropped; None: all are given
+    coarse_noise_aug: Tensor | None = None  # [B], standard deviation of the noise in the coarse latents; None: 0
+    controls: Controls = field(default_factory=Controls)  # chroma [B, 12, T] and tempo [B]
+    mask: Tensor | None = None  # [B, T] bool, True at valid frames; None: all are valid
 
     def with_text(self, text: TextCondition) -> "Conditions":
         return replace(self, text=text)
@@ -125,14 +116,7 @@ class LatentDenoiser(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        """The prediction of the diffusion objective.
-
-        Args:
-            noisy: [B, C, T], any T.
-            time: [B], 0 is clean and 1 is noise.
-
-        Returns:
-            [B, C, T].
+        """The prediction of the diffusion objective: noisy [B, C, T], time [B] (0 is clean, 1 is noise) -> [B, C, T].
 
         Raises:
             UserError: shapes do not fit, or the model was not built for one of the controls.

@@ -67,15 +67,9 @@ def size_of(model: Mapping[str, Any], frames: int, text_tokens: int = 32) -> Siz
 
 
 def fit_budget(model: Mapping[str, Any], parameters: int, vary: str = "n_layers") -> Fit:
-    """The depth or width whose model is nearest to `parameters`, all else unchanged.
+    """The depth or width whose model is nearest to `parameters`, all else unchanged. Raises UserError.
 
-    Args:
-        model: a config's `model` section.
-        parameters: the budget.
-        vary: "n_layers", in whole periods of a layer pattern, or "d_model", in steps that every head divides.
-
-    Raises:
-        UserError: unknown `vary`, or a budget below the smallest such model.
+    `vary`: "n_layers", in whole periods of a layer pattern, or "d_model", in steps that every head divides.
     """
     if vary not in VARIED:
         raise UserError(f"unknown --vary {vary!r}: choose from {', '.join(VARIED)}")

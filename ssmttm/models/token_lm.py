@@ -154,20 +154,15 @@ class TokenLM(nn.Module):
     def prefill(
         self, codes: Tensor, text: TextCondition | None, state: LMState, controls: Controls | None = None
     ) -> Tensor:
-        """Process the text, then codes [B, K, S], S >= 1, with chroma [B, 12, S]; `state` is updated in place.
+        """Process the text, then codes [B, K, S], S >= 1, with chroma [B, 12, S] -> the last logits, [B, K, V'].
 
-        Returns:
-            the last logits, [B, K, V'].
+        `state` is updated in place.
         """
         return self._logits(self._hidden(codes, text, state, controls)[-1][:, -1])
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: LMState, controls: Controls | None = None) -> Tensor:
-        """Process one position, codes [B, K], with chroma [B, 12, 1]; `state` is updated in place.
-
-        Returns:
-            logits [B, K, V'].
-        """
+        """Process one position, codes [B, K], with chroma [B, 12, 1] -> logits [B, K, V']. Updates `state` in place."""
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
         x = self._add_controls(x[:, None], controls)[:, 0]

@@ -120,12 +120,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down through the levels, attention in the middle, up again with skip connections.
-
-    Args:
-        mults: width of each level as a multiple of `d_model`.
-        n_blocks: residual blocks per level and direction.
-    """
+    """Levels down, attention in the middle, levels up with skip connections; widths are `mults` times `d_model`."""
 
     def __init__(
         self, d_model: int, mults: Sequence[int], n_blocks: int, time_dim: int, n_heads: int, dropout: float

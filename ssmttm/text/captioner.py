@@ -26,16 +26,9 @@ _FILES = ("*.json", "merges.txt", "chat_template*", "model*.safetensors")
 class AudioCaptioner:
     """Captions audio by greedy decoding, so that the same audio gives the same caption.
 
-    Args:
-        weights: a transformers folder with safetensors, or a hub name.
-        device: on a CPU the model runs in float32, else in the precision of the weights.
-        prompt: the instruction.
-        batch: clips per batch.
-        max_new_tokens: longer captions are cut after their last full sentence.
-
-    Attributes:
-        sample_rate: of the input audio, in Hz.
-        seconds: maximum clip length; the rest of a longer clip is ignored.
+    `weights` is a transformers folder with safetensors, or a hub name. On a CPU the model runs in float32, else in the
+    precision of the weights. Captions longer than `max_new_tokens` are cut after their last full sentence. Input audio
+    has `sample_rate` Hz; beyond `seconds` it is ignored.
 
     Raises:
         UserError: no such checkpoint, or not a Qwen2-Audio model.

@@ -30,15 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 class TextEncoder:
-    """A frozen encoder, built by `load_text_encoder`.
+    """A frozen encoder, built by `load_text_encoder`: a transformers model or a `StudentEncoder`, and its tokenizer.
 
-    Attributes:
-        name: the name given to `load_text_encoder`, or the folder's name.
-        dim: E.
-        fingerprint: first 16 hex digits of the SHA-256 of the weights.
-        max_tokens: longer captions are truncated, with a warning.
-        model: a transformers model, or a `StudentEncoder`.
-        tokenizer: a transformers tokenizer.
+    `dim` is E; captions longer than `max_tokens` are truncated, with a warning; `fingerprint` is the first 16 hex
+    digits of the SHA-256 of the weights.
     """
 
     def __init__(self, name: str, model: torch.nn.Module, tokenizer: Any, fingerprint: str, max_tokens: int) -> None:
@@ -54,10 +49,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextCondition:
-        """Token states of B captions, including special tokens, so that the empty caption has tokens too.
+        """Token states of B captions, float32 [B, L, E] on the encoder's device, left-padded, and their mask [B, L].
 
-        Returns:
-            embeddings float32 [B, L, E] on the encoder's device, left-padded, and the mask [B, L].
+        Special tokens are included, so the empty caption has tokens too.
         """
         if not captions:
             raise ValueError("no caption to encode")
@@ -75,9 +69,6 @@ class TextEncoder:
         The encoder masks the padding, but the states at padding are kept as if they were text. With 60 tokens of id 1
         (T5's </s>) this is what the code of arXiv 2601.14786 does; a caption's condition then depends on the longest
         caption that it is encoded with.
-
-        Returns:
-            embeddings float32 [B, L, E] and the mask [B, L], L >= `n_tokens`.
         """
         tokens = self._tokenize(list(captions))
         missing = max(0, n_tokens - tokens["input_ids"].shape[1])

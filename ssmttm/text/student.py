@@ -86,31 +86,20 @@ class StudentEncoder(nn.Module):
 
 
 class StudentShape(NamedTuple):
-    """What a student keeps of its source encoder; None: all.
+    """What a student keeps of its source encoder; None: all."""
 
-    Attributes:
-        layers: layer numbers, counted from 1.
-        width: hidden width.
-        mlp: hidden units of each MLP.
-        positions: length of the position table.
-    """
-
-    layers: Sequence[int] | None = None
-    width: int | None = None
-    mlp: int | None = None
-    positions: int | None = None
+    layers: Sequence[int] | None = None  # layer numbers, counted from 1
+    width: int | None = None  # hidden width
+    mlp: int | None = None  # hidden units of each MLP
+    positions: int | None = None  # length of the position table
 
 
 def build_student(
     model: Any, tokenizer: Any, dim: int, shape: StudentShape, captions: Iterable[str] | None = None
 ) -> tuple[StudentEncoder, Any]:
-    """A student and its tokenizer.
+    """A student of output width `dim` and its tokenizer, from a transformers encoder or another student.
 
-    Args:
-        model, tokenizer: the source, a transformers encoder or a student; they are not changed.
-        dim: E.
-        shape: the student's sizes.
-        captions: the vocabulary is trimmed to these captions; None: it is not trimmed.
+    The vocabulary is trimmed to the captions; None: it is not trimmed. The source is not changed.
 
     Raises:
         UserError: the shape does not fit, or the vocabulary cannot be trimmed.

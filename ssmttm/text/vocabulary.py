@@ -24,10 +24,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 def trim(model: Any, tokenizer: Any, captions: Iterable[str]) -> tuple[Any, Any]:
     """A copy of an encoder and tokenizer with only special tokens, ASCII characters and the tokens of some captions.
 
-    Args:
-        model: a BertModel or a T5EncoderModel.
-        tokenizer: its fast tokenizer.
-        captions: their tokens and states are the same, bit for bit, after trimming.
+    `model` is a BertModel or a T5EncoderModel. The captions have the same tokens and states, bit for bit, as before.
 
     Raises:
         UserError: the vocabulary has no word of the captions, or the tokenizer is of an unsupported kind.

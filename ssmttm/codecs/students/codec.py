@@ -19,16 +19,11 @@ DECODERS = {"spectral": (SpectralDecoder, SpectralConfig), "conv": (ConvDecoder,
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The teacher codec, its codebooks' sizes, and the student's decoder.
+    """The teacher codec, its codebooks' sizes, and the student's decoder: `kind` ("spectral" or "conv") and the fields
+    of its config (`ssmttm.codecs.students.decoders`)."""
 
-    Attributes:
-        teacher: name of the teacher.
-        fingerprint: of the teacher.
-        decoder: `kind` ("spectral" or "conv") and the fields of its config, see `ssmttm.codecs.students.decoders`.
-    """
-
-    teacher: str
-    fingerprint: str
+    teacher: str  # name of the codec
+    fingerprint: str  # of the teacher
     similarity: Literal["cosine", "euclidean"]
     sample_rate: int
     hop_length: int
@@ -63,10 +58,7 @@ class StudentCodec(Codec):
 
     @classmethod
     def from_teacher(cls, teacher: Codec, decoder: Mapping[str, Any], name: str = "student") -> "StudentCodec":
-        """A student with the teacher's codebooks and a decoder with random weights.
-
-        Args:
-            decoder: as `StudentConfig.decoder`.
+        """A student with the teacher's codebooks and a decoder (as `StudentConfig.decoder`) with random weights.
 
         Raises:
             UserError: the teacher is a student itself, or the decoder is invalid.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack
+from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, decoder_context
 from ssmttm.errors import UserError
 
 DILATIONS = (1, 3, 9)
@@ -104,13 +104,8 @@ class SpectralDecoder(nn.Module):
     @property
     def context(self) -> tuple[int, int]:
         """Frames of history and of look-ahead that one frame of audio depends on."""
-        c, stft = self.config, self.head.stft
-        overlap = math.ceil(stft.margin / stft.hop)  # neighbours in the inverse STFT
-        (coarse, fine), (ahead, ahead_fine) = c.blocks, c.look_ahead
-        past, past_fine = c.kernel - 1 - ahead, c.kernel - 1 - ahead_fine
-        history = coarse * past + math.ceil((fine * past_fine + overlap) / c.upsampling)
-        look_ahead = coarse * ahead + math.ceil((fine * ahead_fine + overlap) / c.upsampling)
-        return history, look_ahead
+        c = self.config
+        return decoder_context(c.blocks, c.look_ahead, c.kernel, c.upsampling, self.head.stft)
 
     def flops(self, n_frames: int) -> int:
         """FLOPs of matrix products and convolutions for one clip."""
