@@ -375,8 +375,8 @@ def test_training_reduces_text_loss_and_keeps_language_model(config_of, teacher)
 
 
 def test_student_with_another_tokenizer_learns(config_of, folders):
-    told = (*SMALL, f"text_student.encoder={folders['t5']}", "train.steps=40", "optim.lr=0.02")
-    run = loop.train(config_of(*told))
+    overrides = (*SMALL, f"text_student.encoder={folders['t5']}", "train.steps=40", "optim.lr=0.02")
+    run = loop.train(config_of(*overrides))
     found = [json.loads(line).get("text") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert found[-1] < 0.6 * found[0]
 
@@ -392,10 +392,10 @@ def test_throughput_counts_the_current_phase(config_of):
 
 
 def test_training_of_two_phases_resumes_exactly(config_of, monkeypatch):
-    asked = (*SMALL, "text_student.joint_step=4", "train.steps=7", "data.caption_dropout=0.3", "train.eval_every=4")
-    stopped = config_of(*asked, name="stopped")
+    overrides = (*SMALL, "text_student.joint_step=4", "train.steps=7", "data.caption_dropout=0.3", "train.eval_every=4")
+    stopped = config_of(*overrides, name="stopped")
     train_with_stops(stopped, TextDistillTask, (2, 5), monkeypatch)
-    unbroken = run_contents(loop.train(config_of(*asked, name="unbroken")))
+    unbroken = run_contents(loop.train(config_of(*overrides, name="unbroken")))
     assert_same_runs(unbroken, run_contents(Path(stopped.run_dir)))
     assert {"model", "lm", "ema", "optimizer"} == unbroken[0].keys()
 
@@ -445,15 +445,15 @@ def export_with_card(teacher, tmp_path, change):
 def test_null_condition_no_tokens_is_inherited_from_teacher(config_of, teacher, tmp_path):
     """As in MusicGen, a dropped caption has no tokens, in training and after export."""
     folder = export_with_card(teacher, tmp_path, lambda card: card["data"]["text"].update(null_condition="no_tokens"))
-    asked = (f"teacher={folder}", "text_student.joint_step=0", "data.caption_dropout=1", "train.steps=2")
-    task = TextDistillTask(config_of(*asked))
+    overrides = (f"teacher={folder}", "text_student.joint_step=0", "data.caption_dropout=1", "train.steps=2")
+    task = TextDistillTask(config_of(*overrides))
     before = losses_of(task)
     with torch.no_grad():
         task.encoder.projection.bias += 1
     after = losses_of(task)
     assert torch.equal(before["cross_entropy"], after["cross_entropy"]) and before["text"] < after["text"]
     assert before["kl"].item() < 1e-5
-    out = export(loop.train(config_of(*asked)), tmp_path / "out")
+    out = export(loop.train(config_of(*overrides)), tmp_path / "out")
     assert open_model_folder(out).null_condition == "no_tokens"
     assert torch.isfinite(MusicPipeline.from_pretrained(out)("a flute", duration=0.2).audios).all()
 
