@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from music import clips
+from small_music import clips
 
 from data_prep.audio.duplicates import SAME, _candidates, _passes, groups, near_pairs
 from ssmttm import audio

@@ -1,4 +1,4 @@
-"""Embedders: the contract, the published networks from random weights, and what each hears of spoilt music."""
+"""Embedders: the interface, the published networks with random weights, and metrics of degraded music."""
 
 import json
 import logging
@@ -7,17 +7,21 @@ import librosa
 import numpy as np
 import pytest
 import torch
-from music import RATE, SPOILT, clips
 from safetensors.torch import save_file
+from small_music import DEGRADATIONS, RATE, clips
 from torch import nn
 
+from ssmttm.audio.features import mel_filterbank
 from ssmttm.cli import train_embedder
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 from ssmttm.evaluation.embedders import EMBEDDERS, convnets, load_embedder, mono_at
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
 from ssmttm.evaluation.embedders.tiny import TinyEmbedder
-from ssmttm.evaluation.metrics.distances import clap_score, class_divergence, frechet_distance, kernel_distance
+from ssmttm.evaluation.metrics.clap_score import clap_score
+from ssmttm.evaluation.metrics.frechet import frechet_distance
+from ssmttm.evaluation.metrics.kernel import kernel_distance
+from ssmttm.evaluation.metrics.kl import kl_divergence
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +68,14 @@ def folder(tmp_path_factory):
 
 
 def write_weights(kind, path, prefix=""):
-    """Random weights of a network, under its published names."""
+    """Write random weights with the published names."""
     module = kind.__new__(kind)
-    fill, convnets._fill = convnets._fill, lambda *rest, **more: "0" * 16
+    load_weights, convnets._load_weights = convnets._load_weights, lambda *rest, **more: "0" * 16
     try:
         torch.manual_seed(1)
         module.__init__("unused")
     finally:
-        convnets._fill = fill
+        convnets._load_weights = load_weights
     tensors = {name: value.clone() for name, value in module.state_dict().items()}
     if path.suffix == ".pth":
         torch.save({"model": {**tensors, "spectrogram_extractor.stft.conv_real.weight": torch.ones(2)}}, path)
@@ -91,7 +95,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("name", EMBEDDERS)
-def test_every_embedder_keeps_the_contract(name, weights):
+def test_embedder_keeps_interface(name, weights):
     embedder = load_embedder(name, weights[name])
     assert isinstance(embedder, Embedder) and embedder.name == name and len(embedder.fingerprint) == 16
     generator = torch.Generator().manual_seed(0)
@@ -109,31 +113,31 @@ def test_every_embedder_keeps_the_contract(name, weights):
         posteriors = embedder.posteriors(wav)
         assert posteriors.shape == (2, len(embedder.classes)) and torch.allclose(posteriors.sum(1), torch.ones(2))
     if isinstance(embedder, JointEmbedder):
-        sound, words = embedder.joint_audio(wav), embedder.joint_text(["a slow waltz", "a fast jig in C"])
-        assert sound.shape == words.shape and torch.allclose(words.norm(dim=1), torch.ones(2), atol=1e-5)
+        audio, text = embedder.joint_audio(wav), embedder.joint_text(["a slow waltz", "a fast jig in C"])
+        assert audio.shape == text.shape and torch.allclose(text.norm(dim=1), torch.ones(2), atol=1e-5)
         alone = embedder.joint_text(["a slow waltz"])
-        torch.testing.assert_close(alone[0], words[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(alone[0], text[0], rtol=1e-3, atol=1e-4)
 
 
-def test_which_embedders_name_classes_and_read_captions():
+def test_tiny_embedder_is_classifier_and_joint_embedder():
     tiny = load_embedder("tiny")
     assert isinstance(tiny, Classifier) and isinstance(tiny, JointEmbedder) and len(tiny.classes) >= 10
     assert not isinstance(load_embedder("log_mel"), Classifier)
 
 
-def test_the_filter_banks_are_librosas():
-    ours = convnets._slaney_mel(64, 1024, 32_000, 50.0, 14_000.0).numpy()
+def test_mel_filterbanks_equal_librosa():
+    ours = mel_filterbank(32_000, 1024, 64, 50.0, 14_000.0).numpy()
     theirs = librosa.filters.mel(sr=32_000, n_fft=1024, n_mels=64, fmin=50, fmax=14_000)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    htk = convnets._htk_mel(64, 512, 16_000, 125.0, 7500.0).numpy()
+    htk = mel_filterbank(16_000, 512, 64, 125.0, 7500.0, scale="htk", norm=None, triangles="mel").numpy()
     theirs = librosa.filters.mel(sr=16_000, n_fft=512, n_mels=64, fmin=125, fmax=7500, htk=True, norm=None)
-    assert np.abs(htk - theirs).max() < 0.06  # theirs is linear in Hz within a filter, VGGish's in mel
+    assert np.abs(htk - theirs).max() < 0.06  # librosa's slopes are linear in Hz, VGGish's in mel
     peaks = [int(row.argmax()) for row in htk]
     assert peaks == sorted(peaks) and np.all(htk.max(1) > 0.5)
 
 
-def test_cnn14_hears_what_plain_layers_hear(folder, weights):
-    """The same weights in a plain chain of torch's own functions, on librosa's spectrogram."""
+def test_cnn14_equals_plain_layers(folder, weights):
+    """The same weights in plain torch functions, on librosa's spectrogram."""
     embedder = load_embedder("panns", weights["panns"])
     wav = 0.1 * torch.randn(1, 320_000, generator=torch.Generator().manual_seed(0))
     power = np.abs(librosa.stft(wav[0].numpy(), n_fft=1024, hop_length=320, pad_mode="reflect")) ** 2
@@ -150,9 +154,9 @@ def test_cnn14_hears_what_plain_layers_hear(folder, weights):
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "says"),
+    ("name", "source", "message"),
     [
-        ("tinny", None, "there are tiny"),
+        ("tinny", None, "must be one of tiny"),
         ("vggish", None, "weights.vggish=FILE"),
         ("panns", "nowhere.pth", "weights.panns=FILE"),
         ("clap", "nowhere", "nowhere"),
@@ -160,14 +164,14 @@ def test_cnn14_hears_what_plain_layers_hear(folder, weights):
         ("tiny", "nowhere", "train one"),
     ],
 )
-def test_missing_weights_are_one_clear_line(name, source, says, tmp_path, monkeypatch):
+def test_missing_weights_raise_one_line_error(name, source, message, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as caught:
         load_embedder(name, source and str(tmp_path / source))
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_damaged_weights_are_a_clear_error(tmp_path, weights):
+def test_damaged_weights_raise_error(tmp_path, weights):
     (tmp_path / "x.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="vggish"):
         load_embedder("vggish", str(tmp_path / "x.safetensors"))
@@ -179,35 +183,35 @@ def test_damaged_weights_are_a_clear_error(tmp_path, weights):
         load_embedder("tiny", str(tmp_path / "tiny"))
 
 
-def test_a_saved_embedder_is_the_same_and_its_hash_knows_the_weights(tmp_path):
+def test_embedder_save_load_and_fingerprint(tmp_path):
     embedder = load_embedder("tiny")
     embedder.save(tmp_path)
-    again = load_embedder("tiny", str(tmp_path))
-    assert again.fingerprint == embedder.fingerprint and again.classes == embedder.classes
+    loaded = load_embedder("tiny", str(tmp_path))
+    assert loaded.fingerprint == embedder.fingerprint and loaded.classes == embedder.classes
     with torch.no_grad():
-        again.tag.bias += 0.5
-    assert again.fingerprint != embedder.fingerprint
+        loaded.tag.bias += 0.5
+    assert loaded.fingerprint != embedder.fingerprint
     assert json.loads((tmp_path / "config.json").read_text())["held_out"]["true"]["recall_at_10"] > 0.9
 
 
-def test_channels_are_averaged_and_resampled():
+def test_mono_at_averages_channels_and_resamples():
     log_mel = load_embedder("log_mel")
     stereo = torch.stack([torch.ones(44_100), torch.zeros(44_100)])
     mono = mono_at(stereo, 44_100, log_mel)
     assert mono.shape == (1, 24_000) and float(mono[0, 12_000]) == pytest.approx(0.5, abs=0.01)
 
 
-# --- planted degradations -------------------------------------------------------------------------------------------
+# --- degraded music --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def embeddings():
-    """What each embedder makes of clean clips, spoilt ones, and of clips of the same pieces' other parts."""
+    """Embeddings of clean clips, degraded ones, and other clips of the same pieces as the reference."""
     logging.disable(logging.WARNING)
     wavs, captions = clips(0, 18)
     clean, captions = wavs[::3], captions[::3]
     sets = {"reference": [*wavs[1::3], *wavs[2::3]], "clean": clean}
-    sets |= {name: [degrade(w) for w in clean] for name, degrade in SPOILT.items()}
+    sets |= {name: [degrade(w) for w in clean] for name, degrade in DEGRADATIONS.items()}
     embedders = {name: load_embedder(name) for name in ("tiny", "log_mel", "codec")}
     vectors = {
         name: {kind: torch.cat([e.embed(w)[0] for w in wavs]) for kind, wavs in sets.items()}
@@ -219,45 +223,45 @@ def embeddings():
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
 @pytest.mark.parametrize("name", ["tiny", "log_mel", "codec"])
-@pytest.mark.parametrize("degraded", SPOILT)
-def test_spoilt_music_is_further_from_music_than_clean_music(embeddings, degraded, name, distance):
+@pytest.mark.parametrize("degraded", DEGRADATIONS)
+def test_distances_increase_for_degraded_music(embeddings, degraded, name, distance):
     vectors = embeddings[3][name]
     clean = distance(vectors["clean"], vectors["reference"])
     margin = 1.0 if degraded == "shuffled" else 1.5
     assert distance(vectors[degraded], vectors["reference"]) > margin * max(clean, 0)
 
 
-def test_silence_is_worse_than_any_music_however_spoilt(embeddings):
+def test_kernel_distance_is_largest_for_silence(embeddings):
     for name in ("tiny", "codec"):
         vectors = embeddings[3][name]
-        far = {kind: kernel_distance(vectors[kind], vectors["reference"]) for kind in vectors if kind != "reference"}
-        assert far["silence"] == max(far.values()), name
+        distances = {k: kernel_distance(vectors[k], vectors["reference"]) for k in vectors if k != "reference"}
+        assert distances["silence"] == max(distances.values()), name
 
 
-@pytest.mark.parametrize("degraded", SPOILT)
-def test_classes_and_captions_see_spoilt_music(embeddings, degraded):
+@pytest.mark.parametrize("degraded", DEGRADATIONS)
+def test_kl_and_clap_score_of_degraded_music(embeddings, degraded):
     tiny, sets, captions, _ = embeddings
     clean = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
     found = torch.cat([tiny.posteriors(w) for w in sets[degraded]])
-    assert float(class_divergence(found, clean).mean()) > 0.3
-    words = tiny.joint_text(captions)
-    sound, of_clean = (torch.cat([tiny.joint_audio(w) for w in sets[kind]]) for kind in (degraded, "clean"))
-    assert float(clap_score(sound, words).mean()) < float(clap_score(of_clean, words).mean()) - 0.03
+    assert float(kl_divergence(found, clean).mean()) > 0.3
+    text = tiny.joint_text(captions)
+    audio, of_clean = (torch.cat([tiny.joint_audio(w) for w in sets[kind]]) for kind in (degraded, "clean"))
+    assert float(clap_score(audio, text).mean()) < float(clap_score(of_clean, text).mean()) - 0.03
 
 
-def test_wrong_prompts_score_worse(embeddings):
+def test_clap_score_and_kl_of_wrong_prompts(embeddings):
     tiny, sets, captions, _ = embeddings
-    sound = torch.cat([tiny.joint_audio(w) for w in sets["clean"]])
+    audio = torch.cat([tiny.joint_audio(w) for w in sets["clean"]])
     wrong = [*captions[1:], captions[0]]
-    right_score, wrong_score = (float(clap_score(sound, tiny.joint_text(c)).mean()) for c in (captions, wrong))
+    right_score, wrong_score = (float(clap_score(audio, tiny.joint_text(c)).mean()) for c in (captions, wrong))
     assert right_score > wrong_score + 0.2
     posteriors = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
-    assert float(class_divergence(posteriors.roll(1, 0), posteriors).mean()) > 1
+    assert float(kl_divergence(posteriors.roll(1, 0), posteriors).mean()) > 1
     assert tiny.sample_rate == RATE
 
 
-def test_the_training_program_makes_an_embedder_that_loads(tmp_path, monkeypatch):
-    """Six segments, two steps: that the figures are those of the embedder that was written."""
+def test_train_embedder_writes_embedder_that_loads(tmp_path, monkeypatch):
+    """Six segments, two steps."""
     from data_prep.__main__ import main as prepare
 
     store, out = tmp_path / "store", tmp_path / "out"
@@ -267,8 +271,8 @@ def test_the_training_program_makes_an_embedder_that_loads(tmp_path, monkeypatch
     words = ["train_embedder", "--store", str(store), "--out", str(out), "--steps", "2", "--batch", "4"]
     monkeypatch.setattr("sys.argv", words)
     train_embedder.main()
-    made = load_embedder("tiny", str(out))
-    held_out = made.card["held_out"]
-    assert made.card["steps"] == 2 and held_out["true"]["n"] == held_out["reconstruct_with_codec"]["n"] > 0
+    embedder = load_embedder("tiny", str(out))
+    held_out = embedder.card["held_out"]
+    assert embedder.card["steps"] == 2 and held_out["true"]["n"] == held_out["reconstructed"]["n"] > 0
     assert 0 <= held_out["true"]["recall_at_1"] <= held_out["true"]["recall_at_10"] <= 1
-    assert made.embed(torch.zeros(1, 5 * RATE)).shape == (1, 1, made.dim)
+    assert embedder.embed(torch.zeros(1, 5 * RATE)).shape == (1, 1, embedder.dim)

@@ -1,4 +1,4 @@
-"""Pieces of the built-in corpus, rendered on the spot, and what can be done to spoil them."""
+"""Clips of the built-in corpus, and degradations of audio."""
 
 from functools import cache
 
@@ -14,7 +14,7 @@ RATE, SECONDS = 24_000, 10
 
 @cache
 def clips(first: int, n: int) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """Three clips of 10 s, [1, S], of each of n pieces, side by side, and the caption of each clip."""
+    """Three adjacent clips of 10 s, [1, S], of each of n pieces, and the caption of each clip."""
     wavs, captions = [], []
     for index in range(first, first + n):
         piece = compose(77, index)
@@ -25,24 +25,24 @@ def clips(first: int, n: int) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
 
 
 def with_noise(wav: Tensor, decibel: float = 10.0) -> Tensor:
-    """White noise that much below the music."""
+    """Add white noise that is so many dB below the music."""
     noise = torch.randn(wav.shape, generator=torch.Generator().manual_seed(0))
     return wav + noise * wav.square().mean().sqrt() * 10 ** (-decibel / 20)
 
 
 def low_passed(wav: Tensor) -> Tensor:
-    """Nothing above 2 kHz."""
+    """Remove everything above 2 kHz."""
     return audio.resample(audio.resample(wav, RATE, 4_000), 4_000, RATE)
 
 
 def shuffled(wav: Tensor) -> Tensor:
-    """Pieces of a quarter of a second in another order."""
+    """Shuffle segments of a quarter of a second."""
     size = RATE // 4
-    cut = wav[0].unfold(0, size, size)
-    return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))].reshape(1, -1)
+    segments = wav[0].unfold(0, size, size)
+    return segments[torch.randperm(len(segments), generator=torch.Generator().manual_seed(0))].reshape(1, -1)
 
 
-SPOILT = {
+DEGRADATIONS = {
     "noise": with_noise,
     "low-pass": low_passed,
     "silence": torch.zeros_like,
