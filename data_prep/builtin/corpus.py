@@ -12,6 +12,7 @@ import torch
 
 from data_prep.audio.quality import measure
 from data_prep.builtin.captions import tags, write_captions
+from data_prep.builtin.composition.annotations import excerpt
 from data_prep.builtin.composition.compose import DURATION, VERSION, compose
 from data_prep.builtin.composition.score import Piece
 from data_prep.builtin.synth import render
@@ -71,7 +72,8 @@ def _add_piece(piece: Piece, folder: Path, shard: Shard) -> None:
 
 def _segment(piece: Piece, index: int, sound: np.ndarray, folder: Path) -> dict[str, Any]:
     """Write samples [S] as FLAC; returns the segment's row."""
-    name, truth = f"{piece.id}-{index}", piece.truth | {"segment": index}
+    name, start = f"{piece.id}-{index}", index * SEGMENT
+    truth = excerpt(piece, start, min(start + SEGMENT, piece.duration)) | {"segment": index}
     return {
         **write_sound(folder / f"audio/{name}.flac", torch.from_numpy(sound), SAMPLE_RATE),
         "track": piece.id,

@@ -1,4 +1,4 @@
-"""Rendering: each track on a fresh synthesiser, mixed with the lead clearly louder than the rest."""
+"""Rendering: each track on a fresh synthesiser, a mix with the lead clearly louder than the rest, a room, a mix bus."""
 
 import importlib.util
 from functools import cache
@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.builtin.composition.score import Piece, Track
+from data_prep.builtin.reverb import reverberate
 from ssmttm.errors import UserError
 
 _BLOCK = 64  # samples: events are placed on this grid (2.7 ms at 24 kHz), the synthesiser's own
 _TARGET_RMS = 0.11
 _LEAD_OVER_REST = 7.0  # dB between the lead and the whole accompaniment
-_PEAK = 0.89
+_KNEE, _PEAK = 0.5, 0.89  # of full scale
 _FADE = 0.35  # seconds
+_SENDS = {"lead": 0.8, "counter": 1.0, "chords": 1.0, "second": 1.2, "pad": 1.3, "bass": 0.15, "drums": 0.45}
+_RATIO, _THRESHOLD = 1.6, 1.0  # of the bus compressor; the threshold in RMS of the piece
 
 
 @cache
@@ -42,8 +45,8 @@ def _render_track(track: Track, piece: Piece, sample_rate: int) -> np.ndarray:
     synth.program_select(0, font, 128 if drums else 0, track.program, drums)
     events: list[tuple[int, int, int, int]] = []  # block, 0 off / 1 on, pitch, velocity
     for note in track.notes:
-        first = round(piece.seconds(note.start) * sample_rate / _BLOCK)
-        stop = max(first + 1, round(piece.seconds(note.start + note.duration) * sample_rate / _BLOCK))
+        first = round(piece.onset(note) * sample_rate / _BLOCK)
+        stop = max(first + 1, round(piece.release(note) * sample_rate / _BLOCK))
         events += [(first, 1, note.pitch, note.velocity), (stop, 0, note.pitch, 0)]
     audio = np.zeros((total, 2), np.float32)
     view, at = memoryview(audio).cast("B"), 0
@@ -73,18 +76,43 @@ def _loudness(audio: np.ndarray, sample_rate: int) -> float:
     return float(np.sqrt(sounding.mean())) if sounding.size else 0.0
 
 
+def compress(mix: np.ndarray, sample_rate: int) -> np.ndarray:
+    """A gentle compressor: passages louder than the piece on average come out up to a third quieter.
+
+    The level is that of 0.2 s around each moment; the gain changes smoothly.
+    """
+    frame = sample_rate // 10
+    padded = np.pad(np.square(mix, dtype=np.float64), (0, -len(mix) % frame))
+    power = padded.reshape(-1, frame).mean(axis=1)
+    level = np.sqrt(np.convolve(np.pad(power, 1, mode="edge"), (0.25, 0.5, 0.25), "valid")) / max(_rms(mix), 1e-9)
+    gain = np.maximum(level / _THRESHOLD, 1.0) ** (1 / _RATIO - 1)
+    return mix * np.interp(np.arange(len(mix)), (np.arange(len(gain)) + 0.5) * frame, gain).astype(np.float32)
+
+
+def _limit(mix: np.ndarray) -> np.ndarray:
+    """Scale to the target loudness; peaks bend above half of full scale and stay below 0.89."""
+    mix = mix * np.float32(_TARGET_RMS / max(_rms(mix), 1e-9))
+    over = np.abs(mix) > _KNEE
+    room = _PEAK - _KNEE
+    mix[over] = np.sign(mix[over]) * (_KNEE + room * np.tanh((np.abs(mix[over]) - _KNEE) / room))
+    return mix
+
+
 def render(piece: Piece, sample_rate: int = 24_000) -> np.ndarray:
     """The piece as mono audio: float32 [duration * sample_rate], faded at the end, peak at most 0.89.
 
     Raises UserError where the synthesiser or its soundfont is not installed.
     """
-    lead, rest = (np.zeros(round(piece.duration * sample_rate), np.float32) for _ in range(2))
+    lead, rest, lead_send, rest_send = (np.zeros(round(piece.duration * sample_rate), np.float32) for _ in range(4))
     for track in piece.tracks:
         audio = _render_track(track, piece, sample_rate)
-        level = np.float32(10 ** (track.level / 20) / max(_loudness(audio, sample_rate), 1e-9))
-        (lead if track.role == "lead" else rest)[:] += audio * level
-    balance = _rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20)
-    mix = lead + rest * np.float32(balance)
+        audio *= np.float32(10 ** (track.level / 20) / max(_loudness(audio, sample_rate), 1e-9))
+        leads = track.role == "lead"
+        (lead if leads else rest)[:] += audio
+        (lead_send if leads else rest_send)[:] += audio * np.float32(_SENDS[track.role])
+    balance = np.float32(_rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20))
+    wet = np.float32(10 ** (piece.room.wet / 20))
+    mix = lead + rest * balance + wet * reverberate(lead_send + rest_send * balance, piece.room.name, sample_rate)
     fade = round(_FADE * sample_rate)
     mix[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
-    return mix * np.float32(min(_TARGET_RMS / max(_rms(mix), 1e-9), _PEAK / max(float(np.abs(mix).max()), 1e-9)))
+    return _limit(compress(mix, sample_rate))

@@ -14,11 +14,11 @@ _HALF = {"major": {4: 1}, "minor": {4: 2, 6: 2}, "dorian": {3: 3, 6: 2, 4: 1}, "
 
 _FORMS: dict[int, tuple[str, ...]] = {
     1: ("A",),
-    2: ("A A'", "A B"),
-    3: ("A A' B", "A B A'", "A B A"),
-    4: ("A A' B A", "A B A B'", "A A' B A'", "A B A C"),
-    5: ("A A' B A A'", "A B A' B A", "A A B B' A'"),
-    6: ("A A' B B' A A'", "A B A C A B", "A A' B A C A'"),
+    2: ("A A'", "A B", "A A"),
+    3: ("A A' B", "A B A'", "A B A", "A A B", "A B B"),
+    4: ("A A' B A", "A B A B", "A A B A'", "A A B B'", "A B A C"),
+    5: ("A A' B A A'", "A B A B B'", "A A B B A'", "A A B A B"),
+    6: ("A A B B' A A'", "A B A C A B", "A A' B A C B"),
     7: ("A B A C A B A'", "A A' B A A' B A"),
     8: ("A A' B B' A A' B A'", "A B A C A B A C'"),
 }
@@ -26,7 +26,7 @@ _FORMS: dict[int, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A run of bars: `label` is intro, A, A', B, ..., coda or end; `closed` means that it ends on the tonic."""
+    """A run of bars: `label` is intro, A, A', B, ..., break, coda or end; `closed` means that it ends on the tonic."""
 
     label: str
     first_bar: int
@@ -34,16 +34,33 @@ class Section:
     closed: bool = True
 
 
+def _intro_bars(rng: Random, n_bars: int, phrase: int, bar_seconds: float) -> int:
+    """The length of the introduction: at most 4.6 s, and such that few bars are left over after the phrases."""
+    most = min(4, int(4.6 / bar_seconds), n_bars - 1 - phrase)
+    lengths = [bars for bars in (0, 1, 2, 4) if bars <= most] or [0]
+    weights = [(1.0 if bars else 0.6) / (1 + (n_bars - 1 - bars) % phrase) for bars in lengths]
+    return rng.choices(lengths, weights)[0]
+
+
+def _break_bars(rng: Random, spare: int, count: int, bar_seconds: float) -> int:
+    """The length of a break before the last phrase: at most 3.6 s, in some pieces of three phrases or more."""
+    bars = min(spare, 2 if bar_seconds <= 1.8 else 1)
+    return bars if count >= 3 and bars * bar_seconds <= 3.6 and rng.random() < 0.7 else 0
+
+
 def plan_form(rng: Random, n_bars: int, bar_seconds: float) -> list[Section]:
-    """Lay `n_bars` bars out as intro, phrases, coda and a last bar of tonic."""
+    """Lay `n_bars` bars out as intro, phrases (a break before the last one), coda and a last bar of tonic."""
     phrase = 8 if n_bars >= 26 else 4
-    most = 1 if bar_seconds < 2.3 else 0
-    intro = rng.randint(0, most)
-    count = (n_bars - 1 - intro) // phrase
-    labels = rng.choice(_FORMS[min(count, 8)]).split()
+    intro = _intro_bars(rng, n_bars, phrase, bar_seconds)
+    count = min((n_bars - 1 - intro) // phrase, 8)
+    pause = _break_bars(rng, n_bars - 1 - intro - count * phrase, count, bar_seconds)
+    labels = rng.choice(_FORMS[count]).split()
     sections = [Section("intro", 0, intro)] if intro else []
     bar = intro
     for i, label in enumerate(labels):
+        if pause and i == len(labels) - 1:
+            sections.append(Section("break", bar, pause, closed=False))
+            bar += pause
         following = labels[i + 1] if i + 1 < len(labels) else ""
         opened = following[:1] == label[:1] and rng.random() < 0.6
         sections.append(Section(label, bar, phrase, closed=not opened))
@@ -57,8 +74,32 @@ def _draw(rng: Random, weights: dict[int, int]) -> int:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def phrase_roots(rng: Random, mode: str, n_bars: int, closed: bool, start_on_tonic: bool) -> list[int]:
-    """Chord roots of a phrase: tonic, departure, and a cadence (closed: dominant to tonic; open: a half cadence)."""
+def _vamp(rng: Random, mode: str, n_bars: int, period: int) -> list[int]:
+    """Chord roots that go to and fro between the tonic and one other chord, each for half a period."""
+    other = _draw(rng, {root: w for root, w in (_PREPARE[mode] | _DOMINANT[mode]).items() if root})
+    return [0 if i % period < period // 2 else other for i in range(n_bars)]
+
+
+def phrase_roots(rng: Random, mode: str, n_bars: int, closed: bool, start_on_tonic: bool,
+                 vamp: float = 0.0) -> list[int]:
+    """Chord roots of a phrase: tonic, departure, and a cadence (closed: dominant to tonic; open: a half cadence).
+
+    With probability `vamp` the bars before the cadence go to and fro between two chords; otherwise the second half
+    of a long phrase may begin as the first.
+    """
+    if rng.random() < vamp:
+        roots = _vamp(rng, mode, n_bars, rng.choice((2, 4) if n_bars >= 8 else (2,)))
+        ending = [_draw(rng, _DOMINANT[mode]), 0] if closed else [_draw(rng, _HALF[mode])]
+        return _confirm(rng, roots[: n_bars - len(ending)] + ending, mode)
+    roots = _progression(rng, mode, n_bars, closed, start_on_tonic)
+    if n_bars >= 7 and start_on_tonic and rng.random() < 0.6:
+        half = (n_bars + 1) // 2
+        roots[half : half + 2] = roots[:2]
+    return _confirm(rng, roots, mode)
+
+
+def _progression(rng: Random, mode: str, n_bars: int, closed: bool, start_on_tonic: bool) -> list[int]:
+    """Roots by function: tonic, preparation and dominant."""
     roots: list[int] = []
     function = "T" if start_on_tonic else "S"
     for bar in range(n_bars):
@@ -77,7 +118,7 @@ def phrase_roots(rng: Random, mode: str, n_bars: int, closed: bool, start_on_ton
             choices = {root: weight for root, weight in pool.items() if not roots or root != roots[-1]} or pool
             roots.append(0 if first else _draw(rng, choices))
         function = {"T": rng.choice("SSD"), "S": rng.choice("DDTT"), "D": "T"}[function]
-    return _confirm(rng, roots, mode)
+    return roots
 
 
 def _confirm(rng: Random, roots: list[int], mode: str) -> list[int]:
@@ -99,7 +140,8 @@ def colour(root: int, mode: str, sevenths: bool, cadential: bool) -> Chord:
     return Chord(root, sevenths and not (root == 0 and cadential), leading)
 
 
-def harmonise(rng: Random, sections: list[Section], mode: str, sevenths: bool, slots: int = 1) -> list[Chord]:
+def harmonise(rng: Random, sections: list[Section], mode: str, sevenths: bool, slots: int = 1,
+              vamp: float = 0.0) -> list[Chord]:
     """`slots` chords a bar for the whole form; sections of one letter share their harmony up to the cadence.
 
     A phrase's last bar holds one chord, so that its cadence can rest.
@@ -110,14 +152,14 @@ def harmonise(rng: Random, sections: list[Section], mode: str, sevenths: bool, s
         letter, count = section.label[:1], section.n_bars * slots
         if section.label in ("intro", "end"):
             roots = [0] * count
-        elif section.label == "coda":
+        elif section.label in ("coda", "break"):
             tail = [_draw(rng, _PREPARE[mode]), 0, _draw(rng, _PREPARE[mode]), _draw(rng, _DOMINANT[mode])]
             roots = (tail * 4)[-count:]
         elif (letter, section.closed) in memory:
             roots = memory[letter, section.closed]
         else:
             start_on_tonic = letter != "B" or rng.random() < 0.5
-            roots = phrase_roots(rng, mode, count - slots + 1, section.closed, start_on_tonic)
+            roots = phrase_roots(rng, mode, count - slots + 1, section.closed, start_on_tonic, vamp)
             roots += roots[-1:] * (slots - 1)
             other = memory.get((letter, not section.closed))
             if other is not None:

@@ -62,8 +62,22 @@ _BACKING = (
     Instrument("overdriven guitar", 29, "guitar", 45, 66), Instrument("strings", 48, "strings", 50, 72),
     Instrument("harp", 46, "harp", 48, 74), Instrument("brass section", 61, "brass", 50, 70),
     Instrument("warm synth pad", 89, "pad", 50, 72), Instrument("synth chords", 90, "synth", 50, 72),
+    Instrument("synth strings", 50, "strings", 50, 72), Instrument("halo pad", 94, "pad", 50, 72),
+    Instrument("synth bells", 98, "synth", 60, 80), Instrument("French horns", 60, "brass", 48, 68),
+    Instrument("clarinets", 71, "reeds", 53, 72),
     Instrument("acoustic bass", 32, "bass", 30, 48), Instrument("bass guitar", 33, "bass", 30, 48),
     Instrument("fretless bass", 35, "bass", 30, 48), Instrument("synth bass", 38, "bass", 30, 48),
     Instrument("tuba", 58, "bass", 32, 50), Instrument("cello", 42, "bass", 38, 55),
 )
 BACKING: dict[str, Instrument] = {instrument.name: instrument for instrument in _BACKING}
+
+# Players of a second melody, by the kind of style.
+COUNTERS: dict[str, tuple[Instrument, ...]] = {
+    "acoustic": _family("flutes", ("flute", 73, 65, 84)) + _family("reeds", ("clarinet", 71, 55, 76))
+    + _family("strings", ("cello", 42, 46, 67), ("violin", 40, 60, 81)) + _family("brass", ("French horn", 60, 50, 70)),
+    "band": _family("brass", ("muted trumpet", 59, 58, 77), ("trombone", 57, 50, 69))
+    + _family("mallets", ("vibraphone", 11, 58, 79)) + _family("reeds", ("alto saxophone", 65, 55, 75))
+    + _family("guitar", ("jazz guitar", 26, 52, 72)),
+    "electronic": _family("synth", ("square-wave synth lead", 80, 57, 77), ("polysynth", 90, 57, 77))
+    + _family("mallets", ("glockenspiel", 9, 72, 91)) + _family("strings", ("synth strings", 50, 57, 76)),
+}

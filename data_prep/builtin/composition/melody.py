@@ -125,10 +125,12 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
                  closed: bool, slots: int = 1) -> list[Tone]:
     """A phrase over `slots` chords a bar: statement, repetition or sequence, contrast, and a cadence.
 
+    Where the chords return as well, a repeated bar is mostly the same, note by note.
     `closed` phrases end on the tonic, the others on a tone of their last chord.
     """
     first, second = motifs
-    plan = rng.choice(("abac", "aabc", "abbc", "abic", "aiac"))
+    plan = rng.choice(("abac", "aabc", "aaba", "abab", "aaac", "abic"))
+    heard: dict[tuple[str, tuple[Chord, ...]], list[Tone]] = {}
     tones: list[Tone] = []
     at = (voice.low + voice.high) // 2 + rng.randint(-2, 2)
     if chords[0].root == 0:  # opening on the third or the fifth identifies the mode at once
@@ -141,8 +143,14 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
             goal = 0 if closed and chord.root == 0 else rng.choice((chord.degrees[0], chord.degrees[2]))
             tones += _cadence_bar(rng, voice, chord, start, at, metre, goal)
             break
-        motif = {"a": first, "b": second, "i": first.inverted(), "c": second}[plan[bar % 4]]
-        tones += _set_bar(rng, voice, motif, chords[bar * slots : (bar + 1) * slots], start, at, metre.bar)
+        letter, span = plan[bar % 4], tuple(chords[bar * slots : (bar + 1) * slots])
+        if (letter, span) in heard and rng.random() < 0.85:
+            again = heard[letter, span]
+        else:
+            motif = {"a": first, "b": second, "i": first.inverted(), "c": second}[letter]
+            again = _set_bar(rng, voice, motif, list(span), 0, at, metre.bar)
+            heard[letter, span] = again
+        tones += [Tone(t.start + start, t.duration, t.degree) for t in again]
         middle = (voice.low + voice.high) // 2
         at = tones[-1].degree + rng.choice((-1, 1, 1, 2) if tones[-1].degree < middle else (1, -1, -1, -2))
     return tones

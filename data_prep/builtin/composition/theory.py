@@ -71,18 +71,3 @@ class Chord:
         if self.leading:
             classes[1] = (classes[1] + 1) % 12
         return tuple(classes)
-
-
-def voice(chord: Chord, key: Key, previous: tuple[int, ...], low: int) -> tuple[int, ...]:
-    """A close voicing near `previous` (smooth voice leading), its lowest note in the octave above `low`, a MIDI key."""
-    classes = chord.pitch_classes(key)
-    candidates = []
-    for first in range(len(classes)):
-        pitches = [low + (classes[first] - low) % 12]
-        for wanted in classes[first + 1 :] + classes[:first]:
-            pitches.append(pitches[-1] + 1 + (wanted - pitches[-1] - 1) % 12)
-        candidates.append(tuple(pitches))
-    if not previous:
-        return candidates[0]
-    return min(candidates, key=lambda pitches: sum(min(abs(p - q) for q in previous) for p in pitches)
-               + 0.5 * abs(pitches[0] - previous[0]))

@@ -1,6 +1,6 @@
-"""The styles as data; `groove` explains the pattern language."""
+"""The styles as data; `definition` explains the pattern language."""
 
-from data_prep.builtin.composition.groove import Groove, Style
+from data_prep.builtin.composition.styles.definition import Groove, Style
 
 _STYLES = (
     Style(
@@ -16,7 +16,7 @@ _STYLES = (
         },
     ),
     Style(
-        "jazz swing", tempo=(75, 180), drums=0.9, kit=32, swing=True, sevenths=0.9, pad=0.0, moods=("cool", "smoky"),
+        "jazz swing", tempo=(75, 180), drums=0.9, sevenths=0.9, pad=0.0, moods=("cool", "smoky"),
         backing=("piano", "jazz guitar", "electric piano", "vibraphone", "organ"),
         basses=("acoustic bass",),
         grooves={
@@ -92,7 +92,7 @@ _STYLES = (
         },
     ),
     Style(
-        "techno", tempo=(118, 165), drums=1.0, kit=25, moods=("hypnotic", "pulsing"),
+        "techno", tempo=(118, 165), drums=1.0, moods=("hypnotic", "pulsing"),
         backing=("synth chords", "warm synth pad", "electric piano", "organ"),
         basses=("synth bass",),
         grooves={
@@ -107,7 +107,7 @@ _STYLES = (
         },
     ),
     Style(
-        "synth-pop", tempo=(92, 160), drums=1.0, kit=24, pad=0.5, moods=("shiny", "neon"),
+        "synth-pop", tempo=(92, 160), drums=1.0, pad=0.5, moods=("shiny", "neon"),
         backing=("synth chords", "warm synth pad", "piano", "clean electric guitar"),
         basses=("synth bass", "bass guitar"),
         grooves={
@@ -320,7 +320,7 @@ _STYLES = (
         },
     ),
     Style(
-        "blues", tempo=(60, 150), drums=0.9, swing=True, sevenths=0.6, pad=0.0, moods=("soulful", "weary"),
+        "blues", tempo=(60, 150), drums=0.9, sevenths=0.6, pad=0.0, moods=("soulful", "weary"),
         backing=("piano", "electric piano", "organ", "clean electric guitar"),
         basses=("bass guitar", "acoustic bass"),
         grooves={
@@ -393,7 +393,7 @@ _STYLES = (
         },
     ),
     Style(
-        "chiptune", tempo=(96, 180), drums=0.9, kit=25, pad=0.0, moods=("quirky", "bouncy"),
+        "chiptune", tempo=(96, 180), drums=0.9, pad=0.0, moods=("quirky", "bouncy"),
         backing=("synth chords", "clean electric guitar", "vibraphone"),
         basses=("synth bass",),
         grooves={
