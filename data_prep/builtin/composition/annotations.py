@@ -91,7 +91,10 @@ def excerpt(piece: Piece, start: float, stop: float) -> dict[str, Any]:
     def inside(times: list[float]) -> list[float]:
         return [round(time - start, 4) for time in times if start <= time < stop]
 
-    sections = [row | {"start": round(max(row["start"], start) - start, 4), "end": round(min(row["end"], stop) - start, 4)}
+    def clipped(time: float) -> float:
+        return round(min(max(time, start), stop) - start, 4)
+
+    sections = [row | {"start": clipped(row["start"]), "end": clipped(row["end"])}
                 for row in truth["sections"] if row["start"] < stop and row["end"] > start]
     slows = truth["ritardando"]
     final = inside([truth["final"]])

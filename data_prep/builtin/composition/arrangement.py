@@ -44,6 +44,11 @@ def section_name(label: str, build: str) -> str:
     return _NAMES[build].get(label[:1], label)
 
 
+def slot_keys(bars: list[Bar], slots: int) -> list[str]:
+    """The same for those of the `slots` parts of a bar that repeat one another."""
+    return [f"{bar.key} {slot}" for bar in bars for slot in range(slots)]
+
+
 def _energies(rng: Random, sections: list[Section], build: str) -> list[float]:
     """The energy of each section: a song's chorus is stronger than its verse, the other kinds grow."""
     phrases = [i for i, section in enumerate(sections) if section.label[0] in "ABC"]
@@ -51,10 +56,11 @@ def _energies(rng: Random, sections: list[Section], build: str) -> list[float]:
     for order, i in enumerate(phrases):
         grown = order / max(1, len(phrases) - 1)
         if build == "song":
-            level = {"A": 0.52, "B": 0.9, "C": 0.62}[sections[i].label[0]] + 0.12 * grown
+            level = {"A": 0.54, "B": 0.9, "C": 0.62}[sections[i].label[0]]
         else:
             level = (0.4 if build == "layers" else 0.55) + 0.6 * grown
-        levels[i] = min(1.0, level + rng.uniform(-0.04, 0.04))
+        repeats = order and sections[i].label == sections[phrases[order - 1]].label and rng.random() < 0.6
+        levels[i] = levels[phrases[order - 1]] if repeats else min(1.0, level)
     if len(phrases) > 3 and build != "song" and rng.random() < 0.5:
         levels[phrases[-2]] = 0.5  # a quiet part before the last one
     levels[phrases[-1]] = max(levels[phrases[-1]], 0.9)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from data_prep.builtin.composition import annotations
-from data_prep.builtin.composition.arrangement import Bar, arrange
+from data_prep.builtin.composition.arrangement import Bar, arrange, slot_keys
 from data_prep.builtin.composition.harmony import Section, harmonise, plan_form
 from data_prep.builtin.composition.instruments import Instrument
 from data_prep.builtin.composition.parts import bass, counter, lead
@@ -66,12 +66,17 @@ class _Writer:
     bars: list[Bar]
     chords: list[Chord]
 
+    @property
+    def keys(self) -> list[str]:
+        """For each chord what is equal where bars repeat one another."""
+        return slot_keys(self.bars, self.layout.chords_a_bar(self.plan.metre.bar))
+
     def chordal(self, who: Instrument, role: str, velocity: int) -> list[Note]:
         """A part in chords, in a pattern or held, with the final chord."""
         plan, layout = self.plan, self.layout
         patterns = plan.style.grooves[plan.metre.name].chords
         voicing = "close" if role == "second" else plan.manner.voicing
-        voiced = voice_chords(self.chords, plan.key, who.low + (0 if role == "chords" else 5), voicing)
+        voiced = voice_chords(self.chords, self.keys, plan.key, who.low + (0 if role == "chords" else 5), voicing)
         held = role == "pad" or (role == "second" and who.family in ("strings", "pad", "brass", "reeds"))
         if held:
             notes = hold_chords(role, self.bars, voiced, plan.metre, layout.slot)
@@ -92,7 +97,7 @@ class _Writer:
         fixed = {i for n, bar in enumerate(self.bars) if bar.opens or bar.place == bar.section.n_bars - 1
                  for i in range(n * a_bar, (n + 1) * a_bar)}
         dice = Random(f"{self.salt} inversions")
-        tones = bass.bass_tones(dice, self.chords, plan.key, plan.bass, plan.manner.inversions, fixed)
+        tones = bass.bass_tones(dice, self.chords, self.keys, plan.key, plan.bass, plan.manner.inversions, fixed)
         notes = bass.play_bass(self.salt, self.bars, self.chords, tones, plan.key, walk, plan.metre, layout.slot,
                                plan.bass, plan.manner)
         tonic = plan.bass.low + (plan.key.tonic - plan.bass.low) % 12
@@ -183,6 +188,7 @@ def compose(seed: int, index: int) -> Piece:
     identity = f"builtin-{seed}-{index:06d}"
     room = Room(plan.manner.room, plan.manner.wet + rng.uniform(-2, 1))
     title = annotations.title(plan)
-    piece = Piece(identity, f"{title}, no. {index}", plan.bpm, plan.metre, tracks, DURATION, {}, room, layout.ritardando)
+    piece = Piece(identity, f"{title}, no. {index}", plan.bpm, plan.metre, tracks, DURATION, truth={}, room=room,
+                  ritardando=layout.ritardando)
     truth = annotations.facts(identity, plan, tracks) | annotations.timing(piece, plan, bars, layout.last)
     return replace(piece, truth=truth)

@@ -62,7 +62,7 @@ def plan_form(rng: Random, n_bars: int, bar_seconds: float) -> list[Section]:
             sections.append(Section("break", bar, pause, closed=False))
             bar += pause
         following = labels[i + 1] if i + 1 < len(labels) else ""
-        opened = following[:1] == label[:1] and rng.random() < 0.6
+        opened = following[:1] == label[:1] and rng.random() < 0.45
         sections.append(Section(label, bar, phrase, closed=not opened))
         bar += phrase
     if bar < n_bars - 1:

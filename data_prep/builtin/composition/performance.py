@@ -11,7 +11,7 @@ from data_prep.builtin.composition.styles.definition import Manner
 
 # Seconds by which a part lies behind (or before) the beat, for looseness 1; its habitual and its accidental spread.
 _LEAN = {"bass": 0.003, "lead": 0.004, "counter": 0.006, "pad": -0.01, "second": 0.002}
-_HABIT, _ACCIDENT, _MOST = 0.006, 0.004, 0.022
+_HABIT, _ACCIDENT, _MOST = 0.006, 0.0025, 0.022
 _ACCENTS = {"bar": 8, "half": 4, "beat": 2, "between": -8}
 _RANGE = {"lead": 16, "counter": 20, "chords": 30, "second": 30, "pad": 24, "bass": 20, "drums": 28}  # velocity
 _USUAL = 0.75  # the energy of notes as written
@@ -52,9 +52,11 @@ def perform(salt: str, role: str, notes: Sequence[Note], bars: list[Bar], metre:
     """Notes as a player plays them.
 
     Each part has habits (the same place in the bar is always a little early or late, strong or weak), so that bars
-    that repeat still repeat, and small accidents.
+    that repeat still repeat, and small accidents. In songs and layered music, and in half of the other parts, bars that
+    repeat one another are copies, as producers make them, with the same accidents.
     """
     rng, habits = Random(f"{salt} {role}"), Random(f"{salt} habits {role}")
+    copied, current = manner.build != "tune" or habits.random() < 0.5, -1
     tick_seconds, loose = 5.0 / bpm, manner.looseness
     places = {place: (habits.gauss(0, _HABIT), habits.gauss(0, 3)) for place in range(metre.bar)}
     swing = 0.0 if metre.compound else manner.swing * min(1.0, 1.15 - bpm / 450)
@@ -62,13 +64,17 @@ def perform(salt: str, role: str, notes: Sequence[Note], bars: list[Bar], metre:
     played = []
     chord: tuple[int, float, float] = (-1, 0.0, 0.0)
     for note in sorted(notes, key=lambda n: (n.start, n.pitch)):
+        bar = bars[min(note.start // metre.bar, len(bars) - 1)]
+        if copied and note.start // metre.bar != current:
+            current = note.start // metre.bar
+            rng = Random(f"{salt} {role} {bar.key}")
         if note.start != chord[0]:  # the notes of a chord share their timing
             habit, weight = places[note.start % metre.bar]
             late = loose * (_LEAN.get(role, 0.0) + habit + rng.gauss(0, _ACCIDENT))
-            chord = (note.start, min(max(late, -_MOST), _MOST), loose * (weight + rng.gauss(0, 2)))
+            chord = (note.start, min(max(late, -_MOST), _MOST), loose * (weight + rng.gauss(0, 1)))
         end = note.start + note.duration
         late = chord[1] + (warp(note.start, swing, shuffle) - note.start) * tick_seconds + note.late
-        velocity = _dynamics(note, role, bars[min(note.start // metre.bar, len(bars) - 1)], metre) + chord[2]
+        velocity = _dynamics(note, role, bar, metre) + chord[2]
         played.append(replace(note, velocity=min(127, max(20, round(velocity))), late=late,
                               held=(warp(end, swing, shuffle) - end) * tick_seconds + note.held))
     return played

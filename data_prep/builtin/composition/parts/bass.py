@@ -16,20 +16,24 @@ def _near(pitch_class: int, pitch: int, who: Instrument) -> int:
     return min(options, key=lambda p: (abs(p - pitch) + 0.25 * (p - who.low), p))
 
 
-def bass_tones(dice: Random, chords: list[Chord], key: Key, who: Instrument, inversions: float,
+def bass_tones(dice: Random, chords: list[Chord], keys: list[str], key: Key, who: Instrument, inversions: float,
                fixed: set[int]) -> list[int]:
     """The bass note under each chord: its root or, where that makes the line move by step, its third.
 
-    The chords numbered in `fixed` keep their root.
+    The chords numbered in `fixed` keep their root. Chords of equal `keys` have the same bass note.
     """
     line: list[int] = []
-    for i, chord in enumerate(chords):
+    memory: dict[tuple[str, Chord], int] = {}
+    for i, (place, chord) in enumerate(zip(keys, chords, strict=True)):
         root, third, *_ = chord.pitch_classes(key)
-        pitch = _near(root, line[-1] if line else who.low + 6, who)
-        if line and i not in fixed and chord != chords[i - 1] and dice.random() < inversions:
-            inverted = _near(third, line[-1], who)
-            pitch = inverted if 0 < abs(inverted - line[-1]) <= 2 else pitch
-        line.append(line[-1] if line and chord == chords[i - 1] and i not in fixed else pitch)
+        at = line[-1] if line else who.low + 6
+        pitch = _near(root, at, who)
+        if line and i not in fixed and chord == chords[i - 1]:
+            pitch = at
+        elif line and i not in fixed and dice.random() < inversions:
+            inverted = _near(third, at, who)
+            pitch = inverted if 0 < abs(inverted - at) <= 2 else pitch
+        line.append(memory.setdefault((place, chord), pitch))
     return line
 
 

@@ -35,14 +35,21 @@ def motion(before: Voicing, after: Voicing) -> float:
     return inner + 0.5 * abs(after[0] - before[0]) + 0.5 * abs(after[-1] - before[-1])
 
 
-def voice_chords(chords: list[Chord], key: Key, low: int, voicing: str) -> list[Voicing]:
-    """A voicing of each chord, each near the one before it and near the middle of the range."""
+def voice_chords(chords: list[Chord], keys: list[str], key: Key, low: int, voicing: str) -> list[Voicing]:
+    """A voicing of each chord, each near the one before it and near the middle of the range.
+
+    Chords of equal `keys` (places that repeat one another) have the same voicing.
+    """
     voiced: list[Voicing] = []
-    for chord in chords:
-        choices = candidates(chord, key, low, voicing)
-        home = low + 9
-        voiced.append(min(choices, key=lambda pitches: (motion(voiced[-1], pitches) if voiced else 0.0)
-                          + 0.15 * abs(sum(pitches) / len(pitches) - home)))
+    memory: dict[tuple[str, Chord], Voicing] = {}
+    home = low + 9
+    for place, chord in zip(keys, chords, strict=True):
+        def cost(pitches: Voicing) -> float:
+            return (motion(voiced[-1], pitches) if voiced else 0.0) + 0.15 * abs(sum(pitches) / len(pitches) - home)
+
+        if (place, chord) not in memory:
+            memory[place, chord] = min(candidates(chord, key, low, voicing), key=cost)
+        voiced.append(memory[place, chord])
     return voiced
 
 
