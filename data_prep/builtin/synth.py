@@ -2,6 +2,7 @@
 
 import importlib.util
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ _TARGET_RMS = 0.11
 _LEAD_OVER_REST = 7.0  # dB between the lead and the whole accompaniment
 _KNEE, _PEAK = 0.5, 0.89  # of full scale
 _FADE = 0.35  # seconds
+_RIDE, _RIDE_SECONDS = 5.0, 0.6  # dB that the accompaniment is raised where the lead rests, and how slowly
 _SENDS = {"lead": 0.8, "counter": 1.0, "chords": 1.0, "second": 1.2, "pad": 1.3, "bass": 0.15, "drums": 0.45}
 _RATIO, _THRESHOLD = 1.6, 1.0  # of the bus compressor; the threshold in RMS of the piece
 
@@ -76,6 +78,30 @@ def _loudness(audio: np.ndarray, sample_rate: int) -> float:
     return float(np.sqrt(sounding.mean())) if sounding.size else 0.0
 
 
+def ride(lead: np.ndarray, sample_rate: int) -> np.ndarray:
+    """The gain of the accompaniment [S]: raised where the lead is silent, as an engineer rides a fader."""
+    frame = sample_rate // 10
+    padded = np.pad(np.square(lead, dtype=np.float64), (0, -len(lead) % frame))
+    power = padded.reshape(-1, frame).mean(axis=1)
+    resting = (power < 0.003 * _loudness(lead, sample_rate) ** 2).astype(np.float64)
+    window = np.hanning(round(_RIDE_SECONDS * 20) + 3)
+    width = len(window) // 2
+    smooth = np.convolve(np.pad(resting, width, mode="edge"), window / window.sum(), "valid")
+    at = np.interp(np.arange(len(lead)), (np.arange(len(smooth)) + 0.5) * frame, smooth)
+    return (10 ** (_RIDE / 20 * at)).astype(np.float32)
+
+
+def swell(piece: Piece, sample_rate: int) -> np.ndarray:
+    """The gain of the whole piece [S]: it moves from bar to bar, within half a second around the bar lines."""
+    times, levels = [0.0], [piece.swell[0]]
+    for bar, (before, after) in enumerate(pairwise(piece.swell), 1):
+        line = piece.seconds(bar * piece.metre.bar)
+        times += [line - 0.4, line + 0.05]
+        levels += [before, after]
+    at = np.arange(round(piece.duration * sample_rate)) / sample_rate
+    return (10 ** (np.interp(at, times, levels) / 20)).astype(np.float32)
+
+
 def compress(mix: np.ndarray, sample_rate: int) -> np.ndarray:
     """A gentle compressor: passages louder than the piece on average come out up to a third quieter.
 
@@ -110,9 +136,9 @@ def render(piece: Piece, sample_rate: int = 24_000) -> np.ndarray:
         leads = track.role == "lead"
         (lead if leads else rest)[:] += audio
         (lead_send if leads else rest_send)[:] += audio * np.float32(_SENDS[track.role])
-    balance = np.float32(_rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20))
+    balance = ride(lead, sample_rate) * np.float32(_rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20))
     wet = np.float32(10 ** (piece.room.wet / 20))
     mix = lead + rest * balance + wet * reverberate(lead_send + rest_send * balance, piece.room.name, sample_rate)
     fade = round(_FADE * sample_rate)
     mix[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
-    return _limit(compress(mix, sample_rate))
+    return _limit(compress(mix, sample_rate) * swell(piece, sample_rate))

@@ -12,6 +12,7 @@ _NAMES = {
 }
 # From which energy on a part plays; `light` drums play less than `drums`.
 _ENTRY = {"bass": 0.35, "light": 0.45, "pad": 0.5, "second": 0.6, "drums": 0.65, "counter": 0.75}
+_SWELL = 8.0  # dB between energies 0 and 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,11 @@ def section_name(label: str, build: str) -> str:
     return _NAMES[build].get(label[:1], label)
 
 
+def swell(bars: list[Bar]) -> list[float]:
+    """The loudness of each bar in dB against the strongest passages; the players' touch adds to it."""
+    return [_SWELL * (bar.energy - 1.0) for bar in bars]
+
+
 def slot_keys(bars: list[Bar], slots: int) -> list[str]:
     """The same for those of the `slots` parts of a bar that repeat one another."""
     return [f"{bar.key} {slot}" for bar in bars for slot in range(slots)]
@@ -65,8 +71,10 @@ def _energies(rng: Random, sections: list[Section], build: str) -> list[float]:
         levels[phrases[-2]] = 0.5  # a quiet part before the last one
     levels[phrases[-1]] = max(levels[phrases[-1]], 0.9)
     for i, section in enumerate(sections):
-        if section.label in ("coda", "end"):
-            levels[i] = max(0.66, levels[i - 1] - 0.1)
+        if section.label in ("intro", "break"):
+            levels[i] = 0.85  # what plays alone plays out
+        elif section.label in ("coda", "end"):
+            levels[i] = max(0.66, levels[i - 1] - 0.08)
     return levels
 
 
@@ -80,16 +88,16 @@ def _playing(roles: frozenset[str], energy: float) -> frozenset[str]:
 
 def _intro(rng: Random, roles: frozenset[str], bars: int) -> list[frozenset[str]]:
     """The parts of an introduction, which enter one after the other."""
-    starts = [("chords", "bass"), ("chords", "bass")]
+    entries = [({"chords"}, {"chords", "bass"}), ({"chords"}, {"chords", "pad", "bass"} & roles)]
     if "drums" in roles:
-        starts += [("drums", "bass"), ("drums", "chords")]
-    first, then = rng.choice(starts)
-    return [frozenset({first}), *[frozenset({first, then})] * (bars - 1)][:bars]
+        entries += [({"bass", "drums"}, {"bass", "drums", "chords"}), ({"chords"}, {"chords", "drums"})]
+    first, then = rng.choice(entries)
+    return [frozenset(first), *[frozenset(then)] * (bars - 1)][:bars]
 
 
 def _break(rng: Random, roles: frozenset[str]) -> frozenset[str]:
     """The few parts of a break."""
-    choices = [{"chords"}, {"chords", "pad"} & roles]
+    choices = [{"chords", "bass"}, {"chords", "pad", "second"} & roles]
     choices += [{"drums", "bass"}] * 2 if "drums" in roles else []
     return frozenset(rng.choice(choices))
 

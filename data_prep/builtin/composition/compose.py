@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from data_prep.builtin.composition import annotations
-from data_prep.builtin.composition.arrangement import Bar, arrange, slot_keys
+from data_prep.builtin.composition.arrangement import Bar, arrange, slot_keys, swell
 from data_prep.builtin.composition.harmony import Section, harmonise, plan_form
 from data_prep.builtin.composition.instruments import Instrument
 from data_prep.builtin.composition.parts import bass, counter, lead
@@ -189,6 +189,6 @@ def compose(seed: int, index: int) -> Piece:
     room = Room(plan.manner.room, plan.manner.wet + rng.uniform(-2, 1))
     title = annotations.title(plan)
     piece = Piece(identity, f"{title}, no. {index}", plan.bpm, plan.metre, tracks, DURATION, truth={}, room=room,
-                  ritardando=layout.ritardando)
+                  ritardando=layout.ritardando, swell=tuple(swell(bars)))
     truth = annotations.facts(identity, plan, tracks) | annotations.timing(piece, plan, bars, layout.last)
     return replace(piece, truth=truth)

@@ -13,7 +13,7 @@ from data_prep.builtin.composition.styles.definition import Manner
 _LEAN = {"bass": 0.003, "lead": 0.004, "counter": 0.006, "pad": -0.01, "second": 0.002}
 _HABIT, _ACCIDENT, _MOST = 0.006, 0.0025, 0.022
 _ACCENTS = {"bar": 8, "half": 4, "beat": 2, "between": -8}
-_RANGE = {"lead": 16, "counter": 20, "chords": 30, "second": 30, "pad": 24, "bass": 20, "drums": 28}  # velocity
+_RANGE = {"lead": 30, "counter": 30, "chords": 30, "second": 30, "pad": 24, "bass": 20, "drums": 28}  # velocity
 _USUAL = 0.75  # the energy of notes as written
 
 

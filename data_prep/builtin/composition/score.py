@@ -86,7 +86,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Piece:
-    """A composed piece: `bpm` perceived beats per minute, `duration` in seconds, `truth` the annotations."""
+    """A composed piece: `bpm` perceived beats per minute, `duration` in seconds, `truth` the annotations.
+
+    `swell` is the loudness of each bar in dB.
+    """
 
     id: str
     title: str
@@ -97,6 +100,7 @@ class Piece:
     truth: dict[str, Any]
     room: Room
     ritardando: Ritardando | None = None
+    swell: tuple[float, ...] = (0.0,)
 
     def seconds(self, tick: int) -> float:
         """The time of a tick, in seconds."""
