@@ -125,6 +125,32 @@ def _write(rng: Random, truth: dict[str, Any], template: str) -> str:
     return text[0].upper() + text[1:] + rng.choice((".", ".", "")) if rng.random() < 0.7 else text
 
 
+def _course(rng: Random, truth: dict[str, Any]) -> list[str]:
+    """Sentences on how the music goes over time, as far as the truth tells."""
+    def said(name: str) -> str:
+        return rng.choice(BACKING_WORDS.get(name, (name,)))
+
+    names = {section["name"] for section in truth.get("sections", ()) if section["end"] - section["start"] >= 1}
+    opening = [said(name) for name in truth.get("opening", ())]
+    counter = [said(player["name"]) for player in truth["instruments"] if player["role"] == "counter"]
+    told = []
+    if opening:
+        starts = ("It opens with {} before the melody enters", "{} can be heard before the melody enters")
+        told.append(rng.choice(starts).format(listed(opening)))
+    if counter:
+        told.append(rng.choice(("There is a counter-melody from the {}", "A second melody comes from the {}")).format(
+            counter[0]))
+    if {"verse", "chorus"} <= names:
+        told.append(rng.choice(("The chorus is stronger than the verse", "A quieter verse and a strong chorus")))
+    if "break" in names:
+        told.append(rng.choice(("There is a short break", "The melody pauses for a short break")))
+    if truth.get("ritardando") is not None:
+        told.append(rng.choice(("It slows down at the end", "The tempo broadens at the end")))
+    if truth.get("swing"):
+        told.append(rng.choice(("The rhythm swings", "The eighth notes are swung")))
+    return told
+
+
 def _tags(rng: Random, truth: dict[str, Any]) -> str:
     """A comma-separated tag list."""
     tags = [truth["style"], rng.choice(INSTRUMENTS[truth["lead"]["name"]]), _key_phrases(rng, truth)[1],
@@ -153,4 +179,7 @@ def write_captions(truth: dict[str, Any], rng_seed: int | str) -> list[str]:
     templates = [rng.choice(_CORE), rng.choice(_DETAIL), rng.choice(_TERSE), rng.choice(_SPOKEN)]
     templates += [rng.choice(_CORE)] if rng.random() < 0.5 else []
     captions = [_write(rng, truth, template) for template in templates]
+    course = _course(rng, truth)
+    if course and rng.random() < 0.6:
+        captions[1] = f"{captions[1].rstrip('.')}. {rng.choice(course)}."
     return list(dict.fromkeys([*captions, _tags(rng, truth)]))

@@ -65,7 +65,7 @@ def _energies(rng: Random, sections: list[Section], build: str) -> list[float]:
             level = {"A": 0.54, "B": 0.9, "C": 0.62}[sections[i].label[0]]
         else:
             level = (0.4 if build == "layers" else 0.55) + 0.6 * grown
-        repeats = order and sections[i].label == sections[phrases[order - 1]].label and rng.random() < 0.6
+        repeats = order and sections[i].label == sections[phrases[order - 1]].label and rng.random() < 0.75
         levels[i] = levels[phrases[order - 1]] if repeats else min(1.0, level)
     if len(phrases) > 3 and build != "song" and rng.random() < 0.5:
         levels[phrases[-2]] = 0.5  # a quiet part before the last one

@@ -43,7 +43,7 @@ def _lay_out(rng: Random, plan: Plan) -> Layout:
     """Fill the duration: whole bars, and a final chord in the last one."""
     bar, beat = plan.metre.bar, 60.0 / plan.bpm
     slows = rng.random() < plan.manner.ritardando and plan.tempo_class != "fast"
-    span = bar if plan.bar_seconds < 2.8 else bar // 2
+    span = bar if plan.bar_seconds < 2.8 else -(-plan.metre.beats // 2) * TICKS
     delay = Ritardando(0, span).delay(span) / TICKS * beat if slows else 0.0
     latest = _LAST_ONSET - delay
     n_bars = int(latest / plan.bar_seconds) + 1

@@ -14,7 +14,7 @@ _HALF = {"major": {4: 1}, "minor": {4: 2, 6: 2}, "dorian": {3: 3, 6: 2, 4: 1}, "
 
 _FORMS: dict[int, tuple[str, ...]] = {
     1: ("A",),
-    2: ("A A'", "A B", "A A"),
+    2: ("A A'", "A B", "A A", "A A"),
     3: ("A A' B", "A B A'", "A B A", "A A B", "A B B"),
     4: ("A A' B A", "A B A B", "A A B A'", "A A B B'", "A B A C"),
     5: ("A A' B A A'", "A B A B B'", "A A B B A'", "A A B A B"),

@@ -129,7 +129,7 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
     `closed` phrases end on the tonic, the others on a tone of their last chord.
     """
     first, second = motifs
-    plan = rng.choice(("abac", "aabc", "aaba", "abab", "aaac", "abic"))
+    plan = rng.choice(("aaba", "aabc", "abab", "abac", "aaac", "abic", "aaaa"))
     heard: dict[tuple[str, tuple[Chord, ...]], list[Tone]] = {}
     tones: list[Tone] = []
     at = (voice.low + voice.high) // 2 + rng.randint(-2, 2)

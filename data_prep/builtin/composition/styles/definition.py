@@ -66,7 +66,7 @@ class Manner:
     approach: float = 0.25
     chromatic: bool = False
     inversions: float = 0.0
-    vamp: float = 0.3
+    vamp: float = 0.45
     build: str = "tune"
     colours: tuple[str, ...] = ()
     counter: float = 0.25
