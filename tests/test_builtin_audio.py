@@ -9,11 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 
 from data_prep.builtin import compose, render, segments, synth
+from data_prep.builtin.composition.score import Room
 from data_prep.builtin.corpus import render_shard, shard_tasks
+from data_prep.builtin.reverb import ROOMS, impulse_response, reverberate
+from ssmttm.audio import features, resample
 from ssmttm.data.splits import split_by_hash
 from ssmttm.errors import UserError
+from ssmttm.evaluation.music.repetition import repetition
 
 RATE = 24_000
 HOURS = 3 * 40 / 3600  # three pieces
@@ -113,3 +118,85 @@ def test_soundfont_missing_is_one_clear_error(monkeypatch) -> None:
             render(compose(5, 0))
     finally:
         synth._soundfont.cache_clear()
+
+
+def test_reverb_decays_as_its_room_and_is_the_same_each_time() -> None:
+    times = {}
+    for room, shape in ROOMS.items():
+        response = impulse_response(room, RATE)
+        assert np.array_equal(response, impulse_response.__wrapped__(room, RATE))
+        assert np.sum(response**2) == pytest.approx(1, abs=1e-3) and not response[: int(shape.before * RATE)].any()
+        left = 10 * np.log10(np.cumsum(response[::-1] ** 2)[::-1] + 1e-12)
+        times[room] = 3 * (np.argmax(left < -25) - np.argmax(left < -5)) / RATE
+        assert 0.65 * shape.decay < times[room] < 1.1 * shape.decay, room
+    assert times["cathedral"] > times["hall"] > times["studio"]
+
+
+def test_reverb_rings_on_after_sound() -> None:
+    click = np.zeros(RATE, np.float32)
+    click[100] = 1
+    wet = reverberate(click, "hall", RATE)
+    assert wet.shape == click.shape and wet.dtype == np.float32
+    assert not np.abs(wet[:100]).max() > 1e-4 and np.abs(wet[RATE // 2 :]).max() > 1e-4
+
+
+def test_render_room_is_heard() -> None:
+    """A piece in a cathedral is smoother in time than the same piece with no room."""
+    piece = compose(5, 2)
+    dry = render(replace(piece, room=Room("studio", -80.0)))
+    wet = render(replace(piece, room=Room("cathedral", -4.0)))
+
+    def valleys(audio: np.ndarray) -> float:
+        level = 10 * np.log10((audio[: 36 * RATE].reshape(-1, RATE // 50) ** 2).mean(axis=1) + 1e-9)
+        return float(np.median(level) - np.percentile(level, 5))
+
+    assert valleys(wet) < valleys(dry) - 0.5
+
+
+def test_render_strong_sections_are_louder() -> None:
+    differences = []
+    for index in range(12):
+        piece = compose(8, index)
+        names = {row["name"]: row for row in piece.truth["sections"]}
+        if {"verse", "chorus"} <= set(names):
+            audio = render(piece)
+            level = {name: audio[int(names[name]["start"] * RATE) : int(names[name]["end"] * RATE)].std()
+                     for name in ("verse", "chorus")}
+            differences.append(20 * np.log10(level["chorus"] / level["verse"]))
+    assert len(differences) >= 2 and np.mean(differences) > 1.5
+
+
+def test_ride_raises_accompaniment_where_lead_rests() -> None:
+    lead = np.ones(4 * RATE, np.float32)
+    lead[: 2 * RATE] = 0
+    gain = synth.ride(lead, RATE)
+    assert gain[RATE // 2] == pytest.approx(10 ** (5 / 20), rel=0.01) and gain[-1] == pytest.approx(1)
+    assert np.abs(np.diff(gain)).max() < 1e-3
+
+
+def test_compressor_is_gentle_and_leaves_soft_passages() -> None:
+    tone = np.sin(np.arange(4 * RATE) * 0.2).astype(np.float32)
+    tone[: 2 * RATE] *= 0.25
+    out = synth.compress(tone, RATE)
+    assert np.array_equal(out[: RATE], tone[: RATE])
+    assert -3.5 < 20 * np.log10(out[-RATE:].std() / tone[-RATE:].std()) < -0.5
+
+
+def test_render_micro_timing_moves_onsets() -> None:
+    piece = compose(5, 0)
+    lead = piece.tracks[0]
+    note = replace(lead.notes[0], late=0.0, held=0.0)
+    early, late = (render(replace(piece, tracks=(replace(lead, notes=(replace(note, late=shift),)),)))
+                   for shift in (0.0, 0.1))
+    onset = [int(np.argmax(np.abs(audio) > 0.05 * np.abs(audio).max())) for audio in (early, late)]
+    assert (onset[1] - onset[0]) / RATE == pytest.approx(0.1, abs=0.006)
+
+
+def test_pieces_repeat_themselves() -> None:
+    """At least 6 % of the time repeats what was heard before, in the project's own measure."""
+    shares = []
+    for index in range(12):
+        audio = torch.from_numpy(render(compose(31, index)))[None]
+        mono = features.rms_normalise(resample(audio, RATE, features.SAMPLE_RATE))
+        shares.append(repetition(features.log_mel(mono)[0]).fraction)
+    assert np.mean(shares) > 0.06

@@ -39,7 +39,7 @@ TEMPLATES: tuple[str, ...] = (
     "the band ({band}) lays down {quick} {style} so that {lead} can shine, {mode} tonality",
     "{pace}, that's how I want it. {style}. and {lead}, always {lead}.",
     "Think of rain on a window if it were {mood}: {lead}, {pace}, {key}",
-    "soundtrack idea -> {mood} + {solo} + {style} @ {bpm}bpm",
+    "soundtrack idea -> {mood} + {solo} + {style} @ {bpm} bpm",
     "Could the {solo} please get the hook here? {style}, {quick}, scale of {key}",
     "every bar counted {metre}, every phrase {mood}, {lead} on tune duty",
     "Something to study to? no, something {mood}: {style} where {lead} stays the boss",

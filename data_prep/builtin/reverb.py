@@ -12,6 +12,7 @@ from scipy.signal import lfilter, oaconvolve
 
 _HADAMARD = 0.5 * np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], np.float64)
 _SPREAD = (1.0, 1.17, 1.39, 1.61)  # lengths of the delay lines against the shortest
+_LOWEST = 80.0  # Hz: below it the room is silent, so that basses stay clear
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,9 @@ def impulse_response(room: str, sample_rate: int) -> np.ndarray:
         mixed = _HADAMARD @ (heard * gains[:, None])
         for line, delay, entering in zip(lines, delays, mixed, strict=True):
             line[start + delay : stop + delay] += entering
-    response = _diffuse(output, sample_rate)
+    pole = 1 - 2 * np.pi * _LOWEST / sample_rate
+    response = lfilter([1, -1], [1, -pole], _diffuse(output, sample_rate))
     response = np.concatenate([np.zeros(round(shape.before * sample_rate)), response])[:length]
-    response = response - np.mean(response)
     response *= np.linspace(1, 0, length) ** 0.25  # no step at the end
     return (response / np.sqrt(np.sum(response**2))).astype(np.float32)
 

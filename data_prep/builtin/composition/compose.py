@@ -81,9 +81,9 @@ class _Writer:
         if held:
             notes = hold_chords(role, self.bars, voiced, plan.metre, layout.slot)
         else:
-            steady = plan.tempo_class != "medium"
-            usual = pulsing(self.rng, patterns, plan.metre) if steady else self.rng.choice(patterns)
-            turn = self.rng.choice(patterns) if self.rng.random() < 0.35 else usual
+            usual, turn = (pulsing(self.rng, patterns, plan.metre) if plan.tempo_class != "medium"
+                           else self.rng.choice(patterns) for _ in range(2))
+            turn = turn if self.rng.random() < 0.35 else usual
             notes = play_chords(role, self.bars, voiced, (usual, turn), plan.metre, layout.slot, velocity)
         notes = [note for note in notes if note.start < layout.last] + closing_chord(voiced[-1], layout.last)
         return strum(notes, 0.012) if who.family in _STRUMMED else notes
@@ -99,7 +99,7 @@ class _Writer:
         dice = Random(f"{self.salt} inversions")
         tones = bass.bass_tones(dice, self.chords, self.keys, plan.key, plan.bass, plan.manner.inversions, fixed)
         notes = bass.play_bass(self.salt, self.bars, self.chords, tones, plan.key, walk, plan.metre, layout.slot,
-                               plan.bass, plan.manner)
+                               plan.bass, plan.manner, plan.tempo_class == "slow")
         tonic = plan.bass.low + (plan.key.tonic - plan.bass.low) % 12
         return [note for note in notes if note.start < layout.last] + [Note(layout.last, TICKS, tonic, 96)]
 

@@ -47,12 +47,13 @@ def _approach(dice: Random, key: Key, target: int, at: int, chromatic: bool) -> 
 
 
 def play_bass(salt: str, bars: list[Bar], chords: list[Chord], tones: list[int], key: Key, pattern: str, metre: Metre,
-              slot: int, who: Instrument, manner: Manner) -> list[Note]:
+              slot: int, who: Instrument, manner: Manner, calm: bool = False) -> list[Note]:
     """A bass pattern: every chord enters on its bass note; before some chords the last half beat leads there.
 
-    Bars that repeat one another draw the same.
+    `calm` does so more rarely, so that a slow pulse is not perceived as twice as fast. Bars that repeat one another draw the same.
     """
     notes: list[Note] = []
+    chance = manner.approach * (0.3 if calm else 1.0)
     for number, bar in enumerate(bars):
         dice = Random(f"{salt} bass {bar.key}")
         for start, length, char in lay(pattern, metre, slot, number) if "bass" in bar.parts else ():
@@ -65,7 +66,7 @@ def play_bass(salt: str, bars: list[Bar], chords: list[Chord], tones: list[int],
                      "n": _approach(dice, key, target, base, manner.chromatic)}[char]
             notes.append(Note(start, length, base if enters else pitch, 96 if enters else 84))
             ends = start + length == (at + 1) * slot
-            if ends and target != base and char != "n" and length >= 6 and dice.random() < manner.approach:
+            if ends and target != base and char != "n" and length >= 6 and dice.random() < chance:
                 notes[-1:] = _lead_in(notes[-1], _approach(dice, key, target, base, manner.chromatic), metre)
     return notes
 
