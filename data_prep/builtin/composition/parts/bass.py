@@ -50,7 +50,8 @@ def play_bass(salt: str, bars: list[Bar], chords: list[Chord], tones: list[int],
               slot: int, who: Instrument, manner: Manner, calm: bool = False) -> list[Note]:
     """A bass pattern: every chord enters on its bass note; before some chords the last half beat leads there.
 
-    `calm` does so more rarely, so that a slow pulse is not perceived as twice as fast. Bars that repeat one another draw the same.
+    `calm` does so more rarely, so that a slow pulse is not perceived as twice as fast.
+    Bars that repeat one another draw the same.
     """
     notes: list[Note] = []
     chance = manner.approach * (0.3 if calm else 1.0)
