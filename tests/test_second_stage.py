@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_denoisers import SKETCH, WIDTH, K, S, captions, denoiser
+from small_denoisers import N_COARSE, WIDTH, K, S, captions, denoiser
 from small_stores import (
     CODEBOOK_SIZE,
     HOP,
@@ -24,8 +24,8 @@ from small_stores import (
 
 import sample
 from ssmttm import MusicPipeline, audio, checkpoint
+from ssmttm.audio.features import frame_chroma
 from ssmttm.cli import main
-from ssmttm.codecs.metrics import frame_chroma
 from ssmttm.diffusion.samplers import SamplerSettings
 from ssmttm.errors import UserError, run_cli
 from ssmttm.export.model_folder import export, export_two_stages
@@ -70,7 +70,7 @@ def second_stage(model, codec):
 
 
 def make_coarse_codes(frames=FRAMES, items=3):
-    return torch.randint(CODEBOOK_SIZE, (items, SKETCH, frames), generator=torch.Generator().manual_seed(6))
+    return torch.randint(CODEBOOK_SIZE, (items, N_COARSE, frames), generator=torch.Generator().manual_seed(6))
 
 
 def inputs(items=(0, 1, 2), **more):
@@ -83,7 +83,7 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.known, self.noise, self.made, self.conditions = [], [], [], []
-        real_sample, real_guided = painting.sample, painting.guided
+        real_sample, real_guided = painting.sample, painting.guided_predictor
 
         def sampled(predict, settings, noise, generators, known=None):
             self.known.append(known)
@@ -96,7 +96,7 @@ class Spy:
             return real_guided(model, conditions, *more)
 
         monkeypatch.setattr(painting, "sample", sampled)
-        monkeypatch.setattr(painting, "guided", guided)
+        monkeypatch.setattr(painting, "guided_predictor", guided)
 
 
 # --- the painter ----------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_the_sketch_comes_out_as_the_first_codebook(model, codec, name):
     coarse_codes = make_coarse_codes()
     codes = SecondStage(model, codec, settings).generate(coarse_codes, inputs())
     assert codes.shape == (3, K, FRAMES) and codes.dtype == torch.int64
-    assert torch.equal(codes[:, :SKETCH], coarse_codes)
+    assert torch.equal(codes[:, :N_COARSE], coarse_codes)
     assert codes.min() >= 0 and codes.max() < CODEBOOK_SIZE
     assert all(len(codes[:, k].unique()) > 4 for k in range(K))
 
@@ -181,10 +181,10 @@ def test_windows_share_their_codes_at_the_seams(second_stage, model, codec, monk
     for index, (known, made) in enumerate(zip(spy.known, spy.made, strict=True)):
         here = codes[..., 12 * index : 12 * index + WINDOW]
         latents = codec.to_latents(here)
-        torch.testing.assert_close(spy.conditions[index].coarse_codes, model.normalised(latents[:, :S]))
-        assert torch.equal(codec.from_latents(torch.cat([latents[:, :S], model.denormalised(made, first=1)], 1)), here)
+        torch.testing.assert_close(spy.conditions[index].coarse_latents, model.normalise(latents[:, :S]))
+        assert torch.equal(codec.from_latents(torch.cat([latents[:, :S], model.denormalise(made, first=1)], 1)), here)
         if index:
-            torch.testing.assert_close(known, model.normalised(latents[:, S:, :OVERLAP], first=1))
+            torch.testing.assert_close(known, model.normalise(latents[:, S:, :OVERLAP], first=1))
             assert torch.equal(made[..., :OVERLAP], known)
 
 
@@ -436,7 +436,7 @@ def test_more_steps_paint_otherwise_and_are_remembered(pipe, exported):
     assert other.second_stage.settings.sampler.steps == 9 == other.facts["second_stage"]["steps"]
     found, wanted = (each("a march", duration=1.5, seeds=2).codes for each in (other, pipe))
     assert torch.equal(found[:, 0], wanted[:, 0]) and not torch.equal(found, wanted)
-    with pytest.raises(UserError, match="0 sampling steps"):
+    with pytest.raises(UserError, match=r"sampling steps must be in \[1, 1000\], got 0"):
         other.set_diffusion_steps(0)
     assert other.facts["second_stage"]["steps"] == 9
     bare = MusicPipeline(pipe.model, pipe.codec, pipe.text_encoder, pipe.pattern, second_stage=other.second_stage)
@@ -527,7 +527,7 @@ def refused(result, *says):
 
 def test_steps_and_painters_that_make_no_sense(command, exported, first_stage, second_stage_run):
     refused(command("--checkpoint", "nowhere", "--diffusion-steps", 0), "--diffusion-steps is 0: give 1 or more")
-    refused(command("--checkpoint", exported, "--diffusion-steps", 5000), "5000 sampling steps")
+    refused(command("--checkpoint", exported, "--diffusion-steps", 5000), "sampling steps must be in [1, 1000], got 5000")
     refused(command("--checkpoint", first_stage, "--diffusion-steps", 5), "one stage")
     refused(command("--checkpoint", first_stage, "--second-stage", first_stage), "holds a language model, not a denoiser")
     refused(command("--checkpoint", second_stage_run), "holds a denoiser, not a language model")
