@@ -144,13 +144,12 @@ def test_process_executor_gives_up_on_a_task_that_kills_every_worker(tmp_path):
 
 def test_process_executor_counts_losses_since_the_last_finished_task(tmp_path, monkeypatch):
     def run_one(
-        pool: None, function: Callable[[ShardTask], ShardResult], items: dict[int, ShardTask], depth: int
-    ) -> Iterator[tuple[int, ShardResult]]:
-        index = next(iter(items))
-        yield index, function(items[index])
+        pool: None, function: Callable[[ShardTask], ShardResult], items: list[ShardTask], depth: int
+    ) -> Iterator[tuple[ShardTask, ShardResult]]:
+        yield items[0], function(items[0])
         raise BrokenProcessPool
 
-    monkeypatch.setattr("ssmttm.launch.local._run_in_pool", run_one)
+    monkeypatch.setattr("ssmttm.launch.local._run_unordered", run_one)
     monkeypatch.setattr(ProcessExecutor, "_pool", lambda *_: None)
     monkeypatch.setattr(ProcessExecutor, "_close", lambda *_, **__: None)
     assert len(Run(tmp_path, ProcessExecutor(2)).run_stage("cut", file_tasks(tmp_path, 7))) == 7

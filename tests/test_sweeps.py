@@ -21,7 +21,6 @@ from ssmttm import config
 from ssmttm.cli.main import main
 from ssmttm.errors import Preempted, UserError, run_cli
 from ssmttm.launch import job as launch_job
-from ssmttm.launch import local
 from ssmttm.launch.job import CommandJob
 from ssmttm.models.size import count_parameters, size_of
 from ssmttm.sweeps import launchers, plots, report, training_job
@@ -48,7 +47,7 @@ def settings(tmp_path, grid, steps=5, parallel=2, **more):
 def fake(monkeypatch):
     """Jobs run fake_train.py."""
     monkeypatch.setattr(launch_job, "TRAIN", FAKE)
-    monkeypatch.setattr(local, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(launch_job, "POLL_SECONDS", 0.02)
 
 
 def starts(folder, name):
@@ -256,9 +255,9 @@ SWEEP = """
 import sys
 from omegaconf import OmegaConf
 from ssmttm.errors import run_cli
-from ssmttm.launch import job, local
+from ssmttm.launch import job
 from ssmttm.sweeps import run
-job.TRAIN, local._POLL_SECONDS = sys.argv[1], 0.02
+job.TRAIN, job.POLL_SECONDS = sys.argv[1], 0.02
 sys.exit(run_cli(lambda: run.run_sweep(OmegaConf.load(sys.argv[2])) and None))
 """
 
@@ -411,18 +410,18 @@ def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, m
     rates = {"low": 1e-5, "high": 1.0, "log": True}
     search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
     wanted = settings(tmp_path, {}, search=search)
-    poll = CommandJob.poll
+    run = CommandJob.run
 
-    def interrupted(self):
-        outcome = poll(self)
-        if outcome and self.job.labels["trial"] == "trial0004":
+    def interrupted(self, *arguments):
+        outcome = run(self, *arguments)
+        if self.job.labels["trial"] == "trial0004":
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
-    monkeypatch.setattr(CommandJob, "poll", interrupted)
+    monkeypatch.setattr(CommandJob, "run", interrupted)
     with pytest.raises(Preempted):
         run_sweep(wanted)
-    monkeypatch.setattr(CommandJob, "poll", poll)
+    monkeypatch.setattr(CommandJob, "run", run)
     folder = run_sweep(wanted)
     assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
     losses = [run.loss[-1] for run in collect(folder)]

@@ -4,13 +4,12 @@ The study is a journal file in the sweep's folder, so a killed search continues 
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm.errors import UserError
-from ssmttm.launch.job import DONE, STOPPED, CommandJob
+from ssmttm.launch.job import DONE, STOPPED
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import Job, budget_of, check_sweep, make_job, match_size
 from ssmttm.sweeps.launchers import run_local
@@ -74,12 +73,19 @@ class _Search:
             trial = self._study.ask()
             yield self._job(trial.number, {name: _suggest(trial, name, kind) for name, kind in parameters.items()})
 
-    def on_end(self, job: CommandJob, outcome: str) -> None:
+    def on_end(self, job: Job, outcome: str) -> None:
         """Report a trial's value, or its failure."""
         if outcome == DONE:
-            self._study.tell(self._trials[job.name], _last_value(job.folder / "run", self._sweep.metric))
+            self._study.tell(self._trials[job.name], self._last_value(job))
         elif outcome != STOPPED:
             self._study.tell(self._trials[job.name], state=self._states.FAIL)
+
+    def _last_value(self, job: Job) -> float:
+        run, metric = self._folder.job_folder(job.name) / "run", self._sweep.metric
+        values = [row[metric] for row in read_metrics(run) if metric in row]
+        if not values:
+            raise UserError(f"{run} has no {metric}: set sweep.metric to a name in its metrics.jsonl")
+        return values[-1]
 
     def print_best(self) -> None:
         """Print the best trial, if there is one."""
@@ -112,10 +118,3 @@ def _suggest(trial: Any, name: str, kind: Any) -> Any:
         suggest = trial.suggest_int if integer else trial.suggest_float
         return suggest(name, kind.low, kind.high, log=bool(kind.get("log", False)))
     raise UserError(f"sweep.search.parameters.{name} must be {{low: 1, high: 2, log: true}} or a list of choices")
-
-
-def _last_value(run: Path, metric: str) -> float:
-    values = [row[metric] for row in read_metrics(run) if metric in row]
-    if not values:
-        raise UserError(f"{run} has no {metric}: set sweep.metric to a name in its metrics.jsonl")
-    return values[-1]

@@ -58,11 +58,11 @@ class TrainingJob(CommandJob):
 
     def summary(self) -> dict[str, Any]:
         """See `CommandJob.summary`."""
-        return {"steps": last_step(self.folder / "run"), "evaluate": self._evaluate}
+        return {"steps": self.step(), "evaluate": self._evaluate}
 
-    def progress(self) -> str:
-        """See `CommandJob.progress`."""
-        return f"at step {last_step(self.folder / 'run')}"
+    def step(self) -> int:
+        """The last training step, or 0."""
+        return last_step(self.folder / "run")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
