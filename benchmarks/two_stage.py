@@ -68,10 +68,10 @@ def compare(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, A
         return torch.cat(made)
 
     systems: dict[str, Callable[[int], Tensor]] = {
-        "true sketch + painter": lambda seed: painted(seed, "generate"),
+        "true sketch + painter": lambda seed: painted(seed, "stage2"),
         "true sketch + regression": lambda seed: painted(seed, "regression"),
-        "two stages: sampled sketch + painter": lambda seed: sampled(seed, "coarse_codes", "generate"),
-        "sampled sketch + regression": lambda seed: sampled(seed, "coarse_codes", "regression"),
+        "two stages: sampled sketch + painter": lambda seed: sampled(seed, "stage1", "stage2"),
+        "sampled sketch + regression": lambda seed: sampled(seed, "stage1", "regression"),
         "single stage": lambda seed: sampled(seed, "single", None),
     }
     found = {"true music": [judge.embeddings(judge.true)], "codec alone (all true codes)": [judge.metrics(judge.codes)]}
