@@ -3,6 +3,7 @@
 import json
 import math
 from collections import namedtuple
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_adherence_of_unconditional_model_is_chance(monkeypatch, tmp_path):
     assert report.checks == {"good": 0, "silent": 0, "clipped": 0, "noisy": 24}
     for found in report.accuracy.values():
         assert found.shuffled_p > 0.001 and abs(found.accuracy - found.shuffled) < 0.35
-    saved = json.loads(json.dumps(report.document()))
+    saved = json.loads(json.dumps(asdict(report)))
     assert saved["fingerprint"]["weights"] == "f" * 16 and len(saved["clips"]) == 24
     assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["classifiers"]
     rows = report.section().rows

@@ -8,7 +8,8 @@ Shapes: C channels, S samples; float32 in [-1, 1].
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def read_segments(path: str | Path, sample_rate: int, seconds: float) -> Iterato
 
 
 def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
-    """Decode only one crop of a file, mixed down to mono.
+    """Decode only one crop of a file of a store, mixed down to mono.
 
     Args:
         samples: S; a shorter file is read completely.
@@ -84,43 +85,34 @@ def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
 
     Returns:
         float32 [<= S] and the file's sample rate.
-
-    Raises:
-        UserError: the file is missing, damaged or truncated.
     """
-    frames = _opened(path, lambda file: file.frames)
-    length = min(samples, frames)
-    return read_part(path, choice % (frames - length + 1), length)
+    with _open(path) as file:
+        length = min(samples, file.frames)
+        return _read_frames(path, file, choice % (file.frames - length + 1), length)
 
 
 def read_part(path: Path, start: int, samples: int) -> tuple[np.ndarray, int]:
-    """Decode only a file's samples from `start` on, mixed down to mono.
-
-    Returns:
-        float32 [<= samples], shorter where the file ends, and its sample rate.
-
-    Raises:
-        UserError: the file is missing, damaged or truncated.
-    """
-
-    def part(file: Any) -> tuple[np.ndarray, int]:
-        length = max(0, min(samples, file.frames - start))
-        file.seek(min(start, file.frames))
-        read = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
-        if len(read) != length:
-            raise UserError(f"{path} is truncated: restore it or prepare it again")
-        return read.mean(axis=1), file.samplerate
-
-    return _opened(path, part)
+    """Decode a file of a store from `start` on, mixed down to mono: float32 [<= samples], and its sample rate."""
+    with _open(path) as file:
+        return _read_frames(path, file, min(start, file.frames), max(0, min(samples, file.frames - start)))
 
 
-def _opened(path: Path, use: Callable[[Any], Any]) -> Any:
-    """Open a file of a store with libsndfile and return `use(file)`."""
+def _read_frames(path: Path, file: Any, start: int, length: int) -> tuple[np.ndarray, int]:
+    file.seek(start)
+    frames = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
+    if len(frames) != length:
+        raise UserError(f"{path} is truncated: restore it or prepare it again")
+    return frames.mean(axis=1), file.samplerate
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A file of a store, opened by libsndfile. Raises UserError if it cannot be read."""
     import soundfile as sf
 
     try:
         with sf.SoundFile(path) as file:
-            return use(file)
+            yield file
     except (sf.SoundFileError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it or prepare it again") from error
 

@@ -80,11 +80,7 @@ class AudioIndex:
             raise UserError(f"cannot read the index {path} ({error}): build it again") from error
 
     def nearest(self, wav: Tensor) -> Match:
-        """The best match of the middle 4 s of audio [1, S] at `features.SAMPLE_RATE`.
-
-        Raises:
-            UserError: less than 4 s of audio, or no segment of that length.
-        """
+        """The best match of the middle 4 s of audio [1, S] at `features.SAMPLE_RATE`."""
         query = fingerprint(wav[0].numpy(), SAMPLE_RATE)
         if len(query) < QUERY:
             raise UserError(f"{wav.shape[-1] / SAMPLE_RATE:.1f} s of audio are too short to be recognised: give 4 s")

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -27,10 +27,6 @@ class Trial:
     prompt: str
     clips: list[str]
 
-    def document(self) -> dict[str, object]:
-        """The trial as JSON."""
-        return asdict(self)
-
 
 def check_kind(kind: str) -> None:
     """Raise UserError for an unknown kind of test."""
@@ -45,9 +41,6 @@ def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], 
 
     Returns:
         {prompt: {system: file}}, and notes on skipped prompts and files.
-
-    Raises:
-        UserError: fewer than two systems, an empty folder, or no common prompt.
     """
     if len(folders) < 2:
         raise UserError("a listening test needs at least two systems: give --systems NAME=FOLDER NAME=FOLDER ...")

@@ -31,9 +31,6 @@ def export(
 
     Returns:
         The files, and notes on skipped clips.
-
-    Raises:
-        UserError: an unknown kind, or no common prompts.
     """
     check_kind(kind)
     found, skipped = find_systems(folders)

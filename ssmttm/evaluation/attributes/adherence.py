@@ -5,7 +5,7 @@ prompts, and the classifiers' own accuracy on true music.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,6 @@ class AdherenceReport:
         notes = f"Generated clips: {checks}. Classifier accuracy: {counts}.\nSettings: {settings}."
         return Section("Prompt adherence", notes, rows)
 
-    def document(self) -> dict[str, Any]:
-        """The results as JSON."""
-        return asdict(self)
-
 
 def measure_adherence(
     store: Store,
@@ -84,9 +80,6 @@ def measure_adherence(
         settings: model and decoding, for the fingerprint.
         seed: of the shuffled control.
         classifiers: default: the shipped ones.
-
-    Raises:
-        UserError: the store has no annotations or audio, or a file cannot be read.
     """
     classifiers = classifiers or AttributeClassifiers.from_pretrained()
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])

@@ -78,11 +78,7 @@ class AttributeClassifiers(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "AttributeClassifiers":
-        """Load classifiers from a folder, by default the shipped ones.
-
-        Raises:
-            UserError: there are none in the folder, or they are damaged.
-        """
+        """Load classifiers from a folder, by default the shipped ones."""
         fix = "train them with `python -m ssmttm.cli.train_attribute_classifiers`"
         return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "classifiers", fix)
 
@@ -100,9 +96,6 @@ class AttributeClassifiers(nn.Module):
         """Predict the attributes of each clip of wav [B, S], or [S].
 
         Log-probabilities are averaged over windows of 10 s.
-
-        Raises:
-            UserError: less than 4 s of audio.
         """
         wav = wav[None] if wav.ndim == 1 else wav
         wav = resample(wav, sample_rate, features.SAMPLE_RATE)

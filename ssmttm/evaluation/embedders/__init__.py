@@ -27,9 +27,6 @@ def load_embedder(name: str, weights: str | None = None, device: str = "cpu") ->
         name: one of EMBEDDERS: tiny (embedded), log_mel (no weights), codec, clap, ast, panns, vggish.
         weights: a file, folder or hub name; default: the embedder's own, if it has any.
         device: of the network; tiny and log_mel run on the CPU.
-
-    Raises:
-        UserError: unknown name, or missing weights.
     """
     if name not in EMBEDDERS:
         raise UserError(f"embedder must be one of {', '.join(EMBEDDERS)}, got {name!r}")

@@ -30,11 +30,7 @@ class Embedder(Protocol):
     dim: int
 
     def embed(self, wav: Tensor) -> Tensor:
-        """Embeddings of each clip's windows: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D].
-
-        Raises:
-            UserError: a clip is shorter than one window.
-        """
+        """Embeddings of each clip's windows: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D]."""
 
 
 @runtime_checkable
@@ -63,11 +59,7 @@ class JointEmbedder(Protocol):
 
 
 def windows(wav: Tensor, size: int) -> Tensor:
-    """Split clips into adjacent windows, dropping the remainder: [B, S] -> [B, W, size].
-
-    Raises:
-        UserError: the clips are shorter than one window.
-    """
+    """Split clips into adjacent windows, dropping the remainder: [B, S] -> [B, W, size]."""
     if wav.shape[-1] < size:
         raise UserError(f"clips of {wav.shape[-1]} samples are shorter than the window of {size}: use longer clips")
     return wav.unfold(-1, size, size)

@@ -24,9 +24,6 @@ class VggishEmbedder(nn.Module):
     Args:
         weights: a .safetensors or .pth file with the names of torchvggish (features.0.weight, embeddings.0.weight ...).
         device: of the network.
-
-    Raises:
-        UserError: no file is given, or it does not contain these weights.
     """
 
     name, sample_rate, seconds, dim = "vggish", 16_000, 0.96, 128
@@ -66,9 +63,6 @@ class PannsEmbedder(nn.Module):
     Args:
         weights: a .safetensors or .pth file with the published names (conv_block1.conv1.weight, fc1.weight ...).
         device: of the network.
-
-    Raises:
-        UserError: no file is given, or it does not contain these weights.
     """
 
     name, sample_rate, seconds, dim = "panns", 32_000, 10.0, 2048

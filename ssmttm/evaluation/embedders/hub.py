@@ -20,9 +20,6 @@ class ClapEmbedder:
     Args:
         weights: a folder, or a hub name such as laion/larger_clap_music.
         device: of the network.
-
-    Raises:
-        UserError: the checkpoint is missing.
     """
 
     name, seconds = "clap", 10.0
@@ -64,9 +61,6 @@ class AstEmbedder:
     Args:
         weights: a folder, or a hub name such as MIT/ast-finetuned-audioset-10-10-0.4593.
         device: of the network.
-
-    Raises:
-        UserError: the checkpoint is missing.
     """
 
     name, seconds = "ast", 10.0

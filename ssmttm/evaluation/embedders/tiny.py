@@ -55,11 +55,7 @@ class TinyEmbedder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "TinyEmbedder":
-        """Load an embedder from a folder, by default the shipped one.
-
-        Raises:
-            UserError: there is none in the folder, or it is damaged.
-        """
+        """Load an embedder from a folder, by default the shipped one."""
         fix = "train one with `python -m ssmttm.cli.train_embedder`"
         return load_network(Path(path or ASSETS), lambda card: cls(card["classes"], card), "embedder", fix)
 

@@ -54,9 +54,6 @@ def compute_metrics(
         seconds: length used of each file, from its start.
         decoding: the sampling settings of the clips, for the fingerprint.
         cache: folder of cached embeddings.
-
-    Raises:
-        UserError: too few clips, or a file that cannot be read.
     """
     embeddings = embed_clips(embedder, [clip.path for clip in clips], seconds, cache)
     fingerprint = {

@@ -29,11 +29,7 @@ class PrecisionRecallCoverage(NamedTuple):
 def precision_recall_coverage(
     x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: int = NEIGHBOURS
 ) -> PrecisionRecallCoverage:
-    """Precision, recall and coverage of generated x [n, d] against reference y [m, d], n and m above k.
-
-    Raises:
-        UserError: NaN, infinity, different widths, or not more than k rows.
-    """
+    """Precision, recall and coverage of generated x [n, d] against reference y [m, d], n and m above k."""
     x, y = check_sets(x, y)
     if min(len(x), len(y)) <= k:
         raise UserError(f"{k} nearest neighbours need more than {k} samples of each set, got {min(len(x), len(y))}")

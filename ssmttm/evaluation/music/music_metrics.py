@@ -58,11 +58,7 @@ class ClipMetrics:
 
 
 def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
-    """Metrics of audio [C, S].
-
-    Raises:
-        UserError: shorter than half a second, NaN or infinity.
-    """
+    """Metrics of audio [C, S]."""
     seconds = wav.shape[-1] / sample_rate
     if wav.ndim != 2 or seconds < MIN_SECONDS:
         raise UserError(f"audio must be [C, S] of at least {MIN_SECONDS} s, got {list(wav.shape)}, {seconds:.2f} s")
@@ -157,11 +153,7 @@ def sample_rate_notes(folders: Mapping[str, FolderMetrics]) -> list[str]:
 
 
 def measure_files(paths: Sequence[Path]) -> FolderMetrics:
-    """Metrics of audio files; unreadable files are listed in the result.
-
-    Raises:
-        UserError: no files, or none can be read.
-    """
+    """Metrics of audio files; unreadable files are listed in the result."""
     clips, unreadable = {}, {}
     for path in tqdm(paths, desc="music metrics", unit="clip"):
         try:

@@ -46,9 +46,6 @@ def read_prompt_list(
         references: folder of the reference audio.
         audio: templates of a reference's path in that folder without extension, from the columns, {name}, and
             {COLUMN_stem}, a column's value without extension.
-
-    Raises:
-        UserError: the table is missing or unreadable, lacks a column, or no row is kept.
     """
     path = Path(table)
     rows = _rows(path)
