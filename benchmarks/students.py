@@ -23,7 +23,7 @@ from scipy import stats
 from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
 from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
-from ssmttm.generation.loading import load_model, open_model_folder
+from ssmttm.generation.loading import load_language_model, open_model_folder
 from ssmttm.reports.tables import markdown_table
 from ssmttm.training.tasks.lm import LanguageModelTask
 
@@ -39,7 +39,7 @@ def cross_entropy(model: str, store: str, batch_size: int = 8) -> float:
     settings = config.load("experiment=tinyttm_lm", "task=lm", f"data.store={store}", f"data.batch_size={batch_size}")
     settings = OmegaConf.merge(settings, {"model": folder.config.model, "pattern": folder.config.pattern})
     task = LanguageModelTask(settings)
-    modules, loader = {"model": load_model(folder)}, task.loader("test", batch_size, 0, 1)
+    modules, loader = {"model": load_language_model(folder)}, task.loader("test", batch_size, 0, 1)
     batches = [loader.batch(n) for n in range(len(loader) // batch_size)]
     denominators = sum(task.loss_denominators(batch) for batch in batches)
     return sum(task.validation(modules, batch, denominators, 0)["cross_entropy"].item() for batch in batches)

@@ -28,7 +28,7 @@ class Model:
     """A fake pipeline that generates a tone with seeded noise and records its prompts."""
 
     def __init__(self, name="model", weights="a" * 64):
-        self.facts, self.prompts = {"model": {"name": name, "weights_sha256": weights}}, []
+        self.metadata, self.prompts = {"model": {"name": name, "weights_sha256": weights}}, []
         self.guidance_scale = 3.0
 
     def __call__(self, prompts, seeds, duration, **settings):
@@ -106,7 +106,7 @@ def test_evaluate_rejects_clips_of_another_model(benchmark, tmp_path, model):
     model.guidance_scale = 1.0  # a guidance-distilled student
     with pytest.raises(UserError, match="guidance_scale differ"):
         evaluate.evaluate(settings(benchmark, tmp_path))
-    model.guidance_scale, model.facts = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
+    model.guidance_scale, model.metadata = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
     with pytest.raises(UserError, match="model differ"):
         evaluate.evaluate(settings(benchmark, tmp_path))
 
@@ -210,7 +210,7 @@ def test_compare_rejects_different_settings():
 
 def test_evaluate_compare_command(benchmark, tmp_path, model, capsys):
     for name in ("a", "b"):
-        model.facts = {"model": {"name": name, "weights_sha256": name * 64}}
+        model.metadata = {"model": {"name": name, "weights_sha256": name * 64}}
         evaluate.evaluate(settings(benchmark, tmp_path / name))
     evaluate.evaluate(settings(benchmark, tmp_path / "c", "seed=1"))
     assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0

@@ -16,6 +16,7 @@ from ssmttm import checkpoint
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.licences import strictest
+from ssmttm.model_folder import read_card
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import settings_hash
@@ -129,7 +130,7 @@ def load_initial_weights(
         UserError: there is no such model, it has another shape, or it uses another codec's codes.
     """
     folder = checkpoint.find_model(model)
-    card = checkpoint.read_document(folder, "card" if (folder / "card.json").is_file() else "state")
+    card = read_card(folder)
     own_codec = card["data"].get("codec")
     if codec and own_codec and codec["fingerprint"] != own_codec["fingerprint"]:
         raise UserError(

@@ -43,18 +43,12 @@ _SETTINGS = ("duration", "guidance_scale", "temperature", "top_k", "top_p")
 
 @dataclass(frozen=True)
 class ProtocolData:
-    """Prompts and references of a protocol.
-
-    Attributes:
-        prompts: with their reference audio, where available.
-        references: the set of reference audio.
-        store, labelled: the built-in store and its prompts with true labels; None and empty for other protocols.
-    """
+    """Prompts and references of a protocol."""
 
     prompts: list[ListedPrompt]
     references: list[Path]
-    store: Store | None = None
-    labelled: Sequence[Prompt] = ()
+    store: Store | None = None  # of the built-in protocol
+    labelled: Sequence[Prompt] = ()  # its prompts with true labels
 
 
 def evaluate(settings: DictConfig) -> dict[str, Any]:

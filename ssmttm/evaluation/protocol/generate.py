@@ -35,13 +35,7 @@ class Decoding:
 def generate(
     pipeline: MusicPipeline, prompts: Sequence[tuple[str, str]], decoding: Decoding, folder: Path, batch: int
 ) -> list[Path]:
-    """Generate FILE.wav for each prompt, named after it.
-
-    Args:
-        prompts: (name, caption) of each.
-        folder: for FILE.wav and FILE.json; pairs of the same model and settings are kept.
-        batch: clips sampled together.
-    """
+    """Generate NAME.wav and NAME.json for each prompt (name, caption); existing pairs are kept."""
     names = [name for name, _ in prompts]
     paths = [folder / f"{name}.wav" for name in names]
     sidecars = [

@@ -53,7 +53,7 @@ class DiffusionTask(Task):
         self.model.set_statistics(*self.statistics)
         self.modules = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
-        SecondStageConfig.of(config)  # invalid settings fail here, not at the first samples
+        SecondStageConfig.from_config(config)  # invalid settings fail here, not at the first samples
         self.controls = StoreControls(self.store, self.model.config, config.data, self.codec)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
@@ -91,7 +91,7 @@ class DiffusionTask(Task):
         frames = round(self.config.train.sample_seconds * self.codec.frame_rate)
         batch = CodesLoader(self.store, "valid", count, frames, self.config.seed).batch(0)
         device = next(self.model.parameters()).device
-        second_stage = SecondStage(self.model, self.codec.to(device), SecondStageConfig.of(self.config))
+        second_stage = SecondStage(self.model, self.codec.to(device), SecondStageConfig.from_config(self.config))
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         codes = batch["codes"].to(device)
         coarse_codes = codes[:, : self.config.model.n_coarse_codebooks]
