@@ -147,11 +147,11 @@ def test_docs_examples_are_valid_sweeps():
 
 
 def test_jobs_run_once_and_are_skipped_afterwards(tmp_path, fake, capsys):
-    wanted = settings(tmp_path, RATES, seeds=[0, 1])
-    folder = run_sweep(wanted)
+    sweep_settings = settings(tmp_path, RATES, seeds=[0, 1])
+    folder = run_sweep(sweep_settings)
     names = [job.name for job in folder.jobs()]
     assert len(names) == 4 and all(folder.is_done(name) and starts(folder, name) == 1 for name in names)
-    run_sweep(wanted)
+    run_sweep(sweep_settings)
     assert all(starts(folder, name) == 1 for name in names)
     assert "4 jobs, 4 of them done" in capsys.readouterr().out
     run_sweep(settings(tmp_path, {"optim.lr": [0.001, 0.01, 0.1]}, seeds=[0, 1]))  # a grid may grow
@@ -224,15 +224,15 @@ def test_evaluation_added_later_runs_without_training_again(tmp_path, fake, monk
 
 def test_error_in_a_sweep_stops_its_trainings(tmp_path, fake):
     """Such as an error in the callback of a search."""
-    wanted = settings(tmp_path, {"train.steps": [5, 500]}, budget={"steps": None})
-    folder, jobs = SweepFolder(tmp_path / "sweep"), expand(wanted.sweep)
+    sweep_settings = settings(tmp_path, {"train.steps": [5, 500]}, budget={"steps": None})
+    folder, jobs = SweepFolder(tmp_path / "sweep"), expand(sweep_settings.sweep)
     folder.add_jobs(jobs)
 
     def fail(job, outcome):
         raise UserError(f"no use for {job.name}, {outcome}")
 
     with pytest.raises(UserError, match="no use for 5-seed0, done"):
-        launchers.run_local(folder, jobs, wanted, 2, fail)
+        launchers.run_local(folder, jobs, sweep_settings, 2, fail)
     time.sleep(0.3)
     made = lines(folder, "500-seed0")
     time.sleep(0.3)
@@ -368,9 +368,9 @@ def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
         f"from ssmttm.launch import job\njob.TRAIN = {str(FAKE)!r}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{patched}:{HERE.parent}")
-    wanted = settings(tmp_path, RATES)
-    wanted = OmegaConf.merge(wanted, {"launcher": config.load("launcher=slurm", root="sweep").launcher})
-    folder = run_sweep(wanted)
+    sweep_settings = settings(tmp_path, RATES)
+    sweep_settings = OmegaConf.merge(sweep_settings, {"launcher": config.load("launcher=slurm", root="sweep").launcher})
+    folder = run_sweep(sweep_settings)
     assert all(folder.is_done(job.name) for job in folder.jobs()) and len(folder.jobs()) == 2
     script = (folder.path / "sweep.sbatch").read_text()
     assert "--array=0-1%8" in script and "--signal=B:USR1@300" in script and "partition" not in script
@@ -399,8 +399,8 @@ def test_ray_runs_each_job_as_a_task(tmp_path, request):
     request.addfinalizer(pytest.importorskip("ray", reason="Ray is not installed").shutdown)
     launcher = config.load("launcher=ray", root="sweep").launcher
     store = write_codes_store(tmp_path / "store")
-    wanted = OmegaConf.merge(debug_settings(tmp_path, store), {"launcher": launcher})
-    folder = run_sweep(wanted)
+    sweep_settings = OmegaConf.merge(debug_settings(tmp_path, store), {"launcher": launcher})
+    folder = run_sweep(sweep_settings)
     assert all(folder.is_done(job.name) for job in folder.jobs())
 
 
@@ -409,7 +409,7 @@ def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, m
     pytest.importorskip("optuna")
     rates = {"low": 1e-5, "high": 1.0, "log": True}
     search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
-    wanted = settings(tmp_path, {}, search=search)
+    sweep_settings = settings(tmp_path, {}, search=search)
     run = CommandJob.run
 
     def interrupted(self, *arguments):
@@ -420,9 +420,9 @@ def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, m
 
     monkeypatch.setattr(CommandJob, "run", interrupted)
     with pytest.raises(Preempted):
-        run_sweep(wanted)
+        run_sweep(sweep_settings)
     monkeypatch.setattr(CommandJob, "run", run)
-    folder = run_sweep(wanted)
+    folder = run_sweep(sweep_settings)
     assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
     losses = [run.loss[-1] for run in collect(folder)]
     assert min(losses) < 0.7 and "best of 12 trials" in capsys.readouterr().out
@@ -432,7 +432,7 @@ def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, m
 def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
     optuna = pytest.importorskip("optuna")
     axes = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "train.log_every": [1, 2]}
-    wanted = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
+    sweep_settings = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
     (tmp_path / "sweep").mkdir()
     storage = optuna.storages.journal.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep" / "study.log"))
@@ -440,7 +440,7 @@ def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
     half = optuna.create_study(storage=storage, study_name="s").ask()
     if params:
         half.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
-    folder = run_sweep(wanted)
+    folder = run_sweep(sweep_settings)
     assert len(folder.jobs()) == 4 and all(folder.is_done(job.name) for job in folder.jobs())
     assert all(any("log_every" in word for word in job.overrides) for job in folder.jobs())
 
@@ -459,8 +459,8 @@ def debug_settings(tmp_path, store):
         f"model.codebook_size={CODEBOOK_SIZE}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}",
         "train.precision=fp32", "train.eval_every=2", "train.log_every=1",
     ]  # fmt: skip
-    wanted = settings(tmp_path, {"model.layers": ["mamba2", "attention"]}, steps=4, overrides=sizes)
-    return OmegaConf.merge(wanted, {"store": str(store)})
+    sweep_settings = settings(tmp_path, {"model.layers": ["mamba2", "attention"]}, steps=4, overrides=sizes)
+    return OmegaConf.merge(sweep_settings, {"store": str(store)})
 
 
 def test_sweep_of_debug_trainings_and_its_report(tmp_path, capsys):
@@ -570,8 +570,8 @@ def test_pareto_front_is_not_dominated():
     def dominated(a):
         return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
 
-    found = [points[i] for i in plots.front(points)]
-    assert found == sorted({point for point in points if not dominated(point)})
+    front = [points[i] for i in plots.front(points)]
+    assert front == sorted({point for point in points if not dominated(point)})
 
 
 def test_report_of_an_unfinished_sweep(tmp_path, fake):
