@@ -26,17 +26,11 @@ _STEADY = 0.01  # relative change of the spectrum
 
 
 class Alignment(NamedTuple):
-    """The best alignment of two fingerprints.
+    """The best alignment of two fingerprints."""
 
-    Attributes:
-        offset: words from the start of the first to the start of the second.
-        rate: bit error rate: 0 for a copy, about 0.5 for unrelated audio.
-        overlap: number of compared words, without words of 0.
-    """
-
-    offset: int
-    rate: float
-    overlap: int
+    offset: int  # words from the start of the first to the start of the second
+    rate: float  # bit error rate: 0 for a copy, about 0.5 for unrelated audio
+    overlap: int  # number of compared words, without words of 0
 
 
 NONE = Alignment(0, 1.0, 0)
@@ -138,10 +132,6 @@ def bit_error_rate(a: np.ndarray, b: np.ndarray, min_overlap: int) -> Alignment:
     """The best alignment with an overlap of at least `min_overlap` words; NONE if there is none.
 
     The best one is the least likely by chance: it maximises (0.5 - rate) times the root of the overlap.
-
-    Args:
-        a, b: fingerprints, uint32 [T].
-        min_overlap: words, at least 1.
     """
     from scipy.fft import irfft, next_fast_len, rfft
 

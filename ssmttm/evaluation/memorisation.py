@@ -30,16 +30,11 @@ _NGRAM = 8  # codes of the shortest run
 
 @dataclass(frozen=True)
 class Match:
-    """The nearest training segment.
-
-    Attributes:
-        id: of the segment. start: seconds from its start to the match.
-        score: bit error rate (by audio; 0 for a copy, about 0.5 for unrelated music), or common seconds (by codes).
-    """
+    """The nearest training segment."""
 
     id: str
-    start: float
-    score: float
+    start: float  # seconds from the start of the segment
+    score: float  # bit error rate (by audio; 0 a copy, about 0.5 unrelated music), or common seconds (by codes)
 
 
 class AudioIndex:

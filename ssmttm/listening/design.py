@@ -15,17 +15,11 @@ KINDS = ("mos", "pairs", "both")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of the page.
+    """One trial of the page."""
 
-    Attributes:
-        kind: mos, a rating of one clip, or pair, a preference between two.
-        prompt: of the clips.
-        clips: their blind names, in presentation order.
-    """
-
-    kind: str
+    kind: str  # mos, a rating of one clip, or pair, a preference between two
     prompt: str
-    clips: list[str]
+    clips: list[str]  # blind names, in presentation order
 
 
 def check_kind(kind: str) -> None:
@@ -77,12 +71,7 @@ def plan(prompts: Sequence[str], names: dict[str, dict[str, str]], kind: str, li
     """The trials of one listener.
 
     The order of the prompts is random for each listener. Within a prompt, the order of the systems is a row of a
-    Williams design; the order of a pair alternates between listeners.
-
-    Args:
-        names: {prompt: {system: blind name}}.
-        kind: one of KINDS.
-        listener: number, from 1.
+    Williams design; the order of a pair alternates between listeners. `names`: {prompt: {system: blind name}}.
     """
     systems = list(names[prompts[0]])
     rows = williams(len(systems))

@@ -28,11 +28,8 @@ def make_test(
     """Write OUT/test.html for the listeners, and OUT/key.json with the systems of the clips.
 
     Args:
-        folders: each system's clips.
         kind: mos (ratings from 1 to 5), pairs (preferences) or both.
-        axes: of the ratings, from AXES.
         listeners: number of different orders; listener n + 1 gets the first again.
-        seed: of the blind names.
 
     Returns:
         The files, and notes on skipped clips and differences between systems.

@@ -61,12 +61,7 @@ class AttributePrediction:
 
 
 class AttributeClassifiers(nn.Module):
-    """The three networks; `from_pretrained` loads the shipped ones.
-
-    Attributes:
-        families: the classes of the family network.
-        card: training settings and held-out accuracy (config.json).
-    """
+    """The three networks; `from_pretrained` loads the shipped ones. `card`: training settings and held-out accuracy."""
 
     def __init__(self, families: list[str], card: dict[str, Any] | None = None) -> None:
         super().__init__()

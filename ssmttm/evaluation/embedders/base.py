@@ -13,21 +13,13 @@ from ssmttm.errors import UserError
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Embeds mono audio.
+    """Embeds mono audio."""
 
-    Attributes:
-        name: name in `load_embedder`, such as "tiny" or "log_mel".
-        fingerprint: 16 characters: a hash over the weights and all settings that change the embeddings, or a version.
-        sample_rate: Hz of the input.
-        seconds: length of the window of one embedding.
-        dim: D.
-    """
-
-    name: str
-    fingerprint: str
-    sample_rate: int
-    seconds: float
-    dim: int
+    name: str  # in `load_embedder`, such as "tiny" or "log_mel"
+    fingerprint: str  # 16 characters: a hash over weights and all settings that change the embeddings, or a version
+    sample_rate: int  # Hz of the input
+    seconds: float  # length of the window of one embedding
+    dim: int  # D
 
     def embed(self, wav: Tensor) -> Tensor:
         """Embeddings of each clip's windows: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D]."""
@@ -35,11 +27,7 @@ class Embedder(Protocol):
 
 @runtime_checkable
 class Classifier(Protocol):
-    """An embedder that also classifies.
-
-    Attributes:
-        classes: the N names.
-    """
+    """An embedder that also classifies."""
 
     classes: Sequence[str]
 

@@ -15,12 +15,7 @@ from ssmttm.evaluation.embedders.base import windows
 
 
 class ClapEmbedder:
-    """CLAP (arXiv 2211.06687): audio and captions in one space.
-
-    Args:
-        weights: a folder, or a hub name such as laion/larger_clap_music.
-        device: of the network.
-    """
+    """CLAP (arXiv 2211.06687): audio and captions in one space."""
 
     name, seconds = "clap", 10.0
 
@@ -56,12 +51,7 @@ class ClapEmbedder:
 
 
 class AstEmbedder:
-    """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in place of PaSST.
-
-    Args:
-        weights: a folder, or a hub name such as MIT/ast-finetuned-audioset-10-10-0.4593.
-        device: of the network.
-    """
+    """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in place of PaSST."""
 
     name, seconds = "ast", 10.0
 

@@ -24,12 +24,7 @@ _TEXT_DIM = 384  # MiniLM's
 
 
 class TinyEmbedder(nn.Module):
-    """The embedder; `from_pretrained` loads the shipped one.
-
-    Attributes:
-        classes: the styles.
-        card: training settings and held-out accuracy (config.json).
-    """
+    """The embedder; `from_pretrained` loads the shipped one. `card`: training settings and held-out accuracy."""
 
     name, sample_rate, seconds, dim = "tiny", features.SAMPLE_RATE, 5.0, 2 * _WIDTH
 

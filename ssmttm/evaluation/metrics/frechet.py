@@ -22,8 +22,8 @@ def frechet_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
 
     On audio embeddings it is the FAD of Kilgour et al. (arXiv 1812.08466); the formula is Dowson and Landau's (1982).
     The last trace is that of the symmetric (Sx^(1/2) Sy Sx^(1/2))^(1/2), by eigenvalues: never negative or complex,
-    whatever the rank. The estimate from few samples is too large, which is logged as a warning. x, y: generated [n, d] and
-    reference [m, d].
+    whatever the rank. The estimate from few samples is too large, which is logged as a warning.
+    x, y: generated [n, d] and reference [m, d].
     """
     x, y = check_sets(x, y)
     _warn_if_few(x, y)

@@ -11,22 +11,14 @@ Direction = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured value.
+    """One measured value with its 95 % interval."""
 
-    Attributes:
-        name: including the embedder's, such as fad_tiny.
-        low, high: its 95 % interval.
-        better: whether lower or higher values are better.
-        fingerprint: everything that the value depends on except the model: embedder and hash, rate, window, clip
-            length, numbers of clips, seed, decoding, hashes of prompts and reference.
-    """
-
-    name: str
+    name: str  # including the embedder's, such as fad_tiny
     value: float
     low: float
     high: float
     better: Direction
-    fingerprint: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]  # everything that the value depends on except the model
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"

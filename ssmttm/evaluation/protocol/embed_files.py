@@ -22,16 +22,11 @@ _WRITE_EVERY = 50  # clips between two writes of the cache
 
 
 class ClipEmbeddings(NamedTuple):
-    """Embeddings of n files.
+    """Embeddings of n files."""
 
-    Attributes:
-        vectors: [n, W, D]; W windows of the first seconds of each file.
-        posteriors: [n, N] of a Classifier, else empty. joint: [n, E] of a JointEmbedder, else empty.
-    """
-
-    vectors: Tensor
-    posteriors: Tensor
-    joint: Tensor
+    vectors: Tensor  # [n, W, D], W windows of the first seconds of each file
+    posteriors: Tensor  # [n, N] of a Classifier, else empty
+    joint: Tensor  # [n, E] of a JointEmbedder, else empty
 
 
 def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[str, str]]:

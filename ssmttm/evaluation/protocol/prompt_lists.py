@@ -17,12 +17,7 @@ from ssmttm.generation.output import slug
 
 @dataclass(frozen=True)
 class ListedPrompt:
-    """One prompt.
-
-    Attributes:
-        name: a unique file name without extension.
-        reference: the reference audio of this prompt, if available.
-    """
+    """A caption with a unique file name (without extension) and, if available, its reference audio."""
 
     name: str
     caption: str
