@@ -62,17 +62,14 @@ class CommandJob:
     """A job. A subclass defines `command`, `is_done` and `summary`.
 
     Args:
-        name: for messages.
         folder: JOB.
         stages: their names, in order.
         retries: how many crashes are tried again.
         environment: variables added to those of this process.
     """
 
-    def __init__(
-        self, name: str, folder: Path, stages: Sequence[str], retries: int, environment: Mapping[str, str]
-    ) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, folder: Path, stages: Sequence[str], retries: int, environment: Mapping[str, str]) -> None:
+        self.folder = folder
         self._stages, self._retries, self._environment = stages, retries, {**os.environ, **environment}
 
     def command(self, stage: str) -> list[str]:
