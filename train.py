@@ -1,4 +1,4 @@
-"""Train a model: `python train.py experiment=NAME key=value ...`; on several devices `accelerate launch train.py ...`."""
+"""Train a model: `python train.py experiment=NAME key=value ...`; on many devices `accelerate launch train.py ...`."""
 
 import os
 import sys

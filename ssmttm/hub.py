@@ -9,15 +9,12 @@ from ssmttm.files import file_sha256
 
 
 def checkpoint_folder(name: str, files: Sequence[str], what: str, advice: str = "") -> Path:
-    """The local folder of a path or a hub name, downloaded if it is not cached.
+    """The local folder of a path or a hub name, downloaded if it is not cached. Raises UserError if that fails.
 
     Args:
         files: patterns of the files to download.
         what: the kind of checkpoint, such as "text encoder", for the messages.
         advice: an alternative, for the messages.
-
-    Raises:
-        UserError: no such folder or name, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError

@@ -75,11 +75,7 @@ POLICIES = {
 
 
 def normalise(text: str) -> Licence:
-    """The licence of a name, an SPDX identifier or a link.
-
-    Raises:
-        UserError: no known licence, one without its version, or several.
-    """
+    """The licence of a name, SPDX identifier or link. Raises UserError if it is unknown, ambiguous or has no version."""
     shown, lowered = text.strip(), " ".join(text.strip().lower().split())
     if not lowered:
         raise UserError("the licence is empty")
@@ -116,9 +112,6 @@ def strictest(licences: Iterable[str]) -> str:
 
     The order is public domain, attribution, share-alike, non-commercial, both, no-derivatives, non-commercial
     no-derivatives, unknown (such as NOASSERTION). Of equally strict licences, the last by name is returned.
-
-    Raises:
-        UserError: `licences` is empty.
     """
     ranked = [(_strictness(licence), licence) for licence in licences]
     if not ranked:
@@ -145,11 +138,9 @@ def _rank(policy: str) -> int:
 
 def _free_art(lowered: str, shown: str) -> Licence:
     version = re.search(r"\b1[.-]([123])\b", lowered)
-    if version is None:
-        if "artlibre.org" not in lowered:
-            raise UserError(f"licence {shown!r} names no version")
-        return Licence("LAL-1.3", "https://artlibre.org/licence/lal/en/")
-    return Licence(f"LAL-1.{version[1]}", "https://artlibre.org/licence/lal/en/")
+    if version is None and "artlibre.org" not in lowered:
+        raise UserError(f"licence {shown!r} names no version")
+    return Licence(f"LAL-1.{version[1] if version else 3}", "https://artlibre.org/licence/lal/en/")
 
 
 def _from_cc_name(lowered: str, shown: str) -> Licence:

@@ -65,11 +65,7 @@ class CodecLike(Protocol):
 
 
 def open_store(path: str | Path) -> "Store":
-    """Open a store folder for reading.
-
-    Raises:
-        UserError: no such folder, not a store, unfinished, of another version, or with a missing or truncated file.
-    """
+    """Open a store for reading. Raises UserError if it is missing, unfinished, damaged or of another version."""
     return Store(Path(path))
 
 
@@ -137,12 +133,7 @@ class Store:
         return self.manifest["tags"][int(row)].as_py() or []
 
     def text(self, caption: str) -> np.ndarray:
-        """The embedding of a caption of the store (the empty caption is always there), float16 [L, E].
-
-        Raises:
-            UserError: the store has no text embeddings.
-            KeyError: the caption is not in the store.
-        """
+        """The embedding of a caption of the store, or of the empty one, float16 [L, E]. Raises KeyError for others."""
         if self._text is None:
             if self.info["text"] is None:
                 raise UserError(f"{self.path} holds no text embeddings: prepare it with `--text minilm`")

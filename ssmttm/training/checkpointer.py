@@ -76,11 +76,7 @@ def save(
 def restore(
     folder: Path, trained_modules: dict[str, TrainedModule], ema: EMA | None, metadata: dict[str, Any], rank: int
 ) -> Progress:
-    """Load a checkpoint written by `save`.
-
-    Raises:
-        UserError: the checkpoint was trained on another store or with another teacher.
-    """
+    """Load a checkpoint written by `save`. Raises UserError if its store or teacher is another one."""
     state = checkpoint.read_state(folder)
     old, new = state["data"]["fingerprint"], metadata["fingerprint"]
     if old != new:
@@ -115,19 +111,14 @@ def _check_same_teacher(folder: Path, old: dict[str, Any], new: dict[str, Any]) 
             )
 
 
-def load_initial_weights(
-    model: str | Path, module: nn.Module, codec: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Load the weights (averaged, if there are any) of another run, checkpoint or exported model.
+def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Load the weights of another run, checkpoint or exported model. Raises UserError if they do not fit.
 
     Args:
         codec: name and fingerprint of the codec of the new run's codes; None if it uses no codes.
 
     Returns:
         `Progress.init`: name, step, hash of the weights and licences of the data of that model.
-
-    Raises:
-        UserError: there is no such model, it has another shape, or it uses another codec's codes.
     """
     folder = checkpoint.find_model(model)
     card = read_card(folder)

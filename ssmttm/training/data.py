@@ -48,11 +48,7 @@ def check_complete(store: Store, name: str) -> None:
 
 
 def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) -> Codec:
-    """The codec of a store's codes, limited to its first `n_codebooks`.
-
-    Raises:
-        UserError: the store has no codes or captions, or the installed codec of that name is another.
-    """
+    """The codec of a store's codes, limited to `n_codebooks`. Raises UserError if the installed one is another."""
     check_complete(store, name)
     codec = load_codec(store.info["codec"]["name"], n_codebooks)
     check_fingerprint("codec", codec.fingerprint, store.info)

@@ -3,7 +3,6 @@
 Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S coarse channels, C channels to generate.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.data import codes_loader, load_store_codec
-from ssmttm.training.tasks.base import Batch, Losses, Sample, Task
+from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 
 _STATISTICS_SEGMENTS = 4_096  # evenly spread over the training split
@@ -35,10 +34,7 @@ class DiffusionTask(Task):
 
     Args:
         config: `model` (kind latent_denoiser), `diffusion`, `data` (store, frames and condition dropouts), `losses`,
-            `seed`.
-
-    Raises:
-        UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
+            `seed`. The store must have codes and captions of a codec and a text encoder that fit the model.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -63,9 +59,7 @@ class DiffusionTask(Task):
         """Valid frames, [1]."""
         return batch["frame_mask"].sum().float()[None]
 
-    def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
-    ) -> dict[str, Losses]:
+    def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         """`denoising`: the mean square error of the objective's target, over valid frames and channels."""
         settings, items = self.config.diffusion, len(batch["ids"])
         has_coarse = torch.rand(items) >= settings.coarse_dropout  # [b]
@@ -73,7 +67,7 @@ class DiffusionTask(Task):
         controls = self.controls.drop(self.controls.load(batch))
         return {"model": self._denoising(modules["model"], batch, denominators, has_coarse, noise_level, controls)}
 
-    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+    def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         """The same without condition dropout and without noise on the coarse latents."""
         items = len(batch["ids"])
         has_coarse, noise_level = torch.ones(items, dtype=torch.bool), torch.zeros(items)
