@@ -148,7 +148,7 @@ def submit_stages(
     scripts = []
     for number, (stage, many, device) in enumerate(stages):
         n = num_tasks if many else 1
-        arguments = [sys.executable, "-m", "data_prep", *command, "--workers", str(cpus), "--stage", stage, "--share"]
+        arguments = [sys.executable, "-m", "data_prep", *command, "--workers", str(cpus), "--stage", stage, "--task"]
         sbatch = {"job-name": f"prep-{stage}", "cpus-per-task": cpus, "output": folder / f"{stage}-%a.log"}
         script = folder / f"{number}-{stage}.sbatch"
         tasks = [f"{index}/{n}" for index in range(n)]

@@ -1,4 +1,4 @@
-"""The tables that pass between stages, as Arrow schemas, and how they are written."""
+"""Arrow schemas of the tables that the stages pass on."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -28,11 +28,11 @@ TRACKS = pa.schema(
         "split": _TEXT,
     }
 )
-SOUNDS = pa.schema(
+RECORDINGS = pa.schema(
     {
         "id": _TEXT,  # of the track
         "file_sha256": _TEXT,
-        "pcm_sha256": _TEXT,  # of the decoded samples: what remains when only tags differ
+        "pcm_sha256": _TEXT,  # of the decoded samples, which does not depend on the file's tags
         "seconds": pa.float64(),
     }
 )
@@ -41,15 +41,15 @@ SEGMENTS = pa.schema(
         "id": _TEXT,
         "track": _TEXT,
         "duration": pa.float64(),  # seconds
-        "audio": _TEXT,  # file name within the shard's folder
+        "audio": _TEXT,  # file name in the shard's folder
         "content_hash": _TEXT,  # sha256 of the 16-bit samples
         "loudness": pa.float64(),  # LUFS
-        "truth": _TEXT,  # JSON, or null
-        "captions": _TEXTS,  # of this segment; null: those of the track
-        "tags": _TEXTS,  # the same
+        "truth": _TEXT,  # ground-truth annotations as JSON, or null
+        "captions": _TEXTS,  # null: those of the track
+        "tags": _TEXTS,  # null: those of the track
     }
 )
-REJECTED_FILE = "quarantine.parquet"
+REJECTED_FILE = "rejected.parquet"
 REJECTED = pa.schema({"item": _TEXT, "stage": _TEXT, "kind": _TEXT, "reason": _TEXT})
 
 
@@ -59,7 +59,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Non
 
 
 def write_rejected(folder: Path, stage: str, rejected: list[Rejection]) -> None:
-    """Write what a stage refused on a shard as `quarantine.parquet`, sorted."""
+    """Write the rejections of a stage on a shard, sorted."""
     rows = [{"stage": stage, **asdict(rejection)} for rejection in rejected]
     rows = [{name: printable(value) for name, value in row.items()} for row in rows]
     rows.sort(key=lambda row: (row["item"], row["kind"], row["reason"]))
@@ -67,5 +67,5 @@ def write_rejected(folder: Path, stage: str, rejected: list[Rejection]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that can be written as UTF-8, whatever a file name holds."""
+    """Text as valid UTF-8; undecodable bytes of a file name are replaced."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()

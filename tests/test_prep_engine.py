@@ -80,10 +80,10 @@ def test_shard_replaced_by_two_processes_at_once(tmp_path, monkeypatch):
 
 def test_shard_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
     (task,) = file_tasks(tmp_path, 1)
-    seen = []
-    monkeypatch.setattr("ssmttm.files.fsync", lambda path: seen.append((path, task.target.exists())))
+    calls = []
+    monkeypatch.setattr("ssmttm.files.fsync", lambda path: calls.append((path, task.target.exists())))
     run_task(task)
-    *inside, (parent, named) = seen
+    *inside, (parent, named) = calls
     assert (parent, named) == (task.target.parent, True) and not any(named for _, named in inside)
     aside = inside[-1][0]
     assert {path for path, _ in inside} == {aside, aside / "deep", aside / "deep" / "text", aside / DONE}
@@ -239,7 +239,7 @@ def test_slurm_stages_depend_on_each_other(tmp_path, monkeypatch):
     assert "--array=0-0\n" in plan and "--array=0-2\n" in cut and "--array=0-2\n" in codes
     assert "--partition=cpu" in cut and "--gpus=1" in codes and "--gpus=1" not in cut
     assert "tasks=(0/3 1/3 2/3)\n" in cut and "tasks=(0/1)\n" in plan
-    assert "-m data_prep folder --out 'a b' --workers 2 --stage cut --share \"${tasks[$SLURM_ARRAY_TASK_ID]}\"" in cut
+    assert "-m data_prep folder --out 'a b' --workers 2 --stage cut --task \"${tasks[$SLURM_ARRAY_TASK_ID]}\"" in cut
     for script in scripts:
         assert "--signal=B:USR1@300\n" in script.read_text() and "--requeue\n" in script.read_text()
         assert subprocess.run(["bash", "-n", script]).returncode == 0

@@ -1,4 +1,4 @@
-"""Data sets as they are downloaded, each read by a module of its own: its tables -> tracks, or why one is refused."""
+"""Data sets as they are downloaded: a module each, which reads its tables to tracks and rejections."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from data_prep.track import Rejection, Track
 
 
 class Reader(Protocol):
-    """`root` is the data set's folder, `index` another table where a set has several."""
+    """Reads the folder `root` of a data set; `index` is another of its tables."""
 
     def __call__(self, root: Path, index: Path | None = None) -> Iterator[Track | Rejection]: ...
 
@@ -20,10 +20,10 @@ class Source:
     """A data set.
 
     Attributes:
-        name: as the command line takes it.
+        name: command of `python -m data_prep`.
         help: one line.
-        layout: which files are expected where under the root.
-        tracks: gives its tracks one after the other, in an order of their own that is always the same.
+        layout: the files expected under the root.
+        tracks: yields its tracks and rejections in a fixed order.
     """
 
     name: str
@@ -32,25 +32,15 @@ class Source:
     tracks: Reader
 
 
-SOURCES = {
-    source.name: source
-    for source in (
-        Source("folder", "your own audio files, with captions in a table or beside them", folder.LAYOUT, folder.tracks),
-        Source("jamendo", "MTG-Jamendo: 55,000 tracks with tags", jamendo.LAYOUT, jamendo.tracks),
-        Source("fma", "FMA: 106,574 tracks of the Free Music Archive", fma.LAYOUT, fma.tracks),
-        Source(
-            "jamendomaxcaps",
-            "JamendoMaxCaps: 200,000 instrumental tracks with captions",
-            jamendomaxcaps.LAYOUT,
-            jamendomaxcaps.tracks,
-        ),
-        Source("musiccaps", "MusicCaps: captions of 5,521 clips, for evaluation", musiccaps.LAYOUT, musiccaps.tracks),
-        Source("musicbench", "MusicBench: MusicCaps altered and extended", musicbench.LAYOUT, musicbench.tracks),
-        Source(
-            "song-describer",
-            "Song Describer: captions of 706 tracks of MTG-Jamendo, for evaluation",
-            song_describer.LAYOUT,
-            song_describer.tracks,
-        ),
-    )
-}
+_ALL = (
+    Source("folder", "your own audio files, with captions in a table or beside them", folder.LAYOUT, folder.tracks),
+    Source("jamendo", "MTG-Jamendo: 55,000 tracks with tags", jamendo.LAYOUT, jamendo.tracks),
+    Source("fma", "FMA: 106,574 tracks of the Free Music Archive", fma.LAYOUT, fma.tracks),
+    Source("jamendomaxcaps", "JamendoMaxCaps: 200,000 instrumental tracks with captions", jamendomaxcaps.LAYOUT,
+           jamendomaxcaps.tracks),
+    Source("musiccaps", "MusicCaps: captions of 5,521 clips, for evaluation", musiccaps.LAYOUT, musiccaps.tracks),
+    Source("musicbench", "MusicBench: MusicCaps altered and extended", musicbench.LAYOUT, musicbench.tracks),
+    Source("song-describer", "Song Describer: captions of 706 tracks of MTG-Jamendo, for evaluation",
+           song_describer.LAYOUT, song_describer.tracks),
+)  # fmt: skip
+SOURCES = {source.name: source for source in _ALL}
