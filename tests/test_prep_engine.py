@@ -85,8 +85,8 @@ def test_shard_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
     run_task(task)
     *inside, (parent, named) = calls
     assert (parent, named) == (task.target.parent, True) and not any(named for _, named in inside)
-    aside = inside[-1][0]
-    assert {path for path, _ in inside} == {aside, aside / "deep", aside / "deep" / "text", aside / DONE}
+    temporary = inside[-1][0]
+    assert {path for path, _ in inside} == {temporary, temporary / "deep", temporary / "deep" / "text", temporary / DONE}
 
 
 def test_shard_task_that_fails_leaves_nothing(tmp_path):
@@ -100,10 +100,10 @@ def test_incomplete_shard_is_rebuilt(tmp_path):
     run_task(task)
     (task.target / DONE).write_text((task.target / DONE).read_text()[:20])
     assert find_result(task) is None
-    aside = task.target.with_name(".00000.abc.tmp")
-    aside.mkdir()
+    temporary = task.target.with_name(".00000.abc.tmp")
+    temporary.mkdir()
     Run(tmp_path, ProcessExecutor(1)).run_stage("cut", [task])
-    assert not aside.exists() and find_result(task)
+    assert not temporary.exists() and find_result(task)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
