@@ -232,8 +232,9 @@ def test_cross_attention_written_rows_serve_as_alone():
         state.write_rows(slice(row, row + 1), part)
         expected = attention(x[row : row + 1], part) if length else attention(x[2:3], attention.init_state(1))
         close(attention(x, state)[row : row + 1], expected)
-    state.write_rows(slice(0, 1), attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool)))  # shorter than before
-    close(attention(x, state)[:1], attention(x[:1], attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))))
+    shorter = attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))
+    state.write_rows(slice(0, 1), shorter)
+    close(attention(x, state)[:1], attention(x[:1], shorter))
 
 
 def test_attention_rejects_invalid_options():

@@ -168,7 +168,8 @@ def test_captions_vary_and_mention_main_attributes() -> None:
     rows = list(captions())
     assert all(4 <= len(texts) <= 6 and len(set(texts)) == len(texts) for _, texts in rows)
     flat = [(truth, text) for truth, texts in rows for text in texts]
-    lead = sum(bool(words_in(INSTRUMENTS[t["lead"]["name"]] + FAMILY_WORDS[t["lead"]["family"]], text)) for t, text in flat)
+    leads = [INSTRUMENTS[t["lead"]["name"]] + FAMILY_WORDS[t["lead"]["family"]] for t, _ in flat]
+    lead = sum(bool(words_in(words, text)) for words, (_, text) in zip(leads, flat, strict=True))
     tempo = sum(bool(words_in(TEMPO[t["tempo_class"]], text)) or str(t["bpm"]) in text for t, text in flat)
     mode = sum(bool(words_in((t["mode"],), text)) for t, text in flat)
     assert lead > 0.85 * len(flat) and tempo > 0.6 * len(flat) and mode > 0.6 * len(flat), (lead, tempo, mode)

@@ -74,7 +74,7 @@ def test_s4d_equals_reference(batch, length, with_state, with_D):
     single = [None if a is None else to(a, torch.float32) for a in exact]
     found = results(s4d, single)
     assert found[0].dtype == found[1].dtype == torch.float32
-    assert_close(found, expected, 3e-5)
+    assert_close(found, expected, 1e-4)  # the gradient of A loses digits in short sequences
 
 
 @pytest.mark.parametrize("length", [1, 100, 257])
@@ -123,7 +123,10 @@ def test_s4d_equals_scipy_simulation():
         torch.testing.assert_close(y[0, :, channel], expected, rtol=0, atol=1e-11)
         assert expected.abs().max() > 0.1
         _, held, _ = signal.lsim(
-            (system, input_gain, readout, 0.0), np.append(x[0, :, channel].numpy(), 0.0), np.arange(41) * step, interp=False
+            (system, input_gain, readout, 0.0),
+            np.append(x[0, :, channel].numpy(), 0.0),
+            np.arange(41) * step,
+            interp=False,
         )
         np.testing.assert_allclose(held, simulated[:, 0], atol=1e-10)
 
