@@ -75,7 +75,7 @@ POLICIES = {
 
 
 def normalise(text: str) -> Licence:
-    """The licence of a name, SPDX identifier or link. Raises UserError if it is unknown, ambiguous or has no version."""
+    """The licence of a name, SPDX identifier or link. Raises UserError if unknown, ambiguous or without version."""
     shown, lowered = text.strip(), " ".join(text.strip().lower().split())
     if not lowered:
         raise UserError("the licence is empty")

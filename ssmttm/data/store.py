@@ -83,7 +83,11 @@ class Store:
         self.path = path
         self.info = _read_info(path)
         for name, entry in self.info["files"].items():
-            _check_size(path / name, entry["bytes"])
+            size = (path / name).stat().st_size if (path / name).is_file() else None
+            if size is None:
+                raise UserError(f"{path / name} is missing: {_AGAIN}")
+            if size != entry["bytes"]:
+                raise UserError(f"{path / name} is truncated ({size} bytes, expected {entry['bytes']}): {_AGAIN}")
         self.fingerprint = hashlib.sha256((path / "store.json").read_bytes()).hexdigest()[:16]
         try:
             self.manifest = pq.read_table(path / "manifest.parquet")
@@ -205,13 +209,6 @@ def _read_info(path: Path) -> dict[str, Any]:
     if kind != FORMAT or version != VERSION:
         raise UserError(f"{file} is of {kind!r} version {version!r}; this program reads {FORMAT!r} version {VERSION}")
     return info
-
-
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {_AGAIN}")
-    if path.stat().st_size != size:
-        raise UserError(f"{path} is truncated or changed ({path.stat().st_size} bytes, expected {size}): {_AGAIN}")
 
 
 def _audio_only(path: Path) -> str:

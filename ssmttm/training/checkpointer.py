@@ -144,7 +144,7 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
     groups: dict[str, Any] = {}
     for module_name, state in optimizers.items():
         groups[module_name] = state["param_groups"]
-        for index, name in _parameter_names(state["param_groups"]).items():
+        for name, index in _parameter_indices(state["param_groups"]).items():
             for quantity, value in state["state"].get(index, {}).items():
                 tensors[f"{module_name}/{name}/{quantity}"] = value
     return tensors, groups
@@ -152,23 +152,17 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
 
 def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse of `flatten_optimizers`; tensors are copied, so that no optimiser updates a mapped file."""
-    states: dict[str, dict[str, Any]] = {
-        module_name: {"state": {}, "param_groups": own} for module_name, own in groups.items()
-    }
-    index_of = {
-        (module_name, name): index
-        for module_name, own in groups.items()
-        for index, name in _parameter_names(own).items()
-    }
+    states: dict[str, dict[str, Any]] = {name: {"state": {}, "param_groups": own} for name, own in groups.items()}
+    indices = {module_name: _parameter_indices(own) for module_name, own in groups.items()}
     for key, value in tensors.items():
         module_name, name, quantity = key.split("/")
-        states[module_name]["state"].setdefault(index_of[module_name, name], {})[quantity] = value.clone()
+        states[module_name]["state"].setdefault(indices[module_name][name], {})[quantity] = value.clone()
     return states
 
 
-def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    pairs = (zip(group["params"], group.get("param_names", []), strict=True) for group in groups)
-    return {index: name for group in pairs for index, name in group}
+def _parameter_indices(groups: list[dict[str, Any]]) -> dict[str, int]:
+    pairs = (zip(group.get("param_names", []), group["params"], strict=True) for group in groups)
+    return {name: index for group in pairs for name, index in group}
 
 
 def _versions() -> dict[str, str]:

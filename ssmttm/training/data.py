@@ -62,3 +62,13 @@ def check_fingerprint(kind: str, fingerprint: str, info: dict[str, Any]) -> None
             f"the store was made with another {kind} than the installed {info[kind]['name']}: prepare it again, or "
             f"install the original {kind}"
         )
+
+
+def check_text_dim(config: DictConfig, info: dict[str, Any]) -> None:
+    """Raises UserError unless the model takes text of the width of the store's embeddings."""
+    text, text_dim, store = info["text"], config.model.text_dim, config.data.store
+    if text_dim != text["dim"]:
+        raise UserError(
+            f"the model takes text of width {text_dim}, {store} holds {text['name']} of width {text['dim']}: "
+            f"set model.text_dim={text['dim']}, or prepare with another text encoder"
+        )

@@ -21,7 +21,7 @@ from ssmttm.models import build_model
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
-from ssmttm.training.data import codes_loader, load_store_codec
+from ssmttm.training.data import check_text_dim, codes_loader, load_store_codec
 from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 
@@ -44,7 +44,8 @@ class DiffusionTask(Task):
         assert isinstance(model, LatentDenoiser)
         self.model = model
         self.codec = load_store_codec(self.store, config.data.store)
-        _check_fit(config, self.store.info, self.codec)
+        _check_fit(config, self.codec)
+        check_text_dim(config, self.store.info)
         self.statistics = store_statistics(self.store, self.codec)
         self.model.set_statistics(*self.statistics)
         self.modules = {"model": self.model}
@@ -127,23 +128,18 @@ def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
     """Statistics of the latents of a store's training split, from at most 4,096 of its segments."""
     rows = store.indices("train")
     rows = rows[:: -(-len(rows) // _STATISTICS_SEGMENTS)]
-    denominators = np.zeros((codec.n_codebooks, codec.codebook_size), np.int64)  # [K, V]
+    counts = np.zeros((codec.n_codebooks, codec.codebook_size), np.int64)  # [K, V]
     for row in rows:
         for k, codes in enumerate(store.codes(int(row))):
-            denominators[k] += np.bincount(codes, minlength=codec.codebook_size)
-    return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(denominators))
+            counts[k] += np.bincount(codes, minlength=codec.codebook_size)
+    return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(counts))
 
 
-def _check_fit(config: DictConfig, info: dict[str, Any], codec: Codec) -> None:
+def _check_fit(config: DictConfig, codec: Codec) -> None:
     store, model = config.data.store, config.model
     channels = codec.latent_channels // codec.n_codebooks
     if (model.n_codebooks, model.codebook_dim) != (codec.n_codebooks, channels):
         raise UserError(
             f"the denoiser takes {model.n_codebooks} codebooks of width {model.codebook_dim}, codec {codec.name} of "
             f"{store} has {codec.n_codebooks} of {channels}: set model.n_codebooks and model.codebook_dim"
-        )
-    if model.text_dim != info["text"]["dim"]:
-        raise UserError(
-            f"the denoiser takes text of width {model.text_dim}, {store} holds width {info['text']['dim']}: set "
-            f"model.text_dim={info['text']['dim']}"
         )

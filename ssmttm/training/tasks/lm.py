@@ -23,7 +23,7 @@ from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
-from ssmttm.training.data import check_complete, check_fingerprint, codes_loader, load_store_codec
+from ssmttm.training.data import check_complete, check_fingerprint, check_text_dim, codes_loader, load_store_codec
 from ssmttm.training.tasks.base import Batch, Loader, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
@@ -206,16 +206,12 @@ def _file_name(prompt: str) -> str:
 
 def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
     store, model = config.data.store, config.model
-    codec, text = info["codec"], info["text"]
+    codec = info["codec"]
     if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
         raise UserError(
             f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has "
             f"{codec['n_codebooks']} of {codec['codebook_size']}: set model.n_codebooks and model.codebook_size"
         )
-    if model.text_dim != text["dim"]:
-        raise UserError(
-            f"the model takes text of width {model.text_dim}, {store} holds {text['name']} of width {text['dim']}: "
-            f"set model.text_dim={text['dim']}, or prepare with another text encoder"
-        )
+    check_text_dim(config, info)
     if config.losses.tags and not 1 <= config.tag_head.block <= model.n_layers:
         raise UserError(f"tag_head.block={config.tag_head.block} must be a block of the model, 1 to {model.n_layers}")
