@@ -1,9 +1,9 @@
 """Model folders, the form in which trained models are shared: their files, written and read.
 
-    config.yaml         the training config; of a codec config.json, with its `model_type`
-    model.safetensors   weights
-    card.json           training data and its licences, codec, text encoder, metrics
-    codec/, text_encoder/, second_stage/    optional parts; the card refers to them as ./codec and ./text_encoder
+config.yaml         the training config; of a codec config.json, with its `model_type`
+model.safetensors   weights
+card.json           training data and its licences, codec, text encoder, metrics
+codec/, text_encoder/, second_stage/    optional parts; the card refers to them as ./codec and ./text_encoder
 """
 
 import json

@@ -169,11 +169,7 @@ def _load_model(folder: ModelFolder) -> nn.Module:
 
 
 def check_fit(
-    folder: ModelFolder,
-    model: TokenLM,
-    codec: Codec,
-    text_encoder: TextEncoder,
-    denoiser: LatentDenoiser | None = None,
+    folder: ModelFolder, model: TokenLM, codec: Codec, text_encoder: TextEncoder, denoiser: LatentDenoiser | None = None
 ) -> None:
     """Check that the parts are those that the model was trained with, and that the stages fit.
 
