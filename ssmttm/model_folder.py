@@ -28,26 +28,19 @@ CODEC, TEXT_ENCODER, SECOND_STAGE = "codec", "text_encoder", "second_stage"  # s
 RENAMED_CARD_KEYS = {"reading": "null_condition", "guidance_within": "distilled_guidance_scale"}
 RENAMED_SUBFOLDERS = {"painter": SECOND_STAGE}
 RENAMED_TENSORS = {
-    r"\bbranches\b": "sublayers",
-    r"\bmodulation\b": "adaln",
-    r"\bnull_sketch\b": "null_coarse",
-    r"\bsketch_noise\b": "coarse_noise_aug",
-    r"\binner\.ahead\b": "inner.forward_mixer",
-    r"\binner\.back\b": "inner.backward_mixer",
-    r"\binner\.0\b": "inner.fc1",
-    r"\binner\.3\b": "inner.fc2",
-}
+    r"\bbranches\b": "sublayers", r"\bmodulation\b": "adaln", r"\bnull_sketch\b": "null_coarse",
+    r"\bsketch_noise\b": "coarse_noise_aug", r"\binner\.ahead\b": "inner.forward_mixer",
+    r"\binner\.back\b": "inner.backward_mixer", r"\binner\.0\b": "inner.fc1", r"\binner\.3\b": "inner.fc2",
+}  # fmt: skip
 
 
 def write_model_folder(
     folder: str | Path, weights: Mapping[str, Tensor], config: Mapping[str, Any] | DictConfig, card: Any = None
 ) -> None:
-    """Write the weights, the config (a DictConfig as config.yaml, else config.json) and, if given, the card.
+    """Write the weights, the config (a DictConfig as config.yaml, else config.json) and, if given, the card. Raises
+    UserError if the disk is full, or the folder cannot be written.
 
     A new folder appears whole; in an existing one each file is replaced atomically and other files stay.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
     """
     with folder_to_write(folder) as target:
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -92,11 +85,8 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """card.json of an exported model, or state.json of a checkpoint.
-
-    Raises:
-        UserError: the file is missing or damaged, or has a key of an older version.
-    """
+    """card.json of an exported model, or state.json of a checkpoint. Raises UserError if the file is missing or
+    damaged, or has a key of an older version."""
     path = Path(folder) / ("card.json" if is_exported(Path(folder)) else "state.json")
     card = checkpoint.read_document(folder, path.stem)
     if not isinstance(card, dict):

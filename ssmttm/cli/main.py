@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
@@ -43,7 +44,7 @@ def _add_training(commands: Commands) -> None:
     export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder or a checkpoint in it")
     export.add_argument("out", type=Path, metavar="OUT", help="output folder")
     export.add_argument("--second-stage", type=Path, metavar="RUN2", help="the second stage of a two-stage model")
-    export.set_defaults(run=run_export)
+    export.set_defaults(run=_call("export.model_folder", "export_stages", "run_dir", "out", "second_stage"))
 
     size = commands.add_parser(
         "size",
@@ -88,9 +89,10 @@ def _add_importers(commands: Commands) -> None:
         command.add_argument("--text-encoder", metavar="DIR", help="its text encoder, if not found by its name")
     for command in (musicgen, released, back):
         command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    musicgen.set_defaults(run=run_import_musicgen)
-    released.set_defaults(run=run_import_released)
-    back.set_defaults(run=run_export_musicgen)
+    parts = ("codec", "text_encoder")
+    musicgen.set_defaults(run=_call("export.importers", "import_musicgen", "source", "out"))
+    released.set_defaults(run=_call("export.importers", "import_released", "source", "out", *parts))
+    back.set_defaults(run=_call("export.importers", "export_musicgen", "source", "out", *parts))
 
 
 def _add_deployment(commands: Commands) -> None:
@@ -100,16 +102,25 @@ def _add_deployment(commands: Commands) -> None:
         help="write a model with int8 weights: smaller files, faster steps on a CPU",
         epilog="example: ssmttm quantise exported/my-model exported/my-model-int8",
     )
-    int8.set_defaults(run=run_quantise)
+    int8.set_defaults(run=_call("export.int8", "export_int8", "model", "out"))
     onnx = commands.add_parser(
         "onnx",
         help="write a model as ONNX graphs, for programs without torch",
         epilog="example: ssmttm onnx tiny_lm exported/tiny-onnx",
     )
-    onnx.set_defaults(run=run_onnx)
+    onnx.set_defaults(run=_call("export.onnx", "export_onnx", "model", "out"))
     for command in (int8, onnx):
         command.add_argument("model", metavar="MODEL", help="an exported folder, tiny_lm, or a hub id")
         command.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+
+
+def _call(module: str, function: str, *names: str) -> Callable[[argparse.Namespace], None]:
+    """A command that calls a function with some of its arguments and prints the result; the import is on demand."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        print(getattr(import_module(f"ssmttm.{module}"), function)(*(getattr(arguments, name) for name in names)))
+
+    return run
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -129,13 +140,6 @@ def run_info(arguments: argparse.Namespace) -> None:
         print("{:17} {:6} {:15} {}".format(*row))
 
 
-def run_export(arguments: argparse.Namespace) -> None:
-    from ssmttm.export.model_folder import export, export_two_stages
-
-    run_dir, out, second_stage = arguments.run_dir, arguments.out, arguments.second_stage
-    print(export(run_dir, out) if second_stage is None else export_two_stages(run_dir, second_stage, out))
-
-
 def run_size(arguments: argparse.Namespace) -> None:
     """Print size and cost of a model and, with a budget, of the model that meets it."""
     from ssmttm import config
@@ -151,40 +155,11 @@ def run_size(arguments: argparse.Namespace) -> None:
 
 
 def run_cache_teacher(arguments: argparse.Namespace) -> None:
+    """Compute and store a teacher's logits."""
     from ssmttm import config
     from ssmttm.training.tasks.distill_lm import cache_teacher
 
     print(cache_teacher(config.load(*arguments.overrides), arguments.out, arguments.top_k))
-
-
-def run_import_musicgen(arguments: argparse.Namespace) -> None:
-    from ssmttm.export.importers import import_musicgen
-
-    print(import_musicgen(arguments.source, arguments.out))
-
-
-def run_import_released(arguments: argparse.Namespace) -> None:
-    from ssmttm.export.importers import import_released
-
-    print(import_released(arguments.source, arguments.out, arguments.codec, arguments.text_encoder))
-
-
-def run_export_musicgen(arguments: argparse.Namespace) -> None:
-    from ssmttm.export.importers import export_musicgen
-
-    print(export_musicgen(arguments.source, arguments.out, arguments.codec, arguments.text_encoder))
-
-
-def run_quantise(arguments: argparse.Namespace) -> None:
-    from ssmttm.export.int8 import export_int8
-
-    print(export_int8(arguments.model, arguments.out))
-
-
-def run_onnx(arguments: argparse.Namespace) -> None:
-    from ssmttm.export.onnx import export_onnx
-
-    print(export_onnx(arguments.model, arguments.out))
 
 
 def entry() -> None:

@@ -27,13 +27,11 @@ def write_codec_folder(
 
 
 def read_codec_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
-    """The codec of a folder, in float32 and eval mode.
+    """The codec of a folder, in float32 and eval mode. Raises UserError if a file is missing or damaged, or the weights
+    do not fit the config.
 
     Args:
         build: builds the codec from the folder's config; raises TypeError on wrong fields.
-
-    Raises:
-        UserError: a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
     try:

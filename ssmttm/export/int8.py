@@ -14,14 +14,12 @@ from ssmttm.ops.int8 import quantise
 
 def export_int8(model: str | Path | None, out: str | Path) -> Path:
     """Write a copy of an exported model with int8 weights in its linear layers (see `ssmttm.ops.int8`); the second
-    stage of a two-stage model is copied as it is.
+    stage of a two-stage model is copied as it is. Raises UserError if there is no such model, it is a checkpoint, its
+    weights are int8 already, or `out` is not empty.
 
     Args:
         model: an exported folder, the name of an embedded model, or a hub id; None: the embedded tiny model.
         out: a new folder.
-
-    Raises:
-        UserError: there is no such model, it is a checkpoint, its weights are int8 already, or `out` is not empty.
     """
     folder, out = open_model_folder(model), Path(out)
     if not is_exported(folder.path):

@@ -30,7 +30,8 @@ from ssmttm.text.student import student_from_description
 
 
 def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
-    """Write a run or a checkpoint as a model folder without paths of this machine.
+    """Write a run or a checkpoint as a model folder without paths of this machine. Raises UserError if there is no good
+    checkpoint, the disk is full, or `out` has a second stage of an earlier export.
 
     A language model or a denoiser: config.yaml, model.safetensors (averaged weights if there are any) and card.json. A
     codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
@@ -40,9 +41,6 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
         out: a folder; files of these names in it are replaced.
         half: matrices in float16; vectors stay float32.
-
-    Raises:
-        UserError: there is no good checkpoint, the disk is full, or `out` has a second stage of an earlier export.
     """
     source, out = checkpoint.find_model(run_dir), Path(out)
     _check_no_second_stage(out)
@@ -60,12 +58,14 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     return out
 
 
-def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: str | Path) -> Path:
-    """Write a two-stage model as one folder: the first stage as `export` does, the second in its subfolder.
+def export_stages(run_dir: str | Path, out: str | Path, second_stage: str | Path | None) -> Path:
+    """`export`, or `export_two_stages` if there is a second stage."""
+    return export(run_dir, out) if second_stage is None else export_two_stages(run_dir, second_stage, out)
 
-    Raises:
-        UserError: as `export`; the two do not fit each other. Unless the disk is full, nothing is written then.
-    """
+
+def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: str | Path) -> Path:
+    """Write a two-stage model as one folder: the first stage as `export` does, the second in its subfolder. Raises
+    UserError if as `export`; the two do not fit each other. Unless the disk is full, nothing is written then."""
     first = open_model_folder(first_stage)
     second = open_second_stage_folder(first, second_stage)
     assert second is not None
@@ -90,19 +90,11 @@ def _load_codec(config: DictConfig, state: dict[str, Any], weights: dict[str, Te
 def _card(name: str, task: str, state: dict[str, Any]) -> dict[str, Any]:
     licences = state["init"].get("licences", {}) | state["data"]["licences"]
     return {
-        "name": name,
-        "task": task,
-        "step": state["step"],
-        "samples_seen": state["samples_seen"],
-        "training_seconds": round(state["seconds"]),
-        "parameters": state["parameters"],
-        "data": state["data"] | {"licences": licences},
-        "licence": strictest(licences),
-        "init": state["init"],
-        "metrics": state["valid"],
-        "config_hash": state["config_hash"],
-        "versions": state["versions"],
-    }
+        "name": name, "task": task, "step": state["step"], "samples_seen": state["samples_seen"],
+        "training_seconds": round(state["seconds"]), "parameters": state["parameters"],
+        "data": state["data"] | {"licences": licences}, "licence": strictest(licences), "init": state["init"],
+        "metrics": state["valid"], "config_hash": state["config_hash"], "versions": state["versions"],
+    }  # fmt: skip
 
 
 def _shared_config(config: DictConfig, state: dict[str, Any]) -> DictConfig:

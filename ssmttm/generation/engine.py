@@ -37,16 +37,9 @@ def draw_uniforms(seeds: Sequence[int], n_positions: int, n_codebooks: int) -> T
 
 
 def generate(
-    model: TokenLM,
-    text: TextCondition,
-    null_text: TextCondition,
-    pattern: Pattern,
-    n_frames: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-    prompt_codes: Tensor | None = None,
-    controls: Controls | None = None,
-) -> Tensor:
+    model: TokenLM, text: TextCondition, null_text: TextCondition, pattern: Pattern, n_frames: int,
+    sampling: Sampling, seeds: Sequence[int], prompt_codes: Tensor | None = None, controls: Controls | None = None,
+) -> Tensor:  # fmt: skip
     """Sample codes [B, K, T]; arguments as in `generate_frames`."""
     inputs = (text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames, controls)
     return torch.cat(list(generate_frames(model, *inputs)), dim=-1)
@@ -54,19 +47,12 @@ def generate(
 
 @torch.inference_mode()
 def generate_frames(
-    model: TokenLM,
-    text: TextCondition,
-    null_text: TextCondition,
-    pattern: Pattern,
-    n_frames: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-    prompt_codes: Tensor | None = None,
-    chunk_frames: int = 1,
+    model: TokenLM, text: TextCondition, null_text: TextCondition, pattern: Pattern, n_frames: int,
+    sampling: Sampling, seeds: Sequence[int], prompt_codes: Tensor | None = None, chunk_frames: int = 1,
     controls: Controls | None = None,
-) -> Iterator[Tensor]:
-    """Sample codes and yield frames as soon as their last codebook is sampled; memory does not grow with the length
-    but for the codes.
+) -> Iterator[Tensor]:  # fmt: skip
+    """Sample codes and yield frames as soon as their last codebook is sampled; memory does not grow with the length but
+    for the codes. Raises UserError if the model's logits are not finite, or it was not built for a control.
 
     Args:
         model: in eval mode.
@@ -81,9 +67,6 @@ def generate_frames(
 
     Yields:
         [B, K, t] int64 codes; t sums to T.
-
-    Raises:
-        UserError: the model's logits are not finite, or it was not built for a control.
     """
     batch, n_codebooks, special = len(seeds), model.config.n_codebooks, model.special_token_id
     if model.training:

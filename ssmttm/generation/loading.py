@@ -45,11 +45,7 @@ class ModelFolder:
 
     def provenance(self, kind: str) -> dict[str, Any]:
         """Name and fingerprint of the `codec` or `text` encoder of the training data; fingerprint of the `latents`
-        statistics of a denoiser.
-
-        Raises:
-            UserError: the card does not have it.
-        """
+        statistics of a denoiser. Raises UserError if the card does not have it."""
         value = self._data.get(kind)
         if not isinstance(value, dict) or "fingerprint" not in value:
             raise UserError(f"the card of {self.path} names no {kind} that it was trained with: export the model again")
@@ -93,11 +89,8 @@ class ModelFolder:
 
 def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> ModelFolder:
     """Find a model: an exported folder, a checkpoint, a run folder, the name of an embedded model (tiny_lm,
-    tiny_two_stage, tinyttm_tiny), or a hub id; None is tiny_lm.
-
-    Raises:
-        UserError: there is none, it is damaged, or it was trained for another task.
-    """
+    tiny_two_stage, tinyttm_tiny), or a hub id; None is tiny_lm. Raises UserError if there is none, it is damaged, or it
+    was trained for another task."""
     path = checkpoint.find_model(_find_folder(folder_or_hub_id))
     check_layout(path)
     config = checkpoint.read_config(path)
@@ -116,11 +109,8 @@ def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> 
 
 
 def open_second_stage_folder(first: ModelFolder, path: str | Path | None) -> ModelFolder | None:
-    """The second stage at `path`, by default in the first stage's folder; None if there is none.
-
-    Raises:
-        UserError: it is not a denoiser, or was trained with another codec or text encoder than the first stage.
-    """
+    """The second stage at `path`, by default in the first stage's folder; None if there is none. Raises UserError if it
+    is not a denoiser, or was trained with another codec or text encoder than the first stage."""
     if path is None and not (first.path / SECOND_STAGE).is_dir():
         return None
     second = open_model_folder(path or first.path / SECOND_STAGE, task="diffusion")
@@ -142,11 +132,8 @@ def load_language_model(folder: ModelFolder) -> TokenLM:
 
 
 def load_denoiser(folder: ModelFolder) -> LatentDenoiser:
-    """The denoiser of a folder, in eval mode.
-
-    Raises:
-        UserError: the weights are damaged or do not fit, or the latent statistics are not those in the card.
-    """
+    """The denoiser of a folder, in eval mode. Raises UserError if the weights are damaged or do not fit, or the latent
+    statistics are not those in the card."""
     model = _load_model(folder)
     assert isinstance(model, LatentDenoiser)
     fingerprint = LatentStatistics(model.latent_mean, model.latent_std).fingerprint
@@ -171,11 +158,8 @@ def _load_model(folder: ModelFolder) -> nn.Module:
 def check_fit(
     folder: ModelFolder, model: TokenLM, codec: Codec, text_encoder: TextEncoder, denoiser: LatentDenoiser | None = None
 ) -> None:
-    """Check that the parts are those that the model was trained with, and that the stages fit.
-
-    Raises:
-        UserError: a fingerprint or a size differs.
-    """
+    """Check that the parts are those that the model was trained with, and that the stages fit. Raises UserError if a
+    fingerprint or a size differs."""
     for kind, part in (("codec", codec), ("text", text_encoder)):
         expected = folder.provenance(kind)
         if expected["fingerprint"] != part.fingerprint:

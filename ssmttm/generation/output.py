@@ -21,11 +21,8 @@ MARK = "digitalSourceType"  # IPTC's term for the origin of a work; identifies o
 
 
 class OutputPath:
-    """Where audio is written: one named file, which is overwritten, or a folder, where nothing is overwritten.
-
-    Raises:
-        UserError: unknown format, several prompts for one file, or the folder cannot be written.
-    """
+    """Where audio is written: one named file, which is overwritten, or a folder, where nothing is overwritten. Raises
+    UserError if unknown format, several prompts for one file, or the folder cannot be written."""
 
     def __init__(self, out: str | Path, n_prompts: int, folder_format: str = "wav") -> None:
         path = Path(out)
@@ -69,13 +66,9 @@ def slug(prompt: str, longest: int = 48) -> str:
 def sidecar(prompt: str, seed: int, settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """The content of a sidecar: everything needed to generate the clip again, and its provenance."""
     return {
-        "prompt": prompt,
-        "seed": seed,
-        **settings,
-        **metadata,
-        MARK: "trainedAlgorithmicMedia",
+        "prompt": prompt, "seed": seed, **settings, **metadata, MARK: "trainedAlgorithmicMedia",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    }  # fmt: skip
 
 
 def sidecar_path(path: Path) -> Path:

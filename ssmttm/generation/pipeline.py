@@ -66,17 +66,11 @@ class MusicPipeline:
     """
 
     def __init__(
-        self,
-        model: TokenLM,
-        codec: Codec,
-        text_encoder: TextEncoder,
-        pattern: Pattern,
-        metadata: dict[str, Any] | None = None,
-        max_duration: float = MAX_DURATION,
-        null_condition: str = "empty_caption",
-        second_stage: SecondStage | None = None,
+        self, model: TokenLM, codec: Codec, text_encoder: TextEncoder, pattern: Pattern,
+        metadata: dict[str, Any] | None = None, max_duration: float = MAX_DURATION,
+        null_condition: str = "empty_caption", second_stage: SecondStage | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model = model.eval()
         self.codec = codec.eval()
         self.text_encoder = text_encoder
@@ -89,14 +83,13 @@ class MusicPipeline:
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder_or_hub_id: str | Path | None = None,
-        device: str | torch.device | None = None,
-        codec: str | Path | None = None,
-        text_encoder: str | Path | None = None,
+        cls, folder_or_hub_id: str | Path | None = None, device: str | torch.device | None = None,
+        codec: str | Path | None = None, text_encoder: str | Path | None = None,
         second_stage: str | Path | None = None,
-    ) -> "MusicPipeline":
+    ) -> "MusicPipeline":  # fmt: skip
         """Load a model, with EMA weights if there are any, and the codec and text encoder that it was trained with.
+        Raises UserError if nothing is there, a file is damaged, or model, codec and text encoder do not belong
+        together.
 
         Args:
             folder_or_hub_id: an exported model, a checkpoint, a run folder (its newest good checkpoint), or the id of
@@ -105,9 +98,6 @@ class MusicPipeline:
             codec, text_encoder: where to load these from, such as a folder, if not by the name in the model's card.
                 Their fingerprints must match.
             second_stage: a run, a checkpoint or an exported denoiser, if it is not in the model's folder.
-
-        Raises:
-            UserError: nothing is there, a file is damaged, or model, codec and text encoder do not belong together.
         """
         folder = open_model_folder(folder_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -122,15 +112,11 @@ class MusicPipeline:
         if second_folder is not None and denoiser is not None:
             stage = SecondStage(denoiser, loaded_codec, SecondStageConfig.from_config(second_folder.config))
         return cls(
-            model.to(device),
-            loaded_codec,
-            loaded_encoder,
+            model.to(device), loaded_codec, loaded_encoder,
             get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks),
             _metadata(folder, loaded_codec, loaded_encoder, second_folder, stage),
-            null_condition=folder.null_condition,
-            second_stage=stage,
-            guidance_scale=folder.guidance_scale,
-        )
+            null_condition=folder.null_condition, second_stage=stage, guidance_scale=folder.guidance_scale,
+        )  # fmt: skip
 
     @property
     def sample_rate(self) -> int:
@@ -138,20 +124,12 @@ class MusicPipeline:
         return self.codec.sample_rate
 
     def __call__(
-        self,
-        prompts: str | Sequence[str],
-        duration: float = 10.0,
-        guidance_scale: float | None = None,
-        seeds: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int = 250,
-        top_p: float = 1.0,
-        tempo: float | None = None,
-        melody: Tensor | None = None,
-        diffusion_steps: int | None = None,
+        self, prompts: str | Sequence[str], duration: float = 10.0, guidance_scale: float | None = None,
+        seeds: int | Sequence[int] = 0, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
+        tempo: float | None = None, melody: Tensor | None = None, diffusion_steps: int | None = None,
         progress: Callable[[float], None] | None = None,
-    ) -> PipelineOutput:
-        """Generate one clip per prompt, all in one batch.
+    ) -> PipelineOutput:  # fmt: skip
+        """Generate one clip per prompt, all in one batch. Raises UserError if an argument is out of its range.
 
         Args:
             prompts: one or more captions.
@@ -165,9 +143,6 @@ class MusicPipeline:
                 stage that was trained with it.
             diffusion_steps: sampling steps of the second stage; None: as configured at its training.
             progress: called with the seconds of audio newly sampled, over all prompts.
-
-        Raises:
-            UserError: an argument is out of its range.
         """
         sampling = self._sampling(temperature, top_k, top_p, guidance_scale)
         request = Request.create(prompts, duration, seeds, sampling, self.max_duration, tempo, melody)
@@ -186,20 +161,12 @@ class MusicPipeline:
         return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
 
     def stream(
-        self,
-        prompt: str,
-        duration: float = 10.0,
-        guidance_scale: float | None = None,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 250,
-        top_p: float = 1.0,
-        tempo: float | None = None,
-        melody: Tensor | None = None,
-        diffusion_steps: int | None = None,
-        chunk_seconds: float = 0.5,
-    ) -> Iterator[Tensor]:
-        """Generate one clip and yield its audio while it is generated.
+        self, prompt: str, duration: float = 10.0, guidance_scale: float | None = None, seed: int = 0,
+        temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, tempo: float | None = None,
+        melody: Tensor | None = None, diffusion_steps: int | None = None, chunk_seconds: float = 0.5,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Generate one clip and yield its audio while it is generated. Raises UserError if an argument is out of its
+        range (at once, before the first chunk).
 
         Args:
             chunk_seconds: audio sampled before each decoding; shorter chunks have less latency and cost more.
@@ -207,9 +174,6 @@ class MusicPipeline:
 
         Returns:
             An iterator of float32 [channels, s] chunks on the CPU; concatenated they are the audio of a call.
-
-        Raises:
-            UserError: an argument is out of its range (at once, before the first chunk).
         """
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
@@ -223,11 +187,8 @@ class MusicPipeline:
         return Sampling(temperature, top_k, top_p, self.guidance_scale if guidance_scale is None else guidance_scale)
 
     def _check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
-        """Check that the model supports the request's controls; the second stage with its number of steps.
-
-        Raises:
-            UserError: no stage was trained with a control, or diffusion steps for a one-stage model.
-        """
+        """Check that the model supports the request's controls; the second stage with its number of steps. Raises
+        UserError if no stage was trained with a control, or diffusion steps for a one-stage model."""
         stages: list[SupportsControls] = [self.model.config]
         if self.second_stage is not None:
             stages.append(self.second_stage.model.config)
@@ -248,16 +209,9 @@ class MusicPipeline:
         text, null_text = self._encode(request.prompts)
         controls = self._controls(request, n_frames)
         frames = generate_frames(
-            self.model,
-            text,
-            null_text,
-            self.pattern,
-            n_frames,
-            request.sampling,
-            request.seeds,
-            chunk_frames=chunk_frames,
-            controls=controls.supported_by(self.model.config),
-        )
+            self.model, text, null_text, self.pattern, n_frames, request.sampling, request.seeds,
+            chunk_frames=chunk_frames, controls=controls.supported_by(self.model.config),
+        )  # fmt: skip
         if second_stage is None:
             return frames
         device = next(self.model.parameters()).device
@@ -297,28 +251,21 @@ class MusicPipeline:
 
 
 def _metadata(
-    folder: ModelFolder,
-    codec: Codec,
-    text_encoder: TextEncoder,
-    second_folder: ModelFolder | None,
+    folder: ModelFolder, codec: Codec, text_encoder: TextEncoder, second_folder: ModelFolder | None,
     second_stage: SecondStage | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     metadata: dict[str, Any] = {
         "model": {"name": folder.name, "weights_sha256": file_sha256(folder.weights_file)},
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
         "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
-        "training_data_licences": folder.licences,
-        "software": f"ssmttm {__version__}",
-    }
+        "training_data_licences": folder.licences, "software": f"ssmttm {__version__}",
+    }  # fmt: skip
     if second_folder is not None and second_stage is not None:
         settings = second_stage.settings
         metadata["training_data_licences"] = (folder.licences or {}) | (second_folder.licences or {})
         metadata["second_stage"] = {
-            "name": second_folder.name,
-            "weights_sha256": file_sha256(second_folder.weights_file),
-            "sampler": settings.sampler.name,
-            "steps": settings.sampler.steps,
-            "guidance_scale": settings.guidance_scale,
-            "coarse_guidance_scale": settings.coarse_guidance_scale,
-        }
+            "name": second_folder.name, "weights_sha256": file_sha256(second_folder.weights_file),
+            "sampler": settings.sampler.name, "steps": settings.sampler.steps,
+            "guidance_scale": settings.guidance_scale, "coarse_guidance_scale": settings.coarse_guidance_scale,
+        }  # fmt: skip
     return metadata

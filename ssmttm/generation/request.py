@@ -20,13 +20,10 @@ _EXAMPLE = "'a slow waltz in D minor on a music box'"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled.
+    """How tokens are sampled. Raises UserError if a value is out of its range.
 
     temperature: > 0. top_k: number of codes kept, 0 for all. top_p: probability mass kept, in (0, 1].
     guidance_scale: >= 0; 1 samples the conditional distribution in one pass, 0 the unconditional one.
-
-    Raises:
-        UserError: a value is out of its range.
     """
 
     temperature: float = 1.0
@@ -61,20 +58,11 @@ class Request:
 
     @classmethod
     def create(
-        cls,
-        prompts: str | Sequence[str],
-        duration: float,
-        seeds: int | Iterable[int],
-        sampling: Sampling,
-        max_duration: float = MAX_DURATION,
-        tempo: float | None = None,
-        melody: "Tensor | None" = None,
-    ) -> "Request":
-        """Expand shorthand (one prompt as a string; one seed s for s, s + 1, ...) and check every value.
-
-        Raises:
-            UserError: a prompt is empty or not text, a value is out of range, seeds and prompts differ in number.
-        """
+        cls, prompts: str | Sequence[str], duration: float, seeds: int | Iterable[int], sampling: Sampling,
+        max_duration: float = MAX_DURATION, tempo: float | None = None, melody: "Tensor | None" = None,
+    ) -> "Request":  # fmt: skip
+        """Expand shorthand (one prompt as a string; one seed s for s, s + 1, ...) and check every value. Raises
+        UserError if a prompt is empty or not text, a value is out of range, seeds and prompts differ in number."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if isinstance(seeds, Iterable):
             seeds = [index(seed) for seed in seeds]
@@ -107,11 +95,8 @@ class Request:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 file, one per line; blank lines and lines that begin with # are skipped.
-
-    Raises:
-        UserError: the file cannot be read, has no prompt, or a line is not text.
-    """
+    """Prompts of a UTF-8 file, one per line; blank lines and lines that begin with # are skipped. Raises UserError if
+    the file cannot be read, has no prompt, or a line is not text."""
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:

@@ -25,15 +25,13 @@ from ssmttm.text.condition import TextCondition
 
 @dataclass(frozen=True)
 class SecondStageConfig:
-    """Sampling settings of the second stage.
+    """Sampling settings of the second stage. Raises UserError if the overlap is not shorter than the window, or a scale
+    is below 0 or not finite.
 
     Attributes:
         sampler: scheduler and steps.
         guidance_scale: towards the text. coarse_guidance_scale: towards the coarse codes. 1: no guidance.
         window, overlap: frames of a window, and frames shared with the one before.
-
-    Raises:
-        UserError: the overlap is not shorter than the window, or a scale is below 0 or not finite.
     """
 
     sampler: SamplerSettings
@@ -97,11 +95,8 @@ class SecondStage:
         return SecondStage(self.model, self.codec, replace(self.settings, sampler=sampler))
 
     def generate(self, coarse_codes: Tensor, inputs: SecondStageInputs) -> Tensor:
-        """Coarse codes [B, N, T] -> all codes, int64 [B, K, T]; the first N codebooks are the coarse codes.
-
-        Raises:
-            UserError: sizes do not fit, or the denoiser's output is not finite.
-        """
+        """Coarse codes [B, N, T] -> all codes, int64 [B, K, T]; the first N codebooks are the coarse codes. Raises
+        UserError if sizes do not fit, or the denoiser's output is not finite."""
         return torch.cat(list(self.generate_stream([coarse_codes], inputs)), -1)
 
     def generate_stream(self, chunks: Iterable[Tensor], inputs: SecondStageInputs) -> Iterator[Tensor]:

@@ -18,14 +18,12 @@ def imported_config(model: TokenLM, pattern: str) -> DictConfig:
 def imported_card(
     name: str, source: str, model: TokenLM, codec: tuple[str, Codec], text: tuple[str, TextEncoder], null_condition: str
 ) -> dict[str, Any]:
-    """The card. The licences of the training data are unknown: NOASSERTION in SPDX.
+    """The card. The licences of the training data are unknown: NOASSERTION in SPDX. Raises UserError if the codec or
+    the text encoder does not have the model's sizes.
 
     Args:
         source: what was imported.
         codec, text: their names in the card, and themselves.
-
-    Raises:
-        UserError: the codec or the text encoder does not have the model's sizes.
     """
     (codec_name, its_codec), (text_name, encoder) = codec, text
     expected = model.config.n_codebooks, model.config.codebook_size, model.config.text_dim

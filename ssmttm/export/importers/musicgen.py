@@ -24,27 +24,15 @@ from ssmttm.patterns import get_pattern
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 
 SHAPE: dict[str, Any] = {
-    "layers": "attention",
-    "block": "simba",
-    "mlp_bias": False,
-    "attention_bias": False,
-    "conditioning": "cross_attention",
-    "text_norm": False,
-    "positions": "sinusoidal",
-    "norm": "layer",
-    "layer_scale": None,
-    "final_norm": True,
-    "predict_special": False,
-    "chroma": False,
-    "tempo": False,
-}
+    "layers": "attention", "block": "simba", "mlp_bias": False, "attention_bias": False,
+    "conditioning": "cross_attention", "text_norm": False, "positions": "sinusoidal", "norm": "layer",
+    "layer_scale": None, "final_norm": True, "predict_special": False, "chroma": False, "tempo": False,
+}  # fmt: skip
 LANGUAGE_MODEL = ("decoder.", "enc_to_dec_proj.")  # its tensors in a MusicgenForConditionalGeneration
 DECODER = "decoder.model.decoder"
 TABLE = {
-    r"embedding\.weight": rf"{DECODER}.embed_tokens.{{k}}.weight",
-    r"heads\.weight": r"decoder.lm_heads.{k}.weight",
-    r"text\.linear\.(.*)": r"enc_to_dec_proj.\1",
-    r"norm\.(.*)": rf"{DECODER}.layer_norm.\1",
+    r"embedding\.weight": rf"{DECODER}.embed_tokens.{{k}}.weight", r"heads\.weight": r"decoder.lm_heads.{k}.weight",
+    r"text\.linear\.(.*)": r"enc_to_dec_proj.\1", r"norm\.(.*)": rf"{DECODER}.layer_norm.\1",
     r"blocks\.(\d+)\.sublayers\.0\.norm\.(.*)": rf"{DECODER}.layers.\1.self_attn_layer_norm.\2",
     r"blocks\.(\d+)\.sublayers\.0\.inner\.(.*)": rf"{DECODER}.layers.\1.self_attn.\2",
     r"blocks\.(\d+)\.sublayers\.1\.norm\.(.*)": rf"{DECODER}.layers.\1.encoder_attn_layer_norm.\2",
@@ -52,18 +40,16 @@ TABLE = {
     r"blocks\.(\d+)\.sublayers\.2\.norm\.(.*)": rf"{DECODER}.layers.\1.final_layer_norm.\2",
     r"blocks\.(\d+)\.sublayers\.2\.inner\.fc1\.(.*)": rf"{DECODER}.layers.\1.fc1.\2",
     r"blocks\.(\d+)\.sublayers\.2\.inner\.fc2\.(.*)": rf"{DECODER}.layers.\1.fc2.\2",
-}
+}  # fmt: skip
 
 
 def import_musicgen(source: str | Path, out: str | Path) -> Path:
-    """Write a model folder that includes the codec and the text encoder.
+    """Write a model folder that includes the codec and the text encoder. Raises UserError if there is no such model,
+    weights are missing, or a TokenLM does not support it (stereo, melody).
 
     Args:
         source: a folder or a hub name, such as facebook/musicgen-small; safetensors, or tensors in a .bin.
         out: a new folder.
-
-    Raises:
-        UserError: there is no such model, weights are missing, or a TokenLM does not support it (stereo, melody).
     """
     source, out = str(source), Path(out)
     musicgen, tokenizer = _load(source)
@@ -87,16 +73,11 @@ def from_musicgen(musicgen: Any, source: str = "this MusicGen") -> TokenLM:
         if found != value:
             raise UserError(f"{source}: {key} must be {value!r}, as in mono MusicGen models, got {found!r}")
     config = TokenLMConfig(
-        n_codebooks=decoder.num_codebooks,
-        codebook_size=decoder.vocab_size,
-        d_model=decoder.hidden_size,
-        n_layers=decoder.num_hidden_layers,
-        n_heads=decoder.num_attention_heads,
-        mlp_ratio=decoder.ffn_dim / decoder.hidden_size,
-        text_dim=musicgen.config.text_encoder.hidden_size,
-        dropout=decoder.dropout,
-        **SHAPE,
-    )
+        n_codebooks=decoder.num_codebooks, codebook_size=decoder.vocab_size, d_model=decoder.hidden_size,
+        n_layers=decoder.num_hidden_layers, n_heads=decoder.num_attention_heads,
+        mlp_ratio=decoder.ffn_dim / decoder.hidden_size, text_dim=musicgen.config.text_encoder.hidden_size,
+        dropout=decoder.dropout, **SHAPE,
+    )  # fmt: skip
     model = TokenLM(config)
     tensors = {name: value for name, value in musicgen.state_dict().items() if name.startswith(LANGUAGE_MODEL)}
     load_renamed(model, TABLE, tensors, source)
@@ -104,11 +85,8 @@ def from_musicgen(musicgen: Any, source: str = "this MusicGen") -> TokenLM:
 
 
 def to_musicgen(model: TokenLM) -> dict[str, Tensor]:
-    """The tensors of a TokenLM under their names in MusicgenForConditionalGeneration.
-
-    Raises:
-        UserError: a setting differs from MusicGen's.
-    """
+    """The tensors of a TokenLM under their names in MusicgenForConditionalGeneration. Raises UserError if a setting
+    differs from MusicGen's."""
     for key, value in SHAPE.items():
         found = getattr(model.config, key)
         if found != value:
@@ -121,7 +99,8 @@ def to_musicgen(model: TokenLM) -> dict[str, Tensor]:
 def export_musicgen(
     folder: str | Path, out: str | Path, codec: str | Path | None = None, text_encoder: str | Path | None = None
 ) -> Path:
-    """Write a language model as a folder for MusicgenForConditionalGeneration.from_pretrained.
+    """Write a language model as a folder for MusicgenForConditionalGeneration.from_pretrained. Raises UserError if
+    there is no such model, or its architecture is not MusicGen's.
 
     The null condition in transformers has no token. An imported model has the same; one trained by ssmttm has the empty
     caption, so its guidance differs there.
@@ -130,9 +109,6 @@ def export_musicgen(
         folder: a run, a checkpoint or a model folder, with MusicGen's architecture, an EnCodec and a T5.
         out: a new folder.
         codec, text_encoder: as for `MusicPipeline.from_pretrained`.
-
-    Raises:
-        UserError: there is no such model, or its architecture is not MusicGen's.
     """
     from transformers import GenerationConfig, MusicgenForCausalLM, MusicgenForConditionalGeneration
 
@@ -182,13 +158,7 @@ def _decoder_config(lm: TokenLMConfig) -> Any:
     from transformers import MusicgenDecoderConfig
 
     return MusicgenDecoderConfig(
-        vocab_size=lm.codebook_size,
-        num_codebooks=lm.n_codebooks,
-        hidden_size=lm.d_model,
-        num_hidden_layers=lm.n_layers,
-        num_attention_heads=lm.n_heads,
-        ffn_dim=round(lm.mlp_ratio * lm.d_model),
-        dropout=lm.dropout,
-        pad_token_id=lm.codebook_size,
-        bos_token_id=lm.codebook_size,
-    )
+        vocab_size=lm.codebook_size, num_codebooks=lm.n_codebooks, hidden_size=lm.d_model,
+        num_hidden_layers=lm.n_layers, num_attention_heads=lm.n_heads, ffn_dim=round(lm.mlp_ratio * lm.d_model),
+        dropout=lm.dropout, pad_token_id=lm.codebook_size, bos_token_id=lm.codebook_size,
+    )  # fmt: skip

@@ -33,11 +33,8 @@ def renamed_views(model: TokenLM, table: Mapping[str, str]) -> dict[str, Tensor]
 
 
 def load_renamed(model: TokenLM, table: Mapping[str, str], found: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load tensors under the table's names into a model.
-
-    Raises:
-        UserError: names or shapes differ from the model's; the message has the first three and `source`.
-    """
+    """Load tensors under the table's names into a model. Raises UserError if names or shapes differ from the model's;
+    the message has the first three and `source`."""
     views = renamed_views(model, table)
     wrong = differences(views, found)
     if wrong:

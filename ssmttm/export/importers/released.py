@@ -26,30 +26,26 @@ CODEC, TEXT_ENCODER, TEXT_DIM = "descript/dac_44khz", "google/flan-t5-base", 768
 FROZEN = "text_encoder."  # a copy of Flan-T5 without its tokenizer; it is loaded by name instead
 MALFORMED = AttributeError, LookupError, TypeError, ValueError
 TABLE = {
-    r"embedding\.weight": r"music_model.embedding.{k}.weight",
-    r"heads\.weight": r"music_model.lm_head.{k}.weight",
-    r"text\.linear\.(.*)": r"music_model.condition_linear.\1",
-    r"text\.norm\.(.*)": r"music_model.condition_norm.\1",
+    r"embedding\.weight": r"music_model.embedding.{k}.weight", r"heads\.weight": r"music_model.lm_head.{k}.weight",
+    r"text\.linear\.(.*)": r"music_model.condition_linear.\1", r"text\.norm\.(.*)": r"music_model.condition_norm.\1",
     r"blocks\.(\d+)\.sublayers\.0\.norm\.(.*)": r"music_model.backbone.\1.mamba.norm.\2",
     r"blocks\.(\d+)\.sublayers\.0\.inner\.(.*)": r"music_model.backbone.\1.mamba.mamba.\2",
     r"blocks\.(\d+)\.sublayers\.1\.norm\.(.*)": r"music_model.backbone.\1.ff.norm.\2",
     r"blocks\.(\d+)\.sublayers\.1\.inner\.fc1\.(.*)": r"music_model.backbone.\1.ff.feed_forward.0.\2",
     r"blocks\.(\d+)\.sublayers\.1\.inner\.fc2\.(.*)": r"music_model.backbone.\1.ff.feed_forward.3.\2",
-}
+}  # fmt: skip
 
 
 def import_released(
     source: str | Path, out: str | Path, codec: str | Path | None = None, text_encoder: str | Path | None = None
 ) -> Path:
-    """Write a model folder from a checkpoint.
+    """Write a model folder from a checkpoint. Raises UserError if the file is not such a checkpoint, or codec or text
+    encoder cannot be loaded.
 
     Args:
         source: the .ckpt file.
         out: a new folder. Its card has the hub names and the fingerprints of codec and text encoder.
         codec, text_encoder: where to load these from, such as a folder, if not by their names.
-
-    Raises:
-        UserError: the file is not such a checkpoint, or codec or text encoder cannot be loaded.
     """
     source, out = Path(source), Path(out)
     model = read_released(source)
@@ -93,15 +89,8 @@ def _load(path: Path) -> Any:
 def _config(section: Mapping[str, Any]) -> TokenLMConfig:
     """The settings in `section` and those fixed in the code. Its vocabulary size includes the special token."""
     return TokenLMConfig(
-        n_codebooks=int(section["codec_layer"]),
-        codebook_size=int(section["vocab_size"]) - 1,
-        d_model=int(section["d_model"]),
-        n_layers=int(section["layers"]),
-        d_state=int(section["d_state"]),
-        dropout=float(section["drop_p"]),
-        text_dim=TEXT_DIM,
-        positions="joint",
-        final_norm=False,
-        predict_special=True,
-        init_std=None,
-    )
+        n_codebooks=int(section["codec_layer"]), codebook_size=int(section["vocab_size"]) - 1,
+        d_model=int(section["d_model"]), n_layers=int(section["layers"]), d_state=int(section["d_state"]),
+        dropout=float(section["drop_p"]), text_dim=TEXT_DIM, positions="joint", final_norm=False,
+        predict_special=True, init_std=None,
+    )  # fmt: skip

@@ -18,12 +18,8 @@ from ssmttm.models.blocks import SublayerState
 Blocks = list[list[SublayerState]]
 # Axes of variable length besides the batch: of the attention cache and of cross-attention keys.
 FREE_AXES = {
-    "keys": {1: "cached"},
-    "values": {1: "cached"},
-    "k": {2: "tokens"},
-    "v": {2: "tokens"},
-    "mask": {1: "tokens"},
-}
+    "keys": {1: "cached"}, "values": {1: "cached"}, "k": {2: "tokens"}, "v": {2: "tokens"}, "mask": {1: "tokens"},
+}  # fmt: skip
 
 
 @dataclass

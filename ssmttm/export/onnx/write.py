@@ -27,7 +27,9 @@ NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 
 def export_onnx(model: str | Path | None, out: str | Path) -> Path:
-    """Write a model of one stage, its text encoder and its codec's decoder as ONNX graphs in float32.
+    """Write a model of one stage, its text encoder and its codec's decoder as ONNX graphs in float32. Raises UserError
+    if the extra `export` is not installed, there is no such model, it has two stages or an unsupported null condition,
+    or `out` exists.
 
     Melody and tempo controls are not exported: the graphs are those of the model without them.
 
@@ -35,10 +37,6 @@ def export_onnx(model: str | Path | None, out: str | Path) -> Path:
         model: an exported folder, a run, a checkpoint, the name of an embedded model, or a hub id; None: the embedded
             tiny model.
         out: a new folder.
-
-    Raises:
-        UserError: the extra `export` is not installed, there is no such model, it has two stages or an unsupported null
-            condition, or `out` exists.
     """
     missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if missing:
@@ -79,14 +77,9 @@ def write_graph(graph: Graph, path: Path) -> None:
     shapes = [{axis: dims[count] for axis, count in graph.axes[name].items()} for name in graph.examples]
     with _quiet():
         program: Any = torch.onnx.export(
-            graph.eval(),
-            tuple(graph.examples.values()),
-            input_names=list(graph.examples),
-            output_names=graph.outputs,
-            dynamic_shapes=(tuple(shapes),),
-            dynamo=True,
-            verbose=False,
-        )
+            graph.eval(), tuple(graph.examples.values()), input_names=list(graph.examples),
+            output_names=graph.outputs, dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False,
+        )  # fmt: skip
     for exported in program.model.graph.inputs:
         fixed = [count for axis, count in graph.axes[exported.name].items() if isinstance(exported.shape[axis], int)]
         if fixed:
@@ -122,17 +115,11 @@ def _tokenizer(encoder: TextEncoder) -> Any:
 def _sizes(pipe: MusicPipeline) -> dict[str, Any]:
     codec, config = pipe.codec, pipe.model.config
     return {
-        "sample_rate": codec.sample_rate,
-        "hop_length": codec.hop_length,
-        "frame_rate": codec.frame_rate,
-        "n_codebooks": codec.n_codebooks,
-        "codebook_size": codec.codebook_size,
-        "special_token_id": pipe.model.special_token_id,
-        "pattern": asdict(pipe.pattern),
-        "guidance_scale": pipe.guidance_scale,
-        "conditioning": config.conditioning,
-        "positions": config.positions,
-    }
+        "sample_rate": codec.sample_rate, "hop_length": codec.hop_length, "frame_rate": codec.frame_rate,
+        "n_codebooks": codec.n_codebooks, "codebook_size": codec.codebook_size,
+        "special_token_id": pipe.model.special_token_id, "pattern": asdict(pipe.pattern),
+        "guidance_scale": pipe.guidance_scale, "conditioning": config.conditioning, "positions": config.positions,
+    }  # fmt: skip
 
 
 def _states(step: StepGraph) -> dict[str, Any]:
