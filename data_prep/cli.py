@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from data_prep.audio.decode import Limits
 from data_prep.audio.quality import Filters
@@ -69,61 +70,48 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     whole = argparse.ArgumentParser("python -m data_prep", description=_ABOUT, formatter_class=_RAW)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    processing, execution, files = _processing_options(), _execution_options(), _file_options()
+    processing, execution = _processing_options(), _execution_options()
+    shared = [_file_options(), processing, execution]
+
+    def command(name: str, help: str, required: str = "", description: str | None = None, **options: Any) -> Any:
+        """Add a command; returns the method that adds its arguments."""
+        usage = f"python -m data_prep {name} {required} [option ...]" if required else None  # all options are too many
+        return commands.add_parser(
+            name, help=help, usage=usage, description=description, formatter_class=_RAW, **options
+        ).add_argument
+
     for source in SOURCES.values():
-        command = commands.add_parser(
-            source.name,
-            parents=[files, processing, execution],
-            help=source.help,
-            usage=_usage(source.name, "--root DIR --out STORE"),
-            description=f"{source.help[0].upper()}{source.help[1:]}.\n\n{source.layout}",
-            formatter_class=_RAW,
-        )
-        command.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the data set, as above")
-        command.add_argument("--index", type=Path, metavar="FILE", help="another table of the data set")
-        command.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
+        about = f"{source.help[0].upper()}{source.help[1:]}.\n\n{source.layout}"
+        add = command(source.name, source.help, "--root DIR --out STORE", about, parents=shared)
+        add("--root", type=Path, required=True, metavar="DIR", help="folder of the data set, as above")
+        add("--index", type=Path, metavar="FILE", help="another table of the data set")
+        add("--out", type=Path, required=True, metavar="STORE", help="the store")
 
-    command = commands.add_parser(
-        "webdataset",
-        parents=[files, processing, execution],
-        help="WebDataset archives, as `export` writes them",
-        usage=_usage("webdataset", "--root PATH --out STORE"),
-        description=_WEBDATASET,
-        formatter_class=_RAW,
-    )
-    archives = "a .tar or .tar.gz file, or a folder of them"
-    command.add_argument("--root", type=Path, required=True, metavar="PATH", help=archives)
-    command.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
+    about = "WebDataset archives, as `export` writes them"
+    add = command("webdataset", about, "--root PATH --out STORE", _WEBDATASET, parents=shared)
+    add("--root", type=Path, required=True, metavar="PATH", help="a .tar or .tar.gz file, or a folder of them")
+    add("--out", type=Path, required=True, metavar="STORE", help="the store")
 
-    command = commands.add_parser(
-        "builtin",
-        parents=[processing, execution],
-        help="music of the built-in composer, CC0-1.0",
-        usage=_usage("builtin", "--hours H --out STORE"),
-    )
-    command.add_argument("--hours", type=float, required=True, metavar="H", help="minimum hours of audio")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
-    command.add_argument("--out", type=Path, required=True, metavar="STORE", help="the store")
+    about = "music of the built-in composer, CC0-1.0"
+    add = command("builtin", about, "--hours H --out STORE", parents=[processing, execution])
+    add("--hours", type=float, required=True, metavar="H", help="minimum hours of audio")
+    add("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="STORE", help="the store")
 
-    command = commands.add_parser(
-        "pack",
-        parents=[processing, execution],
-        help="encode or caption an existing store again",
-        usage=_usage("pack", "--root STORE [--out STORE]"),
-    )
-    command.add_argument("--root", type=Path, required=True, metavar="STORE", help="a store with audio")
-    command.add_argument("--out", type=Path, metavar="STORE", help="the new store; default: add the codes to --root")
+    about = "encode or caption an existing store again"
+    add = command("pack", about, "--root STORE [--out STORE]", parents=[processing, execution])
+    add("--root", type=Path, required=True, metavar="STORE", help="a store with audio")
+    add("--out", type=Path, metavar="STORE", help="the new store; default: add the codes to --root")
 
-    command = commands.add_parser("status", help="progress of a run")
-    command.add_argument("store", type=Path, metavar="STORE", help="the --out of the run")
-    command = commands.add_parser("report", help="HTML report of a store: hours, licences, genres, rejections")
-    command.add_argument("store", type=Path, metavar="STORE")
-    command.add_argument("--out", type=Path, metavar="FILE", help="the page; default: STORE/report.html")
-    command = commands.add_parser("probe", help="format and length of audio files, or why they cannot be decoded")
-    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    command = commands.add_parser("export", help="write a store as WebDataset archives")
-    command.add_argument("store", type=Path, metavar="STORE")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the archives")
+    command("status", "progress of a run")("store", type=Path, metavar="STORE", help="the --out of the run")
+    add = command("report", "HTML report of a store: hours, licences, genres, rejections")
+    add("store", type=Path, metavar="STORE")
+    add("--out", type=Path, metavar="FILE", help="the page; default: STORE/report.html")
+    add = command("probe", "format and length of audio files, or why they cannot be decoded")
+    add("files", type=Path, nargs="+", metavar="FILE")
+    add = command("export", "write a store as WebDataset archives")
+    add("store", type=Path, metavar="STORE")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder for the archives")
     return whole
 
 
@@ -195,11 +183,6 @@ def _execution_options() -> argparse.ArgumentParser:
     add("--stage", metavar="STAGE", help="run only this stage, as one of several tasks")
     add("--task", type=_task, default=(0, 1), metavar="I/N", help="index and number of tasks of --stage")
     return options
-
-
-def _usage(command: str, required: str) -> str:
-    """A usage line with the required options only."""
-    return f"python -m data_prep {command} {required} [option ...]"
 
 
 def _count(text: str) -> int:

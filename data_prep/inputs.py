@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,22 +38,15 @@ from ssmttm.files import config_hash, file_sha256
 
 _FILES_PER_SHARD = 64  # of an evaluation set
 _ROWS_PER_SHARD = 512  # of a store
-_OLD_REJECTED_CSV = "quarantine.csv"
 Stages = tuple[tuple[str, bool], ...]  # name, has many shards
 
 
 class InputSource(Protocol):
-    """Where segments come from.
-
-    Attributes:
-        stages: name of each stage, and whether it has many shards.
-        sample_rate: of the segments, in Hz.
-        seconds: maximum length of a segment.
-    """
+    """Where segments come from."""
 
     stages: Stages
-    sample_rate: int
-    seconds: float
+    sample_rate: int  # of the segments, in Hz
+    seconds: float  # maximum length of a segment
 
     def metadata(self) -> dict[str, Any]:
         """Everything that decides the segments, for the store's config: `source`, and earlier processing."""
@@ -115,14 +109,7 @@ class TrackInput:
 
 
 class ArchiveInput(TrackInput):
-    """The samples of WebDataset archives, unpacked with one shard per archive.
-
-    Args:
-        root: an archive, or a folder of archives. The others are as in `TrackInput`.
-
-    Raises:
-        UserError: there is no archive.
-    """
+    """The samples of WebDataset archives: `root` is an archive or a folder of them, a shard each. Raises UserError."""
 
     stages: Stages = (("unpack", True), *TrackInput.stages)
 
@@ -165,10 +152,7 @@ class BuiltinInput:
 
 
 class StoreInput:
-    """The segments of a store with audio, for another codec, text encoder or captions.
-
-    Args:
-        root: the store; it may be the output folder too.
+    """The segments of a store, for another codec, text encoder or captions; `root` may be the output folder too.
 
     Raises:
         UserError: there is no store, it has no audio, or it is of an older version.
@@ -179,8 +163,8 @@ class StoreInput:
     def __init__(self, root: Path) -> None:
         if not ((root / "manifest.parquet").is_file() and (root / "prep.json").is_file()):
             open_store(root)
-        if (root / _OLD_REJECTED_CSV).is_file() and not (root / REJECTED_CSV).is_file():
-            raise UserError(f"{root / _OLD_REJECTED_CSV} is now named {REJECTED_CSV}: rename it")
+        if (root / "quarantine.csv").is_file() and not (root / REJECTED_CSV).is_file():
+            raise UserError(f"{root / 'quarantine.csv'} is now named {REJECTED_CSV}: rename it")
         self._root, self._rows = root.resolve(), pq.read_table(root / "manifest.parquet")
         self._config = json.loads((root / "prep.json").read_text(encoding="utf-8"))["config"]
         files = [audio_inside(self._root, name) for name in self._rows["audio"].to_pylist()]
@@ -247,24 +231,23 @@ def input_source(arguments: argparse.Namespace) -> InputSource:
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:
-    _check_range("--segment", arguments.segment, 1.0, 3600.0)
     rate = arguments.sample_rate or _codec_rate(arguments.codec)
-    _check_range("--sample-rate", rate, 1_000, 192_000)
-    _check_range("--max-silence", arguments.max_silence, 0.0, 1.0)
-    _check_range("--max-clipped", arguments.max_clipped, 0.0, 1.0)
-    _check_range("--min-bandwidth", arguments.min_bandwidth, 0.0, 96_000.0)
-    _check_range("--max-hours", arguments.max_hours, 0.001, 1000.0)
-    _check_range("--max-bytes", arguments.max_bytes, 1, 1 << 62)
+    for option, value, low, high in (
+        ("--segment", arguments.segment, 1.0, 3600.0),
+        ("--sample-rate", rate, 1_000, 192_000),
+        ("--max-silence", arguments.max_silence, 0.0, 1.0),
+        ("--max-clipped", arguments.max_clipped, 0.0, 1.0),
+        ("--min-bandwidth", arguments.min_bandwidth, 0.0, 96_000.0),
+        ("--max-hours", arguments.max_hours, 0.001, 1000.0),
+        ("--max-bytes", arguments.max_bytes, 1, 1 << 62),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{option} must be in [{low:g}, {high:g}], got {value:g}")
     filters = Filters(
         arguments.max_silence, arguments.max_clipped, arguments.min_bandwidth, dual_mono=not arguments.reject_dual_mono
     )
     limits = Limits(max_seconds=arguments.max_hours * 3600, max_bytes=arguments.max_bytes)
     return Cut(rate, arguments.segment, arguments.tail, filters, limits)
-
-
-def _check_range(option: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{option} must be in [{low:g}, {high:g}], got {value:g}")
 
 
 def _codec_rate(codec: str) -> int:
@@ -287,18 +270,17 @@ def _stamp(file: Path) -> list[Any]:
 def _fingerprint(run: Run, evaluation_sets: Sequence[EvaluationSet]) -> list[DecontaminationSet]:
     """The stage `reference`: fingerprints of the audio of the evaluation sets."""
     folder = stage_folder(run.root, "reference", {})
-    tasks, numbers = [], []
+    tasks: list[list[ShardTask]] = []  # by set
     for number, set_ in enumerate(evaluation_sets):
+        tasks.append([])
         for index, first in enumerate(range(0, len(set_.audio), _FILES_PER_SHARD)):
             files = [file.resolve() for file in set_.audio[first : first + _FILES_PER_SHARD]]
             inputs = config_hash({"files": [_stamp(file) for file in files]})
-            tasks.append(ShardTask(folder / f"{number:02d}-{index:05d}", inputs, partial(fingerprint_files, files)))
-            numbers.append(number)
-    results = run.run_stage("reference", tasks)
-    shards: list[list[ShardResult]] = [[] for _ in evaluation_sets]
-    for number, result in zip(numbers, results, strict=True):
-        shards[number].append(result)
-    return [DecontaminationSet(set_, tuple(own)) for set_, own in zip(evaluation_sets, shards, strict=True)]
+            target = folder / f"{number:02d}-{index:05d}"
+            tasks[-1].append(ShardTask(target, inputs, partial(fingerprint_files, files)))
+    results = iter(run.run_stage("reference", [task for own in tasks for task in own]))
+    pairs = zip(evaluation_sets, tasks, strict=True)
+    return [DecontaminationSet(set_, tuple(islice(results, len(own)))) for set_, own in pairs]
 
 
 def _select(

@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.audio.quality import Filters
 from data_prep.audio.vocals import VocalDetection, VocalRemoval
 from data_prep.inputs import InputSource
 from data_prep.run import Finished, Run
@@ -29,27 +28,19 @@ from ssmttm.errors import UserError
 from ssmttm.files import clear_temporary_files, config_hash, write_text
 
 PACKED = "packed.json"
+ShardFunction = Callable[..., Counts]
 _MAX_WINDOW_SECONDS = 30.0  # of the codec
 _BATCH_SIZES = {"cpu": Windows.batch, "cuda": 16}  # windows per batch
-_OLD_REJECTED_FILE = "quarantine.parquet"
-StageOptions = VocalDetection | VocalRemoval | CaptionOptions | CodecOptions | TextOptions
 
 
 @dataclass(frozen=True)
 class ProcessingOptions:
-    """How segments are processed.
+    """How segments are processed."""
 
-    Attributes:
-        vocals: detect or remove vocals; None keeps them.
-        captions: make captions; None keeps those of the source.
-        codec: None for a store without codes.
-        text: None for a store without caption embeddings.
-    """
-
-    vocals: VocalDetection | VocalRemoval | None = None
-    captions: CaptionOptions | None = None
-    codec: CodecOptions | None = None
-    text: TextOptions | None = None
+    vocals: VocalDetection | VocalRemoval | None = None  # None keeps vocals
+    captions: CaptionOptions | None = None  # None keeps those of the source
+    codec: CodecOptions | None = None  # None for a store without codes
+    text: TextOptions | None = None  # None for a store without caption embeddings
 
     def metadata(self) -> dict[str, Any]:
         """Everything that decides segments and codes, for the store's config."""
@@ -79,12 +70,13 @@ def prepare(source: InputSource, options: ProcessingOptions, out: Path, run: Run
     _check_output(out, config, run)
     segments = source.segments(run)
     if options.vocals is not None:
-        make = _vocals_function(options.vocals)
-        results = _run_model(run, "vocals", config["vocals"], segments, make, options.vocals)
-        segments = with_results(segments, results, new_audio=isinstance(options.vocals, VocalRemoval))
+        vocals = options.vocals
+        make = partial(remove_shard, vocals) if isinstance(vocals, VocalRemoval) else partial(detect_shard, vocals)
+        results = _run_model(run, "vocals", config["vocals"], segments, make, vocals.device)
+        segments = with_results(segments, results, new_audio=isinstance(vocals, VocalRemoval))
     if options.captions is not None:
         make = partial(caption_shard, options.captions)
-        results = _run_model(run, "captions", config["captions"], segments, make, options.captions)
+        results = _run_model(run, "captions", config["captions"], segments, make, options.captions.device)
         segments = with_results(segments, results, new_audio=False)
     if not any(pq.read_metadata(part.rows).num_rows for part in segments):
         raise _all_rejected(out, run)
@@ -92,16 +84,20 @@ def prepare(source: InputSource, options: ProcessingOptions, out: Path, run: Run
     if options.codec is not None:
         codec = options.codec.exact_metadata()
         make = partial(encode_shard, options.codec)
-        codes = _folders(_run_model(run, "codes", codec, segments, make, options.codec))
+        codes = _folders(_run_model(run, "codes", codec, segments, make, options.codec.device))
     if options.text is not None:
         text = options.text.metadata()
         make = partial(embed_shard, options.text)
-        texts = _folders(_run_model(run, "text", text, segments, make, options.text))
+        texts = _folders(_run_model(run, "text", text, segments, make, options.text.device))
     if run.task_slice is not None and run.task_slice.index > 0:
         raise Finished(f"stage {run.task_slice.stage} is done by task 0")
     parts = Parts(segments, codes, texts, _folders(run.done))
-    outputs = [result.outputs for result in run.done]
-    return _pack(parts, out, config, codec, text, source.sample_rate, outputs)
+    shards = [result.outputs for result in run.done]
+    inputs = config_hash({"config": config, "codec": codec, "text": text, "shards": shards})
+    if (store := _packed_store(out, inputs)) is None:
+        store = pack(parts, out, config, codec, text, source.sample_rate)
+        write_text(out / WORK / PACKED, json.dumps({"inputs": inputs}) + "\n")
+    return store
 
 
 def report_rejections(out: Path, run: Run) -> None:
@@ -165,7 +161,7 @@ def _config(source: InputSource, options: ProcessingOptions) -> dict[str, Any]:
 
 def _check_output(out: Path, config: dict[str, Any], run: Run) -> None:
     """Check that `out` belongs to the same settings, and remove the temporary files of killed processes."""
-    if next((out / WORK).glob(f"*/*/{_OLD_REJECTED_FILE}"), None) is not None:
+    if any((out / WORK).glob("*/*/quarantine.parquet")):
         raise UserError(f"{out / WORK} is of an older version: remove it and run again")
     if run.task_slice is None and not _has_results(out):
         (out / CONFIG_FILE).unlink(missing_ok=True)  # of a command that failed early
@@ -177,57 +173,34 @@ def _check_output(out: Path, config: dict[str, Any], run: Run) -> None:
 
 def _has_results(out: Path) -> bool:
     """Whether there is a store, or a finished shard of a stage other than the plan."""
-    if any((out / name).exists() for name in ("manifest.parquet", "store.json")):
-        return True
-    return next((out / WORK).glob(f"*-*/*/{DONE}"), None) is not None
-
-
-def _vocals_function(options: VocalDetection | VocalRemoval) -> Callable[..., Counts]:
-    if isinstance(options, VocalRemoval):
-        return partial(remove_shard, options, Filters(min_bandwidth=0.0))
-    return partial(detect_shard, options)
+    is_store = any((out / name).exists() for name in ("manifest.parquet", "store.json"))
+    return is_store or any((out / WORK).glob(f"*-*/*/{DONE}"))
 
 
 def _run_model(
-    run: Run,
-    name: str,
-    settings: dict[str, Any],
-    segments: Sequence[Segments],
-    make: Callable[..., Counts],
-    options: StageOptions,
+    run: Run, name: str, settings: dict[str, Any], segments: Sequence[Segments], make: ShardFunction, device: str
 ) -> list[ShardResult]:
     """Run a stage with a model over every shard of segments."""
     folder = stage_folder(run.root, name, settings)
-    tasks = [
-        ShardTask(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)) for part in segments
-    ]
-    return run.run_stage(name, tasks, device=options.device == "cuda")
+    tasks = []
+    for part in segments:
+        tasks.append(ShardTask(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)))
+    return run.run_stage(name, tasks, device=device == "cuda")
 
 
 def _folders(results: Sequence[ShardResult]) -> list[Path]:
     return [result.folder for result in results]
 
 
-def _pack(
-    parts: Parts,
-    out: Path,
-    config: dict[str, Any],
-    codec: dict[str, Any] | None,
-    text: dict[str, Any] | None,
-    sample_rate: int,
-    outputs: list[str],
-) -> Store:
-    """Pack the store, unless it exists and was packed from the same shards."""
-    inputs = config_hash({"config": config, "codec": codec, "text": text, "shards": outputs})
+def _packed_store(out: Path, inputs: str) -> Store | None:
+    """The finished store, if it was packed from the same inputs and is intact."""
     file = out / WORK / PACKED
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["inputs"] == inputs:
-        try:
-            return open_store(out)
-        except UserError:  # moved or damaged since: pack it again
-            pass
-    store = pack(parts, out, config, codec, text, sample_rate)
-    write_text(file, json.dumps({"inputs": inputs}) + "\n")
-    return store
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["inputs"] != inputs:
+        return None
+    try:
+        return open_store(out)
+    except UserError:
+        return None
 
 
 def _all_rejected(out: Path, run: Run) -> UserError:

@@ -5,46 +5,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Track:
-    """An audio file and its metadata.
+    """An audio file and its metadata. What the source does not state is empty."""
 
-    Attributes:
-        id: unique in the corpus, such as `jamendo:948` or a path in a folder.
-        path: of the audio file, relative to the source's root, with `/`.
-        licence: as the source states it: an SPDX identifier, a name or a link; empty where it states none.
-        artist, work: identities across data sets, such as `jamendo:artist:87` and `youtube:-0SdAVK79lg`; empty where
-            unknown. Splits and decontamination keep artists apart.
-        evidence: where the licence is stated, such as `audio_licenses.txt line 17`.
-        tags: `category---name`, such as `genre---rock`.
-        split: train, valid or test where the source states one, else empty.
-    """
-
-    id: str
-    path: str
-    licence: str = ""
+    id: str  # unique in the corpus, such as `jamendo:948` or a path in a folder
+    path: str  # of the audio file, relative to the source's root, with `/`
+    licence: str = ""  # as the source states it: an SPDX identifier, a name or a link
     title: str = ""
     author: str = ""
     source_url: str = ""
-    artist: str = ""
-    work: str = ""
-    evidence: str = ""
+    artist: str = ""  # identity across data sets, such as `jamendo:artist:87`
+    work: str = ""  # identity across data sets, such as `youtube:-0SdAVK79lg`
+    evidence: str = ""  # where the licence is stated, such as `audio_licenses.txt line 17`
     captions: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    split: str = ""
+    tags: tuple[str, ...] = ()  # `category---name`, such as `genre---rock`
+    split: str = ""  # train, valid or test
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why an item is not in the corpus.
+    """Why an item is not in the corpus."""
 
-    Attributes:
-        item: id of a track or segment, or a path.
-        kind: a key of KINDS.
-        reason: part of a sentence, such as `it is shorter than 3 s`.
-    """
-
-    item: str
-    kind: str
-    reason: str
+    item: str  # id of a track or segment, or a path
+    kind: str  # a key of KINDS
+    reason: str  # such as `it is shorter than 3 s`
 
 
 class Rejected(Exception):

@@ -17,19 +17,12 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set.
+    """A data set."""
 
-    Attributes:
-        name: command of `python -m data_prep`.
-        help: one line.
-        layout: the files expected under the root.
-        tracks: yields its tracks and rejections in a fixed order.
-    """
-
-    name: str
-    help: str
-    layout: str
-    tracks: Reader
+    name: str  # command of `python -m data_prep`
+    help: str  # one line
+    layout: str  # the files expected under the root
+    tracks: Reader  # yields tracks and rejections in a fixed order
 
 
 _ALL = (

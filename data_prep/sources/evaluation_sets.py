@@ -18,21 +18,13 @@ _KNOWN_TABLES = ("song_describer.csv", "musiccaps-public.csv")
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """An evaluation set.
-
-    Attributes:
-        name: for reports.
-        works, artists: identities, as in `data_prep.track.Track`.
-        audio: available audio files.
-        fingerprints: uint32 [T] of each audio file, empty for one that cannot be decoded; none before the stage
-            `reference`.
-    """
+    """An evaluation set."""
 
     name: str
-    works: set[str] = field(default_factory=set)
+    works: set[str] = field(default_factory=set)  # identities, as in `data_prep.track.Track`
     artists: set[str] = field(default_factory=set)
-    audio: list[Path] = field(default_factory=list)
-    fingerprints: Sequence[np.ndarray] = ()
+    audio: list[Path] = field(default_factory=list)  # available audio files
+    fingerprints: Sequence[np.ndarray] = ()  # uint32 [T] of each file, empty if it cannot be decoded; added by `select`
 
 
 def read_evaluation_set(path: Path) -> EvaluationSet:

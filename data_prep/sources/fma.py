@@ -5,6 +5,7 @@ also has their links and takes precedence.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,7 @@ _NEEDED = (("track", "title"), ("track", "license"), ("artist", "id"), ("artist"
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Tracks of FMA. `index`: another tracks.csv, beside the other tables.
-
-    Tracks of a larger subset than the largest unpacked one are ignored.
-
-    Raises:
-        UserError: no tracks.csv, or another table, or no folder of audio.
-    """
+    """Tracks of FMA, up to the largest unpacked subset. `index`: another tracks.csv, beside the other tables."""
     check_root(root)
     table = require(index or root / "fma_metadata" / "tracks.csv", "the tracks of FMA, from fma_metadata.zip")
     places, largest = _audio_folders(root)
@@ -108,28 +103,21 @@ class _RawTracks:
 
 def _records(table: Path) -> Iterator[Any]:
     """Records of tracks.csv: values by (first, second) header, and the index by "id"."""
-    columns: dict[Any, int] = {}
-    first: list[str] | None = None
-    for record in csv_records(table):
+    records = csv_records(table)
+    headers = [record.values for record in islice(records, 2)]
+    if len(headers) < 2 or any(isinstance(cells, Rejected) for cells in headers):
+        raise UserError(f"{table} is not the tracks.csv of FMA: it has no two rows of headers")
+    columns: dict[Any, int] = {pair: index for index, pair in enumerate(zip(*headers, strict=False)) if index}
+    if missing := [pair for pair in _NEEDED if pair not in columns]:
+        raise UserError(f"{table} is not the tracks.csv of FMA: no column {'/'.join(missing[0])}")
+    columns["id"] = 0
+    for record in records:
         cells = record.values
-        if not columns:
-            if isinstance(cells, Rejected):
-                raise UserError(f"{table} is not the tracks.csv of FMA: {cells.reason}")
-            if first is None:
-                first = cells
-                continue
-            columns = {pair: index for index, pair in enumerate(zip(first, cells, strict=False)) if index}
-            if missing := [pair for pair in _NEEDED if pair not in columns]:
-                raise UserError(f"{table} is not the tracks.csv of FMA: no column {'/'.join(missing[0])}")
-            columns["id"] = 0
-            continue
         if isinstance(cells, Rejected):
             yield record
         elif cells[0].strip() != "track_id":
             values = {name: cells[place].strip() if place < len(cells) else "" for name, place in columns.items()}
             yield record._replace(values={("set", "split"): ""} | values)
-    if not columns:
-        raise UserError(f"{table} is not the tracks.csv of FMA: it is empty")
 
 
 def _tags(values: Any, genres: dict[str, str]) -> tuple[str, ...]:

@@ -46,11 +46,11 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
     check_root(root)
     tables = _tables(root, index)
     places = [root, root / "data", *tables[0].resolve().parents[:4]]
-    licences = Licences(_found(places, "audio_licenses.txt"))
+    licences = Licences(_find_file(places, "audio_licenses.txt"))
     titles = next((Titles(place / "raw.meta.tsv") for place in places if (place / "raw.meta.tsv").is_file()), None)
     audio = Audio(root)
     for table in tables:
-        split = _split_of(table)
+        split = _split_name(table)
         for row in read_table(table):
             yield row if isinstance(row, Rejection) else _track(row, audio, licences, titles, split)
 
@@ -81,11 +81,7 @@ def read_table(path: Path) -> Iterator[Row | Rejection]:
 
 
 class Audio:
-    """The audio files, in full or low quality, in one of the usual folders under `root`.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """The audio files, in full or low quality, in one of the usual folders under `root`. Raises UserError if none."""
 
     def __init__(self, root: Path) -> None:
         places = [place for place in _AUDIO if any((root / place / f"{part:02d}").is_dir() for part in range(100))]
@@ -128,7 +124,7 @@ class Licences:
     """
 
     def __init__(self, path: Path) -> None:
-        self._text, self._positions = _mapped(path), Positions()
+        self._text, self._positions = _map_file(path), Positions()
         line, previous = 1, 0
         for match in _BLOCK.finditer(self._text):
             line += self._text[previous : match.start()].count(b"\n")
@@ -160,7 +156,7 @@ class Titles:
     """raw.meta.tsv: title, artist and link. Some rows have an empty field between title and artist."""
 
     def __init__(self, path: Path) -> None:
-        self._text, self._positions = _mapped(path), Positions()
+        self._text, self._positions = _map_file(path), Positions()
         for match in _ROW.finditer(self._text):
             self._positions.add(int(match[1]), match.start(), 0)
 
@@ -238,19 +234,19 @@ def _tables(root: Path, index: Path | None) -> list[Path]:
     return [index]
 
 
-def _found(places: list[Path], name: str) -> Path:
+def _find_file(places: list[Path], name: str) -> Path:
     for place in places:
         if (place / name).is_file():
             return place / name
     raise UserError(f"no {name} in {places[0]}: copy it from the root of the MTG-Jamendo repository")
 
 
-def _split_of(table: Path) -> str:
+def _split_name(table: Path) -> str:
     found = _SPLIT.search(table.name)
     return {"train": "train", "validation": "valid", "test": "test"}[found[1]] if found else ""
 
 
-def _mapped(path: Path) -> mmap.mmap | bytes:
+def _map_file(path: Path) -> mmap.mmap | bytes:
     if path.stat().st_size == 0:
         return b""
     with open_table(path) as file:

@@ -26,11 +26,7 @@ _VIDEO = re.compile(r"[\w-]{11}(?=$|[_.\-])", re.ASCII)
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
     """Clips of MusicBench. `index`: another of its tables, JSON lines or CSV, with the split in its name.
 
-    The main and the alternative captions are used; the main ones contain the sentences about chords, beats, tempo and
-    key (`prompt_...`).
-
-    Raises:
-        UserError: no table, or one of another form.
+    The main captions contain the sentences about chords, beats, tempo and key (`prompt_...`). Raises UserError.
     """
     check_root(root)
     path = require(index or root / "MusicBench_train.json", "MusicBench's captions")

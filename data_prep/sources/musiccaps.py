@@ -21,11 +21,7 @@ NEEDED = ("ytid", "start_s", "end_s", "caption", "aspect_list")
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Clips of MusicCaps; those of AudioSet's evaluation set are the test split. `index`: another CSV.
-
-    Raises:
-        UserError: no CSV, or one without MusicCaps' columns.
-    """
+    """Clips of MusicCaps; those of AudioSet's evaluation set are the test split. `index`: another CSV."""
     check_root(root)
     table = CsvTable(require(index or root / "musiccaps-public.csv", "the captions of MusicCaps"), NEEDED)
     clips = {os.path.splitext(os.path.basename(path))[0]: path for path in audio_files(root)}

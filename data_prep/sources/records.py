@@ -21,23 +21,16 @@ from ssmttm.errors import UserError
 MAX_LINE = 1 << 20
 NOT_UTF8 = "is not UTF-8 text"
 _MAX_LIST = 20_000
-_PAGE = 64
 _BOM = b"\xef\xbb\xbf"
 _LONE_CR = re.compile(rb"(?<=\r)(?!\n)")
 
 
 class Record(NamedTuple):
-    """One record of a table.
+    """A record of a table."""
 
-    Attributes:
-        line: number of its first line, from 1.
-        offset: of its first byte.
-        values: by column, or a `Rejected`.
-    """
-
-    line: int
-    offset: int
-    values: Any
+    line: int  # number of its first line, from 1
+    offset: int  # of its first byte
+    values: Any  # by column, or a `Rejected`
 
 
 def require(path: Path, what: str) -> Path:
@@ -69,11 +62,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def csv_records(path: Path, start: int = 0) -> Iterator[Record]:
-    """Records of a comma-separated file from byte `start`; values are lists of cells, blank lines are skipped.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
+    """Records of a comma-separated file from byte `start`; values are lists of cells, blank lines are skipped."""
     with open_table(path) as file:
         file.seek(start)
         lines = _Lines(file)
@@ -236,7 +225,6 @@ class Positions:
 
     def __init__(self) -> None:
         self._keys, self._offsets, self._lines = array("q"), array("q"), array("q")
-        self._pages: list[int] = []  # every _PAGE-th key, faster to search than the array
         self._sorted = True
 
     def add(self, key: int, offset: int, line: int) -> None:
@@ -262,8 +250,7 @@ class Positions:
     def _find(self, key: int) -> int:
         if not self._sorted:
             self._sort()
-        page = bisect_left(self._pages, key) * _PAGE
-        return bisect_left(self._keys, key, max(0, page - _PAGE), min(page, len(self._keys)))
+        return bisect_left(self._keys, key)
 
     def _sort(self) -> None:
         import numpy as np
@@ -273,7 +260,6 @@ class Positions:
         self._keys, self._offsets, self._lines = (
             array("q", np.frombuffer(values, np.int64)[order].tobytes()) for values in columns
         )
-        self._pages = self._keys[::_PAGE].tolist()
         self._sorted = True
 
 

@@ -22,11 +22,7 @@ _PLACES = ("audio/", "audio/audio/", "data/audio/", "")
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Tracks of Song Describer, all in the test split. `index`: another CSV with the same columns.
-
-    Raises:
-        UserError: a table is missing or has other columns.
-    """
+    """Tracks of Song Describer, all in the test split. `index`: another CSV with the same columns."""
     check_root(root)
     table = CsvTable(require(index or root / "song_describer.csv", "Song Describer's captions"), NEEDED)
     licences = Licences(require(table.path.parent / "audio_licenses.txt", "the licences of Song Describer's audio"))

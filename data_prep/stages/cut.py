@@ -31,19 +31,11 @@ MIN_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Cut:
-    """How files are cut to segments.
+    """How files are cut to segments."""
 
-    Attributes:
-        sample_rate: of the segments, in Hz.
-        segment: length in seconds.
-        tail: a key of TAILS.
-        filters: quality filters.
-        limits: for decoding one file.
-    """
-
-    sample_rate: int
-    segment: float = 30.0
-    tail: str = "keep"
+    sample_rate: int  # of the segments, in Hz
+    segment: float = 30.0  # length in seconds
+    tail: str = "keep"  # a key of TAILS
     filters: Filters = field(default_factory=Filters)
     limits: Limits = field(default_factory=Limits)
 

@@ -18,15 +18,10 @@ TEXT_FILE = "text.safetensors"
 
 @dataclass(frozen=True)
 class TextOptions:
-    """A text encoder, loaded once per process.
+    """A text encoder, loaded once per process."""
 
-    Attributes:
-        name: for `ssmttm.text.encoders.load_text_encoder`.
-        device: cpu or cuda.
-    """
-
-    name: str
-    device: str
+    name: str  # for `ssmttm.text.encoders.load_text_encoder`
+    device: str  # cpu or cuda
 
     def metadata(self) -> dict[str, Any]:
         """Name, fingerprint and width, as store.json keeps them."""

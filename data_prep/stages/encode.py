@@ -40,31 +40,18 @@ class Windows:
 
 @dataclass(frozen=True)
 class CodecOptions:
-    """A codec, loaded once per process.
+    """A codec, loaded once per process."""
 
-    Attributes:
-        name: for `ssmttm.codecs.load_codec`.
-        windows: shape of its input.
-        device: cpu or cuda.
-    """
-
-    name: str
-    windows: Windows
-    device: str
+    name: str  # for `ssmttm.codecs.load_codec`
+    windows: Windows  # shape of its input
+    device: str  # cpu or cuda
 
     def metadata(self) -> dict[str, Any]:
         """What decides the codes, except for a machine's rounding; as store.json keeps it."""
         codec = _load(self.name, "cpu")  # the GPU may be in another machine
+        names = ("name", "fingerprint", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
         windows = {"seconds": self.windows.seconds, "margin_seconds": self.windows.margin_seconds, "dtype": "float32"}
-        return {
-            "name": codec.name,
-            "fingerprint": codec.fingerprint,
-            "sample_rate": codec.sample_rate,
-            "frame_rate": codec.frame_rate,
-            "n_codebooks": codec.n_codebooks,
-            "codebook_size": codec.codebook_size,
-            "windows": windows,
-        }
+        return {name: getattr(codec, name) for name in names} | {"windows": windows}
 
     def exact_metadata(self) -> dict[str, Any]:
         """Everything that decides the codes."""

@@ -30,19 +30,12 @@ REJECTED_CSV, DECONTAMINATION = "rejected.csv", "decontamination.json"
 
 @dataclass(frozen=True)
 class Parts:
-    """The results of the stages, shard by shard.
-
-    Attributes:
-        segments: rows and audio.
-        codes: folders of the codes, or None.
-        texts: folders of the caption embeddings, or None.
-        folders: all finished folders; some hold rejections or a decontamination report.
-    """
+    """The results of the stages, shard by shard."""
 
     segments: Sequence[Segments]
-    codes: Sequence[Path] | None
-    texts: Sequence[Path] | None
-    folders: Sequence[Path]
+    codes: Sequence[Path] | None  # folders
+    texts: Sequence[Path] | None  # folders of the caption embeddings
+    folders: Sequence[Path]  # of all stages; some hold rejections or a decontamination report
 
 
 def pack(

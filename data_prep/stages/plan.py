@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.shard_task import Counts
-from data_prep.tables import TRACKS, printable, write_rejected
+from data_prep.tables import TRACKS, utf8, write_rejected
 from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 from ssmttm.files import config_hash
@@ -35,16 +35,12 @@ _PLANNED = TRACKS.append(pa.field("shard", pa.int64()))
 def write_plan(
     found: Iterable[Track | Rejection], root: Path, licence: str | None, policy: str, folder: Path
 ) -> Counts:
-    """Write the allowed tracks, one Arrow batch per shard, and the rejected ones.
+    """Write the allowed items of a source as Arrow batches, one per shard, and the rejected ones.
 
     Args:
-        found: items of a source.
         root: folder that the tracks' paths are relative to.
         licence: of tracks whose source states none; None rejects them.
         policy: a key of `ssmttm.licences.POLICIES`.
-
-    Raises:
-        UserError: `licence` is unknown.
     """
     fallback = normalise(licence) if licence else None
     rejected: list[Rejection] = []
@@ -93,7 +89,7 @@ def _planned_rows(
             continue
         key = hashlib.sha256(item.id.encode("utf-8", "surrogatepass")).digest()[:16]
         try:
-            if printable(item.path) != item.path:
+            if utf8(item.path) != item.path:
                 raise Rejected("metadata", "its name is not UTF-8: rename it")
             if key in known:
                 raise Rejected("metadata", "another track has the same id")
@@ -108,7 +104,7 @@ def _planned_rows(
 
 
 def _clean(value: str | tuple[str, ...]) -> str | list[str]:
-    return printable(value) if isinstance(value, str) else [printable(text) for text in value]
+    return utf8(value) if isinstance(value, str) else [utf8(text) for text in value]
 
 
 def _licence(stated: str, fallback: Licence | None, policy: str) -> Licence:

@@ -20,19 +20,12 @@ ROWS_FILE = "rows.parquet"
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of a shard.
+    """The segments of a shard."""
 
-    Attributes:
-        key: name of the shard.
-        rows: a Parquet table with the columns of a store's manifest; its column `audio` is a path inside `audio`.
-        audio: folder of the audio files.
-        inputs: a hash of rows and audio.
-    """
-
-    key: str
-    rows: Path
-    audio: Path
-    inputs: str
+    key: str  # name of the shard
+    rows: Path  # Parquet table with the columns of a store's manifest
+    audio: Path  # folder that the column `audio` is relative to
+    inputs: str  # hash of rows and audio
 
     def read(self) -> list[dict[str, Any]]:
         """The rows, in order."""

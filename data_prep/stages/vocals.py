@@ -24,14 +24,14 @@ def detect_shard(detection: VocalDetection, segments: Segments, folder: Path) ->
     return _write(folder, kept, rejected)
 
 
-def remove_shard(removal: VocalRemoval, filters: Filters, segments: Segments, folder: Path) -> Counts:
-    """Remove the vocals of every segment; reject what the filters reject afterwards."""
+def remove_shard(removal: VocalRemoval, segments: Segments, folder: Path) -> Counts:
+    """Remove the vocals of every segment; reject what is silent or defective afterwards."""
     kept, rejected = [], []
     for row in segments.read():
         wav, rate = audio.read(segments.audio / row["audio"])
         instrumental = removal.remove(wav, rate)  # [1, S]
         quality = measure(instrumental.numpy(), rate)
-        rejection = check_quality(quality, filters)
+        rejection = check_quality(quality, Filters(min_bandwidth=0.0))
         if rejection is not None:
             rejected.append(rejection.for_item(row["id"]))
             continue

@@ -77,13 +77,7 @@ class Stream:
 
 
 class Member:
-    """An entry.
-
-    Attributes:
-        name: unchecked.
-        kind: `file`, or a description of what it is.
-        size: bytes of content.
-    """
+    """An entry: its unchecked name, its kind (`file`, or a description of what it is), its size in bytes."""
 
     def __init__(self, stream: Stream, name: str, kind: str, size: int) -> None:
         self.name, self.kind, self.size = name, kind, size

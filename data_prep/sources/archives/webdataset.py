@@ -30,12 +30,7 @@ TEXT_EXTENSIONS = {"txt", "caption"}
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """Limits of archives.
-
-    Attributes:
-        audio_bytes, text_bytes: of a file.
-        bounds: of an archive.
-    """
+    """Limits of the audio and text files in an archive, and bounds of the archive."""
 
     audio_bytes: int = 4 << 30
     text_bytes: int = 1 << 20
@@ -244,11 +239,7 @@ class _Sample:
 
 
 def _split(member: Member) -> tuple[str, str]:
-    """Key and lower-case extension of a file's name; no extension for files to ignore.
-
-    Raises:
-        Rejected: it is not a file, or its name is unsafe.
-    """
+    """Key and lower-case extension; no extension for files to ignore. Raises Rejected for links and unsafe names."""
     if member.kind != "file":
         raise Rejected("unreadable", f"it is a {member.kind}, not a file")
     check_name(member.name)

@@ -32,27 +32,15 @@ _HOOK_ERRORS = (  # that a user's function may raise
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """How segments get captions.
+    """How segments get captions."""
 
-    Attributes:
-        templates: maximum number of captions made from tags, where the source gives no caption.
-        captioner: an audio language model that adds a caption: a folder or a hub name, such as
-            Qwen/Qwen2-Audio-7B-Instruct; empty for none.
-        prompt: of the captioner; empty for `ssmttm.text.captioner.PROMPT`.
-        batch: clips per batch.
-        max_new_tokens: of a caption.
-        rephrase: `package.module:function`, list[str] -> list[list[str]], paraphrases of each caption; empty for none.
-        instrumental: ignore tags of vocals.
-        device: of the captioner.
-    """
-
-    templates: int = 3
-    captioner: str = ""
-    prompt: str = ""
-    batch: int = 4
+    templates: int = 3  # maximum number of captions from tags, where the source gives no caption
+    captioner: str = ""  # folder or hub name of an audio language model that adds a caption; empty for none
+    prompt: str = ""  # of the captioner; empty for `ssmttm.text.captioner.PROMPT`
+    batch: int = 4  # clips per batch
     max_new_tokens: int = 256
-    rephrase: str = ""
-    instrumental: bool = False
+    rephrase: str = ""  # `package.module:function`, list[str] -> list[list[str]] of paraphrases; empty for none
+    instrumental: bool = False  # ignore tags of vocals
     device: str = "cpu"
 
     def metadata(self) -> dict[str, Any]:

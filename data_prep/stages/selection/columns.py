@@ -15,26 +15,19 @@ _DESCRIPTIVE = ("title", "author", "source_url", "artist", "work", "evidence")
 
 @dataclass(frozen=True)
 class TrackColumns:
-    """Columns of tracks. Texts are dictionary-encoded, -1 for an empty one.
-
-    Attributes:
-        row: index in the table of recordings.
-        rank: 0 for the best described track.
-        file, pcm: codes of the hashes.
-        split: index in SPLITS, -1 where the source states none.
-    """
+    """Columns of tracks. Texts are dictionary-encoded, -1 for an empty one."""
 
     ids: list[str]
-    row: np.ndarray
-    rank: np.ndarray
-    file: np.ndarray
-    pcm: np.ndarray
+    row: np.ndarray  # index in the table of recordings
+    rank: np.ndarray  # 0 for the best described track
+    file: np.ndarray  # codes of the file hashes
+    pcm: np.ndarray  # codes of the sample hashes
     file_hashes: pa.Array
     artist: np.ndarray
     artists: list[str]
     work: np.ndarray
     works: list[str]
-    split: np.ndarray
+    split: np.ndarray  # index in SPLITS, -1 where the source states none
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -21,21 +21,13 @@ _SHOWN = 100  # suspected pairs in the report
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Recordings with matching fingerprints.
+    """Recordings with matching fingerprints."""
 
-    Attributes:
-        pairs: pairs of track rows [P].
-        same: which pairs are the same recording, bool [P].
-        links: pairs that share audio, int64 [2, L].
-        fingerprints: of each track row.
-        leaks: by track row, (index of an evaluation set, reason) of the closest match in the sets' audio.
-    """
-
-    pairs: Pairs
-    same: np.ndarray
-    links: np.ndarray
-    fingerprints: Sequence[np.ndarray]
-    leaks: dict[int, tuple[int, str]]
+    pairs: Pairs  # of track rows [P]
+    same: np.ndarray  # which pairs are the same recording, bool [P]
+    links: np.ndarray  # pairs that share audio, int64 [2, L]
+    fingerprints: Sequence[np.ndarray]  # of each track row
+    leaks: dict[int, tuple[int, str]]  # by row: index of an evaluation set, reason; of the closest match in its audio
 
     def align(self, a: int, b: int) -> Alignment:
         """The best alignment of two rows over enough of the shorter one."""

@@ -38,17 +38,11 @@ KEPT = pa.schema({"id": pa.string(), "split": pa.string()})
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome.
+    """The outcome."""
 
-    Attributes:
-        kept: id and split of each kept track, by id.
-        rejections: of all other tracks with audio, by id.
-        report: counts and reasons, for JSON.
-    """
-
-    kept: pa.Table
-    rejections: list[Rejection]
-    report: dict[str, Any]
+    kept: pa.Table  # id and split of each kept track, by id
+    rejections: list[Rejection]  # of all other tracks with audio, by id
+    report: dict[str, Any]  # counts and reasons, for JSON
 
 
 def select_tracks(
