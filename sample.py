@@ -17,10 +17,9 @@ Each audio file has a sidecar of the same name (.json): prompt, seed, settings, 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Generate music from text prompts.",
-        epilog=EXAMPLES,
+        description="Generate music from text prompts.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="description of the music; one clip per prompt")
     add("--prompts-file", type=Path, metavar="F", help="more prompts, one per line; # begins a comment line")
@@ -75,14 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     with Progress(len(prompts) * args.duration) as progress:
         for batch in request.batches(args.batch_size):
             output = pipe(
-                batch.prompts,
-                seeds=batch.seeds,
-                tempo=args.tempo,
-                melody=melody,
-                diffusion_steps=args.diffusion_steps,
-                progress=progress.advance,
-                **settings,
-            )
+                batch.prompts, seeds=batch.seeds, tempo=args.tempo, melody=melody,
+                diffusion_steps=args.diffusion_steps, progress=progress.advance, **settings,
+            )  # fmt: skip
             speed = progress.throughput()
             for prompt, seed, wav in zip(batch.prompts, batch.seeds, output.audios, strict=True):
                 entries = settings | controls | {"sample_rate": output.sample_rate}

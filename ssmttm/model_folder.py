@@ -71,7 +71,7 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     write_text(folder / "card.json", _json(card))
 
 
-def halve_matrices(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Floating-point matrices in float16; vectors and integers as they are."""
     return {
         name: value.to(torch.float16) if value.is_floating_point() and value.ndim > 1 else value

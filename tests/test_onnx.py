@@ -18,6 +18,7 @@ from ssmttm.codecs import StudentCodec, build_codec, load_codec
 from ssmttm.export.onnx import export_onnx, write
 from ssmttm.export.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, StepGraph
 from ssmttm.export.onnx.states import named_tensors
+from ssmttm.generation.loading import ModelFolder
 from ssmttm.models import TokenLM, TokenLMConfig
 from ssmttm.ops.int8 import Int8Linear, quantise
 from ssmttm.text import TextCondition, load_text_encoder
@@ -239,7 +240,7 @@ def test_onnx_export_errors(folder, tmp_path, monkeypatch):
         export_onnx("tiny_two_stage", tmp_path / "two")
     with pytest.raises(UserError, match="already"):
         export_onnx("tiny_lm", folder)
-    monkeypatch.setattr(write.ModelFolder, "null_condition", "unmasked_padding")
+    monkeypatch.setattr(ModelFolder, "null_condition", "unmasked_padding")
     with pytest.raises(UserError, match="'unmasked_padding'"):
         export_onnx("tiny_lm", tmp_path / "other")
     monkeypatch.setattr(write, "find_spec", lambda name: None)

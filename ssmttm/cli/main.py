@@ -47,10 +47,9 @@ def _add_training(commands: Commands) -> None:
     export.set_defaults(run=_call("export.model_folder", "export_stages", "run_dir", "out", "second_stage"))
 
     size = commands.add_parser(
-        "size",
-        help="parameters and FLOPs of a config's model; the depth or width that meets a budget",
+        "size", help="parameters and FLOPs of a config's model; the depth or width that meets a budget",
         epilog="example: ssmttm size experiment=paper_cross_simba --parameters 281M --vary n_layers",
-    )
+    )  # fmt: skip
     size.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as experiment=tiny")
     size.add_argument("--parameters", metavar="N", help="a budget such as 72M: also print the nearest model")
     size.add_argument("--vary", default="n_layers", metavar="KEY", help="n_layers or d_model (default: %(default)s)")
@@ -98,16 +97,14 @@ def _add_importers(commands: Commands) -> None:
 def _add_deployment(commands: Commands) -> None:
     """quantise MODEL OUT and onnx MODEL OUT."""
     int8 = commands.add_parser(
-        "quantise",
-        help="write a model with int8 weights: smaller files, faster steps on a CPU",
+        "quantise", help="write a model with int8 weights: smaller files, faster steps on a CPU",
         epilog="example: ssmttm quantise exported/my-model exported/my-model-int8",
-    )
+    )  # fmt: skip
     int8.set_defaults(run=_call("export.int8", "export_int8", "model", "out"))
     onnx = commands.add_parser(
-        "onnx",
-        help="write a model as ONNX graphs, for programs without torch",
+        "onnx", help="write a model as ONNX graphs, for programs without torch",
         epilog="example: ssmttm onnx tiny_lm exported/tiny-onnx",
-    )
+    )  # fmt: skip
     onnx.set_defaults(run=_call("export.onnx", "export_onnx", "model", "out"))
     for command in (int8, onnx):
         command.add_argument("model", metavar="MODEL", help="an exported folder, tiny_lm, or a hub id")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssmttm.errors import UserError
 from ssmttm.generation.loading import load_language_model, open_model_folder
-from ssmttm.model_folder import halve_matrices, is_exported, write_model_folder
+from ssmttm.model_folder import is_exported, to_half, write_model_folder
 from ssmttm.ops.int8 import quantise
 
 
@@ -30,5 +30,5 @@ def export_int8(model: str | Path | None, out: str | Path) -> Path:
         raise UserError(f"{out} is not empty: give a new folder")
     weights = quantise(load_language_model(folder)).state_dict()
     shutil.copytree(folder.path, out, dirs_exist_ok=True)
-    write_model_folder(out, halve_matrices(weights), folder.config, folder.card | {"weights": "int8"})
+    write_model_folder(out, to_half(weights), folder.config, folder.card | {"weights": "int8"})
     return out

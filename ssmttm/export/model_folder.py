@@ -9,22 +9,9 @@ from torch import Tensor
 from ssmttm import checkpoint
 from ssmttm.codecs import Codec, StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
-from ssmttm.generation.loading import (
-    check_stages,
-    load_denoiser,
-    load_language_model,
-    open_model_folder,
-    open_second_stage_folder,
-)
+from ssmttm.generation import loading
 from ssmttm.licences import strictest
-from ssmttm.model_folder import (
-    SECOND_STAGE,
-    TEXT_ENCODER,
-    folder_to_write,
-    halve_matrices,
-    write_card,
-    write_model_folder,
-)
+from ssmttm.model_folder import SECOND_STAGE, TEXT_ENCODER, folder_to_write, to_half, write_card, write_model_folder
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import student_from_description
 
@@ -53,7 +40,7 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
         elif config.task == "distill_text":
             card |= _write_text_student(source, folder, card["data"], half)
         else:
-            write_model_folder(folder, halve_matrices(weights) if half else weights, _shared_config(config, state))
+            write_model_folder(folder, to_half(weights) if half else weights, _shared_config(config, state))
         write_card(folder, card)
     return out
 
@@ -66,12 +53,12 @@ def export_stages(run_dir: str | Path, out: str | Path, second_stage: str | Path
 def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: str | Path) -> Path:
     """Write a two-stage model as one folder: the first stage as `export` does, the second in its subfolder. Raises
     UserError if as `export`; the two do not fit each other. Unless the disk is full, nothing is written then."""
-    first = open_model_folder(first_stage)
-    second = open_second_stage_folder(first, second_stage)
+    first = loading.open_model_folder(first_stage)
+    second = loading.open_second_stage_folder(first, second_stage)
     assert second is not None
     for folder in (first, second):
         checkpoint.read_state(folder.path)  # an exported folder has none
-    check_stages(first, load_language_model(first), load_denoiser(second))
+    loading.check_stages(first, loading.load_language_model(first), loading.load_denoiser(second))
     _check_no_second_stage(Path(out))
     export(first_stage, out)
     export(second_stage, Path(out) / SECOND_STAGE)
@@ -119,7 +106,7 @@ def _write_text_student(source: Path, folder: Path, data: dict[str, Any], half: 
     with quiet_transformers():
         encoder.save(folder / TEXT_ENCODER, tokenizer, half)
     config = OmegaConf.create(blueprint["lm"])
-    write_model_folder(folder, halve_matrices(weights) if half else weights, config)
+    write_model_folder(folder, to_half(weights) if half else weights, config)
     text = {"name": f"./{TEXT_ENCODER}", "fingerprint": load_text_encoder(folder / TEXT_ENCODER).fingerprint}
     data = {key: value for key, value in data.items() if key != "blueprint"} | {"text": data["text"] | text}
     return {"parameters": sum(value.numel() for value in weights.values()), "data": data}

@@ -117,10 +117,8 @@ def open_second_stage_folder(first: ModelFolder, path: str | Path | None) -> Mod
     for kind in ("codec", "text"):
         one, other = first.provenance(kind), second.provenance(kind)
         if one["fingerprint"] != other["fingerprint"]:
-            raise UserError(
-                f"{first.name} was trained with {kind} {one['name']} ({one['fingerprint']}), {second.name} with "
-                f"{other['name']} ({other['fingerprint']}): both stages must come from one store"
-            )
+            parts = [f"{part['name']} ({part['fingerprint']})" for part in (one, other)]
+            raise UserError(f"both stages must come from one store, but were trained with {kind} {' and '.join(parts)}")
     return second
 
 
@@ -161,32 +159,25 @@ def check_fit(
     """Check that the parts are those that the model was trained with, and that the stages fit. Raises UserError if a
     fingerprint or a size differs."""
     for kind, part in (("codec", codec), ("text", text_encoder)):
-        expected = folder.provenance(kind)
-        if expected["fingerprint"] != part.fingerprint:
-            raise UserError(
-                f"{folder.name} was trained with {kind} {expected['name']!r} of fingerprint {expected['fingerprint']}, "
-                f"but the {kind} found has {part.fingerprint}: restore the original, or train again"
-            )
+        original = folder.provenance(kind)
+        if original["fingerprint"] != part.fingerprint:
+            expected = f"{kind} {original['name']!r} ({original['fingerprint']})"
+            raise UserError(f"{folder.name} was trained with {expected}, got {part.fingerprint}: restore the original")
     n_codebooks, config = codec.n_codebooks, model.config
     if denoiser is not None:
         check_stages(folder, model, denoiser)
         n_codebooks = config.n_codebooks
     sizes = (n_codebooks, codec.codebook_size, text_encoder.dim)
-    if (config.n_codebooks, config.codebook_size, config.text_dim) != sizes:
-        raise UserError(
-            f"{folder.path / 'config.yaml'} has {config.n_codebooks} codebooks of {config.codebook_size} and text of "
-            f"width {config.text_dim}, but its codec and text encoder give {sizes}: the folder mixes two models"
-        )
+    wanted = (config.n_codebooks, config.codebook_size, config.text_dim)
+    if wanted != sizes:
+        raise UserError(f"{folder.path} mixes two models: codebooks, codes and text width are {sizes}, not {wanted}")
 
 
 def check_stages(folder: ModelFolder, model: TokenLM, denoiser: LatentDenoiser) -> None:
     """Raises UserError unless the first stage generates the number of codebooks that the second one expects."""
     first, second = model.config.n_codebooks, denoiser.config.n_coarse_codebooks
     if first != second:
-        raise UserError(
-            f"{folder.name} generates {first} codebooks, the second stage expects {second}: set model.n_codebooks of "
-            "the first to model.n_coarse_codebooks of the second"
-        )
+        raise UserError(f"{folder.name} generates {first} codebooks, the second stage expects {second}: they must fit")
 
 
 def _find_folder(folder_or_hub_id: str | Path | None) -> Path:

@@ -22,7 +22,7 @@ MARK = "digitalSourceType"  # IPTC's term for the origin of a work; identifies o
 
 class OutputPath:
     """Where audio is written: one named file, which is overwritten, or a folder, where nothing is overwritten. Raises
-    UserError if unknown format, several prompts for one file, or the folder cannot be written."""
+    UserError if the format is unknown, there are several prompts for one file, or the folder cannot be written."""
 
     def __init__(self, out: str | Path, n_prompts: int, folder_format: str = "wav") -> None:
         path = Path(out)

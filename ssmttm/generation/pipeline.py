@@ -17,16 +17,9 @@ from ssmttm.audio.features import frame_chroma
 from ssmttm.codecs import Codec, load_codec
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
+from ssmttm.generation import loading
 from ssmttm.generation.engine import generate_frames
-from ssmttm.generation.loading import (
-    GUIDANCE_SCALE,
-    ModelFolder,
-    check_fit,
-    load_denoiser,
-    load_language_model,
-    open_model_folder,
-    open_second_stage_folder,
-)
+from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models.controls import Controls, SupportsControls
@@ -99,15 +92,15 @@ class MusicPipeline:
                 Their fingerprints must match.
             second_stage: a run, a checkpoint or an exported denoiser, if it is not in the model's folder.
         """
-        folder = open_model_folder(folder_or_hub_id)
+        folder = loading.open_model_folder(folder_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_language_model(folder)
-        second_folder = open_second_stage_folder(folder, second_stage)
-        denoiser = None if second_folder is None else load_denoiser(second_folder).to(device)
+        model = loading.load_language_model(folder)
+        second_folder = loading.open_second_stage_folder(folder, second_stage)
+        denoiser = None if second_folder is None else loading.load_denoiser(second_folder).to(device)
         n_codebooks = (model if denoiser is None else denoiser).config.n_codebooks
         loaded_codec = load_codec(codec or folder.source("codec"), n_codebooks).to(device)
         loaded_encoder = load_text_encoder(text_encoder or folder.source("text"))
-        check_fit(folder, model, loaded_codec, loaded_encoder, denoiser)
+        loading.check_fit(folder, model, loaded_codec, loaded_encoder, denoiser)
         stage = None
         if second_folder is not None and denoiser is not None:
             stage = SecondStage(denoiser, loaded_codec, SecondStageConfig.from_config(second_folder.config))
@@ -194,9 +187,7 @@ class MusicPipeline:
             stages.append(self.second_stage.model.config)
         for name, key, value in (("tempo", "tempo", request.tempo), ("melody", "chroma", request.melody)):
             if value is not None and not any(getattr(config, key) for config in stages):
-                raise UserError(
-                    f"this model was not trained with a {name}: leave it out, or use one trained with model.{key}=true"
-                )
+                raise UserError(f"this model was not trained with a {name} (model.{key}=true): leave it out")
         if diffusion_steps is None:
             return self.second_stage
         if self.second_stage is None:

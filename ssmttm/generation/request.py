@@ -72,10 +72,8 @@ class Request:
         if not (math.isfinite(duration) and duration > 0):
             raise UserError(f"duration must be above 0 seconds, got {duration}")
         if duration > max_duration:
-            raise UserError(
-                f"duration must be at most {max_duration:g} s, got {duration:g} s: raise the maximum with "
-                "--max-duration, or the pipeline's max_duration"
-            )
+            limit = f"at most {max_duration:g} s (--max-duration, or the pipeline's max_duration)"
+            raise UserError(f"duration must be {limit}, got {duration:g} s")
         if len(seeds) != len(prompts):
             raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts: give one per prompt, or one number")
         for seed in seeds:

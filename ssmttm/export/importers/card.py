@@ -29,21 +29,15 @@ def imported_card(
     expected = model.config.n_codebooks, model.config.codebook_size, model.config.text_dim
     sizes = min(expected[0], its_codec.n_codebooks), its_codec.codebook_size, encoder.dim
     if sizes != expected:
-        raise UserError(
-            f"the model has {expected[0]} codebooks of {expected[1]} and text of width {expected[2]}, but codec "
-            f"{its_codec.name} has {its_codec.n_codebooks} of {its_codec.codebook_size}, and text encoder "
-            f"{encoder.name} gives width {encoder.dim}: give those that it was trained with"
-        )
-    return {
-        "name": name,
-        "task": "lm",
-        "imported_from": source,
-        "step": None,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "licence": "NOASSERTION",
-        "data": {
-            "licences": {"NOASSERTION": None},
-            "codec": {"name": codec_name, "fingerprint": its_codec.fingerprint},
-            "text": {"name": text_name, "fingerprint": encoder.fingerprint, "null_condition": null_condition},
-        },
+        needed = f"{expected[0]} codebooks of {expected[1]} and text of width {expected[2]}"
+        found = f"codec {its_codec.name} has {its_codec.n_codebooks} of {its_codec.codebook_size}"
+        raise UserError(f"the model needs {needed}; {found}, text encoder {encoder.name} gives width {encoder.dim}")
+    data = {
+        "licences": {"NOASSERTION": None},
+        "codec": {"name": codec_name, "fingerprint": its_codec.fingerprint},
+        "text": {"name": text_name, "fingerprint": encoder.fingerprint, "null_condition": null_condition},
     }
+    return {
+        "name": name, "task": "lm", "imported_from": source, "step": None, "licence": "NOASSERTION", "data": data,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }  # fmt: skip

@@ -65,10 +65,8 @@ def read_released(source: str | Path) -> TokenLM:
         tensors = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(FROZEN)}
         load_renamed(model, TABLE, tensors, source)
     except MALFORMED as error:
-        raise UserError(
-            f"{source} is not a checkpoint of arXiv 2601.14786's code ({type(error).__name__}: {error}): that has a "
-            "state_dict, and hyper_parameters with config.model"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source} is not a checkpoint of arXiv 2601.14786's code ({reason})") from error
     return model.eval()
 
 
@@ -78,8 +76,8 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise UserError(
-            f"{path} has more than tensors and plain values, or is damaged: opening it could execute code, so it is "
-            "rejected; save its state_dict and hyper_parameters alone with torch.save"
+            f"{path} is damaged, or has more than tensors and plain values and is rejected, since opening it could "
+            "execute code: save its state_dict and hyper_parameters alone with torch.save"
         ) from error
     except (OSError, EOFError, *MALFORMED, RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

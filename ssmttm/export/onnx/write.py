@@ -46,17 +46,12 @@ def export_onnx(model: str | Path | None, out: str | Path) -> Path:
     if pipe.second_stage is not None:
         raise UserError(f"{folder.name} has two stages: ONNX export supports one-stage models only")
     if folder.null_condition not in NULL_CONDITIONS:
-        raise UserError(
-            f"{folder.name} has the null condition {folder.null_condition!r}, ONNX export supports "
-            f"{' and '.join(NULL_CONDITIONS)}: sample it with sample.py"
-        )
+        raise UserError(f"ONNX export does not support the null condition {folder.null_condition!r} of {folder.name}")
     step = StepGraph(pipe.model)
     graphs: dict[str, Graph] = {
-        "text_encoder": EncoderGraph(pipe.text_encoder),
-        "condition": ConditionGraph(pipe.model),
-        "step": step,
+        "text_encoder": EncoderGraph(pipe.text_encoder), "condition": ConditionGraph(pipe.model), "step": step,
         "codec_decoder": DecoderGraph(pipe.codec),
-    }
+    }  # fmt: skip
     with new_folder(out) as temporary:
         for name, graph in graphs.items():
             write_graph(graph, temporary / f"{name}.onnx")
