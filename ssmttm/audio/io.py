@@ -129,10 +129,11 @@ def read_comment(path: Path) -> str:
 
 
 def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") -> Path:
-    """Write an audio file atomically; the extension gives the format: wav, flac (16 bit), ogg or mp3.
+    """Write an audio file atomically; the extension gives the format: wav, flac, ogg or mp3.
 
     Args:
-        wav: [C, S] or [S]; float, clipped to [-1, 1] with a warning, or int16, written unchanged.
+        wav: [C, S] or [S]; int16, or float, which is clipped to [-1, 1] with a warning and rounded to 16 bit. So every
+            format gets the same samples.
         comment: a tag inside the file; empty for none.
 
     Raises:
@@ -146,7 +147,7 @@ def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") ->
     if samples.dim() != 2 or samples.numel() == 0:
         raise UserError(f"no audio to write to {path} (shape {list(wav.shape)})")
     if samples.dtype != torch.int16:
-        samples = _within_full_scale(samples.float(), path)
+        samples = _to_16_bit(samples.float(), path)
     encoded = io.BytesIO()
     try:
         with sf.SoundFile(encoded, "w", sample_rate, len(samples), subtype, format=container) as file:
@@ -204,13 +205,14 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
         raise UserError(f"{path} cannot be read as audio ({_reason(error)})") from error
 
 
-def _within_full_scale(samples: Tensor, path: Path) -> Tensor:
+def _to_16_bit(samples: Tensor, path: Path) -> Tensor:
+    """Round to the nearest int16. Encoders of libsndfile round float samples each in its own way."""
     if not bool(torch.isfinite(samples).all()):
         raise UserError(f"the audio for {path} contains NaN or infinite samples: it was not written")
     over = float((samples.abs() > 1).float().mean())
     if over > 0:
         _log.warning("%s: %.2g %% of the samples exceed full scale and were clipped", path, 100 * over)
-    return samples.clamp(-1, 1)
+    return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16)
 
 
 def check_file(path: Path) -> None:
