@@ -39,14 +39,14 @@ CLIP = 10 * RATE
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", type=int, default=300, help="built-in pieces (default: %(default)s)")
-    parser.add_argument("--sounds", type=int, nargs="*", default=[10_000, 30_000, 100_000],
+    parser.add_argument("--fingerprints", type=int, nargs="*", default=[10_000, 30_000, 100_000],
                         help="numbers of synthetic fingerprints to search (default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "speed": speed(),
         "recognition": recognition(options.pieces),
-        "search": [search_in_new_process(sounds) for sounds in options.sounds],
+        "search": [search_in_new_process(n) for n in options.fingerprints],
     }
     for name, milliseconds in results["speed"].items():
         print(f"{name:24} {milliseconds:6.2f} ms per second of audio")

@@ -26,7 +26,7 @@ from data_prep.sources.archives.webdataset import find_archives, read_unpacked, 
 from data_prep.sources.evaluation_sets import EvaluationSet, read_evaluation_set
 from data_prep.stages.cut import Cut, cut_shard
 from data_prep.stages.pack import DECONTAMINATION, REJECTED_CSV
-from data_prep.stages.plan import planned_shards, write_plan
+from data_prep.stages.plan import file_stamp, planned_shards, write_plan
 from data_prep.stages.segments import ROWS_FILE, Segments
 from data_prep.stages.select import DecontaminationSet, fingerprint_files, select_shards
 from data_prep.tables import REJECTED, REJECTED_FILE, write_rows
@@ -123,7 +123,7 @@ class ArchiveInput(TrackInput):
         folder = stage_folder(run.root, "unpack", {})
         tasks = []
         for index, archive in enumerate(self._archives):
-            inputs = config_hash({"archive": _stamp(archive)})
+            inputs = config_hash({"archive": [str(archive), file_stamp(archive)]})
             tasks.append(ShardTask(folder / f"{index:05d}", inputs, partial(unpack_shard, archive)))
         results = run.run_stage("unpack", tasks)
         return folder, (item for shard in results for item in read_unpacked(shard.folder))
@@ -152,11 +152,7 @@ class BuiltinInput:
 
 
 class StoreInput:
-    """The segments of a store, for another codec, text encoder or captions; `root` may be the output folder too.
-
-    Raises:
-        UserError: there is no store, it has no audio, or it is of an older version.
-    """
+    """The segments of a store, for another codec, text encoder or captions. Raises UserError if it has no audio."""
 
     stages: Stages = (("copy", True),)
 
@@ -262,11 +258,6 @@ def _without_codes(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in SCHEMA.names} | {"shard": -1, "offset": 0, "frames": 0}
 
 
-def _stamp(file: Path) -> list[Any]:
-    """Path, size and time of a file, to notice changes."""
-    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-
-
 def _fingerprint(run: Run, evaluation_sets: Sequence[EvaluationSet]) -> list[DecontaminationSet]:
     """The stage `reference`: fingerprints of the audio of the evaluation sets."""
     folder = stage_folder(run.root, "reference", {})
@@ -275,7 +266,7 @@ def _fingerprint(run: Run, evaluation_sets: Sequence[EvaluationSet]) -> list[Dec
         tasks.append([])
         for index, first in enumerate(range(0, len(set_.audio), _FILES_PER_SHARD)):
             files = [file.resolve() for file in set_.audio[first : first + _FILES_PER_SHARD]]
-            inputs = config_hash({"files": [_stamp(file) for file in files]})
+            inputs = config_hash({"files": [[str(file), file_stamp(file)] for file in files]})
             target = folder / f"{number:02d}-{index:05d}"
             tasks[-1].append(ShardTask(target, inputs, partial(fingerprint_files, files)))
     results = iter(run.run_stage("reference", [task for own in tasks for task in own]))

@@ -119,14 +119,14 @@ def _licences(root: Path) -> dict[str, str]:
 def _evaluation(root: Path, folder: Path) -> dict[str, str]:
     """A track by an artist of Song Describer, a track with a clip in an evaluation set, and a copy of it."""
     save(root / "evaluation/artist.flac", music(13))
-    save(root / "evaluation/sound.flac", music(14))
-    save(root / "evaluation/sound again.ogg", music(14) * 0.6, 44_100)
+    save(root / "evaluation/clip.flac", music(14))
+    save(root / "evaluation/copy.ogg", music(14) * 0.6, 44_100)
     save(folder / "kept_out/clip.wav", music(14)[12 * RATE : 30 * RATE], 44_100, 2)
     (folder / "song_describer.csv").write_text(
         "caption_id,track_id,caption,is_valid_subset,familiarity,artist_id,album_id,path,duration\n"
         "1,900,a tune,True,0,11,5,00/900.mp3,120.0\n"
     )
-    names = ("artist.flac", "sound.flac", "sound again.ogg")
+    names = ("artist.flac", "clip.flac", "copy.ogg")
     return {f"evaluation/{name}": "evaluation" for name in names}
 
 

@@ -255,10 +255,10 @@ def test_make_captions_keeps_known_captions_and_reports_failures(monkeypatch):
     name = user_function(monkeypatch, lambda captions: [[f"{text} again", text] for text in captions])
     settings = CaptionOptions(templates=1, captioner="x", rephrase=name)
     known, tags = [["Known."], [], [], ["A flute plays."]], [["genre---rock"], ["genre---pop"], [], []]
-    made, rejections = make_captions("abcd", known, tags, settings, pairs(4))
-    assert made[0] == ["Known.", "Known. again", "A guitar plays.", "A guitar plays. again"]
-    assert made[1] == template_captions(tags[1], "b", 1) and made[2] == []
-    assert made[3] == ["A flute plays.", "A flute plays. again"]
+    captions, rejections = make_captions("abcd", known, tags, settings, pairs(4))
+    assert captions[0] == ["Known.", "Known. again", "A guitar plays.", "A guitar plays. again"]
+    assert captions[1] == template_captions(tags[1], "b", 1) and captions[2] == []
+    assert captions[3] == ["A flute plays.", "A flute plays. again"]
     assert [(rejection.item, rejection.kind) for rejection in rejections] == [("b", "caption"), ("c", "caption")]
     assert known == [["Known."], [], [], ["A flute plays."]], "the input is not changed"
 
@@ -266,11 +266,11 @@ def test_make_captions_keeps_known_captions_and_reports_failures(monkeypatch):
 def test_make_captions_uses_the_captioner(weights):
     settings = CaptionOptions(templates=0, captioner=weights, batch=2, max_new_tokens=12)
     ids = list("abc")
-    made, rejections = make_captions(ids, [[]] * 3, [[]] * 3, settings, pairs(3, 16_000))
+    captions, rejections = make_captions(ids, [[]] * 3, [[]] * 3, settings, pairs(3, 16_000))
     words = list(AudioCaptioner(weights, max_new_tokens=12).captions(clips(3)))
     rejected = {rejection.item for rejection in rejections}
-    for id, captions, text in zip(ids, made, words, strict=True):
-        assert captions == ([] if id in rejected else [" ".join(text.split())])
+    for id, texts, text in zip(ids, captions, words, strict=True):
+        assert texts == ([] if id in rejected else [" ".join(text.split())])
     assert len(rejected) < 3
 
 

@@ -66,7 +66,7 @@ def flac_with(data: bytes, *, rate: int = RATE, channels: int = 2, total: int = 
 
 
 WRONG_HEADERS = {
-    "wav: 4 GB of sound": lambda f: patched(f["x.wav"], f["x.wav"].index(b"data") + 4, b"\xfe\xff\xff\xff"),
+    "wav: 4 GB of audio": lambda f: patched(f["x.wav"], f["x.wav"].index(b"data") + 4, b"\xfe\xff\xff\xff"),
     "wav: 65535 channels": lambda f: patched(f["x.wav"], 22, b"\xff\xff"),
     "wav: 64 channels": lambda f: patched(patched(f["x.wav"], 22, b"\x40\0"), 32, b"\x80\0"),
     "wav: no channels": lambda f: patched(f["x.wav"], 22, b"\0\0"),
@@ -74,7 +74,7 @@ WRONG_HEADERS = {
     "wav: 0 Hz": lambda f: patched(f["x.wav"], 24, b"\0\0\0\0"),
     "wav: 1 Hz": lambda f: patched(f["x.wav"], 24, b"\x01\0\0\0"),
     "wav: 65535 bits": lambda f: patched(f["x.wav"], 34, b"\xff\xff"),
-    "wav: a chunk of 4 GB before the sound": lambda f: patched(f["x.wav"], 16, b"\xff\xff\xff\xff"),
+    "wav: a chunk of 4 GB before the audio": lambda f: patched(f["x.wav"], 16, b"\xff\xff\xff\xff"),
     "flac: 2**36 samples": lambda f: flac_with(f["x.flac"], total=(1 << 36) - 1),
     "flac: a day": lambda f: flac_with(f["x.flac"], total=86_400 * RATE),
     "flac: an hour": lambda f: flac_with(f["x.flac"], total=3600 * RATE),
@@ -82,11 +82,11 @@ WRONG_HEADERS = {
     "flac: 8 channels": lambda f: flac_with(f["x.flac"], channels=8, total=len(samples())),
     "flac: 1 Hz": lambda f: flac_with(f["x.flac"], rate=1, total=len(samples())),
     "flac: 655350 Hz": lambda f: flac_with(f["x.flac"], rate=655_350, total=len(samples())),
-    "aiff: 4 GB of sound": lambda f: patched(f["x.aiff"], f["x.aiff"].index(b"SSND") + 4, b"\xff\xff\xff\xfe"),
+    "aiff: 4 GB of audio": lambda f: patched(f["x.aiff"], f["x.aiff"].index(b"SSND") + 4, b"\xff\xff\xff\xfe"),
     "aiff: infinite rate": lambda f: patched(f["x.aiff"], f["x.aiff"].index(b"COMM") + 16, b"\x7f\xff" + b"\xff" * 8),
     "aiff: 65535 channels": lambda f: patched(f["x.aiff"], f["x.aiff"].index(b"COMM") + 8, b"\xff\xff"),
     "w64: 2**62 bytes": lambda f: patched(f["x.w64"], f["x.w64"].index(b"data") + 16, b"\0" * 7 + b"\x40"),
-    "au: 4 GB of sound": lambda f: patched(f["x.au"], 8, b"\xff\xff\xff\xfe"),
+    "au: 4 GB of audio": lambda f: patched(f["x.au"], 8, b"\xff\xff\xff\xfe"),
     "caf: 2**62 bytes": lambda f: patched(f["x.caf"], f["x.caf"].index(b"data") + 4, b"\x40" + b"\0" * 7),
     "ogg: cut": lambda f: f["x.ogg"][: len(f["x.ogg"]) // 2],
     "mp3: cut": lambda f: f["x.mp3"][: len(f["x.mp3"]) // 2],

@@ -56,10 +56,10 @@ def test_plan_takes_each_id_once_and_allowed_licences_only(tmp_path):
 def test_plan_changes_only_the_shard_of_a_changed_file(tmp_path):
     found = [Track(name, f"{name}.wav") for name in "abcdefgh"]
     for track in found:
-        (tmp_path / track.path).write_text("sound")
+        (tmp_path / track.path).write_text("audio")
     first = dict(planned_shards(plan(tmp_path / "1", tmp_path, found)))
     assert dict(planned_shards(plan(tmp_path / "2", tmp_path, found[::-1]))) == first
-    (tmp_path / "c.wav").write_text("other sound")
+    (tmp_path / "c.wav").write_text("other audio")
     second = dict(planned_shards(plan(tmp_path / "3", tmp_path, found)))
     assert first.keys() == second.keys() and sum(first[key] != second[key] for key in first) == 1 < len(first)
 

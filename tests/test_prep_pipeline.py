@@ -67,7 +67,7 @@ def prepare(planted: Planted, out: Path, codec: Path, *more: object) -> None:
 
 @pytest.fixture(scope="module")
 def store_path(planted, codec, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("made") / "store"
+    out = tmp_path_factory.mktemp("prepared") / "store"
     prepare(planted, out, codec)
     return out
 
@@ -101,7 +101,7 @@ def test_pipeline_rejects_with_the_planted_reasons(planted, store_path):
         "licences/unknown.flac": "'all rights reserved' is not known",
         "licences/versionless.flac": "names no version",
         "evaluation/artist.flac": "its artist jamendo:artist:11 is in song_describer",
-        "evaluation/sound.flac": "its audio matches clip.wav of kept_out",
+        "evaluation/clip.flac": "its audio matches clip.wav of kept_out",
         "bad/empty.wav": "empty",
         "bad/nan.wav": "NaN",
         "bad/short.flac": "shorter than 3 s",
@@ -118,7 +118,7 @@ def test_decontamination_report_lists_excluded_tracks(store_path):
     left_out = {set_["name"]: sorted(set_["left_out"]) for set_ in report["evaluation"]}
     assert left_out == {
         "song_describer": ["evaluation/artist.flac"],
-        "kept_out": ["evaluation/sound again.ogg", "evaluation/sound.flac"],
+        "kept_out": ["evaluation/clip.flac", "evaluation/copy.ogg"],
     }
 
 
@@ -209,12 +209,12 @@ def test_pack_into_new_store_and_in_place(store_path, codec, tmp_path):
 
 def test_link_or_copy_fsyncs_a_copy_before_renaming_it(tmp_path, monkeypatch):
     """Where the file system allows no link."""
-    (tmp_path / "a.flac").write_text("sound")
+    (tmp_path / "a.flac").write_text("audio")
     calls = []
     monkeypatch.setattr(pack, "fsync", lambda path: calls.append((path, (tmp_path / "b" / "a.flac").exists())))
     monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
     pack.link_or_copy(tmp_path / "a.flac", tmp_path / "b" / "a.flac")
-    assert calls == [(tmp_path / "b" / "a.tmp", False)] and (tmp_path / "b" / "a.flac").read_text() == "sound"
+    assert calls == [(tmp_path / "b" / "a.tmp", False)] and (tmp_path / "b" / "a.flac").read_text() == "audio"
 
 
 def test_interrupted_pack_in_place_continues(store_path, codec, tmp_path, monkeypatch):

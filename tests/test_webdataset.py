@@ -80,7 +80,7 @@ def unpacked(path: Path, out: Path, limits: ArchiveLimits = LIMITS) -> tuple[lis
     return tracks, rejections
 
 
-SAMPLE = [("a.wav", b"sound"), ("a.json", b'{"license": "CC0-1.0"}')]
+SAMPLE = [("a.wav", b"audio"), ("a.json", b'{"license": "CC0-1.0"}')]
 
 
 def test_export_and_read_round_trip(store, tmp_path):
@@ -179,14 +179,14 @@ def test_reader_maps_json_and_texts_to_metadata(tmp_path):
     }  # fmt: skip
     files = [
         ("a.mp3", b"1"), ("a.json", json.dumps(known).encode()), ("a.txt", b"\xef\xbb\xbffour\n"), ("a.png", b"2"),
-        ("b.txt", b"alone with sound"), ("b.opus", b"3"), ("README", b"x"), ("._c.wav", b"x"),
+        ("b.txt", b"alone with audio"), ("b.opus", b"3"), ("README", b"x"), ("._c.wav", b"x"),
         ("c.wav", b"4"), ("c.json", b'{"title": "\\ud800", "captions": {"no": "list"}, "id": "own"}'),
     ]  # fmt: skip
     tracks, rejections = unpacked(tar_of(tmp_path / "x.tar", files), tmp_path / "in")
     assert tracks == [
         Track("x/a.mp3", "x/a.mp3", "CC BY 4.0", "", "Bob", "https://example.org", evidence="x.tar:a.json",
               captions=("two", "one", "three", "four"), tags=("rock", "slow")),
-        Track("x/b.opus", "x/b.opus", captions=("alone with sound",)),
+        Track("x/b.opus", "x/b.opus", captions=("alone with audio",)),
         Track("own", "x/c.wav", title="?"),
     ]  # fmt: skip
     assert [rejection.item for rejection in rejections] == []
@@ -241,7 +241,7 @@ def test_bad_entry_does_not_affect_other_samples(tmp_path, bad, kind, mode):
     (tmp_path / "root").mkdir()
     tracks, rejections = unpacked(tmp_path / "x.tar", tmp_path / "root" / "in", ArchiveLimits(2000, 10_000))
     assert [track.path for track in tracks][:: len(tracks) - 1] == ["x/a.wav", "x/z.wav"]
-    assert (tmp_path / "root" / "in" / "x" / "a.wav").read_bytes() == b"sound"
+    assert (tmp_path / "root" / "in" / "x" / "a.wav").read_bytes() == b"audio"
     assert kind in [rejection.kind for rejection in rejections]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "x.tar"]
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["in"]
@@ -293,8 +293,8 @@ def test_truncated_archives_keep_earlier_samples(tmp_path, fraction, mode):
     (tmp_path / "x.tar").write_bytes(data[: round(len(data) * fraction) | 1])
     tracks, rejections = unpacked(tmp_path / "x.tar", tmp_path / "in")
     assert len(tracks) < 10 and rejections[-1].item == "x.tar" and rejections[-1].kind == "unreadable"
-    for track, (_, sound) in zip(tracks, files, strict=False):
-        assert (tmp_path / "in" / track.path).read_bytes() == sound
+    for track, (_, data) in zip(tracks, files, strict=False):
+        assert (tmp_path / "in" / track.path).read_bytes() == data
 
 
 def test_archive_bombs_end_at_the_limits(tmp_path):

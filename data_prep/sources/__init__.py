@@ -1,18 +1,11 @@
 """Data sets as they are downloaded: a module each, which reads its tables to tracks and rejections."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from data_prep.sources import fma, folder, jamendo, jamendomaxcaps, musicbench, musiccaps, song_describer
 from data_prep.track import Rejection, Track
-
-
-class Reader(Protocol):
-    """Reads the folder `root` of a data set; `index` is another of its tables."""
-
-    def __call__(self, root: Path, index: Path | None = None) -> Iterator[Track | Rejection]: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +15,7 @@ class Source:
     name: str  # command of `python -m data_prep`
     help: str  # one line
     layout: str  # the files expected under the root
-    tracks: Reader  # yields tracks and rejections in a fixed order
+    tracks: Callable[[Path, Path | None], Iterator[Track | Rejection]]  # of a folder and another table, in fixed order
 
 
 _ALL = (

@@ -64,18 +64,12 @@ def _track(
     if values["set", "split"] not in SPLITS:
         raise Rejected("metadata", f"line {line} has an unknown split {values['set', 'split'][:40]!r}")
     return Track(
-        id=f"fma:{number}",
-        path=path,
-        licence=link or title,
-        title=values["track", "title"],
-        author=values["artist", "name"],
-        source_url=page,
-        artist=f"fma:artist:{values['artist', 'id']}" if values["artist", "id"] else "",
-        work=f"fma:{number}",
-        evidence=(evidence or f"tracks.csv line {line}") if link or title else "",
-        tags=_tags(values, genres),
+        id=f"fma:{number}", path=path, licence=link or title, title=values["track", "title"],
+        author=values["artist", "name"], source_url=page,
+        artist=f"fma:artist:{values['artist', 'id']}" if values["artist", "id"] else "", work=f"fma:{number}",
+        evidence=(evidence or f"tracks.csv line {line}") if link or title else "", tags=_tags(values, genres),
         split=SPLITS[values["set", "split"]],
-    )
+    )  # fmt: skip
 
 
 class _RawTracks:

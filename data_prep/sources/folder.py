@@ -177,18 +177,11 @@ def _item(root: Path, path: str, table: _Table, siblings: set[str]) -> Track | R
         return error.for_item(path)
     single = metadata.single
     return Track(
-        id=path,
-        path=path,
-        licence=single.get("licence", ""),
-        title=single.get("title") or os.path.splitext(os.path.basename(path))[0],
-        author=single.get("author", ""),
-        source_url=single.get("source_url", ""),
-        artist=single.get("artist", ""),
-        evidence=metadata.evidence,
-        captions=tuple(metadata.captions),
-        tags=tuple(metadata.tags),
-        split=_SPLITS[split],
-    )
+        id=path, path=path, licence=single.get("licence", ""),
+        title=single.get("title") or os.path.splitext(os.path.basename(path))[0], author=single.get("author", ""),
+        source_url=single.get("source_url", ""), artist=single.get("artist", ""), evidence=metadata.evidence,
+        captions=tuple(metadata.captions), tags=tuple(metadata.tags), split=_SPLITS[split],
+    )  # fmt: skip
 
 
 def _add_sidecars(root: Path, path: str, metadata: _Metadata, siblings: set[str]) -> None:

@@ -182,18 +182,10 @@ def _track(row: Row, audio: Audio, licences: Licences, titles: Titles | None, sp
         return error.for_item(name)
     title, author, url = (titles.find(row.track) if titles else None) or stated.credit()
     return Track(
-        id=name,
-        path=path,
-        licence=stated.licence,
-        title=title,
-        author=author,
-        source_url=url or f"https://www.jamendo.com/track/{row.track}",
-        artist=f"jamendo:artist:{row.artist}",
-        work=name,
-        evidence=stated.evidence,
-        tags=row.tags,
-        split=split,
-    )
+        id=name, path=path, licence=stated.licence, title=title, author=author,
+        source_url=url or f"https://www.jamendo.com/track/{row.track}", artist=f"jamendo:artist:{row.artist}",
+        work=name, evidence=stated.evidence, tags=row.tags, split=split,
+    )  # fmt: skip
 
 
 def _row(line: bytes) -> Row:

@@ -75,18 +75,12 @@ def _track(root: Path, number: int, values: dict[str, Any], captions: _Captions,
         raise Rejected("missing", f"has track {number}, of which there is no audio")
     licence, artist = text(values.get("licence_ccurl")), text(values.get("artist_id"))
     return Track(
-        id=f"jamendomaxcaps:{number}",
-        path=path,
-        licence=licence,
-        title=text(values.get("name")),
+        id=f"jamendomaxcaps:{number}", path=path, licence=licence, title=text(values.get("name")),
         author=text(values.get("artist_name")),
         source_url=text(values.get("shareurl")) or f"https://www.jamendo.com/track/{number}",
-        artist=f"jamendo:artist:{artist}" if artist else "",
-        work=f"jamendo:{number}",
-        evidence=evidence if licence else "",
-        captions=captions.find(number),
-        tags=_tags(values.get("musicinfo")),
-    )
+        artist=f"jamendo:artist:{artist}" if artist else "", work=f"jamendo:{number}",
+        evidence=evidence if licence else "", captions=captions.find(number), tags=_tags(values.get("musicinfo")),
+    )  # fmt: skip
 
 
 def _tags(info: Any) -> tuple[str, ...]:

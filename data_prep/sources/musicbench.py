@@ -67,15 +67,10 @@ def _track(root: Path, values: dict[str, Any], split: str) -> Track:
     work = work_of(location)
     captions = [values.get("main_caption"), values.get("alt_caption")]
     return Track(
-        id=f"musicbench:{location}",
-        path=path,
-        title=name.rpartition(".")[0],
-        source_url=f"https://www.youtube.com/watch?v={work.removeprefix('youtube:')}",
-        work=work,
-        captions=tuple(texts(captions)),
-        tags=_key(values.get("key")),
-        split=split,
-    )
+        id=f"musicbench:{location}", path=path, title=name.rpartition(".")[0],
+        source_url=f"https://www.youtube.com/watch?v={work.removeprefix('youtube:')}", work=work,
+        captions=tuple(texts(captions)), tags=_key(values.get("key")), split=split,
+    )  # fmt: skip
 
 
 def _key(value: Any) -> tuple[str, ...]:

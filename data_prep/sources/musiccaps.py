@@ -49,15 +49,12 @@ def _track(name: str, values: dict[str, str], clips: dict[str, str]) -> Track:
     if path is None:
         raise Rejected("missing", f"there is no clip of {work}")
     return Track(
-        id=name,
-        path=path,
-        title=f"{work} {values['start_s']}-{values['end_s']} s",
-        source_url=f"https://www.youtube.com/watch?v={work}&t={values['start_s']}s",
-        work=f"youtube:{work}",
+        id=name, path=path, title=f"{work} {values['start_s']}-{values['end_s']} s",
+        source_url=f"https://www.youtube.com/watch?v={work}&t={values['start_s']}s", work=f"youtube:{work}",
         captions=tuple(texts(values["caption"])),
         tags=tuple(f"aspect---{aspect}" for aspect in texts(listed(values["aspect_list"]))),
         split={"true": "test", "false": "train"}.get(values.get("is_audioset_eval", "").lower(), ""),
-    )
+    )  # fmt: skip
 
 
 def _stems(work: str, start: str, end: str) -> list[str]:

@@ -62,15 +62,8 @@ def _track(
     title, author, url = stated.credit()
     artist = values["artist_id"].removesuffix(".0")
     return Track(
-        id=name,
-        path=path,
-        licence=stated.licence,
-        title=title,
-        author=author,
+        id=name, path=path, licence=stated.licence, title=title, author=author,
         source_url=url or f"https://www.jamendo.com/track/{number}",
         artist=f"jamendo:artist:{int(artist)}" if artist.isdecimal() and len(artist) <= 12 else "",
-        work=f"jamendo:{number}",
-        evidence=stated.evidence,
-        captions=tuple(dict.fromkeys(captions)),
-        split="test",
-    )
+        work=f"jamendo:{number}", evidence=stated.evidence, captions=tuple(dict.fromkeys(captions)), split="test",
+    )  # fmt: skip

@@ -33,7 +33,7 @@ _PLANNED = TRACKS.append(pa.field("shard", pa.int64()))
 
 
 def write_plan(
-    found: Iterable[Track | Rejection], root: Path, licence: str | None, policy: str, folder: Path
+    items: Iterable[Track | Rejection], root: Path, licence: str | None, policy: str, folder: Path
 ) -> Counts:
     """Write the allowed items of a source as Arrow batches, one per shard, and the rejected ones.
 
@@ -44,7 +44,7 @@ def write_plan(
     """
     fallback = normalise(licence) if licence else None
     rejected: list[Rejection] = []
-    table = pa.Table.from_batches(_batches(_planned_rows(found, fallback, policy, rejected)), _PLANNED)
+    table = pa.Table.from_batches(_batches(_planned_rows(items, fallback, policy, rejected)), _PLANNED)
     bits = _shard_bits(table.num_rows)
     table = _with_shards(table, bits)
     shards = []
@@ -52,7 +52,7 @@ def write_plan(
         for number, batch in _split(table):
             writer.write_batch(batch)
             tracks = batch.to_pylist()
-            files = [_file_stamp(root, track["path"]) for track in tracks]
+            files = [file_stamp(root / track["path"]) for track in tracks]
             shards.append((f"{number:05d}-of-{2**bits:05d}", config_hash({"tracks": tracks, "files": files})))
     (folder / SHARDS_FILE).write_text(json.dumps(shards))
     write_rejected(folder, "plan", rejected)
@@ -70,20 +70,21 @@ def read_shard(folder: Path, index: int) -> list[dict[str, Any]]:
         return pa.ipc.open_file(file).get_batch(index).to_pylist()
 
 
-def _file_stamp(root: Path, path: str) -> list[int] | None:
+def file_stamp(file: Path) -> list[int] | None:
+    """Size and time of a file, to notice changes; None if it does not exist."""
     try:
-        stat = (root / path).stat()
+        stat = file.stat()
     except (OSError, ValueError):
         return None
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def _planned_rows(
-    found: Iterable[Track | Rejection], fallback: Licence | None, policy: str, rejected: list[Rejection]
+    items: Iterable[Track | Rejection], fallback: Licence | None, policy: str, rejected: list[Rejection]
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of allowed tracks; append the others to `rejected`."""
     known: set[bytes] = set()
-    for item in found:
+    for item in items:
         if isinstance(item, Rejection):
             rejected.append(item)
             continue

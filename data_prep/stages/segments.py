@@ -56,9 +56,7 @@ def write_audio(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
 
 def with_results(segments: Sequence[Segments], results: Sequence[ShardResult], new_audio: bool) -> list[Segments]:
     """The shards after a stage that wrote new rows, and new audio if `new_audio`."""
-    updated = []
-    for old, result in zip(segments, results, strict=True):
-        folder = result.folder if new_audio else old.audio
-        inputs = result.outputs if new_audio else f"{result.outputs} {old.inputs}"
-        updated.append(Segments(old.key, result.folder / ROWS_FILE, folder, inputs))
-    return updated
+    pairs = list(zip(segments, results, strict=True))
+    if new_audio:
+        return [Segments(old.key, new.folder / ROWS_FILE, new.folder, new.outputs) for old, new in pairs]
+    return [Segments(old.key, new.folder / ROWS_FILE, old.audio, f"{new.outputs} {old.inputs}") for old, new in pairs]

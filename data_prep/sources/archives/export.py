@@ -32,14 +32,8 @@ def export(store: Store, out: Path, shard_bytes: int = 1 << 30) -> list[Path]:
     (codec, rate, counts, sha256 of each archive) are written beside the archives.
 
     Args:
-        out: a new folder.
+        out: a new folder; a UserError if it exists.
         shard_bytes: maximum size of an archive with more than one segment.
-
-    Returns:
-        The archives.
-
-    Raises:
-        UserError: `out` exists or cannot be written, or the store lacks a file.
     """
     with new_folder(out) as folder:
         names = _write_archives(store, folder, shard_bytes)

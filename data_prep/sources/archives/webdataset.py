@@ -41,18 +41,13 @@ def read_archives(path: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()
     """Read archives once from start to end, write their audio below `out`, and yield a track per sample.
 
     JSON keys: caption, captions or text; licence or license (or licence_url); title; author or artist; source_url or
-    url; tags; split; id. `.txt` and `.caption` are captions. Other files of a sample are ignored.
+    url; tags; split; id. `.txt` and `.caption` are captions. Other files of a sample are ignored. Rejected are unsafe
+    names, links and devices, repeated keys, samples without audio or with invalid JSON, and damaged or too large files
+    and archives, of which the rest is lost.
 
     Args:
         path: an archive (`.tar`, `.tar.gz`, `.tgz`), or a folder with archives at any depth.
         out: root of the tracks' paths, which are `ARCHIVE/KEY.EXTENSION`.
-
-    Yields:
-        By archive name: tracks, and rejections of unsafe names, links and devices, repeated keys, samples without audio
-        or with invalid JSON, and damaged or too large files and archives. The rest of a damaged archive is lost.
-
-    Raises:
-        UserError: there is no archive.
     """
     out.mkdir(parents=True, exist_ok=True)
     for archive in find_archives(path):
@@ -182,17 +177,13 @@ class _Sample:
         tags = metadata.get("tags")
         split = _first(metadata, "split")
         return Track(
-            id=_first(metadata, "id") or self.audio,
-            path=self.audio,
-            licence=licence,
-            title=_first(metadata, "title"),
-            author=_first(metadata, "author", "artist"),
-            source_url=_first(metadata, "source_url", "url"),
-            evidence=f"{self.item}.json" if licence else "",
+            id=_first(metadata, "id") or self.audio, path=self.audio, licence=licence,
+            title=_first(metadata, "title"), author=_first(metadata, "author", "artist"),
+            source_url=_first(metadata, "source_url", "url"), evidence=f"{self.item}.json" if licence else "",
             captions=tuple(dict.fromkeys([*captions, *filter(None, map(str.strip, self.captions))])),
             tags=tuple(_texts(tags.split(",") if isinstance(tags, str) else tags)),
             split=split if split in SPLITS else "",
-        )
+        )  # fmt: skip
 
     def _write_audio(self, extension: str, member: Member) -> None:
         if self.audio:

@@ -42,7 +42,7 @@ def assign_splits(
 
 
 def split_tracks(columns: TrackColumns, kept: np.ndarray, links: np.ndarray) -> tuple[list[str], str]:
-    """The split of each kept row, and the unit that is not divided: "artist", or "sound" where artists are too few.
+    """The split of each kept row, and the unit that is not divided: "artist", or "recording" where artists are too few.
 
     A split that the source states holds, and applies to the artist's other tracks: test before valid before train
     where the source states several.
@@ -59,7 +59,7 @@ def split_tracks(columns: TrackColumns, kept: np.ndarray, links: np.ndarray) -> 
     same_artist = np.stack([np.arange(len(kept)), first_with_code(columns.artist[kept])])
     candidates = {
         "artist": np.concatenate([index[links], same_artist], axis=1),
-        "sound": index[links],
+        "recording": index[links],
         "track": links[:, :0],
     }
     for split_by, (a, b) in candidates.items():  # noqa: B007
