@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from omegaconf import OmegaConf
 from scipy import stats
@@ -406,7 +407,6 @@ def test_ray_runs_each_job_as_a_task(tmp_path, request):
 
 def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, monkeypatch, capsys):
     """The loss of fake_train.py is lowest at a rate of 10 ** -2.5."""
-    pytest.importorskip("optuna")
     rates = {"low": 1e-5, "high": 1.0, "log": True}
     search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
     sweep_settings = settings(tmp_path, {}, search=search)
@@ -430,7 +430,6 @@ def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, m
 
 @pytest.mark.parametrize("params", [0, 1])
 def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
-    optuna = pytest.importorskip("optuna")
     axes = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "train.log_every": [1, 2]}
     sweep_settings = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
     (tmp_path / "sweep").mkdir()
@@ -443,6 +442,42 @@ def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
     folder = run_sweep(sweep_settings)
     assert len(folder.jobs()) == 4 and all(folder.is_done(job.name) for job in folder.jobs())
     assert all(any("log_every" in word for word in job.overrides) for job in folder.jobs())
+
+
+def search_settings(tmp_path, **overrides):
+    """A search of two trials; `overrides` of every trial."""
+    search = {"trials": 2, "parameters": {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}}
+    words = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return settings(tmp_path, {}, search=search, overrides=words)
+
+
+@pytest.mark.parametrize("kind", [666, 667])
+def test_search_with_failed_trials_fails_and_tries_them_again(tmp_path, fake, monkeypatch, capsys, kind):
+    """The cause lies outside, such as a missing file: the same command succeeds after the repair."""
+    sweep_settings = search_settings(tmp_path, train__log_every=kind)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"2 of 2 trials failed \(trial0000-seed0, trial0001-seed0\).*run again"):
+            run_sweep(sweep_settings)
+    repaired = tmp_path / "repaired.py"
+    repaired.write_text(FAKE.read_text().replace("666", "0").replace("667", "0"))
+    monkeypatch.setattr(launch_job, "TRAIN", repaired)
+    folder = run_sweep(sweep_settings)
+    assert [job.name for job in folder.jobs()] == ["trial0000-seed0", "trial0001-seed0"]
+    assert all(folder.is_done(job.name) and not folder.is_failed(job.name) for job in folder.jobs())
+    assert "best of 2 trials" in capsys.readouterr().out
+    before = [starts(folder, job.name) for job in folder.jobs()]
+    run_sweep(sweep_settings)
+    assert [starts(folder, job.name) for job in folder.jobs()] == before
+
+
+def test_search_whose_trials_all_diverge_is_a_clear_error(tmp_path, fake, monkeypatch):
+    diverging = tmp_path / "diverging.py"
+    diverging.write_text(FAKE.read_text().replace('"valid/loss": loss', '"valid/loss": math.nan'))
+    monkeypatch.setattr(launch_job, "TRAIN", diverging)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no trial has a finite valid/loss"):
+            run_sweep(search_settings(tmp_path))
+    assert len(SweepFolder(tmp_path / "sweep").jobs()) == 2
 
 
 def test_search_without_trials_is_a_clear_error(tmp_path):

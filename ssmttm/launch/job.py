@@ -64,7 +64,7 @@ class CommandJob:
     Args:
         folder: JOB.
         stages: their names, in order.
-        retries: how many crashes are tried again.
+        retries: how many crashes are tried again; a pre-empted command is always run again.
         environment: variables added to those of this process.
     """
 
@@ -120,9 +120,11 @@ class CommandJob:
                 break
             if code == 0:
                 return DONE
+            if code == PREEMPTED:  # by a signal that did not come from here
+                continue
             if code == USER_ERROR or self._retries == 0:
                 return FAILED
-            self._retries -= code != PREEMPTED
+            self._retries -= 1
         return STOPPED
 
 

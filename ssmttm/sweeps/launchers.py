@@ -76,7 +76,7 @@ def submit_slurm(folder: SweepFolder, jobs: list[Job], settings: DictConfig) -> 
         "time": launcher.time,
         "partition": launcher.partition,
         "account": launcher.account,
-        "output": folder.path / "slurm-%a.log",
+        "output": slurm.log_pattern(folder.path, "slurm-%a.log"),
     }
     command = [sys.executable, "-m", "ssmttm.cli.main", "sweep", "job", str(folder.path)]
     slurm.write_script(script, command, [job.name for job in jobs], options)
