@@ -26,6 +26,7 @@ EXTRAS = {
         "import-linter>=2.1",
         "librosa>=0.11",
         "pyloudnorm>=0.1.1",
+        "optuna>=4",
     ],
 }
 

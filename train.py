@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from ssmttm.errors import run_cli
 
 HELP = """\
-Train a model from scratch, or go on where a run stopped.
+Train a model from scratch, or resume a run.
 
   python train.py experiment=NAME [key=value ...]
   accelerate launch --config_file configs/accelerate/ddp8.yaml train.py experiment=NAME ...
@@ -17,22 +17,22 @@ experiments (configs/experiment/NAME.yaml):
 {experiments}
 
 examples:
-  python train.py experiment=debug data.store=STORE                   seconds, to see it run
-  python train.py experiment=tiny data.store=STORE train.steps=500    a small language model
-  python train.py experiment=tiny_codec data.store=STORE              the codec
-  python train.py experiment=tiny_stage1 data.store=STORE   two stages: the first codebook, and then
-  python train.py experiment=tiny_stage2 data.store=STORE    all others by latent diffusion
+  python train.py experiment=debug data.store=STORE                        a test run of a few seconds
+  python train.py experiment=tiny data.store=STORE train.steps=500         a small language model
+  python train.py experiment=tiny_codec data.store=STORE                   the codec
+  python train.py experiment=tiny_stage1 data.store=STORE                  first of two stages: the first codebook
+  python train.py experiment=tiny_stage2 data.store=STORE                  second stage: the others, by latent diffusion
   python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE   a small student of a large model
-  python train.py experiment=tinyttm_codec data.store=STORE           a small decoder for the embedded codec's codes
-  the same command again                                              goes on from the newest good checkpoint
+  python train.py experiment=tinyttm_codec data.store=STORE                a small decoder for the embedded codec
+  the same command again                                                   resumes from the newest good checkpoint
 
-main keys (all of them: configs/config.yaml and the files of its groups):
-  data.store=DIR            what to learn from, made by `python -m data_prep`
-  data.batch_size=N         items of one optimiser step, over all devices; train.micro_batch_size=N bounds memory
-  train.steps=N             length; optim.lr=X the rate, train.precision=auto|fp32|bf16
-  train.eval_every=N        validation; train.checkpoint_every=N checkpoints; train.sample_every=N audio to listen to
+main keys (all keys: configs/config.yaml and the files of its groups):
+  data.store=DIR            the store to train on, made by `python -m data_prep`
+  data.batch_size=N         items per optimiser step, over all devices; train.micro_batch_size=N limits memory
+  train.steps=N             optimiser steps; optim.lr=X learning rate; train.precision=auto|fp32|bf16
+  train.eval_every=N        validation; train.checkpoint_every=N checkpoints; train.sample_every=N audio samples
   run_dir=DIR               checkpoints, metrics.jsonl, tensorboard, samples
-  resume=auto|none|FOLDER   go on, start anew in an empty folder, or start from a checkpoint
+  resume=auto|none|FOLDER   resume the run, require an empty folder, or start from a checkpoint
 
 Ctrl-C (exit 130), SIGTERM and SIGUSR1 (exit 75) finish the step, write a checkpoint and stop.
 """

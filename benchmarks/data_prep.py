@@ -1,10 +1,10 @@
-"""How fast data_prep is, and what it takes: python -m benchmarks.data_prep
+"""Speed and memory of data_prep: python -m benchmarks.data_prep
 
-stages   everything but the codec over FLAC and WAV files (44.1 kHz stereo), in seconds of sound a second of CPU time,
-         one process and the decoder's, both counted
-codec    the stage `codes` against the bare codec on the same windows, on one core and with a second one for reading
-memory   the peak of a whole run over folders of 1, 2 and 4 times the files
-rows     a million tracks: planned, selected; a store of a million rows: opened, filtered, split, sampled
+stages   all stages but the codec on FLAC and WAV files (44.1 kHz stereo), in seconds of audio per second of CPU time of
+         the process and its decoder
+codec    the stage `codes` against the codec alone on the same windows, on one core and with a second one for reading
+memory   peak of a run over folders of 1, 2, 4 and 8 times the files
+rows     a million tracks: plan, select; a store of a million rows: open, filter, split, sample
 
 Writes benchmarks/results/data_prep.json.
 """
@@ -30,18 +30,16 @@ import torch
 
 from benchmarks.paired import environment
 from data_prep.builtin import compose, render
-from data_prep.stages.captions.captions import CaptionOptions
-from data_prep.stages.captions.stage import caption_shard
-from data_prep.stages.codes import Coder, encode_shard
+from data_prep.stages.captions.stage import CaptionOptions, caption_shard
 from data_prep.stages.cut import Cut, cut_shard
-from data_prep.stages.embed import Embedder, embed_shard
-from data_prep.stages.encode import Windows
+from data_prep.stages.embed import TextOptions, embed_shard
+from data_prep.stages.encode import CodecOptions, Windows, encode_shard
 from data_prep.stages.pack import Parts, pack
 from data_prep.stages.plan import write_plan
 from data_prep.stages.segments import ROWS_FILE, Segments
-from data_prep.stages.select import select
-from data_prep.stages.selection import select_shards
-from data_prep.tables import SOUNDS, TRACKS
+from data_prep.stages.select import select_shards
+from data_prep.stages.selection.tracks import select_tracks
+from data_prep.tables import RECORDINGS, TRACKS
 from data_prep.track import Track
 from ssmttm import audio
 from ssmttm.data import CodesLoader, StoreWriter, open_store
@@ -54,19 +52,19 @@ MILLION = 1_000_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"stages": stages, "codec": codec, "memory": memory, "rows": rows}
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="which of them (default: all)")
-    wanted = parser.parse_args().parts or list(parts)
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="parts to run (default: all)")
+    names = parser.parse_args().parts or list(parts)
     torch.set_num_threads(1)
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for name in wanted:
+    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = parts[name](Path(folder)) | {"environment": environment()}
-            print(name, json.dumps(found[name], indent=1))
-    OUT.write_text(json.dumps(found, indent=1) + "\n")
+            results[name] = parts[name](Path(folder)) | {"environment": environment()}
+            print(name, json.dumps(results[name], indent=1))
+    OUT.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def write_music(folder: Path, files: int, seconds: int, suffix: str, first: int = 0) -> list[Track]:
-    """Stereo files of built-in music, pieces joined to the length."""
+    """Write stereo files of built-in music, of joined pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     tracks = []
     for index in range(first, first + files):
@@ -80,101 +78,104 @@ def write_music(folder: Path, files: int, seconds: int, suffix: str, first: int 
 
 
 def cpu() -> float:
-    """Seconds of CPU time of this process and its ended children."""
+    """CPU seconds of this process and its ended children."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def timed(work: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any]) -> float:
     """CPU seconds of one call."""
-    begun = cpu()
-    work()
-    return cpu() - begun
+    start = cpu()
+    function()
+    return cpu() - start
 
 
 def stages(folder: Path) -> dict[str, Any]:
-    """Every stage but the codec's, called as the engine calls it, on one shard."""
-    found = {}
+    """All stages but the codec on one shard."""
+    results = {}
     for suffix in ("flac", "wav"):
         root = folder / suffix
         tracks = write_music(root, 4, 300, suffix)
-        found[suffix] = one_shard(root, tracks, folder / f"{suffix} work", Embedder("minilm", "cpu"))
-    return found
+        results[suffix] = one_shard(root, tracks, folder / f"{suffix} work", TextOptions("minilm", "cpu"))
+    return results
 
 
-def one_shard(root: Path, tracks: list[Track], work: Path, embedder: Embedder) -> dict[str, Any]:
-    """Seconds of sound a CPU second, of each stage and of all; the models are loaded before."""
-    plan, shard, chosen, said, text = (work / name for name in ("plan", "00000", "select", "captions", "text"))
-    for place in (plan, shard, chosen, said, text):
-        place.mkdir(parents=True)
-    embedder.encoder.encode(["warm"])
+def one_shard(root: Path, tracks: list[Track], work: Path, text_options: TextOptions) -> dict[str, Any]:
+    """Seconds of audio per CPU second, of each stage and of all; the models are loaded before."""
+    plan, shard, selected, captions, text = (work / name for name in ("plan", "00000", "select", "captions", "text"))
+    for path in (plan, shard, selected, captions, text):
+        path.mkdir(parents=True)
+    text_options.encoder.encode(["warm-up"])
     cut = Cut(CODEC_RATE, SEGMENT)
-    took = {
+    seconds_of = {
         "plan": timed(lambda: write_plan(tracks, root, None, "open", plan)),
         "cut": timed(lambda: cut_shard(root, plan, 0, cut, shard)),
-        "select": timed(lambda: select_shards([shard], [], "cut", chosen)),
+        "select": timed(lambda: select_shards([shard], [], "cut", selected)),
     }
-    segments = Segments("00000", chosen / "00000" / ROWS_FILE, shard, "")
-    took["captions"] = timed(lambda: caption_shard(CaptionOptions(), segments, said))
-    described = Segments("00000", said / ROWS_FILE, shard, "")
-    took["text"] = timed(lambda: embed_shard(embedder, described, text))
-    parts = Parts([described], None, [text], [])
-    took["pack"] = timed(lambda: pack(parts, work / "store", {}, None, embedder.facts(), CODEC_RATE))
-    seconds = sum(row["duration"] for row in described.read())
-    rates = {name: round(seconds / value) for name, value in took.items()}
-    return {"seconds": seconds, "x real time a core": round(seconds / sum(took.values()), 1), "of each stage": rates}
+    segments = Segments("00000", selected / "00000" / ROWS_FILE, shard, "")
+    seconds_of["captions"] = timed(lambda: caption_shard(CaptionOptions(), segments, captions))
+    captioned = Segments("00000", captions / ROWS_FILE, shard, "")
+    seconds_of["text"] = timed(lambda: embed_shard(text_options, captioned, text))
+    parts = Parts([captioned], None, [text], [])
+    seconds_of["pack"] = timed(lambda: pack(parts, work / "store", {}, None, text_options.metadata(), CODEC_RATE))
+    seconds = sum(row["duration"] for row in captioned.read())
+    rates = {name: round(seconds / value) for name, value in seconds_of.items()}
+    speed = round(seconds / sum(seconds_of.values()), 1)
+    return {"seconds": seconds, "x real time per core": speed, "of each stage": rates}
 
 
 def codec(folder: Path) -> dict[str, Any]:
-    """The stage against the bare codec: alternating, medians of the wall time of five rounds."""
+    """The stage against the codec alone: wall time of five alternating rounds."""
     root = folder / "music"
     tracks = write_music(root, 4, 300, "flac")
     segments = cut_segments(root, tracks, folder)
-    coder = Coder("tiny", Windows(SEGMENT), "cpu")
+    options = CodecOptions("tiny", Windows(SEGMENT), "cpu")
     wavs = [audio.read(segments.audio / row["audio"], CODEC_RATE)[0] for row in segments.read()]
-    size, batch = coder.windows.batch, torch.stack([wav[:, : wavs[0].shape[1]] for wav in wavs])  # [n, 1, S]
+    size, batch = options.windows.batch, torch.stack([wav[:, : wavs[0].shape[1]] for wav in wavs])  # [n, 1, S]
 
-    def bare() -> None:
+    def codec_alone() -> None:
         for first in range(0, len(batch), size):
-            coder.codec.encode(batch[first : first + size])
+            options.codec.encode(batch[first : first + size])
 
     def stage() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            encode_shard(coder, segments, Path(place))
+        with tempfile.TemporaryDirectory(dir=folder) as target:
+            encode_shard(options, segments, Path(target))
 
-    found: dict[str, Any] = {"seconds": len(batch) * SEGMENT}
+    results: dict[str, Any] = {"seconds": len(batch) * SEGMENT}
     cores = sorted(os.sched_getaffinity(0))
     with torch.inference_mode():
         for name, allowed in {"one core": cores[:1], "a second core for reading": cores[:2]}.items():
             os.sched_setaffinity(0, allowed)
-            stage(), bare()
-            rounds = [(wall(bare), wall(stage)) for _ in range(5)]
-            ratios = sorted(made / plain for plain, made in rounds)
-            found[name] = {"bare": round(min(a for a, _ in rounds), 3), "stage": round(min(b for _, b in rounds), 3),
-                           "ratio, median": round(ratios[len(ratios) // 2], 3)}  # fmt: skip
+            stage(), codec_alone()
+            rounds = [(wall(codec_alone), wall(stage)) for _ in range(5)]
+            ratios = sorted(with_stage / alone for alone, with_stage in rounds)
+            results[name] = {"codec alone": round(min(a for a, _ in rounds), 3),
+                             "stage": round(min(b for _, b in rounds), 3),
+                             "ratio, median": round(ratios[len(ratios) // 2], 3)}  # fmt: skip
     os.sched_setaffinity(0, cores)
-    return found
+    return results
 
 
-def wall(work: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
+def wall(function: Callable[[], Any]) -> float:
+    """Wall time of one call in seconds."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def cut_segments(root: Path, tracks: list[Track], folder: Path) -> Segments:
-    plan, shard, chosen = folder / "plan", folder / "00000", folder / "select"
-    for place in (plan, shard, chosen):
-        place.mkdir()
+    plan, shard, selected = folder / "plan", folder / "00000", folder / "select"
+    for path in (plan, shard, selected):
+        path.mkdir()
     write_plan(tracks, root, None, "open", plan)
     cut_shard(root, plan, 0, Cut(CODEC_RATE, SEGMENT), shard)
-    select_shards([shard], [], "cut", chosen)
-    return Segments("00000", chosen / "00000" / ROWS_FILE, shard, "")
+    select_shards([shard], [], "cut", selected)
+    return Segments("00000", selected / "00000" / ROWS_FILE, shard, "")
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    """MiB at the peak of `python -m data_prep folder`, its workers and decoders, whichever is the largest."""
+    """Peak memory in MiB of the largest process of `python -m data_prep folder`."""
     source = write_music(folder / "source", 8, 120, "flac")
-    found = {}
+    results = {}
     for times in (1, 2, 4, 8):
         root = folder / f"{times}"
         root.mkdir()
@@ -189,32 +190,30 @@ def memory(folder: Path) -> dict[str, Any]:
             "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
         )
         command = [sys.executable, "-c", program, sys.executable, "-m", "data_prep", *map(str, words)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        found[f"{times * len(source)} files"] = round(int(told[-1]) / 1024)
-    return found
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        results[f"{times * len(source)} files"] = round(int(output[-1]) / 1024)
+    return results
 
 
 def rows(folder: Path) -> dict[str, Any]:
-    """Wall seconds of what is done with a million tracks, or rows of a store."""
-    found: dict[str, float] = {}
+    """Wall time in seconds of operations on a million tracks, or rows of a store."""
+    results: dict[str, float] = {}
     plan = folder / "plan"
     plan.mkdir()
-    found["plan"] = round(wall(lambda: write_plan(many_tracks(), folder, None, "open-sa", plan)), 1)
-    found["select"] = round(wall(partial(select, *many_tables(), [np.empty(0, np.uint32)] * MILLION)), 1)
+    results["plan"] = round(wall(lambda: write_plan(many_tracks(), folder, None, "open-sa", plan)), 1)
+    results["select"] = round(wall(partial(select_tracks, *many_tables(), [np.empty(0, np.uint32)] * MILLION)), 1)
     path = folder / "store"
-    found["write"] = round(wall(lambda: write_store(path)), 1)
-    found["open"] = round(wall(lambda: open_store(path)), 2)
+    results["write"] = round(wall(lambda: write_store(path)), 1)
+    results["open"] = round(wall(lambda: open_store(path)), 2)
     store = open_store(path)
     free = pc.is_in(store.manifest["licence"], pa.array(["CC0-1.0", "CC-BY-4.0"]))
-    found["filter by licence"] = round(wall(lambda: store.manifest.filter(free)), 2)
-    found["filter by tag"] = round(wall(partial(by_tag, store.manifest)), 2)
-    found["rows of a split"] = round(wall(lambda: store.indices("train")), 3)
+    results["filter by licence"] = round(wall(lambda: store.manifest.filter(free)), 2)
+    results["filter by tag"] = round(wall(partial(by_tag, store.manifest)), 2)
+    results["rows of a split"] = round(wall(lambda: store.indices("train")), 3)
     loader = CodesLoader(store, "train", 64, 10, 0)
-    found["1,000 batches of 64, which and in what order"] = round(
-        wall(lambda: [loader.sample(n) for n in range(1000)]), 2
-    )
+    results["rows of 1,000 batches of 64"] = round(wall(lambda: [loader.sample(n) for n in range(1000)]), 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": found, "peak MiB": round(peak)}
+    return {"seconds": results, "peak MiB": round(peak)}
 
 
 def by_tag(manifest: pa.Table) -> pa.Table:
@@ -235,7 +234,7 @@ def many_tracks() -> Iterator[Track]:
 
 
 def many_tables() -> tuple[pa.Table, pa.Table]:
-    """TRACKS and SOUNDS of a million tracks, of which one in a thousand is a copy."""
+    """TRACKS and RECORDINGS of a million tracks, of which one in a thousand is a copy."""
     numbers = pa.array(range(MILLION)).cast(pa.string())
     kinds = np.arange(MILLION)
     hashes = pa.array(np.where(kinds % 1000 == 0, kinds // 2, kinds)).cast(pa.string())
@@ -246,15 +245,15 @@ def many_tables() -> tuple[pa.Table, pa.Table]:
     tracks = pa.table({name: texts.get(name, empty) for name in TRACKS.names}, TRACKS)
     seconds = pa.array(np.full(MILLION, 180.0))
     return tracks, pa.table(
-        {"id": numbers, "file_sha256": hashes, "pcm_sha256": hashes, "seconds": seconds}, SOUNDS
+        {"id": numbers, "file_sha256": hashes, "pcm_sha256": hashes, "seconds": seconds}, RECORDINGS
     )
 
 
 def write_store(path: Path) -> None:
     """A million rows with ten frames of codes each."""
-    facts = {"name": "made up", "fingerprint": "0" * 16, "sample_rate": CODEC_RATE, "frame_rate": 10.0,
+    codec = {"name": "synthetic", "fingerprint": "0" * 16, "sample_rate": CODEC_RATE, "frame_rate": 10.0,
              "n_codebooks": 2, "codebook_size": 1024}  # fmt: skip
-    writer, codes = StoreWriter(path, {"source": "benchmark"}, facts, CODEC_RATE), np.zeros((2, 10), np.uint16)
+    writer, codes = StoreWriter(path, {"source": "benchmark"}, codec, CODEC_RATE), np.zeros((2, 10), np.uint16)
     licences = ("CC-BY-4.0", "CC-BY-SA-3.0", "CC0-1.0")
     for index in range(MILLION):
         row = {"id": f"{index:07d}", "split": "valid" if index % 20 == 0 else "train", "licence": licences[index % 3],

@@ -1,9 +1,9 @@
-"""One decoding step at two positions, ours and the peers', on one thread, batch 2 (a caption and its null condition).
+"""One decoding step at two positions against other implementations, one thread, batch 2 (caption and null condition).
 
     python benchmarks/decode.py --out benchmarks/results/decode
 
-Peers of the same size each: transformers' Mamba2ForCausalLM with its cache, and transformers' MusicGen decoder with its
-cache (`--width 1024 --layers 24` is MusicGen-small's). A case's ratio is its time over that of our Mamba-2.
+Baselines of the same size: transformers' Mamba2ForCausalLM with its cache, and transformers' MusicGen decoder with its
+cache (`--width 1024 --layers 24` is MusicGen-small's). A case's ratio is its time over that of ssmttm's Mamba-2.
 """
 
 import argparse
@@ -24,8 +24,8 @@ OURS = "ssmttm Mamba-2"
 Step = Callable[[], object]
 
 
-def ours(config: TokenLMConfig, position: int) -> Step:
-    """A step behind `position` frames of prefill."""
+def ssmttm_step(config: TokenLMConfig, position: int) -> Step:
+    """A step after `position` frames of prefill."""
     model = TokenLM(config).eval()
     text = TextCondition(torch.randn(BATCH, TEXT, config.text_dim), torch.ones(BATCH, TEXT, dtype=torch.bool))
     state = model.init_state(BATCH)
@@ -35,7 +35,7 @@ def ours(config: TokenLMConfig, position: int) -> Step:
 
 
 def transformers_mamba2(width: int, mixers: int, position: int) -> Step:
-    """The same mixers in transformers' model; its vocabulary is that of all our codebooks together."""
+    """The same mixers in transformers' model; its vocabulary is that of all codebooks together."""
     config = Mamba2Config(
         vocab_size=K * V, hidden_size=width, state_size=128, num_hidden_layers=mixers, expand=2, head_dim=64,
         num_heads=2 * width // 64, n_groups=1, tie_word_embeddings=False,
@@ -53,7 +53,7 @@ def transformers_mamba2(width: int, mixers: int, position: int) -> Step:
 
 
 def transformers_musicgen(width: int, layers: int, position: int) -> Step:
-    """Its decoder; the cache loses its newest position behind every step."""
+    """MusicGen's decoder; the newest position is cropped from the cache after every step."""
     config = MusicgenDecoderConfig(
         hidden_size=width, num_hidden_layers=layers, ffn_dim=4 * width, num_attention_heads=width // 64,
         num_codebooks=K, vocab_size=V,
@@ -94,8 +94,8 @@ def main() -> None:
     cases: dict[str, Step] = {}
     for position in POSITIONS:
         cases |= {
-            f"{OURS}, position {position}": ours(mamba, position),
-            f"ssmttm Transformer, position {position}": ours(transformer, position),
+            f"{OURS}, position {position}": ssmttm_step(mamba, position),
+            f"ssmttm Transformer, position {position}": ssmttm_step(transformer, position),
             f"transformers Mamba2, position {position}": transformers_mamba2(width, 2 * layers, position),
             f"transformers MusicGen, position {position}": transformers_musicgen(width, layers, position),
         }

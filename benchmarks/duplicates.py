@@ -1,9 +1,9 @@
-"""How well copies are told from other music, and how long it takes: python -m benchmarks.duplicates
+"""Accuracy and speed of near-duplicate detection: python -m benchmarks.duplicates
 
-Copies of built-in pieces, treated in many ways, against the pieces; the pieces, clips of them and pieces of one style
-against each other, which must not be found. Then the time of a fingerprint and of a segment's measures, and of the
-search among many made-up fingerprints, of which one in a hundred is a copy with every word's bits wrong by 5 %. All on
-one thread. Writes benchmarks/results/duplicates.json.
+Accuracy: altered copies of built-in pieces must match the pieces; pieces, clips of them and pieces of one style must
+not match each other. Speed: a fingerprint, the quality measurements of a segment, and the search among synthetic
+fingerprints of which one in a hundred is a copy with 5 % of bit errors. One thread. Writes
+benchmarks/results/duplicates.json.
 """
 
 import argparse
@@ -32,58 +32,59 @@ from ssmttm.audio.fingerprint import RATE, bit_error_rate, fingerprint
 
 OUT = Path(__file__).parent / "results" / "duplicates.json"
 HERTZ, COPIED = 44_100, 60
-SHARE = 0.8  # of the shorter, that must agree
+MIN_OVERLAP = 0.8  # fraction of the shorter recording that must match
 CLIP = 10 * RATE
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", type=int, default=300, help="built-in pieces (default: %(default)s)")
-    parser.add_argument("--sounds", type=int, nargs="*", default=[10_000, 30_000, 100_000],
-                        help="how many made-up fingerprints are searched (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--fingerprints", type=int, nargs="*", default=[10_000, 30_000, 100_000],
+                        help="numbers of synthetic fingerprints to search (default: %(default)s)")  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "speed": speed(),
         "recognition": recognition(options.pieces),
-        "search": [in_a_process_of_its_own(sounds) for sounds in options.sounds],
+        "search": [search_in_new_process(n) for n in options.fingerprints],
     }
-    for name, told in found["speed"].items():
-        print(f"{name:24} {told:6.2f} ms a second of sound")
-    told = found["recognition"]
+    for name, milliseconds in results["speed"].items():
+        print(f"{name:24} {milliseconds:6.2f} ms per second of audio")
+    recognised = results["recognition"]
     print(f"\n{'treatment':24} {'median':>7} {'99 %':>7} {'worst':>7} {'found':>7}")
-    for name, row in told["copies"].items():
+    for name, row in recognised["copies"].items():
         print(f"{name:24} {row['median']:7.3f} {row['p99']:7.3f} {row['worst']:7.3f} {row['found']:7.1%}")
     print(f"\n{'not the same':24} {'pairs':>7} {'median':>7} {'0.1 %':>7} {'lowest':>7}")
-    for name, row in told["others"].items():
+    for name, row in recognised["others"].items():
         print(f"{name:24} {row['pairs']:7} {row['median']:7.3f} {row['p01']:7.3f} {row['lowest']:7.3f}")
-    print(f"called the same by mistake: {told['wrong']} pairs of pieces, {told['wrong_clips']} of a clip and a piece\n")
-    for row in found["search"]:
-        print(f"{row['sounds']:8,} sounds of 2,000 words: {row['seconds']:.1f} s, {row['memory_mb']:.0f} MB beside the "
-              f"words, {row['found']} of {row['planted']} copies found, {row['wrong']} pairs wrong")  # fmt: skip
-    OUT.write_text(json.dumps({"environment": environment(), **found}, indent=1) + "\n")
+    wrong, wrong_clips = recognised["wrong"], recognised["wrong_clips"]
+    print(f"false duplicates: {wrong} pairs of pieces, {wrong_clips} of a clip and a piece\n")
+    for row in results["search"]:
+        print(f"{row['sounds']:8,} fingerprints of 2,000 words: {row['seconds']:.1f} s, {row['memory_mb']:.0f} MB, "
+              f"{row['found']} of {row['planted']} copies found, {row['wrong']} pairs wrong")  # fmt: skip
+    OUT.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     print(f"\n{OUT}")
 
 
 def treatments() -> dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]]:
-    """What is done to float32 [S] at HERTZ."""
+    """Alterations of float32 [S] at HERTZ."""
     return {
         "MP3 64 kb/s": lambda wav, rng: encoded(wav, "MP3", 0.88),
         "Vorbis 64 kb/s": lambda wav, rng: encoded(wav, "OGG", 0.95),
         "6 dB louder, clipped": lambda wav, rng: np.clip(2 * wav, -1, 1),
         "20 dB quieter, 16 bit": lambda wav, rng: np.round(0.1 * wav * 32767).astype(np.float32) / 32767,
-        "trimmed at both ends": lambda wav, rng: trimmed(wav, rng),
+        "trimmed at both ends": trimmed,
         "half a hop later": lambda wav, rng: wav[round((3.5 / RATE) * HERTZ) :],
-        "22.05 kHz": lambda wav, rng: by_way_of(wav, 22_050),
-        "8 kHz": lambda wav, rng: by_way_of(wav, 8_000),
-        "noise, 30 dB below": lambda wav, rng: noisy(wav, rng),
+        "22.05 kHz": lambda wav, rng: through_rate(wav, 22_050),
+        "8 kHz": lambda wav, rng: through_rate(wav, 8_000),
+        "noise, 30 dB below": noisy,
         "trimmed, MP3 64 kb/s": lambda wav, rng: encoded(trimmed(wav, rng), "MP3", 0.88),
         "10 s of it, MP3 128 kb/s": lambda wav, rng: encoded(clipped(wav, rng), "MP3", 0.7),
     }
 
 
 def encoded(wav: np.ndarray, kind: str, level: float) -> np.ndarray:
-    """Through a codec and back; `level` is libsndfile's, 0 the best."""
+    """Encode and decode; `level` is libsndfile's compression level, 0 the best quality."""
     import soundfile as sf
 
     file = io.BytesIO()
@@ -105,9 +106,9 @@ def clipped(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return wav[first : first + 10 * HERTZ]
 
 
-def by_way_of(wav: np.ndarray, rate: int) -> np.ndarray:
-    there = audio.resample(torch.from_numpy(wav), HERTZ, rate)
-    return audio.resample(there, rate, HERTZ).numpy()
+def through_rate(wav: np.ndarray, rate: int) -> np.ndarray:
+    resampled = audio.resample(torch.from_numpy(wav), HERTZ, rate)
+    return audio.resample(resampled, rate, HERTZ).numpy()
 
 
 def noisy(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -115,7 +116,7 @@ def noisy(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def recognition(pieces: int) -> dict[str, Any]:
-    """Bit error rates of copies and of other music, and what is found at the threshold."""
+    """Bit error rates of copies and of other music, and the duplicates at the threshold."""
     prints: list[np.ndarray] = []
     styles: list[str] = []
     copies: dict[str, list[np.ndarray]] = {name: [] for name in treatments()}
@@ -128,7 +129,7 @@ def recognition(pieces: int) -> dict[str, Any]:
             rng = np.random.default_rng(index)
             for name, treat in treatments().items():
                 copies[name].append(fingerprint(np.ascontiguousarray(treat(wav, rng), np.float32), HERTZ))
-    told = {name: of_copies(prints, treated) for name, treated in copies.items()}
+    copy_rates = {name: of_copies(prints, treated) for name, treated in copies.items()}
     pairs = list(combinations(range(pieces), 2))
     clips = [words[150 : 150 + CLIP] for words in prints]
     others = {
@@ -138,25 +139,25 @@ def recognition(pieces: int) -> dict[str, Any]:
     }
     return {
         "threshold": SAME,
-        "copies": told,
+        "copies": copy_rates,
         "others": {name: of_others(rates) for name, rates in others.items()},
-        "wrong": len(called_the_same(prints)),
-        "wrong_clips": sum(a < pieces <= b and a != b - pieces for a, b in called_the_same([*prints, *clips])),
+        "wrong": len(duplicate_pairs(prints)),
+        "wrong_clips": sum(a < pieces <= b and a != b - pieces for a, b in duplicate_pairs([*prints, *clips])),
     }
 
 
-def called_the_same(prints: list[np.ndarray]) -> set[tuple[int, int]]:
-    """The pairs that the selection would call duplicates."""
+def duplicate_pairs(prints: list[np.ndarray]) -> set[tuple[int, int]]:
+    """The pairs that track selection treats as duplicates."""
     found = near_pairs(prints, limit=SAME)
     rows = zip(found.a.tolist(), found.b.tolist(), found.overlap.tolist(), strict=True)
     return {(a, b) for a, b, overlap in rows
-            if overlap >= SHARE * min(np.count_nonzero(prints[a]), np.count_nonzero(prints[b]))}  # fmt: skip
+            if overlap >= MIN_OVERLAP * min(np.count_nonzero(prints[a]), np.count_nonzero(prints[b]))}  # fmt: skip
 
 
 def of_copies(prints: list[np.ndarray], treated: list[np.ndarray]) -> dict[str, float]:
-    rates = [bit_error_rate(words, copy, round(SHARE * min(np.count_nonzero(words), np.count_nonzero(copy)))).rate
+    rates = [bit_error_rate(words, copy, round(MIN_OVERLAP * min(np.count_nonzero(words), np.count_nonzero(copy)))).rate
              for words, copy in zip(prints, treated, strict=False)]  # fmt: skip
-    same = called_the_same([*prints, *treated])
+    same = duplicate_pairs([*prints, *treated])
     found = sum((i, len(prints) + i) in same for i in range(len(treated)))
     return {"median": float(np.median(rates)), "p99": float(np.quantile(rates, 0.99)), "worst": max(rates),
             "found": found / len(treated)}  # fmt: skip
@@ -168,7 +169,7 @@ def of_others(rates: list[float]) -> dict[str, float]:
 
 
 def speed() -> dict[str, float]:
-    """Milliseconds of processor time for a second of sound at 44.1 kHz, the lowest of some rounds."""
+    """CPU milliseconds per second of audio at 44.1 kHz, the lowest of eight rounds."""
     stereo = (np.random.default_rng(0).standard_normal((2, 30 * HERTZ)) * 0.1).astype(np.float32)
     mono = stereo.mean(axis=0)
     calls = {"fingerprint, mono": lambda: fingerprint(mono, HERTZ), "measure, stereo": lambda: measure(stereo, HERTZ)}
@@ -176,40 +177,40 @@ def speed() -> dict[str, float]:
 
 
 def processor_time(call: Callable[[], object]) -> float:
-    begun = time.process_time()
+    start = time.process_time()
     call()
-    return time.process_time() - begun
+    return time.process_time() - start
 
 
-def in_a_process_of_its_own(sounds: int) -> dict[str, float]:
-    """`search` in a fresh process, so that its memory is its own."""
+def search_in_new_process(sounds: int) -> dict[str, float]:
+    """`search` in a new process, to measure its memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(search, (sounds,))
 
 
 def search(sounds: int, length: int = 2_000) -> dict[str, float]:
-    """Search made-up fingerprints whose words meet by chance as often as those of music do."""
+    """Search synthetic fingerprints whose words match by chance as often as those of music."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "words"
         with path.open("wb") as file:
-            for block in made_up(sounds, length):
+            for block in synthetic(sounds, length):
                 block.tofile(file)
         words = np.memmap(path, np.uint32, "r")
         prints = [words[first : first + length] for first in range(0, len(words), length)]
         with peak_memory() as peak:
-            before, begun = peak[0], time.process_time()
+            before, start = peak[0], time.process_time()
             found = near_pairs(prints)
-            seconds = time.process_time() - begun
+            seconds = time.process_time() - start
         rows = zip(found.a.tolist(), found.b.tolist(), strict=True)
         right = sum(a % 100 == 0 and b == a + 1 for a, b in rows)
         return {"sounds": sounds, "seconds": seconds, "memory_mb": (peak[0] - before) / 1e6, "planted": sounds // 100,
                 "found": right, "wrong": len(found) - right}  # fmt: skip
 
 
-def made_up(sounds: int, length: int) -> Iterator[np.ndarray]:
-    """Blocks of 100 sounds, uint32; the second of each is a copy of the first.
+def synthetic(sounds: int, length: int) -> Iterator[np.ndarray]:
+    """Blocks of 100 fingerprints, uint32; the second of each is a copy of the first.
 
-    The lowest 20 bits are one of 2**14, so that two of them meet as seldom as two words 0.4 s apart do in music.
+    The lowest 20 bits have 2**14 values, so that two words match as rarely as two words 0.4 s apart in music.
     """
     rng = np.random.default_rng(0)
     known = rng.integers(0, 1 << 20, 1 << 14, dtype=np.uint32)
@@ -223,19 +224,19 @@ def made_up(sounds: int, length: int) -> Iterator[np.ndarray]:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """The most memory of the process's own, in bytes, in a list of one; looked at twenty times a second."""
-    peak, over = [own_memory()], threading.Event()
+    """A list with the peak memory of the process in bytes, sampled every 50 ms."""
+    peak, stop = [own_memory()], threading.Event()
 
-    def look() -> None:
-        while not over.wait(0.05):
+    def sample() -> None:
+        while not stop.wait(0.05):
             peak[0] = max(peak[0], own_memory())
 
-    watch = threading.Thread(target=look)
+    watch = threading.Thread(target=sample)
     watch.start()
     try:
         yield peak
     finally:
-        over.set()
+        stop.set()
         watch.join()
 
 

@@ -1,9 +1,9 @@
-"""From a prompt to a WAV on the disk, stage by stage: text encoding, language model, codec decoding, writing.
+"""From prompt to WAV file by stage: text encoding, language model, codec decoding, writing.
 
     python -m benchmarks.end_to_end [SYSTEM ...]
 
-SYSTEM is a model folder, an embedded model, or a recipe of a MusicGen-small's student (tinyttm_89m, tinyttm_ssm_89m),
-which gets random weights: speed does not depend on them. Below 1, music comes faster than it plays.
+SYSTEM is a model folder, an embedded model, or a recipe for students of MusicGen-small (tinyttm_89m, tinyttm_ssm_89m),
+with random weights: speed does not depend on them. A real-time factor below 1 is faster than real time.
 """
 
 import argparse
@@ -47,8 +47,8 @@ ENCODEC = {
 
 
 def random_system(recipe: str) -> MusicPipeline:
-    """The student system of a recipe for MusicGen-small, with random weights; its captions are cut by another's
-    tokeniser, T5's own being no part of this package."""
+    """The student system of a recipe for MusicGen-small with random weights, and with MiniLM's tokenizer, since T5's is
+    not part of this package."""
     parts = config.load(f"recipe={recipe}", root="compress").recipe
     lm, codec = config.load(*parts.lm), config.load(*parts.codec)
     torch.manual_seed(0)
@@ -62,29 +62,29 @@ def random_system(recipe: str) -> MusicPipeline:
 
 @torch.inference_mode()
 def timed(pipe: MusicPipeline, rounds: int) -> dict[str, float]:
-    """Median seconds of each stage, for a second of music; the first round warms up."""
+    """Median seconds of each stage per second of music; the first round is a warm-up."""
     sampling = Sampling(guidance_scale=pipe.guidance_scale)
     frames = round(SECONDS * pipe.codec.frame_rate)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for seed in range(rounds + 1):
-        marks = [time.perf_counter()]
+        times_at = [time.perf_counter()]
         both = pipe.text_encoder.encode([PROMPT, ""])
         text, null = (TextCondition(both.embeddings[i : i + 1], both.mask[i : i + 1]) for i in range(2))
-        marks.append(time.perf_counter())
+        times_at.append(time.perf_counter())
         codes = generate(pipe.model, text, null, pipe.pattern, frames, sampling, [seed])
-        marks.append(time.perf_counter())
+        times_at.append(time.perf_counter())
         wav = pipe.codec.decode(codes)[0]
-        marks.append(time.perf_counter())
+        times_at.append(time.perf_counter())
         with tempfile.TemporaryDirectory() as folder:
-            audio.write(Path(folder) / "piece.wav", wav, pipe.sample_rate)
-        marks.append(time.perf_counter())
-        for stage, begun, ended in zip(STAGES, marks, marks[1:], strict=False):
-            times[stage].append((ended - begun) / SECONDS)
+            audio.write(Path(folder) / "clip.wav", wav, pipe.sample_rate)
+        times_at.append(time.perf_counter())
+        for stage, start, end in zip(STAGES, times_at, times_at[1:], strict=False):
+            times[stage].append((end - start) / SECONDS)
     return {stage: statistics.median(values[1:]) for stage, values in times.items()}
 
 
 def variants(system: str) -> dict[str, MusicPipeline]:
-    """A system as it is; a random one also with guidance in two passes, and with int8 weights."""
+    """A system; a random one also with guidance in two passes, and with int8 weights."""
     if system not in config.names("recipe") or (Path(system).exists() or system == "tinyttm_tiny"):
         return {system: MusicPipeline.from_pretrained(system, "cpu")}
     whole, guided, int8 = (random_system(system) for _ in range(3))
@@ -109,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[name] = {"stages": stages, "real_time_factor": sum(stages.values()), "costs": costs}
             print(name, found[name]["real_time_factor"], flush=True)
     rows = [["", "M parameters", *(f"{stage}, s" for stage in STAGES), "real-time factor"]]
-    for name, of in found.items():
-        cells = [f"{of['stages'][stage]:.3f}" for stage in STAGES]
-        millions = of["costs"]["all"]["parameters"] / 1e6
-        rows.append([name, f"{millions:.1f}", *cells, f"{of['real_time_factor']:.2f}"])
+    for name, result in found.items():
+        cells = [f"{result['stages'][stage]:.3f}" for stage in STAGES]
+        millions = result["costs"]["all"]["parameters"] / 1e6
+        rows.append([name, f"{millions:.1f}", *cells, f"{result['real_time_factor']:.2f}"])
     print(markdown_table(rows))
     RESULTS.write_text(json.dumps({"environment": environment(), "systems": found}, indent=1) + "\n")
     print(RESULTS)

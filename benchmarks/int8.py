@@ -1,4 +1,4 @@
-"""A decoding step with int8 weights against float32, one thread, batch 2 (a caption and its null condition).
+"""A decoding step with int8 weights against float32, one thread, batch 2 (caption and null condition).
 
     python benchmarks/int8.py
 
@@ -23,7 +23,7 @@ LARGE = TokenLMConfig(n_codebooks=4, codebook_size=2048, d_model=1024, n_layers=
 
 
 def step_of(model: TokenLM) -> Callable[[], object]:
-    """A step behind a caption and one frame."""
+    """A step after a caption and one frame."""
     c = model.config
     text = TextCondition(torch.randn(BATCH, TEXT, c.text_dim), torch.ones(BATCH, TEXT, dtype=torch.bool))
     codes, state = torch.randint(c.codebook_size, (BATCH, c.n_codebooks)), model.init_state(BATCH)

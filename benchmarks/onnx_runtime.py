@@ -1,4 +1,4 @@
-"""The embedded model in ONNX Runtime against torch, on one thread: a step of two rows, decoding, reading a caption.
+"""The embedded model in ONNX Runtime against torch, one thread: a step of two rows, decoding, encoding a caption.
 
     python benchmarks/onnx_runtime.py
 """
@@ -23,18 +23,18 @@ ROWS, SECONDS, CAPTION = 2, 10, "a slow waltz in D minor on a music box"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_lm")
-    parser.add_argument("--folder", type=Path, help="what ssmttm onnx wrote of it (default: written anew)")
+    parser.add_argument("--folder", type=Path, help="its ONNX folder (default: exported to a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx.json"))
     parser.add_argument("--rounds", type=int, default=41)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as aside:
-        measure(arguments, arguments.folder or export_onnx(arguments.model, Path(aside) / "onnx"))
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(arguments, arguments.folder or export_onnx(arguments.model, Path(temporary) / "onnx"))
 
 
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    """Print the figures and write them."""
+    """Print the times and write them."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     graphs = {path.stem: onnxruntime.InferenceSession(path, options) for path in folder.glob("*.onnx")}
@@ -58,15 +58,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             "torch": lambda: codec.decode(codes),
             "ONNX Runtime": lambda: graphs["codec_decoder"].run(None, {"codes": codes.numpy()}),
         },
-        "reading a caption": {
+        "encoding a caption": {
             "torch": lambda: encoder.encode([CAPTION]),
             "ONNX Runtime": lambda: graphs["text_encoder"].run(None, {"input_ids": ids, "attention_mask": mask}),
         },
     }
     results = {name: summary(paired(case, arguments.rounds, name), "ONNX Runtime") for name, case in cases.items()}
     for name, case in results.items():
-        told = ", ".join(f"{kind} {metrics['median_ms']:.2f} ms" for kind, metrics in case.items())
-        print(f"{name}: {told}; torch takes {case['torch']['ratio']:.2f} times as long")
+        times = ", ".join(f"{kind} {metrics['median_ms']:.2f} ms" for kind, metrics in case.items())
+        print(f"{name}: {times}; torch takes {case['torch']['ratio']:.2f} times as long")
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     where = environment() | {"onnxruntime": onnxruntime.__version__}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,10 @@ import torch
 from omegaconf import OmegaConf
 from scipy import stats
 
-from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
+from benchmarks.held_out import ATTRIBUTES, FRAMES, HeldOutMusic
 from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
-from ssmttm.generation.loading import load_model, open_model_folder
+from ssmttm.generation.loading import load_language_model, open_model_folder
 from ssmttm.reports.tables import markdown_table
 from ssmttm.training.tasks.lm import LanguageModelTask
 
@@ -39,22 +39,22 @@ def cross_entropy(model: str, store: str, batch_size: int = 8) -> float:
     settings = config.load("experiment=tinyttm_lm", "task=lm", f"data.store={store}", f"data.batch_size={batch_size}")
     settings = OmegaConf.merge(settings, {"model": folder.config.model, "pattern": folder.config.pattern})
     task = LanguageModelTask(settings)
-    modules, loader = {"model": load_model(folder)}, task.loader("test", batch_size, 0, 1)
+    modules, loader = {"model": load_language_model(folder)}, task.loader("test", batch_size, 0, 1)
     batches = [loader.batch(n) for n in range(len(loader) // batch_size)]
     denominators = sum(task.loss_denominators(batch) for batch in batches)
     return sum(task.validation(modules, batch, denominators, 0)["cross_entropy"].item() for batch in batches)
 
 
-def music_metrics(model: str, judge: Judge, seed: int) -> dict[str, float]:
-    """Metrics of music for the judge's captions, sampled with the model's default guidance."""
+def music_metrics(model: str, music: HeldOutMusic, seed: int) -> dict[str, float]:
+    """Metrics of music for the captions, sampled with the model's default guidance."""
     pipe = MusicPipeline.from_pretrained(model, "cpu")
-    captions = [prompt.caption for prompt in judge.prompts]
+    captions = [prompt.caption for prompt in music.prompts]
     seeds = [1_000 * seed + i for i in range(len(captions))]
     audios = [
-        pipe(captions[i : i + 16], FRAMES / judge.codec.frame_rate, seeds=seeds[i : i + 16]).audios[:, 0]
+        pipe(captions[i : i + 16], FRAMES / music.codec.frame_rate, seeds=seeds[i : i + 16]).audios[:, 0]
         for i in range(0, len(captions), 16)
     ]
-    return judge.embeddings(torch.cat(audios))
+    return music.audio_metrics(torch.cat(audios))
 
 
 def cost(model: str) -> dict[str, float]:
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    judge = Judge(arguments.store, arguments.prompts)
+    music = HeldOutMusic(arguments.store, arguments.prompts)
     document = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    metadata = {"environment": environment(), "prompts": arguments.prompts, "store": judge.store.fingerprint}
+    metadata = {"environment": environment(), "prompts": arguments.prompts, "store": music.store.fingerprint}
     if any(document.get(key, value) != value for key, value in metadata.items() if key != "environment"):
         raise SystemExit(f"{RESULTS} holds metrics of other prompts: move it away")
     students = document.setdefault("students", {})
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = students.setdefault(student, {"seeds": {}})
         if seed not in row["seeds"]:
             loss = cross_entropy(run, arguments.store)
-            row["seeds"][seed] = {"cross_entropy": loss} | music_metrics(run, judge, int(seed))
+            row["seeds"][seed] = {"cross_entropy": loss} | music_metrics(run, music, int(seed))
         if "parameters" not in row:
             row |= cost(run)
         RESULTS.write_text(json.dumps(document | metadata, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""One stage against two, samplers, and what a denoiser costs by length.
+"""One stage against two, samplers, guidance, melody, and the cost of denoisers by length.
 
     ssmttm sweep sweep=two_stage_tiny store=STORE && ssmttm sweep sweep=denoisers_tiny store=STORE
     python -m benchmarks.two_stage compare STORE runs/sweeps/two_stage_tiny
@@ -7,9 +7,9 @@
     python -m benchmarks.two_stage melody STORE tiny_two_stage
     python -m benchmarks.two_stage length
 
-Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one; all music
-is held out: the test split, and for `guidance`, by which settings are chosen, the validation split. Shapes: n prompts,
-K codebooks, T frames.
+Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one, and the
+music is that of its test split; `guidance`, which selects settings, uses the validation split. Shapes: n prompts, K
+codebooks, T frames.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.judge import ATTRIBUTES, FRAMES, Judge
+from benchmarks.held_out import ATTRIBUTES, FRAMES, HeldOutMusic
 from benchmarks.paired import environment, paired
 from ssmttm import MusicPipeline, config
 from ssmttm.audio.features import frame_chroma
@@ -44,126 +44,130 @@ from ssmttm.sweeps.report import interval
 from ssmttm.text.condition import TextCondition
 
 RESULTS = Path(__file__).parent / "results"
-FIGURES = ("mel", "fad", "kad", *ATTRIBUTES)
-TITLES = ["mel distance", "FAD", "KAD", "family heard", "tempo class heard", "mode heard"]
+METRICS = ("mel", "fad", "kad", *ATTRIBUTES)
+TITLES = ["mel distance", "FAD", "KAD", "family accuracy", "tempo class accuracy", "mode accuracy"]
 
 
 def compare(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
     """Every system of the sweep two_stage_tiny, seed by seed."""
-    judge, jobs = Judge(arguments.store, arguments.prompts), Path(arguments.sweep) / "jobs"
-    captions = [prompt.caption for prompt in judge.prompts]
-    text, null = judge.text()
+    music, jobs = HeldOutMusic(arguments.store, arguments.prompts), Path(arguments.sweep) / "jobs"
+    captions = [prompt.caption for prompt in music.prompts]
+    text, null = music.text()
 
-    def painted(seed: int, part: str) -> Tensor:
-        second_stage = load_painter(jobs / f"{part}-seed{seed}" / "run", judge)
+    def from_true_codes(seed: int, part: str) -> Tensor:
+        second_stage = load_second_stage(jobs / f"{part}-seed{seed}" / "run", music)
         seeds = [1_000 * seed + i for i in range(len(captions))]
-        return second_stage.generate(judge.codes[:, :1], SecondStageInputs(text, null, seeds))
+        return second_stage.generate(music.codes[:, :1], SecondStageInputs(text, null, seeds))
 
     def sampled(seed: int, first: str, second: str | None) -> Tensor:
         second_stage = None if second is None else jobs / f"{second}-seed{seed}" / "run"
         pipe = MusicPipeline.from_pretrained(jobs / f"{first}-seed{seed}" / "run", second_stage=second_stage)
         seeds = [1_000 * seed + i for i in range(len(captions))]
-        made = [pipe(captions[i : i + 16], FRAMES / judge.codec.frame_rate, seeds=seeds[i : i + 16]).codes
-                for i in range(0, len(captions), 16)]  # fmt: skip
-        return torch.cat(made)
+        parts = [pipe(captions[i : i + 16], FRAMES / music.codec.frame_rate, seeds=seeds[i : i + 16]).codes
+                 for i in range(0, len(captions), 16)]  # fmt: skip
+        return torch.cat(parts)
 
     systems: dict[str, Callable[[int], Tensor]] = {
-        "true sketch + painter": lambda seed: painted(seed, "generate"),
-        "true sketch + regression": lambda seed: painted(seed, "regression"),
-        "two stages: sampled sketch + painter": lambda seed: sampled(seed, "coarse_codes", "generate"),
-        "sampled sketch + regression": lambda seed: sampled(seed, "coarse_codes", "regression"),
+        "true coarse codes + diffusion": lambda seed: from_true_codes(seed, "stage2"),
+        "true coarse codes + regression": lambda seed: from_true_codes(seed, "regression"),
+        "two stages: sampled coarse codes + diffusion": lambda seed: sampled(seed, "stage1", "stage2"),
+        "sampled coarse codes + regression": lambda seed: sampled(seed, "stage1", "regression"),
         "single stage": lambda seed: sampled(seed, "single", None),
     }
-    found = {"true music": [judge.embeddings(judge.true)], "codec alone (all true codes)": [judge.metrics(judge.codes)]}
-    found["true sketch alone (first codebook)"] = [judge.metrics(judge.codes[:, :1])]
+    found = {
+        "true music": [music.audio_metrics(music.true)],
+        "codec reconstruction (all true codes)": [music.metrics(music.codes)],
+        "true coarse codes only (first codebook)": [music.metrics(music.codes[:, :1])],
+    }
     for name, make in systems.items():
-        found[name] = [judge.metrics(make(seed)) for seed in tqdm(arguments.seeds, desc=name, unit="seed")]
+        found[name] = [music.metrics(make(seed)) for seed in tqdm(arguments.seeds, desc=name, unit="seed")]
         if "sampled" in name or "single" in name:
             for metrics in found[name]:
-                metrics.pop("mel")  # another piece than the true one
+                metrics.pop("mel")  # not the same music
     rows = [["", *TITLES]]
     for name, seeds in found.items():
-        rows.append([name, *(interval(np.array([f[k] for f in seeds])) if k in seeds[0] else "" for k in FIGURES)])
+        rows.append([name, *(interval(np.array([f[k] for f in seeds])) if k in seeds[0] else "" for k in METRICS)])
     return rows, {"prompts": len(captions), "systems": found}
 
 
 def samplers(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
-    """True sketches painted by each network, objective, sampler and number of steps."""
-    judge, jobs = Judge(arguments.store, arguments.prompts), Path(arguments.sweep) / "jobs"
-    text, null = judge.text()
-    rows, found = [["network", "objective", "sampler", "steps", "evaluations", "seconds a 10 s piece", *TITLES]], []
+    """Second stages on true coarse codes by network, objective, sampler and number of steps."""
+    music, jobs = HeldOutMusic(arguments.store, arguments.prompts), Path(arguments.sweep) / "jobs"
+    text, null = music.text()
+    rows, found = [["network", "objective", "sampler", "steps", "evaluations", "seconds per 10 s clip", *TITLES]], []
     for job in sorted(jobs.iterdir()):
         network, objective = job.name.split("-")[0].split("_")
-        second_stage = load_painter(job / "run", judge)
+        second_stage = load_second_stage(job / "run", music)
         for sampler in SAMPLERS[objective] if network == "ssm" else SAMPLERS[objective][:1]:
             for steps in arguments.steps:
                 settings = SamplerSettings(objective, sampler, steps)
                 second_stage.settings = replace(second_stage.settings, sampler=settings)
-                inputs = SecondStageInputs(text, null, list(range(len(judge.prompts))))
-                metrics = judge.metrics(second_stage.generate(judge.codes[:, :1], inputs))
-                piece = seconds_a_piece(second_stage, judge.codes[:1, :1], inputs.rows(slice(1)))
+                inputs = SecondStageInputs(text, null, list(range(len(music.prompts))))
+                metrics = music.metrics(second_stage.generate(music.codes[:, :1], inputs))
+                seconds = seconds_per_clip(second_stage, music.codes[:1, :1], inputs.select_rows(slice(1)))
                 found.append({"network": network, "objective": objective, "sampler": sampler, "steps": steps,
-                              "evaluations": settings.n_evaluations, "seconds": piece, **metrics})  # fmt: skip
-                cells = [network, objective, sampler, str(steps), str(settings.n_evaluations), f"{piece:.2f}"]
-                rows.append([*cells, *(f"{metrics[k]:.3f}" for k in FIGURES)])
+                              "evaluations": settings.n_evaluations, "seconds": seconds, **metrics})  # fmt: skip
+                cells = [network, objective, sampler, str(steps), str(settings.n_evaluations), f"{seconds:.2f}"]
+                rows.append([*cells, *(f"{metrics[k]:.3f}" for k in METRICS)])
                 print(" | ".join(rows[-1]), flush=True)
-    return rows, {"prompts": len(judge.prompts), "threads": torch.get_num_threads(), "rows": found}
+    return rows, {"prompts": len(music.prompts), "threads": torch.get_num_threads(), "rows": found}
 
 
 def guidance(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
-    """True sketches of the validation split painted by each run at each scale, towards text and sketch alike."""
-    judge = Judge(arguments.store, arguments.prompts, split="valid")
-    text, null = judge.text()
+    """Each run on true coarse codes of the validation split, by guidance scale (of text and coarse codes)."""
+    music = HeldOutMusic(arguments.store, arguments.prompts, split="valid")
+    text, null = music.text()
     rows, found = [["run", "scale", *TITLES]], []
     for run in arguments.runs:
-        folder, second_stage = open_model_folder(run, task="diffusion"), load_painter(run, judge)
-        told = {"objective": folder.config.diffusion.objective, "step": int(folder.card["step"])}
+        folder, second_stage = open_model_folder(run, task="diffusion"), load_second_stage(run, music)
+        run_info = {"objective": folder.config.diffusion.objective, "step": int(folder.card["step"])}
         for scale in arguments.scales:
             second_stage.settings = replace(second_stage.settings, guidance_scale=scale, coarse_guidance_scale=scale)
-            codes = second_stage.generate(judge.codes[:, :1], SecondStageInputs(text, null, list(range(len(judge.prompts)))))
-            found.append({**told, "scale": scale, **judge.metrics(codes)})
-            cells = [f"{told['objective']}, {told['step']} steps", f"{scale:g}"]
-            rows.append([*cells, *(f"{found[-1][k]:.3f}" for k in FIGURES)])
+            inputs = SecondStageInputs(text, null, list(range(len(music.prompts))))
+            codes = second_stage.generate(music.codes[:, :1], inputs)
+            found.append({**run_info, "scale": scale, **music.metrics(codes)})
+            cells = [f"{run_info['objective']}, {run_info['step']} steps", f"{scale:g}"]
+            rows.append([*cells, *(f"{found[-1][k]:.3f}" for k in METRICS)])
             print(" | ".join(rows[-1]), flush=True)
-    return rows, {"prompts": len(judge.prompts), "rows": found}
+    return rows, {"prompts": len(music.prompts), "rows": found}
 
 
 def melody(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
-    """Captions of some pieces under the melodies of others: how much of the melody is heard, and of the caption."""
-    judge = Judge(arguments.store, arguments.prompts)
+    """Captions with the melodies of other clips: chroma similarity to the melody, and agreement with the caption."""
+    music = HeldOutMusic(arguments.store, arguments.prompts)
     pipe = MusicPipeline.from_pretrained(arguments.model)
-    text, null = judge.text()
-    seeds, rate = list(range(len(judge.prompts))), judge.codec.sample_rate
-    others = judge.true.roll(1, 0)  # [n, S]: prompts are balanced in families by turns, so that these differ in theirs
-    told = Controls(chroma=frame_chroma(others, rate, FRAMES))
+    text, null = music.text()
+    seeds, rate = list(range(len(music.prompts))), music.codec.sample_rate
+    others = music.true.roll(1, 0)  # [n, S]; prompts alternate between families, so these have other families
+    controls = Controls(chroma=frame_chroma(others, rate, FRAMES))
 
-    def made(controls: Controls) -> Tensor:
-        """[n, K, T], the melody told to those stages that hear it."""
-        embeddings, painted = controls.supported_by(pipe.model.config), controls.supported_by(pipe.second_stage.model.config)
-        coarse_codes = generate(pipe.model, text, null, pipe.pattern, FRAMES, Sampling(), seeds, controls=embeddings)
-        return pipe.second_stage.generate(coarse_codes, SecondStageInputs(text, null, seeds, painted))
+    def generated(controls: Controls) -> Tensor:
+        """[n, K, T], with controls for the stages that support them."""
+        first, second = (controls.supported_by(model.config) for model in (pipe.model, pipe.second_stage.model))
+        coarse_codes = generate(pipe.model, text, null, pipe.pattern, FRAMES, Sampling(), seeds, controls=first)
+        return pipe.second_stage.generate(coarse_codes, SecondStageInputs(text, null, seeds, second))
 
     def decoded(codes: Tensor) -> Tensor:
-        return torch.cat([judge.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : others.shape[1]]
+        return torch.cat([music.codec.decode(part)[:, 0] for part in codes.split(8)])[:, : others.shape[1]]
 
     systems = {
         "the melody's own music": lambda: others,
-        "the same through the codec": lambda: decoded(judge.codes.roll(1, 0)),
-        "caption and melody": lambda: decoded(made(told)),
-        "caption alone": lambda: decoded(made(Controls())),
-        "the caption's own music": lambda: judge.true,
+        "the same after codec reconstruction": lambda: decoded(music.codes.roll(1, 0)),
+        "caption and melody": lambda: decoded(generated(controls)),
+        "caption alone": lambda: decoded(generated(Controls())),
+        "the caption's own music": lambda: music.true,
     }
     rows, found = [["", "chroma similarity", *TITLES[1:]]], {}
     for name, make in systems.items():
         wav = make()
         similarity = chroma_similarity(wav, others, rate).tolist()
-        found[name] = {"chroma_similarity": similarity, **judge.embeddings(wav)}
-        rows.append([name, interval(np.array(similarity)), *(f"{found[name][k]:.3f}" for k in FIGURES[1:])])
-    return rows, {"prompts": len(judge.prompts), "model": str(arguments.model), "systems": found}
+        found[name] = {"chroma_similarity": similarity, **music.audio_metrics(wav)}
+        rows.append([name, interval(np.array(similarity)), *(f"{found[name][k]:.3f}" for k in METRICS[1:])])
+    return rows, {"prompts": len(music.prompts), "model": str(arguments.model), "systems": found}
 
 
 def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
-    """Milliseconds of one evaluation of each network, batch 1, by seconds of music at 25 Hz, untrained."""
+    """Milliseconds of one evaluation of each untrained network, batch 1, by seconds of music at 25 Hz."""
     torch.manual_seed(0)
     text = TextCondition.stack([torch.randn(16, 384)])
     names = ("ssm", "dit", "unet")
@@ -185,20 +189,20 @@ def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
     return rows, {"milliseconds": found, "exponents": exponents}
 
 
-def seconds_a_piece(second_stage: SecondStage, coarse_codes: Tensor, inputs: SecondStageInputs) -> float:
-    """Time to paint one sketch [1, 1, T], as of 10 s, the median of three."""
+def seconds_per_clip(second_stage: SecondStage, coarse_codes: Tensor, inputs: SecondStageInputs) -> float:
+    """Median time of three runs on coarse codes [1, 1, T], scaled to 10 s."""
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         second_stage.generate(coarse_codes, inputs)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return float(np.median(times)) * 10 * second_stage.codec.frame_rate / coarse_codes.shape[-1]
 
 
-def load_painter(run: Path, judge: Judge) -> SecondStage:
-    """The painter of a run, its codec the judge's."""
+def load_second_stage(run: Path, music: HeldOutMusic) -> SecondStage:
+    """The second stage of a run, with the music's codec."""
     folder = open_model_folder(run, task="diffusion")
-    return SecondStage(load_denoiser(folder), judge.codec, SecondStageConfig.of(folder.config))
+    return SecondStage(load_denoiser(folder), music.codec, SecondStageConfig.from_config(folder.config))
 
 
 KINDS = {"compare": compare, "samplers": samplers, "guidance": guidance, "melody": melody, "length": length}

@@ -1,28 +1,34 @@
-"""How a run begins: with a source's tracks, with the built-in composer, or with a store that exists.
+"""Input sources: the tracks of a data set, WebDataset archives, the built-in composer, an existing store.
 
-Each opening makes the segments that the later stages work on, shard by shard.
+An input source makes the segments that the later stages process, shard by shard.
 """
 
+import argparse
 import csv
 import json
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.audio.decode import Limits
+from data_prep.audio.quality import Filters
 from data_prep.run import Run
 from data_prep.shard_task import Counts, ShardResult, ShardTask, stage_folder
-from data_prep.sources.archives.webdataset import archives_of, unpack, unpacked
-from data_prep.sources.references import References
+from data_prep.sources import SOURCES
+from data_prep.sources.archives.webdataset import find_archives, read_unpacked, unpack_shard
+from data_prep.sources.evaluation_sets import EvaluationSet, read_evaluation_set
 from data_prep.stages.cut import Cut, cut_shard
 from data_prep.stages.pack import DECONTAMINATION, REJECTED_CSV
-from data_prep.stages.plan import shards_of, write_plan
+from data_prep.stages.plan import file_stamp, planned_shards, write_plan
 from data_prep.stages.segments import ROWS_FILE, Segments
-from data_prep.stages.selection import Decontamination, fingerprint_files, select_shards
+from data_prep.stages.select import DecontaminationSet, fingerprint_files, select_shards
 from data_prep.tables import REJECTED, REJECTED_FILE, write_rows
 from data_prep.track import Rejection, Track
 from ssmttm import audio
@@ -30,45 +36,39 @@ from ssmttm.data.store import SCHEMA, audio_inside, open_store
 from ssmttm.errors import UserError
 from ssmttm.files import config_hash, file_sha256
 
-_REFERENCE_FILES = 64  # a shard
-_STORE_ROWS = 512  # a shard
-_REPORTED = (REJECTED_CSV, DECONTAMINATION)
+_FILES_PER_SHARD = 64  # of an evaluation set
+_ROWS_PER_SHARD = 512  # of a store
+Stages = tuple[tuple[str, bool], ...]  # name, has many shards
 
 
 class InputSource(Protocol):
-    """Where the segments come from.
+    """Where segments come from."""
 
-    Attributes:
-        stages: name of each stage, and whether it is made of many shards.
-        sample_rate: Hz of the segments.
-        seconds: their length.
-    """
+    stages: Stages
+    sample_rate: int  # of the segments, in Hz
+    seconds: float  # maximum length of a segment
 
-    stages: tuple[tuple[str, bool], ...]
-    sample_rate: int
-    seconds: float
-
-    def facts(self) -> dict[str, Any]:
-        """Everything that decides the segments, for the store's config: `source`, and what was done to them since."""
+    def metadata(self) -> dict[str, Any]:
+        """Everything that decides the segments, for the store's config: `source`, and earlier processing."""
 
     def segments(self, run: Run) -> list[Segments]:
-        """Make them."""
+        """Make the segments."""
 
 
 class TrackInput:
-    """A source's tracks: planned, cut, selected.
+    """The tracks of a source: planned, cut and selected.
 
     Args:
         name: of the source.
-        root: of the source's files.
-        tracks: what the source yields.
+        root: folder of its files.
+        tracks: items of the source.
         cut: how files become segments.
-        licence: of tracks that name none; None refuses them.
-        policy: which licences come in, a key of `ssmttm.licences.POLICIES`.
-        against: evaluation sets that are kept out.
+        licence: of tracks that state none; None rejects them.
+        policy: a key of `ssmttm.licences.POLICIES`.
+        evaluation_sets: sets to exclude.
     """
 
-    stages = (("plan", False), ("reference", True), ("cut", True), ("select", False))
+    stages: Stages = (("plan", False), ("reference", True), ("cut", True), ("select", False))
 
     def __init__(
         self,
@@ -78,70 +78,61 @@ class TrackInput:
         cut: Cut,
         licence: str | None = None,
         policy: str = "research-nc",
-        against: Sequence[References] = (),
+        evaluation_sets: Sequence[EvaluationSet] = (),
     ) -> None:
         self.sample_rate, self.seconds = cut.sample_rate, cut.segment
         self._name, self._root, self._tracks, self._cut = name, root.resolve(), tracks, cut
-        self._licence, self._policy, self._against = licence, policy, against
+        self._licence, self._policy, self._evaluation_sets = licence, policy, evaluation_sets
 
-    def facts(self) -> dict[str, Any]:
-        """The source's name, how it is cut, and what is kept out."""
-        against = sorted(set_.name for set_ in self._against)
-        return {"source": {"name": self._name, "cut": self._cut.settings(), "against": against}}
+    def metadata(self) -> dict[str, Any]:
+        """Name of the source, settings of the cut, names of the excluded sets."""
+        excluded = sorted(set_.name for set_ in self._evaluation_sets)
+        return {"source": {"name": self._name, "cut": self._cut.settings(), "excluded_eval_sets": excluded}}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
-        root, tracks = self._found(run)
+        root, tracks = self._root_and_tracks(run)
         plan = run.run_single("plan", partial(write_plan, tracks, root, self._licence, self._policy))
-        if not shards_of(plan):
+        shards = planned_shards(plan)
+        if not shards:
             return []
-        against = _fingerprinted(run, self._against)
+        excluded = _fingerprint(run, self._evaluation_sets)
         folder = stage_folder(run.root, "cut", {"source": self._name, **self._cut.settings()})
-        works = [
+        tasks = [
             ShardTask(folder / key, inputs, partial(cut_shard, root, plan, index, self._cut))
-            for index, (key, inputs) in enumerate(shards_of(plan))
+            for index, (key, inputs) in enumerate(shards)
         ]
-        return _selected(run, run.run_stage("cut", works), against, self._cut.modifications)
+        return _select(run, run.run_stage("cut", tasks), excluded, self._cut.modifications)
 
-    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
-        """The tracks, and the folder that their paths start from."""
+    def _root_and_tracks(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
         return self._root, self._tracks
 
 
 class ArchiveInput(TrackInput):
-    """The samples of WebDataset archives, unpacked one archive a shard; `root` is an archive or a folder of them.
+    """The samples of WebDataset archives: `root` is an archive or a folder of them, a shard each. Raises UserError."""
 
-    Raises:
-        UserError: there is no archive.
-    """
-
-    stages = (("unpack", True), *TrackInput.stages)
+    stages: Stages = (("unpack", True), *TrackInput.stages)
 
     def __init__(
-        self, root: Path, cut: Cut, licence: str | None, policy: str, against: Sequence[References] = ()
+        self, root: Path, cut: Cut, licence: str | None, policy: str, evaluation_sets: Sequence[EvaluationSet] = ()
     ) -> None:
-        super().__init__("webdataset", root, (), cut, licence, policy, against)
-        self._archives = archives_of(self._root)
+        super().__init__("webdataset", root, (), cut, licence, policy, evaluation_sets)
+        self._archives = find_archives(self._root)
 
-    def _found(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
+    def _root_and_tracks(self, run: Run) -> tuple[Path, Iterable[Track | Rejection]]:
         folder = stage_folder(run.root, "unpack", {})
-        works = []
+        tasks = []
         for index, archive in enumerate(self._archives):
-            stamp = [str(archive), archive.stat().st_size, archive.stat().st_mtime_ns]
-            works.append(ShardTask(folder / f"{index:05d}", config_hash({"archive": stamp}), partial(unpack, archive)))
-        done = run.run_stage("unpack", works)
-        return folder, (item for shard in done for item in unpacked(shard.folder))
+            inputs = config_hash({"archive": [str(archive), file_stamp(archive)]})
+            tasks.append(ShardTask(folder / f"{index:05d}", inputs, partial(unpack_shard, archive)))
+        results = run.run_stage("unpack", tasks)
+        return folder, (item for shard in results for item in read_unpacked(shard.folder))
 
 
 class BuiltinInput:
-    """Music composed and rendered here.
+    """Music of the built-in composer: at least `hours`; another `seed` gives other music."""
 
-    Args:
-        hours: at least this much.
-        seed: another seed, other music.
-    """
-
-    stages = (("render", True), ("select", False))
+    stages: Stages = (("render", True), ("select", False))
 
     def __init__(self, hours: float, seed: int) -> None:
         from data_prep.builtin import corpus
@@ -149,61 +140,57 @@ class BuiltinInput:
         self._corpus, self._hours, self._seed = corpus, hours, seed
         self.sample_rate, self.seconds = corpus.SAMPLE_RATE, corpus.SEGMENT
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Version of the composer, hours and seed."""
         version = self._corpus.VERSION
         return {"source": {"name": "builtin", "version": version, "hours": self._hours, "seed": self._seed}}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
-        made = run.run_stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed))
-        return _selected(run, made, [], f"{self.seconds:g} s segment")
+        rendered = run.run_stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed))
+        return _select(run, rendered, [], f"{self.seconds:g} s segment")
 
 
 class StoreInput:
-    """The segments of a store with audio, as they are: for another codec, text encoder or captions.
+    """The segments of a store, for another codec, text encoder or captions. Raises UserError if it has no audio."""
 
-    Args:
-        root: the store; it may be the folder that the new store is written to.
-
-    Raises:
-        UserError: there is no store, or it keeps no audio.
-    """
-
-    stages = (("take", True),)
+    stages: Stages = (("copy", True),)
 
     def __init__(self, root: Path) -> None:
         if not ((root / "manifest.parquet").is_file() and (root / "prep.json").is_file()):
             open_store(root)
+        if (root / "quarantine.csv").is_file() and not (root / REJECTED_CSV).is_file():
+            raise UserError(f"{root / 'quarantine.csv'} is now named {REJECTED_CSV}: rename it")
         self._root, self._rows = root.resolve(), pq.read_table(root / "manifest.parquet")
         self._config = json.loads((root / "prep.json").read_text(encoding="utf-8"))["config"]
         files = [audio_inside(self._root, name) for name in self._rows["audio"].to_pylist()]
-        outside = next((id for id in self._rows["id"].to_pylist() if "/" in id or "\0" in id), None)
-        if outside is not None:
-            raise UserError(f"{root} has a segment {outside!r}, which is no file's name: it is not to be trusted")
+        invalid = next((id for id in self._rows["id"].to_pylist() if "/" in id or "\0" in id), None)
+        if invalid is not None:
+            raise UserError(f"{root} has a segment {invalid!r}, which is not a valid file name")
         self.sample_rate = audio.read_part(files[0], 0, 1)[1]
         self.seconds = max(self._rows["duration"].to_pylist())
 
-    def facts(self) -> dict[str, Any]:
-        """What the store's own segments were decided by."""
+    def metadata(self) -> dict[str, Any]:
+        """The config of the store, except for codec and text encoder."""
         return {name: self._config.get(name) for name in ("source", "vocals", "captions")}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
-        folder = stage_folder(run.root, "take", {"root": str(self._root)})
-        told = [file_sha256(file) for name in _REPORTED if (file := self._root / name).is_file()]
-        works = []
-        for index, first in enumerate(range(0, len(self._rows), _STORE_ROWS)):
-            rows = [_without_codes(row) for row in self._rows.slice(first, _STORE_ROWS).to_pylist()]
-            make = partial(take_shard, pa.Table.from_pylist(rows, SCHEMA), self._root if index == 0 else None)
-            inputs = config_hash({"rows": rows, "told": told if index == 0 else []})
-            works.append(ShardTask(folder / f"{index:05d}", inputs, make))
-        done = run.run_stage("take", works)
-        return [Segments(shard.folder.name, shard.folder / ROWS_FILE, self._root, shard.outputs) for shard in done]
+        folder = stage_folder(run.root, "copy", {"root": str(self._root)})
+        files = [self._root / REJECTED_CSV, self._root / DECONTAMINATION]
+        reports = [file_sha256(file) for file in files if file.is_file()]
+        tasks = []
+        for index, first in enumerate(range(0, len(self._rows), _ROWS_PER_SHARD)):
+            rows = [_without_codes(row) for row in self._rows.slice(first, _ROWS_PER_SHARD).to_pylist()]
+            make = partial(copy_shard, pa.Table.from_pylist(rows, SCHEMA), self._root if index == 0 else None)
+            inputs = config_hash({"rows": rows, "reports": reports if index == 0 else []})
+            tasks.append(ShardTask(folder / f"{index:05d}", inputs, make))
+        results = run.run_stage("copy", tasks)
+        return [Segments(shard.folder.name, shard.folder / ROWS_FILE, self._root, shard.outputs) for shard in results]
 
 
-def take_shard(rows: pa.Table, root: Path | None, folder: Path) -> Counts:
-    """Write rows of a store; with the first ones, what the store of `root` tells of refusals."""
+def copy_shard(rows: pa.Table, root: Path | None, folder: Path) -> Counts:
+    """Write rows of a store; with `root` also the store's rejections and decontamination report."""
     pq.write_table(rows, folder / ROWS_FILE)
     if root is not None and (root / REJECTED_CSV).is_file():
         with open(root / REJECTED_CSV, encoding="utf-8", newline="") as file:
@@ -213,38 +200,93 @@ def take_shard(rows: pa.Table, root: Path | None, folder: Path) -> Counts:
     return {"segments": len(rows), "seconds": sum(rows["duration"].to_pylist())}
 
 
+def input_source(arguments: argparse.Namespace) -> InputSource:
+    """The input source of a command line. Raises UserError for invalid values."""
+    if arguments.command == "builtin":
+        if not (math.isfinite(arguments.hours) and arguments.hours > 0):
+            raise UserError(f"--hours must be above 0, got {arguments.hours:g}")
+        return BuiltinInput(arguments.hours, arguments.seed)
+    root, out = arguments.root, arguments.out
+    if arguments.command == "pack":
+        in_place = out is None or out.resolve() == root.resolve()
+        if in_place and (arguments.vocals != "keep" or arguments.captions != "source" or arguments.rephrase):
+            raise UserError("--vocals, --captions and --rephrase change a store's segments: give a new store as --out")
+        return StoreInput(root)
+    if not (root.is_dir() or (arguments.command == "webdataset" and root.is_file())):
+        raise UserError(f"no folder {root}: give the data set's folder as --root")
+    if (root / "store.json").is_file():
+        raise UserError(f"{root} is a store: encode or caption it again with `python -m data_prep pack --root {root}`")
+    if out.resolve() == root.resolve():
+        raise UserError(f"--out is the same folder as --root ({root}): give another folder for the store")
+    evaluation_sets = [read_evaluation_set(path) for path in arguments.exclude_eval_sets]
+    cut, licence, policy = _cut(arguments), arguments.licence, arguments.policy
+    if arguments.command == "webdataset":
+        return ArchiveInput(root, cut, licence, policy, evaluation_sets)
+    tracks = SOURCES[arguments.command].tracks(root, arguments.index)
+    return TrackInput(arguments.command, root, tracks, cut, licence, policy, evaluation_sets)
+
+
+def _cut(arguments: argparse.Namespace) -> Cut:
+    rate = arguments.sample_rate or _codec_rate(arguments.codec)
+    for option, value, low, high in (
+        ("--segment", arguments.segment, 1.0, 3600.0),
+        ("--sample-rate", rate, 1_000, 192_000),
+        ("--max-silence", arguments.max_silence, 0.0, 1.0),
+        ("--max-clipped", arguments.max_clipped, 0.0, 1.0),
+        ("--min-bandwidth", arguments.min_bandwidth, 0.0, 96_000.0),
+        ("--max-hours", arguments.max_hours, 0.001, 1000.0),
+        ("--max-bytes", arguments.max_bytes, 1, 1 << 62),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{option} must be in [{low:g}, {high:g}], got {value:g}")
+    filters = Filters(
+        arguments.max_silence, arguments.max_clipped, arguments.min_bandwidth, dual_mono=not arguments.reject_dual_mono
+    )
+    limits = Limits(max_seconds=arguments.max_hours * 3600, max_bytes=arguments.max_bytes)
+    return Cut(rate, arguments.segment, arguments.tail, filters, limits)
+
+
+def _codec_rate(codec: str) -> int:
+    if codec == "none":
+        return 24_000
+    from ssmttm.codecs import load_codec
+
+    return load_codec(codec).sample_rate
+
+
 def _without_codes(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row.get(name) for name in SCHEMA.names} | {"shard": -1, "offset": 0, "frames": 0}
 
 
-def _selected(run: Run, cuts: Sequence[ShardResult], against: Sequence[Decontamination], modifications: str) -> list[Segments]:
-    """The stage `select` over the first stage's shards."""
-    shards = [done.folder for done in cuts]
-    settings = {"modifications": modifications, "against": [set_.references.name for set_ in against]}
-    inputs = config_hash({"cuts": [done.outputs for done in cuts], "against": [set_.inputs for set_ in against]})
-    target = stage_folder(run.root, "select", settings) / "all"
-    (done,) = run.run_stage("select", [ShardTask(target, inputs, partial(select_shards, shards, against, modifications))])
-    chosen, hashes = [], done.hashes
-    for cut in cuts:
-        name = f"{cut.folder.name}/{ROWS_FILE}"
-        inputs = config_hash({"rows": hashes[name], "sound": cut.outputs})
-        chosen.append(Segments(cut.folder.name, target / name, cut.folder, inputs))
-    return chosen
-
-
-def _fingerprinted(run: Run, references: Sequence[References]) -> list[Decontamination]:
-    """The evaluation sets with the fingerprints of their audio."""
+def _fingerprint(run: Run, evaluation_sets: Sequence[EvaluationSet]) -> list[DecontaminationSet]:
+    """The stage `reference`: fingerprints of the audio of the evaluation sets."""
     folder = stage_folder(run.root, "reference", {})
-    works, owners = [], []
-    for number, set_ in enumerate(references):
-        for index, first in enumerate(range(0, len(set_.audio), _REFERENCE_FILES)):
-            files = [file.resolve() for file in set_.audio[first : first + _REFERENCE_FILES]]
-            stamps = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-            make = partial(fingerprint_files, files)
-            works.append(ShardTask(folder / f"{number:02d}-{index:05d}", config_hash({"files": stamps}), make))
-            owners.append(set_)
-    done = run.run_stage("reference", works)
-    return [
-        Decontamination(set_, tuple(shard for shard, owner in zip(done, owners, strict=True) if owner is set_))
-        for set_ in references
-    ]
+    tasks: list[list[ShardTask]] = []  # by set
+    for number, set_ in enumerate(evaluation_sets):
+        tasks.append([])
+        for index, first in enumerate(range(0, len(set_.audio), _FILES_PER_SHARD)):
+            files = [file.resolve() for file in set_.audio[first : first + _FILES_PER_SHARD]]
+            inputs = config_hash({"files": [[str(file), file_stamp(file)] for file in files]})
+            target = folder / f"{number:02d}-{index:05d}"
+            tasks[-1].append(ShardTask(target, inputs, partial(fingerprint_files, files)))
+    results = iter(run.run_stage("reference", [task for own in tasks for task in own]))
+    pairs = zip(evaluation_sets, tasks, strict=True)
+    return [DecontaminationSet(set_, tuple(islice(results, len(own)))) for set_, own in pairs]
+
+
+def _select(
+    run: Run, cuts: Sequence[ShardResult], excluded: Sequence[DecontaminationSet], modifications: str
+) -> list[Segments]:
+    """The stage `select`, over the shards of `cut` or `render`."""
+    settings = {"modifications": modifications, "excluded": [set_.evaluation_set.name for set_ in excluded]}
+    inputs = config_hash({"cuts": [cut.outputs for cut in cuts], "excluded": [set_.inputs for set_ in excluded]})
+    target = stage_folder(run.root, "select", settings) / "all"
+    make = partial(select_shards, [cut.folder for cut in cuts], excluded, modifications)
+    (result,) = run.run_stage("select", [ShardTask(target, inputs, make)])
+    hashes = result.hashes
+    segments = []
+    for cut in cuts:
+        rows = f"{cut.folder.name}/{ROWS_FILE}"
+        inputs = config_hash({"rows": hashes[rows], "audio": cut.outputs})
+        segments.append(Segments(cut.folder.name, target / rows, cut.folder, inputs))
+    return segments

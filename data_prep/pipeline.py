@@ -1,5 +1,6 @@
-"""From an opening to a store: the stages in their order, each skipped where it is not asked for."""
+"""From an input source to a store: the stages in order; those that are not requested are skipped."""
 
+import argparse
 import csv
 import json
 from collections.abc import Callable, Sequence
@@ -10,15 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.audio.quality import Filters
 from data_prep.audio.vocals import VocalDetection, VocalRemoval
 from data_prep.inputs import InputSource
 from data_prep.run import Finished, Run
 from data_prep.shard_task import DONE, Counts, ShardResult, ShardTask, stage_folder
-from data_prep.stages.captions.captions import CaptionOptions
-from data_prep.stages.captions.stage import caption_shard
-from data_prep.stages.codes import Coder, encode_shard
-from data_prep.stages.embed import Embedder, embed_shard
+from data_prep.stages.captions.stage import CaptionOptions, caption_shard
+from data_prep.stages.embed import TextOptions, embed_shard
+from data_prep.stages.encode import CodecOptions, Windows, encode_shard
 from data_prep.stages.pack import REJECTED_CSV, Parts, pack, write_rejected_csv
 from data_prep.stages.segments import Segments, with_results
 from data_prep.stages.vocals import detect_shard, remove_shard
@@ -29,146 +28,185 @@ from ssmttm.errors import UserError
 from ssmttm.files import clear_temporary_files, config_hash, write_text
 
 PACKED = "packed.json"
-ProcessingOption = VocalDetection | VocalRemoval | CaptionOptions | Coder | Embedder
+ShardFunction = Callable[..., Counts]
+_MAX_WINDOW_SECONDS = 30.0  # of the codec
+_BATCH_SIZES = {"cpu": Windows.batch, "cuda": 16}  # windows per batch
 
 
 @dataclass(frozen=True)
 class ProcessingOptions:
-    """What is to be done with the segments.
+    """How segments are processed."""
 
-    Attributes:
-        vocals: taken out, or a reason to refuse a segment; None leaves them.
-        captions: how captions are made; None leaves those that the source gives.
-        coder: None for a store of audio only.
-        embedder: None for a store without caption embeddings.
-    """
+    vocals: VocalDetection | VocalRemoval | None = None  # None keeps vocals
+    captions: CaptionOptions | None = None  # None keeps those of the source
+    codec: CodecOptions | None = None  # None for a store without codes
+    text: TextOptions | None = None  # None for a store without caption embeddings
 
-    vocals: VocalDetection | VocalRemoval | None = None
-    captions: CaptionOptions | None = None
-    coder: Coder | None = None
-    embedder: Embedder | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """Everything that decides what the stages after the opening make."""
+    def metadata(self) -> dict[str, Any]:
+        """Everything that decides segments and codes, for the store's config."""
         return {
             "vocals": self.vocals and {"how": type(self.vocals).__name__, **self.vocals.metadata()},
-            "captions": self.captions and self.captions.facts(),
-            "codec": self.coder and self.coder.facts(),
+            "captions": self.captions and self.captions.metadata(),
+            "codec": self.codec and self.codec.metadata(),
         }
 
-    @property
-    def stages(self) -> tuple[tuple[str, bool, bool], ...]:
-        """Name, whether of many shards, and whether it holds a model."""
-        asked = {"vocals": self.vocals, "captions": self.captions, "codes": self.coder, "text": self.embedder}
-        return tuple((name, True, True) for name, option in asked.items() if option is not None)
+
+def stage_list(source: InputSource, options: ProcessingOptions) -> list[tuple[str, bool, bool]]:
+    """The stages of a run in order: name, has many shards, runs a model."""
+    first = [(name, many, False) for name, many in source.stages]
+    models = {"vocals": options.vocals, "captions": options.captions, "codes": options.codec, "text": options.text}
+    requested = [(name, True, True) for name, option in models.items() if option is not None]
+    return [*first, *requested, ("pack", False, False)]
 
 
-def stages_of(opening: InputSource, options: ProcessingOptions) -> list[tuple[str, bool, bool]]:
-    """All stages of a run in order: name, whether of many shards, whether it holds a model."""
-    first = [(name, many, False) for name, many in opening.stages]
-    return [*first, *options.stages, ("pack", False, False)]
-
-
-def prepare(opening: InputSource, options: ProcessingOptions, out: Path, run: Run) -> Store:
-    """Make a store, or go on making it.
+def prepare(source: InputSource, options: ProcessingOptions, out: Path, run: Run) -> Store:
+    """Make a store, or continue an interrupted run.
 
     Raises:
-        UserError: `out` was prepared with other settings, or nothing came through.
-        Finished: the part of the run that was asked for is done.
+        UserError: `out` was prepared with other settings, or all tracks are rejected.
+        Finished: the requested part of the run is done.
     """
-    config = _config(opening, options)
-    if run.task_slice is None and not _begun(out):
-        (out / CONFIG_FILE).unlink(missing_ok=True)  # of a command that ended in a mistake before anything was made
-    check_same_config(out, config)
-    if run.task_slice is None:
-        for folder in (out, out / "text", run.root):
-            clear_temporary_files(folder)
-    segments = opening.segments(run)
+    config = _config(source, options)
+    _check_output(out, config, run)
+    segments = source.segments(run)
     if options.vocals is not None:
-        made = _each(run, "vocals", config["vocals"], segments, _vocal_stage(options.vocals), options.vocals)
-        segments = with_results(segments, made, audio=isinstance(options.vocals, VocalRemoval))
+        vocals = options.vocals
+        make = partial(remove_shard, vocals) if isinstance(vocals, VocalRemoval) else partial(detect_shard, vocals)
+        results = _run_model(run, "vocals", config["vocals"], segments, make, vocals.device)
+        segments = with_results(segments, results, new_audio=isinstance(vocals, VocalRemoval))
     if options.captions is not None:
         make = partial(caption_shard, options.captions)
-        made = _each(run, "captions", config["captions"], segments, make, options.captions)
-        segments = with_results(segments, made, audio=False)
+        results = _run_model(run, "captions", config["captions"], segments, make, options.captions.device)
+        segments = with_results(segments, results, new_audio=False)
     if not any(pq.read_metadata(part.rows).num_rows for part in segments):
-        raise _nothing_usable(out, run)
+        raise _all_rejected(out, run)
     codec = text = codes = texts = None
-    if options.coder is not None:
-        codec = options.coder.exact_facts()
-        codes = _folders(_each(run, "codes", codec, segments, partial(encode_shard, options.coder), options.coder))
-    if options.embedder is not None:
-        text = options.embedder.facts()
-        texts = _folders(_each(run, "text", text, segments, partial(embed_shard, options.embedder), options.embedder))
+    if options.codec is not None:
+        codec = options.codec.exact_metadata()
+        make = partial(encode_shard, options.codec)
+        codes = _folders(_run_model(run, "codes", codec, segments, make, options.codec.device))
+    if options.text is not None:
+        text = options.text.metadata()
+        make = partial(embed_shard, options.text)
+        texts = _folders(_run_model(run, "text", text, segments, make, options.text.device))
     if run.task_slice is not None and run.task_slice.index > 0:
-        raise Finished(f"the first share of stage {run.task_slice.stage} is all of it")
+        raise Finished(f"stage {run.task_slice.stage} is done by task 0")
     parts = Parts(segments, codes, texts, _folders(run.done))
-    return _packed(parts, out, config, codec, text, opening.sample_rate, [done.outputs for done in run.done])
+    shards = [result.outputs for result in run.done]
+    inputs = config_hash({"config": config, "codec": codec, "text": text, "shards": shards})
+    if (store := _packed_store(out, inputs)) is None:
+        store = pack(parts, out, config, codec, text, source.sample_rate)
+        write_text(out / WORK / PACKED, json.dumps({"inputs": inputs}) + "\n")
+    return store
 
 
 def report_rejections(out: Path, run: Run) -> None:
-    """Write what a run that stops before its end has refused so far; a finished store keeps its own."""
+    """Write the rejections of a run that stopped before its end; a finished store keeps its own."""
     if run.task_slice is None and not (out / "store.json").is_file():
         write_rejected_csv(out / REJECTED_CSV, _folders(run.done))
 
 
-def _begun(out: Path) -> bool:
-    """Whether there is a shard or a store, which other settings would not fit. The plan is made anew anyway."""
-    made = any((out / name).exists() for name in ("manifest.parquet", "store.json"))
-    return made or next((out / WORK).glob(f"*-*/*/{DONE}"), None) is not None
+def processing_options(arguments: argparse.Namespace, source: InputSource) -> ProcessingOptions:
+    """The options of a command line. Raises UserError for a device or a model that is not available."""
+    device = device_of(arguments)
+    windows = Windows(seconds=min(source.seconds, _MAX_WINDOW_SECONDS), batch=_BATCH_SIZES[device])
+    options = ProcessingOptions(
+        vocals=_vocals(arguments, device),
+        captions=_captions(arguments, device),
+        codec=None if arguments.codec == "none" else CodecOptions(arguments.codec, windows, device),
+        text=None if arguments.text == "none" else TextOptions(arguments.text, device),
+    )
+    options.metadata()  # loads the models, so that errors come before anything is written
+    return options
 
 
-def _config(opening: InputSource, options: ProcessingOptions) -> dict[str, Any]:
-    """Everything that decides the store's segments and codes; what is wished overrides what the opening had done."""
-    known, wished = opening.facts(), options.facts()
-    return known | {name: facts for name, facts in wished.items() if facts is not None or name not in known}
+def device_of(arguments: argparse.Namespace) -> str:
+    """cpu or cuda; `auto` is the GPU if there is one. Raises UserError if the device is not available."""
+    import torch
+
+    if arguments.device == "auto" and arguments.executor == "slurm":  # the same for each job of the chain
+        return "cuda" if any("gpu" in line for line in arguments.sbatch_device) else "cpu"
+    if arguments.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and arguments.executor == "processes" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available")
+    return arguments.device
 
 
-def _vocal_stage(how: VocalDetection | VocalRemoval) -> Callable[..., Counts]:
-    if isinstance(how, VocalRemoval):
-        return partial(remove_shard, how, Filters(min_bandwidth=0.0))
-    return partial(detect_shard, how)
+def _vocals(arguments: argparse.Namespace, device: str) -> VocalDetection | VocalRemoval | None:
+    if arguments.vocals == "keep":
+        return None
+    kind = VocalRemoval if arguments.vocals == "remove" else VocalDetection
+    return kind(weights=arguments.vocal_model or kind.weights, device=device)
 
 
-def _each(
-    run: Run, name: str, settings: dict[str, Any], segments: Sequence[Segments], make: Callable[..., Counts], option: ProcessingOption
+def _captions(arguments: argparse.Namespace, device: str) -> CaptionOptions | None:
+    method, rephrase = arguments.captions, arguments.rephrase or ""
+    if method == "source" and not rephrase:
+        return None
+    return CaptionOptions(
+        templates=0 if method == "source" else CaptionOptions.templates,
+        captioner="" if method in ("source", "tags") else method,
+        rephrase=rephrase,
+        instrumental=arguments.vocals != "keep",
+        device=device,
+    )
+
+
+def _config(source: InputSource, options: ProcessingOptions) -> dict[str, Any]:
+    """Everything that decides the store's segments and codes; the options override earlier processing of a store."""
+    known, requested = source.metadata(), options.metadata()
+    return known | {name: value for name, value in requested.items() if value is not None or name not in known}
+
+
+def _check_output(out: Path, config: dict[str, Any], run: Run) -> None:
+    """Check that `out` belongs to the same settings, and remove the temporary files of killed processes."""
+    if any((out / WORK).glob("*/*/quarantine.parquet")):
+        raise UserError(f"{out / WORK} is of an older version: remove it and run again")
+    if run.task_slice is None and not _has_results(out):
+        (out / CONFIG_FILE).unlink(missing_ok=True)  # of a command that failed early
+    check_same_config(out, config)
+    if run.task_slice is None:
+        for folder in (out, out / "text", run.root):
+            clear_temporary_files(folder)
+
+
+def _has_results(out: Path) -> bool:
+    """Whether there is a store, or a finished shard of a stage other than the plan."""
+    is_store = any((out / name).exists() for name in ("manifest.parquet", "store.json"))
+    return is_store or any((out / WORK).glob(f"*-*/*/{DONE}"))
+
+
+def _run_model(
+    run: Run, name: str, settings: dict[str, Any], segments: Sequence[Segments], make: ShardFunction, device: str
 ) -> list[ShardResult]:
-    """One stage that holds a model, over every shard of segments."""
+    """Run a stage with a model over every shard of segments."""
     folder = stage_folder(run.root, name, settings)
-    works = [ShardTask(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)) for part in segments]
-    return run.run_stage(name, works, device=option.device == "cuda")
+    tasks = []
+    for part in segments:
+        tasks.append(ShardTask(folder / part.key, config_hash({"segments": part.inputs}), partial(make, part)))
+    return run.run_stage(name, tasks, device=device == "cuda")
 
 
-def _folders(done: Sequence[ShardResult]) -> list[Path]:
-    return [shard.folder for shard in done]
+def _folders(results: Sequence[ShardResult]) -> list[Path]:
+    return [result.folder for result in results]
 
 
-def _packed(
-    parts: Parts,
-    out: Path,
-    config: dict[str, Any],
-    codec: dict[str, Any] | None,
-    text: dict[str, Any] | None,
-    sample_rate: int,
-    outputs: list[str],
-) -> Store:
-    """The store, put together unless it is there and was made of the same shards."""
-    mark = config_hash({"config": config, "codec": codec, "text": text, "shards": outputs})
+def _packed_store(out: Path, inputs: str) -> Store | None:
+    """The finished store, if it was packed from the same inputs and is intact."""
     file = out / WORK / PACKED
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["inputs"] == mark:
-        try:
-            return open_store(out)
-        except UserError:  # it was moved or damaged since: it is put together again
-            pass
-    store = pack(parts, out, config, codec, text, sample_rate)
-    write_text(file, json.dumps({"inputs": mark}) + "\n")
-    return store
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8"))["inputs"] != inputs:
+        return None
+    try:
+        return open_store(out)
+    except UserError:
+        return None
 
 
-def _nothing_usable(out: Path, run: Run) -> UserError:
-    """Why there is no segment at all, with the first refusal."""
+def _all_rejected(out: Path, run: Run) -> UserError:
+    """The error for a run without segments, with the first rejection."""
     write_rejected_csv(out / REJECTED_CSV, _folders(run.done))
     with open(out / REJECTED_CSV, encoding="utf-8", newline="") as file:
         first = next(csv.DictReader(file), None)
-    why = f": {first['item']}: {first['reason']}" if first else ""
-    return UserError(f"nothing can be used, {out / REJECTED_CSV} says why{why}")
+    example = f"; the first: {first['item']}: {first['reason']}" if first else ""
+    return UserError(f"all tracks are rejected, see {out / REJECTED_CSV}{example}")

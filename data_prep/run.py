@@ -148,8 +148,9 @@ def submit_stages(
     scripts = []
     for number, (stage, many, device) in enumerate(stages):
         n = num_tasks if many else 1
-        arguments = [sys.executable, "-m", "data_prep", *command, "--workers", str(cpus), "--stage", stage, "--share"]
-        sbatch = {"job-name": f"prep-{stage}", "cpus-per-task": cpus, "output": folder / f"{stage}-%a.log"}
+        arguments = [sys.executable, "-m", "data_prep", *command, "--workers", str(cpus), "--stage", stage, "--task"]
+        log = slurm.log_pattern(folder, f"{stage}-%a.log")
+        sbatch = {"job-name": f"prep-{stage}", "cpus-per-task": cpus, "output": log}
         script = folder / f"{number}-{stage}.sbatch"
         tasks = [f"{index}/{n}" for index in range(n)]
         slurm.write_script(script, arguments, tasks, sbatch, device_options if device else options)

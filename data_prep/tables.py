@@ -1,4 +1,4 @@
-"""The tables that pass between stages, as Arrow schemas, and how they are written."""
+"""Arrow schemas of the tables that the stages pass on."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,48 +9,29 @@ import pyarrow.parquet as pq
 
 from data_prep.track import Rejection
 
-_TEXT, _TEXTS = pa.string(), pa.list_(pa.string())
+_TEXT, _TEXTS, _NUMBER = pa.string(), pa.list_(pa.string()), pa.float64()
+_TRACK_TEXTS = ("id", "path", "licence", "licence_url", "title", "author", "source_url", "artist", "work", "evidence")
 
 TRACKS = pa.schema(
-    {
-        "id": _TEXT,
-        "path": _TEXT,
-        "licence": _TEXT,  # SPDX identifier
-        "licence_url": _TEXT,
-        "title": _TEXT,
-        "author": _TEXT,
-        "source_url": _TEXT,
-        "artist": _TEXT,
-        "work": _TEXT,
-        "evidence": _TEXT,
-        "captions": _TEXTS,
-        "tags": _TEXTS,
-        "split": _TEXT,
-    }
+    [*((name, _TEXT) for name in _TRACK_TEXTS), ("captions", _TEXTS), ("tags", _TEXTS), ("split", _TEXT)]
 )
-SOUNDS = pa.schema(
-    {
-        "id": _TEXT,  # of the track
-        "file_sha256": _TEXT,
-        "pcm_sha256": _TEXT,  # of the decoded samples: what remains when only tags differ
-        "seconds": pa.float64(),
-    }
-)
+# Ids are those of the tracks; pcm_sha256 is of the decoded samples, which do not depend on the file's tags.
+RECORDINGS = pa.schema([("id", _TEXT), ("file_sha256", _TEXT), ("pcm_sha256", _TEXT), ("seconds", _NUMBER)])
 SEGMENTS = pa.schema(
-    {
-        "id": _TEXT,
-        "track": _TEXT,
-        "duration": pa.float64(),  # seconds
-        "audio": _TEXT,  # file name within the shard's folder
-        "content_hash": _TEXT,  # sha256 of the 16-bit samples
-        "loudness": pa.float64(),  # LUFS
-        "truth": _TEXT,  # JSON, or null
-        "captions": _TEXTS,  # of this segment; null: those of the track
-        "tags": _TEXTS,  # the same
-    }
+    [
+        ("id", _TEXT),
+        ("track", _TEXT),
+        ("duration", _NUMBER),  # seconds
+        ("audio", _TEXT),  # file name in the shard's folder
+        ("content_hash", _TEXT),  # sha256 of the 16-bit samples
+        ("loudness", _NUMBER),  # LUFS
+        ("truth", _TEXT),  # ground-truth annotations as JSON, or null
+        ("captions", _TEXTS),  # null: those of the track
+        ("tags", _TEXTS),  # null: those of the track
+    ]
 )
-REJECTED_FILE = "quarantine.parquet"
-REJECTED = pa.schema({"item": _TEXT, "stage": _TEXT, "kind": _TEXT, "reason": _TEXT})
+REJECTED_FILE = "rejected.parquet"
+REJECTED = pa.schema([("item", _TEXT), ("stage", _TEXT), ("kind", _TEXT), ("reason", _TEXT)])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
@@ -59,13 +40,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Non
 
 
 def write_rejected(folder: Path, stage: str, rejected: list[Rejection]) -> None:
-    """Write what a stage refused on a shard as `quarantine.parquet`, sorted."""
+    """Write the rejections of a stage on a shard, sorted."""
     rows = [{"stage": stage, **asdict(rejection)} for rejection in rejected]
-    rows = [{name: printable(value) for name, value in row.items()} for row in rows]
+    rows = [{name: utf8(value) for name, value in row.items()} for row in rows]
     rows.sort(key=lambda row: (row["item"], row["kind"], row["reason"]))
     write_rows(folder / REJECTED_FILE, rows, REJECTED)
 
 
-def printable(text: str) -> str:
-    """Text that can be written as UTF-8, whatever a file name holds."""
+def utf8(text: str) -> str:
+    """Text as valid UTF-8; undecodable bytes of a file name are replaced."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()

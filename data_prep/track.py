@@ -1,64 +1,44 @@
-"""A track: one work of a source, as its metadata describe it, before its sound is looked at; and why one is refused."""
+"""Tracks, as the metadata of a source describe them, and rejections."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Track:
-    """One audio file and what is known of it.
+    """An audio file and its metadata. What the source does not state is empty."""
 
-    Attributes:
-        id: unique in the corpus, such as `jamendo:948` or a folder's relative path.
-        path: of the audio file, relative to the source's root, with `/`.
-        licence: as the source states it: an SPDX identifier, a name or a link; empty where it says nothing.
-        title, author, source_url: for attribution.
-        artist: an identity of the artist across data sets, such as `jamendo:artist:87`; empty where it is not known.
-            Splits and decontamination keep artists apart.
-        work: an identity of the recording across data sets, such as `jamendo:948` or `youtube:-0SdAVK79lg`.
-        evidence: where the licence is stated, such as `audio_licenses.txt line 17`.
-        captions: texts that describe it.
-        tags: `category---name`, such as `genre---rock`.
-        split: train, valid or test where the source says so, else empty.
-    """
-
-    id: str
-    path: str
-    licence: str = ""
+    id: str  # unique in the corpus, such as `jamendo:948` or a path in a folder
+    path: str  # of the audio file, relative to the source's root, with `/`
+    licence: str = ""  # as the source states it: an SPDX identifier, a name or a link
     title: str = ""
     author: str = ""
     source_url: str = ""
-    artist: str = ""
-    work: str = ""
-    evidence: str = ""
+    artist: str = ""  # identity across data sets, such as `jamendo:artist:87`
+    work: str = ""  # identity across data sets, such as `youtube:-0SdAVK79lg`
+    evidence: str = ""  # where the licence is stated, such as `audio_licenses.txt line 17`
     captions: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    split: str = ""
+    tags: tuple[str, ...] = ()  # `category---name`, such as `genre---rock`
+    split: str = ""  # train, valid or test
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why an item does not come into the corpus.
+    """Why an item is not in the corpus."""
 
-    Attributes:
-        item: a track's or segment's id, or the path.
-        kind: one of KINDS, to count by.
-        reason: a sentence part for people, such as `it is shorter than 3 s`.
-    """
-
-    item: str
-    kind: str
-    reason: str
+    item: str  # id of a track or segment, or a path
+    kind: str  # a key of KINDS
+    reason: str  # such as `it is shorter than 3 s`
 
 
 class Rejected(Exception):
-    """An item cannot be used. A `kind` of KINDS and a `reason`; it never stops a run."""
+    """An item cannot be used; the run continues. A `kind` of KINDS and a `reason`."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
 
-    def of(self, item: str) -> Rejection:
-        """The refusal of `item` for this reason."""
+    def for_item(self, item: str) -> Rejection:
+        """The rejection of `item` for this reason."""
         return Rejection(item, self.kind, self.reason)
 
 
@@ -66,8 +46,8 @@ KINDS = {
     "metadata": "the source's own tables do not describe it usably",
     "missing": "there is no such file",
     "outside": "the path leads out of the source's folder",
-    "licence": "no licence, an unknown one, or one that the policy refuses",
-    "unreadable": "no audio that can be read, or damaged",
+    "licence": "no licence, an unknown one, or one that the policy does not allow",
+    "unreadable": "no audio that can be decoded, or damaged",
     "limit": "larger, longer or slower to decode than allowed",
     "short": "shorter than the shortest segment",
     "silent": "silent, wholly or for too large a part",
@@ -76,7 +56,7 @@ KINDS = {
     "dual-mono": "two channels that are the same",
     "bandwidth": "nothing above a frequency that is too low",
     "duplicate": "the same recording as another track",
-    "evaluation": "in an evaluation set, by work, artist or sound",
-    "vocals": "somebody sings or speaks",
+    "evaluation": "in an evaluation set, by work, artist or audio",
+    "vocals": "singing or speech",
     "caption": "no caption could be made",
 }

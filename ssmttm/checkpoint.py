@@ -43,15 +43,12 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     documents: Mapping[str, Any],
 ) -> Path:
-    """Write one checkpoint atomically.
+    """Write one checkpoint atomically. Raises UserError if it cannot be written, such as on a full disk.
 
     Args:
         folder: RUN/checkpoints/step-NNNNNNNN.
         tensors: by file name: model, optimizer, ...
         documents: JSON values by file name: state (with at least `step`), ...
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints are unchanged.
     """
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
@@ -66,27 +63,20 @@ def save_checkpoint(
 
 
 def verify(folder: str | Path) -> None:
-    """Check a checkpoint against the sizes and hashes in its COMPLETE file.
-
-    Raises:
-        UserError: it is missing, unfinished, or a file differs.
-    """
+    """Raises UserError unless all files of a checkpoint have the sizes and hashes of its COMPLETE file."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no checkpoint at {folder}: give a folder such as runs/lm/checkpoints/step-00001000")
-    complete = folder / "COMPLETE"
-    if not complete.is_file():
-        raise UserError(f"checkpoint {folder} is unfinished (it has no COMPLETE file): use an earlier one")
     try:
-        expected = json.loads(complete.read_text())
+        expected = json.loads((folder / "COMPLETE").read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {folder} is unfinished (it has no COMPLETE file): use an earlier one") from error
     except ValueError as error:
         raise UserError(f"checkpoint {folder} is damaged (COMPLETE cannot be read): use an earlier one") from error
     for name, entry in expected.items():
         path = folder / name
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder} is damaged ({name} is missing): use an earlier one")
-        if path.stat().st_size != entry["bytes"] or file_entry(path) != entry:
-            raise UserError(f"checkpoint {folder} is damaged ({name} differs from COMPLETE): use an earlier one")
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or file_entry(path) != entry:
+            raise UserError(f"checkpoint {folder} is damaged ({name} is missing or differs): use an earlier one")
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -130,11 +120,7 @@ def prune(run_dir: str | Path, keep: int) -> None:
 
 
 def find_model(path: str | Path) -> Path:
-    """The folder of a model: an exported folder, a checkpoint, or the newest good checkpoint of a run folder.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """An exported folder, a checkpoint, or the newest good checkpoint of a run. Raises UserError if there is none."""
     path = Path(path)
     if (path / "checkpoints").is_dir():
         folder = latest_good(path)
@@ -151,21 +137,13 @@ def find_model(path: str | Path) -> Path:
 
 
 def load_weights(folder: str | Path, ema: bool = True, module_name: str = "model") -> dict[str, Tensor]:
-    """The state dict of a checkpoint or an exported folder; with `ema`, the averaged weights if there are any.
-
-    Raises:
-        UserError: the file is missing or cannot be read.
-    """
+    """The state dict of a checkpoint or an exported folder; with `ema`, the averaged weights if there are any."""
     averaged = Path(folder) / "ema.safetensors"
     return read_tensors(folder, "ema" if ema and module_name == "model" and averaged.is_file() else module_name)
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load a state dict whose names and shapes must equal the module's.
-
-    Raises:
-        UserError: tensors differ; the message names them and `source`.
-    """
+    """Load the weights of `source`. Raises UserError if their names and shapes are not those of the module."""
     wrong = differences(module.state_dict(), weights)
     if wrong:
         raise UserError(f"{source} does not hold this model: {wrong}. Weights and config.yaml must be of one model")

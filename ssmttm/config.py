@@ -35,26 +35,18 @@ RENAMED_EXPERIMENTS = {
 
 
 def load(*overrides: str, root: str = "config") -> DictConfig:
-    """Compose a root config, such as `configs/config.yaml` for a training, with Hydra overrides.
+    """Compose a root config with Hydra overrides; an unknown key can be neither read nor set.
 
     Args:
         overrides: `group=name` picks a file of a group (`experiment=tiny`), `key.path=value` sets a value.
-        root: the root's name: config (training), sweep, eval or compress.
-
-    Returns:
-        The composed config, resolved; an unknown key can be neither read nor set.
+        root: config (training), sweep, eval or compress.
 
     Raises:
         UserError: an override names no known group, file or key, or its value cannot be parsed.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import (
-        ConfigCompositionException,
-        HydraException,
-        MissingConfigException,
-        OverrideParseException,
-    )
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 
     for text in overrides:
         _check_not_renamed(text)
@@ -88,11 +80,7 @@ def names(group: str) -> list[str]:
 
 
 def read_config(path: Path) -> DictConfig:
-    """Read the config.yaml of a run or a model folder; an unknown key can be neither read nor set.
-
-    Raises:
-        UserError: a key has been renamed since the file was written.
-    """
+    """The config.yaml of a run or a model folder. Raises UserError if it has a key that was renamed."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     for key in flatten(config):

@@ -23,9 +23,7 @@ class DiskFull(UserError):
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it is fsynced and renamed to `path` at the end, removed on any error.
 
-    Raises:
-        DiskFull: no space left.
-        UserError: the folder cannot be written.
+    Raises DiskFull, or UserError if the folder cannot be written.
     """
     temporary = temporary_path(path)
     try:
@@ -63,11 +61,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """`atomic_folder` for a folder that must not exist yet.
-
-    Raises:
-        UserError: `path` exists already, or its parent cannot be written.
-    """
+    """`atomic_folder` for a new folder. Raises UserError if `path` exists."""
     if path.exists():
         raise UserError(f"{path} exists already: give the name of a new folder")
     with atomic_folder(path) as temporary:
@@ -75,11 +69,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Fsync every file and folder below `temporary`, then rename it to `path`.
-
-    Raises:
-        OSError: a non-empty folder exists at `path`, or the disk fails.
-    """
+    """Fsync all of `temporary`, then rename it to `path`. Raises OSError if `path` is a non-empty folder."""
     for file in temporary.rglob("*"):
         fsync(file)
     fsync(temporary)
@@ -134,11 +124,7 @@ def fsync(path: Path) -> None:
 def directory_lock(folder: Path, work: str) -> Iterator[None]:
     """Lock a folder for this process; the system releases the lock when the process ends.
 
-    Args:
-        work: what the process does there, such as "training", for the error message.
-
-    Raises:
-        UserError: the folder cannot be written, or another process holds the lock.
+    Raises UserError if another process holds it; `work`, such as "training", is for the message.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Checkpoints as folders: one that is here, or one of the Hugging Face hub; and what tells their weights apart."""
+"""Checkpoint folders, local or from the Hugging Face hub, and their fingerprints."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,12 @@ from ssmttm.files import file_sha256
 
 
 def checkpoint_folder(name: str, files: Sequence[str], what: str, advice: str = "") -> Path:
-    """The folder of that path, or of a hub name: in the local cache, fetched if need be.
+    """The local folder of a path or a hub name, downloaded if it is not cached. Raises UserError if that fails.
 
     Args:
-        files: patterns of what is fetched.
-        what: what the checkpoint is of, such as "text encoder".
-        advice: what else to try, for the messages.
-
-    Raises:
-        UserError: no such folder or name, or the hub cannot be reached.
+        files: patterns of the files to download.
+        what: the kind of checkpoint, such as "text encoder", for the messages.
+        advice: an alternative, for the messages.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -33,11 +30,11 @@ def checkpoint_folder(name: str, files: Sequence[str], what: str, advice: str = 
         raise UserError(f"{name!r} is no {what} on the hub and no folder: check the name{advice}") from error
     except OSError as error:
         raise UserError(
-            f"the {what} {name!r} cannot be fetched (the hub is out of reach or refused): "
-            f"check the network, give a folder that holds it{advice}"
+            f"the {what} {name!r} cannot be fetched (the hub is unreachable or denied access): check the network, give "
+            f"its folder{advice}"
         ) from error
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:
-    """16 hex digits over the contents of files, in their order."""
+    """16 hex digits over the contents of files, in the given order."""
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:16]

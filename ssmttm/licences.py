@@ -1,7 +1,7 @@
-"""Licence names and links, as people write them, to SPDX identifiers; and which of them a corpus may hold.
+"""SPDX identifiers of licence names and links, and policies on which licences a corpus may contain.
 
 Identifiers: spdx.org/licenses. A ported Creative Commons licence that SPDX does not list becomes a LicenseRef and keeps
-its link. Nothing is guessed: what names no version, several licences or no known one is refused with the reason.
+its link. A name without a version, with several licences or with an unknown one is an error.
 """
 
 import re
@@ -44,7 +44,7 @@ _FREE_ART = re.compile(r"(?:artlibre\.org|free art licen[cs]e|licence art libre|
 
 
 class Licence(NamedTuple):
-    """An SPDX identifier and the link to the text."""
+    """An SPDX identifier and the link to its text."""
 
     spdx: str
     url: str
@@ -70,21 +70,17 @@ POLICIES = {
     "open": "public domain and attribution only",
     "open-sa": "and share-alike",
     "research-nc": "and non-commercial",
-    "nd": "and no-derivatives: such segments and codes must not be passed on",
+    "nd": "and no-derivatives: segments and codes must not be redistributed",
 }
 
 
 def normalise(text: str) -> Licence:
-    """The licence that a name, an SPDX identifier or a link stands for.
-
-    Raises:
-        UserError: no known licence, one without its version, or several.
-    """
+    """The licence of a name, SPDX identifier or link. Raises UserError if unknown, ambiguous or without version."""
     shown, lowered = text.strip(), " ".join(text.strip().lower().split())
     if not lowered:
-        raise UserError("no licence is given")
+        raise UserError("the licence is empty")
     if len(set(_CC_URL.findall(lowered))) > 1 or re.search(r"\b(?:and|or|with)\b.*\b(?:cc|gpl|gfdl|mit)\b", lowered):
-        raise UserError(f"licence {shown!r} names several: say which one of them counts")
+        raise UserError(f"licence {shown!r} names several licences: give the one that applies")
     plain = " ".join(re.sub(r"\([^()]*\)", " ", lowered).split())
     if _CC0.fullmatch(plain) or "creativecommons.org/publicdomain/zero/1.0" in lowered:
         return Licence("CC0-1.0", "https://creativecommons.org/publicdomain/zero/1.0/")
@@ -101,36 +97,31 @@ def normalise(text: str) -> Licence:
 
 
 def allowed(licence: Licence, policy: str) -> str | None:
-    """Why a policy refuses a licence; None if it does not."""
+    """The reason why a policy rejects a licence; None if it allows it."""
     needed = _tier(licence)
     return None if _rank(policy) >= _rank(needed) else f"licence {licence.spdx} needs --policy {needed}"
 
 
 def tier(licence: str) -> str:
-    """The narrowest of POLICIES that lets a licence in. Raises UserError as `normalise`."""
+    """The narrowest of POLICIES that allows a licence. Raises UserError as `normalise`."""
     return _tier(normalise(licence))
 
 
 def strictest(licences: Iterable[str]) -> str:
-    """The SPDX identifier of the strictest of some licences: what holds for all that is made from works under them.
+    """The SPDX identifier of the strictest of some licences, for model cards; not legal advice.
 
-    From public domain over attribution, share-alike, non-commercial, both of them, and no-derivatives to
-    non-commercial no-derivatives; what is not known, such as NOASSERTION, may be stricter than all. Of equally strict
-    ones the last by name. It is a guide for model cards and no legal advice: share-alike licences may also exclude each
-    other.
-
-    Raises:
-        UserError: there is none among them.
+    The order is public domain, attribution, share-alike, non-commercial, both, no-derivatives, non-commercial
+    no-derivatives, unknown (such as NOASSERTION). Of equally strict licences, the last by name is returned.
     """
     ranked = [(_strictness(licence), licence) for licence in licences]
     if not ranked:
-        raise UserError("there is no licence to compare")
+        raise UserError("no licences to compare")
     return max(ranked)[1]
 
 
 def _tier(licence: Licence) -> str:
     conditions = (licence.share_alike, licence.non_commercial, licence.no_derivatives)
-    return list(POLICIES)[max((rank for rank, asked in enumerate(conditions, 1) if asked), default=0)]
+    return list(POLICIES)[max((rank for rank, holds in enumerate(conditions, 1) if holds), default=0)]
 
 
 def _strictness(spdx: str) -> tuple[bool, ...]:
@@ -147,11 +138,9 @@ def _rank(policy: str) -> int:
 
 def _free_art(lowered: str, shown: str) -> Licence:
     version = re.search(r"\b1[.-]([123])\b", lowered)
-    if version is None:
-        if "artlibre.org" not in lowered:
-            raise UserError(f"licence {shown!r} names no version")
-        return Licence("LAL-1.3", "https://artlibre.org/licence/lal/en/")
-    return Licence(f"LAL-1.{version[1]}", "https://artlibre.org/licence/lal/en/")
+    if version is None and "artlibre.org" not in lowered:
+        raise UserError(f"licence {shown!r} names no version")
+    return Licence(f"LAL-1.{version[1] if version else 3}", "https://artlibre.org/licence/lal/en/")
 
 
 def _from_cc_name(lowered: str, shown: str) -> Licence:
@@ -182,7 +171,7 @@ def _kind(parts: set[str]) -> str:
 
 
 def _creative_commons(kind: str, version: str, port: str, shown: str) -> Licence:
-    """`port`: the country's part of the link, in lower case, or nothing."""
+    """`port`: the country in the link, in lower case, or ""."""
     port = "" if port == "deed" else port
     versions = _PORTED_VERSIONS if port else _CC_VERSIONS
     if kind not in _CC_KINDS or version not in versions or (port and port not in _CODES):

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: they set a flag, and the loop stops after the step at hand, with a checkpoint."""
+"""Signals that stop a run: they set a flag, and the loop stops after the current step with a checkpoint."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,17 +11,15 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the number of the signal received, or 0. A second Ctrl-C stops at once."""
+    """Yield a function that returns the number of the received signal, or 0. A second Ctrl-C stops immediately."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if number == INTERRUPT and INTERRUPT in received:
-            raise KeyboardInterrupt(
-                "stopped at once: the last checkpoint is intact, run the same command to go on from it"
-            )
+            raise KeyboardInterrupt("stopped immediately: run the same command to continue from the last checkpoint")
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield lambda: int(received[0]) if received else 0
     finally:

@@ -1,4 +1,4 @@
-"""Settings that every test shares."""
+"""Settings of all tests."""
 
 import torch
 

@@ -23,24 +23,25 @@ try:
 except BlockingIOError:
     print("error: another training is writing here")
     sys.exit(2)
-stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
 with (run / "starts").open("a") as starts:
     starts.write("start\n")
-behave = settings.get("train.log_every")
-if behave == "667":
+behaviour = settings.get("train.log_every")
+if behaviour == "667":
     sys.exit(2)
 metrics = run / "metrics.jsonl"
 done = len(metrics.read_text().splitlines()) // 2 if metrics.exists() else 0
 rate = float(settings.get("optim.lr", 1e-3))
 with metrics.open("a", buffering=1) as file:
     for step in range(done + 1, int(settings["train.steps"]) + 1):
-        if step == 3 and (behave == "666" or (behave == "668" and len((run / "starts").read_text().split()) == 1)):
+        first_start = len((run / "starts").read_text().split()) == 1
+        if step == 3 and (behaviour == "666" or (behaviour == "668" and first_start)):
             sys.exit("it crashed on purpose")
         time.sleep(0.02)
-        spent = {"samples": 8 * step, "flops": 1e9 * step, "seconds": 0.02 * step, "seconds_per_step": 0.02}
+        totals = {"samples": 8 * step, "flops": 1e9 * step, "seconds": 0.02 * step, "seconds_per_step": 0.02}
         loss = abs(math.log10(rate) + 2.5) + 1 / step + 0.01 * int(settings.get("seed", 0))
-        file.write(json.dumps({"step": step, "loss": loss, **spent}) + "\n")
+        file.write(json.dumps({"step": step, "loss": loss, **totals}) + "\n")
         file.write(json.dumps({"step": step, "valid/loss": loss}) + "\n")
-        if stopped:
+        if signals:
             sys.exit(75)

@@ -1,4 +1,4 @@
-"""A folder of music with everything planted in it that a preparation must find, and what it must say of each file."""
+"""A folder of music with defects, duplicates and leaks, and the expected outcome for each file."""
 
 import csv
 import shutil
@@ -19,18 +19,18 @@ SEED = 4021
 
 @dataclass(frozen=True)
 class Planted:
-    """The folder and the truth about it.
+    """The folder and its expected outcome.
 
     Attributes:
-        root: of the audio files and captions.csv.
-        against: two evaluation sets: Song Describer's table, and a folder with a clip.
-        kept: segments by the path of each track that stays.
-        refused: kind by path of each that does not.
-        captions: of the tracks that have any, by path.
+        root: folder of the audio files and captions.csv.
+        evaluation_sets: Song Describer's table, and a folder with a clip.
+        kept: number of segments by the path of each kept track.
+        rejected: kind by the path of each rejected track.
+        captions: by path, of the tracks that have captions.
     """
 
     root: Path
-    against: tuple[Path, Path]
+    evaluation_sets: tuple[Path, Path]
     kept: dict[str, int]
     rejected: dict[str, str]
     captions: dict[str, list[str]]
@@ -42,18 +42,18 @@ def music(index: int) -> np.ndarray:
     return render(compose(SEED, index))
 
 
-def save(path: Path, wav: np.ndarray, rate: int = RATE, channels: int = 1, **how: str) -> None:
-    """Write mono music at another rate, on several channels that differ a little."""
+def save(path: Path, wav: np.ndarray, rate: int = RATE, channels: int = 1, **options: str) -> None:
+    """Write mono music at another rate, on channels that differ slightly."""
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
     mono = audio.resample(torch.from_numpy(wav), RATE, rate).numpy()
-    beside = [np.roll(mono, 7 * channel) * 0.9**channel for channel in range(channels)]
-    sf.write(path, np.stack(beside, axis=1), rate, **how)
+    copies = [np.roll(mono, 7 * channel) * 0.9**channel for channel in range(channels)]
+    sf.write(path, np.stack(copies, axis=1), rate, **options)
 
 
 def plant(folder: Path, ffmpeg: str | None = None) -> Planted:
-    """Make the folder. With FFmpeg, an .m4a is among the good files."""
+    """Make the folder; with FFmpeg, including an .m4a."""
     root = folder / "music"
     kept = _good(root, ffmpeg)
     rejected = _duplicates(root) | _licences(root) | _evaluation(root, folder) | _defects(root, folder)
@@ -72,13 +72,13 @@ def plant(folder: Path, ffmpeg: str | None = None) -> Planted:
         table.writerow(("path", "caption", "licence", "title", "author", "source_url", "artist"))
         table.writerows(lines)
     captions = {"rock/one.flac": ["a song that is known", "ein bekanntes Stück 🎵"]}
-    against = (folder / "song_describer.csv", folder / "kept_out")
+    evaluation_sets = (folder / "song_describer.csv", folder / "kept_out")
     rejected |= {"gone.wav": "missing", "../away.wav": "outside"}
-    return Planted(root, against, kept, rejected, captions)
+    return Planted(root, evaluation_sets, kept, rejected, captions)
 
 
 def _good(root: Path, ffmpeg: str | None) -> dict[str, int]:
-    """Files of several formats, rates, channels and lengths, with the segments of 20 s that they give."""
+    """Files of several formats, rates, channels and lengths; returns their number of 20 s segments."""
     save(root / "rock/one.flac", music(0), 44_100, 2)
     save(root / "rock/two.wav", music(1)[: 31 * RATE], 48_000, 2, subtype="PCM_24")
     save(root / "three.ogg", music(2), 32_000)
@@ -98,7 +98,7 @@ def _good(root: Path, ffmpeg: str | None) -> dict[str, int]:
 
 
 def _duplicates(root: Path) -> dict[str, str]:
-    """Copies: the same bytes, the same samples, encoded anew, trimmed and louder."""
+    """Copies: the same bytes, the same samples, re-encoded, trimmed and louder."""
     one = root / "rock/one.flac"
     (root / "copies").mkdir()
     shutil.copyfile(one, root / "copies/bytes.flac")
@@ -117,21 +117,21 @@ def _licences(root: Path) -> dict[str, str]:
 
 
 def _evaluation(root: Path, folder: Path) -> dict[str, str]:
-    """A track by an artist of Song Describer, one of whose sound a clip is kept out, and a copy of that one."""
+    """A track by an artist of Song Describer, a track with a clip in an evaluation set, and a copy of it."""
     save(root / "evaluation/artist.flac", music(13))
-    save(root / "evaluation/sound.flac", music(14))
-    save(root / "evaluation/sound again.ogg", music(14) * 0.6, 44_100)
+    save(root / "evaluation/clip.flac", music(14))
+    save(root / "evaluation/copy.ogg", music(14) * 0.6, 44_100)
     save(folder / "kept_out/clip.wav", music(14)[12 * RATE : 30 * RATE], 44_100, 2)
     (folder / "song_describer.csv").write_text(
         "caption_id,track_id,caption,is_valid_subset,familiarity,artist_id,album_id,path,duration\n"
         "1,900,a tune,True,0,11,5,00/900.mp3,120.0\n"
     )
-    names = ("artist.flac", "sound.flac", "sound again.ogg")
+    names = ("artist.flac", "clip.flac", "copy.ogg")
     return {f"evaluation/{name}": "evaluation" for name in names}
 
 
 def _defects(root: Path, folder: Path) -> dict[str, str]:
-    """Files of which each has one thing wrong with it."""
+    """Files with one defect each."""
     bad = root / "bad"
     bad.mkdir()
     (bad / "empty.wav").touch()

@@ -32,17 +32,17 @@ def write_bert(folder: Path, width: int = 16, layers: int = 2, seed: int = 0) ->
 
 def write_t5(folder: Path, width: int = 16, layers: int = 2, seed: int = 0) -> Path:
     """Head width 8."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("s", -4.0), ("ly", -5.0)]
-    pieces += [(f"▁{word}", -6.0 - i) for i, word in enumerate(WORDS)] + [("▁a", -3.5), ("ano", -7.0), ("▁pi", -7.5)]
-    pieces += [("é", -12.0)] + [(letter, -11.0 - i / 10) for i, letter in enumerate(LETTERS) if letter != "s"]
-    pieces += [("ß", -19.0), ("<extra_id_0>", 0.0)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("s", -4.0), ("ly", -5.0)]
+    tokens += [(f"▁{word}", -6.0 - i) for i, word in enumerate(WORDS)] + [("▁a", -3.5), ("ano", -7.0), ("▁pi", -7.5)]
+    tokens += [("é", -12.0)] + [(letter, -11.0 - i / 10) for i, letter in enumerate(LETTERS) if letter != "s"]
+    tokens += [("ß", -19.0), ("<extra_id_0>", 0.0)]
+    tokenizer = Tokenizer(models.Unigram(tokens, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.add_special_tokens(["<extra_id_0>"])
     torch.manual_seed(seed)
     sizes = dict(d_model=width, d_kv=8, num_heads=width // 8, d_ff=2 * width, num_layers=layers)
-    T5EncoderModel(T5Config(vocab_size=len(pieces) + 3, **sizes)).save_pretrained(folder)
+    T5EncoderModel(T5Config(vocab_size=len(tokens) + 3, **sizes)).save_pretrained(folder)
     names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return folder

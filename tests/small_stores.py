@@ -1,4 +1,4 @@
-"""Stores small enough to train on in seconds: random codes with captions, and short tones; configs that fit them."""
+"""Stores small enough to train on in seconds (random codes with captions, short tones), and configs for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ TEXT_FINGERPRINT = "1" * 16
 
 
 def write_rows_store(path: Path, rows: list[dict[str, Any]]) -> Store:
-    """A store of nothing but a manifest of these rows."""
+    """A store with a manifest of these rows only."""
     writer = StoreWriter(path, {"source": {}}, None, SAMPLE_RATE)
     for row in rows:
         writer.add(row)
@@ -30,7 +30,7 @@ def write_rows_store(path: Path, rows: list[dict[str, Any]]) -> Store:
 
 
 def small_codec(folder: Path) -> TinyCodec:
-    """A codec of random weights, whose name is its folder."""
+    """A codec with random weights; its name is its folder."""
     torch.manual_seed(3)
     sizes = dict(n_codebooks=N_CODEBOOKS, codebook_size=CODEBOOK_SIZE, codebook_dim=CODEBOOK_DIM, encoder_width=16,
                  decoder_width=16, encoder_blocks=(1, 1), decoder_blocks=(1, 1))  # fmt: skip
@@ -49,17 +49,18 @@ def write_codes_store(
     captions: Sequence[str] = CAPTIONS,
     text_folder: Path | None = None,
 ) -> Path:
-    """Codes [4, 14..20] in which each codebook repeats the one before it, so that there is something to learn.
+    """Codes [4, 14..20] in which each codebook repeats the one before, so that a model can learn them.
 
-    With a codec, it is the store's; every segment then has a tone as its audio, and every other one a tempo. With the
-    folder of a text encoder, that is the store's; otherwise its embeddings are random.
+    Args:
+        codec: the store's codec; every segment then has a tone as its audio, and every other one a tempo.
+        text_folder: the store's text encoder; without one, the embeddings are random.
     """
     rng = np.random.default_rng(seed)
-    facts = {
+    codec_info = {
         "name": codec.name if codec else "fake", "fingerprint": codec.fingerprint if codec else "0" * 16,
         "sample_rate": SAMPLE_RATE, "frame_rate": 25.0, "n_codebooks": N_CODEBOOKS, "codebook_size": CODEBOOK_SIZE,
     }  # fmt: skip
-    writer = StoreWriter(path, {"seed": seed}, codec=facts, sample_rate=SAMPLE_RATE)
+    writer = StoreWriter(path, {"seed": seed}, codec=codec_info, sample_rate=SAMPLE_RATE)
     for i in range(segments):
         length = int(rng.integers(FRAMES - 6, FRAMES + 1))
         codes = np.repeat(rng.integers(0, CODEBOOK_SIZE, (1, length)), N_CODEBOOKS, axis=0)
@@ -89,7 +90,7 @@ def write_codes_store(
 
 
 def write_audio_store(path: Path, segments: int = 12, sample_rate: int = SAMPLE_RATE, seconds: float = 1.5) -> Path:
-    """One tone a segment."""
+    """A store with one tone per segment."""
     writer = StoreWriter(path, {"sample_rate": sample_rate}, sample_rate=sample_rate)
     (path / "audio").mkdir(parents=True)
     time = np.arange(round(seconds * sample_rate)) / sample_rate

@@ -101,7 +101,7 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 def test_attention_cache_holds_rows_of_different_lengths():
-    """Each row as if alone: rotary positions and what is seen are counted from its own start."""
+    """Each row as if alone: rotary positions and the mask are counted from its own start."""
     attention, x = make(rotary=True)
     lengths = [0, 3, 20, 30]
     mask = torch.arange(30) < torch.tensor(lengths)[:, None]
@@ -119,14 +119,14 @@ def test_attention_cache_grows_by_doubling():
     attention, x = make()
     attention, x = attention.float(), x.float()
     state = attention.init_state(4)
-    rooms, moves = [], 0
+    sizes, moves = [], 0
     for t in range(300):
         place = state.keys.data_ptr()
         attention.step(x[:, t % T], state)
         moves += state.keys.data_ptr() != place
-        rooms.append(state.keys.shape[1])
-    assert sorted(set(rooms)) == [64, 128, 256, 512] and moves == 3
-    assert rooms.index(128) == 64 and rooms.index(256) == 128  # only when it is full
+        sizes.append(state.keys.shape[1])
+    assert sorted(set(sizes)) == [64, 128, 256, 512] and moves == 3
+    assert sizes.index(128) == 64 and sizes.index(256) == 128  # only when it is full
     assert state.longest == 300 and (state.lengths == 300).all() and not state.keys[:, 300:].any()
     copy = state.clone()
     attention.step(x[:, 0], state)
@@ -232,8 +232,9 @@ def test_cross_attention_written_rows_serve_as_alone():
         state.write_rows(slice(row, row + 1), part)
         expected = attention(x[row : row + 1], part) if length else attention(x[2:3], attention.init_state(1))
         close(attention(x, state)[row : row + 1], expected)
-    state.write_rows(slice(0, 1), attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool)))  # shorter than before
-    close(attention(x, state)[:1], attention(x[:1], attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))))
+    shorter = attention.project_keys(x[:1, :2], torch.ones(1, 2, dtype=torch.bool))
+    state.write_rows(slice(0, 1), shorter)
+    close(attention(x, state)[:1], attention(x[:1], shorter))
 
 
 def test_attention_rejects_invalid_options():

@@ -53,6 +53,18 @@ def test_write_keeps_16_bit_samples_and_comment(tmp_path):
     assert audio.read_comment(path) == "seven words" and audio.read_comment(tmp_path / "none") == ""
 
 
+def test_wav_and_flac_of_float_audio_have_the_nearest_16_bit_samples(tmp_path):
+    wav = 2 * torch.rand(2, RATE, generator=torch.Generator().manual_seed(0)) - 1
+    wav[0, :3] = torch.tensor([1.0, -1.0, 0.6 / 32768])
+    expected = (wav.double() * 32768).round().clamp(-32768, 32767)
+    for suffix in ("wav", "flac"):
+        path = audio.write(tmp_path / f"x.{suffix}", wav, RATE)
+        samples = audio.read(path, mono=False)[0]
+        assert torch.equal(samples.double() * 32768, expected), suffix
+        again = audio.read(audio.write(path, samples, RATE), mono=False)[0]
+        assert torch.equal(again, samples)  # reading and writing again changes nothing
+
+
 def test_read_mixes_eight_channels_down_and_resamples(tmp_path):
     channels = torch.linspace(-0.4, 0.5, 8)[:, None] * torch.ones(8, 8000)
     sf.write(tmp_path / "x.wav", channels.T.numpy(), 8000)
@@ -206,7 +218,8 @@ def test_loudness_rejects_six_channels():
 
 def test_normalise_loudness():
     quiet = tone(2.0, RATE, 997.0) * 0.01
-    assert audio.integrated_loudness(audio.normalise_loudness(quiet, RATE, -20.0), RATE) == pytest.approx(-20.0, abs=0.1)
+    normalised = audio.normalise_loudness(quiet, RATE, -20.0)
+    assert audio.integrated_loudness(normalised, RATE) == pytest.approx(-20.0, abs=0.1)
     assert float(audio.normalise_loudness(quiet, RATE, 6.0).abs().max()) == pytest.approx(1.0)
     assert not audio.normalise_loudness(torch.zeros(1, RATE), RATE, -20.0).any()
 

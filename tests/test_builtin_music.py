@@ -56,8 +56,8 @@ def test_compose_every_segment_identifies_its_mode() -> None:
         wanted = {key.pitch(degree) % 12 for degree in (0, 2, CHARACTERISTIC[key.mode])}
         notes, end = pitched(piece), max(note.start for note in pitched(piece))
         for half in range(2):
-            heard = {n.pitch % 12 for n in notes if half * end / 2 <= n.start < (half + 1) * end / 2}
-            assert wanted <= heard, (piece.title, half)
+            found = {n.pitch % 12 for n in notes if half * end / 2 <= n.start < (half + 1) * end / 2}
+            assert wanted <= found, (piece.title, half)
         assert {n.pitch % 12 for n in notes if n.start == end} >= {key.tonic}, piece.title
         bass = next(track for track in piece.tracks if track.role == "bass")
         assert bass.notes[-1].pitch % 12 == key.tonic
@@ -72,7 +72,7 @@ def test_compose_tempo_and_metre_match_grid() -> None:
         backing = [n for t in piece.tracks if t.role in ("chords", "bass", "drums") for n in t.notes]
         beats = {n.start // TICKS for n in backing if n.start % TICKS == 0}
         total = max(n.start for n in backing) // TICKS + 1
-        assert len(beats) > 0.45 * total, (piece.title, len(beats), total)  # the beat is there to be heard
+        assert len(beats) > 0.45 * total, (piece.title, len(beats), total)  # the beat is there to be found
         downbeats = {n.start // piece.metre.bar for n in backing if n.start % piece.metre.bar == 0}
         assert len(downbeats) > 0.6 * total / piece.metre.beats, piece.title
         assert 34 < piece.seconds(max(n.start for n in backing)) < 40
@@ -133,7 +133,7 @@ def captions():
             yield truth, write_captions(truth, f"{piece.id}-{segment}")
 
 
-def said(words, text: str) -> set[str]:
+def words_in(words, text: str) -> set[str]:
     """Which of the words stand in the text as whole words."""
     return {word for word in words if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)}
 
@@ -151,16 +151,16 @@ def test_captions_state_only_true_facts() -> None:
         moods = {truth["mood"], *MOODS.get(truth["mood"], ())}
         for text in texts:
             assert "{" not in text and "  " not in text and " ," not in text and text == text.strip(), text
-            assert said(all_tempo, text) <= set(TEMPO[truth["tempo_class"]]), text
-            assert said(MODES, text) <= {truth["mode"]}, text
+            assert words_in(all_tempo, text) <= set(TEMPO[truth["tempo_class"]]), text
+            assert words_in(MODES, text) <= {truth["mode"]}, text
             assert all(int(n) == truth["bpm"] for n in re.findall(r"(\d+) (?:bpm|BPM|beats)", text)), text
             assert all(m == truth["metre"] for m in re.findall(r"\d/\d", text)), text
             for tonic in re.findall(r"\b([A-G](?:[#b]|[ -](?:sharp|flat))?) (?:major|minor|dorian|mixolydian)", text):
                 spelt = tonic.replace(" sharp", "#").replace("-sharp", "#").replace(" flat", "b").replace("-flat", "b")
                 assert spelt == truth["key"], text
-            heard = said(all_players, re.sub("(no|without) drums", "", text))
-            assert all(word in longest for word in heard), (text, present)
-            assert said(all_moods, text) <= moods, (text, truth["mood"])
+            found = words_in(all_players, re.sub("(no|without) drums", "", text))
+            assert all(word in longest for word in found), (text, present)
+            assert words_in(all_moods, text) <= moods, (text, truth["mood"])
             if "drum" in text or "percussion" in text:
                 assert truth["drums"] == (not re.search(r"no drums|without drums", text)), text
 
@@ -169,9 +169,10 @@ def test_captions_vary_and_mention_main_attributes() -> None:
     rows = list(captions())
     assert all(4 <= len(texts) <= 6 and len(set(texts)) == len(texts) for _, texts in rows)
     flat = [(truth, text) for truth, texts in rows for text in texts]
-    lead = sum(bool(said(INSTRUMENTS[t["lead"]["name"]] + FAMILY_WORDS[t["lead"]["family"]], text)) for t, text in flat)
-    tempo = sum(bool(said(TEMPO[t["tempo_class"]], text)) or str(t["bpm"]) in text for t, text in flat)
-    mode = sum(bool(said((t["mode"],), text)) for t, text in flat)
+    leads = [INSTRUMENTS[t["lead"]["name"]] + FAMILY_WORDS[t["lead"]["family"]] for t, _ in flat]
+    lead = sum(bool(words_in(words, text)) for words, (_, text) in zip(leads, flat, strict=True))
+    tempo = sum(bool(words_in(TEMPO[t["tempo_class"]], text)) or str(t["bpm"]) in text for t, text in flat)
+    mode = sum(bool(words_in((t["mode"],), text)) for t, text in flat)
     assert lead > 0.85 * len(flat) and tempo > 0.6 * len(flat) and mode > 0.6 * len(flat), (lead, tempo, mode)
     assert len({text for _, text in flat}) > 0.98 * len(flat)
     assert write_captions(rows[0][0], "x") == write_captions(rows[0][0], "x") != write_captions(rows[0][0], "y")

@@ -410,7 +410,7 @@ def test_discriminator_trains_and_gives_generator_gradients():
     real, fake = tones(4, 4000), tones(4, 4000, seed=1) + 0.02 * torch.randn(4, 1, 4000)
     optimiser = torch.optim.AdamW(discriminator.parameters(), 2e-3, betas=(0.8, 0.95))
     losses = []
-    for _ in range(40):
+    for _ in range(80):
         loss = discriminator_loss(discriminator(real), discriminator(fake))
         optimiser.zero_grad()
         loss.backward()

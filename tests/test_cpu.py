@@ -1,4 +1,4 @@
-"""What makes training on a CPU quick."""
+"""Training on a CPU: kept memory and detection of bf16."""
 
 import subprocess
 import sys
@@ -14,8 +14,8 @@ from ssmttm.training.cpu import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 torch.set_num_threads(1)
-x = torch.zeros(16_000_000)  # 64 MB: glibc maps it anew each time, however often it was asked for
-for _ in range(20):  # until the heap has grown to what is needed
+x = torch.zeros(16_000_000)  # 64 MB: by default glibc maps it again each time
+for _ in range(20):  # until the heap has grown
     (x + 1).sum()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
@@ -24,19 +24,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(how):
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+def page_faults(mode):
+    done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True)
     if done.returncode == 3:
         pytest.skip("this C library has no mallopt")
     return int(done.stdout)
 
 
-def test_kept_memory_is_not_asked_for_again():
-    assert faults("keep") < 0.5 * faults("give back")
+def test_kept_memory_causes_fewer_page_faults():
+    assert page_faults("keep") < 0.5 * page_faults("default")
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("avx2 avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])
-def test_bf16_is_read_from_the_processor(monkeypatch, flags, expected):
+def test_bf16_is_detected_from_cpuinfo(monkeypatch, flags, expected):
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path: f"flags : fpu {flags}")
     assert cpu.has_bf16() is expected

@@ -20,7 +20,7 @@ from ssmttm.errors import UserError
 from ssmttm.export.int8 import export_int8
 from ssmttm.export.model_folder import export
 from ssmttm.generation import pipeline
-from ssmttm.generation.loading import load_model, open_model_folder
+from ssmttm.generation.loading import load_language_model, open_model_folder
 from ssmttm.models import TokenLM
 from ssmttm.models.controls import Controls
 from ssmttm.training import loop
@@ -428,7 +428,7 @@ def test_export_is_a_language_model_that_names_its_teacher(config_of, tmp_path, 
     run = loop.train(config_of("distill.guidance_scale=2", "train.steps=3"))
     out = export(run, tmp_path / "out")
     folder = open_model_folder(out)
-    assert isinstance(load_model(folder), TokenLM) and folder.card["task"] == "distill"
+    assert isinstance(load_language_model(folder), TokenLM) and folder.card["task"] == "distill"
     entry = folder.card["data"]["teacher"]
     assert entry["name"].startswith("teacher/step-") and entry["guidance_scale"] == 2
     assert len(entry["weights_sha256"]) == 64

@@ -1,4 +1,4 @@
-"""Copies are found, however they were treated; other music is not, and nor is what all sounds share."""
+"""Fingerprints and near-duplicate search: altered copies match, other music does not."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ PIECES = 12
 
 @pytest.fixture(scope="module")
 def music():
-    """Clips of 10 s of as many pieces, one after the other: float32 [S]."""
+    """Clips of PIECES pieces, 30 s each: float32 [S]."""
     wavs, _ = clips(0, PIECES)
     return [torch.cat(wavs[3 * i : 3 * i + 3], dim=1)[0].numpy() for i in range(PIECES)]
 
@@ -38,7 +38,7 @@ def resampled(wav, rate):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 90_000), max_size=9), st.sampled_from([8_000, 44_100, 96_000]), st.integers(0, 9))
-def test_blocks_change_nothing(cuts, rate, seed):
+def test_fingerprint_does_not_depend_on_blocks(cuts, rate, seed):
     rng = np.random.default_rng(seed)
     wav = rng.standard_normal(rng.integers(1, 13 * rate)).astype(np.float32) * np.float32(0.1)
     maker, at = Fingerprinter(rate), 0
@@ -53,8 +53,8 @@ def test_blocks_change_nothing(cuts, rate, seed):
 
 
 @pytest.mark.parametrize("rate", [22_050, 11_127])
-def test_words_are_where_their_frames_are(rate):
-    """What begins 15 s later gives the same words, 150 fewer."""
+def test_fingerprint_words_are_aligned_with_time(rate):
+    """Audio without its first 15 s has the same words without the first 150."""
     wav = np.random.default_rng(0).standard_normal(22 * rate).astype(np.float32) * np.float32(0.1)
     whole = fingerprint(wav, rate)
     assert whole.all()
@@ -63,12 +63,12 @@ def test_words_are_where_their_frames_are(rate):
 
 
 @pytest.mark.parametrize("rate", [1_000, 2_000, 7_999, 8_000, 384_000])
-def test_any_rate(rate):
+def test_fingerprint_accepts_any_rate(rate):
     wav = np.random.default_rng(0).standard_normal(3 * rate).astype(np.float32)
     assert len(fingerprint(wav, rate)) == 19
 
 
-def test_nothing_and_next_to_nothing():
+def test_fingerprint_of_empty_and_short_audio_is_empty():
     assert len(Fingerprinter(HERTZ).finish()) == 0
     assert len(fingerprint(np.zeros(HERTZ, np.float32), HERTZ)) == 0
 
@@ -89,7 +89,7 @@ TREATMENTS = {
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS)
-def test_a_copy_is_found(music, prints, treatment, tmp_path):
+def test_near_pairs_finds_altered_copies(music, prints, treatment, tmp_path):
     copies = [fingerprint(TREATMENTS[treatment](wav, tmp_path), HERTZ) for wav in music[:4]]
     found = near_pairs([*prints, *copies])
     assert list(zip(found.a.tolist(), found.b.tolist(), strict=True)) == [(i, PIECES + i) for i in range(4)]
@@ -98,13 +98,13 @@ def test_a_copy_is_found(music, prints, treatment, tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000])
-def test_the_rate_hardly_matters(music, prints, rate):
+def test_fingerprint_hardly_depends_on_sample_rate(music, prints, rate):
     for wav, found in zip(music[:3], prints, strict=False):
         match = bit_error_rate(fingerprint(resampled(wav, rate), rate), found, 100)
         assert match.offset == 0 and match.rate < 0.03
 
 
-def test_other_music_is_not_found(prints):
+def test_near_pairs_finds_no_different_music(prints):
     worst = min(
         bit_error_rate(a, b, 100).rate for i, a in enumerate(prints) for b in prints[:i]
     )
@@ -112,43 +112,43 @@ def test_other_music_is_not_found(prints):
     assert len(near_pairs(prints)) == 0
 
 
-def test_silence_and_drones_match_nothing():
+def test_near_pairs_ignores_silence_and_drones():
     time = np.arange(30 * HERTZ) / HERTZ
     chord = sum(0.1 * np.sin(2 * np.pi * hertz * time) for hertz in (330, 440, 555, 1_234)).astype(np.float32)
     faint = np.random.default_rng(0).normal(0, 1e-5, len(time)).astype(np.float32)
-    for still in (np.zeros(30 * HERTZ, np.float32), faint, chord):
-        found = fingerprint(still, HERTZ)
+    for steady in (np.zeros(30 * HERTZ, np.float32), faint, chord):
+        found = fingerprint(steady, HERTZ)
         assert len(found) > 280 and not found.any()
         assert len(near_pairs([found] * 5)) == 0
 
 
-def test_a_shared_intro_is_not_enough(music, prints):
-    """Five seconds in common are not looked for; what follows differs."""
+def test_near_pairs_ignores_a_shared_intro(music, prints):
+    """Five seconds in common are below the shortest overlap."""
     others = [np.concatenate([music[0][: 5 * HERTZ], music[i][: 20 * HERTZ]]) for i in (1, 2)]
     found = near_pairs([fingerprint(wav, HERTZ) for wav in others] + prints[:1])
     assert not (found.rate < SAME).any()
 
 
-def test_a_loop_is_found_wherever_it_is_cut(music):
-    """Of a bar played over and over, every word comes again and again."""
+def test_near_pairs_finds_excerpt_of_a_loop(music):
+    """Every word of a repeated bar occurs many times."""
     looped = np.tile(music[3][: 2 * HERTZ + 137], 20)
     cut = looped[13 * HERTZ + 501 : -9 * HERTZ]
     found = near_pairs([fingerprint(looped, HERTZ), fingerprint(cut, HERTZ)])
     assert len(found) == 1 and found.rate[0] < SAME
 
 
-def test_a_loops_other_turns_do_not_hide_the_whole():
-    """The first turns are the clearest, so that most votes are for an offset by a turn."""
+def test_near_pairs_finds_largest_overlap_of_a_loop():
+    """Most votes are for an offset by one period."""
     rng = np.random.default_rng(0)
-    turn = rng.integers(1, 2**32, 100, dtype=np.uint32)
-    later = turn ^ np.uint32(0x00010001)
-    a = np.concatenate([later, later, turn, later, later])
-    b = np.concatenate([turn, later, later, later, later])
+    period = rng.integers(1, 2**32, 100, dtype=np.uint32)
+    later = period ^ np.uint32(0x00010001)
+    a = np.concatenate([later, later, period, later, later])
+    b = np.concatenate([period, later, later, later, later])
     found = near_pairs([a, b])
     assert (found.offset.tolist(), found.overlap.tolist()) == ([0], [500])
 
 
-def test_bit_error_rate_by_hand():
+def test_bit_error_rate_of_small_example():
     a = np.array([9, 1, 2, 3, 4, 0, 6], np.uint32)
     b = np.array([2, 3, 4 + 8, 5, 6], np.uint32)
     match = bit_error_rate(a, b, 3)
@@ -158,69 +158,69 @@ def test_bit_error_rate_by_hand():
     assert bit_error_rate(a, b, 7).rate == 1 == at_offset(a, b, 90).rate
 
 
-def slowest(a, b, least):
-    """What `bit_error_rate` finds, by trying every offset."""
-    all_of = [at_offset(a, b, offset) for offset in range(-len(b) + 1, len(a))]
-    return max(((0.5 - m.rate) * m.overlap**0.5 for m in all_of if m.overlap >= least), default=None)
+def reference_score(a, b, least):
+    """The best score of `bit_error_rate`, by trying every offset."""
+    matches = [at_offset(a, b, offset) for offset in range(-len(b) + 1, len(a))]
+    return max(((0.5 - m.rate) * m.overlap**0.5 for m in matches if m.overlap >= least), default=None)
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12), st.integers(0, 99))
-def test_bit_error_rate_is_the_best(n, m, least, seed):
+def test_bit_error_rate_equals_reference(n, m, least, seed):
     rng = np.random.default_rng(seed)
     a, b = (rng.integers(0, 2**32, k, dtype=np.uint32) * (rng.random(k) < 0.8) for k in (n, m))
     a, b = a.astype(np.uint32), b.astype(np.uint32)
-    found, best = bit_error_rate(a, b, least), slowest(a, b, least)
+    found, best = bit_error_rate(a, b, least), reference_score(a, b, least)
     if best is None:
         assert found.rate == 1
     else:
         assert (0.5 - found.rate) * found.overlap**0.5 == pytest.approx(best, abs=1e-4)
 
 
-def planted(seed, n, copies):
-    """Random fingerprints, the last ones copies with every tenth word spoilt."""
+def with_copies(seed, n, copies):
+    """Random fingerprints; the last ones are copies with every tenth word corrupted."""
     rng = np.random.default_rng(seed)
-    sounds = [rng.integers(1, 2**32, rng.integers(150, 300), dtype=np.uint32) for _ in range(n)]
+    fingerprints = [rng.integers(1, 2**32, rng.integers(150, 300), dtype=np.uint32) for _ in range(n)]
     for _ in range(copies):
-        words = sounds[rng.integers(n)].copy()
+        words = fingerprints[rng.integers(n)].copy()
         words[::10] ^= np.uint32(rng.integers(1, 2**32))
-        sounds.append(words)
-    return sounds
+        fingerprints.append(words)
+    return fingerprints
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 1 << 16])
-def test_memory_and_order_change_nothing(memory):
-    sounds = planted(0, 60, 20)
-    found = near_pairs(sounds)
+def test_near_pairs_does_not_depend_on_memory_and_order(memory):
+    fingerprints = with_copies(0, 60, 20)
+    found = near_pairs(fingerprints)
     pairs = set(zip(found.a.tolist(), found.b.tolist(), strict=True))
     assert {b for _, b in pairs} == set(range(60, 80))
     shuffled = np.random.default_rng(1).permutation(80)
-    again = near_pairs([sounds[i] for i in shuffled], np.argsort(shuffled), memory=memory)
+    again = near_pairs([fingerprints[i] for i in shuffled], np.argsort(shuffled), memory=memory)
     for name in ("a", "b", "offset", "rate", "overlap"):
         assert np.array_equal(getattr(found, name), getattr(again, name))
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 1 << 16])
-def test_every_shared_gram_is_looked_at_once(memory):
-    """Against counting in a dictionary. Repeated words, and words across the end of a sound, are no grams."""
+def test_passes_visit_every_shared_ngram_once(memory):
+    """Against a dictionary. Repeated words, and words across the end of a recording, are not n-grams."""
     rng = np.random.default_rng(0)
-    sounds = [np.repeat(rng.integers(1, 60, 150, dtype=np.uint32), rng.integers(1, 3, 150)) for _ in range(20)]
+    fingerprints = [np.repeat(rng.integers(1, 60, 150, dtype=np.uint32), rng.integers(1, 3, 150)) for _ in range(20)]
     first: dict[tuple[int, int], dict[int, int]] = {}
-    for sound, words in enumerate(sounds):
+    for number, words in enumerate(fingerprints):
         grams = list(zip(words[:-4].tolist(), words[4:].tolist(), strict=True))
         for place, gram in enumerate(grams):
             if place == 0 or gram != grams[place - 1]:
-                first.setdefault(gram, {}).setdefault(sound, place)
+                first.setdefault(gram, {}).setdefault(number, place)
     expected = sorted(where for places in first.values() if len(places) > 1 for where in places.items())
     found = []
-    for grams in _passes(sounds, np.arange(20), memory):
+    for grams in _passes(fingerprints, np.arange(20), memory):
         _, inverse, count = np.unique(grams.gram, return_inverse=True, return_counts=True)
         places = zip(grams.sound.tolist(), grams.place.tolist(), (count[inverse] > 1).tolist(), strict=True)
         found += [(sound, place) for sound, place, shared in places if shared]
     assert sorted(found) == expected and len(expected) > 100
 
 
-def test_votes_for_neighbouring_offsets_count_together():
+def test_candidates_add_votes_of_neighbouring_offsets():
     pair = (3 << 23) | 5
     votes = np.array([(pair << 18) | (half + (1 << 17)) for half in (-4, -3, 7)], np.uint64)
     assert _candidates(votes) == ([pair], [-8], [True])
@@ -229,9 +229,9 @@ def test_votes_for_neighbouring_offsets_count_together():
     assert _candidates(votes[:0]) == ([], [], [])
 
 
-def test_some_sounds_are_left_out_or_empty():
-    sounds = planted(3, 5, 0)
-    prints = [sounds[0], np.empty(0, np.uint32), sounds[1], sounds[0]]
+def test_near_pairs_with_subset_and_empty_fingerprints():
+    fingerprints = with_copies(3, 5, 0)
+    prints = [fingerprints[0], np.empty(0, np.uint32), fingerprints[1], fingerprints[0]]
     found = near_pairs(prints, np.array([3, 1, 0]))
     assert (found.a.tolist(), found.b.tolist(), found.rate.tolist()) == ([0], [2], [0.0])
     assert len(near_pairs(prints, np.array([1, 2]))) == len(near_pairs([])) == 0
@@ -239,7 +239,7 @@ def test_some_sounds_are_left_out_or_empty():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=30), st.randoms())
-def test_groups(n, edges, random):
+def test_groups_are_connected_components(n, edges, random):
     edges = [(a, b) for a, b in edges if a < n and b < n]
     expected = list(range(n))
     for _ in range(n):

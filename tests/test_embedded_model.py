@@ -1,4 +1,4 @@
-"""The models that ship with the package, with the codecs and text encoders that ship with them."""
+"""The embedded models with their codecs and text encoders."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def pipe(request):
     return MusicPipeline.from_pretrained(request.param)
 
 
-def test_it_makes_sound_that_follows_seed_and_prompt(pipe):
+def test_embedded_models_generate_audio_that_depends_on_seed_and_prompt(pipe):
     out = pipe(["a calm piano piece", "a calm piano piece", "fast techno with drums"], duration=2.0, seeds=[0, 1, 0])
     assert out.audios.shape == (3, 1, 48_000) and out.sample_rate == 24_000
     assert torch.isfinite(out.audios).all() and out.audios.abs().max() <= 1.5
@@ -23,49 +23,49 @@ def test_it_makes_sound_that_follows_seed_and_prompt(pipe):
     assert torch.equal(again.codes[0], out.codes[2]) and torch.equal(again.audios[0], out.audios[2])
 
 
-def test_it_streams(pipe):
+def test_embedded_models_stream(pipe):
     whole = pipe("a march for brass", duration=1.5, seeds=3).audios[0]
     parts = list(pipe.stream("a march for brass", duration=1.5, seed=3))
     assert len(parts) > 1 and torch.allclose(torch.cat(parts, -1), whole, atol=1e-5)
 
 
-def test_it_reads_ten_thousand_words_emoji_and_any_script(pipe, caplog):
+def test_embedded_models_take_long_prompts_emoji_and_any_script(pipe, caplog):
     out = pipe([" ".join(f"word{i}" for i in range(10_000)), "🎻🎶", "медленный вальс", "鋼琴"], duration=0.2)
     assert out.audios.shape == (4, 1, 4800)
     assert "the first 128 are kept" in caplog.text
 
 
-def test_it_says_what_it_is(pipe):
-    assert len(pipe.facts["model"]["weights_sha256"]) == 64
-    parts = [pipe.facts[part]["name"] for part in ("codec", "text_encoder")]
+def test_embedded_models_have_metadata(pipe):
+    assert len(pipe.metadata["model"]["weights_sha256"]) == 64
+    parts = [pipe.metadata[part]["name"] for part in ("codec", "text_encoder")]
     assert parts == (["tiny", "minilm"] if pipe.guidance_scale == 3 else ["codec", "text_encoder"])
-    assert set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
+    assert set(pipe.metadata["training_data_licences"]) == {"CC0-1.0"}
 
 
-def test_the_embedded_student_is_a_seventh_of_its_teacher():
+def test_embedded_student_is_a_seventh_of_its_teacher():
     teacher, student = (components(MusicPipeline.from_pretrained(name)) for name in ("tiny_lm", "tinyttm_tiny"))
     for old, new in zip(teacher, student, strict=True):
         assert new.parameters < old.parameters / 3 and new.flops < old.flops / 4 and new.read < old.read / 4
     assert total(student).parameters < total(teacher).parameters / 7
 
 
-def test_the_embedded_model_of_two_stages_makes_sound_and_streams():
+def test_embedded_two_stage_model_generates_audio_and_streams():
     pipe = MusicPipeline.from_pretrained("tiny_two_stage")
     out = pipe("a calm piano piece", duration=9.0, seeds=[3])
     assert out.codes.shape == (1, 8, 225) and out.audios.square().mean().sqrt() > 1e-3
-    assert "second_stage" in pipe.facts and set(pipe.facts["training_data_licences"]) == {"CC0-1.0"}
+    assert "second_stage" in pipe.metadata and set(pipe.metadata["training_data_licences"]) == {"CC0-1.0"}
     parts = list(pipe.stream("a calm piano piece", duration=9.0, seed=3))
     assert len(parts) > 1 and torch.allclose(torch.cat(parts, -1), out.audios[0], atol=1e-5)
 
 
-def test_the_embedded_model_of_two_stages_takes_up_a_melody():
-    """A scale of sine tones, which no caption asks for."""
+def test_embedded_two_stage_model_follows_a_melody():
+    """A scale of sine tones, unrelated to the caption."""
     pipe = MusicPipeline.from_pretrained("tiny_two_stage")
     time = torch.arange(pipe.sample_rate // 2) / pipe.sample_rate
     notes = [0.4 * torch.sin(2 * torch.pi * 261.63 * 2 ** (n / 12) * time) for n in (0, 4, 7, 5, 9, 2, 11, 7)]
     melody = torch.cat([note * torch.exp(-2 * time) for note in notes])[None]
-    embeddings = {}
-    for name, told in (("with", melody), ("without", None)):
-        made = pipe(["a slow waltz on a music box"] * 2, duration=4.0, seeds=0, melody=told).audios[:, 0]
-        embeddings[name] = chroma_similarity(made, melody.expand(2, -1), pipe.sample_rate).mean()
-    assert embeddings["with"] > embeddings["without"] + 0.15, embeddings
+    similarity = {}
+    for name, given_melody in (("with", melody), ("without", None)):
+        made = pipe(["a slow waltz on a music box"] * 2, duration=4.0, seeds=0, melody=given_melody).audios[:, 0]
+        similarity[name] = chroma_similarity(made, melody.expand(2, -1), pipe.sample_rate).mean()
+    assert similarity["with"] > similarity["without"] + 0.15, similarity

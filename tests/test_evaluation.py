@@ -1,8 +1,9 @@
-"""The measure itself: features of known audio, equivariance, statistics against closed forms, the report, the page."""
+"""Attribute classifiers and prompt adherence: features of known audio, equivariance, label statistics, the report."""
 
 import json
 import math
 from collections import namedtuple
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from ssmttm.cli import train_attribute_classifiers
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes import adherence
-from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_of
+from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_labels
 from ssmttm.evaluation.attributes.classifiers import MODES, AttributeClassifiers, pitch_class, tempo_class, windows
-from ssmttm.evaluation.metrics.statistics import agreement_of, binomial_tail, wilson
+from ssmttm.evaluation.metrics.statistics import label_accuracy
 from ssmttm.evaluation.music.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
-from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts, named
+from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts, mentioned_attributes
 
 RATE = features.SAMPLE_RATE
 FAMILIES = ["brass", "flutes", "guitar", "mallets", "organ", "piano", "reeds", "strings", "synth"]
@@ -43,8 +44,8 @@ def tone(note, seconds=0.5, partials=4):
 
 
 @pytest.mark.parametrize("bpm", [60, 90, 120, 160])
-def test_tempogram_of_a_click_track_peaks_at_its_tempo(bpm):
-    gram = features.tempogram(features.onset_strength(features.level(clicks(bpm))))
+def test_tempogram_of_click_track_peaks_at_its_tempo(bpm):
+    gram = features.tempogram(features.onset_strength(features.rms_normalise(clicks(bpm))))
     grid = features.tempi()
     bands = len(features.ONSET_BANDS)
     fourier = gram[0, bands:].mean(0).masked_fill(grid > 1.5 * bpm, 0)
@@ -55,22 +56,22 @@ def test_tempogram_of_a_click_track_peaks_at_its_tempo(bpm):
     assert gram[0, :bands, between].mean() < 0.2
 
 
-def test_chroma_of_a_c_major_scale_holds_its_seven_notes():
+def test_chroma_of_c_major_scale_has_its_seven_notes():
     scale = [60, 62, 64, 65, 67, 69, 71]
-    chroma = features.chroma(torch.cat([tone(note) for note in scale * 2], 1)).mean(-1)[0]
+    chroma = features.chroma_log_frequency(torch.cat([tone(note) for note in scale * 2], 1)).mean(-1)[0]
     inside = chroma[[note % 12 for note in scale]]
     outside = chroma[[1, 3, 6, 8, 10]]
     assert inside.min() > 1.5 * outside.max()
-    assert features.chroma(tone(69, 2.0)).mean(-1)[0].argmax() == 9
+    assert features.chroma_log_frequency(tone(69, 2.0)).mean(-1)[0].argmax() == 9
 
 
-def test_transposed_audio_shifts_the_pitch_class_bands():
-    low, high = (features.log_frequency_spectrum(features.level(tone(note, 2.0))) for note in (60, 61))
+def test_pitch_class_bands_shift_with_transposition():
+    low, high = (features.log_frequency_spectrum(features.rms_normalise(tone(note, 2.0))) for note in (60, 61))
     low, high = features.pitch_class_bands(low).mean(-1), features.pitch_class_bands(high).mean(-1)
     torch.testing.assert_close(low.roll(features.BINS_PER_SEMITONE, 2)[:, 1], high[:, 1], atol=0.1, rtol=0)
 
 
-def test_key_network_is_exactly_equivariant_to_transposition():
+def test_key_network_is_equivariant_to_transposition():
     torch.manual_seed(0)
     network = AttributeClassifiers(FAMILIES).eval().key
     bands = torch.rand(2, len(features.PITCH_BANDS), features.PITCH_BINS, 40)
@@ -79,7 +80,7 @@ def test_key_network_is_exactly_equivariant_to_transposition():
         torch.testing.assert_close(shifted, network(bands).roll(semitones, 1), atol=1e-5, rtol=1e-5)
 
 
-def test_detect_does_not_depend_on_level_batch_or_sample_format():
+def test_predict_is_independent_of_level_and_batch():
     torch.manual_seed(0)
     classifiers = AttributeClassifiers(FAMILIES).eval()
     wav = torch.cat([clicks(100), torch.cat([tone(n, 2.5) for n in (60, 64, 67, 72)], 1)])
@@ -90,24 +91,24 @@ def test_detect_does_not_depend_on_level_batch_or_sample_format():
             assert sum(table.values()) == pytest.approx(1, abs=1e-4)
         assert found.tempo_class in ("slow", "medium", "fast")
         assert found.third in ("major", "minor")
-    assert len(classifiers.predict(torch.zeros(1, 8 * RATE), RATE)) == 1, "silence is heard without NaN"
+    assert len(classifiers.predict(torch.zeros(1, 8 * RATE), RATE)) == 1, "silence gives no NaN"
     with pytest.raises(UserError, match="too short"):
         classifiers.predict(torch.zeros(RATE), RATE)
 
 
-def test_windows_cover_both_ends():
+def test_classifier_windows_cover_both_ends():
     wav = torch.arange(25 * RATE)[None].float()
     parts = windows(wav)
     assert len(parts) == 3 and all(part.shape[-1] == 10 * RATE for part in parts)
     assert parts[0][0, 0] == 0 and parts[-1][0, -1] == wav[0, -1]
 
 
-def test_detectors_survive_saving_and_refuse_damage(tmp_path):
+def test_classifiers_save_load_and_reject_damage(tmp_path):
     torch.manual_seed(0)
     classifiers = AttributeClassifiers(FAMILIES, {"seed": 3}).eval()
     classifiers.save(tmp_path)
-    again = AttributeClassifiers.from_pretrained(tmp_path)
-    assert again.fingerprint == classifiers.fingerprint and again.card["seed"] == 3 and again.families == FAMILIES
+    loaded = AttributeClassifiers.from_pretrained(tmp_path)
+    assert loaded.fingerprint == classifiers.fingerprint and loaded.card["seed"] == 3 and loaded.families == FAMILIES
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
         AttributeClassifiers.from_pretrained(tmp_path)
@@ -115,41 +116,46 @@ def test_detectors_survive_saving_and_refuse_damage(tmp_path):
         AttributeClassifiers.from_pretrained(tmp_path / "nowhere")
 
 
-def test_wilson_and_binomial_against_scipy():
-    from scipy import stats
-
+def test_label_accuracy_interval_and_p_value_against_closed_forms():
     for k, n in ((0, 10), (7, 10), (61, 100), (100, 100)):
-        interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
-        assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-6)
-        for chance in (0.11, 1 / 3, 0.5):
-            assert binomial_tail(k, n, chance) == pytest.approx(
-                stats.binomtest(k, n, chance, "greater").pvalue, abs=1e-9
-            )
+        for n_classes in (9, 3, 2):
+            labels = [f"class {i % n_classes}" for i in range(n)]
+            predicted = [label if i < k else "none" for i, label in enumerate(labels)]
+            found = label_accuracy(labels, predicted, n_classes)
+            z = 1.959964
+            centre, spread = (k / n + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n)
+            half = spread * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+            assert (found.low, found.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
+            chance = max(found.uniform, found.majority)
+            tail = math.fsum(math.comb(n, i) * chance**i * (1 - chance) ** (n - i) for i in range(k, n + 1))
+            assert found.p_value == pytest.approx(tail, abs=1e-9)
 
 
-def test_agreement_of_a_guess_is_chance_and_of_truth_is_certain():
+def test_label_accuracy_of_guess_and_of_truth():
     rng = np.random.default_rng(0)
     expected = [FAMILIES[i % 9] for i in range(180)]
-    guess = agreement_of(expected, list(rng.choice(FAMILIES, 180)), 9)
+    guess = label_accuracy(expected, list(rng.choice(FAMILIES, 180)), 9)
     assert guess.uniform == pytest.approx(1 / 9) and guess.majority == pytest.approx(1 / 9)
     assert guess.shuffled == pytest.approx(1 / 9, abs=0.01) and guess.p_value > 0.05 and guess.shuffled_p > 0.05
-    sure = agreement_of(expected, expected, 9)
-    assert sure.share == 1 and sure.p_value < 1e-50 and sure.shuffled_p < 1e-3
-    assert sure.shuffled == pytest.approx(1 / 9, abs=0.01), "shuffling destroys even perfect agreement"
-    biased = agreement_of(expected, ["piano"] * 180, 9)
-    assert biased.share == pytest.approx(biased.shuffled) and biased.shuffled_p == 1
+    sure = label_accuracy(expected, expected, 9)
+    assert sure.accuracy == 1 and sure.p_value < 1e-50 and sure.shuffled_p < 1e-3
+    assert sure.shuffled == pytest.approx(1 / 9, abs=0.01), "shuffling removes even perfect accuracy"
+    biased = label_accuracy(expected, ["piano"] * 180, 9)
+    assert biased.accuracy == pytest.approx(biased.shuffled) and biased.shuffled_p == 1
 
 
-def test_captions_that_name_lead_tempo_and_mode():
+def test_mentioned_attributes_of_captions():
     expected = {"family": "guitar", "tempo_class": "slow", "mode": "dorian"}
-    assert named("A slow waltz in D dorian on a banjo, backed by bass guitar", expected) == set(expected)
-    assert named("A waltz at 72 bpm in dorian mode over bass guitar", expected) == {"tempo_class", "mode"}
-    assert named("A slow waltz at 140 bpm in D minor on a guitar", expected) == {"family"}
-    assert named("A synth-pop track", expected | {"family": "synth"}) == set()
-    assert named("Synths, over synth bass", expected | {"family": "synth"}) == {"family"}
+    caption = "A slow waltz in D dorian on a banjo, backed by bass guitar"
+    assert mentioned_attributes(caption, expected) == set(expected)
+    caption = "A waltz at 72 bpm in dorian mode over bass guitar"
+    assert mentioned_attributes(caption, expected) == {"tempo_class", "mode"}
+    assert mentioned_attributes("A slow waltz at 140 bpm in D minor on a guitar", expected) == {"family"}
+    assert mentioned_attributes("A synth-pop track", expected | {"family": "synth"}) == set()
+    assert mentioned_attributes("Synths, over synth bass", expected | {"family": "synth"}) == {"family"}
 
 
-def test_training_program_makes_detectors_that_load(tmp_path, monkeypatch):
+def test_train_attribute_classifiers_writes_classifiers_that_load(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = tmp_path / "store"
     writer = StoreWriter(store, {"made": "for the test"}, sample_rate=RATE)
@@ -165,23 +171,23 @@ def test_training_program_makes_detectors_that_load(tmp_path, monkeypatch):
     first = AttributeClassifiers.from_pretrained(tmp_path / "out")
     assert first.families == FAMILIES[:3] and first.card["trained_on"]["clips"] == 4
     assert first.card["held_out"]["true"]["n"] == first.card["held_out"]["reconstructed"]["n"] == 2
-    assert len(list((tmp_path / "ssmttm-detectors").iterdir())) == 2, "features are kept"
-    train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "again")])
-    assert AttributeClassifiers.from_pretrained(tmp_path / "again").fingerprint == first.fingerprint
+    assert len(list((tmp_path / "ssmttm-attribute-features").iterdir())) == 2, "features are cached"
+    train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "second")])
+    assert AttributeClassifiers.from_pretrained(tmp_path / "second").fingerprint == first.fingerprint
 
 
-def test_embedded_detectors_meet_their_goal():
-    right = AttributeClassifiers.from_pretrained().card["held_out"]["true"]
-    assert right["n"] >= 100 and min(right[name] for name in ATTRIBUTES) >= 0.9
+def test_shipped_classifiers_are_accurate():
+    held_out = AttributeClassifiers.from_pretrained().card["held_out"]["true"]
+    assert held_out["n"] >= 100 and min(held_out[name] for name in ATTRIBUTES) >= 0.9
 
 
 class FakeStore:
-    """Six segments of synthetic truth for each pair of family and mode, without files."""
+    """Six segments with synthetic annotations for each pair of family and mode, without files."""
 
     path, fingerprint = "fake", "0" * 16
 
     def __init__(self):
-        self.truths = [
+        self.rows = [
             {"lead": {"family": family}, "bpm": (70, 110, 150)[i % 3], "key": "D", "mode": mode}
             for i in range(6)
             for family in FAMILIES
@@ -189,21 +195,21 @@ class FakeStore:
         ]
 
     def indices(self, split):
-        return np.arange(len(self.truths))
+        return np.arange(len(self.rows))
 
     def ids(self, rows):
         return [f"segment-{row}" for row in rows]
 
-    def truth(self, row):
-        return self.truths[row]
+    def annotations(self, row):
+        return self.rows[row]
 
     def captions(self, row):
-        truth, words = self.truths[row], {"mallets": "marimba", "reeds": "oboe"}
-        lead = words.get(truth["lead"]["family"], truth["lead"]["family"])
-        return ["Music.", f"{truth['bpm']} bpm, D {truth['mode']}, {lead}"]
+        annotations, words = self.rows[row], {"mallets": "marimba", "reeds": "oboe"}
+        lead = words.get(annotations["lead"]["family"], annotations["lead"]["family"])
+        return ["Music.", f"{annotations['bpm']} bpm, D {annotations['mode']}, {lead}"]
 
 
-def test_prompts_are_balanced_distinct_and_seeded():
+def test_balanced_prompts_are_balanced_distinct_and_seeded():
     store = FakeStore()
     prompts = balanced_prompts(store, 36, seed=1)
     assert len({p.row for p in prompts}) == 36
@@ -211,35 +217,35 @@ def test_prompts_are_balanced_distinct_and_seeded():
         counts = np.unique([p.expected[name] for p in prompts], return_counts=True)[1]
         assert len(counts) == size and counts.max() - counts.min() <= 3
     assert prompts == balanced_prompts(store, 36, seed=1) != balanced_prompts(store, 36, seed=2)
-    assert all(p.expected == expected_of(store.annotations(p.row)) for p in prompts)
+    assert all(p.expected == expected_labels(store.annotations(p.row)) for p in prompts)
     with pytest.raises(UserError, match="fewer than 999"):
         balanced_prompts(store, 999, seed=1)
 
 
-def test_a_model_that_ignores_its_prompts_scores_chance(monkeypatch, tmp_path):
+def test_adherence_of_unconditional_model_is_chance(monkeypatch, tmp_path):
     torch.manual_seed(0)
-    right = {"n": 3, "family": 0.9, "tempo_class": 0.9, "mode": 0.9, "third": 0.95, "confusion": {}}
-    monkeypatch.setattr(adherence, "accuracy", lambda *rest: {"true": right, "reconstructed": right})
+    classifier = {"n": 3, "family": 0.9, "tempo_class": 0.9, "mode": 0.9, "third": 0.95, "confusion": {}}
+    monkeypatch.setattr(adherence, "accuracy", lambda *rest: {"true": classifier, "reconstructed": classifier})
     monkeypatch.setattr(adherence, "music_flatness", lambda *rest: 0.01)
-    pieces = []
+    paths = []
     for seed in range(24):
         noise = 0.1 * torch.randn(1, 4 * RATE, generator=torch.Generator().manual_seed(seed))
-        pieces.append(audio.write(tmp_path / f"{seed}.wav", noise, RATE))
+        paths.append(audio.write(tmp_path / f"{seed}.wav", noise, RATE))
     codec = namedtuple("NoCodec", "fingerprint")("none")
     report = adherence.measure_adherence(
-        FakeStore(), balanced_prompts(FakeStore(), 24, 0), pieces, codec, {"weights": "f" * 16, "seed": 0}
+        FakeStore(), balanced_prompts(FakeStore(), 24, 0), paths, codec, {"weights": "f" * 16, "seed": 0}
     )
     assert report.checks == {"good": 0, "silent": 0, "clipped": 0, "noisy": 24}
-    for agreement in report.agreement.values():
-        assert agreement.shuffled_p > 0.001 and abs(agreement.share - agreement.shuffled) < 0.35
-    saved = json.loads(json.dumps(report.document()))
-    assert saved["fingerprint"]["weights"] == "f" * 16 and len(saved["pieces"]) == 24
+    for found in report.accuracy.values():
+        assert found.shuffled_p > 0.001 and abs(found.accuracy - found.shuffled) < 0.35
+    saved = json.loads(json.dumps(asdict(report)))
+    assert saved["fingerprint"]["weights"] == "f" * 16 and len(saved["clips"]) == 24
     assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["classifiers"]
     rows = report.section().rows
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1 and "90.0 %" in rows[1]
 
 
-def test_audio_checks_tell_silence_clipping_and_noise_from_music():
+def test_check_audio_detects_silence_clipping_and_noise():
     noise = torch.randn(4 * RATE, generator=torch.Generator().manual_seed(0)) * 0.1
     music = torch.cat([tone(note) for note in (60, 64, 67, 72)], 1)[0]
     reference = spectral_flatness(music, RATE)
@@ -254,6 +260,6 @@ def test_audio_checks_tell_silence_clipping_and_noise_from_music():
     assert matrix[0, 1] < 0.1 and matrix[0, 2] > 6 and torch.equal(matrix, matrix.T)
 
 
-def test_tempo_classes_and_tonics():
+def test_tempo_class_and_pitch_class():
     assert [tempo_class(bpm) for bpm in (89.9, 90, 130, 130.1)] == ["slow", "medium", "medium", "fast"]
     assert [pitch_class(name) for name in ("C", "Db", "F#", "Bb", "B", "G#")] == [0, 1, 6, 10, 11, 8]

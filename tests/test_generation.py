@@ -1,4 +1,4 @@
-"""The sampling engine: seeds, guidance, fill, cached steps against the whole forward, chunks, continuation."""
+"""The sampling engine: seeds, guidance, padding, cached steps against the full forward, chunks, continuation."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def make_model(**changes) -> TokenLM:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(2.0)  # a random model is nearly indifferent to its input; this one is not
+                parameter.mul_(2.0)  # so that the output depends clearly on the input
     return model
 
 
@@ -50,7 +50,7 @@ def sample(model, items, sampling=GUIDED, n_frames=30, pattern=DELAY, **more):
     return generate(model, text, NULL, pattern, n_frames, sampling, [SEEDS[i] for i in items], **more)
 
 
-over_patterns = pytest.mark.parametrize(
+all_patterns = pytest.mark.parametrize(
     "pattern",
     [
         pytest.param(get_pattern(name, n_codebooks=K, leading=n), id=f"{name}-{n}")
@@ -60,20 +60,20 @@ over_patterns = pytest.mark.parametrize(
 
 
 class Spy:
-    """Records what reaches the model and what comes back."""
+    """Records the inputs and states of the model."""
 
     def __init__(self, model, monkeypatch):
-        self.prefills, self.steps, self.states, self.told = [], [], [], []
+        self.prefills, self.steps, self.states, self.controls_seen = [], [], [], []
         real_prefill, real_step, real_state = model.prefill, model.step, model.init_state
 
         def prefill(codes, text, state, controls):
             self.prefills.append((codes.clone(), text))
-            self.told.append(controls)
+            self.controls_seen.append(controls)
             return real_prefill(codes, text, state, controls)
 
         def step(codes, state, controls):
             self.steps.append(codes.clone())
-            self.told.append(controls)
+            self.controls_seen.append(controls)
             return real_step(codes, state, controls)
 
         def init_state(*args, **kwargs):
@@ -91,7 +91,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, GUIDED], ids=["plain", "guided"])
-def test_an_item_is_the_same_alone_and_in_any_batch(model, sampling):
+def test_item_codes_are_the_same_alone_and_in_any_batch(model, sampling):
     alone = {i: sample(model, [i], sampling) for i in range(4)}
     for items in [(0, 1), (1, 0), (3, 0, 2), (0, 1, 2, 3), (3, 2, 1, 0)]:
         together = sample(model, items, sampling)
@@ -101,30 +101,30 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model, sampling):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("sampling", [PLAIN, GUIDED], ids=["plain", "guided"])
-def test_an_items_logits_are_the_same_bits_in_any_batch(sampling, threads, monkeypatch):
-    """What makes the promise above hold for long pieces: no difference, however small, that could grow."""
+def test_item_logits_are_bitwise_equal_in_any_batch(sampling, threads, monkeypatch):
+    """So that the test above holds for long clips: there is no rounding difference that could grow."""
     torch.set_num_threads(threads)
     try:
         model = make_model(d_model=128, headdim=32, d_state=16)
-        seen = {}
+        logits_of = {}
         for items in [(0,), (1, 0), (2, 0, 1, 3)]:
-            embeddings = []
+            outputs = []
             step, prefill = TokenLM.step, TokenLM.prefill
-            monkeypatch.setattr(model, "step", lambda *a, s=step, h=embeddings: h.append(s(model, *a)) or h[-1])
-            monkeypatch.setattr(model, "prefill", lambda *a, p=prefill, h=embeddings: h.append(p(model, *a)) or h[-1])
+            monkeypatch.setattr(model, "step", lambda *a, s=step, h=outputs: h.append(s(model, *a)) or h[-1])
+            monkeypatch.setattr(model, "prefill", lambda *a, p=prefill, h=outputs: h.append(p(model, *a)) or h[-1])
             sample(model, items, sampling, n_frames=6)
             row = items.index(0)
             n = len(items)
             rows = slice(row, None if sampling is PLAIN else n + row + 1, n)
-            seen[items] = [embeddings[row], *(logits[rows][: 1 + (sampling is GUIDED)] for logits in embeddings[n:])]
-        alone = seen.pop((0,))
-        for items, logits in seen.items():
+            logits_of[items] = [outputs[row], *(logits[rows][: 1 + (sampling is GUIDED)] for logits in outputs[n:])]
+        alone = logits_of.pop((0,))
+        for items, logits in logits_of.items():
             assert all(torch.equal(a, b) for a, b in zip(alone, logits, strict=True)), items
     finally:
         torch.set_num_threads(1)
 
 
-def test_seeds_and_captions_both_matter(model):
+def test_codes_depend_on_seed_and_caption(model):
     codes = sample(model, [0, 1, 2, 3])
     for a, b in itertools.combinations(range(4), 2):
         assert not torch.equal(codes[a], codes[b])  # 1 and 2 share a seed, not a caption
@@ -134,26 +134,26 @@ def test_seeds_and_captions_both_matter(model):
 
 
 @pytest.mark.parametrize(("name", "same"), [("delay", 25 - K + 1), ("parallel", 25), ("flatten", 25)])
-def test_a_longer_piece_begins_as_the_shorter_one(model, name, same):
-    """With delay, but for the last K - 1 frames, whose finer codes see the fill that ends the shorter one."""
+def test_longer_clip_begins_with_the_codes_of_a_shorter_one(model, name, same):
+    """With delay, except the last K - 1 frames: their finer codes follow the padding that ends the shorter one."""
     shorter, longer = (sample(model, [0, 1], n_frames=n, pattern=get_pattern(name, K)) for n in (25, 40))
     assert torch.equal(shorter[..., :same], longer[..., :same])
 
 
-def test_coarse_first_begins_alike_in_its_first_codebook_only(model):
+def test_coarse_first_shares_only_the_first_codebook_with_a_shorter_clip(model):
     shorter, longer = (sample(model, [0], n_frames=n, pattern=get_pattern("coarse_first", K)) for n in (25, 40))
     assert torch.equal(shorter[:, 0], longer[:, 0, :25])
     assert not torch.equal(shorter[:, 1:], longer[:, 1:, :25])
 
 
-def test_uniforms_belong_to_the_seed_alone():
+def test_uniforms_depend_on_the_seed_only():
     both, one = draw_uniforms([5, 9], 40, K), draw_uniforms([9], 25, K)
     assert both.shape == (40, 2, K) and both.dtype == torch.float64
     assert torch.equal(both[:25, 1], one[:, 0])
     assert not torch.equal(both[:, 0], both[:, 1])
 
 
-def test_guidance_one_runs_the_conditional_rows_alone(model, monkeypatch):
+def test_guidance_one_runs_conditional_rows_only(model, monkeypatch):
     spy = Spy(model, monkeypatch)
     sample(model, [0, 1], PLAIN)
     assert [len(codes) for codes, _ in spy.prefills] == [1, 1]
@@ -165,7 +165,7 @@ def test_guidance_one_is_the_limit_of_guidance(model):
     assert torch.equal(sample(model, [0, 1], close), sample(model, [0, 1], PLAIN))
 
 
-def test_guidance_zero_forgets_the_caption(model):
+def test_guidance_zero_ignores_the_caption(model):
     none = Sampling(top_k=0, guidance_scale=0.0)
     text = TextCondition.stack([TEXTS[0], TEXTS[1]])
     codes = generate(model, text, NULL, DELAY, 20, none, [4, 4])
@@ -174,7 +174,7 @@ def test_guidance_zero_forgets_the_caption(model):
 
 
 def test_conditional_and_null_rows_are_paired_by_value(model):
-    """Each item has its own null condition: swapping the items swaps the codes, and each is what it is alone."""
+    """Each item has its own null condition: swapping the items swaps the codes."""
     nulls = captions(3, 6)
 
     def run(items):
@@ -190,9 +190,9 @@ def test_conditional_and_null_rows_are_paired_by_value(model):
     assert not torch.equal(forward, crossed)
 
 
-@over_patterns
+@all_patterns
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_greedy_sampling_is_the_argmax_of_the_whole_forward(model, pattern, scale):
+def test_greedy_sampling_is_the_argmax_of_the_full_forward(model, pattern, scale):
     text = TextCondition.stack(TEXTS[:3])
     codes = generate(model, text, NULL, pattern, 21, Sampling(top_k=1, guidance_scale=scale), [0, 1, 2])
     sequence = pattern.build(codes, model.special_token_id)  # [B, K, S]
@@ -205,33 +205,33 @@ def test_greedy_sampling_is_the_argmax_of_the_whole_forward(model, pattern, scal
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_the_special_token_is_never_sampled(name, monkeypatch):
+def test_special_token_is_never_sampled(name, monkeypatch):
     model = make_model(predict_special=True)
     step, prefill = model.step, model.prefill
 
-    def tempt(logits):
+    def favour_special_token(logits):
         assert logits.shape[-1] == V + 1
         return logits.index_fill(-1, torch.tensor([V]), 50.0)
 
-    monkeypatch.setattr(model, "step", lambda *inputs: tempt(step(*inputs)))
-    monkeypatch.setattr(model, "prefill", lambda *inputs: tempt(prefill(*inputs)))
+    monkeypatch.setattr(model, "step", lambda *inputs: favour_special_token(step(*inputs)))
+    monkeypatch.setattr(model, "prefill", lambda *inputs: favour_special_token(prefill(*inputs)))
     codes = sample(model, [0, 1], PLAIN, 40, get_pattern(name, n_codebooks=K))
     assert codes.shape == (2, K, 40)
     assert codes.min() >= 0 and codes.max() < V
 
 
-@over_patterns
-def test_fill_is_enforced_and_codes_go_back_in_as_they_came_out(model, pattern, monkeypatch):
+@all_patterns
+def test_pattern_padding_is_enforced_and_sampled_codes_are_the_next_inputs(model, pattern, monkeypatch):
     spy = Spy(model, monkeypatch)
     n_frames, special = 12, model.special_token_id
     codes = sample(model, [0, 1], GUIDED, n_frames, pattern)
-    inputs = spy.inputs(rows=4)  # one position of specials, then the sequence but for its last position
+    inputs = spy.inputs(rows=4)  # the start column, then the sequence without its last position
     assert inputs.shape == (4, K, pattern.sequence_length(n_frames))
     assert torch.equal(inputs[:2], inputs[2:])
     sequence = inputs[:2, :, 1:]
-    real = pattern.mask(n_frames)[:, :-1]
+    valid = pattern.mask(n_frames)[:, :-1]
     assert (inputs[..., 0] == special).all()
-    assert (sequence[:, ~real] == special).all() and (sequence[:, real] != special).all()
+    assert (sequence[:, ~valid] == special).all() and (sequence[:, valid] != special).all()
     assert torch.equal(sequence, pattern.build(codes, special)[..., :-1])
 
 
@@ -248,7 +248,7 @@ def tensors_of(value):
         yield from tensors_of(vars(value))
 
 
-def test_the_state_does_not_grow(model, monkeypatch):
+def test_state_does_not_grow_with_length(model, monkeypatch):
     spy = Spy(model, monkeypatch)
     sizes = []
     for n_frames in (5, 60):
@@ -256,12 +256,12 @@ def test_the_state_does_not_grow(model, monkeypatch):
         sizes.append(sum(t.numel() for t in tensors_of(spy.states[-1])))
     assert sizes[0] == sizes[1] > 0
     assert len(spy.prefills) == 2 and all(codes.shape[-1] == 1 for codes, _ in spy.prefills)
-    assert len(spy.steps) == 5 + 60 + 2 * (K - 2)  # one a position but the first, which the prefill gives
+    assert len(spy.steps) == 5 + 60 + 2 * (K - 2)  # one per position but the first, which is the prefill's
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("chunk_frames", [1, 4, 7, 100])
-def test_chunks_join_to_the_whole(model, name, chunk_frames):
+def test_chunks_concatenate_to_the_whole(model, name, chunk_frames):
     text, pattern = TextCondition.stack(TEXTS[:2]), get_pattern(name, n_codebooks=K)
     chunks = list(generate_frames(model, text, NULL, pattern, 23, GUIDED, SEEDS[:2], chunk_frames=chunk_frames))
     assert torch.equal(torch.cat(chunks, -1), sample(model, [0, 1], n_frames=23, pattern=pattern))
@@ -279,7 +279,7 @@ def test_chunks_join_to_the_whole(model, name, chunk_frames):
         ("coarse_first", [50, 51, 52]),
     ],
 )
-def test_a_frame_comes_as_soon_as_its_last_codebook_is_drawn(model, name, steps, monkeypatch):
+def test_frame_is_yielded_once_its_last_codebook_is_sampled(model, name, steps, monkeypatch):
     spy, pattern = Spy(model, monkeypatch), get_pattern(name, n_codebooks=K, leading=2)
     frames = generate_frames(model, TextCondition.stack(TEXTS[:1]), NULL, pattern, 50, PLAIN, [0])
     for wanted in steps:
@@ -287,44 +287,44 @@ def test_a_frame_comes_as_soon_as_its_last_codebook_is_drawn(model, name, steps,
         assert len(spy.steps) == wanted
 
 
-def test_gradients_are_off_inside_and_untouched_outside(model):
+def test_inference_mode_does_not_leak_out_of_the_generator(model):
     frames = generate_frames(model, TextCondition.stack(TEXTS[:1]), NULL, DELAY, 4, PLAIN, [0])
     next(frames)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("leading", [0, 2])
-@pytest.mark.parametrize("given", [1, 8, 20])
-@pytest.mark.parametrize(("name", "a_frame"), [("delay", 1), ("parallel", 1), ("flatten", K), ("coarse_first", 1)])
-def test_going_on_from_given_codes_is_as_never_stopping(model, name, a_frame, given, leading, monkeypatch):
+@pytest.mark.parametrize("n_given", [1, 8, 20])
+@pytest.mark.parametrize(("name", "per_frame"), [("delay", 1), ("parallel", 1), ("flatten", K), ("coarse_first", 1)])
+def test_continuation_of_own_codes_equals_uninterrupted_sampling(model, name, per_frame, n_given, leading, monkeypatch):
     pattern = get_pattern(name, n_codebooks=K, leading=leading)
     whole = sample(model, [0, 1], n_frames=20, pattern=pattern)
     spy = Spy(model, monkeypatch)
-    went_on = sample(model, [0, 1], n_frames=20, pattern=pattern, prompt_codes=whole[..., :given])
-    assert torch.equal(went_on, whole)
-    taken_in = 1 + leading + given * a_frame if given < 20 else pattern.sequence_length(20)
-    assert spy.prefills[0][0].shape[-1] == taken_in
+    continued = sample(model, [0, 1], n_frames=20, pattern=pattern, prompt_codes=whole[..., :n_given])
+    assert torch.equal(continued, whole)
+    prefilled = 1 + leading + n_given * per_frame if n_given < 20 else pattern.sequence_length(20)
+    assert spy.prefills[0][0].shape[-1] == prefilled
 
 
-@over_patterns
-def test_other_given_codes_are_kept_and_heeded(model, pattern):
-    """Codes that the model would not have drawn stand in the result, wherever the pattern puts them."""
+@all_patterns
+def test_continuation_keeps_and_depends_on_the_prompt_codes(model, pattern):
+    """With prompt codes that the model would not have sampled."""
     whole = sample(model, [0], n_frames=12, pattern=pattern)
     prompt = (whole[..., :5] + 1) % V
     chunks = generate_frames(
         model, TextCondition.stack(TEXTS[:1]), NULL, pattern, 12, GUIDED, SEEDS[:1], prompt_codes=prompt
     )
-    went_on = torch.cat(list(chunks), -1)
-    assert torch.equal(went_on[..., :5], prompt)
-    assert not torch.equal(went_on[..., 5:], whole[..., 5:])
+    continued = torch.cat(list(chunks), -1)
+    assert torch.equal(continued[..., :5], prompt)
+    assert not torch.equal(continued[..., 5:], whole[..., 5:])
 
 
-@over_patterns
-def test_one_frame(model, pattern):
+@all_patterns
+def test_single_frame(model, pattern):
     assert sample(model, [0], n_frames=1, pattern=pattern).shape == (1, K, 1)
 
 
-def test_a_broken_model_is_named_as_such():
+def test_model_with_nan_weights_is_an_error():
     model = make_model()
     with torch.no_grad():
         next(p for p in model.parameters() if p.dim() == 2).fill_(float("nan"))
@@ -332,7 +332,7 @@ def test_a_broken_model_is_named_as_such():
         sample(model, [0])
 
 
-def test_dropout_must_be_off(model):
+def test_model_in_training_mode_is_an_error(model):
     model.train()
     try:
         with pytest.raises(ValueError, match="eval"):
@@ -349,6 +349,6 @@ def test_dropout_must_be_off(model):
         {"guidance_scale": float("inf")},
     ],
 )  # fmt: skip
-def test_settings_out_of_range_are_refused(wrong):
+def test_sampling_settings_out_of_range_are_errors(wrong):
     with pytest.raises(UserError, match=next(iter(wrong)).split("_scale")[0]):
         Sampling(**wrong)

@@ -1,4 +1,4 @@
-"""Importers: logits equal those of the model that was imported, folders play as it does, nothing foreign is run."""
+"""Importers: logits, codes and audio equal those of the original model; no foreign code is executed."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from released_checkpoint import LAYERS, SPECIAL, D, K, N, V, released_forward, released_tensors, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -38,16 +38,14 @@ from ssmttm.training.checkpointer import load_initial_weights
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
 PROMPTS = ["slow piano", "loud drums with slow piano"]
-K, V, D, N, LAYERS, SPECIAL = 2, 16, 64, 8, 2, 16  # of the released model; its vocabulary is V + 1
-HEADS, INNER = 2, 128
 
 
 def save_tokenizer(folder):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks).save_pretrained(folder)
+    special_tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
 
 
 def t5_config(width):
@@ -55,7 +53,7 @@ def t5_config(width):
 
 
 def forwards(model, codes, text):
-    """Logits [B, K, S, V'] of the whole sequence, and of a prefill of 5 and steps, from the 5th on."""
+    """Logits [B, K, S, V'] of the full forward, and of a prefill of 5 and steps, from the 5th position on."""
     state = model.init_state(len(codes))
     found = [model.prefill(codes[..., :5], text, state)]
     found += [model.step(codes[..., s], state) for s in range(5, codes.shape[-1])]
@@ -63,109 +61,16 @@ def forwards(model, codes, text):
 
 
 def assert_near(found, expected, tolerance=1e-5):
-    assert expected.std() > 0.1, "too small for the tolerance to mean anything"
+    assert expected.std() > 0.1, "too small for this tolerance"
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-# --------------------------------------------------------------------------- the checkpoint of arXiv 2601.14786's code
-
-
-def released_tensors(n_codebooks=K):
-    """Random tensors under the names and shapes of that code."""
-    g = torch.Generator().manual_seed(0)
-
-    def randn(*shape, scale=1.0):
-        return scale * torch.randn(*shape, generator=g)
-
-    tensors = {
-        "condition_linear.weight": randn(D, 768, scale=0.05),
-        "condition_linear.bias": randn(D),
-        "condition_norm.weight": 1 + randn(D, scale=0.2),
-        "condition_norm.bias": randn(D, scale=0.2),
-    }
-    for k in range(n_codebooks):
-        tensors |= {f"embedding.{k}.weight": randn(V + 1, D), f"lm_head.{k}.weight": randn(V + 1, D, scale=0.1)}
-    for i in range(LAYERS):
-        mixer, ff = f"backbone.{i}.mamba.mamba", f"backbone.{i}.ff"
-        tensors |= {
-            f"backbone.{i}.mamba.norm.weight": 1 + randn(D, scale=0.2),
-            f"{mixer}.dt_bias": randn(HEADS) - 1,
-            f"{mixer}.A_log": randn(HEADS),
-            f"{mixer}.D": randn(HEADS),
-            f"{mixer}.in_proj.weight": randn(2 * INNER + 2 * N + HEADS, D, scale=D**-0.5),
-            f"{mixer}.conv1d.weight": randn(INNER + 2 * N, 1, 4, scale=0.5),
-            f"{mixer}.conv1d.bias": randn(INNER + 2 * N, scale=0.2),
-            f"{mixer}.norm.weight": 1 + randn(INNER, scale=0.2),
-            f"{mixer}.out_proj.weight": randn(D, INNER, scale=INNER**-0.5),
-            f"{ff}.norm.weight": 1 + randn(D, scale=0.2),
-            f"{ff}.feed_forward.0.weight": randn(2 * D, D, scale=D**-0.5),
-            f"{ff}.feed_forward.0.bias": randn(2 * D, scale=0.2),
-            f"{ff}.feed_forward.3.weight": randn(D, 2 * D, scale=D**-0.5),
-            f"{ff}.feed_forward.3.bias": randn(D, scale=0.2),
-        }
-    return tensors
-
-
-def released_forward(tensors, codes, text):
-    """That code's forward, position by position: codes [B, K, S], T5 states [B, L, 768] -> logits [B, K, S + 1, V']."""
-    w = {name: tensor.double() for name, tensor in tensors.items()}
-    prefix = F.linear(text.double(), w["condition_linear.weight"], w["condition_linear.bias"])
-    prefix = F.layer_norm(prefix, (D,), w["condition_norm.weight"], w["condition_norm.bias"], 1e-5)
-    x = torch.cat([prefix, sum(w[f"embedding.{k}.weight"][codes[:, k]] for k in range(codes.shape[1]))], 1)
-    phases = torch.arange(x.shape[1]).double()[:, None] / 10_000 ** (torch.arange(D // 2) / (D // 2 - 1)).double()
-    x = x + torch.cat([phases.cos(), phases.sin()], 1)
-    for i in range(LAYERS):
-        h = F.rms_norm(x, (D,), w[f"backbone.{i}.mamba.norm.weight"], 1e-5)
-        x = x + mamba2({name.rpartition("mamba.mamba.")[2]: w[name] for name in w if f"{i}.mamba.mamba" in name}, h)
-        mlp = [w[f"backbone.{i}.ff.feed_forward.{part}"] for part in ("0.weight", "0.bias", "3.weight", "3.bias")]
-        h = F.rms_norm(x, (D,), w[f"backbone.{i}.ff.norm.weight"], 1e-5)
-        x = x + F.linear(F.gelu(F.linear(h, *mlp[:2])), *mlp[2:])
-    x = x[:, prefix.shape[1] - 1 :]
-    return torch.stack([x @ w[f"lm_head.{k}.weight"].T for k in range(codes.shape[1])], 1)
-
-
-def mamba2(w, x):
-    """Mamba-2 as a plain recurrence (arXiv 2405.21060), x [B, T, D]."""
-    z, xBC, dt = (x @ w["in_proj.weight"].T).split([INNER, INNER + 2 * N, HEADS], -1)
-    padded = F.pad(xBC.transpose(1, 2), (3, 0))
-    xBC = F.silu(F.conv1d(padded, w["conv1d.weight"], w["conv1d.bias"], groups=INNER + 2 * N)).transpose(1, 2)
-    u, B, C = xBC.split([INNER, N, N], -1)
-    u, dt, A = u.unflatten(-1, (HEADS, -1)), F.softplus(dt + w["dt_bias"]), -w["A_log"].exp()
-    state, ys = 0, []
-    for t in range(x.shape[1]):
-        new = dt[:, t, :, None, None] * u[:, t, :, :, None] * B[:, t, None, None, :]  # [B, H, P, N]
-        state = (dt[:, t] * A).exp()[..., None, None] * state + new
-        ys.append((state * C[:, t, None, None, :]).sum(-1) + w["D"][:, None] * u[:, t])
-    gated = torch.stack(ys, 1).flatten(2) * F.silu(z)
-    return F.rms_norm(gated, (INNER,), w["norm.weight"], 1e-5) @ w["out_proj.weight"].T
-
-
-def save_checkpoint(path, tensors, **more):
-    """A Lightning checkpoint as that code's trainer writes it."""
-    section = {"layers": LAYERS, "vocab_size": V + 1, "codec_layer": K, "d_model": D, "drop_p": 0.3, "d_state": N}
-    config = {
-        "training": {"name": "x", "batch": 4, "model_size": {"total_params": 0.1}},
-        "model": section | {"is_incontext": True} | more,
-        "optimizer": {"optim_lr": 1e-4, "betas": (0.9, 0.999)},
-    }
-    state = {f"music_model.{name}": tensor for name, tensor in tensors.items()}
-    held = {
-        "epoch": 2,
-        "global_step": 500,
-        "pytorch-lightning_version": "2.5.0",
-        "state_dict": state | {"text_encoder.shared.weight": torch.zeros(3, 5)},
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(500.0)}}, "param_groups": [{"lr": 1e-4}]}],
-        "lr_schedulers": [{"base_lrs": [1e-4], "lr_lambdas": [None]}],
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(1.0), "dirpath": "x"}},
-        "hyper_parameters": {"config": config},
-    }
-    torch.save(held, path)
-    return path
+# --- checkpoints of the code of arXiv 2601.14786
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory):
-    """A folder with a checkpoint, a DAC of three codebooks and a T5 of width 768, all random and small."""
+def released(tmp_path_factory):
+    """A folder with a checkpoint, a DAC of three codebooks and a T5 of width 768, small and with random weights."""
     folder = tmp_path_factory.mktemp("released")
     torch.manual_seed(0)
     save_checkpoint(folder / "simba.ckpt", released_tensors())
@@ -179,12 +84,12 @@ def shelf(tmp_path_factory):
     return folder
 
 
-def import_from(shelf, out, checkpoint="simba.ckpt"):
-    return import_released(shelf / checkpoint, out, shelf / "dac", shelf / "t5")
+def import_from(released, out, checkpoint="simba.ckpt"):
+    return import_released(released / checkpoint, out, released / "dac", released / "t5")
 
 
-def visibly_padded(t5_folder, prompt):
-    """T5 states [60, 768] each of a prompt and of the empty one, encoded together as that code does."""
+def unmasked_text_states(t5_folder, prompt):
+    """T5 states [60, 768] of a prompt and of the empty caption, encoded together as in that code."""
     ids = [WORDS.index(word) for word in prompt.split()] + [1]
     null = [1] + [0] * (len(ids) - 1)
     mask = torch.zeros(2, 60, dtype=torch.int64)
@@ -194,8 +99,8 @@ def visibly_padded(t5_folder, prompt):
         return T5EncoderModel.from_pretrained(t5_folder).eval()(rows, mask).last_hidden_state
 
 
-def test_a_released_model_gives_the_logits_of_its_own_code(shelf):
-    model = read_released(shelf / "simba.ckpt")
+def test_released_import_gives_the_logits_of_the_original_code(released):
+    model = read_released(released / "simba.ckpt")
     g = torch.Generator().manual_seed(1)
     codes = torch.randint(V + 1, (2, K, 19), generator=g)
     states = torch.randn(2, 7, 768, generator=g)
@@ -205,55 +110,55 @@ def test_a_released_model_gives_the_logits_of_its_own_code(shelf):
     assert_near(steps, expected[:, :, 4:])
 
 
-def test_a_released_model_plays_as_its_own_code_does(shelf, tmp_path):
-    """Greedily, with guidance, on one codebook as released: prompts padded to 60 tokens, one special token to start."""
+def test_released_import_samples_the_codes_of_the_original_code(released, tmp_path):
+    """Greedy, with guidance, one codebook: prompts padded to 60 tokens, one special token at the start."""
     tensors = released_tensors(n_codebooks=1)
     save_checkpoint(tmp_path / "one.ckpt", tensors, codec_layer=1)
-    out = import_released(tmp_path / "one.ckpt", tmp_path / "model", shelf / "dac", shelf / "t5")
-    pipe = MusicPipeline.from_pretrained(out, codec=shelf / "dac", text_encoder=shelf / "t5")
+    out = import_released(tmp_path / "one.ckpt", tmp_path / "model", released / "dac", released / "t5")
+    pipe = MusicPipeline.from_pretrained(out, codec=released / "dac", text_encoder=released / "t5")
     assert pipe.codec.n_codebooks == 1
-    made = pipe(PROMPTS, duration=12 * 8 / 8000, guidance_scale=3.0, top_k=1)
-    assert made.audios.shape == (2, 1, 96)
-    for prompt, codes in zip(PROMPTS, made.codes, strict=True):
-        states, sequence = visibly_padded(shelf / "t5", prompt), torch.tensor([[[SPECIAL]]])
+    output = pipe(PROMPTS, duration=12 * 8 / 8000, guidance_scale=3.0, top_k=1)
+    assert output.audios.shape == (2, 1, 96)
+    for prompt, codes in zip(PROMPTS, output.codes, strict=True):
+        states, sequence = unmasked_text_states(released / "t5", prompt), torch.tensor([[[SPECIAL]]])
         for _ in range(12):
             text, null = released_forward(tensors, sequence.expand(2, -1, -1), states)[:, 0, -1, :V]
             sequence = torch.cat([sequence, (null + 3 * (text - null)).argmax().view(1, 1, 1)], 2)
         assert torch.equal(codes, sequence[0, :, 1:])
-    assert len(made.codes.unique()) > 3 and not torch.equal(made.codes[0], made.codes[1])
+    assert len(output.codes.unique()) > 3 and not torch.equal(output.codes[0], output.codes[1])
 
 
-def test_padding_stands_as_text(shelf):
-    encoder = load_text_encoder(shelf / "t5")
+def test_unmasked_padding_equals_the_original_text_states(released):
+    encoder = load_text_encoder(released / "t5")
     read = build_null_condition("unmasked_padding", encoder)
     for prompt in PROMPTS:
-        text, null = visibly_padded(shelf / "t5", prompt)
+        text, null = unmasked_text_states(released / "t5", prompt)
         torch.testing.assert_close(read(prompt), (text, null), atol=1e-5, rtol=0)
-    made = encoder.encode_unmasked(["piano " * 70, ""], n_tokens=60, token_id=1)
-    assert made.mask.shape == (2, 71) and made.mask.all()
+    output = encoder.encode_unmasked(["piano " * 70, ""], n_tokens=60, token_id=1)
+    assert output.mask.shape == (2, 71) and output.mask.all()
 
 
-def test_the_released_preset_is_what_is_imported(shelf):
+def test_released_preset_equals_the_imported_config(released):
     sizes = {"n_codebooks": K, "codebook_size": V, "d_model": D, "n_layers": LAYERS, "d_state": N}
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         preset = compose("model/released", overrides=[f"model.{key}={value}" for key, value in sizes.items()]).model
-    assert asdict(build_model(preset).config) == asdict(read_released(shelf / "simba.ckpt").config)
+    assert asdict(build_model(preset).config) == asdict(read_released(released / "simba.ckpt").config)
 
 
-def test_a_released_folder_says_what_it_is_and_can_be_trained_on(shelf, tmp_path):
-    out = import_from(shelf, tmp_path / "mine")
+def test_released_folder_has_a_card_and_initialises_a_training(released, tmp_path):
+    out = import_from(released, tmp_path / "mine")
     card = json.loads((out / "card.json").read_text())
     assert (card["name"], card["imported_from"]) == ("mine", "simba.ckpt")
     assert card["data"]["codec"]["name"] == "descript/dac_44khz"
     assert card["data"]["text"]["name"] == "google/flan-t5-base"
-    assert card["data"]["text"]["fingerprint"] == load_text_encoder(shelf / "t5").fingerprint
-    assert str(shelf) not in "".join(path.read_text() for path in (out / "card.json", out / "config.yaml"))
-    model = TokenLM(read_released(shelf / "simba.ckpt").config)
+    assert card["data"]["text"]["fingerprint"] == load_text_encoder(released / "t5").fingerprint
+    assert str(released) not in "".join(path.read_text() for path in (out / "card.json", out / "config.yaml"))
+    model = TokenLM(read_released(released / "simba.ckpt").config)
     assert load_initial_weights(out, model)["licences"] == {"NOASSERTION": None}
-    torch.testing.assert_close(model.state_dict(), read_released(shelf / "simba.ckpt").state_dict())
+    torch.testing.assert_close(model.state_dict(), read_released(released / "simba.ckpt").state_dict())
 
 
-class Malicious:
+class MaliciousPickle:
     def __init__(self, witness):
         self.witness = witness
 
@@ -262,21 +167,21 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_is_never_executed(shelf, tmp_path, zipped, capsys):
+def test_released_pickle_is_never_executed(released, tmp_path, zipped, capsys):
     witness = tmp_path / "executed"
-    held = {"state_dict": {}, "hyper_parameters": Malicious(witness)}
-    torch.save(held, tmp_path / "bad.ckpt", _use_new_zipfile_serialization=zipped)
+    content = {"state_dict": {}, "hyper_parameters": MaliciousPickle(witness)}
+    torch.save(content, tmp_path / "bad.ckpt", _use_new_zipfile_serialization=zipped)
     command = ["import", "released", str(tmp_path / "bad.ckpt"), str(tmp_path / "out")]
     assert run_cli(lambda: main(command)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "bad.ckpt" in lines[0]
-    assert "refused" in lines[0] or not zipped
+    assert "rejected" in lines[0] or not zipped
     assert not witness.exists() and not (tmp_path / "out").exists()
     torch.load(tmp_path / "bad.ckpt", weights_only=False)
-    assert witness.exists(), "the file would not have done anything"
+    assert witness.exists(), "the pickle is harmless, so this test shows nothing"
 
 
-def test_another_architecture_is_refused_by_its_tensors(shelf, tmp_path):
+def test_released_import_of_another_architecture_names_its_tensors(released, tmp_path):
     renamed = {name.replace("mamba.mamba", "self_attn.attn"): tensor for name, tensor in released_tensors().items()}
     save_checkpoint(tmp_path / "other.ckpt", renamed)
     with pytest.raises(UserError, match=r"music_model\.backbone\.0\.mamba\.mamba\.A_log is absent, \(2,\) is expected; "
@@ -291,8 +196,8 @@ def test_another_architecture_is_refused_by_its_tensors(shelf, tmp_path):
         read_released(tmp_path / "extra.ckpt")
 
 
-def test_what_is_no_checkpoint_is_one_clear_line(shelf, tmp_path):
-    whole = (shelf / "simba.ckpt").read_bytes()
+def test_released_import_of_other_files_is_an_error(released, tmp_path):
+    whole = (released / "simba.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.ckpt").write_text("<html>not found</html>")
     (tmp_path / "empty.ckpt").write_bytes(b"")
@@ -300,39 +205,39 @@ def test_what_is_no_checkpoint_is_one_clear_line(shelf, tmp_path):
         with pytest.raises(UserError, match=name):
             read_released(tmp_path / name)
     config = {"config": {"model": {"layers": 1}}}
-    for held in ([1], {"state_dict": {}}, {"hyper_parameters": config, "state_dict": {}}, {"hyper_parameters": 3}):
-        torch.save(held, tmp_path / "odd.ckpt")
-        with pytest.raises(UserError, match=r"odd\.ckpt is no checkpoint of arXiv 2601\.14786's code"):
+    for content in ([1], {"state_dict": {}}, {"hyper_parameters": config, "state_dict": {}}, {"hyper_parameters": 3}):
+        torch.save(content, tmp_path / "odd.ckpt")
+        with pytest.raises(UserError, match=r"odd\.ckpt is not a checkpoint of arXiv 2601\.14786's code"):
             read_released(tmp_path / "odd.ckpt")
     save_checkpoint(tmp_path / "odd.ckpt", {"embedding.0.weight": 3})
-    with pytest.raises(UserError, match=r"odd\.ckpt is no checkpoint"):
+    with pytest.raises(UserError, match=r"odd\.ckpt is not a checkpoint"):
         read_released(tmp_path / "odd.ckpt")
 
 
-def test_codec_and_text_encoder_must_be_had_and_fit(shelf, tmp_path, monkeypatch):
+def test_released_import_needs_fitting_codec_and_text_encoder(released, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"2 codebooks of 16 .* codec tiny has 8 of 1024"):
-        import_released(shelf / "simba.ckpt", tmp_path / "out", "tiny", shelf / "t5")
+        import_released(released / "simba.ckpt", tmp_path / "out", "tiny", released / "t5")
     with pytest.raises(UserError, match="text encoder minilm gives width 384"):
-        import_released(shelf / "simba.ckpt", tmp_path / "out", shelf / "dac", "minilm")
+        import_released(released / "simba.ckpt", tmp_path / "out", released / "dac", "minilm")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="descript/dac_44khz"):
-        import_released(shelf / "simba.ckpt", tmp_path / "out")
+        import_released(released / "simba.ckpt", tmp_path / "out")
     with pytest.raises(UserError, match="google/flan-t5-base"):
-        import_released(shelf / "simba.ckpt", tmp_path / "out", shelf / "dac")
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name], "nothing half-written is left"
+        import_released(released / "simba.ckpt", tmp_path / "out", released / "dac")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name], "an incomplete folder is left"
 
 
-def test_nothing_is_overwritten(shelf, tmp_path):
+def test_import_does_not_overwrite(released, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="out is there already"):
-        import_from(shelf, tmp_path / "out")
+    with pytest.raises(UserError, match="out exists already"):
+        import_from(released, tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        import_from(shelf, tmp_path / "file" / "out")
+        import_from(released, tmp_path / "file" / "out")
 
 
-# --------------------------------------------------------------------------------------------- transformers' MusicGen
+# --- MusicGen of transformers
 
 
 def random_musicgen(**decoder):
@@ -349,7 +254,7 @@ def random_musicgen(**decoder):
         for parameter in [*model.decoder.parameters(), *model.enc_to_dec_proj.parameters()]:
             parameter.add_(0.3 * torch.randn_like(parameter))
         for layer in model.audio_encoder.quantizer.layers:
-            layer.codebook.embed.normal_()  # zeros at the start: all codes would sound alike
+            layer.codebook.embed.normal_()  # initially zeros: every code would decode alike
     special = dict.fromkeys(("decoder_start_token_id", "pad_token_id", "bos_token_id"), config.vocab_size)
     for name, value in special.items():
         setattr(model.generation_config, name, value)
@@ -368,16 +273,16 @@ def musicgen():
 
 
 @pytest.fixture(scope="module")
-def its_folder(musicgen, tmp_path_factory):
+def musicgen_folder(musicgen, tmp_path_factory):
     return save_musicgen(tmp_path_factory.mktemp("musicgen") / "musicgen-tiny", musicgen)
 
 
 @pytest.fixture(scope="module")
-def imported(its_folder):
-    return import_musicgen(its_folder, its_folder.parent / "imported")
+def imported(musicgen_folder):
+    return import_musicgen(musicgen_folder, musicgen_folder.parent / "imported")
 
 
-def test_musicgen_gives_its_own_logits(musicgen):
+def test_musicgen_import_gives_the_logits_of_transformers(musicgen):
     model = from_musicgen(musicgen)
     g = torch.Generator().manual_seed(1)
     codes = torch.randint(17, (2, 3, 23), generator=g)
@@ -391,7 +296,7 @@ def test_musicgen_gives_its_own_logits(musicgen):
     assert_near(steps, out[:, :, 4:])
 
 
-def test_musicgens_null_condition_is_no_token(musicgen):
+def test_musicgen_null_condition_has_no_token(musicgen):
     model = from_musicgen(musicgen)
     codes = torch.randint(17, (1, 3, 9), generator=torch.Generator().manual_seed(1))
     null = musicgen.get_unconditional_inputs()
@@ -399,36 +304,36 @@ def test_musicgens_null_condition_is_no_token(musicgen):
         out = musicgen(
             encoder_outputs=null.encoder_outputs, attention_mask=null.attention_mask, decoder_input_ids=codes[0]
         ).logits  # fmt: skip
-    nothing = TextCondition(torch.zeros(1, 0, 12), torch.zeros(1, 0, dtype=torch.bool))
-    assert_near(model(codes, nothing)[0], out)
+    no_text = TextCondition(torch.zeros(1, 0, 12), torch.zeros(1, 0, dtype=torch.bool))
+    assert_near(model(codes, no_text)[0], out)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_musicgen_plays_from_its_folder_as_in_transformers(musicgen, its_folder, imported, guidance, monkeypatch):
-    """Greedily, prompts of two lengths in one batch: the same codes and the same audio."""
-    tokenizer, seen = PreTrainedTokenizerFast.from_pretrained(its_folder), []
+def test_musicgen_import_samples_as_transformers_does(musicgen, musicgen_folder, imported, guidance, monkeypatch):
+    """Greedy, with prompts of two lengths in one batch."""
+    tokenizer, decoded_codes = PreTrainedTokenizerFast.from_pretrained(musicgen_folder), []
     decode = musicgen.audio_encoder.decode
 
-    def watched(codes, **more):
-        seen.append(codes)
+    def recording_decode(codes, **more):
+        decoded_codes.append(codes)
         return decode(codes, **more)
 
-    monkeypatch.setattr(musicgen.audio_encoder, "decode", watched)
+    monkeypatch.setattr(musicgen.audio_encoder, "decode", recording_decode)
     inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt", return_token_type_ids=False)
     audio = musicgen.generate(**inputs, do_sample=False, guidance_scale=guidance, max_new_tokens=20 + 3 - 1)
-    made = MusicPipeline.from_pretrained(imported)(PROMPTS, 20 * 160 / 8000, guidance_scale=guidance, top_k=1)
-    assert torch.equal(made.codes, seen[0][0]) and made.codes.shape == (2, 3, 20)
-    assert len(made.codes.unique()) > 3 and not torch.equal(made.codes[0], made.codes[1])
-    torch.testing.assert_close(made.audios, audio, atol=1e-5, rtol=0)
+    output = MusicPipeline.from_pretrained(imported)(PROMPTS, 20 * 160 / 8000, guidance_scale=guidance, top_k=1)
+    assert torch.equal(output.codes, decoded_codes[0][0]) and output.codes.shape == (2, 3, 20)
+    assert len(output.codes.unique()) > 3 and not torch.equal(output.codes[0], output.codes[1])
+    torch.testing.assert_close(output.audios, audio, atol=1e-5, rtol=0)
 
 
-def test_the_folder_needs_no_other_and_may_be_moved(imported, tmp_path, monkeypatch):
+def test_musicgen_folder_is_self_contained_and_movable(imported, tmp_path, monkeypatch):
     expected = MusicPipeline.from_pretrained(imported)("loud drums", duration=0.2).codes
     shutil.copytree(imported, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     pipe = MusicPipeline.from_pretrained("elsewhere")
     assert torch.equal(pipe("loud drums", duration=0.2).codes, expected)
-    assert pipe.facts["training_data_licences"] == {"NOASSERTION": None}
+    assert pipe.metadata["training_data_licences"] == {"NOASSERTION": None}
     shutil.rmtree("elsewhere/codec")
     with pytest.raises(UserError, match="elsewhere/codec: no such folder"):
         MusicPipeline.from_pretrained("elsewhere")
@@ -439,9 +344,9 @@ def test_the_folder_needs_no_other_and_may_be_moved(imported, tmp_path, monkeypa
         MusicPipeline.from_pretrained("elsewhere", codec=imported / "codec")
 
 
-def test_there_and_back_is_the_same(musicgen, its_folder, tmp_path, capsys):
+def test_musicgen_import_and_export_round_trip(musicgen, musicgen_folder, tmp_path, capsys):
     ours, back = tmp_path / "ours", tmp_path / "back"
-    assert main(["import", "musicgen", str(its_folder), str(ours)]) == 0
+    assert main(["import", "musicgen", str(musicgen_folder), str(ours)]) == 0
     assert main(["export-musicgen", str(ours), str(back)]) == 0
     assert capsys.readouterr().out.split() == [str(ours), str(back)]
     again = MusicgenForConditionalGeneration.from_pretrained(back).eval()
@@ -457,21 +362,21 @@ def test_there_and_back_is_the_same(musicgen, its_folder, tmp_path, capsys):
     torch.testing.assert_close(again.generate(**greedy), musicgen.generate(**greedy))
 
 
-def test_tensors_in_a_bin_are_read_and_code_in_it_is_not_run(musicgen, its_folder, tmp_path):
-    folder = shutil.copytree(its_folder, tmp_path / "bin")
+def test_musicgen_bin_is_read_without_executing_code(musicgen, musicgen_folder, tmp_path):
+    folder = shutil.copytree(musicgen_folder, tmp_path / "bin")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     out = import_musicgen(folder, tmp_path / "out")
     torch.testing.assert_close(load_file(out / "model.safetensors"), dict(from_musicgen(musicgen).state_dict()))
-    torch.save({"x": Malicious(tmp_path / "executed")}, folder / "pytorch_model.bin")
+    torch.save({"x": MaliciousPickle(tmp_path / "executed")}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
         import_musicgen(folder, tmp_path / "again")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "again").exists()
 
 
-def test_half_precision_becomes_float32(its_folder, tmp_path):
-    folder = shutil.copytree(its_folder, tmp_path / "half")
-    MusicgenForConditionalGeneration.from_pretrained(its_folder).half().save_pretrained(folder)
+def test_musicgen_in_half_precision_becomes_float32(musicgen_folder, tmp_path):
+    folder = shutil.copytree(musicgen_folder, tmp_path / "half")
+    MusicgenForConditionalGeneration.from_pretrained(musicgen_folder).half().save_pretrained(folder)
     out = import_musicgen(folder, tmp_path / "out")
     for path in (out / "model.safetensors", out / "codec/model.safetensors", out / "text_encoder/model.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float32}
@@ -481,21 +386,22 @@ def test_half_precision_becomes_float32(its_folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"audio_channels": 2}, "audio_channels is 2, MusicGen's mono models have 1"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"pad_token_id": 3}, "pad_token_id is 3"),
+        ({"audio_channels": 2}, "audio_channels must be 1, as in mono MusicGen models, got 2"),
+        ({"activation_function": "relu"}, "activation_function must be 'gelu'.* got 'relu'"),
+        ({"pad_token_id": 3}, "pad_token_id must be 16.* got 3"),
     ],
 )
-def test_other_kinds_of_musicgen_are_refused(change, message):
+def test_musicgen_import_of_unsupported_kinds_is_an_error(change, message):
     with pytest.raises(UserError, match=message):
         from_musicgen(random_musicgen(**change))
 
 
-def test_a_folder_that_is_no_whole_musicgen_is_refused(its_folder, shelf, tmp_path):
-    for source, message in ((shelf / "t5", "is a 't5' model"), (tmp_path, "cannot be loaded")):
+def test_musicgen_import_of_incomplete_folders_is_an_error(musicgen_folder, released, tmp_path):
+    for source, message in ((released / "t5", "is a 't5' model"), (tmp_path, "cannot be loaded")):
         with pytest.raises(UserError, match=message):
             import_musicgen(source, tmp_path / "out")
-    tensors, folder = load_file(its_folder / "model.safetensors"), shutil.copytree(its_folder, tmp_path / "copy")
+    tensors = load_file(musicgen_folder / "model.safetensors")
+    folder = shutil.copytree(musicgen_folder, tmp_path / "copy")
     head = "decoder.lm_heads.0.weight"
     for changed, message in (
         ({name: tensor for name, tensor in tensors.items() if name != head}, f"lacks {head}"),
@@ -506,14 +412,14 @@ def test_a_folder_that_is_no_whole_musicgen_is_refused(its_folder, shelf, tmp_pa
             import_musicgen(folder, tmp_path / "out")
     save_file(tensors | {"decoder.model.decoder.embed_positions.weights": torch.zeros(9, 16)},
               folder / "model.safetensors", {"format": "pt"})  # fmt: skip
-    import_musicgen(folder, tmp_path / "out")  # a table of sinusoids, which older versions kept
+    import_musicgen(folder, tmp_path / "out")  # a table of sinusoids, saved by older versions
 
 
-def test_only_a_model_of_musicgens_shape_is_exported(imported, tmp_path):
+def test_musicgen_export_of_other_architectures_is_an_error(imported, tmp_path):
     config = asdict(MusicPipeline.from_pretrained(imported).model.config)
     for change, message in (
-        ({"layers": "mamba2", "headdim": 16}, r"model\.layers is 'mamba2', MusicGen's is 'attention'"),
-        ({"text_dim": 16}, r"model\.text_dim is model\.d_model"),
+        ({"layers": "mamba2", "headdim": 16}, r"model\.layers must be 'attention', as in MusicGen, got 'mamba2'"),
+        ({"text_dim": 16}, r"model\.text_dim must differ from model\.d_model"),
     ):
         with pytest.raises(UserError, match=message):
             to_musicgen(TokenLM(TokenLMConfig(**(config | change))))
@@ -525,7 +431,7 @@ def test_only_a_model_of_musicgens_shape_is_exported(imported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_sinusoids_are_musicgens_far_out(musicgen):
+def test_sinusoids_equal_musicgens_at_late_positions(musicgen):
     """30 s are 1,500 positions: the tables differ by rounding only."""
     theirs = musicgen.decoder.model.decoder.embed_positions.get_embedding(1500, 1024)
     torch.testing.assert_close(sinusoids(torch.arange(1500), 1024), theirs, atol=3e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Int8 weights: the arithmetic against a plain oracle, folders there and back, what a model loses by it."""
+"""Int8 weights: arithmetic against a plain reference, export and loading, accuracy."""
 
 import json
 
@@ -25,17 +25,17 @@ def small_model(layers=MIXERS, **options):
     return TokenLM(TokenLMConfig(**sizes, n_layers=5, layers=layers, text_dim=48, **options)).eval()
 
 
-def text_of(rows, width, length=5):
+def random_text(rows, width, length=5):
     return TextCondition(torch.randn(rows, length, width), torch.ones(rows, length, dtype=torch.bool))
 
 
-def relative(y, expected):
+def relative_error(y, expected):
     return float((y - expected).norm() / expected.norm())
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(0, 2**31))
-def test_a_row_is_kept_to_half_a_step_of_its_own_scale(rows, columns, seed):
+def test_quantise_rows_error_is_within_half_a_step_of_the_row_scale(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator) * 10
     int8, scale = quantise_rows(weight)
@@ -44,7 +44,7 @@ def test_a_row_is_kept_to_half_a_step_of_its_own_scale(rows, columns, seed):
     assert torch.equal(scale.bfloat16().float(), scale)
 
 
-def test_zeros_stay_zeros():
+def test_quantise_rows_keeps_zeros():
     int8, scale = quantise_rows(torch.zeros(3, 4))
     assert not dequantise_rows(int8, scale).any() and scale.isfinite().all()
 
@@ -52,19 +52,19 @@ def test_zeros_stay_zeros():
 @torch.no_grad()
 @pytest.mark.parametrize("outputs, inputs", [(132, 48), (64, 256), (33, 24), (7, 1), (130, 100)])
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 8, 9])
-def test_it_is_the_product_with_the_restored_weight(outputs, inputs, rows):
-    """Also where torch's kernel would read beyond the weight. Activations of bfloat16 leave 8 bits."""
+def test_int8_linear_equals_product_with_dequantised_weight(outputs, inputs, rows):
+    """Also for shapes where torch's kernel would read out of bounds. Activations in bfloat16 have 8 bits."""
     torch.manual_seed(rows)
     x, bias = torch.randn(rows, inputs), torch.randn(outputs)
     int8, scale = quantise_rows(torch.randn(outputs, inputs))
     expected = F.linear(x, int8.float() * scale[:, None], bias)
-    assert relative(int8_linear(x, int8, scale, bias), expected) < 0.01
+    assert relative_error(int8_linear(x, int8, scale, bias), expected) < 0.01
     sequence = int8_linear(x[None], int8, scale, bias)
     assert torch.allclose(sequence[0], expected, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_row_does_not_depend_on_its_companions():
+def test_int8_linear_rows_are_independent_of_the_batch():
     x = torch.randn(20, 64)
     int8, scale = quantise_rows(torch.randn(32, 64))
     together = int8_linear(x, int8, scale)
@@ -73,9 +73,9 @@ def test_a_row_does_not_depend_on_its_companions():
 
 
 @pytest.mark.parametrize("options", [{}, {"conditioning": "cross_attention"}, {"conditioning": "adaln"}], ids=str)
-def test_a_model_of_int8_weights_steps_as_it_reads_and_close_to_the_model_it_was(options):
+def test_int8_model_is_close_to_the_original_and_its_steps_to_its_forward(options):
     model = small_model(**options)
-    codes, text = torch.randint(32, (2, 4, 12)), text_of(2, 48)
+    codes, text = torch.randint(32, (2, 4, 12)), random_text(2, 48)
     with torch.no_grad():
         before = model(codes, text)
         flops, quantised = model.flops(12, 5), quantise(model)
@@ -84,17 +84,17 @@ def test_a_model_of_int8_weights_steps_as_it_reads_and_close_to_the_model_it_was
                  and not name.endswith("dt_proj")}  # fmt: skip
         assert kinds == {Int8Linear}
         after = model(codes, text)
-        assert 0 < relative(after, before) < 0.03
+        assert 0 < relative_error(after, before) < 0.03
         state = model.init_state(2)
         stepped = [model.prefill(codes[..., :3], text, state)]
         stepped += [model.step(codes[..., position], state) for position in range(3, 12)]
-    assert relative(torch.stack(stepped, 2), after[:, :, 2:]) < 0.02
+    assert relative_error(torch.stack(stepped, 2), after[:, :, 2:]) < 0.02
 
 
-def test_the_weights_are_used():
+def test_int8_weights_are_used():
     """A changed int8 weight changes the logits of a step and of a sequence."""
     model = quantise(small_model("mamba2"))
-    codes, text = torch.randint(32, (1, 4, 3)), text_of(1, 48)
+    codes, text = torch.randint(32, (1, 4, 3)), random_text(1, 48)
     before = model.prefill(codes, text, model.init_state(1))
     model.heads.scale.mul_(2.0)
     assert torch.allclose(model.prefill(codes, text, model.init_state(1)), 2 * before, rtol=0.02, atol=1e-3)
@@ -105,7 +105,7 @@ def folder(tmp_path_factory):
     return export_int8("tiny_lm", tmp_path_factory.mktemp("int8") / "model")
 
 
-def test_a_folder_is_smaller_and_makes_the_same_music_again(folder):
+def test_int8_folder_is_smaller_and_deterministic(folder):
     pipe = MusicPipeline.from_pretrained(folder)
     assert isinstance(pipe.model.heads, Int8Linear) and pipe.model.heads.int8.dtype == torch.int8
     size, half = ((path / "model.safetensors").stat().st_size for path in (folder, EMBEDDED))
@@ -115,8 +115,8 @@ def test_a_folder_is_smaller_and_makes_the_same_music_again(folder):
     assert torch.equal(first.codes, again.codes) and torch.equal(batch.codes[1], first.codes[0])
 
 
-def test_what_the_embedded_model_says_hardly_changes(folder):
-    """Log-probabilities of codes that the model itself made."""
+def test_int8_embedded_model_has_nearly_the_same_predictions(folder):
+    """Log-probabilities of the model's own codes."""
     whole, small = MusicPipeline.from_pretrained("tiny_lm"), MusicPipeline.from_pretrained(folder)
     codes = whole("a slow waltz on a music box", duration=2.0).codes
     sequence = whole.pattern.build(codes, whole.model.special_token_id)
@@ -124,10 +124,10 @@ def test_what_the_embedded_model_says_hardly_changes(folder):
     with torch.no_grad():
         expected, given = (pipe.model(sequence, text).log_softmax(-1) for pipe in (whole, small))
     divergence = F.kl_div(given, expected, log_target=True, reduction="none").sum(-1).mean()
-    assert 0 < divergence < 0.01 and relative(given, expected) < 0.02
+    assert 0 < divergence < 0.01 and relative_error(given, expected) < 0.02
 
 
-def test_mistakes_are_named(folder, tmp_path):
+def test_int8_export_errors(folder, tmp_path):
     with pytest.raises(UserError, match="are int8 already"):
         export_int8(folder, tmp_path / "twice")
     with pytest.raises(UserError, match="not empty"):
@@ -135,7 +135,7 @@ def test_mistakes_are_named(folder, tmp_path):
     other = export_int8("tiny_lm", tmp_path / "other")
     card = json.loads((other / "card.json").read_text())
     (other / "card.json").write_text(json.dumps(card | {"weights": "int3"}))
-    with pytest.raises(UserError, match=r"'int3', int8 is known"):
+    with pytest.raises(UserError, match=r"unknown weights format 'int3'.* known is int8"):
         MusicPipeline.from_pretrained(other)
     (other / "card.json").write_text(json.dumps({key: value for key, value in card.items() if key != "weights"}))
     with pytest.raises(UserError, match="does not hold this model"):

@@ -1,6 +1,7 @@
 """Slurm scripts: quoting, signals and requeuing, run by bash with a fake scontrol."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import time
 
 import pytest
 
-from ssmttm.launch.slurm import write_script
+from ssmttm.errors import UserError
+from ssmttm.launch.slurm import log_pattern, write_script
 
 TASK = """
 import signal, sys, time
@@ -19,21 +21,25 @@ sys.exit(int(sys.argv[2]) if sys.argv[2].isdecimal() else 0)
 """
 
 
+FOLDER = "it's a 100% #1 folder"
+MORE_OPTIONS = ["gpus=1", "comment=a b & c", "exclusive"]
+
+
 @pytest.fixture
 def run_script(tmp_path, monkeypatch):
-    """Writes a script of five tasks to a folder with a space in its name; runs one of them, with a fake scontrol."""
+    """Writes a script of five tasks to a folder with spaces and a percent sign; runs one, with a fake scontrol."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/bash\necho "$*" >> "{tmp_path}/requeued"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    folder = tmp_path / "a folder"
+    folder = tmp_path / FOLDER
     folder.mkdir()
     monkeypatch.chdir(folder)
     script = folder / "test.sbatch"
     command = [sys.executable, "-c", TASK, str(folder / "argument")]
-    options = {"job-name": "test", "time": None, "array_limit": 2, "output": folder / "%a.log"}
-    write_script(script, command, ["0", "75", "3", "wait", "it's $HOME"], options, ["gpus=1"])
+    options = {"job-name": "test", "time": None, "array_limit": 2, "output": log_pattern(folder, "%a.log")}
+    write_script(script, command, ["0", "75", "3", "wait", "it's $HOME"], options, MORE_OPTIONS)
 
     def start(task):
         return subprocess.Popen(["bash", script], env=os.environ | {
@@ -44,24 +50,32 @@ def run_script(tmp_path, monkeypatch):
 
 
 def test_slurm_script_options_are_quoted(run_script, tmp_path):
-    lines = (tmp_path / "a folder" / "test.sbatch").read_text().splitlines()
-    assert lines[1:5] == [
-        "#SBATCH --array=0-4%2", "#SBATCH --job-name=test", f"#SBATCH --output='{tmp_path}/a folder/%a.log'",
-        "#SBATCH --gpus=1",
+    """sbatch splits a directive into words as a shell does; in its file patterns %% is a percent sign."""
+    lines = (tmp_path / FOLDER / "test.sbatch").read_text().splitlines()
+    assert [shlex.split(line.removeprefix("#SBATCH")) for line in lines[1:7]] == [
+        ["--array=0-4%2"], ["--job-name=test"], [f"--output={tmp_path}/it's a 100%% #1 folder/%a.log"],
+        ["--gpus=1"], ["--comment=a b & c"], ["--exclusive"],
     ]  # fmt: skip
+
+
+def test_slurm_folder_that_no_directive_can_hold_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="backslash"):
+        log_pattern(tmp_path / "a\\b", "%a.log")
+    with pytest.raises(UserError, match="line break"):
+        write_script(tmp_path / "x.sbatch", ["true"], ["0"], {"output": log_pattern(tmp_path / "a\nb", "%a.log")})
 
 
 @pytest.mark.parametrize(("task", "code", "argument"), [(0, 0, "0"), (1, 75, "75"), (2, 3, "3"), (4, 0, "it's $HOME")])
 def test_slurm_script_exits_with_its_task_and_requeues_on_75(run_script, tmp_path, task, code, argument):
     assert run_script(task).wait(30) == code
-    assert (tmp_path / "a folder" / "argument").read_text() == argument
+    assert (tmp_path / FOLDER / "argument").read_text() == argument
     requeued = tmp_path / "requeued"
     assert (requeued.read_text() if requeued.exists() else "") == ("requeue 7_1\n" if code == 75 else "")
 
 
 def test_slurm_script_passes_the_signal_on_and_requeues(run_script, tmp_path):
     process = run_script(3)
-    argument = tmp_path / "a folder" / "argument"
+    argument = tmp_path / FOLDER / "argument"
     deadline = time.monotonic() + 30
     while not (argument.exists() and argument.read_text()):
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Licences: the names and links that data sets use, what a policy lets in, and which is the strictest."""
+"""Licences: names and links as data sets write them, policies, the strictest of several."""
 
 import re
 
@@ -44,7 +44,7 @@ ORDER = ["CC0-1.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-2.
         ("http://artlibre.org/licence/lal/en", "LAL-1.3", "artlibre.org/licence/lal/en/"),
     ],
 )  # fmt: skip
-def test_as_data_sets_write_them(text, spdx, url):
+def test_normalise_names_and_links_of_data_sets(text, spdx, url):
     licence = normalise(text)
     assert licence.spdx == spdx
     assert licence.url.startswith("https://") and licence.url.endswith(url)
@@ -60,7 +60,7 @@ def test_as_data_sets_write_them(text, spdx, url):
         "http://creativecommons.org/licenses/by/3.0/xx/", "http://creativecommons.org/licenses/sampling+/1.0/",
     ],
 )  # fmt: skip
-def test_nothing_is_guessed(text):
+def test_normalise_rejects_ambiguous_or_unknown_licences(text):
     with pytest.raises(UserError, match=re.escape(text)):
         normalise(text)
 
@@ -72,7 +72,7 @@ def test_nothing_is_guessed(text):
     st.sampled_from(["http://", "https://www.", "HTTPS://", ""]),
     st.sampled_from(["/", "", "/deed.en", "/legalcode", "#foo"]),
 )
-def test_an_identifier_and_its_link_mean_the_same_again(kind, version, port, scheme, end):
+def test_normalise_is_idempotent_for_identifier_and_link(kind, version, port, scheme, end):
     ported = f"/{port}" if port and version != "4.0" else ""
     licence = normalise(f"{scheme}creativecommons.org/licenses/{kind}/{version}{ported}{end}")
     assert normalise(licence.spdx) == licence == normalise(licence.url)
@@ -82,7 +82,7 @@ def test_an_identifier_and_its_link_mean_the_same_again(kind, version, port, sch
 @given(st.text(max_size=60) | st.lists(st.sampled_from(
     ["cc", "by", "-", " ", "nc", "4.0", "3.0", "(", ")", "attribution", "creativecommons.org/licenses/", "/", "lal",
      "us", "and", "1.3", "zero", "publicdomain"]), max_size=12).map("".join))  # fmt: skip
-def test_any_text_is_a_licence_or_a_clear_refusal(text):
+def test_normalise_gives_a_licence_or_a_user_error_for_any_text(text):
     try:
         licence = normalise(text)
     except UserError as error:
@@ -91,20 +91,20 @@ def test_any_text_is_a_licence_or_a_clear_refusal(text):
     assert normalise(licence.spdx) == licence == normalise(licence.url)
 
 
-def test_tiers():
+def test_tier_is_the_narrowest_policy_that_allows_a_licence():
     assert [tier(spdx) for spdx in ORDER] == ["open", "open", "open-sa", "research-nc", "research-nc", "nd", "nd"]
     assert tier("LAL-1.3") == "open-sa" and tier("CC-PDM-1.0") == tier("CC-PDDC") == "open"
     for spdx in ORDER:
-        let_in = [policy for policy in POLICIES if allowed(normalise(spdx), policy) is None]
-        assert let_in == list(POLICIES)[list(POLICIES).index(tier(spdx)) :]
+        allowing = [policy for policy in POLICIES if allowed(normalise(spdx), policy) is None]
+        assert allowing == list(POLICIES)[list(POLICIES).index(tier(spdx)) :]
 
 
 @given(st.lists(st.sampled_from(ORDER), min_size=1))
-def test_the_strictest_is_as_strict_as_any(licences):
+def test_strictest_licence_is_the_maximum(licences):
     assert strictest(licences) == max(licences, key=ORDER.index)
 
 
-def test_the_strictest_of_equals_and_of_none():
+def test_strictest_of_equals_unknown_and_none():
     assert strictest(["CC-BY-SA-4.0", "CC-BY-SA-3.0"]) == "CC-BY-SA-4.0"
     assert strictest(["LAL-1.3", "CC-BY-4.0"]) == "LAL-1.3"
     assert strictest(["CC-BY-NC-ND-4.0", "NOASSERTION", "CC0-1.0"]) == "NOASSERTION"

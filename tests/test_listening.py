@@ -1,4 +1,4 @@
-"""Listening tests: a balanced, blind design; an analysis that recovers what was planted; a run in a real browser."""
+"""Listening tests: a balanced blind design, an analysis that recovers simulated listeners, a run in a real browser."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ from ssmttm.listening.analyse import (
     Preference,
     Rating,
     bradley_terry,
-    mean_opinions,
+    mean_ratings,
     pairwise_wins,
     read_answers,
     report,
@@ -56,7 +56,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("n", range(2, 8))
-def test_a_williams_design_is_balanced(n):
+def test_williams_design_is_balanced(n):
     rows = williams(n)
     assert all(sorted(row) == list(range(n)) for row in rows)
     for place in range(n):
@@ -65,7 +65,7 @@ def test_a_williams_design_is_balanced(n):
     assert len(follows) == n * (n - 1) and len(set(follows.values())) == 1
 
 
-def test_every_system_comes_as_often_in_every_place_and_every_pair_both_ways():
+def test_plan_is_balanced_over_positions_and_pair_orders():
     names = {prompt: {system: f"{prompt}/{system}" for system in "abc"} for prompt in PROMPTS}
     places, sides = Counter(), Counter()
     for listener in range(1, 13):
@@ -88,7 +88,7 @@ def test_every_system_comes_as_often_in_every_place_and_every_pair_both_ways():
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_blind_and_whole(tmp_path, folders):
+def test_page_is_blind_and_self_contained(tmp_path, folders):
     (page, key), notes = make_test(folders, tmp_path / "out")
     text = page.read_text()
     assert "secret" not in text and "http" not in text and text.count("</script>") == 2 and notes == []
@@ -102,7 +102,7 @@ def test_the_page_is_blind_and_whole(tmp_path, folders):
         assert all(known["clips"][clip]["prompt"] == trial["prompt"] for trial in trials for clip in trial["clips"])
 
 
-def test_louder_does_not_win(tmp_path, folders):
+def test_page_clips_have_equal_loudness(tmp_path, folders):
     import base64
 
     for folder in folders.values():
@@ -114,59 +114,59 @@ def test_louder_does_not_win(tmp_path, folders):
     levels = []
     for i, uri in enumerate(test["clips"].values()):
         (tmp_path / f"{i}.mp3").write_bytes(base64.b64decode(uri.split(",")[1]))
-        levels.append(audio.loudness(*audio.read(tmp_path / f"{i}.mp3")))
+        levels.append(audio.integrated_loudness(*audio.read(tmp_path / f"{i}.mp3")))
     assert max(levels) - min(levels) < 0.5 and levels[0] == pytest.approx(-20, abs=0.6)
 
 
-def test_what_does_not_match_is_told(tmp_path, folders):
+def test_make_test_notes_mismatches(tmp_path, folders):
     write_clip(folders["mamba-secret"] / "9.wav", "only here", 300)
     (folders["truth-secret"] / "0.wav").write_bytes(b"broken")
     write_clip(folders["truth-secret"] / "1.wav", PROMPTS[1], 300, channels=2)
     (_, key), notes = make_test(folders, tmp_path / "out")
-    told = "\n".join(notes)
-    assert "only here" in told and "0.wav" in told and "channels differ" in told
+    text = "\n".join(notes)
+    assert "only here" in text and "0.wav" in text and "channels differ" in text
     assert {clip["prompt"] for clip in json.loads(key.read_text())["clips"].values()} == set(PROMPTS[1:])
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["a=A"], "compares systems"),
+        (["a=A"], "at least two systems"),
         (["a=A", "a=B"], "twice"),
         (["a", "b=B"], "NAME=FOLDER"),
         (["a=A", "b=EMPTY"], "no audio"),
         (["a=A", "b=OTHER"], "in common"),
     ],
 )
-def test_a_mistake_is_one_clear_line(tmp_path, words, says, capsys, monkeypatch):
+def test_listen_make_rejects_bad_systems(tmp_path, words, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder, prompt in (("A", "x"), ("B", "x"), ("OTHER", "y")):
         write_clip(tmp_path / folder / "0.wav", prompt, 300)
     (tmp_path / "EMPTY").mkdir()
     assert run_cli(lambda: main(["listen", "make", "--out", "out", "--systems", *words])) == 2
-    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_unknown_kinds_and_axes_are_refused(tmp_path, folders):
+def test_make_test_rejects_unknown_kinds_and_axes(tmp_path, folders):
     with pytest.raises(UserError, match="both"):
         make_test(folders, tmp_path / "out", kind="abx")
     with pytest.raises(UserError, match="loudness"):
         make_test(folders, tmp_path / "out", axes=("loudness",))
-    with pytest.raises(UserError, match="--listeners 0"):
+    with pytest.raises(UserError, match="--listeners must be at least 1, got 0"):
         make_test(folders, tmp_path / "out", listeners=0)
     with pytest.raises(UserError, match="both"):
         export(folders, tmp_path / "out", kind="abx")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_clip_of_a_prompt_is_told(folders):
-    write_clip(folders["mamba-secret"] / "again.wav", PROMPTS[0], 300)
-    whole, left = find_systems(folders)
-    assert len(whole) == 3 and whole[PROMPTS[0]]["mamba-secret"].name == "0.wav"
-    assert len(left) == 1 and "again.wav: 0.wav has the same prompt" in left[0]
+def test_find_systems_notes_second_clip_of_prompt(folders):
+    write_clip(folders["mamba-secret"] / "second.wav", PROMPTS[0], 300)
+    common, skipped = find_systems(folders)
+    assert len(common) == 3 and common[PROMPTS[0]]["mamba-secret"].name == "0.wav"
+    assert len(skipped) == 1 and "second.wav: 0.wav has the same prompt" in skipped[0]
 
 
-def test_systems_are_matched_by_file_name_without_records(tmp_path):
+def test_find_systems_matches_by_file_name_without_sidecars(tmp_path):
     for system in "ab":
         write_clip(tmp_path / system / "waltz.wav", "", 300)
         (tmp_path / system / "waltz.json").unlink()
@@ -177,7 +177,7 @@ def test_systems_are_matched_by_file_name_without_records(tmp_path):
 
 
 def simulated(strength, games, seed=0):
-    """Preferences of listeners whose taste has these strengths."""
+    """Simulated preferences of listeners with these strengths."""
     rng, names = random.Random(seed), list(strength)
     found = []
     for i in range(games):
@@ -187,14 +187,14 @@ def simulated(strength, games, seed=0):
     return found
 
 
-def test_bradley_terry_is_the_maximum_of_its_likelihood():
+def test_bradley_terry_maximises_likelihood():
     preferences = simulated({"a": 0.0, "b": 0.5, "c": 1.5}, 300)
     preferences += [Preference("t", "a", "c", 0.5)] * 7
     wins = np.zeros((3, 3))
     for p in preferences:
         a, b = "abc".index(p.first), "abc".index(p.second)
-        wins[a, b] += p.share
-        wins[b, a] += 1 - p.share
+        wins[a, b] += p.score
+        wins[b, a] += 1 - p.score
     wins += 0.25 * (1 - np.eye(3))
 
     def cost(strength):
@@ -205,7 +205,7 @@ def test_bradley_terry_is_the_maximum_of_its_likelihood():
     np.testing.assert_allclose(bradley_terry(list("abc"), preferences), best - best.mean(), atol=1e-4)
 
 
-def test_planted_preferences_are_recovered():
+def test_bradley_terry_recovers_simulated_strengths():
     found = bradley_terry(["a", "b", "c"], simulated({"a": -1.0, "b": 0.0, "c": 1.0}, 4000))
     np.testing.assert_allclose(found, [-1, 0, 1], atol=0.12)
     always = bradley_terry(["a", "b"], [Preference("x", "a", "b", 1.0)] * 20)
@@ -214,28 +214,28 @@ def test_planted_preferences_are_recovered():
     np.testing.assert_allclose(tied, 0, atol=1e-9)
 
 
-def test_duels_count_and_test():
+def test_pairwise_wins_counts_and_p_value():
     preferences = [Preference("x", "a", "b", 1.0)] * 9
     preferences += [Preference("x", "b", "a", 1.0), Preference("x", "b", "a", 0.5)]
     ((a, b, wins, losses, ties, p_value),) = pairwise_wins(preferences)
     assert (a, b, wins, losses, ties) == ("a", "b", 9, 1, 1) and p_value == pytest.approx(2 * 11 / 1024)
 
 
-def test_opinions_are_means_with_intervals_over_listeners():
+def test_mean_ratings_have_intervals_over_listeners():
     ratings = [Rating(f"l{i}", "a", "quality", 2 if i % 2 else 4) for i in range(8) for _ in range(3)]
     ratings += [Rating("l0", "b", "quality", 5)]
-    found = mean_opinions(ratings)
+    found = mean_ratings(ratings)
     mean, low, high, n = found["a", "quality"]
     assert (mean, n) == (3.0, 24) and found["b", "quality"][0] == 5
     alone = np.std([2, 4] * 4) / math.sqrt(8) * 1.96
-    assert (high - low) / 2 == pytest.approx(alone, rel=0.25), "a listener's answers belong together"
-    assert math.isnan(found["b", "quality"][1]), "one listener says nothing of others"
-    told = report(Answers([Rating("l0", "b", "quality", 5)], [Preference("l0", "a", "b", 1.0)], []))
-    assert told.count("one listener") == 3 and "nan" not in told
+    assert (high - low) / 2 == pytest.approx(alone, rel=0.25), "the answers of a listener are dependent"
+    assert math.isnan(found["b", "quality"][1]), "no interval for one listener"
+    text = report(Answers([Rating("l0", "b", "quality", 5)], [Preference("l0", "a", "b", 1.0)], []))
+    assert text.count("one listener") == 3 and "nan" not in text
 
 
 def answers_of(test, key, listener, rate):
-    """What the page saves of a listener who rates each system by `rate`."""
+    """The answer file of a listener who rates each system by `rate`."""
     answers = []
     for trial in test["plans"][listener - 1]:
         systems = [key["clips"][clip]["system"] for clip in trial["clips"]]
@@ -248,7 +248,7 @@ def answers_of(test, key, listener, rate):
     return {"test": test["id"], "listener": listener, "answers": answers}
 
 
-def test_files_of_answers_give_back_what_listeners_meant(tmp_path, folders, capsys):
+def test_read_answers_and_report_of_answer_files(tmp_path, folders, capsys):
     (page, key_file), _ = make_test(folders, tmp_path / "out")
     test = json.loads(page.read_text().split('type="application/json">')[1].split("</script>")[0].replace("<\\/", "</"))
     key, rate = json.loads(key_file.read_text()), {"mamba-secret": 4, "transformer-secret": 2, "truth-secret": 4}
@@ -259,10 +259,10 @@ def test_files_of_answers_give_back_what_listeners_meant(tmp_path, folders, caps
             saved["answers"] = saved["answers"][:4]
         files.append(tmp_path / f"{listener}.json")
         files[-1].write_text(json.dumps(saved))
-    (tmp_path / "again.json").write_text(files[0].read_text())
+    (tmp_path / "duplicate.json").write_text(files[0].read_text())
     (tmp_path / "other.json").write_text(json.dumps({**json.loads(files[0].read_text()), "test": "x"}))
     (tmp_path / "junk.csv").write_text("no")
-    files += [tmp_path / "again.json", tmp_path / "other.json", tmp_path / "junk.csv"]
+    files += [tmp_path / "duplicate.json", tmp_path / "other.json", tmp_path / "junk.csv"]
     for listener, change in ((7, {"choice": "2"}), (8, {"quality": "9"}), (9, {"quality": "good"})):
         saved = answers_of(test, key, 1, rate)
         kind = "pair" if "choice" in change else "mos"
@@ -270,12 +270,12 @@ def test_files_of_answers_give_back_what_listeners_meant(tmp_path, folders, caps
         files.append(tmp_path / f"{listener}.json")
         files[-1].write_text(json.dumps({**saved, "listener": listener}))
     found = read_answers(files, key_file)
-    told = "\n".join(found.notes)
-    for word in ("answered already", "another test", "junk.csv", "listener 3 answered"):
-        assert word in told
-    assert {r.listener for r in found.ratings} == {"1", "2", "3"} and told.count("not a file of answers") == 4
-    opinions = mean_opinions(found.ratings)
-    assert all(opinions[system, "quality"][0] == value for system, value in rate.items())
+    notes = "\n".join(found.notes)
+    for word in ("has already answered", "another test", "junk.csv", "listener 3 answered"):
+        assert word in notes
+    assert {r.listener for r in found.ratings} == {"1", "2", "3"} and notes.count("not a file of answers") == 4
+    means = mean_ratings(found.ratings)
+    assert all(means[system, "quality"][0] == value for system, value in rate.items())
     text = report(found)
     assert text.index("mamba-secret") and "tie is half a win" in text
     words = [*map(str, files[:3]), "--key", str(key_file), "--out", str(tmp_path / "r.md")]
@@ -283,19 +283,19 @@ def test_files_of_answers_give_back_what_listeners_meant(tmp_path, folders, caps
     assert (tmp_path / "r.md").read_text().splitlines()[0] == "# Listening test" and "r.md" in capsys.readouterr().out
 
 
-def test_no_answers_and_no_key_are_clear_errors(tmp_path, folders):
+def test_read_answers_rejects_missing_answers_and_key(tmp_path, folders):
     (_, key), _ = make_test(folders, tmp_path / "out")
     with pytest.raises(UserError, match="no answers"):
         read_answers([tmp_path / "nowhere.json"], key)
-    with pytest.raises(UserError, match="no key"):
+    with pytest.raises(UserError, match="not the key"):
         read_answers([], tmp_path / "nowhere.json")
 
 
-def test_webmushra_gets_its_pages_and_clips(tmp_path, folders, capsys):
+def test_webmushra_export_writes_pages_and_clips(tmp_path, folders, capsys):
     words = [f"{name}={folder}" for name, folder in folders.items()]
     write_clip(folders["mamba-secret"] / "9.wav", "only here", 300)
     assert main(["listen", "webmushra", "--systems", *words, "--out", str(tmp_path / "out")]) == 0
-    assert "left out: only here" in capsys.readouterr().out
+    assert "skipped: only here" in capsys.readouterr().out
     test = yaml.safe_load((tmp_path / "out" / "listening.yaml").read_text())
     kinds = [page["type"] if isinstance(page, dict) else page[0] for page in test["pages"]]
     assert kinds == ["generic", "volume", "random", "random", "finish"]
@@ -304,7 +304,7 @@ def test_webmushra_gets_its_pages_and_clips(tmp_path, folders, capsys):
     named = {Path(file).name for page in ratings + pairs for file in page["stimuli"].values()}
     assert named == {path.name for path in (tmp_path / "out" / "listening").glob("*.wav")} and len(named) == 9
     text = (tmp_path / "out" / "listening.yaml").read_text()
-    assert "secret" not in text and "<" not in text.replace("<br>", ""), "webMUSHRA takes a prompt as HTML"
+    assert "secret" not in text and "<" not in text.replace("<br>", ""), "webMUSHRA interprets the prompt as HTML"
     assert all("reference" not in page and page["mustRate"] for page in ratings + pairs)
     key = yaml.safe_load((tmp_path / "out" / "key.yaml").read_text())
     assert len(key) == 9
@@ -312,7 +312,7 @@ def test_webmushra_gets_its_pages_and_clips(tmp_path, folders, capsys):
     assert len(compared) == 3 and set(compared.values()) == {3}
 
 
-def test_webmushra_leaves_out_what_cannot_be_read(tmp_path, folders):
+def test_webmushra_export_skips_unreadable_clips(tmp_path, folders):
     (folders["truth-secret"] / "0.wav").write_bytes(b"broken")
     (_, clips, key), notes = export(folders, tmp_path / "out", "pairs")
     assert len(yaml.safe_load(key.read_text())) == len(list(clips.glob("*.wav"))) == 6
@@ -347,7 +347,7 @@ def listen_to_all(browser):
 
 
 def answer(browser, rate):
-    """Answer the question on the page as a listener of that taste would."""
+    """Answer the trial on the page by `rate`."""
     listen_to_all(browser)
     clips = browser.execute_script("return plan()[state.answers.length].clips")
     values = [rate[clip] for clip in clips]
@@ -359,7 +359,7 @@ def answer(browser, rate):
         browser.find_element("css selector", f"input[value='{choice}']").click()
 
 
-def test_a_listener_goes_through_the_page_in_a_browser(tmp_path, folders, browser):
+def test_page_in_browser(tmp_path, folders, browser):
     (page, key_file), _ = make_test(folders, tmp_path / "out", listeners=4)
     key, taste = json.loads(key_file.read_text()), {"mamba-secret": 5, "transformer-secret": 2, "truth-secret": 3}
     rate = {name: taste[clip["system"]] for name, clip in key["clips"].items()}
@@ -378,11 +378,11 @@ def test_a_listener_goes_through_the_page_in_a_browser(tmp_path, folders, browse
                 "css selector", "input[value='tie']"
             ):
                 radio.click()
-            assert not go.is_enabled(), "not before listening"
+            assert not go.is_enabled(), "only after listening"
         answer(browser, rate)
         assert go.is_enabled()
         go.click()
-        if index == 3:  # the listener comes back later
+        if index == 3:  # the listener returns later
             browser.get(f"file://{page}?p=2")
             listen_to_all(browser)
             browser.find_element("id", "begin").click()
@@ -394,8 +394,8 @@ def test_a_listener_goes_through_the_page_in_a_browser(tmp_path, folders, browse
             time.sleep(0.1)
         found = read_answers(saved, key_file)
         assert not found.notes and len(found.ratings) == 27 and len(found.preferences) == 9
-        opinions = mean_opinions(found.ratings)
-        assert all(opinions[system, "adherence"][0] == value for system, value in taste.items())
+        means = mean_ratings(found.ratings)
+        assert all(means[system, "adherence"][0] == value for system, value in taste.items())
         strength = dict(zip(sorted(taste), bradley_terry(sorted(taste), found.preferences), strict=True))
         assert strength["mamba-secret"] > strength["truth-secret"] > strength["transformer-secret"]
     rows = list(csv.DictReader((next((tmp_path / "saved").glob("*.csv"))).open()))

@@ -1,4 +1,4 @@
-"""The loaders: batch n is a pure function of (seed, n, world size, rank), and nothing is dropped."""
+"""The loaders: batch n is a pure function of (seed, n, world size, rank), and no item is dropped."""
 
 import threading
 from collections import Counter
@@ -28,7 +28,7 @@ def embed(caption: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """23 segments of 10 to 32 frames; the code of a frame tells segment and frame."""
+    """23 segments of 10 to 32 frames; the codes of a frame are the numbers of segment and frame."""
     path = tmp_path_factory.mktemp("store")
     (path / "audio").mkdir()
     writer = StoreWriter(path, {"source": "test"}, CODEC, RATE)
@@ -61,7 +61,7 @@ def test_permutation_is_a_bijection(n, seed, epoch):
     assert sorted(Permutation(n, seed, epoch)(np.arange(n))) == list(range(n))
 
 
-def test_permutation_is_large_lazy_and_mixes():
+def test_permutation_of_a_trillion_items_is_well_mixed():
     n = 10**12 + 39
     values = Permutation(n, 0)(np.arange(1000) + n // 2)
     assert len(set(values.tolist())) == 1000 and values.min() >= 0 and values.max() < n
@@ -70,19 +70,19 @@ def test_permutation_is_large_lazy_and_mixes():
     assert len(set(orders)) == 20
 
 
-def test_every_place_is_equally_likely():
+def test_permutation_is_uniform_over_keys():
     first = Counter(int(Permutation(7, key)(np.array([0]))[0]) for key in range(7000))
     assert all(850 < first[value] < 1150 for value in range(7))
 
 
-def test_hash_is_frozen():
-    """Old runs resume only as long as this number stays."""
+def test_mix_hash_is_stable():
+    """Runs resume only as long as this number stays."""
     assert mix(1, 2, "crop") == mix(1, 2, "crop") != mix(12, "crop")
     assert mix(0, 0, "id", "crop") == 14284071164724280445
 
 
 @pytest.mark.parametrize("make", [codes_loader, audio_loader])
-def test_batch_is_pure_in_any_order(store, make):
+def test_batches_do_not_depend_on_the_order_of_calls(store, make):
     loader = make(store)
     forward = [loader.batch(n) for n in range(9)]
     for n in (8, 2, 5, 0, 8):
@@ -92,30 +92,30 @@ def test_batch_is_pure_in_any_order(store, make):
 
 @pytest.mark.parametrize("make", [codes_loader, audio_loader])
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_global_batch_is_the_same_for_any_world(store, make, world_size):
+def test_global_batch_is_the_same_for_any_world_size(store, make, world_size):
     for n in range(8):
-        whole = make(store).batch(n)
+        expected = make(store).batch(n)
         parts = [make(store, rank=rank, world_size=world_size).batch(n) for rank in range(world_size)]
-        assert [name for part in parts for name in part["ids"]] == whole["ids"]
+        assert [name for part in parts for name in part["ids"]] == expected["ids"]
         for key in ("codes", "frame_mask", "audio"):
-            if key in whole:
-                assert torch.equal(torch.cat([part[key] for part in parts]), whole[key])
-        if "text" in whole:
+            if key in expected:
+                assert torch.equal(torch.cat([part[key] for part in parts]), expected[key])
+        if "text" in expected:
             rows = [row[mask] for part in parts for row, mask in zip(*part["text"], strict=True)]
-            assert all(torch.equal(a, b[m]) for a, b, m in zip(rows, *whole["text"], strict=True))
+            assert all(torch.equal(a, b[m]) for a, b, m in zip(rows, *expected["text"], strict=True))
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 23, 60])
 def test_every_epoch_covers_every_item_once(store, batch_size):
     loader = codes_loader(store, batch_size=batch_size)
     batches = -(-2 * N // batch_size)
-    seen = [name for n in range(batches) for name in loader.batch(n)["ids"]]
-    assert sorted(seen[:N]) == sorted(seen[N : 2 * N]) == sorted(f"s{i}" for i in range(N))
-    assert seen[:N] != seen[N : 2 * N]
+    ids = [name for n in range(batches) for name in loader.batch(n)["ids"]]
+    assert sorted(ids[:N]) == sorted(ids[N : 2 * N]) == sorted(f"s{i}" for i in range(N))
+    assert ids[:N] != ids[N : 2 * N]
     assert loader.steps_per_epoch == -(-N // batch_size) and len(loader) == N
 
 
-def test_crops_pad_and_mask(store):
+def test_codes_loader_crops_and_pads(store):
     loader = codes_loader(store)
     starts = set()
     for n in range(20):
@@ -131,7 +131,7 @@ def test_crops_pad_and_mask(store):
     assert len(last) >= 3 and max(start + 16 for index, start in starts if index >= 6) <= 32
 
 
-def test_audio_crops(store):
+def test_audio_loader_crops_and_pads(store):
     batch = audio_loader(store).batch(0)
     assert batch["audio"].shape == (6, 1, 500) and batch["audio"].dtype == torch.float32
     for audio, name in zip(batch["audio"][:, 0], batch["ids"], strict=True):
@@ -141,7 +141,7 @@ def test_audio_crops(store):
         assert not audio[valid:].any()
 
 
-def test_captions_vary_and_drop(store):
+def test_captions_vary_and_are_dropped(store):
     loader = codes_loader(store, caption_dropout=0.3)
     lengths: dict[str, set[float]] = {}
     dropped = total = 0
@@ -159,7 +159,7 @@ def test_captions_vary_and_drop(store):
     assert (never.embeddings[:, -1] > 0).all() and not always.embeddings.any() and always.mask.sum() == 6
 
 
-def test_iterate_equals_batch_and_resumes(store):
+def test_iterate_yields_the_batches_from_start(store):
     loader = codes_loader(store)
     for prefetch in (0, 2):
         batches = loader.iterate(4, prefetch=prefetch)
@@ -167,7 +167,7 @@ def test_iterate_equals_batch_and_resumes(store):
         batches.close()
 
 
-def test_prefetch_thread_ends_and_passes_errors_on():
+def test_prefetch_thread_ends_and_reraises_errors():
     def make(n: int) -> int:
         if n == 3:
             raise UserError("broken file")
@@ -185,28 +185,28 @@ def test_prefetch_thread_ends_and_passes_errors_on():
     assert threading.active_count() == before
 
 
-def test_bad_audio_is_named(store, tmp_path):
+def test_unreadable_audio_is_a_user_error_with_its_path(store, tmp_path):
     (tmp_path / "audio").mkdir()
     sf.write(tmp_path / "audio/a.flac", np.zeros(900), RATE)
     writer = StoreWriter(tmp_path, {}, None, RATE)
     meta = {"split": "train", "licence": "CC0-1.0", "duration": 0.1}
     writer.add({"id": "a", "audio": "audio/a.flac", **meta})
-    made = writer.finish()
-    whole = (tmp_path / "audio/a.flac").read_bytes()
-    (tmp_path / "audio/a.flac").write_bytes(whole[: len(whole) // 2])
+    audio_store = writer.finish()
+    data = (tmp_path / "audio/a.flac").read_bytes()
+    (tmp_path / "audio/a.flac").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"a\.flac"):
-        AudioLoader(made, "train", 1, 800, 0).batch(0)
+        AudioLoader(audio_store, "train", 1, 800, 0).batch(0)
     sf.write(tmp_path / "audio/a.flac", np.zeros(900), 2 * RATE)
     with pytest.raises(UserError, match="16000 Hz"):
-        AudioLoader(made, "train", 1, 800, 0).batch(0)
+        AudioLoader(audio_store, "train", 1, 800, 0).batch(0)
     (tmp_path / "audio/a.flac").unlink()
     with pytest.raises(UserError, match=r"a\.flac"):
-        AudioLoader(made, "train", 1, 800, 0).batch(0)
+        AudioLoader(audio_store, "train", 1, 800, 0).batch(0)
     with pytest.raises(UserError, match="audio only"):
-        CodesLoader(made, "train", 1, 5, 0)
+        CodesLoader(audio_store, "train", 1, 5, 0)
 
 
-def test_bad_sizes(store):
+def test_invalid_loader_arguments_are_user_errors(store):
     with pytest.raises(UserError, match="multiple of the 4 processes"):
         codes_loader(store, batch_size=6, world_size=4)
     with pytest.raises(UserError, match="frames must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""ONNX graphs give in ONNX Runtime what the modules give in torch; the example makes the pipeline's music by them."""
+"""ONNX graphs in ONNX Runtime equal the modules in torch; the example gives the pipeline's audio."""
 
 import json
 import subprocess
@@ -17,7 +17,8 @@ from ssmttm.cli.main import main
 from ssmttm.codecs import StudentCodec, build_codec, load_codec
 from ssmttm.export.onnx import export_onnx, write
 from ssmttm.export.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, StepGraph
-from ssmttm.export.onnx.states import named
+from ssmttm.export.onnx.states import named_tensors
+from ssmttm.generation.loading import ModelFolder
 from ssmttm.models import TokenLM, TokenLMConfig
 from ssmttm.ops.int8 import Int8Linear, quantise
 from ssmttm.text import TextCondition, load_text_encoder
@@ -45,7 +46,7 @@ class Runtime:
         return dict(zip(self.graph.outputs, self.session.run(None, arrays), strict=True))
 
 
-def close(given, expected):
+def assert_close_arrays(given, expected):
     np.testing.assert_allclose(given, expected.numpy(), rtol=1e-4, atol=2e-6)
 
 
@@ -53,13 +54,13 @@ def make_model(**options) -> TokenLM:
     torch.manual_seed(0)
     sizes = {"n_codebooks": K, "codebook_size": V, "d_model": D, "d_state": 8, "headdim": 16, "n_heads": 4}
     model = TokenLM(TokenLMConfig(**sizes | {"text_dim": E, "init_std": 0.3, "n_layers": 1} | options)).eval()
-    for wish in filter(None, (model.chroma, model.tempo)):
-        torch.nn.init.normal_(wish.null)
+    for control in filter(None, (model.chroma, model.tempo)):
+        torch.nn.init.normal_(control.null)
     return model
 
 
-def initial(graph, rows):
-    """States before anything, by hand: zeros, and caches of no slot."""
+def initial_states(graph, rows):
+    """Initial states: zeros, and empty caches."""
     free = {"batch": rows, "cached": 0}
     return {
         name: torch.zeros([free.get(graph.axes[name].get(axis), size) for axis, size in enumerate(example.shape)],
@@ -78,8 +79,8 @@ def initial(graph, rows):
     ],
     ids=["all mixers", "cross-attention", "adaln"],
 )  # fmt: skip
-def test_a_step_is_the_models(options, tmp_path):
-    """Text, then codes, one position after the other, from states of zeros; with one row, two and three."""
+def test_step_graph_equals_the_model(options, tmp_path):
+    """Text, then codes, position by position from initial states; with one, two and three rows."""
     model = make_model(**options)
     step = Runtime(StepGraph(model), tmp_path / "step.onnx")
     condition = Runtime(ConditionGraph(model), tmp_path / "condition.onnx")
@@ -88,54 +89,54 @@ def test_a_step_is_the_models(options, tmp_path):
         codes, state = torch.randint(V + 1, (rows, K, 5)), model.init_state(rows)
         expected = [model.prefill(codes[..., :1], text, state)]
         expected += [model.step(codes[..., position], state) for position in range(1, 5)]
-        states = initial(step.graph, rows)
-        told = condition(text=text.embeddings, mask=text.mask)
-        if "position" in states and "prefix" in told:
+        states = initial_states(step.graph, rows)
+        condition_inputs = condition(text=text.embeddings, mask=text.mask)
+        if "position" in states and "prefix" in condition_inputs:
             states["position"] = states["position"] - length
-        prefix, inputs = told.pop("prefix", None), [codes[..., position] for position in range(5)]
+        prefix, inputs = condition_inputs.pop("prefix", None), [codes[..., position] for position in range(5)]
         if prefix is not None:
             inputs = [*prefix.swapaxes(0, 1), *inputs]
         found = []
         for given in inputs:
             is_token = given.shape != (rows, K)
             if prefix is not None:
-                told = {"prefix": given if is_token else prefix[:, 0], "is_prefix": np.full(rows, is_token)}
-            made = step(codes=np.zeros((rows, K), np.int64) if is_token else given, **states, **told)
-            states = {name: made[f"next.{name}"] for name in states}
-            found.append(made["logits"])
+                condition_inputs = {"prefix": given if is_token else prefix[:, 0], "is_prefix": np.full(rows, is_token)}
+            outputs = step(codes=np.zeros((rows, K), np.int64) if is_token else given, **states, **condition_inputs)
+            states = {name: outputs[f"next.{name}"] for name in states}
+            found.append(outputs["logits"])
         for logits, wanted in zip(found[-5:], expected, strict=True):
-            close(logits, wanted[..., :V])
-        for name, tensor in named(state.blocks).items():
+            assert_close_arrays(logits, wanted[..., :V])
+        for name, tensor in named_tensors(state.blocks).items():
             if name.endswith("_state"):
-                close(states[name], tensor)
+                assert_close_arrays(states[name], tensor)
 
 
-def test_int8_weights_stay_int8_in_the_file(tmp_path):
+def test_step_graph_stores_int8_weights_as_int8(tmp_path):
     model = quantise(make_model(layers="mamba2", conditioning="adaln", d_model=128))
     text = TextCondition(torch.randn(2, 3, E), torch.ones(2, 3, dtype=torch.bool))
     codes, state = torch.randint(V, (2, K, 2)), model.init_state(2)
     with torch.no_grad():
-        expected = model(codes, text)[:, :, 1, :V]  # of a sequence, which takes the weights back to float32
+        expected = model(codes, text)[:, :, 1, :V]  # the forward of a sequence dequantises to float32
     model.prefill(codes[..., :1], text, state)
-    states = {name: tensor.clone() for name, tensor in named(state.blocks).items()}
+    states = {name: tensor.clone() for name, tensor in named_tensors(state.blocks).items()}
     step = Runtime(StepGraph(model), tmp_path / "step.onnx")
     np.testing.assert_allclose(step(codes=codes[..., 1], **states)["logits"], expected.numpy(), rtol=1e-3, atol=1e-5)
     n_int8 = sum(module.int8.numel() for module in model.modules() if isinstance(module, Int8Linear))
     assert (tmp_path / "step.onnx").stat().st_size < 2 * n_int8
 
 
-def test_rows_of_other_lengths_share_a_cache(tmp_path):
-    """As the example stacks them: the shorter row's cache has empty slots at its end."""
+def test_step_graph_takes_rows_of_different_cache_lengths(tmp_path):
+    """As in the example: the shorter row's cache has empty entries at its end."""
     model = make_model(layers="attention", positions="rotary")
     step = Runtime(StepGraph(model), tmp_path / "step.onnx")
     lengths, parts, expected, codes = (5, 2), [], [], torch.randint(V, (2, K, 4))
-    told = {"prefix": np.zeros((1, D), np.float32), "is_prefix": np.array([False])}
+    condition_inputs = {"prefix": np.zeros((1, D), np.float32), "is_prefix": np.array([False])}
     for row, length in enumerate(lengths):
-        past, state, states = torch.randint(V, (1, K, length)), model.init_state(1), initial(step.graph, 1)
+        past, state, states = torch.randint(V, (1, K, length)), model.init_state(1), initial_states(step.graph, 1)
         for position in range(length):
             model.step(past[..., position], state)
-            made = step(codes=past[..., position], **states, **told)
-            states = {name: made[f"next.{name}"] for name in states}
+            outputs = step(codes=past[..., position], **states, **condition_inputs)
+            states = {name: outputs[f"next.{name}"] for name in states}
         parts.append(states)
         expected.append([model.step(codes[row : row + 1, :, position], state) for position in range(4)])
     longest = max(lengths)
@@ -144,20 +145,20 @@ def test_rows_of_other_lengths_share_a_cache(tmp_path):
                               if p[name].ndim == 4 else p[name] for p in parts])
         for name in parts[0]
     }  # fmt: skip
-    told = {name: np.repeat(value, 2, 0) for name, value in told.items()}
+    condition_inputs = {name: np.repeat(value, 2, 0) for name, value in condition_inputs.items()}
     for position in range(4):
-        made = step(codes=codes[..., position], **states, **told)
-        states = {name: made[f"next.{name}"] for name in states}
-        close(made["logits"], torch.cat([row[position] for row in expected]))
+        outputs = step(codes=codes[..., position], **states, **condition_inputs)
+        states = {name: outputs[f"next.{name}"] for name in states}
+        assert_close_arrays(outputs["logits"], torch.cat([row[position] for row in expected]))
 
 
 def student() -> StudentCodec:
-    return StudentCodec.of(build_codec(DAC), {"kind": "spectral", "width": 16, "blocks": [1, 1]})
+    return StudentCodec.from_teacher(build_codec(DAC), {"kind": "spectral", "width": 16, "blocks": [1, 1]})
 
 
 @pytest.mark.parametrize("make", [student, lambda: build_codec(DAC), lambda: build_codec(ENCODEC)],
                          ids=["student", "dac", "encodec"])  # fmt: skip
-def test_a_codec_decodes_as_in_torch(make, tmp_path):
+def test_decoder_graph_equals_the_codec(make, tmp_path):
     torch.manual_seed(0)
     codec = make().eval()
     decode = Runtime(DecoderGraph(codec), tmp_path / "decoder.onnx")
@@ -168,7 +169,7 @@ def test_a_codec_decodes_as_in_torch(make, tmp_path):
         np.testing.assert_allclose(wav, codec.decode(codes).numpy(), atol=3e-6)
 
 
-def test_t5_reads_as_in_torch(tmp_path):
+def test_encoder_graph_equals_t5(tmp_path):
     torch.manual_seed(0)
     model = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4))
     encode = Runtime(EncoderGraph(TextEncoder("t5", model, None, "", 128)), tmp_path / "encoder.onnx")
@@ -177,8 +178,8 @@ def test_t5_reads_as_in_torch(tmp_path):
         mask[0, length // 2 + 1 :] = 0
         with torch.no_grad():
             expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        real = mask.bool()
-        close(encode(input_ids=ids, attention_mask=mask)["text"][real.numpy()], expected[real])
+        valid = mask.bool()
+        assert_close_arrays(encode(input_ids=ids, attention_mask=mask)["text"][valid.numpy()], expected[valid])
 
 
 @pytest.fixture(scope="module")
@@ -188,17 +189,18 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_the_folder_says_what_it_is(folder):
+def test_onnx_folder_has_files_and_metadata(folder):
     files = {"text_encoder.onnx", "condition.onnx", "step.onnx", "codec_decoder.onnx", "tokenizer.json", "system.json"}
     assert {path.name for path in folder.iterdir()} == files
-    facts = json.loads((folder / "system.json").read_text())
+    system = json.loads((folder / "system.json").read_text())
     pipe = MusicPipeline.from_pretrained("tiny_lm")
-    assert facts["facts"]["model"] == pipe.facts["model"] and set(facts["card"]["data"]["licences"]) == {"CC0-1.0"}
-    assert facts["sample_rate"] == 24000 and facts["guidance_scale"] == 3.0
-    assert facts["states"]["block7.branch0.ssm_state"] == {"shape": ["batch", 8, 64, 64], "dtype": "float32"}
+    assert system["metadata"]["model"] == pipe.metadata["model"]
+    assert set(system["card"]["data"]["licences"]) == {"CC0-1.0"}
+    assert system["sample_rate"] == 24000 and system["guidance_scale"] == 3.0
+    assert system["states"]["block7.branch0.ssm_state"] == {"shape": ["batch", 8, 64, 64], "dtype": "float32"}
 
 
-def test_the_embedded_encoder_and_codec_give_the_same(folder):
+def test_onnx_embedded_encoder_and_codec_equal_torch(folder):
     from tokenizers import Tokenizer
 
     encoder, codec = load_text_encoder("minilm"), load_codec("tiny")
@@ -214,14 +216,14 @@ def test_the_embedded_encoder_and_codec_give_the_same(folder):
 
 
 @pytest.mark.parametrize("guidance", [None, "1"])
-def test_the_example_makes_the_pipelines_music_without_torch(folder, guidance, tmp_path):
-    """With top-k 1 nothing is left to chance: sample by sample the pipeline's audio."""
+def test_onnx_example_gives_the_pipelines_audio_without_torch(folder, guidance, tmp_path):
+    """With top-k 1 sampling is deterministic."""
     prompt, out = "a slow waltz on a flute", tmp_path / "x.wav"
     block = "import runpy, sys; sys.modules.update(dict.fromkeys(['torch', 'ssmttm', 'transformers']))"
     code = f"{block}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    asked = [str(folder), prompt, "--duration", "1.23", "--top-k", "1", "--out", str(out)]
-    asked += [] if guidance is None else ["--guidance", guidance]
-    subprocess.run([sys.executable, "-c", code, str(EXAMPLE), *asked], check=True)
+    arguments = [str(folder), prompt, "--duration", "1.23", "--top-k", "1", "--out", str(out)]
+    arguments += [] if guidance is None else ["--guidance", guidance]
+    subprocess.run([sys.executable, "-c", code, str(EXAMPLE), *arguments], check=True)
     pipe = MusicPipeline.from_pretrained("tiny_lm", device="cpu")
     expected = pipe(prompt, duration=1.23, top_k=1, guidance_scale=None if guidance is None else float(guidance))
     wav, rate = soundfile.read(out)
@@ -229,16 +231,16 @@ def test_the_example_makes_the_pipelines_music_without_torch(folder, guidance, t
     np.testing.assert_allclose(wav, expected.audios[0, 0].clamp(-1, 1).numpy(), atol=1e-4)
 
 
-def test_the_example_is_short():
+def test_onnx_example_is_short():
     assert len(EXAMPLE.read_text().splitlines()) <= 60
 
 
-def test_what_cannot_be_written_is_refused(folder, tmp_path, monkeypatch):
+def test_onnx_export_errors(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="two stages"):
         export_onnx("tiny_two_stage", tmp_path / "two")
     with pytest.raises(UserError, match="already"):
         export_onnx("tiny_lm", folder)
-    monkeypatch.setattr(write.ModelFolder, "null_condition", "unmasked_padding")
+    monkeypatch.setattr(ModelFolder, "null_condition", "unmasked_padding")
     with pytest.raises(UserError, match="'unmasked_padding'"):
         export_onnx("tiny_lm", tmp_path / "other")
     monkeypatch.setattr(write, "find_spec", lambda name: None)

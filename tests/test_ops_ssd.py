@@ -67,8 +67,8 @@ def test_ssd_equals_reference(batch, length, chunk, groups, with_state, with_D):
 @pytest.mark.parametrize(("length", "chunk"), [(1, 64), (100, 32), (257, 64)])
 def test_ssd_bfloat16_is_close_to_reference(length, chunk):
     rounded = operands(2, length, 4, 16, 2, 16, dtype=torch.bfloat16)
-    wide = {1, 2, 5, 6}  # dt, A, D and the state are float32 whatever the input
-    mixed = [a.detach().float().requires_grad_() if i in wide else a for i, a in enumerate(rounded)]
+    accumulation = {1, 2, 5, 6}  # dt, A, D and the state are float32 whatever the input
+    mixed = [a.detach().float().requires_grad_() if i in accumulation else a for i, a in enumerate(rounded)]
     y, state = ssd(*mixed, chunk_size=chunk)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     expected = results(ssd_reference, [a.detach().double().requires_grad_() for a in mixed])

@@ -1,4 +1,4 @@
-"""A preparation whose inputs change: what follows from them is made anew, nothing stale is taken, nobody interferes."""
+"""Changed inputs: what depends on them is rebuilt, nothing stale is used, and only one run writes a folder."""
 
 import csv
 from pathlib import Path
@@ -10,10 +10,10 @@ import soundfile as sf
 from planted import RATE, music, save
 from small_stores import small_codec
 
-from data_prep.__main__ import main
+from data_prep.cli import main
 from data_prep.shard_task import ShardResult
 from data_prep.stages.cut import Cut, cut_shard
-from data_prep.stages.plan import read_shard, shards_of, write_plan
+from data_prep.stages.plan import planned_shards, read_shard, write_plan
 from data_prep.stages.segments import Segments, with_results
 from data_prep.status import WORK
 from data_prep.tables import REJECTED_FILE
@@ -42,29 +42,29 @@ def plan(folder: Path, root: Path, found: list[Track], policy: str = "open-sa") 
     return folder
 
 
-def test_the_plan_takes_each_id_once_and_what_its_policy_lets_in(tmp_path):
+def test_plan_takes_each_id_once_and_allowed_licences_only(tmp_path):
     found = [Track("a", "a.wav"), Track("a", "b.wav"), Track("b", "b.wav", licence="CC BY-SA 4.0"),
              Track("c", "c.wav", licence="CC BY-NC 4.0"), Track("d", "d.wav", licence="CC BY")]  # fmt: skip
     folder = plan(tmp_path / "plan", tmp_path, found)
-    rows = [row for index in range(len(shards_of(folder))) for row in read_shard(folder, index)]
+    rows = [row for index in range(len(planned_shards(folder))) for row in read_shard(folder, index)]
     assert {row["id"]: (row["path"], row["licence"]) for row in rows} == {
         "a": ("a.wav", "CC-BY-4.0"), "b": ("b.wav", "CC-BY-SA-4.0")
     }  # fmt: skip
     assert sorted(rejected(folder)) == ["a", "c", "d"] and "needs --policy research-nc" in rejected(folder)["c"]
 
 
-def test_a_file_that_changes_has_its_own_shard_made_anew(tmp_path):
+def test_plan_changes_only_the_shard_of_a_changed_file(tmp_path):
     found = [Track(name, f"{name}.wav") for name in "abcdefgh"]
     for track in found:
-        (tmp_path / track.path).write_text("sound")
-    first = dict(shards_of(plan(tmp_path / "1", tmp_path, found)))
-    assert dict(shards_of(plan(tmp_path / "2", tmp_path, found[::-1]))) == first
-    (tmp_path / "c.wav").write_text("other sound")
-    second = dict(shards_of(plan(tmp_path / "3", tmp_path, found)))
+        (tmp_path / track.path).write_text("audio")
+    first = dict(planned_shards(plan(tmp_path / "1", tmp_path, found)))
+    assert dict(planned_shards(plan(tmp_path / "2", tmp_path, found[::-1]))) == first
+    (tmp_path / "c.wav").write_text("other audio")
+    second = dict(planned_shards(plan(tmp_path / "3", tmp_path, found)))
     assert first.keys() == second.keys() and sum(first[key] != second[key] for key in first) == 1 < len(first)
 
 
-def test_a_track_that_breaks_off_leaves_nothing(tmp_path):
+def test_cut_leaves_no_segment_of_a_broken_track(tmp_path):
     wav = np.where(np.arange(80 * RATE) == 79 * RATE, np.nan, np.tile(music(0), 2)[: 80 * RATE])
     sf.write(tmp_path / "a.wav", wav, RATE, subtype="FLOAT")
     folder = plan(tmp_path / "plan", tmp_path, [Track("a", "a.wav")])
@@ -74,18 +74,18 @@ def test_a_track_that_breaks_off_leaves_nothing(tmp_path):
     assert list((tmp_path / "shard").rglob("*.flac")) == []
 
 
-def test_what_a_stage_wrote_and_what_it_left_decide_the_next_one(tmp_path):
+def test_with_results_inputs_depend_on_new_and_old_results(tmp_path):
     def inputs(new: str, old: str, audio: bool) -> str:
         segments = Segments("0", tmp_path / "rows", tmp_path / "old", old)
-        (taken,) = with_results([segments], [ShardResult(tmp_path / "new", {}, new)], audio)
-        assert taken.audio == tmp_path / ("new" if audio else "old") and taken.rows.parent == tmp_path / "new"
-        return taken.inputs
+        (updated,) = with_results([segments], [ShardResult(tmp_path / "new", {}, new)], audio)
+        assert updated.audio == tmp_path / ("new" if audio else "old") and updated.rows.parent == tmp_path / "new"
+        return updated.inputs
 
     assert len({inputs("a", "b", False), inputs("a", "c", False), inputs("d", "b", False)}) == 3
     assert inputs("a", "b", True) != inputs("d", "b", True)
 
 
-def test_other_sound_under_the_same_name_gives_the_store_of_a_fresh_folder(tmp_path):
+def test_store_of_a_changed_file_equals_store_of_a_fresh_folder(tmp_path):
     small_codec(tmp_path / "codec")
     more = ["--codec", str(tmp_path / "codec"), "--sample-rate", "24000", "--captions", "tags"]
     for index in range(2):
@@ -95,26 +95,26 @@ def test_other_sound_under_the_same_name_gives_the_store_of_a_fresh_folder(tmp_p
     assert open_store(tmp_path / "s").fingerprint == open_store(tmp_path / "fresh").fingerprint
 
 
-def test_an_evaluation_set_that_changes_is_heard_again(tmp_path):
+def test_changed_evaluation_set_is_fingerprinted_again(tmp_path):
     for index, name in enumerate("ab"):
         save(tmp_path / "music" / f"{name}.wav", music(index))
     for index, kept in ((0, {"b.wav"}), (1, {"a.wav"})):
         save(tmp_path / "sets" / "clip.wav", music(index)[5 * RATE : 25 * RATE])
-        prepare(tmp_path / "music", tmp_path / "s", "--against", str(tmp_path / "sets"))
+        prepare(tmp_path / "music", tmp_path / "s", "--exclude-eval-sets", str(tmp_path / "sets"))
         assert tracks(tmp_path / "s") == kept
         with open(tmp_path / "s" / "rejected.csv", encoding="utf-8", newline="") as file:
             assert [row["kind"] for row in csv.DictReader(file)] == ["evaluation"]
 
 
-def test_one_run_at_a_time_and_no_litter(tmp_path):
+def test_run_locks_folder_and_removes_temporary_files(tmp_path):
     save(tmp_path / "music" / "a.wav", music(0)[: 6 * RATE])
     with directory_lock(tmp_path / "s" / WORK, "other run"):
         with pytest.raises(UserError, match="another data preparation is writing"):
             prepare(tmp_path / "music", tmp_path / "s")
         prepare(tmp_path / "music", tmp_path / "s", "--stage", "plan")
-    litter = [tmp_path / "s" / place / ".killed.0.tmp.json" for place in (".", "text", WORK)]
-    for path in litter:
+    temporary = [tmp_path / "s" / place / ".killed.0.tmp.json" for place in (".", "text", WORK)]
+    for path in temporary:
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
     prepare(tmp_path / "music", tmp_path / "s")
-    assert not any(path.exists() for path in litter)
+    assert not any(path.exists() for path in temporary)

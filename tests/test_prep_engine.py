@@ -80,13 +80,13 @@ def test_shard_replaced_by_two_processes_at_once(tmp_path, monkeypatch):
 
 def test_shard_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
     (task,) = file_tasks(tmp_path, 1)
-    seen = []
-    monkeypatch.setattr("ssmttm.files.fsync", lambda path: seen.append((path, task.target.exists())))
+    calls = []
+    monkeypatch.setattr("ssmttm.files.fsync", lambda path: calls.append((path, task.target.exists())))
     run_task(task)
-    *inside, (parent, named) = seen
+    *inside, (parent, named) = calls
     assert (parent, named) == (task.target.parent, True) and not any(named for _, named in inside)
-    aside = inside[-1][0]
-    assert {path for path, _ in inside} == {aside, aside / "deep", aside / "deep" / "text", aside / DONE}
+    temporary = inside[-1][0]
+    assert {path for path, _ in inside} == {temporary, temporary / "deep", temporary / "deep" / "text", temporary / DONE}
 
 
 def test_shard_task_that_fails_leaves_nothing(tmp_path):
@@ -100,10 +100,10 @@ def test_incomplete_shard_is_rebuilt(tmp_path):
     run_task(task)
     (task.target / DONE).write_text((task.target / DONE).read_text()[:20])
     assert find_result(task) is None
-    aside = task.target.with_name(".00000.abc.tmp")
-    aside.mkdir()
+    temporary = task.target.with_name(".00000.abc.tmp")
+    temporary.mkdir()
     Run(tmp_path, ProcessExecutor(1)).run_stage("cut", [task])
-    assert not aside.exists() and find_result(task)
+    assert not temporary.exists() and find_result(task)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -144,13 +144,12 @@ def test_process_executor_gives_up_on_a_task_that_kills_every_worker(tmp_path):
 
 def test_process_executor_counts_losses_since_the_last_finished_task(tmp_path, monkeypatch):
     def run_one(
-        pool: None, function: Callable[[ShardTask], ShardResult], items: dict[int, ShardTask], depth: int
-    ) -> Iterator[tuple[int, ShardResult]]:
-        index = next(iter(items))
-        yield index, function(items[index])
+        pool: None, function: Callable[[ShardTask], ShardResult], items: list[ShardTask], depth: int
+    ) -> Iterator[tuple[ShardTask, ShardResult]]:
+        yield items[0], function(items[0])
         raise BrokenProcessPool
 
-    monkeypatch.setattr("ssmttm.launch.local._run_in_pool", run_one)
+    monkeypatch.setattr("ssmttm.launch.local._run_unordered", run_one)
     monkeypatch.setattr(ProcessExecutor, "_pool", lambda *_: None)
     monkeypatch.setattr(ProcessExecutor, "_close", lambda *_, **__: None)
     assert len(Run(tmp_path, ProcessExecutor(2)).run_stage("cut", file_tasks(tmp_path, 7))) == 7
@@ -240,7 +239,7 @@ def test_slurm_stages_depend_on_each_other(tmp_path, monkeypatch):
     assert "--array=0-0\n" in plan and "--array=0-2\n" in cut and "--array=0-2\n" in codes
     assert "--partition=cpu" in cut and "--gpus=1" in codes and "--gpus=1" not in cut
     assert "tasks=(0/3 1/3 2/3)\n" in cut and "tasks=(0/1)\n" in plan
-    assert "-m data_prep folder --out 'a b' --workers 2 --stage cut --share \"${tasks[$SLURM_ARRAY_TASK_ID]}\"" in cut
+    assert "-m data_prep folder --out 'a b' --workers 2 --stage cut --task \"${tasks[$SLURM_ARRAY_TASK_ID]}\"" in cut
     for script in scripts:
         assert "--signal=B:USR1@300\n" in script.read_text() and "--requeue\n" in script.read_text()
         assert subprocess.run(["bash", "-n", script]).returncode == 0

@@ -29,7 +29,7 @@ NODE = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": F
 
 def slow_file(index: int, seconds: float, folder: Path) -> dict[str, float]:
     """A slow shard that logs its process and node."""
-    with open(folder.parent.parent / "begun.log", "a") as log:
+    with open(folder.parent.parent / "started.log", "a") as log:
         log.write(f"{index} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
     time.sleep(seconds)
     (folder / "text").write_text(f"shard {index}")
@@ -50,12 +50,12 @@ def one_task(root: Path, make: Callable[[Path], Any]) -> list[ShardTask]:
 
 def workers_of(raylet: int) -> list[int]:
     """The busy processes of a node: `ray::_call` runs a task, `ray::_Actor.call` a method of an actor."""
-    found = []
+    pids = []
     for path in Path(f"/proc/{raylet}/task").glob("*/children"):
         for pid in read_proc(path).split():
             if read_proc(Path(f"/proc/{pid}/cmdline")).startswith(("ray::_call", "ray::_Actor")):
-                found.append(int(pid))
-    return found
+                pids.append(int(pid))
+    return pids
 
 
 def raylet_of(node: Any) -> int:
@@ -87,8 +87,8 @@ def check_shards(root: Path, n: int) -> None:
         assert (root / "cut-0" / f"{i:05d}" / "text").read_text() == f"shard {i}"
 
 
-def begun(root: Path) -> list[list[str]]:
-    log = root / "begun.log"
+def started(root: Path) -> list[list[str]]:
+    log = root / "started.log"
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
@@ -103,7 +103,7 @@ def test_ray_executor_survives_killed_workers(cluster, tmp_path, device):
             time.sleep(rng.uniform(0.1, 0.9))
             busy = workers_of(raylet_of(cluster.head_node))
             if len(killed) % 2:  # every second one in the midst of a shard, not while it imports
-                busy = [pid for pid in busy if str(pid) in {worker for _, worker, _ in begun(root)}]
+                busy = [pid for pid in busy if str(pid) in {worker for _, worker, _ in started(root)}]
             if busy:
                 os.kill(busy[-1], signal.SIGKILL)
                 killed.append(busy[-1])
@@ -114,7 +114,7 @@ def test_ray_executor_survives_killed_workers(cluster, tmp_path, device):
     over.set()
     killer.join()
     assert len(done) == 24 and len(killed) >= 10, killed
-    assert len(begun(root)) > 24
+    assert len(started(root)) > 24
     check_shards(root, 24)
 
 
@@ -144,9 +144,9 @@ def test_ray_executor_survives_the_loss_of_a_node(cluster, tmp_path):
     root, lost = tmp_path / "work", []
 
     def kill() -> None:
-        while len({node for _, _, node in begun(root)}) < 2 or len(begun(root)) < 8:
+        while len({node for _, _, node in started(root)}) < 2 or len(started(root)) < 8:
             time.sleep(0.1)
-        lost.append(len(begun(root)))
+        lost.append(len(started(root)))
         os.kill(second, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -154,7 +154,7 @@ def test_ray_executor_survives_the_loss_of_a_node(cluster, tmp_path):
     done = Run(root, RayExecutor(cluster.address)).run_stage("cut", slow_tasks(root, 24, 0.8))
     killer.join()
     assert len(done) == 24 and lost
-    nodes = [node for _, _, node in begun(root)]
+    nodes = [node for _, _, node in started(root)]
     assert len(set(nodes)) == 2 and len(set(nodes[-6:])) == 1, "the last ones ran on the node that is left"
     check_shards(root, 24)
 

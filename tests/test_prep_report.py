@@ -29,9 +29,9 @@ SELECTED = {
         "pairs": 7,
         "closest": [{"tracks": [f"p{i}", f"q{i}"], "agreement": f"bit error rate 0.2{i}"} for i in range(7)],
     },
-    "evaluation": [{"name": "song_describer.csv", "works": 1706, "artists": 350, "audio": 4, "heard": 3,
+    "evaluation": [{"name": "song_describer.csv", "works": 1706, "artists": 350, "audio": 4, "fingerprinted": 3,
                     "left_out": {f"jamendo:{i}": "its artist is in it" for i in range(9)}},
-                   {"name": "mine", "works": 0, "artists": 0, "audio": 2, "heard": 2, "left_out": {}}],
+                   {"name": "mine", "works": 0, "artists": 0, "audio": 2, "fingerprinted": 2, "left_out": {}}],
 }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_report_escapes_hostile_text(tmp_path, text):
     path = write_store(tmp_path / "a", rows=3, **hostile)
     rejected_rows(path, [(text, text, text, text)])
     pairs = {"pairs": 1, "closest": [{"tracks": [text, text], "agreement": text}]}
-    sets = [{"name": text, "works": 1, "artists": 1, "heard": 1, "left_out": {text: text}}]
+    sets = [{"name": text, "works": 1, "artists": 1, "fingerprinted": 1, "left_out": {text: text}}]
     (path / "decontamination.json").write_text(json.dumps({"evaluation": sets, "suspected_duplicates": pairs}))
     page = report_page(path)
     plain_page = report_page(write_store(tmp_path / "b", rows=3, tags=["genre---x", "y"], captions=["z"]))

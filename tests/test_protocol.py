@@ -1,4 +1,4 @@
-"""Protocols: the benchmarks' own tables, resumable, exact about what is missing; figures that refuse unlike ones."""
+"""Protocols: benchmark tables, resuming, notes on missing files, comparison of metrics."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from music import RATE, clips
+from small_music import RATE, clips
 
 from ssmttm import audio, config
 from ssmttm.cli.main import main
@@ -25,14 +25,14 @@ Output = namedtuple("Output", "audios sample_rate")
 
 
 class Model:
-    """Stands in for a pipeline: seeded noise under a tone, and a count of what was asked of it."""
+    """A fake pipeline that generates a tone with seeded noise and records its prompts."""
 
     def __init__(self, name="model", weights="a" * 64):
-        self.facts, self.asked = {"model": {"name": name, "weights_sha256": weights}}, []
+        self.metadata, self.prompts = {"model": {"name": name, "weights_sha256": weights}}, []
         self.guidance_scale = 3.0
 
     def __call__(self, prompts, seeds, duration, **settings):
-        self.asked += prompts
+        self.prompts += prompts
         rows = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ class Model:
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    """A table of captions, and the true audio of all but one."""
+    """A table of captions, and their reference audio."""
     folder = tmp_path_factory.mktemp("benchmark")
     wavs, captions = clips(0, 8)
     lines = ["ytid,caption,is_audioset_eval"]
@@ -58,7 +58,7 @@ def benchmark(tmp_path_factory):
 def settings(benchmark, out, *more):
     return config.load(
         "eval=musiccaps", f"prompts={benchmark / 'captions.csv'}", f"references={benchmark / 'audio'}", f"out={out}",
-        "eval.embedders=[tiny,log_mel]", "eval.seconds=5", "measures=false", *more, root="eval",
+        "eval.embedders=[tiny,log_mel]", "eval.seconds=5", "music_metrics=false", *more, root="eval",
     )  # fmt: skip
 
 
@@ -69,13 +69,13 @@ def model(monkeypatch):
     return model
 
 
-# --- the whole way --------------------------------------------------------------------------------------------------
+# --- running a protocol ----------------------------------------------------------------------------------------------
 
 
-def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, model, capsys):
+def test_evaluate_computes_metrics_and_resumes(benchmark, tmp_path, model, capsys):
     out = tmp_path / "out"
     found = evaluate.evaluate(settings(benchmark, out))
-    assert len(model.asked) == N and len(list((out / "audio").glob("*.wav"))) == N
+    assert len(model.prompts) == N and len(list((out / "audio").glob("*.wav"))) == N
     names = {metric["name"]: metric for metric in found["metrics"]}
     kinds = ("fad", "kad", "fad_infinity", "precision", "recall", "coverage")
     assert set(names) == {f"{kind}_{e}" for kind in kinds for e in ("tiny", "log_mel")} | {"kl_tiny", "clap_tiny"}
@@ -84,7 +84,7 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
     facts = names["fad_tiny"]["fingerprint"]
     known = {"embedder", "weights", "sample_rate", "clip_seconds", "seed", "guidance_scale", "n_reference", "prompts"}
     assert known <= facts.keys() and facts["guidance_scale"] == 3
-    true = {metric["name"]: metric["value"] for metric in found["true_music"]}
+    true = {metric["name"]: metric["value"] for metric in found["reference"]}
     assert names["kl_tiny"]["value"] > 1 and true["clap_tiny"] > names["clap_tiny"]["value"] + 0.2
     assert names["fad_tiny"]["value"] > 3 * true["fad_tiny"]
     text = (out / "report.md").read_text()
@@ -93,87 +93,87 @@ def test_prompts_become_figures_and_nothing_is_made_twice(benchmark, tmp_path, m
     assert "As published, not measured here" in page and "4.88" in page and "fad_tiny (↓)" in page
 
     (out / "audio" / "clip-3.wav").unlink()
-    (out / "audio" / "clip-5.json").unlink()  # a piece without its record was cut off
+    (out / "audio" / "clip-5.json").unlink()  # a clip without its sidecar is incomplete
     (out / "audio" / "clip-7.json").write_text("damaged")
-    again = evaluate.evaluate(settings(benchmark, out))
-    assert len(model.asked) == N + 3 and again["metrics"] == found["metrics"]
+    resumed = evaluate.evaluate(settings(benchmark, out))
+    assert len(model.prompts) == N + 3 and resumed["metrics"] == found["metrics"]
 
 
-def test_pieces_of_another_model_are_not_taken(benchmark, tmp_path, model):
+def test_evaluate_rejects_clips_of_another_model(benchmark, tmp_path, model):
     evaluate.evaluate(settings(benchmark, tmp_path))
     with pytest.raises(UserError, match="guidance_scale differ"):
         evaluate.evaluate(settings(benchmark, tmp_path, "guidance=5"))
-    model.guidance_scale = 1.0  # a student with its teacher's guidance within
+    model.guidance_scale = 1.0  # a guidance-distilled student
     with pytest.raises(UserError, match="guidance_scale differ"):
         evaluate.evaluate(settings(benchmark, tmp_path))
-    model.guidance_scale, model.facts = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
+    model.guidance_scale, model.metadata = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
     with pytest.raises(UserError, match="model differ"):
         evaluate.evaluate(settings(benchmark, tmp_path))
 
 
-def test_finished_audio_is_matched_and_what_does_not_match_is_told(benchmark, tmp_path, model):
-    done = tmp_path / "done"
+def test_evaluate_matches_existing_audio_and_notes_mismatches(benchmark, tmp_path, model):
+    existing = tmp_path / "existing"
     for path in sorted((benchmark / "audio").glob("*.flac"))[2:]:
-        audio.write(done / f"{path.stem}.wav", audio.read(path)[0], RATE)
-    audio.write(done / "stranger.wav", torch.zeros(1, 5 * RATE) + 0.1, RATE)
-    (done / "clip-7.wav").write_bytes(b"broken")
-    audio.write(done / "clip-8.wav", torch.ones(1, RATE) * 0.1, RATE)
-    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"audio={done}"))
-    told = "\n".join(found["notes"])
-    assert "2 prompts without audio" in told and "stranger.wav" in told and "2 left out" in told
-    assert not model.asked and found["metrics"][0]["fingerprint"]["n"] == N - 4
+        audio.write(existing / f"{path.stem}.wav", audio.read(path)[0], RATE)
+    audio.write(existing / "stranger.wav", torch.zeros(1, 5 * RATE) + 0.1, RATE)
+    (existing / "clip-7.wav").write_bytes(b"broken")
+    audio.write(existing / "clip-8.wav", torch.ones(1, RATE) * 0.1, RATE)
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"audio={existing}"))
+    notes = "\n".join(found["notes"])
+    assert "2 prompts without audio" in notes and "stranger.wav" in notes and "2 files skipped" in notes
+    assert not model.prompts and found["metrics"][0]["fingerprint"]["n"] == N - 4
     assert found["metrics"][0]["fingerprint"]["guidance_scale"] == "unknown"
 
 
-def test_missing_references_are_told_and_the_figures_that_need_them_left_out(benchmark, tmp_path, model):
+def test_evaluate_without_references_skips_their_metrics(benchmark, tmp_path, model):
     found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"references={tmp_path}"))
-    assert {f["name"] for f in found["metrics"]} == {"clap_tiny"} and not found["true_music"]
+    assert {f["name"] for f in found["metrics"]} == {"clap_tiny"} and not found["reference"]
     assert any("24 prompts without reference audio" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
-        (["n=5"], "5 prompts are fewer than 20"),
-        (["eval.seconds=4"], "tiny hears 5 s"),
-        (["references=EMPTY", "eval.embedders=[log_mel]"], "no true audio"),
+        (["n=5"], "at least 20 prompts are needed, got 5"),
+        (["eval.seconds=4"], "the window of tiny is 5 s"),
+        (["references=EMPTY", "eval.embedders=[log_mel]"], "no reference audio"),
         (["references=ONE"], "no distribution"),
-        (["prompts=nowhere.csv"], "no table"),
+        (["prompts=nowhere.csv"], "does not exist"),
         (["audio=EMPTY"], "no audio"),
         (["eval.embedders=[vggish]"], "weights.vggish=FILE"),
         (["prompts=null"], "needs prompts=FILE"),
         (["eval.caption=words"], "no column 'words'"),
-        (["+eval.keep.is_audioset_eval=maybe"], "no prompt left"),
+        (["+eval.keep.is_audioset_eval=maybe"], "has no prompts"),
     ],
 )
-def test_what_cannot_be_scored_is_one_clear_line(benchmark, tmp_path, model, more, says):
+def test_evaluate_rejects_bad_settings_before_generating(benchmark, tmp_path, model, more, message):
     (tmp_path / "EMPTY").mkdir()
     audio.write(tmp_path / "ONE" / "clip-3.wav", torch.ones(1, 5 * RATE) * 0.1, RATE)
     more = [re.sub("EMPTY|ONE", lambda folder: str(tmp_path / folder[0]), word) for word in more]
     with pytest.raises(UserError) as caught:
         evaluate.evaluate(settings(benchmark, tmp_path / "out", *more))
-    assert says in str(caught.value) and "\n" not in str(caught.value)
-    assert not model.asked  # nothing was generated in vain
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not model.prompts  # nothing was generated
 
 
-def test_few_clips_and_unlike_rates_are_noted(benchmark, tmp_path, model):
+def test_evaluate_notes_few_clips_and_different_sample_rates(benchmark, tmp_path, model):
     for path in sorted((benchmark / "audio").glob("*.flac")):
         wav = audio.resample(audio.read(path)[0], RATE, 44_100).clamp(-1, 1)
         audio.write(tmp_path / "audio" / f"{path.stem}.wav", wav.repeat(2, 1), 44_100)
-    more = f"references={tmp_path / 'audio'}", "measures=true"
+    more = f"references={tmp_path / 'audio'}", "music_metrics=true"
     found = evaluate.evaluate(settings(benchmark, tmp_path / "out", *more))
-    told = "\n".join(found["notes"])
-    assert f"{N} clips and {N} references are few" in told
-    assert f"model {RATE} Hz; true music 44100 Hz" in told
+    notes = "\n".join(found["notes"])
+    assert f"{N} clips and {N} references are few" in notes
+    assert f"model {RATE} Hz; reference 44100 Hz" in notes
 
 
-def test_builtin_needs_a_store(capsys):
+def test_evaluate_builtin_needs_store(capsys):
     assert run_cli(lambda: main(["evaluate", "eval=builtin"])) == 2
     assert "store is not set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", config.names("eval"))
-def test_every_protocol_composes(name):
+def test_protocol_config_composes(name):
     settings = config.load(f"eval={name}", root="eval")
     assert settings.eval.name == name and settings.eval.source in ("builtin", "table")
 
@@ -185,20 +185,20 @@ def metric(value=1.0, name="fad_tiny", better="lower", **facts):
     return Metric(name, value, value - 0.1, value + 0.1, better, {"n": 100, "seed": 0, **facts})
 
 
-def test_like_figures_are_compared():
+def test_compare_metrics():
     assert "the second is better" in compare(metric(2.0), metric(1.0))
-    assert "are apart" in compare(metric(2.0), metric(1.0))
-    assert "overlap" in compare(metric(1.1), metric(1.0))
+    assert "do not overlap" in compare(metric(2.0), metric(1.0))
+    assert "intervals overlap" in compare(metric(1.1), metric(1.0))
     assert "both are 1" in compare(metric(1.0), metric(1.0))
     assert "the first is better" in compare(metric(2.0, "clap_tiny", "higher"), metric(1.0, "clap_tiny", "higher"))
 
 
-def test_unlike_figures_refuse():
+def test_compare_rejects_different_settings():
     with pytest.raises(UserError, match="n 100 and 200"):
         compare(metric(), metric(n=200))
     with pytest.raises(UserError, match="guidance None and 3"):
         compare(metric(), metric(guidance=3))
-    with pytest.raises(UserError, match="different things"):
+    with pytest.raises(UserError, match="different metrics"):
         compare(metric(), metric(name="fad_log_mel"))
     with pytest.raises(UserError, match="seed"):
         table({"a": [metric()], "b": [metric(seed=1)]})
@@ -208,9 +208,9 @@ def test_unlike_figures_refuse():
     assert rows[0] == ["", "fad_tiny (↓)", "kad_tiny (↓)"] and rows[1][2] == ""
 
 
-def test_outcomes_are_compared_on_the_command_line(benchmark, tmp_path, model, capsys):
+def test_evaluate_compare_command(benchmark, tmp_path, model, capsys):
     for name in ("a", "b"):
-        model.facts = {"model": {"name": name, "weights_sha256": name * 64}}
+        model.metadata = {"model": {"name": name, "weights_sha256": name * 64}}
         evaluate.evaluate(settings(benchmark, tmp_path / name))
     evaluate.evaluate(settings(benchmark, tmp_path / "c", "seed=1"))
     assert main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
@@ -218,7 +218,7 @@ def test_outcomes_are_compared_on_the_command_line(benchmark, tmp_path, model, c
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path / "c")])) == 2
     assert "seed 0 and 1" in capsys.readouterr().err
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path)])) == 2
-    (tmp_path / "figures.json").write_text('{"figures": [{"name": "fad"}]}')
+    (tmp_path / "metrics.json").write_text('{"metrics": [{"name": "fad"}]}')
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a"), str(tmp_path)])) == 2
     assert "another version" in capsys.readouterr().err
     assert run_cli(lambda: main(["evaluate", "compare", str(tmp_path / "a")])) == 2
@@ -227,7 +227,7 @@ def test_outcomes_are_compared_on_the_command_line(benchmark, tmp_path, model, c
 # --- tables of prompts ----------------------------------------------------------------------------------------------
 
 
-def test_tables_of_every_kind_are_read(tmp_path):
+def test_read_prompt_list_formats(tmp_path):
     rows = [{"path": "00/7.mp3", "caption": "a waltz"}, {"path": "01/8.mp3", "caption": "a jig"}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -246,13 +246,13 @@ def test_tables_of_every_kind_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "just words"])
-def test_a_table_that_is_none_is_a_clear_error(tmp_path, text):
+def test_read_prompt_list_rejects_bad_file(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x\.json"):
         read_prompt_list(tmp_path / "x.json", "{path}", "caption")
 
 
-def test_a_row_without_a_caption_is_no_prompt_and_one_with_too_many_fields_is_told(tmp_path):
+def test_read_prompt_list_skips_rows_without_caption_and_rejects_surplus_fields(tmp_path):
     table = tmp_path / "x.csv"
     table.write_text("path,caption\na,a waltz\nb\nc,\n")
     assert [prompt.caption for prompt in read_prompt_list(table, "{path}", "caption")] == ["a waltz"]
@@ -261,21 +261,21 @@ def test_a_row_without_a_caption_is_no_prompt_and_one_with_too_many_fields_is_to
         read_prompt_list(table, "{path}", "caption")
 
 
-def test_only_the_rows_asked_for(benchmark):
+def test_read_prompt_list_keeps_selected_rows(benchmark):
     found = read_prompt_list(benchmark / "captions.csv", "{ytid}", "caption", {"is_audioset_eval": True})
     assert len(found) == N // 2
 
 
-# --- hearing --------------------------------------------------------------------------------------------------------
+# --- embeddings ------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_heard_is_kept_by_content(benchmark, tmp_path, monkeypatch):
+def test_embed_clips_caches_by_content(benchmark, tmp_path, monkeypatch):
     embedder, paths = load_embedder("log_mel"), sorted((benchmark / "audio").glob("*.flac"))[:3]
     first = embed_clips(embedder, paths, 5.0, tmp_path)
     assert first.vectors.shape == (3, 5, embedder.dim)
-    monkeypatch.setattr(embedder, "embed", lambda wav: pytest.fail("heard twice"))
-    again = embed_clips(embedder, paths[::-1], 5.0, tmp_path)
-    assert torch.equal(again.vectors.flip(0), first.vectors)
+    monkeypatch.setattr(embedder, "embed", lambda wav: pytest.fail("embedded twice"))
+    cached = embed_clips(embedder, paths[::-1], 5.0, tmp_path)
+    assert torch.equal(cached.vectors.flip(0), first.vectors)
     assert set_hash(paths) == set_hash(paths[::-1]) != set_hash(paths[:2])
     copy = tmp_path / "copy.flac"
     copy.write_bytes(paths[0].read_bytes())
@@ -287,10 +287,10 @@ def test_what_was_heard_is_kept_by_content(benchmark, tmp_path, monkeypatch):
     assert torch.equal(embed_clips(embedder, paths, 5.0, tmp_path).vectors, first.vectors)
 
 
-def test_channels_and_rates_do_not_matter_to_what_is_heard(tmp_path):
+def test_embeddings_are_independent_of_channels_and_rate(tmp_path):
     wav = clips(0, 8)[0][0][:, : 5 * RATE]
     one = audio.write(tmp_path / "mono.wav", wav, RATE)
     two = audio.write(tmp_path / "stereo.wav", audio.resample(wav, RATE, 48_000).repeat(2, 1).clamp(-1, 1), 48_000)
     vectors = embed_clips(load_embedder("tiny"), [one, two], 5.0, tmp_path).vectors
-    far = float(np.linalg.norm(vectors[0] - vectors[1]) / np.linalg.norm(vectors[0]))
-    assert far < 0.05
+    difference = float(np.linalg.norm(vectors[0] - vectors[1]) / np.linalg.norm(vectors[0]))
+    assert difference < 0.05

@@ -1,12 +1,13 @@
 """Audio quality filters: planted defects are measured and rejected, music is accepted."""
 
 import numpy as np
+import pyloudnorm
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.audio.quality import Filters, judge, measure
+from data_prep.audio.quality import Filters, check_quality, measure
 from data_prep.builtin import compose, render
 from ssmttm import audio
 from ssmttm.audio.loudness import _k_weighting, integrated_loudness
@@ -21,12 +22,17 @@ def music(index, seconds=15, rate=RATE):
 @pytest.fixture(scope="module")
 def stereo():
     """Ten seconds of stereo music."""
-    left, right = music(0, 10)[0], music(1, 10)[0]
+    left, right = music(0, 10)[0], music(3, 10)[0]
     return np.stack([left + 0.4 * right, left - 0.4 * right]) * np.float32(0.7)
 
 
 def noise(seconds, rate=RATE, level=0.1, seed=0):
     return (np.random.default_rng(seed).standard_normal((1, round(seconds * rate))) * level).astype(np.float32)
+
+
+def loudness_by_pyloudnorm(wav, rate):
+    meter = pyloudnorm.Meter(rate, block_size=min(0.4, wav.shape[1] / rate))
+    return meter.integrated_loudness(wav.T.astype(float))
 
 
 def resampled(wav, to_rate, back):
@@ -46,9 +52,9 @@ def test_quality_accepts_music(rate):
     for index in range(12 if rate == 24_000 else 3):
         wav = music(index, 20, rate)
         found = measure(wav, rate)
-        assert judge(found, Filters()) is None, (index, found)
+        assert check_quality(found, Filters()) is None, (index, found)
         assert found.stereo == "mono" and found.silence < 0.4 and found.clipped < 1e-3
-        assert found.loudness == pytest.approx(audio.integrated_loudness(torch.from_numpy(wav), rate), abs=0.1)
+        assert found.loudness == pytest.approx(loudness_by_pyloudnorm(wav, rate), abs=0.1)
 
 
 def test_k_weighting_equals_bs1770_tables():
@@ -70,7 +76,7 @@ def test_loudness_of_bs1770_reference_tone(rate):
 @pytest.mark.parametrize("seconds", [0.001, 0.1, 0.39, 0.41, 3.3])
 def test_loudness_of_short_audio(seconds):
     wav = noise(seconds)
-    assert integrated_loudness(wav[0], RATE) == pytest.approx(audio.integrated_loudness(torch.from_numpy(wav), RATE), abs=0.3)
+    assert integrated_loudness(wav[0], RATE) == pytest.approx(loudness_by_pyloudnorm(wav, RATE), abs=0.3)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.6, 1.0])
@@ -79,7 +85,7 @@ def test_quality_of_partial_silence(fraction):
     wav[:, : round(fraction * wav.shape[1])] *= 1e-3
     found = measure(wav, RATE)
     assert found.silence == pytest.approx(fraction, abs=0.01)
-    rejected = judge(found, Filters())
+    rejected = check_quality(found, Filters())
     assert (rejected is not None) == (fraction > 0.5)
     if fraction == 0.6:
         assert (rejected.kind, str(rejected)) == ("silent", "it is silent for 60 % of its length")
@@ -88,7 +94,7 @@ def test_quality_of_partial_silence(fraction):
 def test_quality_of_digital_silence():
     found = measure(np.zeros((2, RATE), np.float32), RATE)
     assert found.silence == 1 and found.loudness == float("-inf") and found.clipped == 0 and found.bandwidth == 0
-    assert judge(found, Filters()).kind == "silent"
+    assert check_quality(found, Filters()).kind == "silent"
 
 
 @pytest.mark.parametrize("ceiling", [1.0, 0.5])
@@ -100,9 +106,9 @@ def test_quality_of_clipping(stereo, ceiling):
     heavy = clipped(16)
     fraction = float(np.mean(np.abs(stereo * 16) >= 1))
     assert heavy.clipped == pytest.approx(fraction, rel=0.05) and fraction > 0.1
-    assert judge(heavy, Filters()).kind == "clipped"
-    assert str(judge(heavy, Filters())) == f"it is clipped for {100 * heavy.clipped:.1f} % of its samples"
-    assert judge(clipped(1.5), Filters()) is None
+    assert check_quality(heavy, Filters()).kind == "clipped"
+    assert str(check_quality(heavy, Filters())) == f"it is clipped for {100 * heavy.clipped:.1f} % of its samples"
+    assert check_quality(clipped(1.5), Filters()) is None
 
 
 def test_quality_of_isolated_peaks():
@@ -143,12 +149,12 @@ def test_quality_of_channels(stereo):
     for kind, wav in kinds.items():
         found = measure(wav, RATE)
         assert found.stereo == kind
-        assert (judge(found, Filters()) is None) == (kind != "out-of-phase")
+        assert (check_quality(found, Filters()) is None) == (kind != "out-of-phase")
     inverted = measure(stereo * np.float32([[1], [-1]]), RATE)
     assert inverted.stereo == "out-of-phase"
-    assert judge(inverted, Filters()).kind == "phase"
-    assert judge(inverted, Filters(out_of_phase=True)) is None
-    assert judge(measure(kinds["dual-mono"], RATE), Filters(dual_mono=False)).kind == "dual-mono"
+    assert check_quality(inverted, Filters()).kind == "phase"
+    assert check_quality(inverted, Filters(out_of_phase=True)) is None
+    assert check_quality(measure(kinds["dual-mono"], RATE), Filters(dual_mono=False)).kind == "dual-mono"
 
 
 def test_quality_of_stereo_noise():
@@ -160,9 +166,9 @@ def test_quality_of_stereo_noise():
 def test_bandwidth_of_resampled_audio(source_rate):
     found = measure(resampled(noise(5), source_rate, RATE), RATE)
     assert found.bandwidth == pytest.approx(source_rate / 2, rel=0.05)
-    assert (judge(found, Filters()) is None) == (source_rate > 9_000)
+    assert (check_quality(found, Filters()) is None) == (source_rate > 9_000)
     if source_rate == 8_000:
-        assert str(judge(found, Filters())) == f"it holds nothing above {found.bandwidth:.0f} Hz"
+        assert str(check_quality(found, Filters())) == f"it holds nothing above {found.bandwidth:.0f} Hz"
 
 
 @pytest.mark.parametrize(("compression", "cut"), [(0.95, 11_000), (0.88, 16_000)])
@@ -175,7 +181,7 @@ def test_bandwidth_of_low_rate_mp3(tmp_path, compression, cut):
 def test_quality_rejects_16_bit_telephone_recordings():
     for index in range(3):
         wav = np.round(resampled(music(index), 8_000, RATE) * 32767) / np.float32(32767)
-        assert judge(measure(wav, RATE), Filters()).kind == "bandwidth"
+        assert check_quality(measure(wav, RATE), Filters()).kind == "bandwidth"
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,5 +194,5 @@ def test_measure_accepts_any_audio(channels, samples, rate, level, seed):
     found = measure(wav, rate)
     assert 0 <= found.silence <= 1 and 0 <= found.clipped <= 1 and 0 <= found.bandwidth <= rate / 2
     assert found.loudness == float("-inf") or np.isfinite(found.loudness)
-    judge(found, Filters())
+    check_quality(found, Filters())
     assert measure(wav[:, ::-1].copy()[:, ::-1], rate) == found

@@ -1,4 +1,4 @@
-"""Sources: small files of our own with the quirks of each data set's real ones, and arbitrary bytes in each table."""
+"""Sources: small files with the quirks of each data set, and arbitrary bytes in each table."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_stores import write_rows_store
 
 from data_prep.sources import SOURCES, records
-from data_prep.sources.references import read_references
+from data_prep.sources.evaluation_sets import read_evaluation_set
 from data_prep.track import KINDS, Rejection, Track
 from ssmttm.errors import UserError
 
@@ -36,7 +36,7 @@ def write_csv(path: Path, *rows: tuple) -> Path:
 
 
 def read(name: str, root: Path, index: Path | None = None) -> tuple[dict[str, Track], dict[str, Rejection]]:
-    """Tracks and refusals by id; each id once, and each refusal of a known kind with words that make a sentence."""
+    """Tracks and rejections by id; ids are unique, kinds known and reasons part of a sentence."""
     found = list(SOURCES[name].tracks(root, index))
     tracks = {item.id: item for item in found if isinstance(item, Track)}
     rejections = {item.item: item for item in found if isinstance(item, Rejection)}
@@ -101,7 +101,7 @@ def jamendo(tmp_path):
     return root
 
 
-def test_jamendo(jamendo):
+def test_jamendo_reads_tracks_and_rejections(jamendo):
     tracks, rejections = read("jamendo", jamendo)
     assert tracks["jamendo:948"] == Track(
         id="jamendo:948",
@@ -127,7 +127,7 @@ def test_jamendo(jamendo):
     assert len(tracks) == 4 and len(rejections) == 4
 
 
-def test_jamendo_without_titles_splits_no_name_that_can_be_split_in_two_ways(jamendo):
+def test_jamendo_without_titles_does_not_split_ambiguous_names(jamendo):
     titles = jamendo / "data" / "raw.meta.tsv"
     write(titles, TITLES.replace("chiante\t\t", "chiante\tII\t"))
     assert read("jamendo", jamendo)[0]["jamendo:214"].title == "Intro chiante II"
@@ -137,14 +137,14 @@ def test_jamendo_without_titles_splits_no_name_that_can_be_split_in_two_ways(jam
     assert (tracks["jamendo:214"].title, tracks["jamendo:214"].author) == ("Intro chiante", "David TMX")
 
 
-def test_jamendo_windows_line_ends_in_the_licences(jamendo):
-    before, _ = read("jamendo", jamendo)
+def test_jamendo_accepts_windows_line_ends_in_licences(jamendo):
+    expected, _ = read("jamendo", jamendo)
     write(jamendo / "audio_licenses.txt", LICENCES.replace("\n", "\r\n"))
-    assert read("jamendo", jamendo)[0] == before
+    assert read("jamendo", jamendo)[0] == expected
 
 
-def test_jamendo_splits(jamendo, tmp_path):
-    """The official splits, with the licences beside the repository's other files and the audio elsewhere."""
+def test_jamendo_reads_official_splits(jamendo, tmp_path):
+    """With the licences in the repository and the audio elsewhere."""
     clone, audio = tmp_path / "clone", tmp_path / "unpacked"
     (jamendo / "audio").rename(audio)
     write(clone / "audio_licenses.txt", LICENCES)
@@ -158,20 +158,20 @@ def test_jamendo_splits(jamendo, tmp_path):
     assert tracks["jamendo:948"].licence.endswith("by-nc-sa/3.0/")
 
 
-def test_jamendo_says_what_is_missing(jamendo, tmp_path):
+def test_jamendo_errors_name_the_missing_file(jamendo, tmp_path):
     write(tmp_path / "link.tsv", "raw_30s_cleantags_50artists.tsv")
     with pytest.raises(UserError, match=r"it is a link to .*50artists.tsv"):
         read("jamendo", jamendo, tmp_path / "link.tsv")
     with pytest.raises(UserError, match=r"autotagging-train\.tsv"):
         read("jamendo", jamendo, jamendo / "data")
     (jamendo / "audio_licenses.txt").unlink()
-    with pytest.raises(UserError, match=r"audio_licenses.txt.*no other file states"):
+    with pytest.raises(UserError, match=r"no audio_licenses\.txt in .*: copy it from the root"):
         read("jamendo", jamendo)
     with pytest.raises(UserError, match=r"raw_30s_cleantags.tsv: copy"):
         read("jamendo", tmp_path)
     write(jamendo / "audio_licenses.txt", LICENCES)
     (jamendo / "audio").rename(jamendo / "elsewhere")
-    with pytest.raises(UserError, match="there is no audio under"):
+    with pytest.raises(UserError, match="no audio in"):
         read("jamendo", jamendo)
 
 
@@ -213,7 +213,7 @@ def fma(tmp_path):
     return root
 
 
-def test_fma(fma):
+def test_fma_reads_tracks_and_rejections(fma):
     tracks, rejections = read("fma", fma)
     assert tracks["fma:2"] == Track(
         id="fma:2",
@@ -238,24 +238,24 @@ def test_fma(fma):
     }  # fmt: skip
 
 
-def test_fma_a_larger_subset_counts_where_its_audio_is(fma):
+def test_fma_reads_largest_unpacked_subset(fma):
     write(fma / "fma_large" / "000" / "000010.mp3")
     assert read("fma", fma)[0]["fma:10"].path == "fma_large/000/000010.mp3"
 
 
-def test_fma_without_raw_tracks(fma):
+def test_fma_without_raw_tracks_uses_licence_titles(fma):
     (fma / "fma_metadata" / "raw_tracks.csv").unlink()
     tracks, rejections = read("fma", fma)
     assert tracks["fma:3"].licence == NC_SA and rejections["fma:7"].kind == "licence"
 
 
-def test_fma_says_what_is_missing(fma, tmp_path):
-    with pytest.raises(UserError, match=r"tracks\.csv: it is the tracks of FMA"):
+def test_fma_errors_name_the_missing_file(fma, tmp_path):
+    with pytest.raises(UserError, match=r"no file .*tracks\.csv \(the tracks of FMA"):
         read("fma", tmp_path)
     with pytest.raises(UserError, match="no column track/title"):
         read("fma", fma, fma / "fma_metadata" / "genres.csv")
     (fma / "fma_small").rename(tmp_path / "gone")
-    with pytest.raises(UserError, match="there is no audio"):
+    with pytest.raises(UserError, match="no audio in"):
         read("fma", fma)
 
 
@@ -274,7 +274,7 @@ NAMES = [f"[{VIDEO}]-[30-40].wav", f"{VIDEO}.wav", f"{VIDEO}_30.mp3", f"{VIDEO}-
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
-def test_musiccaps(tmp_path, name):
+def test_musiccaps_finds_clips_by_usual_names(tmp_path, name):
     rows = [caps_row(VIDEO), caps_row("abcdefghijk", part=True), caps_row("short"), caps_row("abcdefghijX"),
             caps_row("abcdefghijY", aspects="__import__('os')")]  # fmt: skip
     write_csv(tmp_path / "musiccaps-public.csv", CAPS, *rows)
@@ -298,7 +298,7 @@ BENCH = {"dataset": "MusicBench", "location": f"data_aug2/{VIDEO}_1.wav", "main_
 
 
 @pytest.mark.parametrize("form", ["json", "csv"])
-def test_musicbench(tmp_path, form):
+def test_musicbench_reads_json_lines_and_csv(tmp_path, form):
     rows = [BENCH, BENCH | {"location": "../x.wav"}, BENCH | {"location": "data/none_of_youtube.wav"},
             BENCH | {"location": f"data/{VIDEO}.wav", "alt_caption": None, "key": None},
             BENCH | {"location": f"data/{VIDEO}_7.wav"}]  # fmt: skip
@@ -317,9 +317,9 @@ def test_musicbench(tmp_path, form):
     assert sorted(rejection.kind for rejection in rejections.values()) == ["metadata", "missing", "outside"]
 
 
-def test_musicbench_as_one_list_is_told(tmp_path):
+def test_musicbench_as_one_json_list_is_an_error(tmp_path):
     write(tmp_path / "MusicBench_train.json", json.dumps([BENCH]))
-    with pytest.raises(UserError, match="JSON object a line"):
+    with pytest.raises(UserError, match="JSON object per line"):
         read("musicbench", tmp_path)
 
 
@@ -347,7 +347,7 @@ def describer(tmp_path):
     return root
 
 
-def test_song_describer(describer, jamendo):
+def test_song_describer_reads_validated_captions(describer, jamendo):
     tracks, rejections = read("song-describer", describer)
     track = tracks["song-describer:948"]
     assert track.captions == ("A rock song, loud.", "Guitars.") and track.split == "test"
@@ -362,7 +362,7 @@ def test_song_describer(describer, jamendo):
 # --- JamendoMaxCaps ---
 
 
-def test_jamendomaxcaps(tmp_path, jamendo):
+def test_jamendomaxcaps_joins_metadata_and_captions(tmp_path, jamendo):
     record = {
         "id": "948", "name": "Stand", "artist_id": "87", "artist_name": "Ann", "shareurl": "https://www.jamendo.com/track/948",
         "license_ccurl": "http://creativecommons.org/licenses/by-nc-nd/3.0/",
@@ -399,7 +399,7 @@ def test_jamendomaxcaps(tmp_path, jamendo):
 COLUMNS = ("path", "caption", "licence", "title", "author", "source_url")
 
 
-def test_folder_with_captions_csv(tmp_path):
+def test_folder_reads_captions_csv(tmp_path):
     for name in ("a.wav", "deep/er/b.M4A", "c.xyz", ".hidden/d.wav", "e.txt", "deep/.f.wav", "named.bin", "g.flac"):
         write(tmp_path / name)
     write_csv(
@@ -430,7 +430,7 @@ def test_folder_with_captions_csv(tmp_path):
     assert "captions.csv line 7" in rejections["gone.wav"].reason
 
 
-def test_folder_other_columns_and_spelling(tmp_path):
+def test_folder_accepts_other_columns_and_spelling(tmp_path):
     write(tmp_path / "a.wav")
     write(tmp_path / "b.wav")
     write(tmp_path / "c.wav")
@@ -446,7 +446,7 @@ def test_folder_other_columns_and_spelling(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "captions.jsonl"])
-def test_folder_with_json_lines(tmp_path, name):
+def test_folder_reads_json_lines(tmp_path, name):
     for file in ("a.wav", "b.wav", "c.wav"):
         write(tmp_path / file)
     lines = [
@@ -463,7 +463,7 @@ def test_folder_with_json_lines(tmp_path, name):
     assert {rejection.kind for rejection in rejections.values()} == {"metadata"} and len(rejections) == 5
 
 
-def test_folder_with_files_beside(tmp_path):
+def test_folder_reads_sidecar_files(tmp_path):
     for name in ("a.wav", "deep/b.wav", "c.wav", "d.wav", "e.wav"):
         write(tmp_path / name)
     write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\ntwo\n")
@@ -480,7 +480,7 @@ def test_folder_with_files_beside(tmp_path):
     )
 
 
-def test_folder_strange_names_and_links(tmp_path):
+def test_folder_with_strange_names_and_links(tmp_path):
     root = tmp_path / "root"
     for name in ("new\nline.wav", "comma, \"quote\".wav", "=formula.wav"):
         write(root / name)
@@ -492,16 +492,17 @@ def test_folder_strange_names_and_links(tmp_path):
     write(root / "store" / "audio" / "segment.flac")
     tracks, rejections = read("folder", root)
     assert set(tracks) == {"new\nline.wav", 'comma, "quote".wav', "=formula.wav", "link.wav"}
-    assert {name: rejection.kind for name, rejection in rejections.items()} == {"caf?.wav": "metadata", "loop": "outside"}
+    kinds = {name: rejection.kind for name, rejection in rejections.items()}
+    assert kinds == {"caf?.wav": "metadata", "loop": "outside"}
 
 
-def test_folder_says_what_is_wrong(tmp_path):
-    with pytest.raises(UserError, match="there is no audio file"):
+def test_folder_errors_name_the_problem(tmp_path):
+    with pytest.raises(UserError, match="no audio file"):
         read("folder", tmp_path)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="no folder"):
         read("folder", tmp_path / "none")
     write(tmp_path / "a.wav")
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="no file"):
         read("folder", tmp_path, tmp_path / "none.csv")
     for content, words in ((b"", "empty"), (b"title,caption\n1,2\n", "no column 'path'"),
                            ("path,caption\na.wav,\u00e9\n".encode("latin-1"), "UTF-8"),
@@ -513,20 +514,20 @@ def test_folder_says_what_is_wrong(tmp_path):
     write(tmp_path / "captions.jsonl", "{}")
     with pytest.raises(UserError, match="both describe"):
         read("folder", tmp_path)
-    with pytest.raises(UserError, match="no line that is"):
+    with pytest.raises(UserError, match="no line with a JSON object"):
         read("folder", tmp_path, tmp_path / "captions.jsonl")
 
 
-# --- what is bounded ---
+# --- limits ---
 
 
-def test_a_quotation_mark_that_is_never_closed_swallows_nothing_silently(tmp_path):
+def test_unclosed_quotation_mark_is_rejected(tmp_path):
     write(tmp_path / "a.wav")
     write(tmp_path / "captions.csv", 'path,caption\na.wav,"one\nb.wav,two\n')
     assert "never closed" in read("folder", tmp_path)[1]["captions.csv line 2"].reason
 
 
-def test_huge_cells_and_lines_are_refused_and_the_next_row_is_read(tmp_path):
+def test_huge_cells_and_lines_are_rejected_and_reading_continues(tmp_path):
     write(tmp_path / "a.wav")
     big = b"x" * (3 * records.MAX_LINE)
     for content in (b"path,caption\nz.wav," + big + b"\na.wav,good\n",
@@ -543,13 +544,13 @@ def test_huge_cells_and_lines_are_refused_and_the_next_row_is_read(tmp_path):
     assert "longer than" in rejections["captions.jsonl line 1"].reason
 
 
-def test_long_lists_are_refused(tmp_path):
+def test_long_lists_are_rejected(tmp_path):
     write(tmp_path / "a.wav")
     write_csv(tmp_path / "captions.csv", ("path", "tags"), ("a.wav", str(["x" * 10] * 3000)))
     assert "longer than" in read("folder", tmp_path)[1]["captions.csv line 2"].reason
 
 
-def test_two_paths_of_one_hash_do_not_share_what_is_known(tmp_path, monkeypatch):
+def test_paths_with_the_same_hash_keep_their_own_metadata(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.sources.folder.hash", lambda path: 7, raising=False)
     for name in ("a.wav", "b.wav"):
         write(tmp_path / name)
@@ -558,8 +559,8 @@ def test_two_paths_of_one_hash_do_not_share_what_is_known(tmp_path, monkeypatch)
     assert (tracks["a.wav"].captions, tracks["b.wav"].captions) == (("one",), ("two",))
 
 
-def test_many_captions_of_one_path(tmp_path):
-    """No quadratic time, for a file that is there or not."""
+def test_many_captions_of_one_path_take_linear_time(tmp_path):
+    """For an existing and for a missing file."""
     write(tmp_path / "a.wav")
     rows = [(name, f"caption {n}", "", "", "", "") for n in range(4000) for name in ("a.wav", "b.wav")]
     write_csv(tmp_path / "captions.csv", COLUMNS, *rows)
@@ -610,18 +611,18 @@ def test_arbitrary_bytes_in_any_table(everything, name, noise, keep):
     others = [entry for entry in HEADS if entry.split()[0] == source and entry != name]
     if source == "folder":
         others = []  # one table a folder
-    made = [write(everything / HEADS[other][0], HEADS[other][1]) for other in others]
+    files = [write(everything / HEADS[other][0], HEADS[other][1]) for other in others]
     if name == "song-describer":
-        made.append(write(everything / "audio_licenses.txt", LICENCES))
+        files.append(write(everything / "audio_licenses.txt", LICENCES))
     path, head = HEADS[name]
-    made.append(write(everything / path, (head.encode() if keep else b"") + noise))
+    files.append(write(everything / path, (head.encode() if keep else b"") + noise))
     try:
         found = list(SOURCES[source].tracks(everything))
     except UserError as error:
         assert "\n" not in str(error)
         return
     finally:
-        for file in made:
+        for file in files:
             file.unlink()
     for item in found:
         assert isinstance(item, Track) or (item.kind in KINDS and item.item.encode())
@@ -629,75 +630,75 @@ def test_arbitrary_bytes_in_any_table(everything, name, noise, keep):
             "".join((item.id, item.path, item.licence, item.title, item.author, *item.captions, *item.tags)).encode()
 
 
-# --- references ---
+# --- evaluation sets ---
 
 
-def test_references_of_tables(describer, jamendo, tmp_path):
+def test_evaluation_sets_from_tables(describer, jamendo, tmp_path):
     (describer / "song_describer.csv").write_text(
         (describer / "song_describer.csv").read_text().replace("6,x,", "6,216,")
     )
-    write(describer / "audio" / "99" / "999.mp3")  # of the corpus, perhaps
+    write(describer / "audio" / "99" / "999.mp3")  # possibly of the corpus
     write(describer / "audio" / "other.mp3")
-    sdd = read_references(describer / "song_describer.csv")
-    assert sdd.works == {f"jamendo:{number}" for number in (948, 214, 215, 216)}  # also those of no valid caption
+    sdd = read_evaluation_set(describer / "song_describer.csv")
+    assert sdd.works == {f"jamendo:{number}" for number in (948, 214, 215, 216)}  # also those without a valid caption
     assert sdd.artists == {"jamendo:artist:87", "jamendo:artist:14"} and sdd.name == "song_describer"
     assert {path.name for path in sdd.audio} == {"948.2min.mp3", "214.2min.mp3"}
-    assert read_references(describer) == sdd
+    assert read_evaluation_set(describer) == sdd
 
     split = write(jamendo / "autotagging-test.tsv", f"{TRACKS}\r\n{ROWS[0]}\r\n{ROWS[2]}\r\n")
-    test = read_references(split)
+    test = read_evaluation_set(split)
     assert test.works == {"jamendo:948", "jamendo:215"} and test.artists == sdd.artists
     assert test.audio == [jamendo / "audio" / "48" / "948.mp3", jamendo / "audio" / "15" / "215.mp3"]
 
     clips = [write(tmp_path / "caps" / "audio" / name) for name in sorted(NAMES)]
     write(tmp_path / "caps" / "audio" / "abcdefghijk.wav")
-    caps = read_references(write_csv(tmp_path / "caps" / "musiccaps-public.csv", CAPS, caps_row(VIDEO)))
+    caps = read_evaluation_set(write_csv(tmp_path / "caps" / "musiccaps-public.csv", CAPS, caps_row(VIDEO)))
     assert caps.works == {f"youtube:{VIDEO}"} and not caps.artists and caps.audio == clips
-    bench = read_references(write(tmp_path / "caps" / "MusicBench_test_A.json", json.dumps(BENCH)))
+    bench = read_evaluation_set(write(tmp_path / "caps" / "MusicBench_test_A.json", json.dumps(BENCH)))
     assert bench.works == caps.works and bench.audio == clips
     (tmp_path / "caps" / "audio" / "Y123456789a_30.wav").touch()
     write_csv(tmp_path / "caps" / "musiccaps-public.csv", CAPS, caps_row("Y123456789a"))
-    assert [path.name for path in read_references(tmp_path / "caps").audio] == ["Y123456789a_30.wav"]
+    assert [path.name for path in read_evaluation_set(tmp_path / "caps").audio] == ["Y123456789a_30.wav"]
 
 
-def test_references_of_sound_and_of_a_store(tmp_path):
-    write(tmp_path / "heard" / "a" / "x.wav")
-    heard = read_references(tmp_path / "heard")
-    assert heard.audio == [tmp_path / "heard" / "a" / "x.wav"] and heard.name == "heard" and not heard.works
+def test_evaluation_sets_from_audio_and_from_a_store(tmp_path):
+    write(tmp_path / "clips" / "a" / "x.wav")
+    clips = read_evaluation_set(tmp_path / "clips")
+    assert clips.audio == [tmp_path / "clips" / "a" / "x.wav"] and clips.name == "clips" and not clips.works
     rows = [{"id": split, "split": split, "licence": "CC0-1.0", "duration": 1.0, "audio": f"audio/{split}.flac"}
             for split in ("train", "test")]  # fmt: skip
     store = write_rows_store(tmp_path / "store", rows)
-    assert read_references(store.path).audio == [store.path / "audio" / "test.flac"]
+    assert read_evaluation_set(store.path).audio == [store.path / "audio" / "test.flac"]
 
 
-def test_references_say_what_is_wrong(describer, jamendo, tmp_path):
-    with pytest.raises(UserError, match=r"song_describer\.csv line 7"):  # it names no track: it would be let in
-        read_references(describer / "song_describer.csv")
+def test_evaluation_set_errors_name_the_problem(describer, jamendo, tmp_path):
+    with pytest.raises(UserError, match=r"song_describer\.csv line 7"):  # a track that could not be excluded
+        read_evaluation_set(describer / "song_describer.csv")
     with pytest.raises(UserError, match="line 8"):
-        read_references(jamendo / "data" / "raw_30s_cleantags.tsv")
-    with pytest.raises(UserError, match="it has other columns"):
-        read_references(write_csv(tmp_path / "x.csv", ("a", "b"), (1, 2)))
+        read_evaluation_set(jamendo / "data" / "raw_30s_cleantags.tsv")
+    with pytest.raises(UserError, match="has not the columns of"):
+        read_evaluation_set(write_csv(tmp_path / "x.csv", ("a", "b"), (1, 2)))
     with pytest.raises(UserError, match="no audio file and no known table"):
         (tmp_path / "empty").mkdir()
-        read_references(tmp_path / "empty")
-    with pytest.raises(UserError, match="there is no"):
-        read_references(tmp_path / "none")
-    with pytest.raises(UserError, match="names no recording"):
-        read_references(write_csv(tmp_path / "y.csv", CAPS))
+        read_evaluation_set(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no .*none"):
+        read_evaluation_set(tmp_path / "none")
+    with pytest.raises(UserError, match="has no recording"):
+        read_evaluation_set(write_csv(tmp_path / "y.csv", CAPS))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(noise=NOISE, head=st.sampled_from([b"", *(HEADS[name][1].encode() for name in HEADS)]))
-def test_arbitrary_bytes_as_references(tmp_path_factory, noise, head):
+def test_arbitrary_bytes_as_evaluation_set(tmp_path_factory, noise, head):
     path = write(tmp_path_factory.mktemp("any") / "x.csv", head + noise)
     try:
-        assert read_references(path).works
+        assert read_evaluation_set(path).works
     except UserError as error:
         assert "\n" not in str(error)
 
 
-def test_rows_are_not_held_in_memory(tmp_path):
-    """Tables of 2 MB of captions, of tags and of licences are read in a fraction of that."""
+def test_tables_are_read_in_little_memory(tmp_path):
+    """Tables of 2 MB take less than 1 MB."""
     names = [f"{n % 100:02d}/{n}.mp3" for n in range(1, 1001)]
     for name in names:
         write(tmp_path / "audio" / name)
@@ -708,7 +709,7 @@ def test_rows_are_not_held_in_memory(tmp_path):
     work = "x" * 1900 + " by A from Jamendo: http://b\nAvailable under a X license: http://c\n"
     write(tmp_path / "audio_licenses.txt", "".join(f"{name}\n{work}" for name in names))
     for source in ("folder", "jamendo"):
-        for traced in (False, True):  # once before, for what is loaded late
+        for traced in (False, True):  # the first time loads modules
             peak = 0
             if traced:
                 tracemalloc.start()
@@ -719,12 +720,12 @@ def test_rows_are_not_held_in_memory(tmp_path):
         assert peak < 1e6, source
 
 
-def test_the_registry_is_light():
+def test_sources_import_no_heavy_package():
     code = "import sys, data_prep.sources; sys.exit(bool({'numpy', 'torch', 'pyarrow', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
-def test_sources_are_told():
+def test_sources_have_name_help_and_layout():
     assert list(SOURCES) == ["folder", "jamendo", "fma", "jamendomaxcaps", "musiccaps", "musicbench", "song-describer"]
     for name, source in SOURCES.items():
         assert source.name == name and source.help and source.layout.startswith("ROOT/")

@@ -1,4 +1,4 @@
-"""The store on disk: what is written is read back, and anything wrong with it is said in one line."""
+"""The store on disk: round trip, damage, other settings or codecs, atomic writes."""
 
 import json
 
@@ -13,7 +13,7 @@ from ssmttm.data.store import shard_name, text_name
 from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
 from ssmttm.data.text_table import TextTable, merge_text_tables, write_text_table
 from ssmttm.errors import UserError
-from ssmttm.files import atomic_write
+from ssmttm.files import atomic_folder, atomic_write, config_hash, new_folder
 
 CODEC = {
     "name": "fake", "fingerprint": "f" * 16, "sample_rate": 8000, "frame_rate": 25.0,
@@ -41,20 +41,20 @@ def embed(caption: str) -> np.ndarray:
 
 
 @pytest.fixture
-def made(tmp_path):
+def store_and_embeddings(tmp_path):
     """A finished store of 10 segments in three shards."""
     writer = StoreWriter(tmp_path / "s", {"source": "test"}, CODEC, 8000, shard_segments=4)
     for index in range(10):
-        truth = {"tempo": 120} if index == 3 else None
-        writer.add(row(index, "valid" if index == 9 else "train", truth=truth), some_codes(index))
+        annotations = {"tempo": 120} if index == 3 else None
+        writer.add(row(index, "valid" if index == 9 else "train", truth=annotations), some_codes(index))
     captions = ["", *(f"song {i}" for i in range(10))]
     table = tmp_path / "s" / text_name(TEXT["name"])
     write_text_table(table, captions, lambda texts: [*map(embed, texts)], 5, "e" * 16)
     return writer.finish(TEXT), {caption: embed(caption) for caption in captions}
 
 
-def test_roundtrip(made):
-    store, table = made
+def test_store_round_trip(store_and_embeddings):
+    store, table = store_and_embeddings
     assert len(store) == 10 and list(store.indices("valid")) == [9] and len(store.indices("train")) == 9
     for index in range(10):
         assert store.codes(index).dtype == np.uint16
@@ -64,28 +64,28 @@ def test_roundtrip(made):
     assert store.annotations(3) == {"tempo": 120} and store.annotations(4) is None
     assert store.info["counts"] == {"train": 9, "valid": 1, "test": 0}
     store.verify()
-    with pytest.raises(KeyError, match="no embedding of the caption 'never said'"):
-        store.text("never said")
+    with pytest.raises(KeyError, match="no embedding of the caption 'unknown'"):
+        store.text("unknown")
     with pytest.raises(UserError, match="no test segments"):
         store.indices("test")
 
 
-def test_codes_are_a_view_of_the_file(made):
-    store, _ = made
+def test_codes_are_a_read_only_view_of_the_file(store_and_embeddings):
+    store, _ = store_and_embeddings
     base = store.codes(0)
     while not isinstance(base, np.memmap):
         base = base.base
     assert base.filename and not store.codes(0).flags.writeable
 
 
-def test_files_are_plain_safetensors(made):
-    store, _ = made
+def test_store_files_are_safetensors(store_and_embeddings):
+    store, _ = store_and_embeddings
     tensors = load_file(store.path / shard_name(0))
     assert tensors["codes"].shape == (3, 20 + 21 + 22 + 23) and list(tensors["offsets"]) == [0, 20, 41, 63, 86]
     assert not [path for path in store.path.rglob("*") if path.suffix in (".pkl", ".pt", ".npy", ".npz")]
 
 
-def test_captions_whose_hashes_share_a_beginning(tmp_path, monkeypatch):
+def test_text_table_finds_captions_whose_hashes_share_a_prefix(tmp_path, monkeypatch):
     start = b"\x00" * 8
     keys = {"a": start + b"\x01" * 8, "b": start + b"\x02" * 8, "c": b"\xff" * 16, "d": start + b"\x03" * 8}
     monkeypatch.setattr("ssmttm.data.text_table.caption_hash", keys.__getitem__)
@@ -98,7 +98,7 @@ def test_captions_whose_hashes_share_a_beginning(tmp_path, monkeypatch):
     assert table["b"][:, 0].tolist() == [1, 2]
 
 
-def test_tables_of_several_shards_become_one(tmp_path):
+def test_merge_text_tables_keeps_the_first_embedding(tmp_path):
     parts = []
     for index, captions in enumerate((["b", "a", "b"], ["a", "ccc"], [])):
         parts.append(tmp_path / f"{index}.safetensors")
@@ -112,7 +112,7 @@ def test_tables_of_several_shards_become_one(tmp_path):
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.lists(st.text(max_size=8), max_size=30), min_size=1, max_size=4))
-def test_merged_tables_find_every_caption(tmp_path_factory, shards):
+def test_merged_text_table_finds_every_caption(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("tables")
     parts = [folder / f"{index}" for index in range(len(shards))]
     for part, captions in zip(parts, shards, strict=True):
@@ -123,7 +123,7 @@ def test_merged_tables_find_every_caption(tmp_path_factory, shards):
         np.testing.assert_array_equal(table[caption], embed(caption))
 
 
-def test_same_content_same_fingerprint_and_other_content_another(tmp_path):
+def test_store_fingerprint_depends_on_the_content_only(tmp_path):
     def build(name: str, licence: str):
         writer = StoreWriter(tmp_path / name, {"source": "test"}, CODEC, 8000)
         writer.add(row(0) | {"licence": licence}, some_codes(0))
@@ -133,7 +133,7 @@ def test_same_content_same_fingerprint_and_other_content_another(tmp_path):
     assert build("c", "CC-BY-4.0").fingerprint != build("a2", "CC0-1.0").fingerprint
 
 
-def test_without_finish_there_is_no_store(tmp_path):
+def test_store_without_finish_is_unfinished(tmp_path):
     writer = StoreWriter(tmp_path / "s", {"source": "test"}, CODEC, 8000, shard_segments=2)
     for index in range(5):
         writer.add(row(index), some_codes(index))
@@ -141,26 +141,26 @@ def test_without_finish_there_is_no_store(tmp_path):
         open_store(tmp_path / "s")
 
 
-def test_other_settings_are_refused(made):
-    store, _ = made
+def test_writer_rejects_other_settings(store_and_embeddings):
+    store, _ = store_and_embeddings
     with pytest.raises(UserError, match=r"other settings .source 'test' -> 'folder'"):
         StoreWriter(store.path, {"source": "folder"}, CODEC, 8000)
     assert open_store(store.path).fingerprint == store.fingerprint
 
 
-def test_other_codec_is_refused_by_name(made):
-    store, _ = made
+def test_require_codec_rejects_another_codec(store_and_embeddings):
+    store, _ = store_and_embeddings
     with pytest.raises(UserError, match=r"'fake' \(ffffffffffffffff\).*'other' \(0000000000000000\)"):
         store.require_codec(OtherCodec())
 
 
-def test_not_a_store(tmp_path):
+def test_open_store_rejects_what_is_not_a_store(tmp_path):
     with pytest.raises(UserError, match="no store at"):
         open_store(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a store"):
         open_store(tmp_path)
     (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(UserError, match="store.json is damaged"):
+    with pytest.raises(UserError, match=r"store\.json is damaged"):
         open_store(tmp_path)
     (tmp_path / "store.json").write_text('{"format": "ssmttm-store", "version": 99}')
     with pytest.raises(UserError, match="version 99"):
@@ -168,11 +168,10 @@ def test_not_a_store(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manifest.parquet", shard_name(1), text_name(TEXT["name"])])
-def test_a_missing_or_short_file_is_named(made, name):
-    store, _ = made
+def test_missing_or_truncated_file_is_a_user_error_with_its_name(store_and_embeddings, name):
+    store, _ = store_and_embeddings
     file = store.path / name
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-3])
+    file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match="truncated") as caught:
         open_store(store.path)
     assert file.name in str(caught.value)
@@ -181,8 +180,8 @@ def test_a_missing_or_short_file_is_named(made, name):
         open_store(store.path)
 
 
-def test_verify_finds_a_flipped_bit(made):
-    store, _ = made
+def test_verify_finds_a_flipped_bit(store_and_embeddings):
+    store, _ = store_and_embeddings
     file = store.path / shard_name(2)
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
@@ -191,7 +190,7 @@ def test_verify_finds_a_flipped_bit(made):
         open_store(store.path).verify()
 
 
-def test_damaged_headers(tmp_path):
+def test_map_tensors_rejects_damaged_headers(tmp_path):
     for name, data in {"empty": b"", "huge": b"\xff" * 64, "text": b"hello, no safetensors file at all"}.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(data)
@@ -203,16 +202,16 @@ def test_damaged_headers(tmp_path):
         map_tensors(path)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
+def test_atomic_write_keeps_the_old_file_on_a_full_disk(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("old")
-    with pytest.raises(UserError, match="disk is full"), atomic_write(path) as aside:
-        aside.write_text("half")
+    with pytest.raises(UserError, match="disk is full"), atomic_write(path) as temporary:
+        temporary.write_text("half")
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_bad_rows_are_bugs(tmp_path):
+def test_writer_raises_value_error_for_invalid_rows(tmp_path):
     writer = StoreWriter(tmp_path / "s", {}, CODEC, 8000)
     with pytest.raises(ValueError, match=r"missing .'licence'"):
         writer.add(row(0) | {"licence": None}, some_codes(0))
@@ -222,3 +221,21 @@ def test_bad_rows_are_bugs(tmp_path):
     writer.add(row(2), some_codes(2))
     with pytest.raises(ValueError, match="seg-2 was added twice"):
         writer.finish()
+
+
+def test_config_hash_is_stable():
+    """Stores and shards are found by these digits."""
+    assert config_hash({"b": 1, "a": {"c": None}}) == config_hash({"a": {"c": None}, "b": 1}) == "c6147cfd87eacc1b"
+
+
+def test_atomic_folder_replaces_a_folder_or_keeps_it(tmp_path):
+    path = tmp_path / "model"
+    for content in ("one", "two"):
+        with atomic_folder(path) as temporary:
+            (temporary / "file").write_text(content)
+        assert (path / "file").read_text() == content
+    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
+        raise RuntimeError
+    with pytest.raises(UserError, match="exists already"), new_folder(path):
+        pass
+    assert (path / "file").read_text() == "two" and list(tmp_path.iterdir()) == [path]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from omegaconf import OmegaConf
 from scipy import stats
@@ -21,7 +22,6 @@ from ssmttm import config
 from ssmttm.cli.main import main
 from ssmttm.errors import Preempted, UserError, run_cli
 from ssmttm.launch import job as launch_job
-from ssmttm.launch import local
 from ssmttm.launch.job import CommandJob
 from ssmttm.models.size import count_parameters, size_of
 from ssmttm.sweeps import launchers, plots, report, training_job
@@ -48,7 +48,7 @@ def settings(tmp_path, grid, steps=5, parallel=2, **more):
 def fake(monkeypatch):
     """Jobs run fake_train.py."""
     monkeypatch.setattr(launch_job, "TRAIN", FAKE)
-    monkeypatch.setattr(local, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(launch_job, "POLL_SECONDS", 0.02)
 
 
 def starts(folder, name):
@@ -148,11 +148,11 @@ def test_docs_examples_are_valid_sweeps():
 
 
 def test_jobs_run_once_and_are_skipped_afterwards(tmp_path, fake, capsys):
-    wanted = settings(tmp_path, RATES, seeds=[0, 1])
-    folder = run_sweep(wanted)
+    sweep_settings = settings(tmp_path, RATES, seeds=[0, 1])
+    folder = run_sweep(sweep_settings)
     names = [job.name for job in folder.jobs()]
     assert len(names) == 4 and all(folder.is_done(name) and starts(folder, name) == 1 for name in names)
-    run_sweep(wanted)
+    run_sweep(sweep_settings)
     assert all(starts(folder, name) == 1 for name in names)
     assert "4 jobs, 4 of them done" in capsys.readouterr().out
     run_sweep(settings(tmp_path, {"optim.lr": [0.001, 0.01, 0.1]}, seeds=[0, 1]))  # a grid may grow
@@ -225,15 +225,15 @@ def test_evaluation_added_later_runs_without_training_again(tmp_path, fake, monk
 
 def test_error_in_a_sweep_stops_its_trainings(tmp_path, fake):
     """Such as an error in the callback of a search."""
-    wanted = settings(tmp_path, {"train.steps": [5, 500]}, budget={"steps": None})
-    folder, jobs = SweepFolder(tmp_path / "sweep"), expand(wanted.sweep)
+    sweep_settings = settings(tmp_path, {"train.steps": [5, 500]}, budget={"steps": None})
+    folder, jobs = SweepFolder(tmp_path / "sweep"), expand(sweep_settings.sweep)
     folder.add_jobs(jobs)
 
     def fail(job, outcome):
         raise UserError(f"no use for {job.name}, {outcome}")
 
     with pytest.raises(UserError, match="no use for 5-seed0, done"):
-        launchers.run_local(folder, jobs, wanted, 2, fail)
+        launchers.run_local(folder, jobs, sweep_settings, 2, fail)
     time.sleep(0.3)
     made = lines(folder, "500-seed0")
     time.sleep(0.3)
@@ -256,9 +256,9 @@ SWEEP = """
 import sys
 from omegaconf import OmegaConf
 from ssmttm.errors import run_cli
-from ssmttm.launch import job, local
+from ssmttm.launch import job
 from ssmttm.sweeps import run
-job.TRAIN, local._POLL_SECONDS = sys.argv[1], 0.02
+job.TRAIN, job.POLL_SECONDS = sys.argv[1], 0.02
 sys.exit(run_cli(lambda: run.run_sweep(OmegaConf.load(sys.argv[2])) and None))
 """
 
@@ -369,9 +369,9 @@ def test_slurm_runs_each_job_as_an_array_task(tmp_path, monkeypatch):
         f"from ssmttm.launch import job\njob.TRAIN = {str(FAKE)!r}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{patched}:{HERE.parent}")
-    wanted = settings(tmp_path, RATES)
-    wanted = OmegaConf.merge(wanted, {"launcher": config.load("launcher=slurm", root="sweep").launcher})
-    folder = run_sweep(wanted)
+    sweep_settings = settings(tmp_path, RATES)
+    sweep_settings = OmegaConf.merge(sweep_settings, {"launcher": config.load("launcher=slurm", root="sweep").launcher})
+    folder = run_sweep(sweep_settings)
     assert all(folder.is_done(job.name) for job in folder.jobs()) and len(folder.jobs()) == 2
     script = (folder.path / "sweep.sbatch").read_text()
     assert "--array=0-1%8" in script and "--signal=B:USR1@300" in script and "partition" not in script
@@ -400,30 +400,29 @@ def test_ray_runs_each_job_as_a_task(tmp_path, request):
     request.addfinalizer(pytest.importorskip("ray", reason="Ray is not installed").shutdown)
     launcher = config.load("launcher=ray", root="sweep").launcher
     store = write_codes_store(tmp_path / "store")
-    wanted = OmegaConf.merge(debug_settings(tmp_path, store), {"launcher": launcher})
-    folder = run_sweep(wanted)
+    sweep_settings = OmegaConf.merge(debug_settings(tmp_path, store), {"launcher": launcher})
+    folder = run_sweep(sweep_settings)
     assert all(folder.is_done(job.name) for job in folder.jobs())
 
 
 def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, monkeypatch, capsys):
     """The loss of fake_train.py is lowest at a rate of 10 ** -2.5."""
-    pytest.importorskip("optuna")
     rates = {"low": 1e-5, "high": 1.0, "log": True}
     search = {"trials": 12, "direction": "minimize", "parameters": {"optim.lr": rates}}
-    wanted = settings(tmp_path, {}, search=search)
-    poll = CommandJob.poll
+    sweep_settings = settings(tmp_path, {}, search=search)
+    run = CommandJob.run
 
-    def interrupted(self):
-        outcome = poll(self)
-        if outcome and self.job.labels["trial"] == "trial0004":
+    def interrupted(self, *arguments):
+        outcome = run(self, *arguments)
+        if self.job.labels["trial"] == "trial0004":
             os.kill(os.getpid(), signal.SIGTERM)
         return outcome
 
-    monkeypatch.setattr(CommandJob, "poll", interrupted)
+    monkeypatch.setattr(CommandJob, "run", interrupted)
     with pytest.raises(Preempted):
-        run_sweep(wanted)
-    monkeypatch.setattr(CommandJob, "poll", poll)
-    folder = run_sweep(wanted)
+        run_sweep(sweep_settings)
+    monkeypatch.setattr(CommandJob, "run", run)
+    folder = run_sweep(sweep_settings)
     assert len(folder.jobs()) == 12 and all(folder.is_done(job.name) for job in folder.jobs())
     losses = [run.loss[-1] for run in collect(folder)]
     assert min(losses) < 0.7 and "best of 12 trials" in capsys.readouterr().out
@@ -431,9 +430,8 @@ def test_search_finds_the_better_rate_and_resumes_after_a_stop(tmp_path, fake, m
 
 @pytest.mark.parametrize("params", [0, 1])
 def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
-    optuna = pytest.importorskip("optuna")
     axes = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}, "train.log_every": [1, 2]}
-    wanted = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
+    sweep_settings = settings(tmp_path, {}, search={"trials": 4, "parameters": axes})
     (tmp_path / "sweep").mkdir()
     storage = optuna.storages.journal.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep" / "study.log"))
@@ -441,9 +439,45 @@ def test_search_replaces_a_trial_without_all_parameters(tmp_path, fake, params):
     half = optuna.create_study(storage=storage, study_name="s").ask()
     if params:
         half.suggest_float("optim.lr", 1e-4, 1e-1, log=True)
-    folder = run_sweep(wanted)
+    folder = run_sweep(sweep_settings)
     assert len(folder.jobs()) == 4 and all(folder.is_done(job.name) for job in folder.jobs())
     assert all(any("log_every" in word for word in job.overrides) for job in folder.jobs())
+
+
+def search_settings(tmp_path, **overrides):
+    """A search of two trials; `overrides` of every trial."""
+    search = {"trials": 2, "parameters": {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}}
+    words = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return settings(tmp_path, {}, search=search, overrides=words)
+
+
+@pytest.mark.parametrize("kind", [666, 667])
+def test_search_with_failed_trials_fails_and_tries_them_again(tmp_path, fake, monkeypatch, capsys, kind):
+    """The cause lies outside, such as a missing file: the same command succeeds after the repair."""
+    sweep_settings = search_settings(tmp_path, train__log_every=kind)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"2 of 2 trials failed \(trial0000-seed0, trial0001-seed0\).*run again"):
+            run_sweep(sweep_settings)
+    repaired = tmp_path / "repaired.py"
+    repaired.write_text(FAKE.read_text().replace("666", "0").replace("667", "0"))
+    monkeypatch.setattr(launch_job, "TRAIN", repaired)
+    folder = run_sweep(sweep_settings)
+    assert [job.name for job in folder.jobs()] == ["trial0000-seed0", "trial0001-seed0"]
+    assert all(folder.is_done(job.name) and not folder.is_failed(job.name) for job in folder.jobs())
+    assert "best of 2 trials" in capsys.readouterr().out
+    before = [starts(folder, job.name) for job in folder.jobs()]
+    run_sweep(sweep_settings)
+    assert [starts(folder, job.name) for job in folder.jobs()] == before
+
+
+def test_search_whose_trials_all_diverge_is_a_clear_error(tmp_path, fake, monkeypatch):
+    diverging = tmp_path / "diverging.py"
+    diverging.write_text(FAKE.read_text().replace('"valid/loss": loss', '"valid/loss": math.nan'))
+    monkeypatch.setattr(launch_job, "TRAIN", diverging)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no trial has a finite valid/loss"):
+            run_sweep(search_settings(tmp_path))
+    assert len(SweepFolder(tmp_path / "sweep").jobs()) == 2
 
 
 def test_search_without_trials_is_a_clear_error(tmp_path):
@@ -460,8 +494,8 @@ def debug_settings(tmp_path, store):
         f"model.codebook_size={CODEBOOK_SIZE}", f"model.text_dim={TEXT_DIM}", f"data.frames={FRAMES}",
         "train.precision=fp32", "train.eval_every=2", "train.log_every=1",
     ]  # fmt: skip
-    wanted = settings(tmp_path, {"model.layers": ["mamba2", "attention"]}, steps=4, overrides=sizes)
-    return OmegaConf.merge(wanted, {"store": str(store)})
+    sweep_settings = settings(tmp_path, {"model.layers": ["mamba2", "attention"]}, steps=4, overrides=sizes)
+    return OmegaConf.merge(sweep_settings, {"store": str(store)})
 
 
 def test_sweep_of_debug_trainings_and_its_report(tmp_path, capsys):
@@ -571,8 +605,8 @@ def test_pareto_front_is_not_dominated():
     def dominated(a):
         return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points)
 
-    found = [points[i] for i in plots.front(points)]
-    assert found == sorted({point for point in points if not dominated(point)})
+    front = [points[i] for i in plots.front(points)]
+    assert front == sorted({point for point in points if not dominated(point)})
 
 
 def test_report_of_an_unfinished_sweep(tmp_path, fake):

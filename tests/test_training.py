@@ -1,4 +1,4 @@
-"""The loop and its tasks: what is averaged, what is decayed, who takes a turn, when it stops, what it leaves behind."""
+"""The training loop and its tasks: losses, optimiser, EMA, signals, settings, tag head, init, export."""
 
 import json
 import math
@@ -15,6 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import train_in_two_processes
+from small_runs import metric_rows
 from small_stores import CODEBOOK_SIZE, N_CODEBOOKS, codec_config, lm_config, write_audio_store, write_codes_store
 from torch import nn
 from torch.nn import functional as F
@@ -46,12 +47,8 @@ def audio_store(tmp_path_factory):
     return write_audio_store(tmp_path_factory.mktemp("store") / "audio")
 
 
-def rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(run_dir):
-    return [row["loss"] for row in rows(run_dir) if "loss" in row]
+    return [row["loss"] for row in metric_rows(run_dir) if "loss" in row]
 
 
 def weights(run_dir, ema=False):
@@ -61,29 +58,29 @@ def weights(run_dir, ema=False):
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_records_what_it_did(codes_store, tmp_path, capsys):
+def test_lm_run_learns_and_writes_metrics_checkpoint_and_console_lines(codes_store, tmp_path, capsys):
     run_dir = loop.train(
         lm_config(codes_store, tmp_path / "run", "train.steps=40", "data.batch_size=8", "train.eval_every=20")
     )
-    train_rows = [row for row in rows(run_dir) if "loss" in row]
+    train_rows = [row for row in metric_rows(run_dir) if "loss" in row]
     assert [row["step"] for row in train_rows] == list(range(1, 41))
     rates = {"tokens_per_second", "audio_seconds_per_second", "mfu"}
-    wanted = {"cross_entropy", "lr", "grad_norm", "seconds", "samples", "flops", *rates}
-    assert wanted | {f"codebook_{k}" for k in range(N_CODEBOOKS)} <= train_rows[0].keys()
+    expected = {"cross_entropy", "lr", "grad_norm", "seconds", "samples", "flops", *rates}
+    assert expected | {f"codebook_{k}" for k in range(N_CODEBOOKS)} <= train_rows[0].keys()
     assert train_rows[0]["loss"] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
     assert train_rows[-1]["loss"] < 0.95 * train_rows[0]["loss"]
-    valid = [row for row in rows(run_dir) if "valid/loss" in row]
+    valid = [row for row in metric_rows(run_dir) if "valid/loss" in row]
     assert [row["step"] for row in valid] == [20, 40] and valid[1]["valid/loss"] < valid[0]["valid/loss"]
     state = checkpoint.read_state(checkpoint.latest_good(run_dir))
     assert state["samples_seen"] == 320 == train_rows[-1]["samples"] and state["flops"] == train_rows[-1]["flops"] > 0
     assert state["data"]["licences"] == {"CC0-1.0": 24} and state["licence"] == "CC0-1.0"
     assert any((run_dir / "tensorboard").iterdir()) and (run_dir / "config.yaml").is_file()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("parameters", "steps", "batch", "audio", "tokens/s", "audio-s/s", "MFU", "ETA", "valid"):
-        assert word in said
+        assert word in output
 
 
-def test_micro_batches_change_nothing(codes_store, tmp_path):
+def test_micro_batches_do_not_change_the_losses(codes_store, tmp_path):
     """Segments differ in length, so a mean of micro-batch means would differ from the mean over the batch."""
     overrides = ("train.steps=4", "data.batch_size=6", "data.caption_dropout=0.5", *TAGS)
     loop.train(lm_config(codes_store, tmp_path / "whole", *overrides))
@@ -98,21 +95,21 @@ def test_two_processes_give_the_losses_of_one(codes_store, tmp_path):
     train_in_two_processes(one, tmp_path / "two")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5)
     for metric in ("grad_norm", "valid/loss"):
-        both = [[row[metric] for row in rows(tmp_path / run) if metric in row] for run in ("one", "two")]
+        both = [[row[metric] for row in metric_rows(tmp_path / run) if metric in row] for run in ("one", "two")]
         np.testing.assert_allclose(*both, atol=1e-5)
     assert len(checkpoint.read_document(checkpoint.latest_good(tmp_path / "two"), "rng")) == 2
 
 
-def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path, monkeypatch):
-    def drawing(plain):
-        def draws_and_goes_on(*args):
+def test_validation_and_samples_do_not_change_training(audio_store, tmp_path, monkeypatch):
+    def with_random_draws(function):
+        def draw_and_call(*args):
             torch.rand(1), np.random.rand(), rng.random.random()
-            return plain(*args)
+            return function(*args)
 
-        return draws_and_goes_on
+        return draw_and_call
 
     for name in ("validation", "samples"):
-        monkeypatch.setattr(codec.CodecTask, name, drawing(getattr(codec.CodecTask, name)))
+        monkeypatch.setattr(codec.CodecTask, name, with_random_draws(getattr(codec.CodecTask, name)))
     overrides = ("train.steps=5", "codec_training.restart_until=100")
     loop.train(codec_config(audio_store, tmp_path / "quiet", *overrides, "train.eval_every=0"))
     loop.train(codec_config(audio_store, tmp_path / "busy", *overrides, "train.eval_every=1", "train.sample_every=2"))
@@ -122,9 +119,7 @@ def test_validation_and_samples_leave_training_as_it_is(audio_store, tmp_path, m
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    codes_store, tmp_path, capsys, monkeypatch, number, code
-):
+def test_signal_stops_after_the_step_with_a_checkpoint(codes_store, tmp_path, capsys, monkeypatch, number, code):
     def after_step(self, step):
         if step == 2:
             os.kill(os.getpid(), number)
@@ -135,43 +130,43 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=50", "train.eval_every=0")
     assert run_cli(lambda: loop.train(settings) and None) == code
     assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 4
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "step 4 of 50" in said and "same command" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "step 4 of 50" in message and "same command" in message
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(codes_store, tmp_path, monkeypatch, broken):
-    plain, kept = lm.LanguageModelTask.losses, {}
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_before_the_update(codes_store, tmp_path, monkeypatch, value):
+    original, kept = lm.LanguageModelTask.losses, {}
 
-    def losses_of(self, trained_modules, batch, counts, step):
-        named = plain(self, trained_modules, batch, counts, step)
+    def bad_losses(self, modules, batch, denominators, step):
+        named = original(self, modules, batch, denominators, step)
         kept["model"] = self.model
         if step == 3:
-            kept["weights"] = {name: value.clone() for name, value in self.model.state_dict().items()}
-            named["model"]["cross_entropy"] = named["model"]["cross_entropy"] * broken
+            kept["weights"] = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            named["model"]["cross_entropy"] = named["model"]["cross_entropy"] * value
         return named
 
-    monkeypatch.setattr(lm.LanguageModelTask, "losses", losses_of)
+    monkeypatch.setattr(lm.LanguageModelTask, "losses", bad_losses)
     with pytest.raises(UserError, match=r"step 4: loss.* not a finite number"):
         loop.train(lm_config(codes_store, tmp_path / "run", "train.eval_every=0", "train.checkpoint_every=3"))
-    for name, value in kept["model"].state_dict().items():
-        assert torch.equal(value, kept["weights"][name]), name
+    for name, tensor in kept["model"].state_dict().items():
+        assert torch.equal(tensor, kept["weights"][name]), name
     assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 3
 
 
-# --- optimiser, schedule, average, generators -----------------------------------------------------------------------
+# --- optimiser, schedule, EMA, generators ----------------------------------------------------------------------------
 
 
-def test_what_is_not_decayed():
+def test_optimizer_decays_matrices_only():
     model = build_model(config.load("model=debug").model)
     settings = config.load().optim
     names = [{name for name in group["param_names"]} for group in build_optimizer(model, settings).param_groups]
-    spared = {name for name in names[1]}
-    assert names[0] | spared == {name for name, _ in model.named_parameters()}
+    not_decayed = names[1]
+    assert names[0] | not_decayed == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        free = parameter.ndim < 2 or "embedding" in name or name.endswith(("A_log", ".D", "dt_bias", "bias"))
-        assert (name in spared) == free, name
+        exempt = parameter.ndim < 2 or "embedding" in name or name.endswith(("A_log", ".D", "dt_bias", "bias"))
+        assert (name in not_decayed) == exempt, name
     settings.decay_embeddings = True
     assert "embedding.weight" in build_optimizer(model, settings).param_groups[0]["param_names"]
     matrix = nn.Linear(3, 3, bias=False)
@@ -179,13 +174,13 @@ def test_what_is_not_decayed():
     assert build_optimizer(matrix, settings).param_groups[0]["weight_decay"] == 0
 
 
-def test_the_rate_warms_up_and_falls_to_its_end_by_step_alone():
+def test_learning_rate_warms_up_and_follows_the_cosine():
     settings = OmegaConf.create({"lr": 1e-4, "min_lr": 5e-7, "warmup_steps": 500})
     rates = [learning_rate(step, 10_000, settings) for step in (0, 249, 499, 500, 5250, 9999, 12_000)]
     assert rates == pytest.approx([2e-7, 5e-5, 1e-4, 1e-4, (1e-4 + 5e-7) / 2, 5e-7, 5e-7], rel=1e-3)
 
 
-def test_the_average_follows_its_formula_and_swaps_in_and_out():
+def test_ema_follows_its_formula_and_restores_the_weights():
     module = nn.BatchNorm1d(3)
     ema, expected = EMA(module, 0.5), torch.ones(3)
     for step in range(1, 12):
@@ -201,12 +196,12 @@ def test_the_average_follows_its_formula_and_swaps_in_and_out():
     assert torch.equal(module.weight.data, torch.full((3,), 11.0))
 
 
-def test_generators_go_on_where_they_were_and_ranks_differ():
+def test_rng_state_round_trip_and_ranks_differ():
     def draw():
         return torch.rand(2).tolist(), np.random.rand(2).tolist(), rng.random.random(), rng.random.gauss(0, 1)
 
     rng.seed_all(3, rank=0)
-    rng.random.gauss(0, 1)  # leaves a second value waiting
+    rng.random.gauss(0, 1)  # caches a second value
     state = json.loads(json.dumps(rng.get_state()))
     first = draw()
     with rng.isolated_rng(1):
@@ -220,30 +215,30 @@ def test_generators_go_on_where_they_were_and_ranks_differ():
 # --- the language model's loss --------------------------------------------------------------------------------------
 
 
-def test_smoothed_labels_give_the_special_token_nothing():
+def test_label_smoothing_gives_the_special_token_nothing():
     torch.manual_seed(0)
     V, eps = 5, 0.1
-    targets, real = torch.randint(0, V, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
+    targets, valid = torch.randint(0, V, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
     for n_logits in (V, V + 1):
         logits = torch.randn(2, 3, 4, n_logits)
-        plain, smoothed = lm.token_losses(logits, targets.masked_fill(~real, V), real, V, eps)
-        wanted = F.one_hot(targets, n_logits) * (1 - eps)
-        wanted[..., :V] += eps / V
-        each = -(wanted * logits.log_softmax(-1)).sum(-1)
-        torch.testing.assert_close(smoothed, (each * real).sum((0, 2)))
+        plain, smoothed = lm.token_losses(logits, targets.masked_fill(~valid, V), valid, V, eps)
+        expected = F.one_hot(targets, n_logits) * (1 - eps)
+        expected[..., :V] += eps / V
+        losses = -(expected * logits.log_softmax(-1)).sum(-1)
+        torch.testing.assert_close(smoothed, (losses * valid).sum((0, 2)))
         unsmoothed = F.cross_entropy(logits.permute(0, 3, 1, 2), targets, reduction="none")
-        torch.testing.assert_close(plain, (unsmoothed * real).sum((0, 2)))
+        torch.testing.assert_close(plain, (unsmoothed * valid).sum((0, 2)))
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_fill_and_padding_are_neither_predicted_nor_counted(name):
+def test_special_tokens_and_padding_are_not_valid_targets(name):
     pattern = get_pattern(name, n_codebooks=3)
     codes = torch.randint(0, 9, (2, 3, 5))
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    sequence, real = lm.interleave(pattern, codes, mask, 9)
+    sequence, valid = lm.interleave(pattern, codes, mask, 9)
     assert sequence.shape == (2, 3, pattern.sequence_length(5))
-    assert real.sum((0, 2)).tolist() == [8, 8, 8]
-    assert torch.equal(sequence == 9, ~real)
+    assert valid.sum((0, 2)).tolist() == [8, 8, 8]
+    assert torch.equal(sequence == 9, ~valid)
     assert torch.equal(pattern.revert(sequence)[0], codes[0])
     other = codes.clone()
     other[1, :, 3:] = 1
@@ -251,7 +246,7 @@ def test_fill_and_padding_are_neither_predicted_nor_counted(name):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["model.codebook_size=8"], "model.codebook_size"),
         (["model.n_codebooks=5"], "model.n_codebooks"),
@@ -267,64 +262,64 @@ def test_fill_and_padding_are_neither_predicted_nor_counted(name):
         (["init=nowhere"], "nowhere"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_clear_line(codes_store, tmp_path, overrides, said):
-    with pytest.raises(UserError, match=said) as caught:
+def test_invalid_settings_are_one_clear_line(codes_store, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
         loop.train(lm_config(codes_store, tmp_path / "run", *overrides))
     assert "\n" not in str(caught.value)
     assert not checkpoint.checkpoints(tmp_path / "run")
 
 
-def test_a_run_folder_takes_one_training_at_a_time(codes_store, tmp_path):
+def test_run_folder_is_locked_by_one_training(codes_store, tmp_path):
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=1")
     with directory_lock(tmp_path / "run", "training"), pytest.raises(UserError, match="another training"):
         loop.train(settings)
     loop.train(settings)
 
 
-def test_a_model_of_fewer_codebooks_learns_the_first_ones(codes_store, tmp_path):
+def test_lm_with_fewer_codebooks_learns_the_first_ones(codes_store, tmp_path):
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "model.n_codebooks=1", "train.steps=2"))
-    assert "codebook_0" in rows(run_dir)[0] and "codebook_1" not in rows(run_dir)[0]
+    assert "codebook_0" in metric_rows(run_dir)[0] and "codebook_1" not in metric_rows(run_dir)[0]
 
 
 @pytest.mark.parametrize(
     ("name", "positions"), [("delay", 23), ("parallel", 20), ("flatten", 80), ("coarse_first", 40)]
 )
-def test_a_model_learns_under_every_pattern(codes_store, tmp_path, name, positions):
+def test_lm_learns_with_every_pattern(codes_store, tmp_path, name, positions):
     settings = lm_config(codes_store, tmp_path / "run", f"pattern={name}", "train.steps=30", "data.batch_size=8")
-    embeddings = losses(loop.train(settings))
-    assert embeddings[0] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
-    assert embeddings[-1] < 0.97 * embeddings[0]
+    curve = losses(loop.train(settings))
+    assert curve[0] == pytest.approx(math.log(CODEBOOK_SIZE), rel=0.1)
+    assert curve[-1] < 0.97 * curve[0]
     task = lm.LanguageModelTask(settings)
     batch = task.loader("train", 2, 0, 1).batch(0)
     assert task.loss_denominators(batch).tolist() == [batch["frame_mask"].sum()] * N_CODEBOOKS + [2]
     assert task.throughput(batch, 0)[2] == 2 * task.model.flops(positions, batch["text"].mask.shape[1])
 
 
-def test_codebooks_weigh_in_the_loss_as_asked(codes_store, tmp_path):
+def test_codebook_weights_weight_the_cross_entropy(codes_store, tmp_path):
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=1", "train.codebook_weights=[4,2,1,1]")
-    first = rows(loop.train(settings))[0]
+    first = metric_rows(loop.train(settings))[0]
     weighted = sum(weight * first[f"codebook_{k}"] for k, weight in enumerate((0.5, 0.25, 0.125, 0.125)))
     assert math.isclose(first["cross_entropy"], weighted, rel_tol=1e-5)
     assert not math.isclose(weighted, np.mean([first[f"codebook_{k}"] for k in range(4)]), rel_tol=1e-4)
 
 
-def test_naming_tags_teaches_what_the_words_mean(codes_store, tmp_path):
-    """Each caption of the store has a tag of its own: at the first position the text alone tells it."""
-    named = ("losses.tags=0.5", "tag_head.block=1", "optim.module_lr.tag_head=0.02", "data.caption_dropout=0")
-    run_dir = loop.train(lm_config(codes_store, tmp_path / "run", *named, "train.steps=60", "data.batch_size=8"))
-    metrics = [row["tags_from_text"] for row in rows(run_dir) if "tags_from_text" in row]
-    shares = np.array([4, 4, 4, 4, 4]) / 20  # of the training split
-    blind = float(-(shares * np.log(shares) + (1 - shares) * np.log(1 - shares)).sum())
-    assert metrics[0] == pytest.approx(blind, rel=0.3) and metrics[-1] < 0.3 * blind
-    unfed = [name for name in checkpoint.load_weights(run_dir / "checkpoints/step-00000060", module_name="tag_head")]
-    assert unfed and not any("tag_head" in name for name in weights(run_dir))
+def test_tag_head_learns_tags_from_the_text(codes_store, tmp_path):
+    """Each caption of the store has its own tag, so the text determines it at the first position."""
+    overrides = ("losses.tags=0.5", "tag_head.block=1", "optim.module_lr.tag_head=0.02", "data.caption_dropout=0")
+    run_dir = loop.train(lm_config(codes_store, tmp_path / "run", *overrides, "train.steps=60", "data.batch_size=8"))
+    metrics = [row["tags_from_text"] for row in metric_rows(run_dir) if "tags_from_text" in row]
+    frequencies = np.array([4, 4, 4, 4, 4]) / 20  # in the training split
+    entropy = float(-(frequencies * np.log(frequencies) + (1 - frequencies) * np.log(1 - frequencies)).sum())
+    assert metrics[0] == pytest.approx(entropy, rel=0.3) and metrics[-1] < 0.3 * entropy
+    tag_head = checkpoint.load_weights(run_dir / "checkpoints/step-00000060", module_name="tag_head")
+    assert tag_head and not any("tag_head" in name for name in weights(run_dir))
     with pytest.raises(UserError, match="no tags that are frequent enough"):
         loop.train(lm_config(codes_store, tmp_path / "rare", *TAGS, "tag_head.min_share=2"))
     with pytest.raises(UserError, match=r"tag_head\.block=3"):
         loop.train(lm_config(codes_store, tmp_path / "other", "losses.tags=1", "tag_head.block=3"))
 
 
-def test_the_tag_loss_reaches_the_text_through_the_blocks_below_only(codes_store, tmp_path):
+def test_tag_loss_has_gradients_up_to_its_block_only(codes_store, tmp_path):
     task = lm.LanguageModelTask(lm_config(codes_store, tmp_path / "run", "losses.tags=1", "tag_head.block=1"))
     batch = task.loader("train", 4, 0, 1).batch(0)
     nn.init.normal_(task.modules["tag_head"].linear.weight)
@@ -335,18 +330,18 @@ def test_the_tag_loss_reaches_the_text_through_the_blocks_below_only(codes_store
     assert all(p.grad is None for p in task.model.blocks[1].parameters()) and task.model.heads.weight.grad is None
 
 
-def test_a_run_starts_from_another_models_weights_and_says_so(codes_store, tmp_path):
+def test_init_starts_from_another_models_weights(codes_store, tmp_path):
     first = loop.train(lm_config(codes_store, tmp_path / "first", "train.steps=5"))
     export(first, tmp_path / "model", half=False)
     average = checkpoint.load_weights(tmp_path / "model")
-    still = lm_config(
+    second_config = lm_config(
         codes_store, tmp_path / "second", "train.steps=2", "optim.lr=0", "optim.min_lr=0", f"init={tmp_path / 'model'}"
     )
-    second = loop.train(still)
+    second = loop.train(second_config)
     assert all(torch.equal(value, average[name]) for name, value in weights(second).items())
     shutil.rmtree(tmp_path / "model")
-    still.train.steps = 3
-    loop.train(still)  # going on, the run needs the other model no more
+    second_config.train.steps = 3
+    loop.train(second_config)  # a resumed run does not need the other model
     card = json.loads((export(second, tmp_path / "out") / "card.json").read_text())
     assert card["init"]["name"] == "model" and card["init"]["step"] == 5 and card["step"] == 3
     with pytest.raises(UserError, match=r"heads\.weight"):
@@ -354,7 +349,7 @@ def test_a_run_starts_from_another_models_weights_and_says_so(codes_store, tmp_p
         loop.train(lm_config(codes_store, tmp_path / "third", *other))
 
 
-def test_a_model_of_another_codecs_codes_is_no_start(codes_store, tmp_path):
+def test_init_rejects_a_model_of_another_codec(codes_store, tmp_path):
     model = export(loop.train(lm_config(codes_store, tmp_path / "first", "train.steps=1")), tmp_path / "model")
     card = json.loads((model / "card.json").read_text())
     card["data"]["codec"]["fingerprint"] = "f" * 16
@@ -364,14 +359,14 @@ def test_a_model_of_another_codecs_codes_is_no_start(codes_store, tmp_path):
 
 
 def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, monkeypatch):
-    embeddings = []
+    calls = []
 
     class Pipe:
-        def __init__(self, model, codec, text_encoder, pattern, **how):
+        def __init__(self, model, codec, text_encoder, pattern, **options):
             self.model = model
 
         def __call__(self, prompts, duration, seeds):
-            embeddings.append((prompts, seeds, {n: p.clone() for n, p in self.model.named_parameters()}))
+            calls.append((prompts, seeds, {n: p.clone() for n, p in self.model.named_parameters()}))
             return Out()
 
     class Out:
@@ -379,10 +374,10 @@ def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, mo
 
     monkeypatch.setattr(lm, "MusicPipeline", Pipe)
     encoder = SimpleNamespace(fingerprint=open_store(codes_store).info["text"]["fingerprint"])
-    monkeypatch.setattr(lm, "load_store_codec", lambda *about: nn.Identity())
+    monkeypatch.setattr(lm, "load_store_codec", lambda *args: nn.Identity())
     monkeypatch.setattr(lm, "load_text_encoder", lambda name: encoder)
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=4", "train.sample_every=4"))
-    prompts, seeds, used = embeddings[0]
+    prompts, seeds, used = calls[0]
     assert len(prompts) == 3 and seeds == [0, 1, 2]
     average = weights(run_dir, ema=True)
     assert all(torch.equal(used[name], average[name]) for name in used)
@@ -394,7 +389,7 @@ def test_prompts_are_sampled_with_the_averaged_weights(codes_store, tmp_path, mo
 # --- the codec ------------------------------------------------------------------------------------------------------
 
 
-def test_the_discriminator_joins_at_its_step_and_each_player_learns_from_its_own_loss(audio_store, tmp_path):
+def test_discriminator_starts_at_its_step_and_each_loss_reaches_one_module(audio_store, tmp_path):
     settings = codec_config(audio_store, tmp_path / "run", "codec.quantiser_dropout=0")
     task = codec.CodecTask(settings)
     batch = task.loader("train", 2, 0, 1).batch(0)
@@ -412,7 +407,7 @@ def test_the_discriminator_joins_at_its_step_and_each_player_learns_from_its_own
     assert any(parameter.grad is not None for parameter in discriminator.parameters())
 
 
-def test_a_codec_learns_and_unused_codes_come_back(audio_store, tmp_path):
+def test_codec_learns_and_unused_codes_are_restarted(audio_store, tmp_path):
     overrides = (
         "train.steps=24",
         "codec_training.adversarial_start=null",
@@ -421,14 +416,14 @@ def test_a_codec_learns_and_unused_codes_come_back(audio_store, tmp_path):
         "optim.lr=0.005",
     )
     run_dir = loop.train(codec_config(audio_store, tmp_path / "run", *overrides))
-    mel = [row["valid/mel"] for row in rows(run_dir) if "valid/mel" in row]
+    mel = [row["valid/mel"] for row in metric_rows(run_dir) if "valid/mel" in row]
     assert len(mel) == 6 and mel[-1] < 0.8 * mel[0]
-    revived = [row.get("codes_restarted") for row in rows(run_dir) if "mel" in row]
-    assert revived[0] is None and revived[1] is not None and len(set(revived[5:])) == 1
+    restarted = [row.get("codes_restarted") for row in metric_rows(run_dir) if "mel" in row]
+    assert restarted[0] is None and restarted[1] is not None and len(set(restarted[5:])) == 1
     assert not (checkpoint.latest_good(run_dir) / "discriminator.safetensors").exists()
 
 
-def test_a_store_of_another_rate_is_refused(audio_store, tmp_path):
+def test_codec_rejects_a_store_of_another_sample_rate(audio_store, tmp_path):
     with pytest.raises(UserError, match="2400 Hz and the codec works at 4800 Hz"):
         loop.train(codec_config(audio_store, tmp_path / "run", "codec.sample_rate=4800"))
 
@@ -436,7 +431,7 @@ def test_a_store_of_another_rate_is_refused(audio_store, tmp_path):
 # --- export ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_language_model_is_the_average_with_a_card(codes_store, tmp_path):
+def test_exported_lm_has_the_averaged_weights_and_a_card(codes_store, tmp_path):
     run_dir = loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=3"))
     out = export(run_dir, tmp_path / "out", half=False)
     average = weights(run_dir, ema=True)
@@ -459,7 +454,7 @@ def test_an_exported_language_model_is_the_average_with_a_card(codes_store, tmp_
     assert checkpoint.find_model(out) == out
 
 
-def test_an_exported_codec_loads_as_a_codec(audio_store, tmp_path):
+def test_exported_codec_loads_as_a_codec(audio_store, tmp_path):
     run_dir = loop.train(codec_config(audio_store, tmp_path / "run", "train.steps=2"))
     loaded = load_codec(export(run_dir, tmp_path / "codec", half=False))
     average = weights(run_dir, ema=True)
@@ -471,10 +466,10 @@ def test_an_exported_codec_loads_as_a_codec(audio_store, tmp_path):
 # --- train.py -------------------------------------------------------------------------------------------------------
 
 
-def test_help_teaches_and_a_mistake_is_one_line():
-    helped = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert helped.returncode == 0
-    assert all(name in helped.stdout for name in [*config.names("experiment"), "data.store", "resume="])
+def test_train_help_lists_experiments_and_an_error_is_one_line():
+    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in [*config.names("experiment"), "data.store", "resume="])
     wrong = subprocess.run([sys.executable, "train.py", "experiment=tinny"], cwd=ROOT, capture_output=True, text=True)
     assert (
         wrong.returncode == 2 and wrong.stderr == "error: no config experiment=tinny: did you mean experiment=tiny?\n"

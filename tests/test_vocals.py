@@ -250,7 +250,7 @@ def test_mentions_vocals_of_other_classes(name):
 
 
 def write_classifier(folder, labels=("Music", "Singing bowl", "Speech", "Male singing"), loud=None, **more):
-    """An AST of random weights; with `loud`, one that hears that class the more, the louder the window."""
+    """An AST of random weights; with `loud`, one whose probability of that class grows with the loudness."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=1024)
     config = ASTConfig(**sizes, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}, **more)
@@ -265,8 +265,8 @@ def classifier(tmp_path_factory):
 
 
 @pytest.fixture
-def heard(monkeypatch):
-    """The classifier hears a voice where the window is loud."""
+def loud_is_vocal(monkeypatch):
+    """The classifier finds vocals where the window is loud."""
 
     def probabilities(self, wav):
         assert wav.shape[1] <= 10 * self.sample_rate
@@ -279,7 +279,7 @@ def heard(monkeypatch):
 
 
 @pytest.mark.parametrize("second", [0, 9, 12, 24.9])
-def test_vocal_detector_finds_vocals_anywhere(classifier, heard, second):
+def test_vocal_detector_finds_vocals_anywhere(classifier, loud_is_vocal, second):
     wav = torch.zeros(2, 25 * 22_050)
     wav[:, int(second * 22_050) :][:, :1000] = 0.9
     detection = VocalDetection(classifier)

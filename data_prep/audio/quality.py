@@ -30,37 +30,25 @@ _FLOOR = 1e-8  # energy relative to the strongest group: 80 dB
 class Quality:
     """Quality measurements of a segment.
 
-    Attributes:
-        silence: fraction of 50 ms frames that are below -60 dBFS in all channels.
-        clipped: fraction of samples in runs of three or more at full scale, or at the channel's flat maximum. The flat
-            tops of a square wave count too.
-        stereo: `mono` is one channel, `dual-mono` identical channels (side 50 dB below mid), `out-of-phase` channels
-            that cancel in the mono mix (mid 7 dB below side), `dead channel` a silent channel beside another.
-        bandwidth: Hz, the highest frequency at which the average spectrum is within 80 dB of its peak.
-        loudness: LUFS of the mono mix, -inf for silence.
+    `dual-mono` channels are identical (side 50 dB below mid), `out-of-phase` channels cancel in the mono mix (mid 7 dB
+    below side), and a `dead channel` is silent beside another.
     """
 
-    silence: float
-    clipped: float
+    silence: float  # fraction of 50 ms frames that are below -60 dBFS in all channels
+    clipped: float  # fraction of samples in runs of three or more at full scale, or at the channel's flat maximum
     stereo: Stereo
-    bandwidth: float
-    loudness: float
+    bandwidth: float  # Hz, the highest frequency at which the average spectrum is within 80 dB of its peak
+    loudness: float  # LUFS of the mono mix, -inf for silence
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Quality filters. The defaults reject defects only.
-
-    Attributes:
-        max_silence, max_clipped: fractions.
-        min_bandwidth: Hz; the default rejects audio that was once sampled at 8 kHz.
-        dual_mono, out_of_phase: whether to accept such channels.
-    """
+    """Quality filters. The defaults reject defects only."""
 
     max_silence: float = 0.5
     max_clipped: float = 0.02
-    min_bandwidth: float = 4_500.0
-    dual_mono: bool = True
+    min_bandwidth: float = 4_500.0  # Hz; the default rejects audio that was once sampled at 8 kHz
+    dual_mono: bool = True  # whether to accept such channels
     out_of_phase: bool = False
 
 
@@ -76,7 +64,7 @@ def measure(channels: np.ndarray, rate: int) -> Quality:
     )
 
 
-def judge(quality: Quality, filters: Filters) -> Rejected | None:
+def check_quality(quality: Quality, filters: Filters) -> Rejected | None:
     """Why the filters reject a segment; None if they accept it."""
     silence = f"{quality.silence:.0%}".replace("%", " %")
     if quality.stereo == "out-of-phase" and not filters.out_of_phase:

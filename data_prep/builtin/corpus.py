@@ -17,7 +17,7 @@ from data_prep.builtin.composition.compose import DURATION, VERSION, compose
 from data_prep.builtin.composition.score import Piece
 from data_prep.builtin.synth import render
 from data_prep.shard_task import Counts, ShardTask, stage_folder
-from data_prep.stages.segments import write_sound
+from data_prep.stages.segments import write_audio
 from data_prep.stages.shard import Shard
 from ssmttm.audio.fingerprint import Fingerprinter
 from ssmttm.data.splits import split_by_hash
@@ -61,9 +61,9 @@ def _add_piece(piece: Piece, folder: Path, shard: Shard) -> None:
         shard.segments.append(_segment(piece, index, sound[start : start + length], folder))
     fingerprinter = Fingerprinter(SAMPLE_RATE)
     fingerprinter.add(sound)
-    shard.words.append(fingerprinter.finish())
+    shard.fingerprints.append(fingerprinter.finish())
     digest, seconds = hashlib.sha256(sound.astype("<f4").tobytes()).hexdigest(), len(sound) / SAMPLE_RATE
-    shard.sounds.append({"id": piece.id, "file_sha256": digest, "pcm_sha256": digest, "seconds": seconds})
+    shard.recordings.append({"id": piece.id, "file_sha256": digest, "pcm_sha256": digest, "seconds": seconds})
     shard.tracks.append({
         "id": piece.id, "path": "", "licence": "CC0-1.0", "licence_url": _LICENCE_URL, "title": piece.title,
         "author": "ssmttm", "source_url": "", "artist": "", "work": piece.id, "evidence": "composed by this program",
@@ -75,7 +75,7 @@ def _segment(piece: Piece, index: int, sound: np.ndarray, folder: Path) -> dict[
     name, start = f"{piece.id}-{index}", index * SEGMENT
     truth = excerpt(piece, start, min(start + SEGMENT, piece.duration)) | {"segment": index}
     return {
-        **write_sound(folder / f"audio/{name}.flac", torch.from_numpy(sound), SAMPLE_RATE),
+        **write_audio(folder / f"audio/{name}.flac", torch.from_numpy(sound), SAMPLE_RATE),
         "track": piece.id,
         "loudness": measure(sound[None], SAMPLE_RATE).loudness,
         "truth": json.dumps(truth, ensure_ascii=False),

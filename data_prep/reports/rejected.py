@@ -96,7 +96,8 @@ def read_decontamination(file: Path) -> tuple[list[dict[str, Any]], dict[str, An
 
 
 def _evaluation_set(entry: dict[str, Any]) -> dict[str, Any]:
-    counts = {"known works": entry["works"], "artists": entry["artists"], "recordings with audio": entry["heard"]}
+    audio = entry["fingerprinted"]
+    counts = {"known works": entry["works"], "artists": entry["artists"], "recordings with audio": audio}
     return {
         "name": entry["name"],
         "n_left_out": len(entry["left_out"]),

@@ -65,7 +65,8 @@ def write_report(store: Store, out: Path) -> Path:
 
 def _headline(store: Store) -> dict[str, str]:
     table = store.manifest
-    size = sum(entry["bytes"] for entry in store.info["files"].values()) + _size_of(store.path / "audio")
+    size = sum(entry["bytes"] for entry in store.info["files"].values())
+    size += sum(path.stat().st_size for path in (store.path / "audio").rglob("*") if path.is_file())
     return {
         "music": _format_time(pc.sum(table["duration"]).as_py() or 0.0),
         "segments": f"{len(store):,}",
@@ -219,11 +220,6 @@ def _settings(store: Store) -> dict[str, str]:
         "config": info.get("config_hash", "unknown"),
         "store": store.fingerprint,
     }
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _segments(count: int) -> str:

@@ -1,10 +1,11 @@
 """FMA (Defferrard et al. 2017, github.com/mdeff/fma): the Free Music Archive with genres, tags and official splits.
 
-tracks.csv has two header rows and a third that names the index. Its licence is a title without a link, so that of
-raw_tracks.csv, which has both, is what counts where it is there.
+tracks.csv has two header rows and a third with the name of the index. It states licences by title only; raw_tracks.csv
+also has their links and takes precedence.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ssmttm.errors import UserError
 
 LAYOUT = """\
 ROOT/fma_metadata/tracks.csv             the tracks (or as --index)
-ROOT/fma_metadata/raw_tracks.csv         licences with their links (left out: the titles in tracks.csv)
+ROOT/fma_metadata/raw_tracks.csv         licences with their links (optional: else the titles in tracks.csv)
 ROOT/fma_metadata/genres.csv             the genres' names
 ROOT/fma_full/000/000002.mp3 ...         the audio: fma_full, fma_large, fma_medium, fma_small or ROOT itself"""
 
@@ -26,17 +27,11 @@ _NEEDED = (("track", "title"), ("track", "license"), ("artist", "id"), ("artist"
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Tracks of FMA. `index`: another tracks.csv; the other tables stand beside it.
-
-    A track of a subset whose audio was not unpacked (of fma_large, where only fma_small is there) is no item at all.
-
-    Raises:
-        UserError: no tracks.csv, or it is another table, or no folder of audio.
-    """
+    """Tracks of FMA, up to the largest unpacked subset. `index`: another tracks.csv, beside the other tables."""
     check_root(root)
     table = require(index or root / "fma_metadata" / "tracks.csv", "the tracks of FMA, from fma_metadata.zip")
-    places, largest = _audio(root)
-    licences = _Licences(table.parent / "raw_tracks.csv")
+    places, largest = _audio_folders(root)
+    licences = _RawTracks(table.parent / "raw_tracks.csv")
     genres = _genres(table.parent / "genres.csv")
     for record in _records(table):
         if isinstance(record.values, Rejected):
@@ -46,15 +41,15 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
             values = record.values
             number = int(values["id"]) if values["id"].isdecimal() and len(values["id"]) <= 12 else -1
             if number < 0:
-                raise Rejected("metadata", f"line {record.line} begins with no track number")
+                raise Rejected("metadata", f"line {record.line} has no track number")
             if _rank(values["set", "subset"]) <= largest:
                 yield _track(root, places, number, values, record.line, licences, genres)
-        except Rejected as rejected:
-            yield rejected.of(f"fma:{record.values['id'] or f'line {record.line}'}")
+        except Rejected as error:
+            yield error.for_item(f"fma:{record.values['id'] or f'line {record.line}'}")
 
 
 def _track(
-    root: Path, places: list[str], number: int, values: Any, line: int, licences: "_Licences", genres: dict[str, str]
+    root: Path, places: list[str], number: int, values: Any, line: int, licences: "_RawTracks", genres: dict[str, str]
 ) -> Track:
     if number in WITHOUT_AUDIO:
         raise Rejected("missing", "the data set's errata list it as without audio")
@@ -62,29 +57,23 @@ def _track(
     path = first_present(root, [f"{place}{file[:3]}/{file}.mp3" for place in places])
     if path is None:
         raise Rejected("missing", f"there is no file {file[:3]}/{file}.mp3")
-    title, link, page, evidence = licences.of(number)
+    title, link, page, evidence = licences.find(number)
     title = title or values["track", "license"]
     if "fma-limited" in title.lower():
-        raise Rejected("licence", f"{title}: it may be listened to and no more")
+        raise Rejected("licence", f"{title}: it allows listening only")
     if values["set", "split"] not in SPLITS:
-        raise Rejected("metadata", f"line {line} names a split {values['set', 'split'][:40]!r} that is none")
+        raise Rejected("metadata", f"line {line} has an unknown split {values['set', 'split'][:40]!r}")
     return Track(
-        id=f"fma:{number}",
-        path=path,
-        licence=link or title,
-        title=values["track", "title"],
-        author=values["artist", "name"],
-        source_url=page,
-        artist=f"fma:artist:{values['artist', 'id']}" if values["artist", "id"] else "",
-        work=f"fma:{number}",
-        evidence=(evidence or f"tracks.csv line {line}") if link or title else "",
-        tags=_tags(values, genres),
+        id=f"fma:{number}", path=path, licence=link or title, title=values["track", "title"],
+        author=values["artist", "name"], source_url=page,
+        artist=f"fma:artist:{values['artist', 'id']}" if values["artist", "id"] else "", work=f"fma:{number}",
+        evidence=(evidence or f"tracks.csv line {line}") if link or title else "", tags=_tags(values, genres),
         split=SPLITS[values["set", "split"]],
-    )
+    )  # fmt: skip
 
 
-class _Licences:
-    """raw_tracks.csv: the licence's title and link, and the track's page."""
+class _RawTracks:
+    """raw_tracks.csv: title and link of a track's licence, and its page."""
 
     def __init__(self, path: Path) -> None:
         self._table = CsvTable(path, ("track_id", "licence_title", "licence_url")) if path.is_file() else None
@@ -93,9 +82,9 @@ class _Licences:
             if not isinstance(record.values, Rejected) and record.values["track_id"].isdecimal():
                 self._positions.add(int(record.values["track_id"][:12]), record.offset, record.line)
 
-    def of(self, number: int) -> tuple[str, str, str, str]:
-        """Title and link of the licence, the track's page, and where they stand; empty where nothing is known."""
-        found = self._positions.of(number)
+    def find(self, number: int) -> tuple[str, str, str, str]:
+        """Title and link of a track's licence, its page, and the line that states them; empty if unknown."""
+        found = self._positions.find(number)
         if not (self._table and found):
             return "", "", "", ""
         offset, line = found[0]
@@ -107,30 +96,22 @@ class _Licences:
 
 
 def _records(table: Path) -> Iterator[Any]:
-    """Records of tracks.csv: values by (first, second) header, and the index as "id"."""
-    columns: dict[Any, int] = {}
-    first: list[str] | None = None
-    for record in csv_records(table):
+    """Records of tracks.csv: values by (first, second) header, and the index by "id"."""
+    records = csv_records(table)
+    headers = [record.values for record in islice(records, 2)]
+    if len(headers) < 2 or any(isinstance(cells, Rejected) for cells in headers):
+        raise UserError(f"{table} is not the tracks.csv of FMA: it has no two rows of headers")
+    columns: dict[Any, int] = {pair: index for index, pair in enumerate(zip(*headers, strict=False)) if index}
+    if missing := [pair for pair in _NEEDED if pair not in columns]:
+        raise UserError(f"{table} is not the tracks.csv of FMA: no column {'/'.join(missing[0])}")
+    columns["id"] = 0
+    for record in records:
         cells = record.values
-        if not columns:
-            if isinstance(cells, Rejected):
-                raise UserError(f"{table} is no tracks.csv of FMA: {cells.reason}")
-            if first is None:
-                first = cells
-                continue
-            columns = {pair: index for index, pair in enumerate(zip(first, cells, strict=False)) if index}
-            if missing := [pair for pair in _NEEDED if pair not in columns]:
-                raise UserError(f"{table} is no tracks.csv of FMA: it has no column {'/'.join(missing[0])} in its two "
-                                "first lines")  # fmt: skip
-            columns["id"] = 0
-            continue
         if isinstance(cells, Rejected):
             yield record
         elif cells[0].strip() != "track_id":
             values = {name: cells[place].strip() if place < len(cells) else "" for name, place in columns.items()}
             yield record._replace(values={("set", "split"): ""} | values)
-    if not columns:
-        raise UserError(f"{table} is no tracks.csv of FMA: it is empty")
 
 
 def _tags(values: Any, genres: dict[str, str]) -> tuple[str, ...]:
@@ -149,13 +130,13 @@ def _genres(path: Path) -> dict[str, str]:
             if not isinstance(record.values, Rejected)}  # fmt: skip
 
 
-def _audio(root: Path) -> tuple[list[str], int]:
-    """Folders that hold audio, the fullest first, and the rank of the largest subset."""
+def _audio_folders(root: Path) -> tuple[list[str], int]:
+    """The folders of audio, the largest subset first, and its rank."""
     found = [(_rank(name), f"fma_{name}/") for name in reversed(_SUBSETS) if (root / f"fma_{name}").is_dir()]
     if not found and any(path.is_dir() and path.name.isdecimal() for path in root.glob("[0-9][0-9][0-9]")):
         found = [(_rank("full"), "")]
     if not found:
-        raise UserError(f"there is no audio under {root}: unpack fma_large.zip (or another one) there")
+        raise UserError(f"no audio in {root}: unpack fma_large.zip, or another subset, there")
     return [place for _, place in found], found[0][0]
 
 

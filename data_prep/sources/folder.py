@@ -1,4 +1,4 @@
-"""A folder of audio files, with what is known of them in a table, or in a file beside each."""
+"""A folder of audio files, with metadata in a table or in sidecar files."""
 
 import os
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
-ROOT/**/song.wav ...                     audio files, in any depth; hidden ones are left out
-ROOT/captions.csv                        the columns path (relative to ROOT, needed), caption, licence, title, author,
-                                         source_url, artist, tags, split; several lines of one path: several captions
+ROOT/**/song.wav ...                     audio files at any depth; hidden ones are ignored
+ROOT/captions.csv                        columns path (relative to ROOT, required), caption, licence, title, author,
+                                         source_url, artist, tags, split; several lines per path: several captions
 ROOT/captions.jsonl, metadata.jsonl      instead: the same keys; file_name for path; caption and tags may be lists
-ROOT/**/song.txt, song.json              beside song.wav: a caption a line; the same keys
-A table of another name is --index."""
+ROOT/**/song.txt, song.json              beside song.wav: one caption per line; the same keys
+Give a table of another name as --index."""
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 ALIASES = {"file_name": "path", "captions": "caption"}
@@ -42,11 +42,11 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
     """Audio files under `root` in the order of their paths. `index`: a table of another name, .csv or .jsonl.
 
     Raises:
-        UserError: no folder; no audio file and none named; a table that cannot be read, or two of them.
+        UserError: no folder, no audio file, an unreadable table, or two tables.
     """
     check_root(root)
-    notes = _Table(root, index)
-    yield from notes.read()
+    table = _Table(root, index)
+    yield from table.read()
     empty = True
     for found in folders(root):
         if isinstance(found, Rejection):
@@ -57,25 +57,25 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
         for name in names:
             if is_audio(name):
                 empty = False
-                yield _item(root, prefix + name, notes, present)
-    for path, reason in notes.unfound(root):
+                yield _item(root, prefix + name, table, present)
+    for path, error in table.other_paths(root):
         empty = False
-        yield _item(root, path, notes, set()) if reason is None else reason.of(path)
+        yield _item(root, path, table, set()) if error is None else error.for_item(path)
     if empty:
-        raise UserError(f"there is no audio file under {root} (.flac, .mp3, .wav ...): give the folder of the music")
+        raise UserError(f"no audio file in {root} (.flac, .mp3, .wav ...): give the folder of the music")
 
 
 @dataclass
-class Notes:
-    """What is known of a file. Later statements of a single thing replace earlier ones, captions and tags add up."""
+class _Metadata:
+    """Metadata of a file. Captions and tags accumulate; later values of other keys replace earlier ones."""
 
     captions: dict[str, None] = field(default_factory=dict)
     tags: dict[str, None] = field(default_factory=dict)
     single: dict[str, str] = field(default_factory=dict)
     evidence: str = ""
 
-    def take(self, values: dict[str, Any], where: str) -> None:
-        """Add a record, which stands at `where`. Raises Refused for values of a wrong kind."""
+    def add(self, values: dict[str, Any], where: str) -> None:
+        """Add the record at `where`. Raises Rejected for values of a wrong type."""
         self.captions |= dict.fromkeys(texts(values.get("caption")))
         self.tags |= dict.fromkeys(_tags(values.get("tags")))
         stated = {name: written for name in _SINGLE if (written := text(values.get(name)))}
@@ -84,14 +84,14 @@ class Notes:
 
 
 class _Table:
-    """The folder's table: where the records of each path stand in it, once it was read."""
+    """The folder's table, with an index of the records of each path."""
 
     def __init__(self, root: Path, index: Path | None) -> None:
         found = [index] if index else [root / name for name in TABLES if (root / name).is_file()]
         if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1].name} both describe the folder: keep one, or name it as --index")
+            raise UserError(f"{found[0]} and {found[1].name} both describe the folder: keep one, or give it as --index")
         if index and not index.is_file():
-            raise UserError(f"there is no file {index}: --index names a table of captions, .csv or .jsonl")
+            raise UserError(f"no file {index}: give a table of captions as --index, .csv or .jsonl")
         self._table: CsvTable | JsonLines | None = None
         if found and found[0].suffix.lower() in (".jsonl", ".json", ".ndjson"):
             self._table = JsonLines(found[0], ALIASES)
@@ -100,31 +100,31 @@ class _Table:
         self._positions = Positions()
 
     def read(self) -> Iterator[Rejection]:
-        """Note where the records stand; gives those that cannot be used."""
+        """Index the records; yield those that cannot be used."""
         usable = 0
         for record, path in self._records():
             if isinstance(path, Rejected):
                 if path.reason.endswith(NOT_UTF8) and self._table:
                     raise UserError(f"{self._table.path} {path.reason}: save it as UTF-8")
-                yield path.of(self._where(record.line))
+                yield path.for_item(self._where(record.line))
             elif path:
                 usable += 1
                 self._positions.add(hash(path), record.offset, record.line)
         if isinstance(self._table, JsonLines) and not usable:
-            raise UserError(f"{self._table.path} has no line that is a JSON object with a path or file_name")
+            raise UserError(f"{self._table.path} has no line with a JSON object that has a path or file_name")
 
-    def notes(self, path: str) -> Notes:
-        """What the table says of a file. Raises Refused for values of a wrong kind."""
-        notes = Notes()
-        for offset, line in self._positions.of(hash(path)):
+    def metadata(self, path: str) -> _Metadata:
+        """The metadata of a file. Raises Rejected for values of a wrong type."""
+        metadata = _Metadata()
+        for offset, line in self._positions.find(hash(path)):
             assert self._table is not None
             values = self._table.at(offset)
             if _path(values) == path:
-                notes.take(values, self._where(line))
-        return notes
+                metadata.add(values, self._where(line))
+        return metadata
 
-    def unfound(self, root: Path) -> Iterator[tuple[str, Rejected | None]]:
-        """Named paths that a walk for audio files does not come to, each once; why they cannot be used, or None."""
+    def other_paths(self, root: Path) -> Iterator[tuple[str, Rejected | None]]:
+        """The paths that are no visible audio file under `root`, each once, with an error if they cannot be used."""
         for record, path in self._records():
             if isinstance(path, Rejected) or not path or self._positions.first(hash(path)) != record.offset:
                 continue
@@ -135,17 +135,17 @@ class _Table:
                         yield path, None
                 else:
                     yield path, Rejected("missing", f"{self._where(record.line)} names it, but there is no such file")
-            except Rejected as rejected:
-                yield path, rejected
+            except Rejected as error:
+                yield path, error
 
     def _records(self) -> Iterator[tuple[Any, str | Rejected]]:
         for record in self._table or ():
             try:
                 values = good(record.values)
-                Notes().take(values, "")
+                _Metadata().add(values, "")
                 yield record, _path(values)
-            except Rejected as rejected:
-                yield record, rejected
+            except Rejected as error:
+                yield record, error
 
     def _where(self, line: int) -> str:
         assert self._table is not None
@@ -153,7 +153,7 @@ class _Table:
 
 
 def _path(values: dict[str, Any]) -> str:
-    """The path of a record, as the walk writes it where that can be."""
+    """The path of a record, normalised if it is valid."""
     written = text(values.get("path"))
     try:
         return within(written) if written else ""
@@ -161,50 +161,43 @@ def _path(values: dict[str, Any]) -> str:
         return written
 
 
-def _item(root: Path, path: str, notes: _Table, present: set[str]) -> Track | Rejection:
-    """The track of one file; `present` are the names beside it."""
+def _item(root: Path, path: str, table: _Table, siblings: set[str]) -> Track | Rejection:
+    """The track of a file; `siblings` are the names of the files in its folder."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
         return Rejection(path.encode("utf-8", "replace").decode(), "metadata", "its name is not UTF-8: rename it")
     try:
-        known = notes.notes(path)
-        _take_sidecars(root, path, known, present)
-        split = known.single.get("split", "").lower()
+        metadata = table.metadata(path)
+        _add_sidecars(root, path, metadata, siblings)
+        split = metadata.single.get("split", "").lower()
         if split not in _SPLITS:
-            raise Rejected("metadata", f"its split {split[:40]!r} is none of train, valid, test")
-    except Rejected as rejected:
-        return rejected.of(path)
-    single = known.single
+            raise Rejected("metadata", f"its split {split[:40]!r} is not train, valid or test")
+    except Rejected as error:
+        return error.for_item(path)
+    single = metadata.single
     return Track(
-        id=path,
-        path=path,
-        licence=single.get("licence", ""),
-        title=single.get("title") or os.path.splitext(os.path.basename(path))[0],
-        author=single.get("author", ""),
-        source_url=single.get("source_url", ""),
-        artist=single.get("artist", ""),
-        evidence=known.evidence,
-        captions=tuple(known.captions),
-        tags=tuple(known.tags),
-        split=_SPLITS[split],
-    )
+        id=path, path=path, licence=single.get("licence", ""),
+        title=single.get("title") or os.path.splitext(os.path.basename(path))[0], author=single.get("author", ""),
+        source_url=single.get("source_url", ""), artist=single.get("artist", ""), evidence=metadata.evidence,
+        captions=tuple(metadata.captions), tags=tuple(metadata.tags), split=_SPLITS[split],
+    )  # fmt: skip
 
 
-def _take_sidecars(root: Path, path: str, notes: Notes, present: set[str]) -> None:
+def _add_sidecars(root: Path, path: str, metadata: _Metadata, siblings: set[str]) -> None:
     stem = os.path.splitext(path)[0]
     name = os.path.basename(stem)
-    if f"{name}.json" in present:
+    if f"{name}.json" in siblings:
         try:
-            notes.take(parse_object(_read(root / f"{stem}.json"), ALIASES), f"{name}.json")
-        except Rejected as rejected:
-            raise Rejected("metadata", f"{name}.json {rejected.reason}") from rejected
-    if f"{name}.txt" in present:
+            metadata.add(parse_object(_read(root / f"{stem}.json"), ALIASES), f"{name}.json")
+        except Rejected as error:
+            raise Rejected("metadata", f"{name}.json {error.reason}") from error
+    if f"{name}.txt" in siblings:
         try:
             lines = _read(root / f"{stem}.txt").decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise Rejected("metadata", f"{name}.txt is not UTF-8 text") from error
-        notes.take({"caption": lines}, f"{name}.txt")
+        metadata.add({"caption": lines}, f"{name}.txt")
 
 
 def _read(file: Path) -> bytes:
@@ -212,14 +205,14 @@ def _read(file: Path) -> bytes:
         with open_table(file) as opened:
             data = opened.read(MAX_LINE + 1)
     except UserError as error:
-        raise Rejected("metadata", f"{file.name} beside it cannot be read") from error
+        raise Rejected("metadata", f"its {file.name} cannot be read") from error
     if len(data) > MAX_LINE:
-        raise Rejected("metadata", f"{file.name} beside it is longer than {MAX_LINE} bytes")
+        raise Rejected("metadata", f"its {file.name} is longer than {MAX_LINE} bytes")
     return data
 
 
 def _tags(value: Any) -> list[str]:
-    """Tags from a JSON list, a Python list written out, or words parted by commas or semicolons."""
+    """Tags from a JSON list, a Python list as text, or words separated by commas or semicolons."""
     if isinstance(value, str):
         value = listed(value) if value.lstrip().startswith("[") else value.replace(";", ",").split(",")
     return [tag if "---" in tag else f"tag---{tag}" for tag in texts(value)]

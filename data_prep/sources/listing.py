@@ -1,4 +1,4 @@
-"""Audio files under a folder, and paths that tables name."""
+"""Audio files in a folder, and paths in tables."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from ssmttm.errors import UserError
 
 EXTENSIONS = {
     ".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aiff", ".aif",
-    ".aifc", ".au", ".snd", ".caf", ".voc",  # so far libsndfile reads them, from here on FFmpeg
+    ".aifc", ".au", ".snd", ".caf", ".voc",  # by libsndfile; the others by FFmpeg
     ".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".ac3", ".eac3", ".wma", ".asf", ".webm", ".mka", ".mkv",
     ".ape", ".wv", ".tta", ".tak", ".mpc", ".ra", ".amr", ".dsf", ".dff",
 }  # fmt: skip
@@ -19,18 +19,17 @@ _STORE = {"store.json", "prep.json"}
 def check_root(root: Path) -> None:
     """Raises UserError unless `root` is a folder."""
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}: give the folder of the data set as --root")
+        raise UserError(f"no folder {root}: give the folder of the data set as --root")
 
 
 def folders(root: Path) -> Iterator[tuple[str, list[str]] | Rejection]:
-    """Every folder under `root`, itself included: its path relative to `root` ("" for `root`), and its files' names.
+    """`root` and every folder below, sorted: relative path ("" for `root`), and the names of its files.
 
-    Both are in the order of their names. Hidden files and folders are left out, and so are stores. Links to files are
-    listed as files; links to folders are not followed.
+    Hidden files and folders, and stores, are ignored. Links to folders are not followed.
     """
-    waiting = [""]
-    while waiting:
-        inside = waiting.pop()
+    pending = [""]
+    while pending:
+        inside = pending.pop()
         try:
             with os.scandir(root / inside) as entries:
                 found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=_name)
@@ -44,13 +43,13 @@ def folders(root: Path) -> Iterator[tuple[str, list[str]] | Rejection]:
         for entry in reversed(found):
             path = f"{inside}/{entry.name}" if inside else entry.name
             if entry.is_dir(follow_symlinks=False):
-                waiting.append(path)
+                pending.append(path)
             elif entry.is_dir():
-                yield Rejection(path, "outside", "it is a link to a folder, which is not followed")
+                yield Rejection(path, "outside", "it is a link to a folder; links are not followed")
 
 
 def audio_files(root: Path) -> Iterator[str]:
-    """Paths of the audio files under `root`, relative to it."""
+    """Relative paths of the audio files under `root`."""
     for found in folders(root):
         if not isinstance(found, Rejection):
             inside, names = found
@@ -59,26 +58,22 @@ def audio_files(root: Path) -> Iterator[str]:
 
 
 def is_audio(name: str) -> bool:
-    """Whether a file's name ends as that of an audio file."""
+    """Whether a file name has an audio extension."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def within(path: str) -> str:
-    """A path that a table names, without `.` and doubled slashes.
-
-    Raises:
-        Refused: none, absolute, or with `..`.
-    """
+    """A path of a table without `.` and double slashes. Raises Rejected if it is empty, absolute or has `..`."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not parts:
         raise Rejected("metadata", "it names no file")
     if path.startswith("/") or ".." in parts:
-        raise Rejected("outside", "it is named outside the folder")
+        raise Rejected("outside", "the path leads out of the folder")
     return "/".join(parts)
 
 
 def first_present(root: Path, candidates: list[str]) -> str | None:
-    """The first of some paths relative to `root` that is a file."""
+    """The first relative path that is a file."""
     base = os.fspath(root)
     return next((path for path in candidates if os.path.isfile(f"{base}/{path}")), None)
 

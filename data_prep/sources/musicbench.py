@@ -1,7 +1,6 @@
-"""MusicBench (Melechovsky et al. 2024): MusicCaps with altered copies of its clips, rephrased captions and features.
+"""MusicBench (Melechovsky et al. 2024): MusicCaps with altered copies of its clips, paraphrased captions and features.
 
-It is MusicCaps: every track carries the video as its work, so that it is kept out where MusicCaps is evaluated on. Its
-licence, CC BY-SA 3.0, is the captions'.
+The work of every track is the video, as in MusicCaps. The licence CC BY-SA 3.0 is that of the captions.
 """
 
 import re
@@ -16,22 +15,18 @@ from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
 LAYOUT = """\
-ROOT/MusicBench_train.json               an object a line (or as --index: MusicBench_test_A.json ..., also as .csv)
+ROOT/MusicBench_train.json               an object per line (or as --index: MusicBench_test_A.json ..., also as .csv)
 ROOT/datashare/data_aug2/...wav          the audio as in MusicBench.tar.gz; also under data or ROOT itself
-The audio states no licence: it comes in only with --licence, if you may use it."""
+The audio has no stated licence: give --licence if you may use it."""
 
 _PLACES = ("", "datashare/", "data/", "datashare/data/", "MusicBench/", "MusicBench/datashare/")
 _VIDEO = re.compile(r"[\w-]{11}(?=$|[_.\-])", re.ASCII)
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Clips of MusicBench. `index`: one of its other tables, JSON lines or CSV; its name tells the split.
+    """Clips of MusicBench. `index`: another of its tables, JSON lines or CSV, with the split in its name.
 
-    The captions are the main and the alternative one; the sentences about chords, beats, tempo and key (`prompt_...`)
-    are parts of the main captions already.
-
-    Raises:
-        UserError: no table, or one of another form.
+    The main captions contain the sentences about chords, beats, tempo and key (`prompt_...`). Raises UserError.
     """
     check_root(root)
     path = require(index or root / "MusicBench_train.json", "MusicBench's captions")
@@ -43,22 +38,22 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
             continue
         try:
             yield _track(root, record.values, split)
-        except Rejected as rejected:
-            yield Rejection(f"{path.name} line {record.line}", rejected.kind, f"line {record.line} {rejected.reason}")
+        except Rejected as error:
+            yield Rejection(f"{path.name} line {record.line}", error.kind, f"line {record.line} {error.reason}")
 
 
 def read_table(path: Path) -> CsvTable | JsonLines:
-    """One of MusicBench's tables. Raises UserError for a JSON file that does not hold an object a line."""
+    """A table of MusicBench. Raises UserError for a JSON file without an object per line."""
     if path.suffix.lower() == ".csv":
         return CsvTable(path, ("location", "main_caption"))
     with open(path, "rb") as file:
         if not file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-            raise UserError(f"{path} does not hold a JSON object a line: MusicBench's own files do, take those")
+            raise UserError(f"{path} has no JSON object per line: take the original files of MusicBench")
     return JsonLines(path)
 
 
 def work_of(location: str) -> str:
-    """The video that a file such as `data_aug2/-0SdAVK79lg_3.wav` was cut from. Raises Refused if it names none."""
+    """The video that a file such as `data_aug2/-0SdAVK79lg_3.wav` was cut from. Raises Rejected if it names none."""
     found = _VIDEO.match(location.rpartition("/")[2])
     return f"youtube:{video(found[0] if found else '')}"
 
@@ -68,22 +63,17 @@ def _track(root: Path, values: dict[str, Any], split: str) -> Track:
     name = location.rpartition("/")[2]
     path = first_present(root, [f"{place}{location}" for place in _PLACES] + [f"{place}{name}" for place in _PLACES])
     if path is None:
-        raise Rejected("missing", f"names {location}, which is not there")
+        raise Rejected("missing", f"names {location}, which does not exist")
     work = work_of(location)
     captions = [values.get("main_caption"), values.get("alt_caption")]
     return Track(
-        id=f"musicbench:{location}",
-        path=path,
-        title=name.rpartition(".")[0],
-        source_url=f"https://www.youtube.com/watch?v={work.removeprefix('youtube:')}",
-        work=work,
-        captions=tuple(texts(captions)),
-        tags=_key(values.get("key")),
-        split=split,
-    )
+        id=f"musicbench:{location}", path=path, title=name.rpartition(".")[0],
+        source_url=f"https://www.youtube.com/watch?v={work.removeprefix('youtube:')}", work=work,
+        captions=tuple(texts(captions)), tags=_key(values.get("key")), split=split,
+    )  # fmt: skip
 
 
 def _key(value: Any) -> tuple[str, ...]:
-    """The key as a tag: a list such as `['G', 'minor']`, itself or written out as a cell of a CSV."""
+    """The key as a tag, from a list such as `['G', 'minor']` or its text."""
     parts = texts(listed(text(value)) if not isinstance(value, list) else value)
     return (f"key---{' '.join(parts).lower()}",) if parts else ()

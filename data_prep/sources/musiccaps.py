@@ -1,6 +1,6 @@
 """MusicCaps (Agostinelli et al. 2023): captions and aspects by musicians for 10 s of 5,521 videos of YouTube.
 
-Its licence, CC BY-SA 4.0, is the captions'. The audio has none here.
+The licence CC BY-SA 4.0 is that of the captions.
 """
 
 import os
@@ -15,17 +15,13 @@ LAYOUT = """\
 ROOT/musiccaps-public.csv                captions (or as --index)
 ROOT/**/[-0SdAVK79lg]-[30-40].wav        the clips, in any folder; also -0SdAVK79lg.wav, -0SdAVK79lg_30.wav,
                                          -0SdAVK79lg_30_40.wav, -0SdAVK79lg_30000_40000.wav (milliseconds), with - for _
-The audio states no licence: it comes in only with --licence, if you may use it."""
+The audio has no stated licence: give --licence if you may use it."""
 
 NEEDED = ("ytid", "start_s", "end_s", "caption", "aspect_list")
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Clips of MusicCaps; those of AudioSet's evaluation part are the test split. `index`: another CSV.
-
-    Raises:
-        UserError: no CSV, or one without MusicCaps' columns.
-    """
+    """Clips of MusicCaps; those of AudioSet's evaluation set are the test split. `index`: another CSV."""
     check_root(root)
     table = CsvTable(require(index or root / "musiccaps-public.csv", "the captions of MusicCaps"), NEEDED)
     clips = {os.path.splitext(os.path.basename(path))[0]: path for path in audio_files(root)}
@@ -36,14 +32,14 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
         name = f"musiccaps:{record.values['ytid']}"
         try:
             yield _track(name, record.values, clips)
-        except Rejected as rejected:
-            yield Rejection(name, rejected.kind, f"line {record.line} {rejected.reason}")
+        except Rejected as error:
+            yield Rejection(name, error.kind, f"line {record.line} {error.reason}")
 
 
 def video(text: str) -> str:
-    """A video's id of YouTube. Raises Refused for anything else."""
+    """A video id of YouTube. Raises Rejected for anything else."""
     if len(text) != 11 or not text.isascii() or not text.replace("-", "").replace("_", "").isalnum():
-        raise Rejected("metadata", "names no video of 11 characters")
+        raise Rejected("metadata", "has no video id of 11 characters")
     return text
 
 
@@ -53,23 +49,20 @@ def _track(name: str, values: dict[str, str], clips: dict[str, str]) -> Track:
     if path is None:
         raise Rejected("missing", f"there is no clip of {work}")
     return Track(
-        id=name,
-        path=path,
-        title=f"{work} {values['start_s']}-{values['end_s']} s",
-        source_url=f"https://www.youtube.com/watch?v={work}&t={values['start_s']}s",
-        work=f"youtube:{work}",
+        id=name, path=path, title=f"{work} {values['start_s']}-{values['end_s']} s",
+        source_url=f"https://www.youtube.com/watch?v={work}&t={values['start_s']}s", work=f"youtube:{work}",
         captions=tuple(texts(values["caption"])),
         tags=tuple(f"aspect---{aspect}" for aspect in texts(listed(values["aspect_list"]))),
         split={"true": "test", "false": "train"}.get(values.get("is_audioset_eval", "").lower(), ""),
-    )
+    )  # fmt: skip
 
 
 def _stems(work: str, start: str, end: str) -> list[str]:
-    """File names in use for a clip, without the extension, the most exact first."""
+    """Usual file names of a clip, without extension, the most exact first."""
     try:
         first, last = int(float(start)), int(float(end))
     except (ValueError, OverflowError) as error:
-        raise Rejected("metadata", "names no start and end in seconds") from error
+        raise Rejected("metadata", "has no start and end in seconds") from error
     spans = [(first, last), (first * 1000, last * 1000)]
     stems = [f"[{work}]-[{first}-{last}]"]
     for lead in (work, f"Y{work}"):

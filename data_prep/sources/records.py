@@ -1,7 +1,7 @@
-"""The tables that data sets come with, record by record.
+"""Tables of data sets, read record by record in bounded memory.
 
-Nothing in a table is trusted with memory: lines, cells and list-like strings are bounded. A record that cannot be read
-is told apart with its line (`Refused`) and the next one is read; only a table that is none at all is a UserError.
+A record that cannot be read has a `Rejected` with its line as its values, and reading goes on. Only a file that is no
+such table is a UserError.
 """
 
 import ast
@@ -21,50 +21,39 @@ from ssmttm.errors import UserError
 MAX_LINE = 1 << 20
 NOT_UTF8 = "is not UTF-8 text"
 _MAX_LIST = 20_000
-_PAGE = 64
 _BOM = b"\xef\xbb\xbf"
 _LONE_CR = re.compile(rb"(?<=\r)(?!\n)")
 
 
 class Record(NamedTuple):
-    """One record of a table.
+    """A record of a table."""
 
-    Attributes:
-        line: its first line, from 1.
-        offset: its first byte.
-        values: by column; or why it cannot be read.
-    """
-
-    line: int
-    offset: int
-    values: Any
+    line: int  # number of its first line, from 1
+    offset: int  # of its first byte
+    values: Any  # by column, or a `Rejected`
 
 
 def require(path: Path, what: str) -> Path:
-    """The path of a file that must be there; `what` says what it is and where it comes from.
-
-    Raises:
-        UserError: there is no such file.
-    """
+    """The path, if it is a file. Raises UserError with a description of the file if not."""
     if not path.is_file():
-        raise UserError(f"there is no file {path}: it is {what}")
+        raise UserError(f"no file {path} ({what})")
     return path
 
 
 def good(values: Any) -> Any:
-    """A record's values. Raises Refused if it cannot be read."""
+    """The values of a record. Raises Rejected if it cannot be read."""
     if isinstance(values, Rejected):
         raise values
     return values
 
 
 def rejection_of(path: Path, record: Record) -> Rejection:
-    """The refusal of a record that cannot be read."""
-    return record.values.of(f"{path.name} line {record.line}")
+    """The rejection of a record that cannot be read."""
+    return record.values.for_item(f"{path.name} line {record.line}")
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their end. One longer than MAX_LINE comes as its first MAX_LINE + 1 bytes, the rest is skipped."""
+    """Lines with their line ends. Of a line longer than MAX_LINE only the first MAX_LINE + 1 bytes are returned."""
     while line := file.readline(MAX_LINE + 1):
         rest = line
         while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
@@ -73,11 +62,7 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def csv_records(path: Path, start: int = 0) -> Iterator[Record]:
-    """Records of a comma-separated file, values a list of cells, blank lines left out; from byte `start` on.
-
-    Raises:
-        UserError: the file cannot be opened.
-    """
+    """Records of a comma-separated file from byte `start`; values are lists of cells, blank lines are skipped."""
     with open_table(path) as file:
         file.seek(start)
         lines = _Lines(file)
@@ -89,7 +74,7 @@ def csv_records(path: Path, start: int = 0) -> Iterator[Record]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Record(line, offset, Rejected("metadata", f"line {line} is no CSV that can be read ({error})"))
+                yield Record(line, offset, Rejected("metadata", f"line {line} is not valid CSV ({error})"))
                 continue
             if problem := lines.problem(cells):
                 yield Record(line, offset, Rejected("metadata", f"line {line} {problem}"))
@@ -101,9 +86,8 @@ class CsvTable:
     """A comma-separated table with a header, UTF-8.
 
     Args:
-        path: the file.
-        needed: columns that must be there.
-        aliases: other names of columns; names are compared in lower case, `license` is read as `licence`.
+        needed: required columns.
+        aliases: other names of columns. Names are case-insensitive; `license` is read as `licence`.
 
     Raises:
         UserError: no such file, not UTF-8, or a column is missing.
@@ -114,7 +98,7 @@ class CsvTable:
         first = next(csv_records(path), None)
         if first is None or isinstance(first.values, Rejected):
             why = "it is empty" if first is None else first.values.reason
-            raise UserError(f"{path} is no CSV with a header ({why}): save it as comma-separated UTF-8")
+            raise UserError(f"{path} is not a CSV with a header ({why}): save it as comma-separated UTF-8")
         self._header_offset, self._n_cells = first.offset, len(first.values)
         self._columns: dict[str, int] = {}
         for index, name in enumerate(first.values):
@@ -122,20 +106,20 @@ class CsvTable:
         missing = [name for name in needed if name not in self._columns]
         if missing:
             shown = " ".join(", ".join(first.values)[:200].split())
-            hint = "separate the columns by commas" if {";", "\t"} & set(shown) else "give the first line that name"
-            raise UserError(f"{path} has no column {missing[0]!r} in its first line ({shown}): {hint}")
+            hint = "separate columns by commas" if {";", "\t"} & set(shown) else "add it to the header"
+            raise UserError(f"{path} has no column {missing[0]!r} in its header ({shown}): {hint}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns
 
     def __iter__(self) -> Iterator[Record]:
-        """Records, values by column; a column that is absent or a cell that is not filled is the empty string."""
+        """Records with values by column; missing cells are empty."""
         for record in csv_records(self.path):
             if record.offset > self._header_offset:
                 yield self._named(record)
 
     def at(self, offset: int) -> dict[str, str]:
-        """The values of the record that begins at a byte `offset` which iterating told."""
+        """The values of the record at a byte `offset`."""
         return good(self._named(next(csv_records(self.path, offset))).values)
 
     def _named(self, record: Record) -> Record:
@@ -150,18 +134,13 @@ class CsvTable:
 
 
 class JsonLines:
-    """A file with a JSON object a line, UTF-8.
-
-    Args:
-        path: the file.
-        aliases: other names of keys; compared as in `CsvTable`.
-    """
+    """A file with a JSON object per line, UTF-8; `aliases` as in `CsvTable`."""
 
     def __init__(self, path: Path, aliases: dict[str, str] | None = None) -> None:
         self.path, self._aliases = path, aliases or {}
 
     def __iter__(self) -> Iterator[Record]:
-        """Records, values by key; blank lines are left out."""
+        """Records with values by key; blank lines are skipped."""
         offset = 0
         with open_table(self.path) as file:
             for number, line in enumerate(read_lines(file), 1):
@@ -170,7 +149,7 @@ class JsonLines:
                 offset = file.tell() if len(line) > MAX_LINE else offset + len(line)
 
     def at(self, offset: int) -> dict[str, Any]:
-        """The values of the record that begins at a byte `offset` which iterating told."""
+        """The values of the record at a byte `offset`."""
         with open_table(self.path) as file:
             file.seek(offset)
             return good(self._parsed(next(read_lines(file)).removeprefix(_BOM), 0))
@@ -178,16 +157,12 @@ class JsonLines:
     def _parsed(self, line: bytes, number: int) -> Any:
         try:
             return parse_object(line, self._aliases)
-        except Rejected as rejected:
-            return Rejected(rejected.kind, f"line {number} {rejected.reason}")
+        except Rejected as error:
+            return Rejected(error.kind, f"line {number} {error.reason}")
 
 
 def parse_object(data: bytes, aliases: dict[str, str] | None = None) -> dict[str, Any]:
-    """A JSON object from bytes.
-
-    Raises:
-        Refused: too long, not UTF-8, not JSON, nested too deeply, or no object.
-    """
+    """Parse a JSON object. Raises Rejected for anything else: too long, not UTF-8, not JSON, nested too deeply."""
     if len(data) > MAX_LINE:
         raise Rejected("metadata", f"is longer than {MAX_LINE} bytes")
     try:
@@ -202,41 +177,33 @@ def parse_object(data: bytes, aliases: dict[str, str] | None = None) -> dict[str
 
 
 def column(name: str, aliases: dict[str, str]) -> str:
-    """A column's name as the readers compare it: stripped, lower case, British, and its alias resolved."""
+    """The normalised name of a column: lower case, British spelling, alias resolved."""
     name = name.strip().lower().replace("license", "licence")
     return aliases.get(name, name)
 
 
 def text(value: Any) -> str:
-    """A JSON value as text: stripped; numbers as written, null as nothing.
-
-    Raises:
-        Refused: a list, an object, or text that no file can hold (half of a surrogate pair).
-    """
+    """A JSON string, number or null as stripped text. Raises Rejected for other types and lone surrogates."""
     if value is None:
         return ""
     if not isinstance(value, str | int | float):
-        raise Rejected("metadata", f"holds a {type(value).__name__} where text belongs")
+        raise Rejected("metadata", f"holds a {type(value).__name__} instead of text")
     written = str(value).strip()
     try:
         written.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Rejected("metadata", "holds half a surrogate pair, which is no text") from error
+        raise Rejected("metadata", "holds a lone surrogate, which is not valid text") from error
     return written
 
 
 def texts(value: Any) -> list[str]:
-    """A JSON list of texts, or one text, without empty ones and repetitions. Raises Refused as `text`."""
+    """A JSON list of texts, or one text, without empty and repeated ones. Raises as `text`."""
     values = value if isinstance(value, list) else [value]
     return list(dict.fromkeys(written for item in values if (written := text(item))))
 
 
 def listed(cell: str) -> list[Any]:
-    """A cell that holds a Python list, such as `['low quality', 'slow tempo']`; nothing for an empty cell.
-
-    Raises:
-        Refused: too long, or no list.
-    """
+    """A cell with a Python list such as `['low quality', 'slow tempo']`, or empty. Raises Rejected for others."""
     if not cell:
         return []
     if len(cell) > _MAX_LIST:
@@ -246,29 +213,28 @@ def listed(cell: str) -> list[Any]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise Rejected("metadata", "holds a list that cannot be read") from error
     if not isinstance(found, list):
-        raise Rejected("metadata", "holds something else where a list belongs")
+        raise Rejected("metadata", "holds something else instead of a list")
     return found
 
 
 class Positions:
-    """Where the records of each key stand in a file: 24 bytes a record, however long it is.
+    """Positions of the records of each key in a file, at 24 bytes per record.
 
-    Keys are 64-bit integers. Two names may share one, so a reader looks at the record it finds.
+    Keys are 64-bit integers, such as hashes; a reader must check the key of the record it finds.
     """
 
     def __init__(self) -> None:
         self._keys, self._offsets, self._lines = array("q"), array("q"), array("q")
-        self._pages: list[int] = []  # every _PAGE-th key, quicker to search than the array
         self._sorted = True
 
     def add(self, key: int, offset: int, line: int) -> None:
-        """Note a record of `key` at a byte and a line."""
+        """Add the byte and the line of a record."""
         self._keys.append(key)
         self._offsets.append(offset)
         self._lines.append(line)
         self._sorted = False
 
-    def of(self, key: int) -> list[tuple[int, int]]:
+    def find(self, key: int) -> list[tuple[int, int]]:
         """(offset, line) of every record of `key`, in the order they were added."""
         found = []
         index = self._find(key)
@@ -278,14 +244,13 @@ class Positions:
         return found
 
     def first(self, key: int) -> int:
-        """Offset of the first record of a key that is there."""
+        """Offset of the first record of a known key."""
         return self._offsets[self._find(key)]
 
     def _find(self, key: int) -> int:
         if not self._sorted:
             self._sort()
-        page = bisect_left(self._pages, key) * _PAGE
-        return bisect_left(self._keys, key, max(0, page - _PAGE), min(page, len(self._keys)))
+        return bisect_left(self._keys, key)
 
     def _sort(self) -> None:
         import numpy as np
@@ -295,24 +260,23 @@ class Positions:
         self._keys, self._offsets, self._lines = (
             array("q", np.frombuffer(values, np.int64)[order].tobytes()) for values in columns
         )
-        self._pages = self._keys[::_PAGE].tolist()
         self._sorted = True
 
 
 class _Lines:
-    """Lines of text for csv.reader, which says nothing of bytes: where the next line begins, and what was wrong."""
+    """Lines for csv.reader, with the offset of the next line and the problem of the last record."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.offset, self.number = file.tell(), 0
         self._file, self._lines = file, read_lines(file)
-        self._pieces: deque[bytes] = deque()
+        self._parts: deque[bytes] = deque()
         self._too_long = self._ended = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if not self._pieces:
+        if not self._parts:
             line = next(self._lines, b"")
             self._ended = not line
             if not line:
@@ -320,14 +284,14 @@ class _Lines:
             if len(line) > MAX_LINE:
                 self._too_long, self.offset, self.number = True, self._file.tell(), self.number + 1
                 return "\n"
-            self._pieces.extend(piece for piece in _LONE_CR.split(line) if piece)
-        piece = self._pieces.popleft()
+            self._parts.extend(part for part in _LONE_CR.split(line) if part)
+        part = self._parts.popleft()
         at_start = self.offset == 0
-        self.offset, self.number = self.offset + len(piece), self.number + 1
-        return (piece.removeprefix(_BOM) if at_start else piece).decode("utf-8", "surrogateescape")
+        self.offset, self.number = self.offset + len(part), self.number + 1
+        return (part.removeprefix(_BOM) if at_start else part).decode("utf-8", "surrogateescape")
 
     def problem(self, cells: list[str]) -> str | None:
-        """What is wrong with the record just read."""
+        """What is wrong with the record just read, or None."""
         too_long, self._too_long = self._too_long, False
         if too_long:
             return f"is longer than {MAX_LINE} bytes"
@@ -344,7 +308,7 @@ class _Lines:
 
 
 def open_table(path: Path) -> BinaryIO:
-    """A table's file, opened for reading. Raises UserError if that cannot be."""
+    """Open a table for reading. Raises UserError if that fails."""
     try:
         return open(path, "rb")
     except OSError as error:

@@ -1,8 +1,7 @@
 """Song Describer (Manco et al. 2023): captions by listeners for 706 tracks of MTG-Jamendo's split-0 test.
 
-It is made for evaluation only. Each caption was checked by hand: `is_valid_subset` is true, false, or empty where the
-checkers did not decide. Published figures are on the true ones, so only those are captions here, and a track without
-one is refused. The audio's licences stand in audio_licenses.txt; CC BY-SA 4.0 is the captions'.
+For evaluation only. As in published results only captions of the validated subset (`is_valid_subset` true) are used; a
+track without one is rejected. audio_licenses.txt states the licences of the audio; the captions are CC BY-SA 4.0.
 """
 
 from collections.abc import Iterator
@@ -23,11 +22,7 @@ _PLACES = ("audio/", "audio/audio/", "data/audio/", "")
 
 
 def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]:
-    """Tracks of Song Describer, all of the test split. `index`: another CSV of the same columns.
-
-    Raises:
-        UserError: a table is missing or another one.
-    """
+    """Tracks of Song Describer, all in the test split. `index`: another CSV with the same columns."""
     check_root(root)
     table = CsvTable(require(index or root / "song_describer.csv", "Song Describer's captions"), NEEDED)
     licences = Licences(require(table.path.parent / "audio_licenses.txt", "the licences of Song Describer's audio"))
@@ -40,7 +35,8 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
         values = record.values
         number = values["track_id"].removesuffix(".0")  # as pandas writes integers beside nulls
         if not (number.isdecimal() and number.isascii() and len(number) <= 12):
-            yield Rejection(f"{table.path.name} line {record.line}", "metadata", f"line {record.line} names no track")
+            item = f"{table.path.name} line {record.line}"
+            yield Rejection(item, "metadata", f"line {record.line} has no track number")
             continue
         rows.setdefault(number, values)
         if values.get("is_valid_subset", "true").lower() in ("true", "1", "1.0") and values["caption"]:
@@ -49,8 +45,8 @@ def tracks(root: Path, index: Path | None = None) -> Iterator[Track | Rejection]
         name = f"song-describer:{int(number)}"
         try:
             yield _track(root, name, int(number), values, captions.get(number, []), licences)
-        except Rejected as rejected:
-            yield rejected.of(name)
+        except Rejected as error:
+            yield error.for_item(name)
 
 
 def _track(
@@ -62,19 +58,12 @@ def _track(
     path = first_present(root, [f"{place}{named}{end}" for place in _PLACES for end in (".2min.mp3", ".mp3")])
     if path is None:
         raise Rejected("missing", f"there is no file {named}.2min.mp3")
-    stated = licences.of(number)
+    stated = licences.find(number)
     title, author, url = stated.credit()
     artist = values["artist_id"].removesuffix(".0")
     return Track(
-        id=name,
-        path=path,
-        licence=stated.licence,
-        title=title,
-        author=author,
+        id=name, path=path, licence=stated.licence, title=title, author=author,
         source_url=url or f"https://www.jamendo.com/track/{number}",
         artist=f"jamendo:artist:{int(artist)}" if artist.isdecimal() and len(artist) <= 12 else "",
-        work=f"jamendo:{number}",
-        evidence=stated.evidence,
-        captions=tuple(dict.fromkeys(captions)),
-        split="test",
-    )
+        work=f"jamendo:{number}", evidence=stated.evidence, captions=tuple(dict.fromkeys(captions)), split="test",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stage `text`: the captions of a shard as embeddings of one text encoder."""
+"""The stage `text`: embed the captions of a shard with a text encoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,32 +17,27 @@ TEXT_FILE = "text.safetensors"
 
 
 @dataclass(frozen=True)
-class Embedder:
-    """A text encoder by name, loaded once in each process that embeds.
+class TextOptions:
+    """A text encoder, loaded once per process."""
 
-    Attributes:
-        name: as `ssmttm.text.encoders.load_text_encoder` takes it.
-        device: cpu or cuda.
-    """
+    name: str  # for `ssmttm.text.encoders.load_text_encoder`
+    device: str  # cpu or cuda
 
-    name: str
-    device: str
-
-    def facts(self) -> dict[str, Any]:
-        """Name, fingerprint and width, as a store keeps them."""
-        encoder = _loaded(self.name, "cpu")  # the GPU may be another machine's
+    def metadata(self) -> dict[str, Any]:
+        """Name, fingerprint and width, as store.json keeps them."""
+        encoder = _load(self.name, "cpu")  # the GPU may be in another machine
         return {"name": encoder.name, "fingerprint": encoder.fingerprint, "dim": encoder.dim}
 
     @property
     def encoder(self) -> TextEncoder:
-        """The encoder, loaded."""
-        return _loaded(self.name, self.device)
+        """The encoder on its device."""
+        return _load(self.name, self.device)
 
 
-def embed_shard(embedder: Embedder, segments: Segments, folder: Path) -> Counts:
+def embed_shard(options: TextOptions, segments: Segments, folder: Path) -> Counts:
     """Write a table of the embeddings of a shard's captions."""
     captions = {caption for row in segments.read() for caption in row["captions"] or []}
-    encoder = embedder.encoder
+    encoder = options.encoder
 
     def encode(batch: Sequence[str]) -> list[np.ndarray]:
         condition = encoder.encode(list(batch))
@@ -53,7 +48,7 @@ def embed_shard(embedder: Embedder, segments: Segments, folder: Path) -> Counts:
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, device: str) -> TextEncoder:
+def _load(name: str, device: str) -> TextEncoder:
     from ssmttm.text.encoders import load_text_encoder
 
     return load_text_encoder(name).to(device)

@@ -1,116 +1,160 @@
-"""Audio to codes in windows of one fixed shape, so that the codes do not depend on what else is in the batch.
+"""The stage `codes`: encode the segments of a shard with a codec, in windows of one fixed shape.
 
-A convolution's rounding changes with the shape it is given, and now and then a code with it. So every call of the codec
-has the same shape [batch, 1, samples]: a segment that fits the window is padded with silence, a longer one is cut into
-windows that overlap, and each gives the frames that lie inside its margins.
+The rounding of a convolution, and so now and then a code, changes with the input's shape. So every call of the codec
+has the shape [batch, 1, samples]: shorter segments are padded with silence, longer ones are cut into overlapping
+windows of which only the frames inside the margins are kept. The codes do not depend on the other items of the batch.
 
 Shapes: K codebooks, T frames, S samples.
 """
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data_prep.shard_task import Counts
+from data_prep.stages.segments import Segments
+from ssmttm import audio
+from ssmttm.codecs.base import Codec
+from ssmttm.data.prefetch import prefetch_batches
+from ssmttm.data.tensorfile import write_tensors
 
-class Encoder(Protocol):
-    """The part of a codec that encoding needs."""
-
-    name: str
-    fingerprint: str
-    sample_rate: int
-    hop_length: int
-    frame_rate: float
-    n_codebooks: int
-    codebook_size: int
-
-    def encode(self, wav: Tensor) -> Tensor:
-        """[B, 1, S] -> codes [B, K, ceil(S / hop_length)]."""
+CODES_FILE = "codes.safetensors"
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The fixed shape: `seconds` a window, of which `margin_seconds` at an inner edge are only context."""
+    """The fixed shape: `batch` windows of `seconds`, with a margin of context at inner edges."""
 
     seconds: float = 20.0
     margin_seconds: float = 1.0
     batch: int = 4
 
-    def facts(self) -> dict[str, Any]:
-        """For store.json; what a batch holds is the machine's."""
-        return {"seconds": self.seconds, "margin_seconds": self.margin_seconds, "dtype": "float32"}
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """A codec, loaded once per process."""
+
+    name: str  # for `ssmttm.codecs.load_codec`
+    windows: Windows  # shape of its input
+    device: str  # cpu or cuda
+
+    def metadata(self) -> dict[str, Any]:
+        """What decides the codes, except for a machine's rounding; as store.json keeps it."""
+        codec = _load(self.name, "cpu")  # the GPU may be in another machine
+        names = ("name", "fingerprint", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
+        windows = {"seconds": self.windows.seconds, "margin_seconds": self.windows.margin_seconds, "dtype": "float32"}
+        return {name: getattr(codec, name) for name in names} | {"windows": windows}
+
+    def exact_metadata(self) -> dict[str, Any]:
+        """Everything that decides the codes."""
+        return self.metadata() | {"batch": self.windows.batch, "device": self.device}
+
+    @property
+    def codec(self) -> Codec:
+        """The codec on its device."""
+        return _load(self.name, self.device)
 
 
-def codec_facts(codec: Encoder) -> dict[str, Any]:
-    """What a store keeps of the codec that made its codes."""
-    return {
-        "name": codec.name,
-        "fingerprint": codec.fingerprint,
-        "sample_rate": codec.sample_rate,
-        "frame_rate": codec.frame_rate,
-        "n_codebooks": codec.n_codebooks,
-        "codebook_size": codec.codebook_size,
-    }
+class Window(NamedTuple):
+    """A window of a waveform, in frames: it begins at `start`; its frames `first` to `end` are kept."""
+
+    start: int
+    first: int
+    end: int
 
 
-def plan(n_frames: int, window: int, margin: int) -> list[tuple[int, int, int]]:
-    """Windows that cover `n_frames`: (first frame, first kept, end of the kept), the last two within the window."""
+def encode_shard(options: CodecOptions, segments: Segments, folder: Path) -> Counts:
+    """Write `codes` uint16 [K, T_total] and `offsets` [n + 1] of the segments, in the order of the rows."""
+    rows, codec = segments.read(), options.codec
+    wavs = _prefetch(segments, rows, codec.sample_rate)
+    encoded = list(encode_all(wavs, codec, options.windows, options.device))
+    offsets = np.cumsum([0, *(codes.shape[1] for codes in encoded)], dtype=np.int64)
+    codes = np.concatenate([np.empty((codec.n_codebooks, 0), np.uint16), *encoded], axis=1)
+    write_tensors(folder / CODES_FILE, {"codes": codes, "offsets": offsets})
+    return {"segments": len(rows), "seconds": sum(row["duration"] for row in rows)}
+
+
+def plan_windows(n_frames: int, window: int, margin: int) -> list[Window]:
+    """Windows of `window` frames whose kept frames cover 0 ... n_frames - 1 once."""
     if n_frames <= window:
-        return [(0, 0, n_frames)]
-    plans, covered = [], 0
+        return [Window(0, 0, n_frames)]
+    windows, covered = [], 0
     while covered < n_frames:
-        first = max(0, covered - margin)
-        end = min(first + window - margin, n_frames)
-        if first + window >= n_frames:
-            end = n_frames
-        plans.append((first, covered - first, end - first))
+        start = max(0, covered - margin)
+        end = n_frames if start + window >= n_frames else start + window - margin
+        windows.append(Window(start, covered - start, end - start))
         covered = end
-    return plans
+    return windows
 
 
 @torch.no_grad()
 def encode_all(
-    wavs: Iterable[Tensor], codec: Encoder, windows: Windows, device: torch.device | str = "cpu"
+    wavs: Iterable[Tensor], codec: Codec, windows: Windows, device: torch.device | str = "cpu"
 ) -> Iterator[np.ndarray]:
-    """Codes of each waveform in turn.
+    """Encode waveforms in order.
 
     Args:
         wavs: float32 [1, S] at the codec's rate, S >= 1.
 
     Yields:
-        uint16 [K, ceil(S / hop)].
+        Codes of each, uint16 [K, ceil(S / hop_length)].
     """
-    window = math.ceil(windows.seconds * codec.frame_rate)
-    margin = min(math.ceil(windows.margin_seconds * codec.frame_rate), (window - 1) // 2)
-    samples = window * codec.hop_length
-    pieces: list[Tensor] = []  # [1, <= samples] each
-    kept: list[tuple[int, int, bool]] = []  # first, end, last of its waveform
-    parts: list[np.ndarray] = []
+    length = math.ceil(windows.seconds * codec.frame_rate)  # frames
+    margin = min(math.ceil(windows.margin_seconds * codec.frame_rate), (length - 1) // 2)
+    samples = length * codec.hop_length
+    batch: list[tuple[Tensor, Window, bool]] = []  # input [1, <= samples], window, last of its waveform
+    parts: list[np.ndarray] = []  # codes of the waveform so far
 
-    def run() -> Iterator[np.ndarray]:
-        batch = torch.zeros(windows.batch, 1, samples)
-        for index, piece in enumerate(pieces):
-            batch[index, :, : piece.shape[1]] = piece
+    def encode_batch() -> Iterator[np.ndarray]:
+        inputs = torch.zeros(windows.batch, 1, samples)
+        for index, (wav, _, _) in enumerate(batch):
+            inputs[index, :, : wav.shape[1]] = wav
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            codes = codec.encode(batch.to(device)).to("cpu").numpy().astype(np.uint16)  # [batch, K, window]
-        for index, (first, end, last) in enumerate(kept):
-            parts.append(codes[index, :, first:end])
-            if last:
+            codes = codec.encode(inputs.to(device)).to("cpu").numpy().astype(np.uint16)  # [batch, K, length]
+        for index, (_, window, is_last) in enumerate(batch):
+            parts.append(codes[index, :, window.first : window.end])
+            if is_last:
                 yield np.concatenate(parts, axis=1)
                 parts.clear()
-        pieces.clear()
-        kept.clear()
+        batch.clear()
 
     for wav in wavs:
-        plans = plan(-(-wav.shape[1] // codec.hop_length), window, margin)
-        for index, (start, first, end) in enumerate(plans):
-            pieces.append(wav[:, start * codec.hop_length : start * codec.hop_length + samples])
-            kept.append((first, end, index == len(plans) - 1))
-            if len(pieces) == windows.batch:
-                yield from run()
-    if pieces:
-        yield from run()
+        planned = plan_windows(-(-wav.shape[1] // codec.hop_length), length, margin)
+        for window in planned:
+            begin = window.start * codec.hop_length
+            batch.append((wav[:, begin : begin + samples], window, window is planned[-1]))
+            if len(batch) == windows.batch:
+                yield from encode_batch()
+    if batch:
+        yield from encode_batch()
+
+
+class _NoMoreRows(Exception):
+    """Ends the prefetch thread."""
+
+
+def _prefetch(segments: Segments, rows: list[dict[str, Any]], rate: int) -> Iterator[Tensor]:
+    """The waveforms [1, S], read by a thread while the codec runs."""
+
+    def read(index: int) -> Tensor:
+        if index == len(rows):
+            raise _NoMoreRows
+        return audio.read(segments.audio / rows[index]["audio"], rate)[0]
+
+    with suppress(_NoMoreRows):
+        yield from prefetch_batches(read, 0, 4)
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, device: str) -> Codec:
+    from ssmttm.codecs import load_codec
+
+    return load_codec(name).to(device)

@@ -1,4 +1,4 @@
-"""The last stage: the shards of a run put together as one store, with attribution, Croissant metadata, quarantine."""
+"""The stage `pack`: assemble the shards of a run to a store, with attribution and Croissant metadata."""
 
 import csv
 import hashlib
@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from data_prep.reports.attribution import write_attribution
 from data_prep.reports.croissant import write_croissant
-from data_prep.stages.codes import CODES_FILE
 from data_prep.stages.embed import TEXT_FILE
+from data_prep.stages.encode import CODES_FILE
 from data_prep.stages.segments import Segments
 from data_prep.status import WORK
 from data_prep.tables import REJECTED, REJECTED_FILE
@@ -30,19 +30,12 @@ REJECTED_CSV, DECONTAMINATION = "rejected.csv", "decontamination.json"
 
 @dataclass(frozen=True)
 class Parts:
-    """What the stages made, shard by shard.
-
-    Attributes:
-        segments: rows and audio.
-        codes: the folders of the codes, or None.
-        texts: the folders of the embeddings, or None.
-        folders: every finished folder, of which some hold a quarantine table or the decontamination.
-    """
+    """The results of the stages, shard by shard."""
 
     segments: Sequence[Segments]
-    codes: Sequence[Path] | None
-    texts: Sequence[Path] | None
-    folders: Sequence[Path]
+    codes: Sequence[Path] | None  # folders
+    texts: Sequence[Path] | None  # folders of the caption embeddings
+    folders: Sequence[Path]  # of all stages; some hold rejections or a decontamination report
 
 
 def pack(
@@ -53,58 +46,56 @@ def pack(
     text: dict[str, Any] | None,
     sample_rate: int,
 ) -> Store:
-    """Put a store together; what is there of an earlier run is replaced.
+    """Assemble a store; the files of an earlier run are replaced.
 
     Args:
-        config: everything that decided what the store holds.
-        codec, text: facts of the encoders, as store.json keeps them.
-        sample_rate: Hz of the audio.
+        config: everything that decides the contents of the store.
+        codec, text: metadata of codec and text encoder, for store.json.
+        sample_rate: of the audio, in Hz.
     """
     writer = StoreWriter(out, config, codec, sample_rate)
     kept: set[str] = set()
     for index, segments in enumerate(parts.segments):
-        codes = None if parts.codes is None else _codes(parts.codes[index])
+        codes = None if parts.codes is None else _map_codes(parts.codes[index])
         for number, row in enumerate(segments.read()):
-            name = audio_name(row["id"])
-            share(segments.audio / row["audio"], out / name)
+            name = _audio_name(row["id"])
+            link_or_copy(segments.audio / row["audio"], out / name)
             kept.add(name)
             writer.add(row | {"audio": name}, None if codes is None else codes[number])
     if parts.texts is not None and text is not None:
         merge_text_tables(out / text_name(text["name"]), [folder / TEXT_FILE for folder in parts.texts])
     write_rejected_csv(out / REJECTED_CSV, parts.folders)
-    _copy_decontamination(out, parts.folders)
+    for folder in parts.folders:
+        if (folder / DECONTAMINATION).is_file():
+            with atomic_write(out / DECONTAMINATION) as temporary:
+                shutil.copyfile(folder / DECONTAMINATION, temporary)
     store = writer.finish(text)
-    _settle(out / "audio", kept)
+    _remove_others(out / "audio", kept)
     for name in ("shards", "text"):
-        _settle(out / name, set(store.info["files"]))
+        _remove_others(out / name, set(store.info["files"]))
     write_attribution(store)
     write_croissant(store)
     return store
 
 
-def audio_name(segment: str) -> str:
-    """Where a store keeps a segment's audio: 256 folders, so that none grows beyond what a file system likes."""
-    return f"audio/{hashlib.sha256(segment.encode()).hexdigest()[:2]}/{segment}.flac"
-
-
-def share(source: Path, target: Path) -> None:
-    """The same file at another place: a hard link where the disk allows, else a copy."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy where the file system allows no link."""
     if target.exists() and target.samefile(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_suffix(".tmp")
-    aside.unlink(missing_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, aside)
+        os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, aside)
-        fsync(aside)
-    aside.replace(target)
+        shutil.copyfile(source, temporary)
+        fsync(temporary)
+    temporary.replace(target)
 
 
 def write_rejected_csv(path: Path, folders: Iterable[Path]) -> None:
-    """Gather the quarantine tables of all stages: item, stage, kind, reason."""
-    with atomic_write(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    """Gather the rejections of all stages: item, stage, kind, reason."""
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(REJECTED.names)
         for folder in folders:
@@ -113,46 +104,44 @@ def write_rejected_csv(path: Path, folders: Iterable[Path]) -> None:
 
 
 def summary(store: Store) -> str:
-    """One line: segments, hours by split, size, place; another one if anything was refused."""
+    """A line with segments, hours by split and size, and a line with the number of rejections if there are any."""
     counts, hours = store.info["counts"], store.info["hours"]
     splits = ", ".join(f"{split} {counts[split]} / {hours[split]:.2f} h" for split in SPLITS)
     codec, text = store.info["codec"], store.info["text"]
     with open(store.path / REJECTED_CSV, encoding="utf-8", newline="") as file:
         rejected = sum(1 for _ in csv.DictReader(file))
-    why = f"\n{rejected} refused, {store.path / REJECTED_CSV} says why" if rejected else ""
+    rejections = f"\n{rejected} rejected, see {store.path / REJECTED_CSV}" if rejected else ""
     return (
         f"{store.path}: {len(store)} segments, {sum(hours.values()):.2f} h ({splits}), "
-        f"{_bytes(store.path) / 1e6:.1f} MB, "
-        f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}{why}"
+        f"{_size(store.path) / 1e6:.1f} MB, "
+        f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}{rejections}"
     )
 
 
-def _bytes(store: Path) -> int:
-    """The size of a store without the folder of its work."""
+def _audio_name(segment: str) -> str:
+    """The audio file of a segment, in one of 256 folders."""
+    return f"audio/{hashlib.sha256(segment.encode()).hexdigest()[:2]}/{segment}.flac"
+
+
+def _size(store: Path) -> int:
+    """Bytes of a store without its work folder."""
     size = 0
-    for place, folders, names in os.walk(store):
-        if Path(place) == store and WORK in folders:
+    for folder, folders, names in os.walk(store):
+        if Path(folder) == store and WORK in folders:
             folders.remove(WORK)
-        size += sum(os.stat(os.path.join(place, name)).st_size for name in names)
+        size += sum(os.stat(os.path.join(folder, name)).st_size for name in names)
     return size
 
 
-def _codes(folder: Path) -> list[Any]:
-    """uint16 [K, T] of each segment of a shard, memory-mapped."""
+def _map_codes(folder: Path) -> list[Any]:
+    """Codes uint16 [K, T] of each segment of a shard, memory-mapped."""
     tensors = map_tensors(folder / CODES_FILE)
-    edges = tensors["offsets"].tolist()
-    return [tensors["codes"][:, first:end] for first, end in pairwise(edges)]
+    offsets = tensors["offsets"].tolist()
+    return [tensors["codes"][:, first:end] for first, end in pairwise(offsets)]
 
 
-def _copy_decontamination(out: Path, folders: Iterable[Path]) -> None:
-    for folder in folders:
-        if (folder / DECONTAMINATION).is_file():
-            with atomic_write(out / DECONTAMINATION) as aside:
-                shutil.copyfile(folder / DECONTAMINATION, aside)
-
-
-def _settle(folder: Path, kept: set[str]) -> None:
-    """Remove files that an earlier run left and this store does not name; see that the others are on the disk."""
+def _remove_others(folder: Path, kept: set[str]) -> None:
+    """Remove the files that the store does not name, and fsync the folders."""
     for place, _, names in os.walk(folder):
         for path in (Path(place, name) for name in names):
             if path.relative_to(folder.parent).as_posix() not in kept:

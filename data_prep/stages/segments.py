@@ -1,4 +1,4 @@
-"""What passes from stage to stage after the selection: a shard of manifest rows, and where their audio lies."""
+"""What the stages after `select` pass on: shards of manifest rows and their audio."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,19 +20,12 @@ ROWS_FILE = "rows.parquet"
 
 @dataclass(frozen=True)
 class Segments:
-    """A shard's segments.
+    """The segments of a shard."""
 
-    Attributes:
-        key: the shard's name.
-        rows: a Parquet table with a store's columns; `audio` is a path inside `audio`.
-        audio: the folder with the sound.
-        inputs: a hash of rows and sound.
-    """
-
-    key: str
-    rows: Path
-    audio: Path
-    inputs: str
+    key: str  # name of the shard
+    rows: Path  # Parquet table with the columns of a store's manifest
+    audio: Path  # folder that the column `audio` is relative to
+    inputs: str  # hash of rows and audio
 
     def read(self) -> list[dict[str, Any]]:
         """The rows, in order."""
@@ -40,17 +33,17 @@ class Segments:
 
 
 def write_segments(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a shard's rows into its folder."""
+    """Write the rows of a shard into its folder."""
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / ROWS_FILE)
 
 
-def write_sound(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
-    """Write a segment's waveform [S] as 16-bit FLAC, scaled down where it goes beyond full scale.
+def write_audio(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
+    """Write a waveform [S] as 16-bit FLAC, scaled down if it exceeds full scale.
 
     Returns:
-        Its row's `id`, `duration`, `audio` (in a folder of that name) and `content_hash`.
+        The columns `id`, `duration`, `audio` and `content_hash` of the segment's row.
     """
-    scaled = wav / max(1.0, float(wav.abs().max())) * 32768  # what was 16 bit stays as it is
+    scaled = wav / max(1.0, float(wav.abs().max())) * 32768  # 16-bit input is unchanged
     pcm = scaled.round().clamp(-32768, 32767).to(torch.int16)
     audio.write(path, pcm, sample_rate)
     return {
@@ -61,10 +54,9 @@ def write_sound(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
     }
 
 
-def with_results(segments: Sequence[Segments], done: Sequence[ShardResult], audio: bool) -> list[Segments]:
-    """The same shards after a stage that wrote their rows anew, and their audio too where `audio` is true."""
-    return [
-        Segments(old.key, new.folder / ROWS_FILE, new.folder if audio else old.audio, new.outputs if audio else
-                 f"{new.outputs} {old.inputs}")
-        for old, new in zip(segments, done, strict=True)
-    ]  # fmt: skip
+def with_results(segments: Sequence[Segments], results: Sequence[ShardResult], new_audio: bool) -> list[Segments]:
+    """The shards after a stage that wrote new rows, and new audio if `new_audio`."""
+    pairs = list(zip(segments, results, strict=True))
+    if new_audio:
+        return [Segments(old.key, new.folder / ROWS_FILE, new.folder, new.outputs) for old, new in pairs]
+    return [Segments(old.key, new.folder / ROWS_FILE, old.audio, f"{new.outputs} {old.inputs}") for old, new in pairs]

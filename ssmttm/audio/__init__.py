@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssmttm.audio.defects import check_music, defect, read_music
     from ssmttm.audio.io import (
         WRITERS,
         check_file,
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 __all__ = [
     "WRITERS",
     "check_file",
+    "check_music",
+    "defect",
     "integrated_loudness",
     "normalise_loudness",
     "read",
     "read_comment",
     "read_crop",
+    "read_music",
     "read_part",
     "read_segments",
     "resample",
@@ -40,6 +44,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'ssmttm.audio' has no attribute {name!r}")
+    if name in ("check_music", "defect", "read_music"):
+        return getattr(import_module("ssmttm.audio.defects"), name)
     if name in ("integrated_loudness", "normalise_loudness"):
         return getattr(import_module("ssmttm.audio.loudness"), name)
     return getattr(import_module("ssmttm.audio.io"), name)

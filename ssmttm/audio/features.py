@@ -53,10 +53,8 @@ def stft_magnitude(
 ) -> Tensor:
     """Magnitude of a centred STFT with a Hann window: [B, S] -> [B, F, S // hop + 1].
 
-    Args:
-        hop: default n_fft / 4.
-        floor: smallest magnitude; above 0 the gradient is finite in silence.
-        unit_window: scale the window to a sum of 1, so that a full-scale sine gives about 0.5.
+    The hop is by default n_fft / 4. A `floor` above 0 keeps the gradient finite in silence. `unit_window` scales the
+    window to a sum of 1, so that a full-scale sine gives about 0.5.
     """
     window = _hann(n_fft, wav.device)
     window = window / window.sum() if unit_window else window

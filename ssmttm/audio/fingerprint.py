@@ -9,7 +9,6 @@ recognised.
 Shapes: T words, M frames, S samples.
 """
 
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -27,17 +26,11 @@ _STEADY = 0.01  # relative change of the spectrum
 
 
 class Alignment(NamedTuple):
-    """The best alignment of two fingerprints.
+    """The best alignment of two fingerprints."""
 
-    Attributes:
-        offset: words from the start of the first to the start of the second.
-        rate: bit error rate: 0 for a copy, about 0.5 for unrelated audio.
-        overlap: number of compared words, without words of 0.
-    """
-
-    offset: int
-    rate: float
-    overlap: int
+    offset: int  # words from the start of the first to the start of the second
+    rate: float  # bit error rate: 0 for a copy, about 0.5 for unrelated audio
+    overlap: int  # number of compared words, without words of 0
 
 
 NONE = Alignment(0, 1.0, 0)
@@ -48,7 +41,23 @@ class Fingerprinter:
 
     def __init__(self, rate: int) -> None:
         """`rate`: sample rate in Hz."""
-        self.rate = rate
+        from scipy.fft import next_fast_len
+        from scipy.signal import firwin
+
+        self._starts = np.round(np.arange(_SPAN + 1) * rate / RATE).astype(np.int64)  # of the frames and the next span
+        self._length = round(_FRAME * rate)  # samples of a frame
+        self._needed = int(self._starts[_SPAN - 1]) + self._length  # samples of a span
+        self._factor = max(1, rate // _INNER)  # of the decimation
+        if self._factor > 1:
+            taps = firwin(self._factor * _TAPS, (_HIGH + 1_000) / (rate / 2), window=("kaiser", 5.6))
+            self._filter = taps.reshape(_TAPS, self._factor).astype(np.float32)  # low-pass in polyphase form
+        window = np.hanning(self._length // self._factor - _TAPS)
+        self._fft_size = next_fast_len(len(window), True)
+        scale = np.sqrt(2 / (self._fft_size * np.square(window).sum()))  # squared magnitudes sum to the mean square
+        self._window = (window * scale).astype(np.float32)
+        hertz = np.geomspace(_LOW, _HIGH, BITS + 2)
+        edges = np.minimum(np.round(hertz * self._fft_size * self._factor / rate), self._fft_size // 2)
+        self._edges = edges.astype(np.int64)  # first bin of each band, and the end of the last
         self._pending: list[np.ndarray] = []
         self._count = 0  # pending samples
         self._previous = np.empty((0, BITS + 1), np.float32)  # magnitudes of the last _LAG frames
@@ -73,49 +82,6 @@ class Fingerprinter:
         self._process(np.concatenate([*self._pending, padding]), frames)
         return np.concatenate([np.empty(0, np.uint32), *self._words])
 
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        """Start of each frame of a span, and of the next span, in samples. int64 [_SPAN + 1]"""
-        return np.round(np.arange(_SPAN + 1) * self.rate / RATE).astype(np.int64)
-
-    @cached_property
-    def _length(self) -> int:
-        return round(_FRAME * self.rate)
-
-    @cached_property
-    def _needed(self) -> int:
-        return int(self._starts[_SPAN - 1]) + self._length
-
-    @cached_property
-    def _factor(self) -> int:
-        return max(1, self.rate // _INNER)
-
-    @cached_property
-    def _filter(self) -> np.ndarray:
-        """Low-pass filter in polyphase form. float32 [_TAPS, _factor]"""
-        from scipy.signal import firwin
-
-        taps = firwin(self._factor * _TAPS, (_HIGH + 1_000) / (self.rate / 2), window=("kaiser", 5.6))
-        return taps.reshape(_TAPS, self._factor).astype(np.float32)
-
-    @cached_property
-    def _window(self) -> np.ndarray:
-        """Window scaled so that the squared magnitudes of a frame sum to its mean square."""
-        from scipy.fft import next_fast_len
-
-        length = self._length // self._factor - _TAPS
-        window = np.hanning(length)
-        return (window * np.sqrt(2 / (next_fast_len(length, True) * np.square(window).sum()))).astype(np.float32)
-
-    @cached_property
-    def _edges(self) -> np.ndarray:
-        """First bin of each band, and the end of the last. int64 [BITS + 2]"""
-        from scipy.fft import next_fast_len
-
-        size = next_fast_len(len(self._window), True)
-        hertz = np.geomspace(_LOW, _HIGH, BITS + 2)
-        return np.minimum(np.round(hertz * size * self._factor / self.rate), size // 2).astype(np.int64)
-
     def _process(self, samples: np.ndarray, frames: int) -> None:
         magnitudes = np.concatenate([self._previous, self._magnitudes(samples)[:frames]])
         self._words.append(_words(magnitudes))
@@ -123,12 +89,12 @@ class Fingerprinter:
 
     def _magnitudes(self, samples: np.ndarray) -> np.ndarray:
         """Band magnitudes of a span's frames, float32 [_SPAN, BITS + 1]."""
-        from scipy.fft import next_fast_len, rfft
+        from scipy.fft import rfft
 
         decimated = self._decimate(samples)
         windows = np.lib.stride_tricks.sliding_window_view(decimated, len(self._window))
         frames = windows[self._starts[:_SPAN] // self._factor] * self._window
-        spectrum = rfft(frames, next_fast_len(len(self._window), True), axis=1)[:, : self._edges[-1] + 1]
+        spectrum = rfft(frames, self._fft_size, axis=1)[:, : self._edges[-1] + 1]
         power = np.square(spectrum.real) + np.square(spectrum.imag)
         return np.sqrt(np.add.reduceat(power, self._edges, axis=1)[:, :-1])
 
@@ -166,10 +132,6 @@ def bit_error_rate(a: np.ndarray, b: np.ndarray, min_overlap: int) -> Alignment:
     """The best alignment with an overlap of at least `min_overlap` words; NONE if there is none.
 
     The best one is the least likely by chance: it maximises (0.5 - rate) times the root of the overlap.
-
-    Args:
-        a, b: fingerprints, uint32 [T].
-        min_overlap: words, at least 1.
     """
     from scipy.fft import irfft, next_fast_len, rfft
 

@@ -8,7 +8,8 @@ Shapes: C channels, S samples; float32 in [-1, 1].
 
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def read_segments(path: str | Path, sample_rate: int, seconds: float) -> Iterato
 
 
 def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
-    """Decode only one crop of a file, mixed down to mono.
+    """Decode only one crop of a file of a store, mixed down to mono.
 
     Args:
         samples: S; a shorter file is read completely.
@@ -84,43 +85,34 @@ def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
 
     Returns:
         float32 [<= S] and the file's sample rate.
-
-    Raises:
-        UserError: the file is missing, damaged or truncated.
     """
-    frames = _opened(path, lambda file: file.frames)
-    length = min(samples, frames)
-    return read_part(path, choice % (frames - length + 1), length)
+    with _open(path) as file:
+        length = min(samples, file.frames)
+        return _read_frames(path, file, choice % (file.frames - length + 1), length)
 
 
 def read_part(path: Path, start: int, samples: int) -> tuple[np.ndarray, int]:
-    """Decode only a file's samples from `start` on, mixed down to mono.
-
-    Returns:
-        float32 [<= samples], shorter where the file ends, and its sample rate.
-
-    Raises:
-        UserError: the file is missing, damaged or truncated.
-    """
-
-    def part(file: Any) -> tuple[np.ndarray, int]:
-        length = max(0, min(samples, file.frames - start))
-        file.seek(min(start, file.frames))
-        read = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
-        if len(read) != length:
-            raise UserError(f"{path} is truncated: restore it or prepare it again")
-        return read.mean(axis=1), file.samplerate
-
-    return _opened(path, part)
+    """Decode a file of a store from `start` on, mixed down to mono: float32 [<= samples], and its sample rate."""
+    with _open(path) as file:
+        return _read_frames(path, file, min(start, file.frames), max(0, min(samples, file.frames - start)))
 
 
-def _opened(path: Path, use: Callable[[Any], Any]) -> Any:
-    """Open a file of a store with libsndfile and return `use(file)`."""
+def _read_frames(path: Path, file: Any, start: int, length: int) -> tuple[np.ndarray, int]:
+    file.seek(start)
+    frames = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
+    if len(frames) != length:
+        raise UserError(f"{path} is truncated: restore it or prepare it again")
+    return frames.mean(axis=1), file.samplerate
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A file of a store, opened by libsndfile. Raises UserError if it cannot be read."""
     import soundfile as sf
 
     try:
         with sf.SoundFile(path) as file:
-            return use(file)
+            yield file
     except (sf.SoundFileError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it or prepare it again") from error
 
@@ -137,10 +129,11 @@ def read_comment(path: Path) -> str:
 
 
 def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") -> Path:
-    """Write an audio file atomically; the extension gives the format: wav, flac (16 bit), ogg or mp3.
+    """Write an audio file atomically; the extension gives the format: wav, flac, ogg or mp3.
 
     Args:
-        wav: [C, S] or [S]; float, clipped to [-1, 1] with a warning, or int16, written unchanged.
+        wav: [C, S] or [S]; int16, or float, which is clipped to [-1, 1] with a warning and rounded to 16 bit. So every
+            format gets the same samples.
         comment: a tag inside the file; empty for none.
 
     Raises:
@@ -154,7 +147,7 @@ def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") ->
     if samples.dim() != 2 or samples.numel() == 0:
         raise UserError(f"no audio to write to {path} (shape {list(wav.shape)})")
     if samples.dtype != torch.int16:
-        samples = _within_full_scale(samples.float(), path)
+        samples = _to_16_bit(samples.float(), path)
     encoded = io.BytesIO()
     try:
         with sf.SoundFile(encoded, "w", sample_rate, len(samples), subtype, format=container) as file:
@@ -212,13 +205,14 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
         raise UserError(f"{path} cannot be read as audio ({_reason(error)})") from error
 
 
-def _within_full_scale(samples: Tensor, path: Path) -> Tensor:
+def _to_16_bit(samples: Tensor, path: Path) -> Tensor:
+    """Round to the nearest int16. Encoders of libsndfile round float samples each in its own way."""
     if not bool(torch.isfinite(samples).all()):
         raise UserError(f"the audio for {path} contains NaN or infinite samples: it was not written")
     over = float((samples.abs() > 1).float().mean())
     if over > 0:
         _log.warning("%s: %.2g %% of the samples exceed full scale and were clipped", path, 100 * over)
-    return samples.clamp(-1, 1)
+    return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16)
 
 
 def check_file(path: Path) -> None:

@@ -17,9 +17,6 @@ def integrated_loudness(wav: Tensor | np.ndarray, sample_rate: int) -> float:
     """Integrated loudness in LUFS of [C, S] or [S], C <= 5; -inf for silence.
 
     A clip shorter than the standard's block of 0.4 s is measured as one block.
-
-    Raises:
-        UserError: more than 5 channels.
     """
     from scipy.signal import sosfilt
 

@@ -55,11 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare_folders(folders: list[Path]) -> str:
-    """Compare two output folders of `evaluate`, one line a metric.
-
-    Raises:
-        UserError: not two folders, missing or damaged metrics, or metrics with different settings.
-    """
+    """Compare two output folders of `evaluate`, one line a metric."""
     from ssmttm.evaluation.metrics.metric import Metric, compare
 
     if len(folders) != 2:

@@ -7,40 +7,31 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ssmttm.codecs.base import Codec
 from ssmttm.errors import UserError
+from ssmttm.model_folder import write_model_folder
 
 C = TypeVar("C", bound=Codec)
 
 
-def write_folder(
+def write_codec_folder(
     folder: Path | str, model_type: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], half: bool
 ) -> None:
     """Write config.json and model.safetensors (float16 if `half`, else float32)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **config}, indent=2) + "\n")
     dtype = torch.float16 if half else torch.float32
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+    converted = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    write_model_folder(folder, converted, {"model_type": model_type, **config})
 
 
-def licences_of(folder: Path) -> dict[str, int | None]:
-    """Licence counts of a codec's training data from its card.json; NOASSERTION (SPDX) without a card."""
-    card = folder / "card.json"
-    return json.loads(card.read_text())["data"]["licences"] if card.is_file() else {"NOASSERTION": None}
-
-
-def read_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
-    """The codec of a folder, in float32 and eval mode.
+def read_codec_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) -> C:
+    """The codec of a folder, in float32 and eval mode. Raises UserError if a file is missing or damaged, or the weights
+    do not fit the config.
 
     Args:
         build: builds the codec from the folder's config; raises TypeError on wrong fields.
-
-    Raises:
-        UserError: a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
     try:

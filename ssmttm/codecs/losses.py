@@ -29,9 +29,7 @@ def reconstruction_losses(
     """All losses of a codec except the adversarial terms.
 
     Args:
-        output: the output of the codec's forward.
         wav: the encoded audio, [B, 1, S].
-        sample_rate: in Hz.
         scales: STFT resolutions; those longer than S are skipped.
 
     Returns:
@@ -73,13 +71,8 @@ def discriminator_loss(real: list[DiscriminatorOutput], fake: list[Discriminator
 def adversarial_losses(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput]) -> dict[str, Tensor]:
     """Generator losses of the codec (EnCodec, arXiv 2210.13438, section 3.4).
 
-    Args:
-        real: discriminator outputs for the original audio; detached.
-        fake: discriminator outputs for the reconstruction.
-
-    Returns:
-        Scalars: `adversarial`, the hinge generator loss; `feature`, the L1 feature-matching distance
-        relative to the mean magnitude of the real features.
+    `adversarial`, the hinge generator loss; `feature`, the L1 feature-matching distance relative to the mean magnitude
+    of the real features, which are detached.
     """
     adversarial = torch.stack([-output.logits.mean() for output in fake]).mean()
     pairs = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmttm.codecs.base import Codec, CodecOutput
-from ssmttm.codecs.folder import read_folder, write_folder
+from ssmttm.codecs.folder import read_codec_folder, write_codec_folder
 from ssmttm.codecs.quantiser import ResidualQuantiser
 from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, decoder_context, spectral_features
 from ssmttm.errors import UserError
@@ -133,11 +133,11 @@ class TinyCodec(Codec):
 
     def save(self, folder: Path | str, half: bool = True) -> None:
         """Write config.json and model.safetensors (float16 if `half`) to a folder."""
-        write_folder(folder, MODEL_TYPE, dataclasses.asdict(self.config), self.weights(), half)
+        write_codec_folder(folder, MODEL_TYPE, dataclasses.asdict(self.config), self.weights(), half)
 
     @classmethod
     def load(cls, folder: Path | str, name: str | None = None) -> "TinyCodec":
         """Load a folder written by `save`, in float32 and eval mode. Raises UserError if it is missing or damaged."""
-        codec = read_folder(folder, lambda config: cls(TinyCodecConfig(**config), name or Path(folder).name))
+        codec = read_codec_folder(folder, lambda config: cls(TinyCodecConfig(**config), name or Path(folder).name))
         codec.quantiser.seeded.fill_(True)
         return codec

@@ -65,11 +65,7 @@ class CodecLike(Protocol):
 
 
 def open_store(path: str | Path) -> "Store":
-    """Open a store folder for reading.
-
-    Raises:
-        UserError: no such folder, not a store, unfinished, of another version, or with a missing or truncated file.
-    """
+    """Open a store for reading. Raises UserError if it is missing, unfinished, damaged or of another version."""
     return Store(Path(path))
 
 
@@ -87,7 +83,11 @@ class Store:
         self.path = path
         self.info = _read_info(path)
         for name, entry in self.info["files"].items():
-            _check_size(path / name, entry["bytes"])
+            size = (path / name).stat().st_size if (path / name).is_file() else None
+            if size is None:
+                raise UserError(f"{path / name} is missing: {_AGAIN}")
+            if size != entry["bytes"]:
+                raise UserError(f"{path / name} is truncated ({size} bytes, expected {entry['bytes']}): {_AGAIN}")
         self.fingerprint = hashlib.sha256((path / "store.json").read_bytes()).hexdigest()[:16]
         try:
             self.manifest = pq.read_table(path / "manifest.parquet")
@@ -137,12 +137,7 @@ class Store:
         return self.manifest["tags"][int(row)].as_py() or []
 
     def text(self, caption: str) -> np.ndarray:
-        """The embedding of a caption of the store (the empty caption is always there), float16 [L, E].
-
-        Raises:
-            UserError: the store has no text embeddings.
-            KeyError: the caption is not in the store.
-        """
+        """The embedding of a caption of the store, or of the empty one, float16 [L, E]. Raises KeyError for others."""
         if self._text is None:
             if self.info["text"] is None:
                 raise UserError(f"{self.path} holds no text embeddings: prepare it with `--text minilm`")
@@ -214,13 +209,6 @@ def _read_info(path: Path) -> dict[str, Any]:
     if kind != FORMAT or version != VERSION:
         raise UserError(f"{file} is of {kind!r} version {version!r}; this program reads {FORMAT!r} version {VERSION}")
     return info
-
-
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {_AGAIN}")
-    if path.stat().st_size != size:
-        raise UserError(f"{path} is truncated or changed ({path.stat().st_size} bytes, expected {size}): {_AGAIN}")
 
 
 def _audio_only(path: Path) -> str:

@@ -43,11 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 
 def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
-    """The tensor entries, the metadata and the position of the first data byte of a safetensors file.
-
-    Raises:
-        UserError: the file is missing, truncated or not a safetensors file.
-    """
+    """Tensor entries, metadata and position of the first data byte. Raises UserError if the file is damaged."""
     advice = "restore it from a copy, or prepare the store again"
     try:
         size = path.stat().st_size

@@ -29,7 +29,7 @@ _SHOWN = 3  # settings that differ, in an error message
 
 
 class StoreWriter:
-    """Writes one store; its rows keep the order in which they are added.
+    """Writes one store, rows in the order of `add`. Raises UserError if the folder holds a store of another config.
 
     Args:
         path: the store's folder.
@@ -37,9 +37,6 @@ class StoreWriter:
         codec: name, fingerprint, sample_rate, frame_rate, n_codebooks, codebook_size; None for an audio-only store.
         sample_rate: Hz of the store's audio files.
         shard_segments: segments per shard.
-
-    Raises:
-        UserError: the folder holds a store with another config.
     """
 
     def __init__(
@@ -90,11 +87,7 @@ class StoreWriter:
             self._flush()
 
     def finish(self, text: dict[str, Any] | None = None) -> Store:
-        """Write the manifest and, last, store.json; returns the opened store.
-
-        Args:
-            text: name, fingerprint and dim of the encoder whose embeddings are in text/.
-        """
+        """Write the manifest and store.json. `text`: name, fingerprint and dim of the encoder of text/."""
         self._flush()
         self._write_manifest()
         names = ["manifest.parquet", *map(shard_name, range(self._shards))]
@@ -150,12 +143,9 @@ class StoreWriter:
 
 
 def check_same_config(path: Path, config: dict[str, Any]) -> None:
-    """Record the config of a store folder, or check that it equals the recorded one.
+    """Record the config of a store folder. Raises UserError if another one is recorded.
 
     A key that was null may get a value: codes can be added to an audio-only store.
-
-    Raises:
-        UserError: the recorded config differs; the message lists the keys.
     """
     file = path / CONFIG_FILE
     if not file.exists():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
-from ssmttm.generation.loading import ModelFolder, load_model, open_model_folder
+from ssmttm.generation.loading import ModelFolder, load_language_model, open_model_folder
 from ssmttm.models import TokenLM
 from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
@@ -22,7 +22,7 @@ class Teacher:
 
     def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)
-        model = load_model(self.folder).requires_grad_(False)
+        model = load_language_model(self.folder).requires_grad_(False)
         assert isinstance(model, TokenLM)
         self.model = model
         distilled = self.folder.distilled_guidance_scale
@@ -111,7 +111,7 @@ class Teacher:
     def check_store(self, store_info: Mapping[str, Any]) -> None:
         """Raises UserError unless the store was made with the teacher's codec and text encoder."""
         for kind in ("codec", "text"):
-            theirs, ours = self.folder.fact(kind), store_info[kind]
+            theirs, ours = self.folder.provenance(kind), store_info[kind]
             if theirs["fingerprint"] != ours["fingerprint"]:
                 raise UserError(
                     f"the teacher {self.folder.name} was trained with {kind} {theirs['name']} "

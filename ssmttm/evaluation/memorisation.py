@@ -30,16 +30,11 @@ _NGRAM = 8  # codes of the shortest run
 
 @dataclass(frozen=True)
 class Match:
-    """The nearest training segment.
-
-    Attributes:
-        id: of the segment. start: seconds from its start to the match.
-        score: bit error rate (by audio; 0 for a copy, about 0.5 for unrelated music), or common seconds (by codes).
-    """
+    """The nearest training segment."""
 
     id: str
-    start: float
-    score: float
+    start: float  # seconds from the start of the segment
+    score: float  # bit error rate (by audio; 0 a copy, about 0.5 unrelated music), or common seconds (by codes)
 
 
 class AudioIndex:
@@ -80,11 +75,7 @@ class AudioIndex:
             raise UserError(f"cannot read the index {path} ({error}): build it again") from error
 
     def nearest(self, wav: Tensor) -> Match:
-        """The best match of the middle 4 s of audio [1, S] at `features.SAMPLE_RATE`.
-
-        Raises:
-            UserError: less than 4 s of audio, or no segment of that length.
-        """
+        """The best match of the middle 4 s of audio [1, S] at `features.SAMPLE_RATE`."""
         query = fingerprint(wav[0].numpy(), SAMPLE_RATE)
         if len(query) < QUERY:
             raise UserError(f"{wav.shape[-1] / SAMPLE_RATE:.1f} s of audio are too short to be recognised: give 4 s")

@@ -22,9 +22,6 @@ def load_network(folder: Path, build: Callable[[dict[str, Any]], Network], what:
     Args:
         build: builds the untrained network from its card.
         what: its name in errors. fix: advice in errors.
-
-    Raises:
-        UserError: there is none in the folder, or it is damaged.
     """
     try:
         network = build(json.loads((folder / "config.json").read_text(encoding="utf-8")))

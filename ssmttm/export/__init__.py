@@ -1,1 +1,1 @@
-"""export"""
+"""Trained models in other forms: model folders, int8 weights, ONNX graphs, other projects' checkpoints."""

@@ -1,140 +1,117 @@
-"""The inference form of a trained model: what sampling needs, and a card that says what it was made from."""
+"""Export of a run or a checkpoint to a model folder: what sampling needs, and a card with its provenance."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ssmttm import checkpoint
-from ssmttm.codecs import StudentCodec, StudentConfig, build_codec
+from ssmttm.codecs import Codec, StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
-from ssmttm.files import atomic_write
-from ssmttm.generation.loading import (
-    SECOND_STAGE,
-    check_stages,
-    load_denoiser,
-    load_model,
-    open_model_folder,
-    open_second_stage_folder,
-)
+from ssmttm.generation import loading
 from ssmttm.licences import strictest
+from ssmttm.model_folder import SECOND_STAGE, TEXT_ENCODER, folder_to_write, to_half, write_card, write_model_folder
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import student_from_description
 
-TEXT_ENCODER = "text_encoder"  # of an exported model, the folder of a text encoder of its own
-
 
 def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
-    """Write the inference form of a run or a checkpoint; paths of this machine stay out of it.
+    """Write a run or a checkpoint as a model folder without paths of this machine. Raises UserError if there is no good
+    checkpoint, the disk is full, or `out` has a second stage of an earlier export.
 
-    A language model or a denoiser: config.yaml, model.safetensors (averaged weights where there are any) and card.json.
-    A codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
-    student: the language model that reads it, with the student in its folder `text_encoder`.
+    A language model or a denoiser: config.yaml, model.safetensors (averaged weights if there are any) and card.json. A
+    codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
+    student: its language model, with the student in the subfolder `text_encoder`.
 
     Args:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
         out: a folder; files of these names in it are replaced.
         half: matrices in float16; vectors stay float32.
-
-    Raises:
-        UserError: there is no good checkpoint, the disk is full, or `out` holds a second stage of an earlier export,
-            which would be taken for this model's.
     """
-    folder, out = checkpoint.find_model(run_dir), Path(out)
+    source, out = checkpoint.find_model(run_dir), Path(out)
     _check_no_second_stage(out)
-    config, state, weights = (
-        checkpoint.read_config(folder),
-        checkpoint.read_state(folder),
-        checkpoint.load_weights(folder),
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    licences = state["init"].get("licences", {}) | state["data"]["licences"]
-    card = {
-        "name": out.name,
-        "task": config.task,
-        "step": state["step"],
-        "samples_seen": state["samples_seen"],
-        "training_seconds": round(state["seconds"]),
-        "parameters": state["parameters"],
-        "data": state["data"] | {"licences": licences},
-        "licence": strictest(licences),
-        "init": state["init"],
-        "metrics": state["valid"],
-        "config_hash": state["config_hash"],
-        "versions": state["versions"],
-    }
-    if config.task in ("codec", "distill_codec"):
-        learnt = config.task == "codec"
-        codec = build_codec(config.codec) if learnt else StudentCodec(StudentConfig(**state["data"]["student"]))
-        codec.load_state_dict(weights)
-        codec.save(out, half=half)
-    elif config.task == "distill_text":
-        card |= write_text_student(folder, out, card["data"], half)
-    else:
-        here = ("run_dir", "init", "resume", "teacher")
-        kept = OmegaConf.masked_copy(config, [key for key in config if key not in here])
-        OmegaConf.update(kept, "data.store", state["data"]["store"])
-        if OmegaConf.select(kept, "distill.cache"):
-            OmegaConf.update(kept, "distill.cache", None)
-        with atomic_write(out / "model.safetensors") as path:
-            save_file(shrunk(weights, half), path)
-        with atomic_write(out / "config.yaml") as path:
-            path.write_text(OmegaConf.to_yaml(kept))
-    with atomic_write(out / "card.json") as path:
-        path.write_text(json.dumps(card, indent=2) + "\n")
+    config, state = checkpoint.read_config(source), checkpoint.read_state(source)
+    card = _card(out.name, config.task, state)
+    weights = checkpoint.load_weights(source)
+    with folder_to_write(out) as folder:
+        if config.task in ("codec", "distill_codec"):
+            _load_codec(config, state, weights).save(folder, half=half)
+        elif config.task == "distill_text":
+            card |= _write_text_student(source, folder, card["data"], half)
+        else:
+            write_model_folder(folder, to_half(weights) if half else weights, _shared_config(config, state))
+        write_card(folder, card)
     return out
 
 
-def export_two_stages(coarse_codes: str | Path, second_stage: str | Path, out: str | Path) -> Path:
-    """Write a model of two stages as one folder: the first as `export` does, the second in its folder `painter`.
+def export_stages(run_dir: str | Path, out: str | Path, second_stage: str | Path | None) -> Path:
+    """`export`, or `export_two_stages` if there is a second stage."""
+    return export(run_dir, out) if second_stage is None else export_two_stages(run_dir, second_stage, out)
 
-    Raises:
-        UserError: as `export`; the two do not fit each other. Unless the disk is full, nothing is written then.
-    """
-    first = open_model_folder(coarse_codes)
-    second = open_second_stage_folder(first, second_stage)
+
+def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: str | Path) -> Path:
+    """Write a two-stage model as one folder: the first stage as `export` does, the second in its subfolder. Raises
+    UserError if as `export`; the two do not fit each other. Unless the disk is full, nothing is written then."""
+    first = loading.open_model_folder(first_stage)
+    second = loading.open_second_stage_folder(first, second_stage)
+    assert second is not None
     for folder in (first, second):
-        checkpoint.read_state(folder.path)  # which an exported folder has not
-    check_stages(first, load_model(first), load_denoiser(second))
+        checkpoint.read_state(folder.path)  # an exported folder has none
+    loading.check_stages(first, loading.load_language_model(first), loading.load_denoiser(second))
     _check_no_second_stage(Path(out))
-    export(coarse_codes, out)
+    export(first_stage, out)
     export(second_stage, Path(out) / SECOND_STAGE)
     return Path(out)
 
 
-def _check_no_second_stage(out: Path) -> None:
-    if (out / SECOND_STAGE).exists():
-        raise UserError(f"{out / SECOND_STAGE} is the second stage of an earlier export: remove it, or give another folder")
+def _load_codec(config: DictConfig, state: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+    if config.task == "codec":
+        codec: Codec = build_codec(config.codec)
+    else:
+        codec = StudentCodec(StudentConfig(**state["data"]["student"]))
+    codec.load_state_dict(weights)
+    return codec
 
 
-def write_text_student(folder: Path, out: Path, data: dict[str, Any], half: bool) -> dict[str, Any]:
-    """Write config.yaml, model.safetensors and text_encoder/ of a checkpoint of a text student.
+def _card(name: str, task: str, state: dict[str, Any]) -> dict[str, Any]:
+    licences = state["init"].get("licences", {}) | state["data"]["licences"]
+    return {
+        "name": name, "task": task, "step": state["step"], "samples_seen": state["samples_seen"],
+        "training_seconds": round(state["seconds"]), "parameters": state["parameters"],
+        "data": state["data"] | {"licences": licences}, "licence": strictest(licences), "init": state["init"],
+        "metrics": state["valid"], "config_hash": state["config_hash"], "versions": state["versions"],
+    }  # fmt: skip
+
+
+def _shared_config(config: DictConfig, state: dict[str, Any]) -> DictConfig:
+    """The config without paths of this machine."""
+    local = ("run_dir", "init", "resume", "teacher")
+    shared = OmegaConf.masked_copy(config, [str(key) for key in config if key not in local])
+    OmegaConf.update(shared, "data.store", state["data"]["store"])
+    if OmegaConf.select(shared, "distill.cache"):
+        OmegaConf.update(shared, "distill.cache", None)
+    return shared
+
+
+def _write_text_student(source: Path, folder: Path, data: dict[str, Any], half: bool) -> dict[str, Any]:
+    """Write the language model and text_encoder/ of a text student's checkpoint.
 
     Returns:
-        What its card says otherwise: the language model's parameters, and which text encoder it reads.
+        Card entries that differ: the language model's parameters, and the student as its text encoder.
     """
-    blueprint, weights = data["blueprint"], checkpoint.load_weights(folder, module_name="lm")
+    blueprint, weights = data["blueprint"], checkpoint.load_weights(source, module_name="lm")
     encoder, tokenizer = student_from_description(blueprint["encoder"])
-    checkpoint.load_into(encoder, checkpoint.load_weights(folder), folder)
+    checkpoint.load_into(encoder, checkpoint.load_weights(source), source)
     with quiet_transformers():
-        encoder.save(out / TEXT_ENCODER, tokenizer, half)
-    with atomic_write(out / "model.safetensors") as path:
-        save_file(shrunk(weights, half), path)
-    with atomic_write(out / "config.yaml") as path:
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(blueprint["lm"])))
-    text = {"name": f"./{TEXT_ENCODER}", "fingerprint": load_text_encoder(out / TEXT_ENCODER).fingerprint}
+        encoder.save(folder / TEXT_ENCODER, tokenizer, half)
+    config = OmegaConf.create(blueprint["lm"])
+    write_model_folder(folder, to_half(weights) if half else weights, config)
+    text = {"name": f"./{TEXT_ENCODER}", "fingerprint": load_text_encoder(folder / TEXT_ENCODER).fingerprint}
     data = {key: value for key, value in data.items() if key != "blueprint"} | {"text": data["text"] | text}
     return {"parameters": sum(value.numel() for value in weights.values()), "data": data}
 
 
-def shrunk(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """With `half`, matrices in float16."""
-    return {
-        name: value.to(torch.float16) if half and value.is_floating_point() and value.ndim > 1 else value
-        for name, value in weights.items()
-    }
+def _check_no_second_stage(out: Path) -> None:
+    if (out / SECOND_STAGE).exists():
+        raise UserError(f"{out / SECOND_STAGE} is the second stage of an earlier export: remove it")

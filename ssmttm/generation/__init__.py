@@ -1,1 +1,1 @@
-"""From a prompt to audio: logit filters, the prefill / step engine, and the pipeline around them."""
+"""From prompt to audio: the sampling engine, logit filters, the second stage and the pipeline."""

@@ -1,7 +1,4 @@
-"""Pure functions that shape logits before a token is drawn, and the draw itself.
-
-Shapes: `[..., V]` logits of any leading shape over V codes of a codebook.
-"""
+"""Logit filters, and the sampling of tokens. Logits are [..., V] over the V codes of a codebook."""
 
 import numpy as np
 import torch
@@ -9,7 +6,7 @@ from torch import Tensor
 
 
 def without_special(logits: Tensor, codebook_size: int) -> Tensor:
-    """Keep real codes only, `[..., V']` -> `[..., V]`: the special token, where a model predicts it, is the last."""
+    """Drop the special token, which is the last if a model predicts it: [..., V'] -> [..., V]."""
     return logits[..., :codebook_size]
 
 
@@ -19,7 +16,7 @@ def temperature(logits: Tensor, value: float) -> Tensor:
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Send all but the `k` largest to -inf; 0 keeps all. Values equal to the k-th are kept with it."""
+    """Set all but the `k` largest logits to -inf; 0 keeps all. Ties with the k-th are kept."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
     return logits.masked_fill(logits < _kth_largest(logits, k), -torch.inf)
@@ -34,7 +31,7 @@ def _kth_largest(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Nucleus sampling (arXiv 1904.09751): keep the likeliest codes that reach probability `p`; 1 keeps all."""
+    """Nucleus sampling (arXiv 1904.09751): keep the most likely codes that reach probability `p`; 1 keeps all."""
     if p >= 1.0:
         return logits
     ordered = logits.sort(dim=-1, descending=True).values
@@ -45,13 +42,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one code for each row by inverting its cumulative distribution.
+    """Sample one code per row by inverting its cumulative distribution.
 
-    The distribution stands in code order and in float64: rounding differences between batch shapes then move a draw
-    only if its uniform lies within them of a boundary (sorting by probability would also swap near-equal codes).
+    The distribution is in code order and in float64: a rounding difference changes a sample only if its uniform is
+    that close to a boundary (sorting by probability would also swap near-equal codes).
 
     Args:
-        logits: [..., V], -inf for codes that must not be drawn.
+        logits: [..., V], -inf for codes that must not be sampled.
         uniforms: [...] float64 in [0, 1).
 
     Returns:

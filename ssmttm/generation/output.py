@@ -1,4 +1,4 @@
-"""The files that sampling writes: their names, and each audio file with its record beside it."""
+"""Output files of sampling: audio, and a JSON sidecar with its metadata beside it."""
 
 import json
 import os
@@ -17,18 +17,12 @@ from ssmttm.errors import UserError
 from ssmttm.files import write_text
 
 FORMATS = tuple(audio.WRITERS)
-MARK = "digitalSourceType"  # IPTC's term for how a work came about; also how a record of ours is recognised
+MARK = "digitalSourceType"  # IPTC's term for the origin of a work; identifies our sidecars
 
 
 class OutputPath:
-    """Where audio goes: one named file, which is overwritten, or a folder, in which nothing is.
-
-    Making one checks everything that can be checked before sampling: the format, the number of files, that the folder
-    can be written.
-
-    Raises:
-        UserError: one of these fails.
-    """
+    """Where audio is written: one named file, which is overwritten, or a folder, where nothing is overwritten. Raises
+    UserError if the format is unknown, there are several prompts for one file, or the folder cannot be written."""
 
     def __init__(self, out: str | Path, n_prompts: int, folder_format: str = "wav") -> None:
         path = Path(out)
@@ -36,34 +30,29 @@ class OutputPath:
         is_folder = path.is_dir() or str(out).endswith(("/", os.sep)) or not suffix
         if n_prompts > 1 and not is_folder:
             if path.exists() or suffix in FORMATS:
-                raise UserError(f"--out {path} names one file, but there are {n_prompts} prompts: give a folder")
+                raise UserError(f"--out {path} is one file, but there are {n_prompts} prompts: give a folder")
             is_folder = True
         self.file = None if is_folder else path
         self.folder = path if is_folder else path.parent
         self.suffix = f".{folder_format.lower().lstrip('.')}" if is_folder else suffix
         if self.suffix not in FORMATS:
-            known = ", ".join(FORMATS)
-            raise UserError(f"unknown audio format {self.suffix!r} ({out}): the formats are {known}")
+            raise UserError(f"unknown audio format {self.suffix!r} ({out}): choose from {', '.join(FORMATS)}")
         if self.file is not None:
-            _check_own_sidecar(self.file.with_suffix(".json"))
+            _check_own_sidecar(sidecar_path(self.file))
         _check_writable(self.folder)
 
-    def save(self, prompt: str, wav: Tensor, sample_rate: int, record: dict[str, Any]) -> Path:
-        """Write audio [C, S] and its record (the same name with .json), each whole or not at all.
-
-        Returns:
-            The audio file.
-        """
+    def save(self, prompt: str, wav: Tensor, sample_rate: int, metadata: dict[str, Any]) -> Path:
+        """Write audio [C, S] and its sidecar, each atomically. Returns the path of the audio."""
         if self.file is not None:
-            _write_pair(self.file, wav, sample_rate, record)
+            _write_pair(self.file, wav, sample_rate, metadata)
             return self.file
-        with _reserved(self.folder, slug(prompt), self.suffix) as path:
-            _write_pair(path, wav, sample_rate, record)
+        with _reserve_name(self.folder, slug(prompt), self.suffix) as path:
+            _write_pair(path, wav, sample_rate, metadata)
         return path
 
 
 def slug(prompt: str, longest: int = 48) -> str:
-    """A file name out of a prompt: letters (with their marks) and digits of any script, words joined by hyphens."""
+    """A file name from a prompt: letters (with their marks) and digits of any script, words joined by hyphens."""
     name = ""
     for character in unicodedata.normalize("NFC", prompt).lower():
         in_word = name[-1:] not in ("", "-")
@@ -74,21 +63,22 @@ def slug(prompt: str, longest: int = 48) -> str:
     return name[:longest].strip("-") or "music"
 
 
-def sidecar_path(prompt: str, seed: int, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """What stands in the JSON beside an audio file: enough to make it again and to say what it is."""
+def sidecar(prompt: str, seed: int, settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The content of a sidecar: everything needed to generate the clip again, and its provenance."""
     return {
-        "prompt": prompt,
-        "seed": seed,
-        **settings,
-        **facts,
-        MARK: "trainedAlgorithmicMedia",
+        "prompt": prompt, "seed": seed, **settings, **metadata, MARK: "trainedAlgorithmicMedia",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    }  # fmt: skip
+
+
+def sidecar_path(path: Path) -> Path:
+    """The sidecar of an audio file."""
+    return path.with_suffix(".json")
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The record beside an audio file; empty if there is none, or it is no record."""
-    file = path.with_suffix(".json")
+    """The sidecar of an audio file; empty if there is none or it is damaged."""
+    file = sidecar_path(path)
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
@@ -96,20 +86,20 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_pair(path: Path, wav: Tensor, sample_rate: int, record: dict[str, Any]) -> None:
+def _write_pair(path: Path, wav: Tensor, sample_rate: int, metadata: dict[str, Any]) -> None:
     audio.write(path, wav, sample_rate)
-    record = {"file": path.name} | record
-    write_text(path.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    content = {"file": path.name} | metadata
+    write_text(sidecar_path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _reserved(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
-    """The first free name stem.suffix, stem-2.suffix, ..., held by an empty file, which goes again if writing fails."""
+def _reserve_name(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """The first free name stem.suffix, stem-2.suffix, ..., reserved by an empty file that is removed on failure."""
     number = 1
     while True:
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
         number += 1
-        if path.with_suffix(".json").exists():
+        if sidecar_path(path).exists():
             continue
         try:
             path.open("x").close()
@@ -119,12 +109,12 @@ def _reserved(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
     try:
         yield path
     finally:
-        if path.stat().st_size == 0:  # still the placeholder
+        if path.stat().st_size == 0:  # the placeholder
             path.unlink()
 
 
 def _check_own_sidecar(path: Path) -> None:
-    """A record may be overwritten with its audio; another program's JSON of the same name may not."""
+    """A sidecar may be overwritten with its audio; another program's JSON of the same name may not."""
     if not path.exists():
         return
     try:
@@ -132,7 +122,7 @@ def _check_own_sidecar(path: Path) -> None:
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{path} is in the way and was not written here: choose another name for --out, or move it")
+        raise UserError(f"{path} exists and is not a sidecar of ssmttm: choose another --out, or move it")
 
 
 def _check_writable(folder: Path) -> None:
@@ -141,4 +131,4 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write in {folder} ({error.strerror}): choose another place with --out") from error
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another place with --out") from error

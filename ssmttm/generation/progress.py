@@ -11,40 +11,35 @@ _BAR = "{l_bar}{bar}| {n:.1f}/{total:.1f} s of audio [{elapsed}<{remaining}, {ra
 
 
 class Progress:
-    """A bar on standard error while it is entered; lines and warnings are printed above it.
-
-    Args:
-        total: seconds of audio to come.
-    """
+    """A context manager with a bar of `total` seconds of audio on standard error; lines and warnings go above it."""
 
     def __init__(self, total: float) -> None:
         self._bar = tqdm(total=total, desc="sampling", unit="s", bar_format=_BAR)
-        self._warnings = _AboveTheBar(logging.WARNING)
-        self._lap = (time.perf_counter(), 0.0)
+        self._handler = _TqdmHandler(logging.WARNING)
+        self._last = (time.perf_counter(), 0.0)
 
     def __enter__(self) -> Self:
-        logging.getLogger("ssmttm").addHandler(self._warnings)
+        logging.getLogger("ssmttm").addHandler(self._handler)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        logging.getLogger("ssmttm").removeHandler(self._warnings)
+        logging.getLogger("ssmttm").removeHandler(self._handler)
         self._bar.close()
 
     def advance(self, seconds: float) -> None:
-        """Count audio just made; the last frame's overhang beyond the total is left out."""
+        """Count newly sampled audio, up to the total (the last frame may exceed it)."""
         self._bar.update(min(seconds, self._bar.total - self._bar.n))
 
-    def lap(self) -> float:
-        """Seconds of audio made a second of time since the last lap: above 1 is faster than real time."""
-        before, now = self._lap, (time.perf_counter(), self._bar.n)
-        self._lap = now
-        return (now[1] - before[1]) / max(now[0] - before[0], 1e-9)
+    def throughput(self) -> float:
+        """Seconds of audio per second since the last call: above 1 is faster than real time."""
+        last, self._last = self._last, (time.perf_counter(), self._bar.n)
+        return (self._last[1] - last[1]) / max(self._last[0] - last[0], 1e-9)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line on standard output."""
         tqdm.write(line, file=sys.stdout)
 
 
-class _AboveTheBar(logging.Handler):
+class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)

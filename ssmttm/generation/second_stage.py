@@ -1,8 +1,8 @@
-"""The second stage at work: sketches, the codes of the first codebooks, completed to all codebooks by a denoiser.
+"""The second stage: a denoiser that predicts all codebooks from the first few (coarse codes), window by window.
 
-Long pieces go window by window. A window begins with frames of the one before, given to it as known at every step, so
-that both match at the seam; it needs no more than its own frames, so a piece can be painted while it is being written.
-Shapes: B items, n codebooks of the sketch, K codebooks, T frames, t frames of a chunk, C channels that are found.
+Consecutive windows overlap: the shared frames are known to the sampler at every step, so that windows join without a
+seam. A window needs its own frames only, so the second stage runs while the first one still generates.
+Shapes: B items, N coarse codebooks, K codebooks, T frames, t frames of a chunk, C sampled latent channels.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssmttm.codecs import Codec
-from ssmttm.diffusion.guidance import guided
+from ssmttm.diffusion.guidance import guided_predictor
 from ssmttm.diffusion.samplers import SamplerSettings, sample
 from ssmttm.errors import UserError
 from ssmttm.models.controls import Controls
@@ -25,16 +25,13 @@ from ssmttm.text.condition import TextCondition
 
 @dataclass(frozen=True)
 class SecondStageConfig:
-    """How a sketch is painted.
+    """Sampling settings of the second stage. Raises UserError if the overlap is not shorter than the window, or a scale
+    is below 0 or not finite.
 
     Attributes:
         sampler: scheduler and steps.
-        guidance_scale: towards the text; 1: as trained.
-        coarse_guidance_scale: towards the sketch; 1: as trained.
-        window, overlap: frames of a window, and how many of them it shares with the one before.
-
-    Raises:
-        UserError: a window that is no longer than its overlap, or a scale that is no number of at least 0.
+        guidance_scale: towards the text. coarse_guidance_scale: towards the coarse codes. 1: no guidance.
+        window, overlap: frames of a window, and frames shared with the one before.
     """
 
     sampler: SamplerSettings
@@ -45,28 +42,28 @@ class SecondStageConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < self.window:
-            raise UserError(f"windows of {self.window} frames cannot overlap by {self.overlap}: choose fewer")
+            raise UserError(f"the overlap of windows must be in [0, {self.window - 1}] frames, got {self.overlap}")
         for name in ("guidance_scale", "coarse_guidance_scale"):
             scale = getattr(self, name)
             if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 0):
-                raise UserError(f"diffusion.{name} is {scale}: give 0 or more (1 means no guidance)")
+                raise UserError(f"diffusion.{name} must be at least 0 (1: no guidance), got {scale}")
 
     @classmethod
-    def of(cls, config: Any) -> "SecondStageConfig":
-        """Those that a training's config asks for; a window is as long as what it was trained on."""
-        settings, window = config.diffusion, config.data.frames
-        sampler = SamplerSettings(settings.objective, settings.sampler, settings.steps)
-        return cls(sampler, settings.guidance_scale, settings.coarse_guidance_scale, window, window // 5)
+    def from_config(cls, config: Any) -> "SecondStageConfig":
+        """The settings in a training config; windows have the length of the training crops."""
+        diffusion, window = config.diffusion, config.data.frames
+        sampler = SamplerSettings(diffusion.objective, diffusion.sampler, diffusion.steps)
+        return cls(sampler, diffusion.guidance_scale, diffusion.coarse_guidance_scale, window, window // 5)
 
 
 @dataclass(frozen=True)
 class SecondStageInputs:
-    """What B items are to become, besides their sketches.
+    """Conditions of B items besides their coarse codes.
 
     Attributes:
         text: B captions. null_text: the null condition, one row (shared) or B rows.
-        seeds: one an item, on which, with its sketch and its brief, its codes alone depend.
-        wishes: of B items, for a denoiser that was trained with them; a melody may be shorter than the piece.
+        seeds: one per item; an item's codes depend on its own inputs and seed only.
+        controls: for a denoiser trained with them; a melody may be shorter than the clip.
     """
 
     text: TextCondition
@@ -74,80 +71,94 @@ class SecondStageInputs:
     seeds: Sequence[int]
     controls: Controls = field(default_factory=Controls)
 
-    def rows(self, rows: slice) -> "SecondStageInputs":
-        """That of some of the items."""
+    def select_rows(self, rows: slice) -> "SecondStageInputs":
+        """Inputs of some of the items."""
+        null_text = self.null_text if len(self.null_text.mask) == 1 else _select_rows(self.null_text, rows)
+        text = self.text if len(self.text.mask) == 1 else _select_rows(self.text, rows)
+        return SecondStageInputs(text, null_text, self.seeds[rows], self.controls.select_rows(rows))
 
-        def of(text: TextCondition) -> TextCondition:
-            return text if len(text.mask) == 1 else TextCondition(*(part[rows] for part in text))
-
-        return SecondStageInputs(of(self.text), of(self.null_text), self.seeds[rows], self.controls.rows(rows))
-
-    def window(self, index: int, start: int, length: int) -> "SecondStageInputs":
-        """That of the frames from `start` on, with seeds of its own; NaN behind the melody's end."""
+    def select_window(self, index: int, start: int, length: int) -> "SecondStageInputs":
+        """Inputs of a window: its own seeds, and the melody from frame `start` on (NaN after the melody's end)."""
         seeds = [np.random.SeedSequence([seed, index]).generate_state(1).item() for seed in self.seeds]
-        return replace(self, seeds=seeds, controls=self.controls.at(torch.arange(start, start + length)))
+        return replace(self, seeds=seeds, controls=self.controls.gather_frames(torch.arange(start, start + length)))
 
 
 class SecondStage:
-    """A denoiser with its codec."""
+    """A denoiser with its codec and sampling settings."""
 
     def __init__(self, model: LatentDenoiser, codec: Codec, settings: SecondStageConfig) -> None:
         self.model, self.codec, self.settings = model, codec, settings
 
-    def generate(self, coarse_codes: Tensor, inputs: SecondStageInputs) -> Tensor:
-        """Complete sketches, codes [B, n, T] -> int64 [B, K, T], whose first n codebooks are the sketch.
+    def with_steps(self, steps: int) -> "SecondStage":
+        """The same with another number of sampling steps. Raises UserError if the number is out of range."""
+        sampler = replace(self.settings.sampler, steps=steps)
+        return SecondStage(self.model, self.codec, replace(self.settings, sampler=sampler))
 
-        Raises:
-            UserError: sizes do not fit, or the denoiser's numbers are not finite.
-        """
+    def generate(self, coarse_codes: Tensor, inputs: SecondStageInputs) -> Tensor:
+        """Coarse codes [B, N, T] -> all codes, int64 [B, K, T]; the first N codebooks are the coarse codes. Raises
+        UserError if sizes do not fit, or the denoiser's output is not finite."""
         return torch.cat(list(self.generate_stream([coarse_codes], inputs)), -1)
 
     def generate_stream(self, chunks: Iterable[Tensor], inputs: SecondStageInputs) -> Iterator[Tensor]:
-        """Complete sketches as they come, chunks [B, n, t]; what is given out, joined, is `paint` of them joined.
+        """`generate` for coarse codes that arrive in chunks [B, N, t]; the result does not depend on the chunks.
 
         Yields:
-            codes [B, K, t'], a window's new frames.
+            codes [B, K, t'], the new frames of a window.
         """
         window, overlap = self.settings.window, self.settings.overlap
-        held: Tensor | None = None  # the sketch from the window's first frame on
+        coarse_codes: Tensor | None = None  # from the window's first frame on
         known: Tensor | None = None  # codes [B, K, overlap] of the window before
         index = 0
         for chunk in chunks:
-            held = chunk if held is None else torch.cat([held, chunk], -1)
-            while held.shape[-1] > window:  # there is more than this window, so its end is no end of the piece
-                codes = self._window(held[..., :window], known, inputs, index)
+            coarse_codes = chunk if coarse_codes is None else torch.cat([coarse_codes, chunk], -1)
+            while coarse_codes.shape[-1] > window:  # the clip does not end with this window
+                codes = self._generate_window(coarse_codes[..., :window], known, inputs, index)
                 yield codes[..., 0 if known is None else overlap :]
-                held, known, index = held[..., window - overlap :], codes[..., window - overlap :], index + 1
-        if held is None:
-            raise UserError("there is no sketch to paint")
-        codes = self._window(held, known, inputs, index)
+                coarse_codes, known = coarse_codes[..., window - overlap :], codes[..., window - overlap :]
+                index += 1
+        if coarse_codes is None:
+            raise UserError("the second stage got no coarse codes")
+        codes = self._generate_window(coarse_codes, known, inputs, index)
         yield codes[..., 0 if known is None else overlap :]
 
-    def _window(self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int) -> Tensor:
-        """Codes [B, K, T] of one window. On a CPU items go one by one: so their rounding does not depend on others."""
+    def _generate_window(
+        self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int
+    ) -> Tensor:
+        """Codes [B, K, T] of one window. On a CPU one item at a time, so that rounding does not depend on the batch."""
         start = index * (self.settings.window - self.settings.overlap)
-        inputs = inputs.window(index, start, coarse_codes.shape[-1])
+        inputs = inputs.select_window(index, start, coarse_codes.shape[-1])
         size = 1 if coarse_codes.device.type == "cpu" else len(coarse_codes)
-        items = [slice(first, first + size) for first in range(0, len(coarse_codes), size)]
-        return torch.cat([self._rows(coarse_codes[i], None if known is None else known[i], inputs.rows(i)) for i in items])
+        codes = []
+        for first in range(0, len(coarse_codes), size):
+            rows = slice(first, first + size)
+            known_rows = None if known is None else known[rows]
+            codes.append(self._generate_batch(coarse_codes[rows], known_rows, inputs.select_rows(rows)))
+        return torch.cat(codes)
 
     @torch.inference_mode()
-    def _rows(self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs) -> Tensor:
-        config, (batch, n_sketch, length) = self.model.config, coarse_codes.shape
-        if n_sketch != config.n_coarse_codebooks:
-            raise UserError(f"the sketch has {n_sketch} codebooks, the denoiser is told {config.n_coarse_codebooks}")
-        unknown = coarse_codes.new_zeros(batch, config.n_codebooks - n_sketch, length)
-        told = self.codec.to_latents(torch.cat([coarse_codes, unknown], 1))[:, : config.coarse_channels]  # [B, S, T]
+    def _generate_batch(self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs) -> Tensor:
+        config, (batch, n_coarse, length) = self.model.config, coarse_codes.shape
+        if n_coarse != config.n_coarse_codebooks:
+            raise UserError(f"the denoiser expects {config.n_coarse_codebooks} coarse codebooks, got {n_coarse}")
+        unknown = coarse_codes.new_zeros(batch, config.n_codebooks - n_coarse, length)
+        latents = self.codec.to_latents(torch.cat([coarse_codes, unknown], 1))  # [B, C', T]
+        coarse_latents = latents[:, : config.coarse_channels]
         generators = [torch.Generator().manual_seed(seed) for seed in inputs.seeds]
         noise = torch.stack([torch.randn(length, config.noisy_channels, generator=g).T for g in generators])
-        conditions = Conditions(self.model.normalised(told), inputs.text, controls=inputs.controls)
+        conditions = Conditions(self.model.normalise(coarse_latents), inputs.text, controls=inputs.controls)
         scales = self.settings.guidance_scale, self.settings.coarse_guidance_scale
-        predict = guided(self.model, conditions, inputs.null_text, *scales)
+        predict = guided_predictor(self.model, conditions, inputs.null_text, *scales)
+        known_latents = None
         if known is not None:
-            known = self.codec.to_latents(known)[:, config.coarse_channels :]
-            known = self.model.normalised(known, first=n_sketch)
-        found = sample(predict, self.settings.sampler, noise.to(coarse_codes.device), generators, known)  # [B, C, T]
-        if not bool(found.isfinite().all()):
-            raise UserError("the denoiser gives numbers that are not finite (damaged or diverged): try an earlier one")
-        found = self.model.denormalised(found, first=n_sketch)
-        return torch.cat([coarse_codes, self.codec.from_latents(torch.cat([told, found], 1))[:, n_sketch:]], 1)
+            known_latents = self.codec.to_latents(known)[:, config.coarse_channels :]
+            known_latents = self.model.normalise(known_latents, first=n_coarse)
+        sampled = sample(predict, self.settings.sampler, noise.to(coarse_codes.device), generators, known_latents)
+        if not bool(sampled.isfinite().all()):
+            raise UserError("the denoiser's output is not finite (damaged or diverged): try an earlier checkpoint")
+        sampled = self.model.denormalise(sampled, first=n_coarse)  # [B, C, T]
+        codes = self.codec.from_latents(torch.cat([coarse_latents, sampled], 1))
+        return torch.cat([coarse_codes, codes[:, n_coarse:]], 1)
+
+
+def _select_rows(text: TextCondition, rows: slice) -> TextCondition:
+    return TextCondition(text.embeddings[rows], text.mask[rows])

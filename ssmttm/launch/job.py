@@ -1,6 +1,6 @@
 """What is run. A task is a picklable function of one item; a job is a sequence of commands with a folder of its own.
 
-JOB/.lock         locked by this process and by the job's own processes, which inherit the lock
+JOB/.lock         held by this process and by the job's own processes, which inherit it
 JOB/log.txt       output of the commands
 JOB/STAGE/        what one command writes
 JOB/done.json     written last
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -22,65 +23,54 @@ from ssmttm.files import is_locked, write_text
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
+POLL_SECONDS = 0.2
 _LOG_LINES = 3  # of a failed job's log that are shown
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Runs tasks, in any order."""
+    """Runs tasks."""
 
     def run(
         self, function: Callable[[Item], Result], items: Sequence[Item], label: str, device: bool = False
     ) -> Iterator[Result]:
-        """Yield each result as its task finishes.
-
-        Args:
-            label: what the items are, for error messages.
-            device: each task needs a GPU to itself.
-        """
+        """Yield results as tasks finish, in any order. `label` is for errors; with `device` each task has a GPU."""
 
 
-class Command:
-    """A command as a process in a session of its own, so that Ctrl-C reaches this process only."""
-
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
-        self._process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **options)
-        self._stopping = False
-
-    def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
-        return self._process.poll()
-
-    def stop(self) -> None:
-        """Send SIGTERM once."""
-        if not self._stopping and self.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-        self._stopping = True
+def run_command(
+    command: Sequence[str], stopping: Callable[[], int], on_poll: Callable[[], None] = lambda: None, **options: Any
+) -> int:
+    """Run a command in a new session, so that Ctrl-C does not reach it; send it SIGTERM if `stopping()`."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    terminated = False
+    try:
+        while process.poll() is None:
+            if stopping() and not terminated:
+                os.killpg(process.pid, signal.SIGTERM)
+                terminated = True
+            on_poll()
+            time.sleep(POLL_SECONDS)
+        return process.returncode
+    except BaseException:
+        if not terminated:
+            os.killpg(process.pid, signal.SIGTERM)
+        raise
 
 
 class CommandJob:
-    """Runs its stages one after another; each resumes where it was stopped. Call `poll` until it returns an outcome.
-
-    A process that an earlier, killed run left behind still holds the job's lock: the job waits for it to end. So it
-    does for another run of the same job, such as a Slurm array that was submitted twice.
+    """A job. A subclass defines `command`, `is_done` and `summary`.
 
     Args:
-        name: for progress and messages.
         folder: JOB.
-        stages: their names.
-        retries: how many crashes are tried again.
+        stages: their names, in order.
+        retries: how many crashes are tried again; a pre-empted command is always run again.
         environment: variables added to those of this process.
     """
 
-    def __init__(
-        self, name: str, folder: Path, stages: Sequence[str], retries: int, environment: Mapping[str, str]
-    ) -> None:
-        self.name, self.folder = name, folder
-        self._stages, self._retries, self._environment = list(stages), retries, {**os.environ, **environment}
-        self._process: Command | None = None
-        self._lock: IO[bytes] | None = None
-        self._stopping = False
+    def __init__(self, folder: Path, stages: Sequence[str], retries: int, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self._stages, self._retries, self._environment = stages, retries, {**os.environ, **environment}
 
     def command(self, stage: str) -> list[str]:
         """The command line of a stage."""
@@ -94,73 +84,56 @@ class CommandJob:
         """The contents of done.json or failed.json."""
         raise NotImplementedError
 
-    def progress(self) -> str:
-        """Progress in a few words."""
-        raise NotImplementedError
+    def run(self, stopping: Callable[[], int], on_poll: Callable[[], None] = lambda: None) -> str:
+        """Run the stages, each of which resumes where it was stopped, until `stopping()`; return the outcome.
 
-    def poll(self) -> str | None:
-        """Start the next stage if none runs; return DONE, FAILED or STOPPED at the end."""
-        if self._process is None:
-            if self._stopping:
-                return self._close(STOPPED)
-            if not self._acquire_lock() or is_locked(self.folder / self._stages[0]):
-                return None
+        Waits for processes left by a killed run and for another run of the same job, as both hold the job's lock.
+        """
+        with (self.folder / ".lock").open("ab") as lock:
+            while not _acquire(lock) or is_locked(self.folder / self._stages[0]):
+                if stopping():
+                    return STOPPED
+                time.sleep(POLL_SECONDS)
             if self.is_done():
-                return self._close(DONE)
-            self._start()
-            return None
-        code = self._process.poll()
-        if code is None or is_locked(self.folder / self._stages[0]):
-            return None
-        self._process = None
-        if self._stopping:
-            return self._close(STOPPED)
-        if code == 0:
-            self._stages.pop(0)
-            return None if self._stages else self._finish("done.json", DONE)
-        if code == USER_ERROR or self._retries == 0:
-            return self._finish("failed.json", FAILED)
-        self._retries -= code != PREEMPTED
-        return None
+                return DONE
+            outcome = DONE
+            for stage in self._stages:
+                if outcome == DONE:
+                    outcome = self._run_stage(stage, lock, stopping, on_poll)
+            if outcome != STOPPED:
+                write_text(self.folder / f"{outcome}.json", json.dumps(self.summary()) + "\n")
+            return outcome
 
-    def stop(self) -> None:
-        """Ask the running process to write a checkpoint and exit; `poll` returns STOPPED once it has."""
-        if self._process is not None:
-            self._process.stop()
-        self._stopping = True
+    def _run_stage(self, stage: str, lock: IO[bytes], stopping: Callable[[], int], on_poll: Callable[[], None]) -> str:
+        while not stopping():
+            (self.folder / "failed.json").unlink(missing_ok=True)
+            command = self.command(stage)
+            with (self.folder / "log.txt").open("ab", buffering=0) as log:
+                log.write(f"\n$ {' '.join(command)}\n".encode())
+                code = run_command(
+                    command, stopping, on_poll, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    env=self._environment, pass_fds=[lock.fileno()],
+                )  # fmt: skip
+            while is_locked(self.folder / stage):  # by further processes of the command
+                time.sleep(POLL_SECONDS)
+            if stopping():
+                break
+            if code == 0:
+                return DONE
+            if code == PREEMPTED:  # by a signal that did not come from here
+                continue
+            if code == USER_ERROR or self._retries == 0:
+                return FAILED
+            self._retries -= 1
+        return STOPPED
 
-    def _acquire_lock(self) -> bool:
-        if self._lock is not None:
-            return True
-        lock = (self.folder / ".lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
-        self._lock = lock
+
+def _acquire(lock: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-
-    def _start(self) -> None:
-        assert self._lock is not None
-        (self.folder / "failed.json").unlink(missing_ok=True)
-        command = self.command(self._stages[0])
-        with (self.folder / "log.txt").open("ab") as log:
-            log.write(f"\n$ {' '.join(command)}\n".encode())
-            log.flush()
-            self._process = Command(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
-                pass_fds=[self._lock.fileno()],
-            )  # fmt: skip
-
-    def _finish(self, name: str, outcome: str) -> str:
-        write_text(self.folder / name, json.dumps(self.summary()) + "\n")
-        return self._close(outcome)
-
-    def _close(self, outcome: str) -> str:
-        if self._lock is not None:
-            self._lock.close()
-        return outcome
+    except BlockingIOError:
+        return False
 
 
 def train_command(accelerate: str | None, port: int) -> list[str]:

@@ -5,21 +5,19 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
-from tqdm import tqdm
-
 from ssmttm.errors import Preempted, UserError
-from ssmttm.launch.job import FAILED, STOPPED, Command, CommandJob, Item, Result, error_of
+from ssmttm.launch.job import Item, Result
 from ssmttm.signals import INTERRUPT, stop_requests
 
-_POLL_SECONDS = 0.2
 _MAX_LOSSES = 4  # workers killed in a row, with no task finished in between, before the run gives up
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -35,7 +33,7 @@ class ProcessExecutor:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._pools: dict[bool, ProcessPoolExecutor] = {}  # one worker a GPU (True), or on the CPU (False)
+        self._pools: dict[bool, futures.ProcessPoolExecutor] = {}  # one worker a GPU (True), or on the CPU (False)
 
     def __enter__(self) -> "ProcessExecutor":
         return self
@@ -53,13 +51,14 @@ class ProcessExecutor:
         if min(size, len(items)) <= 1:
             yield from map(function, items)
             return
-        waiting, losses = dict(enumerate(items)), 0
+        waiting, losses = list(items), 0
         while waiting:
             try:
-                for index, result in _run_in_pool(self._pool(size, gpus), function, dict(waiting), 4 * size):
-                    losses = 0
-                    del waiting[index]
-                    yield result
+                with _one_thread():
+                    for item, result in _run_unordered(self._pool(size, gpus), function, list(waiting), 4 * size):
+                        losses = 0
+                        waiting.remove(item)
+                        yield result
             except BrokenProcessPool as error:
                 self._close(bool(gpus), kill=True)
                 losses += 1
@@ -69,14 +68,14 @@ class ProcessExecutor:
                         "--workers; finished work is kept"
                     ) from error
 
-    def _pool(self, size: int, gpus: list[str]) -> ProcessPoolExecutor:
+    def _pool(self, size: int, gpus: list[str]) -> futures.ProcessPoolExecutor:
         if bool(gpus) not in self._pools:
             context = multiprocessing.get_context("spawn")
             free_gpus = context.Queue()
             for gpu in gpus:
                 free_gpus.put(gpu)
             arguments = (os.getpid(), free_gpus if gpus else None)
-            self._pools[bool(gpus)] = ProcessPoolExecutor(size, context, _init_worker, arguments)
+            self._pools[bool(gpus)] = futures.ProcessPoolExecutor(size, context, _init_worker, arguments)
         return self._pools[bool(gpus)]
 
     def _close(self, on_gpus: bool, kill: bool) -> None:
@@ -86,19 +85,18 @@ class ProcessExecutor:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_in_pool(
-    pool: ProcessPoolExecutor, function: Callable[[Item], Result], items: dict[int, Item], depth: int
-) -> Iterator[tuple[int, Result]]:
-    """Keep `depth` tasks submitted; yield (index, result) as they finish."""
-    running: dict[Future[Result], int] = {}
-    waiting = iter(items.items())
+def _run_unordered(
+    pool: futures.Executor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[tuple[Item, Result]]:
+    """Keep `depth` items submitted, taken one by one; yield each with its result as it finishes."""
+    running: dict[futures.Future[Result], Item] = {}
+    waiting = iter(items)
     while True:
-        while len(running) < depth and (entry := next(waiting, None)) is not None:
-            with _one_thread():  # submitting starts a process if none is idle
-                running[pool.submit(function, entry[1])] = entry[0]
+        while len(running) < depth and (item := next(waiting, None)) is not None:
+            running[pool.submit(function, item)] = item
         if not running:
             return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
             yield running.pop(future), future.result()
 
 
@@ -110,9 +108,8 @@ def _one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
 
 
@@ -156,64 +153,51 @@ def visible_gpus() -> list[str]:
 
 def run_jobs(
     items: Iterable[Item],
-    make_job: Callable[[Item, Slot], CommandJob],
+    run: Callable[[Item, Slot, Callable[[], int]], Result],
     slots: Sequence[Slot],
-    on_end: Callable[[CommandJob, str], None],
-    bar: tqdm,
+    on_end: Callable[[Item, Result], None],
     resume_hint: str,
 ) -> None:
-    """Run jobs, one in each slot at a time.
+    """Run jobs in threads, one in each slot at a time.
 
     Args:
-        items: taken one by one, whenever a slot is free.
-        on_end: called with each job and its outcome before the next item is taken.
+        items: the jobs, taken one by one as slots become free.
+        run: runs one job in a slot and returns its outcome; stops the job if the function that it is given returns a
+            signal.
+        on_end: called with each job and its outcome before the next job is taken.
         resume_hint: message if a signal stops the run.
 
     Raises:
         Preempted, KeyboardInterrupt: a signal came; every job has stopped with a checkpoint.
     """
-    waiting, free, exhausted = iter(items), list(slots), False
-    running: dict[Slot, CommandJob] = {}
-    try:
-        with stop_requests() as requested:
-            while running or not exhausted:
-                if requested():
-                    exhausted = True
-                    for job in running.values():
-                        job.stop()
-                while free and not exhausted:
-                    item = next(waiting, None)
-                    if item is None:
-                        exhausted = True
-                    else:
-                        slot = free.pop(0)
-                        running[slot] = make_job(item, slot)
-                for slot, job in list(running.items()):
-                    outcome = job.poll()
-                    if outcome is not None:
-                        del running[slot]
-                        free.append(slot)
-                        on_end(job, outcome)
-                        bar.update(outcome != STOPPED)
-                        if outcome == FAILED:
-                            log = job.folder / "log.txt"
-                            bar.write(f"{job.name} failed ({log}):\n{error_of(job.folder)}", file=sys.stderr)
-                bar.set_postfix_str(", ".join(f"{job.name} {job.progress()}" for job in running.values()))
-                time.sleep(_POLL_SECONDS)
-            received = requested()
-    except BaseException:
-        for job in running.values():
-            job.stop()
-        raise
-    if received:
-        raise KeyboardInterrupt(resume_hint) if received == INTERRUPT else Preempted(resume_hint)
+    free: SimpleQueue[Slot] = SimpleQueue()
+    for slot in slots:
+        free.put(slot)
+    error = Event()
+    with stop_requests() as received, futures.ThreadPoolExecutor(len(slots)) as pool:
 
+        def pending() -> Iterator[Item]:
+            waiting = iter(items)
+            while not received() and (item := next(waiting, None)) is not None:
+                yield item
 
-def run_to_end(job: CommandJob | Command) -> tuple[Any, int]:
-    """Run one job or command, asking it to stop when this process is; returns its outcome and the signal, or 0."""
-    with stop_requests() as requested:
-        while (outcome := job.poll()) is None:
-            if requested():
-                job.stop()
-            time.sleep(_POLL_SECONDS)
-        return outcome, requested()
+        def stopping() -> int:
+            if error.is_set():
+                raise futures.CancelledError
+            return received()
+
+        def run_in_slot(item: Item) -> Result:
+            slot = free.get()
+            try:
+                return run(item, slot, stopping)
+            finally:
+                free.put(slot)
+
+        try:
+            for item, outcome in _run_unordered(pool, run_in_slot, pending(), len(slots)):
+                on_end(item, outcome)
+        except BaseException:
+            error.set()
+            raise
+    if received():
+        raise KeyboardInterrupt(resume_hint) if received() == INTERRUPT else Preempted(resume_hint)

@@ -20,20 +20,32 @@ def write_script(
 
     Args:
         options: of sbatch by long name; those that are None are left out. `array_limit` is the number of tasks that
-            run at a time.
-        more: further options, such as `partition=cpu`, written as they are.
+            run at a time; `output` is a pattern, see `log_pattern`.
+        more: further options, such as `partition=cpu` or `exclusive`.
+
+    Raises:
+        UserError: the value of an option has a line break, which no directive can hold.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: str(value) for name, value in options.items() if value is not None}
     limit = given.pop("array_limit", None)
-    array = f"0-{len(tasks) - 1}" + (f"%{limit}" if limit else "")
-    lines = [f"{name}={shlex.quote(str(value))}" for name, value in ({"array": array} | given).items()]
+    given = {"array": f"0-{len(tasks) - 1}" + (f"%{limit}" if limit else "")} | given
     text = _SCRIPT.format(
-        options="\n".join(f"#SBATCH --{line}" for line in [*lines, *more]),
+        options="\n".join(_directive(option) for option in [*map("=".join, given.items()), *more]),
         folder=shlex.quote(os.getcwd()),
         tasks=shlex.join(tasks),
         command=shlex.join(command),
     )
     write_text(path, text)
+
+
+def log_pattern(folder: Path, name: str) -> str:
+    """The value of `output` for logs in a folder; `name` may have replacement symbols such as %a, the folder has none.
+
+    Raises UserError for a folder with a backslash, as sbatch then replaces no symbols at all.
+    """
+    if "\\" in str(folder):
+        raise UserError(f"{folder} has a backslash, which Slurm's log files cannot have: choose another folder")
+    return f"{folder}/".replace("%", "%%") + name
 
 
 def submit(scripts: Sequence[Path]) -> None:
@@ -52,6 +64,14 @@ def submit(scripts: Sequence[Path]) -> None:
         job_id = result.stdout.strip().split(";")[0]
         print(f"{script}: job {job_id}")
         dependency = [f"--dependency=afterok:{job_id}"]
+
+
+def _directive(option: str) -> str:
+    """A line for sbatch, which splits it into words, and removes quotes, as a shell does."""
+    if len(option.splitlines()) > 1:
+        raise UserError(f"the option {option!r} of sbatch has a line break: choose a name without")
+    name, equals, value = option.partition("=")
+    return f"#SBATCH --{name}{equals}{shlex.quote(value) if value else ''}"
 
 
 _SCRIPT = """\

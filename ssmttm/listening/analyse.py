@@ -49,11 +49,7 @@ class Answers:
 
 
 def read_answers(files: Sequence[Path], key_file: Path) -> Answers:
-    """Read the answer files of the page, JSON or CSV, one for each listener.
-
-    Raises:
-        UserError: the key cannot be read, or there are no answers to this test.
-    """
+    """Read the answer files of the page, JSON or CSV, one for each listener."""
     try:
         key = json.loads(key_file.read_text(encoding="utf-8"))
         test_id, systems = key["test"], {name: clip["system"] for name, clip in key["clips"].items()}

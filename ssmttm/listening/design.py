@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -15,21 +15,11 @@ KINDS = ("mos", "pairs", "both")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of the page.
+    """One trial of the page."""
 
-    Attributes:
-        kind: mos, a rating of one clip, or pair, a preference between two.
-        prompt: of the clips.
-        clips: their blind names, in presentation order.
-    """
-
-    kind: str
+    kind: str  # mos, a rating of one clip, or pair, a preference between two
     prompt: str
-    clips: list[str]
-
-    def document(self) -> dict[str, object]:
-        """The trial as JSON."""
-        return asdict(self)
+    clips: list[str]  # blind names, in presentation order
 
 
 def check_kind(kind: str) -> None:
@@ -45,9 +35,6 @@ def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], 
 
     Returns:
         {prompt: {system: file}}, and notes on skipped prompts and files.
-
-    Raises:
-        UserError: fewer than two systems, an empty folder, or no common prompt.
     """
     if len(folders) < 2:
         raise UserError("a listening test needs at least two systems: give --systems NAME=FOLDER NAME=FOLDER ...")
@@ -84,12 +71,7 @@ def plan(prompts: Sequence[str], names: dict[str, dict[str, str]], kind: str, li
     """The trials of one listener.
 
     The order of the prompts is random for each listener. Within a prompt, the order of the systems is a row of a
-    Williams design; the order of a pair alternates between listeners.
-
-    Args:
-        names: {prompt: {system: blind name}}.
-        kind: one of KINDS.
-        listener: number, from 1.
+    Williams design; the order of a pair alternates between listeners. `names`: {prompt: {system: blind name}}.
     """
     systems = list(names[prompts[0]])
     rows = williams(len(systems))

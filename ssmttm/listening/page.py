@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,17 +28,11 @@ def make_test(
     """Write OUT/test.html for the listeners, and OUT/key.json with the systems of the clips.
 
     Args:
-        folders: each system's clips.
         kind: mos (ratings from 1 to 5), pairs (preferences) or both.
-        axes: of the ratings, from AXES.
         listeners: number of different orders; listener n + 1 gets the first again.
-        seed: of the blind names.
 
     Returns:
         The files, and notes on skipped clips and differences between systems.
-
-    Raises:
-        UserError: an unknown kind or axis, no listeners, or no common prompts.
     """
     check_kind(kind)
     if listeners < 1:
@@ -64,7 +59,7 @@ def make_test(
         "axes": list(axes),
         "trials": len(plans[0]),
         "clips": dict(sorted(blind.items())),
-        "plans": [[trial.document() for trial in trials] for trials in plans],
+        "plans": [[asdict(trial) for trial in trials] for trials in plans],
     }
     write_page(out / "test.html", "listening_test.html", title="Listening test", test=test)
     document = {"test": test["id"], "kind": kind, "clips": key}

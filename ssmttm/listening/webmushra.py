@@ -28,12 +28,7 @@ def export(
 
     Ratings are likert_single_stimulus pages, one for each clip and axis; a pair is a likert_multi_stimulus page, where
     the clip with the higher rating is preferred. webMUSHRA shuffles the pages and the clips of a page.
-
-    Returns:
-        The files, and notes on skipped clips.
-
-    Raises:
-        UserError: an unknown kind, or no common prompts.
+    Returns the files, and notes on skipped clips.
     """
     check_kind(kind)
     found, skipped = find_systems(folders)

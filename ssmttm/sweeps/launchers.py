@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from ssmttm.errors import Preempted
 from ssmttm.launch import local, slurm
-from ssmttm.launch.job import STOPPED, CommandJob
+from ssmttm.launch.job import FAILED, STOPPED, error_of
 from ssmttm.launch.ray import RayExecutor
+from ssmttm.signals import stop_requests
 from ssmttm.sweeps.folder import SweepFolder
 from ssmttm.sweeps.jobs import Job
 from ssmttm.sweeps.training_job import TrainingJob
@@ -23,10 +24,11 @@ def run_job(folder: SweepFolder, settings: DictConfig, job: Job) -> str:
         Preempted: a signal came; the job has written its checkpoint.
     """
     training = TrainingJob(folder, job, settings)
-    outcome, _ = local.run_to_end(training)
+    with stop_requests() as received:
+        outcome = training.run(received)
     if outcome == STOPPED:
-        raise Preempted(f"{job.name} stopped {training.progress()}: run it again to resume")
-    return str(outcome)
+        raise Preempted(f"{job.name} stopped at step {training.step()}: run it again to resume")
+    return outcome
 
 
 def run_local(
@@ -34,16 +36,33 @@ def run_local(
     jobs: Iterable[Job],
     settings: DictConfig,
     total: int,
-    on_end: Callable[[CommandJob, str], None] = lambda job, outcome: None,
+    on_end: Callable[[Job, str], None] = lambda job, outcome: None,
 ) -> None:
     """Run jobs as processes of this machine (see `local.run_jobs`); `total` is for the progress bar."""
     launcher = settings.launcher
     slots = local.slots(launcher.gpus, launcher.threads, launcher.parallel)
-    resume_hint = f"finished training is kept in {folder.path}: run the same command to resume"
+    steps: dict[str, int] = {}
     with tqdm(total=total, desc="sweep", unit="job") as bar:
-        local.run_jobs(
-            jobs, lambda job, slot: TrainingJob(folder, job, settings, slot), slots, on_end, bar, resume_hint
-        )
+
+        def run(job: Job, slot: local.Slot, stopping: Callable[[], int]) -> str:
+            training = TrainingJob(folder, job, settings, slot)
+
+            def show_step() -> None:
+                steps[job.name] = training.step()
+                bar.set_postfix(steps)
+
+            return training.run(stopping, show_step)
+
+        def finish(job: Job, outcome: str) -> None:
+            steps.pop(job.name, None)
+            on_end(job, outcome)
+            bar.update(outcome != STOPPED)
+            if outcome == FAILED:
+                job_folder = folder.job_folder(job.name)
+                bar.write(f"{job.name} failed ({job_folder / 'log.txt'}):\n{error_of(job_folder)}", file=sys.stderr)
+
+        hint = f"finished training is kept in {folder.path}: run the same command to resume"
+        local.run_jobs(jobs, run, slots, finish, hint)
 
 
 def submit_slurm(folder: SweepFolder, jobs: list[Job], settings: DictConfig) -> None:
@@ -57,7 +76,7 @@ def submit_slurm(folder: SweepFolder, jobs: list[Job], settings: DictConfig) -> 
         "time": launcher.time,
         "partition": launcher.partition,
         "account": launcher.account,
-        "output": folder.path / "slurm-%a.log",
+        "output": slurm.log_pattern(folder.path, "slurm-%a.log"),
     }
     command = [sys.executable, "-m", "ssmttm.cli.main", "sweep", "job", str(folder.path)]
     slurm.write_script(script, command, [job.name for job in jobs], options)

@@ -36,7 +36,7 @@ class TrainingJob(CommandJob):
         environment = {"OMP_NUM_THREADS": str(launcher.threads), "TOKENIZERS_PARALLELISM": "false"}
         if slot.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpus
-        super().__init__(job.name, folder.job_folder(job.name), stages, launcher.retries, environment)
+        super().__init__(folder.job_folder(job.name), stages, launcher.retries, environment)
 
     def command(self, stage: str) -> list[str]:
         """See `CommandJob.command`."""
@@ -54,15 +54,15 @@ class TrainingJob(CommandJob):
 
     def is_done(self) -> bool:
         """See `CommandJob.is_done`."""
-        return self._sweep_folder.is_done(self.name, self._evaluate)
+        return self._sweep_folder.is_done(self.job.name, self._evaluate)
 
     def summary(self) -> dict[str, Any]:
         """See `CommandJob.summary`."""
-        return {"steps": last_step(self.folder / "run"), "evaluate": self._evaluate}
+        return {"steps": self.step(), "evaluate": self._evaluate}
 
-    def progress(self) -> str:
-        """See `CommandJob.progress`."""
-        return f"at step {last_step(self.folder / 'run')}"
+    def step(self) -> int:
+        """The last training step, or 0."""
+        return last_step(self.folder / "run")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

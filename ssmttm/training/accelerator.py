@@ -11,11 +11,7 @@ from ssmttm.training.cpu import has_bf16, keep_freed_memory
 
 
 def build_accelerator(precision: str) -> Accelerator:
-    """The accelerator for `train.precision`: auto, fp32 or bf16.
-
-    Raises:
-        UserError: an unknown precision, or bf16 on a GPU without it.
-    """
+    """The accelerator for `train.precision`: auto, fp32 or bf16. Raises UserError for one that is not supported."""
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"unknown train.precision={precision}: choose from auto, fp32, bf16")
     gpu = torch.cuda.is_available()

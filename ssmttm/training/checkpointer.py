@@ -16,6 +16,7 @@ from ssmttm import checkpoint
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.licences import strictest
+from ssmttm.model_folder import read_card
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import settings_hash
@@ -75,11 +76,7 @@ def save(
 def restore(
     folder: Path, trained_modules: dict[str, TrainedModule], ema: EMA | None, metadata: dict[str, Any], rank: int
 ) -> Progress:
-    """Load a checkpoint written by `save`.
-
-    Raises:
-        UserError: the checkpoint was trained on another store or with another teacher.
-    """
+    """Load a checkpoint written by `save`. Raises UserError if its store or teacher is another one."""
     state = checkpoint.read_state(folder)
     old, new = state["data"]["fingerprint"], metadata["fingerprint"]
     if old != new:
@@ -114,22 +111,17 @@ def _check_same_teacher(folder: Path, old: dict[str, Any], new: dict[str, Any]) 
             )
 
 
-def load_initial_weights(
-    model: str | Path, module: nn.Module, codec: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Load the weights (averaged, if there are any) of another run, checkpoint or exported model.
+def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Load the weights of another run, checkpoint or exported model. Raises UserError if they do not fit.
 
     Args:
         codec: name and fingerprint of the codec of the new run's codes; None if it uses no codes.
 
     Returns:
         `Progress.init`: name, step, hash of the weights and licences of the data of that model.
-
-    Raises:
-        UserError: there is no such model, it has another shape, or it uses another codec's codes.
     """
     folder = checkpoint.find_model(model)
-    card = checkpoint.read_document(folder, "card" if (folder / "card.json").is_file() else "state")
+    card = read_card(folder)
     own_codec = card["data"].get("codec")
     if codec and own_codec and codec["fingerprint"] != own_codec["fingerprint"]:
         raise UserError(
@@ -152,7 +144,7 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
     groups: dict[str, Any] = {}
     for module_name, state in optimizers.items():
         groups[module_name] = state["param_groups"]
-        for index, name in _parameter_names(state["param_groups"]).items():
+        for name, index in _parameter_indices(state["param_groups"]).items():
             for quantity, value in state["state"].get(index, {}).items():
                 tensors[f"{module_name}/{name}/{quantity}"] = value
     return tensors, groups
@@ -160,23 +152,17 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
 
 def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse of `flatten_optimizers`; tensors are copied, so that no optimiser updates a mapped file."""
-    states: dict[str, dict[str, Any]] = {
-        module_name: {"state": {}, "param_groups": own} for module_name, own in groups.items()
-    }
-    index_of = {
-        (module_name, name): index
-        for module_name, own in groups.items()
-        for index, name in _parameter_names(own).items()
-    }
+    states: dict[str, dict[str, Any]] = {name: {"state": {}, "param_groups": own} for name, own in groups.items()}
+    indices = {module_name: _parameter_indices(own) for module_name, own in groups.items()}
     for key, value in tensors.items():
         module_name, name, quantity = key.split("/")
-        states[module_name]["state"].setdefault(index_of[module_name, name], {})[quantity] = value.clone()
+        states[module_name]["state"].setdefault(indices[module_name][name], {})[quantity] = value.clone()
     return states
 
 
-def _parameter_names(groups: list[dict[str, Any]]) -> dict[int, str]:
-    pairs = (zip(group["params"], group.get("param_names", []), strict=True) for group in groups)
-    return {index: name for group in pairs for index, name in group}
+def _parameter_indices(groups: list[dict[str, Any]]) -> dict[str, int]:
+    pairs = (zip(group.get("param_names", []), group["params"], strict=True) for group in groups)
+    return {name: index for group in pairs for name, index in group}
 
 
 def _versions() -> dict[str, str]:

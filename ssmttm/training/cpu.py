@@ -17,10 +17,7 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory instead of returning large tensors to the system after each use.
 
     Every step allocates the same large tensors. By default glibc maps and unmaps them each time and the kernel clears
-    the pages: a fifth of a step of the tiny language model (docs/training.md).
-
-    Returns:
-        Whether the settings took effect; only glibc has them.
+    the pages: a fifth of a step of the tiny language model (docs/training.md). Returns False without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

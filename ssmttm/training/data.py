@@ -48,11 +48,7 @@ def check_complete(store: Store, name: str) -> None:
 
 
 def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) -> Codec:
-    """The codec of a store's codes, limited to its first `n_codebooks`.
-
-    Raises:
-        UserError: the store has no codes or captions, or the installed codec of that name is another.
-    """
+    """The codec of a store's codes, limited to `n_codebooks`. Raises UserError if the installed one is another."""
     check_complete(store, name)
     codec = load_codec(store.info["codec"]["name"], n_codebooks)
     check_fingerprint("codec", codec.fingerprint, store.info)
@@ -65,4 +61,14 @@ def check_fingerprint(kind: str, fingerprint: str, info: dict[str, Any]) -> None
         raise UserError(
             f"the store was made with another {kind} than the installed {info[kind]['name']}: prepare it again, or "
             f"install the original {kind}"
+        )
+
+
+def check_text_dim(config: DictConfig, info: dict[str, Any]) -> None:
+    """Raises UserError unless the model takes text of the width of the store's embeddings."""
+    text, text_dim, store = info["text"], config.model.text_dim, config.data.store
+    if text_dim != text["dim"]:
+        raise UserError(
+            f"the model takes text of width {text_dim}, {store} holds {text['name']} of width {text['dim']}: "
+            f"set model.text_dim={text['dim']}, or prepare with another text encoder"
         )

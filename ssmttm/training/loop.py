@@ -51,10 +51,7 @@ TASKS = {  # module of ssmttm.training.tasks and class, imported when used
 
 
 def train(config: DictConfig) -> Path:
-    """Train `config.task` up to `config.train.steps`, from a checkpoint if `config.resume` selects one.
-
-    Returns:
-        The run folder.
+    """Train `config.task` up to `config.train.steps`; returns the run folder.
 
     Raises:
         UserError: unusable settings, data or checkpoint; a loss that is not finite; a full disk.
@@ -72,13 +69,12 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     run_dir, steps = Path(config.run_dir), config.train.steps
-    resumed = _broadcast_resume_folder(config, accelerator)
+    resumed = broadcast_object_list([resume_folder(config) if main else None])[0]
     rng.seed_all(config.seed, rank=0)  # the same initial weights on every rank
     task = build_task(config)
     codec = None if config.task == "codec" else task.metadata()["codec"]
-    init = {}
-    if config.init and not resumed:
-        init = load_initial_weights(config.init, task.modules["model"], codec)
+    new = config.init and not resumed
+    init = load_initial_weights(config.init, task.modules["model"], codec) if new else {}
     trained_modules = {name: TrainedModule(module, config.optim, accelerator) for name, module in task.modules.items()}
     ema = EMA(trained_modules["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 
@@ -174,12 +170,6 @@ def build_task(config: DictConfig) -> Task:
 def _due(step: int, steps: int, every: int) -> bool:
     """Every `every` steps and at the last step; 0: never."""
     return bool(every) and (step % every == 0 or step == steps)
-
-
-def _broadcast_resume_folder(config: DictConfig, accelerator: Accelerator) -> Path | None:
-    """`resume_folder`, computed by the main process."""
-    found = [resume_folder(config) if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0]
 
 
 def _validation_batches(task: Task, config: DictConfig, accelerator: Accelerator) -> list[Batch]:

@@ -13,9 +13,6 @@ def build_optimizer(module: nn.Module, config: DictConfig) -> AdamW:
 
     No weight decay on parameters of at most one dimension (norms, biases, A_log, D, dt_bias), on those marked
     `_no_weight_decay` and, unless `decay_embeddings`, on embeddings.
-
-    Args:
-        config: `optim` group: lr, weight_decay, betas, eps, decay_embeddings.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decayed: list[tuple[str, nn.Parameter]] = []

@@ -55,11 +55,7 @@ def _is_number(value: Any) -> bool:
 
 
 def resume_folder(config: DictConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a new run; `resume` and the content of `run_dir` decide.
-
-    Raises:
-        UserError: resume=none in a folder in use, a damaged checkpoint, or settings that differ from the checkpoint's.
-    """
+    """The checkpoint to resume from, or None for a new run. Raises UserError if `resume` or the settings do not fit."""
     run_dir = Path(config.run_dir)
     present = checkpoint.checkpoints(run_dir)
     if config.resume in (None, "none"):
@@ -100,12 +96,7 @@ def settings_hash(config: DictConfig) -> str:
 
 
 def run_summary(task: Task, config: DictConfig, loader: Loader, micro: list[Batch], world_size: int, start: int) -> str:
-    """A few lines for the console: parameters, steps, batch and totals.
-
-    Args:
-        micro: this rank's micro-batches of the first step.
-        start: the first step.
-    """
+    """The console's lines at the start: parameters, steps, batch, totals. `micro`: micro-batches of the first step."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in task.modules.items()}
     throughputs = [task.throughput(batch, start) for batch in micro]
     tokens, seconds, flops = (sum(values) * world_size for values in zip(*throughputs, strict=True))

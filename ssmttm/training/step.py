@@ -49,11 +49,7 @@ class TrainedModule:
 def gradients(
     task: Task, trained_modules: dict[str, TrainedModule], micro: list[Batch], step: int, accelerator: Accelerator
 ) -> tuple[Losses, tuple[float, float, float]]:
-    """Forward and backward over this rank's micro-batches.
-
-    Returns:
-        This rank's partial losses; its codes, seconds of audio and FLOPs (forward and backward).
-    """
+    """Forward and backward over this rank's micro-batches: partial losses; codes, seconds of audio and FLOPs."""
     denominators = global_denominators(task, micro, accelerator)
     wrapped = {name: module.wrapped for name, module in trained_modules.items()}
     totals: Losses = {}
@@ -101,11 +97,7 @@ def all_reduce_metrics(
 
 
 def clip_gradients(trained_modules: dict[str, TrainedModule], clip: float | None) -> dict[str, float]:
-    """Clip the gradient norm of each module to `clip` (None: only measure it).
-
-    Returns:
-        The norms before clipping, by name in the log.
-    """
+    """Clip the gradient norm of each module to `clip` (None: only measure it); returns the norms before clipping."""
     norms = {}
     for name, module in trained_modules.items():
         if module.has_gradients:

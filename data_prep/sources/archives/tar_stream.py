@@ -1,7 +1,7 @@
-"""Tar archives of strangers, read from front to back: POSIX (ustar, pax) and GNU, plain or gzip.
+"""A streaming reader of untrusted tar archives: POSIX (ustar, pax) and GNU, plain or gzip.
 
-Python's own `tarfile` has looped, read without end or left its folder on crafted archives, depending on its version.
-This reader knows files, says of everything else what it is, and reads no more of a header than a header may have.
+Depending on the version, Python's `tarfile` loops, reads without end or leaves its folder on crafted archives. This
+reader yields files only, reports other entries by kind, and bounds what it reads.
 """
 
 import gzip
@@ -23,18 +23,12 @@ _KINDS = {
 
 
 class BadArchive(Rejected):
-    """An archive cannot be read on."""
+    """The rest of an archive cannot be read."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is too much of an archive.
-
-    Attributes:
-        members: files, folders and what else it holds.
-        total_bytes: of it, unpacked.
-        ratio: unpacked bytes over packed ones.
-    """
+    """Limits of an archive: number of entries, unpacked bytes, unpacked over packed bytes."""
 
     members: int = 1_000_000
     total_bytes: int = 64 << 30
@@ -42,21 +36,17 @@ class Bounds:
 
 
 class Stream:
-    """The bytes of an archive, plain or unpacked, counted.
-
-    Args:
-        file: a regular file, at its beginning.
-    """
+    """The unpacked bytes of an archive, counted; `file` is a regular file at its start."""
 
     def __init__(self, file: BinaryIO, bounds: Bounds) -> None:
         self._file, self._bounds = file, bounds
         self._size = os.fstat(file.fileno()).st_size
         self._packed = file.peek(2)[:2] == b"\x1f\x8b"  # type: ignore[attr-defined]
         self._source: BinaryIO = gzip.GzipFile(fileobj=file) if self._packed else file  # type: ignore[assignment]
-        self._place = 0
+        self._position = 0
 
     def read(self, size: int) -> bytes:
-        """The next bytes, fewer at the end. Raises BadArchive beyond a bound or where the archive is damaged."""
+        """The next bytes, fewer at the end. Raises BadArchive beyond a bound or if the archive is damaged."""
         try:
             data = self._source.read(size)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -65,9 +55,9 @@ class Stream:
         return data
 
     def skip(self, size: int) -> None:
-        """Pass over bytes, which must be there."""
+        """Skip bytes, which must exist."""
         if not self._packed:
-            if self._place + size > self._size:
+            if self._position + size > self._size:
                 raise _damaged()
             self._source.seek(size, os.SEEK_CUR)
             self._advance(size)
@@ -79,28 +69,22 @@ class Stream:
             size -= len(data)
 
     def _advance(self, size: int) -> None:
-        self._place += size
-        if self._place > self._bounds.total_bytes:
-            raise BadArchive("limit", f"the archive holds more than {self._bounds.total_bytes} bytes")
-        if self._packed and self._place > 16 * _CHUNK + self._bounds.ratio * self._file.tell():
+        self._position += size
+        if self._position > self._bounds.total_bytes:
+            raise BadArchive("limit", f"the archive has more than {self._bounds.total_bytes} bytes")
+        if self._packed and self._position > 16 * _CHUNK + self._bounds.ratio * self._file.tell():
             raise BadArchive("limit", f"the archive unpacks to more than {self._bounds.ratio:g} times its size")
 
 
 class Member:
-    """One entry. What of its content is not read is passed over.
-
-    Attributes:
-        name: as the archive writes it; nothing is checked.
-        kind: `file`, or what else it is, in words.
-        size: bytes of content.
-    """
+    """An entry: its unchecked name, its kind (`file`, or a description of what it is), its size in bytes."""
 
     def __init__(self, stream: Stream, name: str, kind: str, size: int) -> None:
         self.name, self.kind, self.size = name, kind, size
         self._stream, self._left = stream, size
 
     def chunks(self) -> Iterator[bytes]:
-        """The content, piece by piece. Raises BadArchive where the archive ends before it."""
+        """The content in chunks. Raises BadArchive if the archive ends before it."""
         while self._left:
             data = self._stream.read(min(self._left, _CHUNK))
             if not data:
@@ -109,20 +93,20 @@ class Member:
             yield data
 
     def finish(self) -> None:
-        """Go to the next header."""
+        """Skip to the next header."""
         self._stream.skip(self._left + -self.size % _BLOCK)
         self._left = 0
 
 
 def members(file: BinaryIO, bounds: Bounds) -> Iterator[Member]:
-    """The entries in order, each of which is passed over before the next is read.
+    """The entries in order; unread content is skipped.
 
     Raises:
-        BadArchive: unreadable (no tar, damaged, cut short) or limit. What came before is good.
+        BadArchive: unreadable (not a tar, damaged, truncated) or limit. The entries before are valid.
     """
     stream = Stream(file, bounds)
     extra: dict[str, str] = {}
-    for _ in range(3 * bounds.members):  # a member may have two headers of extras before its own
+    for _ in range(3 * bounds.members):  # an entry may have two extended headers
         header = stream.read(_BLOCK)
         if not header.strip(b"\0"):
             return
@@ -134,11 +118,11 @@ def members(file: BinaryIO, bounds: Bounds) -> Iterator[Member]:
             yield member
             extra = {}
         member.finish()
-    raise BadArchive("limit", f"the archive holds more than {bounds.members} entries")
+    raise BadArchive("limit", f"the archive has more than {bounds.members} entries")
 
 
 def _entry(stream: Stream, header: bytes, extra: dict[str, str]) -> tuple[bytes, Member]:
-    """The type flag and the entry of one header, under the extras that came before it."""
+    """Type flag and entry of a header, with the values `extra` of the extended headers before it."""
     blank = sum(header[:148]) + 8 * 32 + sum(header[156:])
     if len(header) < _BLOCK or _number(header[148:156]) != blank:
         raise _damaged()
@@ -148,9 +132,9 @@ def _entry(stream: Stream, header: bytes, extra: dict[str, str]) -> tuple[bytes,
         name = f"{_text(header[345:500])}/{name}"
     size = _number(header[124:136])
     if flag in (b"x", b"g", b"L", b"K"):
-        return flag, Member(stream, name, "extras", size)
+        return flag, Member(stream, name, "extended header", size)
     if flag == b"S" or any(key.startswith("GNU.sparse") for key in extra):
-        raise BadArchive("unreadable", "the archive holds a sparse file")
+        raise BadArchive("unreadable", "the archive has a sparse file")
     name = extra.get("path", name)
     size = _decimal(extra["size"]) if "size" in extra else size
     kind = "folder" if name.endswith("/") else _KINDS.get(flag, "unknown entry")
@@ -164,7 +148,7 @@ def _content(member: Member) -> bytes:
 
 
 def _pax(content: bytes) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE\\n`, the length that of the record."""
+    """Records `LENGTH KEY=VALUE\\n`; LENGTH is that of the whole record."""
     found = {}
     while content:
         length = content[:12].partition(b" ")[0]
@@ -181,7 +165,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or after a byte 0x80 a binary number."""
+    """Octal digits, or a binary number after a byte 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
@@ -197,4 +181,4 @@ def _decimal(text: str) -> int:
 
 
 def _damaged() -> BadArchive:
-    return BadArchive("unreadable", "the archive is no tar, damaged or cut short")
+    return BadArchive("unreadable", "the archive is not a tar, damaged or truncated")

@@ -1,174 +1,71 @@
-"""WebDataset archives: a store out as tars, and tars of strangers in as a source.
+"""Reading of WebDataset archives from untrusted sources.
 
-A sample is a run of files whose names are the same up to the first dot: `KEY.flac` or another sound, `KEY.json` with
-what is known of it, `KEY.txt` with a caption. Formats: github.com/webdataset/webdataset, and tar of POSIX.1-2001.
-
-Shapes: K codebooks, T frames.
+A sample is a sequence of files with the same name up to the first dot: audio as `KEY.flac` or another format, metadata
+as `KEY.json`, a caption as `KEY.txt`. Formats: github.com/webdataset/webdataset, POSIX.1-2001 tar.
 """
 
 import errno
-import hashlib
-import io
-import itertools
 import json
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-import numpy as np
 
 from data_prep.paths import check_name, inside, printable
 from data_prep.shard_task import Counts
 from data_prep.sources.archives.tar_stream import BadArchive, Bounds, Member, members
 from data_prep.track import Rejected, Rejection, Track
-from ssmttm.data.store import SPLITS, Store
+from ssmttm.data.splits import SPLITS
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256, new_folder
 
-INDEX, ITEMS_FILE = "dataset.json", "items.jsonl"
-SOUNDS = {
+ITEMS_FILE = "items.jsonl"
+AUDIO_EXTENSIONS = {
     "wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "caf", "w64", "m4a", "mp4", "aac", "wma",
     "wv", "ape", "tta", "webm", "mka",
 }  # fmt: skip
-TEXTS = {"txt", "caption"}
-_LONGEST_KEY = 100  # letters
-_Files = list[tuple[str, bytes]]  # names and contents
-_PLACE = {"shard", "offset", "audio"}  # columns that tell of the store, not of the segment
-
-
-def export(store: Store, out: Path, shard_bytes: int = 1 << 30) -> list[Path]:
-    """Write a store as WebDataset archives, the same bytes for the same store.
-
-    A segment becomes `KEY.flac` (its sound as the store keeps it), `KEY.json` (its row of the manifest) and, where it
-    has codes, `KEY.codes.npy` (uint16 [K, T]). KEY is its id; what is no letter, digit, `-` or `_` is percent-encoded,
-    and what is too long ends in a hash. Beside the archives lie dataset.json (codec, rate, counts; each archive's
-    sha256) and ATTRIBUTION.csv.
-
-    Args:
-        out: a new folder.
-        shard_bytes: of an archive, at most, unless a single segment is larger.
-
-    Returns:
-        The archives.
-
-    Raises:
-        UserError: `out` is there already or cannot be written, or the store lacks a file.
-    """
-    with new_folder(out) as aside:
-        names = _write_all(store, aside, shard_bytes)
-        shards = [{"name": name, "sha256": file_sha256(aside / name)} for name in names]
-        known = {name: store.info.get(name) for name in ("codec", "sample_rate", "counts", "hours")}
-        (aside / INDEX).write_text(json.dumps({**known, "shards": shards}, indent=2) + "\n", encoding="utf-8")
-        with suppress(FileNotFoundError):
-            (aside / "ATTRIBUTION.csv").write_bytes((store.path / "ATTRIBUTION.csv").read_bytes())
-    return [out / name for name in names]
-
-
-def _write_all(store: Store, folder: Path, shard_bytes: int) -> list[str]:
-    names = []
-    for index, part in itertools.groupby(_numbered(_samples(store), shard_bytes - 10_240), key=itemgetter(0)):
-        names.append(f"shard-{index:06d}.tar")
-        with tarfile.open(folder / names[-1], "x", format=tarfile.PAX_FORMAT) as archive:
-            for name, data in itertools.chain.from_iterable(sample for _, sample in part):
-                entry = tarfile.TarInfo(name)  # no time, no owner, mode 0644
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-    return names
-
-
-def _numbered(samples: Iterable[_Files], shard_bytes: int) -> Iterator[tuple[int, _Files]]:
-    """Each sample with the number of its archive."""
-    number, left = 0, shard_bytes
-    for sample in samples:
-        size = sum(1024 + len(data) for _, data in sample)  # a header each, and what fills the last block
-        if size > left and left < shard_bytes:
-            number, left = number + 1, shard_bytes
-        left -= size
-        yield number, sample
-
-
-def _samples(store: Store) -> Iterator[_Files]:
-    """Names and contents of each segment's files."""
-    index = 0
-    for batch in store.manifest.to_batches():
-        for row in batch.to_pylist():
-            key = _key(row["id"])
-            known = {name: value for name, value in row.items() if name not in _PLACE}
-            sample = [(f"{key}.json", json.dumps(known, ensure_ascii=False, sort_keys=True).encode())]
-            if row["audio"] is not None:
-                path = store.audio_path(index)
-                try:
-                    sample.insert(0, (f"{key}{path.suffix}", path.read_bytes()))
-                except FileNotFoundError as error:
-                    raise UserError(f"{path} is missing: restore it, or prepare the store again") from error
-            if row["shard"] >= 0:
-                codes = io.BytesIO()
-                np.save(codes, store.codes(index), allow_pickle=False)  # uint16 [K, T]
-                sample.append((f"{key}.codes.npy", codes.getvalue()))
-            yield sample
-            index += 1
-
-
-def _key(name: str) -> str:
-    key = quote(name, safe="").replace(".", "%2E").replace("~", "%7E")
-    return key if len(key) <= _LONGEST_KEY else f"{key[:_LONGEST_KEY]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+TEXT_EXTENSIONS = {"txt", "caption"}
 
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """What is too much of archives.
+    """Limits of the audio and text files in an archive, and bounds of the archive."""
 
-    Attributes:
-        sound_bytes, text_bytes: of one file of them.
-        bounds: of one archive.
-    """
-
-    sound_bytes: int = 4 << 30
+    audio_bytes: int = 4 << 30
     text_bytes: int = 1 << 20
     bounds: Bounds = field(default_factory=Bounds)
 
 
-def tracks_from(tars: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()) -> Iterator[Track | Rejection]:
-    """Read archives from front to back, put their sound aside under `out`, and give a track for each sample.
+def read_archives(path: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()) -> Iterator[Track | Rejection]:
+    """Read archives once from start to end, write their audio below `out`, and yield a track per sample.
 
-    JSON is read for caption, captions or text, licence or license (or licence_url), title, author or artist,
-    source_url or url, tags, split and id; `.txt` and `.caption` are captions. Other files of a sample are passed over.
+    JSON keys: caption, captions or text; licence or license (or licence_url); title; author or artist; source_url or
+    url; tags; split; id. `.txt` and `.caption` are captions. Other files of a sample are ignored. Rejected are unsafe
+    names, links and devices, repeated keys, samples without audio or with invalid JSON, and damaged or too large files
+    and archives, of which the rest is lost.
 
     Args:
-        tars: an archive (`.tar`, `.tar.gz`, `.tgz`), or a folder of them, in any depth.
-        out: the root of the tracks' paths; a track's file is `ARCHIVE/KEY.EXTENSION` below it.
-
-    Yields:
-        In the order of the archives' names: tracks, and what is refused: names that lead outside, links and devices,
-        keys that occur twice, samples without sound or with JSON that is none, files and archives beyond a limit or
-        damaged. A damaged archive costs what comes after the damage.
-
-    Raises:
-        UserError: there is no archive.
+        path: an archive (`.tar`, `.tar.gz`, `.tgz`), or a folder with archives at any depth.
+        out: root of the tracks' paths, which are `ARCHIVE/KEY.EXTENSION`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for archive in archives_of(tars):
-        name = archive.name if archive == tars else archive.relative_to(tars).as_posix()
+    for archive in find_archives(path):
+        name = archive.name if archive == path else archive.relative_to(path).as_posix()
         yield from _Archive(archive, name, out, limits).tracks()
 
 
-def archives_of(tars: Path) -> list[Path]:
-    """An archive, or those in a folder in any depth, by name. Raises UserError if there is none."""
-    archives = [tars] if tars.is_file() else sorted(path for path in tars.rglob("*") if _is_archive(path))
+def find_archives(path: Path) -> list[Path]:
+    """An archive, or the archives of a folder at any depth, sorted. Raises UserError if there is none."""
+    archives = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_archive(file))
     if not archives:
-        raise UserError(f"there is no archive at {tars} (.tar, .tar.gz, .tgz)")
+        raise UserError(f"no archive (.tar, .tar.gz, .tgz) in {path}")
     return archives
 
 
-def unpack(archive: Path, folder: Path) -> Counts:
-    """The stage `unpack`: put an archive's sound aside in a shard's folder, and write what is known of it."""
-    items = list(tracks_from(archive, folder))
+def unpack_shard(archive: Path, folder: Path) -> Counts:
+    """The stage `unpack`: write the audio of an archive, and its tracks and rejections, into a shard's folder."""
+    items = list(read_archives(archive, folder))
     with open(folder / ITEMS_FILE, "w", encoding="utf-8") as file:
         for item in items:
             file.write(json.dumps({type(item).__name__: asdict(item)}) + "\n")
@@ -176,16 +73,16 @@ def unpack(archive: Path, folder: Path) -> Counts:
     return {"tracks": tracks, "rejected": len(items) - tracks}
 
 
-def unpacked(folder: Path) -> Iterator[Track | Rejection]:
-    """What `unpack` wrote into a shard's folder, with the paths from the stage's folder on."""
+def read_unpacked(folder: Path) -> Iterator[Track | Rejection]:
+    """The items of a shard of `unpack`, with paths relative to the stage's folder."""
     with open(folder / ITEMS_FILE, encoding="utf-8") as file:
         for line in file:
-            ((kind, facts),) = json.loads(line).items()
+            ((kind, fields),) = json.loads(line).items()
             if kind == "Rejection":
-                yield Rejection(**facts)
+                yield Rejection(**fields)
             else:
-                texts = {name: tuple(facts[name]) for name in ("captions", "tags")}
-                yield Track(**{**facts, **texts, "path": f"{folder.name}/{facts['path']}"})
+                texts = {name: tuple(fields[name]) for name in ("captions", "tags")}
+                yield Track(**{**fields, **texts, "path": f"{folder.name}/{fields['path']}"})
 
 
 def _is_archive(path: Path) -> bool:
@@ -193,7 +90,7 @@ def _is_archive(path: Path) -> bool:
 
 
 class _Archive:
-    """One archive. `name` is its path in messages, and without its extension the folder of its sound below `out`."""
+    """An archive. `name` is used in messages and, without extension, as the folder of its audio below `out`."""
 
     def __init__(self, path: Path, name: str, out: Path, limits: ArchiveLimits) -> None:
         self._path, self._name, self._out, self._limits = path, name, out, limits
@@ -206,8 +103,8 @@ class _Archive:
             for member in self._members():
                 try:
                     key, extension = _split(member)
-                except Rejected as rejected:
-                    yield rejected.of(f"{self._name}:{printable(member.name)}")
+                except Rejected as error:
+                    yield error.for_item(f"{self._name}:{printable(member.name)}")
                     continue
                 if not extension:
                     continue
@@ -216,14 +113,14 @@ class _Archive:
                         yield sample.result()
                     sample = _Sample(key, f"{self._name}:{key}", self._folder, self._out, self._limits)
                     if key in keys:
-                        sample.rejected = Rejected("metadata", "its key occurs twice in the archive")
+                        sample.rejected = Rejected("metadata", "the key occurs twice in the archive")
                     keys.add(key)
                 sample.add(extension, member)
-        except BadArchive as rejected:
+        except BadArchive as error:
             if sample is not None:
-                sample.rejected = sample.rejected or rejected
+                sample.rejected = sample.rejected or error
                 yield sample.result()
-            yield rejected.of(self._name)
+            yield error.for_item(self._name)
         else:
             if sample is not None:
                 yield sample.result()
@@ -238,67 +135,63 @@ class _Archive:
 
 @dataclass
 class _Sample:
-    """What was read of a sample so far; `item` names it in a refusal, `folder` is that of its sound below `out`."""
+    """A sample read so far. `item` names it in rejections; `folder` is that of its audio, below `out`."""
 
     key: str
     item: str
     folder: str
     out: Path
     limits: ArchiveLimits
-    sound: str = ""  # path below `out`
-    known: dict[str, Any] | None = None
+    audio: str = ""  # path below `out`
+    metadata: dict[str, Any] | None = None
     captions: list[str] = field(default_factory=list)
     rejected: Rejected | None = None
 
     def add(self, extension: str, member: Member) -> None:
-        """Take a file of the sample. What is wrong with it is kept for `result`. Raises BadArchive."""
+        """Read a file of the sample; errors are kept for `result`. Raises BadArchive."""
         try:
-            if extension.rpartition(".")[2] in SOUNDS:
-                self._put_aside(extension.rpartition(".")[2], member)
-            elif extension in TEXTS:
-                self.captions.append(self._text(member))
+            if extension.rpartition(".")[2] in AUDIO_EXTENSIONS:
+                self._write_audio(extension.rpartition(".")[2], member)
+            elif extension in TEXT_EXTENSIONS:
+                self.captions.append(self._read_text(member))
             elif extension == "json":
-                self._note(self._text(member))
+                self._add_metadata(self._read_text(member))
         except BadArchive:
             raise
-        except Rejected as rejected:
-            self.rejected = self.rejected or rejected
+        except Rejected as error:
+            self.rejected = self.rejected or error
 
     def result(self) -> Track | Rejection:
-        """The track, or why there is none; then its sound is gone."""
-        if self.rejected is None and not self.sound:
-            self.rejected = Rejected("missing", "its sample holds no sound")
+        """The track, or its rejection; the audio of a rejected one is removed."""
+        if self.rejected is None and not self.audio:
+            self.rejected = Rejected("missing", "the sample has no audio")
         if self.rejected is not None:
-            if self.sound:
-                (self.out / self.sound).unlink()
-            return self.rejected.of(self.item)
-        return self._track(self.known or {})
+            if self.audio:
+                (self.out / self.audio).unlink()
+            return self.rejected.for_item(self.item)
+        return self._track(self.metadata or {})
 
-    def _track(self, known: dict[str, Any]) -> Track:
-        licence = _first(known, "licence", "license", "licence_url", "license_url")
-        captions = [text for name in ("captions", "caption", "text") for text in _texts(known.get(name))]
-        tags = known.get("tags")
-        split = _first(known, "split")
+    def _track(self, metadata: dict[str, Any]) -> Track:
+        licence = _first(metadata, "licence", "license", "licence_url", "license_url")
+        captions = [text for name in ("captions", "caption", "text") for text in _texts(metadata.get(name))]
+        tags = metadata.get("tags")
+        split = _first(metadata, "split")
         return Track(
-            id=_first(known, "id") or self.sound,
-            path=self.sound,
-            licence=licence,
-            title=_first(known, "title"),
-            author=_first(known, "author", "artist"),
-            source_url=_first(known, "source_url", "url"),
-            evidence=f"{self.item}.json" if licence else "",
+            id=_first(metadata, "id") or self.audio, path=self.audio, licence=licence,
+            title=_first(metadata, "title"), author=_first(metadata, "author", "artist"),
+            source_url=_first(metadata, "source_url", "url"), evidence=f"{self.item}.json" if licence else "",
             captions=tuple(dict.fromkeys([*captions, *filter(None, map(str.strip, self.captions))])),
             tags=tuple(_texts(tags.split(",") if isinstance(tags, str) else tags)),
             split=split if split in SPLITS else "",
-        )
+        )  # fmt: skip
 
-    def _put_aside(self, extension: str, member: Member) -> None:
-        if self.sound:
-            raise Rejected("metadata", "its sample holds several sounds")
+    def _write_audio(self, extension: str, member: Member) -> None:
+        if self.audio:
+            raise Rejected("metadata", "the sample has several audio files")
         if self.rejected is not None:
             return
-        if member.size > self.limits.sound_bytes:
-            raise Rejected("limit", f"it is larger than {self.limits.sound_bytes} bytes")
+        if member.size > self.limits.audio_bytes:
+            raise Rejected("limit", f"it is larger than {self.limits.audio_bytes} bytes")
         name = f"{self.folder}/{self.key}.{extension}"
         path = inside(self.out, name)
         part = path.with_name(".part")
@@ -310,14 +203,14 @@ class _Sample:
             part.replace(path)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
-                raise Rejected("metadata", f"no file can have its name ({error.strerror})") from error
+                raise Rejected("metadata", f"its name is not a valid file name ({error.strerror})") from error
             raise
         finally:
             with suppress(OSError):
                 part.unlink()
-        self.sound = name
+        self.audio = name
 
-    def _text(self, member: Member) -> str:
+    def _read_text(self, member: Member) -> str:
         if member.size > self.limits.text_bytes:
             raise Rejected("limit", f"its text is larger than {self.limits.text_bytes} bytes")
         try:
@@ -325,38 +218,34 @@ class _Sample:
         except UnicodeDecodeError as error:
             raise Rejected("metadata", "its text is not UTF-8") from error
 
-    def _note(self, text: str) -> None:
-        if self.known is not None:
-            raise Rejected("metadata", "its sample holds JSON twice")
+    def _add_metadata(self, text: str) -> None:
+        if self.metadata is not None:
+            raise Rejected("metadata", "the sample has several JSON files")
         try:
-            self.known = json.loads(text)
+            self.metadata = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Rejected("metadata", "its JSON cannot be read") from error
-        if not isinstance(self.known, dict):
-            raise Rejected("metadata", "its JSON is no object")
+            raise Rejected("metadata", "its JSON is invalid") from error
+        if not isinstance(self.metadata, dict):
+            raise Rejected("metadata", "its JSON is not an object")
 
 
 def _split(member: Member) -> tuple[str, str]:
-    """Key and lower-case extension of a file's name, empty for hidden files and such that belong to no sample.
-
-    Raises:
-        Refused: it is no file, or has a name to beware of.
-    """
+    """Key and lower-case extension; no extension for files to ignore. Raises Rejected for links and unsafe names."""
     if member.kind != "file":
-        raise Rejected("unreadable", f"it is no file but a {member.kind}")
+        raise Rejected("unreadable", f"it is a {member.kind}, not a file")
     check_name(member.name)
     folder, slash, name = "/".join(part for part in member.name.split("/") if part not in ("", ".")).rpartition("/")
     key, _, extension = name.partition(".")
     return f"{folder}{slash}{key}", extension.lower() if key else ""
 
 
-def _first(known: dict[str, Any], *names: str) -> str:
-    """The first text that is one and not empty."""
-    return next((text for name in names for text in _texts(known.get(name))[:1]), "")
+def _first(metadata: dict[str, Any], *names: str) -> str:
+    """The first non-empty text."""
+    return next((text for name in names for text in _texts(metadata.get(name))[:1]), "")
 
 
 def _texts(value: object) -> list[str]:
-    """Texts of a text or a list of them, without lone surrogates."""
+    """The non-empty texts of a text or a list; lone surrogates are replaced."""
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     texts = [text.encode("utf-8", "replace").decode().strip() for text in values if isinstance(text, str)]
     return [text for text in texts if text]

@@ -1,1 +1,1 @@
-"""captions"""
+"""Captions of segments."""

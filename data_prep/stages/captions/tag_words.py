@@ -1,4 +1,4 @@
-"""English for the tags of music corpora (those of MTG-Jamendo above all), which write words together."""
+"""English words for the tags of music corpora, MTG-Jamendo's above all."""
 
 CATEGORIES = {
     "genre": "genre", "genres": "genre", "style": "genre",
@@ -20,7 +20,7 @@ GENRES = {
     "synthpop": "synth-pop", "triphop": "trip-hop", "worldfusion": "world fusion",
 }  # fmt: skip
 
-# With their article, or none where they are many or a mass.
+# With an article, except plurals and mass nouns.
 INSTRUMENTS = {
     "acousticbassguitar": "an acoustic bass guitar", "acousticguitar": "an acoustic guitar", "bass": "a bass",
     "beat": "a steady beat", "bell": "bells", "bongo": "bongos", "brass": "brass",
@@ -30,7 +30,7 @@ INSTRUMENTS = {
     "percussion": "percussion", "pipeorgan": "a pipe organ", "rhodes": "a Rhodes piano", "sampler": "samples",
 }  # fmt: skip
 
-# What a theme is said to be fit for; other moods and themes are adjectives.
+# Themes as uses of the music; other moods and themes are adjectives.
 USES = {
     "action": "an action scene", "adventure": "an adventure", "advertising": "advertising",
     "background": "the background", "children": "children", "christmas": "Christmas", "commercial": "a commercial",
@@ -44,11 +44,13 @@ MOODS = {
     "ballad": "ballad-like", "dream": "dreamy", "love": "romantic", "soundscape": "atmospheric", "fun": "playful",
     "motivational": "motivating",
 }  # fmt: skip
-TEMPI = {"fast", "slow"}  # moods of MTG-Jamendo that are tempi
+TEMPI = {"fast", "slow"}  # mood tags of MTG-Jamendo
 
 VOCALS = {"voice", "vocal", "vocals", "choir", "rap", "singersongwriter", "singer-songwriter", "chanson", "acapella",
           "a cappella", "spoken", "spoken word", "speech"}  # fmt: skip
 
-NAMES = {"african", "american", "asian", "balkan", "brazilian", "british", "celtic", "cuban", "english", "european",
-         "french", "german", "greek", "indian", "irish", "italian", "japanese", "jewish", "latin", "russian",
-         "scottish", "spanish", "turkish"}  # fmt: skip
+PROPER_ADJECTIVES = {
+    "african", "american", "asian", "balkan", "brazilian", "british", "celtic", "cuban", "english", "european",
+    "french", "german", "greek", "indian", "irish", "italian", "japanese", "jewish", "latin", "russian", "scottish",
+    "spanish", "turkish",
+}  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmttm.codecs.base import Codec, CodecOutput, weights_fingerprint
-from ssmttm.codecs.folder import read_folder, write_folder
+from ssmttm.codecs.folder import read_codec_folder, write_codec_folder
 from ssmttm.codecs.students.decoders import ConvConfig, ConvDecoder, SpectralConfig, SpectralDecoder
 from ssmttm.errors import UserError
 
@@ -111,12 +111,12 @@ class StudentCodec(Codec):
 
     def save(self, folder: Path | str, half: bool = True) -> None:
         """Write config.json and model.safetensors (float16 if `half`) to a folder."""
-        write_folder(folder, MODEL_TYPE, asdict(self.config), self.weights(), half)
+        write_codec_folder(folder, MODEL_TYPE, asdict(self.config), self.weights(), half)
 
     @classmethod
     def load(cls, folder: Path | str, name: str | None = None) -> "StudentCodec":
         """Load a folder written by `save`, in float32 and eval mode. Raises UserError if it is missing or damaged."""
-        return read_folder(folder, lambda config: cls(StudentConfig(**config), name or Path(folder).name))
+        return read_codec_folder(folder, lambda config: cls(StudentConfig(**config), name or Path(folder).name))
 
 
 def _build(decoder: Mapping[str, Any], n_codebooks: int, codebook_dim: int, hop_length: int) -> Any:

@@ -5,7 +5,7 @@ prompts, and the classifiers' own accuracy on true music.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,13 @@ _TITLES = ("attribute", "accuracy", "95 % interval", "chance (uniform / majority
 
 @dataclass(frozen=True)
 class AdherenceReport:
-    """Prompt adherence of a set of clips.
+    """Prompt adherence of a set of clips."""
 
-    Attributes:
-        accuracy: by attribute (family, tempo_class, mode, third).
-        classifier_accuracy: of the classifiers on the store's held-out audio, `true` and `reconstructed`.
-        checks: how many clips are good, silent, clipped or noisy.
-        fingerprint: what the results depend on: model, codec, classifiers, store, seed, n, duration, guidance scale.
-        clips: the caption, expected and predicted labels of each clip.
-    """
-
-    accuracy: dict[str, LabelAccuracy]
-    classifier_accuracy: dict[str, dict[str, Any]]
-    checks: dict[str, int]
-    fingerprint: dict[str, Any]
-    clips: list[dict[str, Any]]
+    accuracy: dict[str, LabelAccuracy]  # by attribute: family, tempo_class, mode, third
+    classifier_accuracy: dict[str, dict[str, Any]]  # on the store's held-out audio, `true` and `reconstructed`
+    checks: dict[str, int]  # number of good, silent, clipped and noisy clips
+    fingerprint: dict[str, Any]  # model, codec, classifiers, store, seed, n, decoding
+    clips: list[dict[str, Any]]  # caption, expected and predicted labels
 
     def section(self) -> Section:
         """The results as a table with notes."""
@@ -60,10 +52,6 @@ class AdherenceReport:
         notes = f"Generated clips: {checks}. Classifier accuracy: {counts}.\nSettings: {settings}."
         return Section("Prompt adherence", notes, rows)
 
-    def document(self) -> dict[str, Any]:
-        """The results as JSON."""
-        return asdict(self)
-
 
 def measure_adherence(
     store: Store,
@@ -74,19 +62,10 @@ def measure_adherence(
     seed: int = 0,
     classifiers: AttributeClassifiers | None = None,
 ) -> AdherenceReport:
-    """Measure how well clips follow the held-out prompts of a built-in store.
+    """Measure how well clips, an audio file of 4 s or more for each prompt, follow the held-out prompts of a store.
 
-    Args:
-        store: a built-in store with its audio; the classifiers' accuracy is measured on its valid and test splits.
-        prompts: of the store.
-        paths: an audio file of 4 s or more for each prompt.
-        codec: of the model.
-        settings: model and decoding, for the fingerprint.
-        seed: of the shuffled control.
-        classifiers: default: the shipped ones.
-
-    Raises:
-        UserError: the store has no annotations or audio, or a file cannot be read.
+    The classifiers' own accuracy is measured on the store's valid and test splits. `settings`, of model and decoding,
+    are part of the fingerprint.
     """
     classifiers = classifiers or AttributeClassifiers.from_pretrained()
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])

@@ -61,12 +61,7 @@ class AttributePrediction:
 
 
 class AttributeClassifiers(nn.Module):
-    """The three networks; `from_pretrained` loads the shipped ones.
-
-    Attributes:
-        families: the classes of the family network.
-        card: training settings and held-out accuracy (config.json).
-    """
+    """The three networks; `from_pretrained` loads the shipped ones. `card`: training settings and held-out accuracy."""
 
     def __init__(self, families: list[str], card: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -78,11 +73,7 @@ class AttributeClassifiers(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "AttributeClassifiers":
-        """Load classifiers from a folder, by default the shipped ones.
-
-        Raises:
-            UserError: there are none in the folder, or they are damaged.
-        """
+        """Load classifiers from a folder, by default the shipped ones."""
         fix = "train them with `python -m ssmttm.cli.train_attribute_classifiers`"
         return load_network(Path(path or ASSETS), lambda card: cls(card["families"], card), "classifiers", fix)
 
@@ -100,9 +91,6 @@ class AttributeClassifiers(nn.Module):
         """Predict the attributes of each clip of wav [B, S], or [S].
 
         Log-probabilities are averaged over windows of 10 s.
-
-        Raises:
-            UserError: less than 4 s of audio.
         """
         wav = wav[None] if wav.ndim == 1 else wav
         wav = resample(wav, sample_rate, features.SAMPLE_RATE)

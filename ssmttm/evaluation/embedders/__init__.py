@@ -21,16 +21,7 @@ _WITHOUT_WEIGHTS = ("log_mel",)
 
 
 def load_embedder(name: str, weights: str | None = None, device: str = "cpu") -> Embedder:
-    """Load an embedder.
-
-    Args:
-        name: one of EMBEDDERS: tiny (embedded), log_mel (no weights), codec, clap, ast, panns, vggish.
-        weights: a file, folder or hub name; default: the embedder's own, if it has any.
-        device: of the network; tiny and log_mel run on the CPU.
-
-    Raises:
-        UserError: unknown name, or missing weights.
-    """
+    """Load one of EMBEDDERS from a file, folder or hub name, by default with its own weights, if it has any."""
     if name not in EMBEDDERS:
         raise UserError(f"embedder must be one of {', '.join(EMBEDDERS)}, got {name!r}")
     module, class_name = EMBEDDERS[name]

@@ -30,9 +30,6 @@ class AudioClassifier:
         exclusive: whether the classes are mutually exclusive (softmax) or not (sigmoid, as for AudioSet): from the
             config; without an entry there, whether there are two classes.
         fingerprint: 16 hex digits over weights and config.
-
-    Raises:
-        UserError: the checkpoint is missing, or is not an audio classifier.
     """
 
     def __init__(self, weights: str, device: str = "cpu") -> None:

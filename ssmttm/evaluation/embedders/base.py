@@ -13,37 +13,21 @@ from ssmttm.errors import UserError
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Embeds mono audio.
+    """Embeds mono audio."""
 
-    Attributes:
-        name: name in `load_embedder`, such as "tiny" or "log_mel".
-        fingerprint: 16 characters: a hash over the weights and all settings that change the embeddings, or a version.
-        sample_rate: Hz of the input.
-        seconds: length of the window of one embedding.
-        dim: D.
-    """
-
-    name: str
-    fingerprint: str
-    sample_rate: int
-    seconds: float
-    dim: int
+    name: str  # in `load_embedder`, such as "tiny" or "log_mel"
+    fingerprint: str  # 16 characters: a hash over weights and all settings that change the embeddings, or a version
+    sample_rate: int  # Hz of the input
+    seconds: float  # length of the window of one embedding
+    dim: int  # D
 
     def embed(self, wav: Tensor) -> Tensor:
-        """Embeddings of each clip's windows: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D].
-
-        Raises:
-            UserError: a clip is shorter than one window.
-        """
+        """Embeddings of each clip's windows: wav float32 [B, S] at `sample_rate` -> float32 [B, W, D]."""
 
 
 @runtime_checkable
 class Classifier(Protocol):
-    """An embedder that also classifies.
-
-    Attributes:
-        classes: the N names.
-    """
+    """An embedder that also classifies."""
 
     classes: Sequence[str]
 
@@ -63,11 +47,7 @@ class JointEmbedder(Protocol):
 
 
 def windows(wav: Tensor, size: int) -> Tensor:
-    """Split clips into adjacent windows, dropping the remainder: [B, S] -> [B, W, size].
-
-    Raises:
-        UserError: the clips are shorter than one window.
-    """
+    """Split clips into adjacent windows, dropping the remainder: [B, S] -> [B, W, size]."""
     if wav.shape[-1] < size:
         raise UserError(f"clips of {wav.shape[-1]} samples are shorter than the window of {size}: use longer clips")
     return wav.unfold(-1, size, size)

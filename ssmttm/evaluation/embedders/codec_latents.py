@@ -8,12 +8,7 @@ from ssmttm.evaluation.embedders.base import windows
 
 
 class CodecEmbedder:
-    """Latents of the codec's codes, pooled over windows of 2 s; insensitive to what the codec discards.
-
-    Args:
-        weights: the codec's name or folder; default: the embedded codec.
-        device: of the codec.
-    """
+    """Latents of a codec (`weights`: its name or folder), pooled over windows of 2 s."""
 
     name, seconds = "codec", 2.0
 

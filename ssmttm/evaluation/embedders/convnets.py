@@ -21,12 +21,7 @@ from ssmttm.files import file_sha256
 class VggishEmbedder(nn.Module):
     """VGGish (arXiv 1609.09430): 128 values for every 0.96 s, without the PCA of YouTube-8M.
 
-    Args:
-        weights: a .safetensors or .pth file with the names of torchvggish (features.0.weight, embeddings.0.weight ...).
-        device: of the network.
-
-    Raises:
-        UserError: no file is given, or it does not contain these weights.
+    `weights`: a .safetensors or .pth file with the names of torchvggish (features.0.weight, embeddings.0.weight ...).
     """
 
     name, sample_rate, seconds, dim = "vggish", 16_000, 0.96, 128
@@ -63,12 +58,7 @@ class VggishEmbedder(nn.Module):
 class PannsEmbedder(nn.Module):
     """CNN14 of PANNs (arXiv 1912.10211): 2,048 values and AudioSet's 527 classes.
 
-    Args:
-        weights: a .safetensors or .pth file with the published names (conv_block1.conv1.weight, fc1.weight ...).
-        device: of the network.
-
-    Raises:
-        UserError: no file is given, or it does not contain these weights.
+    `weights`: a .safetensors or .pth file with the published names (conv_block1.conv1.weight, fc1.weight ...).
     """
 
     name, sample_rate, seconds, dim = "panns", 32_000, 10.0, 2048

@@ -15,15 +15,7 @@ from ssmttm.evaluation.embedders.base import windows
 
 
 class ClapEmbedder:
-    """CLAP (arXiv 2211.06687): audio and captions in one space.
-
-    Args:
-        weights: a folder, or a hub name such as laion/larger_clap_music.
-        device: of the network.
-
-    Raises:
-        UserError: the checkpoint is missing.
-    """
+    """CLAP (arXiv 2211.06687): audio and captions in one space."""
 
     name, seconds = "clap", 10.0
 
@@ -59,15 +51,7 @@ class ClapEmbedder:
 
 
 class AstEmbedder:
-    """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in place of PaSST.
-
-    Args:
-        weights: a folder, or a hub name such as MIT/ast-finetuned-audioset-10-10-0.4593.
-        device: of the network.
-
-    Raises:
-        UserError: the checkpoint is missing.
-    """
+    """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in place of PaSST."""
 
     name, seconds = "ast", 10.0
 

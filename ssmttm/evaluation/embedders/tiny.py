@@ -24,12 +24,7 @@ _TEXT_DIM = 384  # MiniLM's
 
 
 class TinyEmbedder(nn.Module):
-    """The embedder; `from_pretrained` loads the shipped one.
-
-    Attributes:
-        classes: the styles.
-        card: training settings and held-out accuracy (config.json).
-    """
+    """The embedder; `from_pretrained` loads the shipped one. `card`: training settings and held-out accuracy."""
 
     name, sample_rate, seconds, dim = "tiny", features.SAMPLE_RATE, 5.0, 2 * _WIDTH
 
@@ -55,11 +50,7 @@ class TinyEmbedder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | None = None) -> "TinyEmbedder":
-        """Load an embedder from a folder, by default the shipped one.
-
-        Raises:
-            UserError: there is none in the folder, or it is damaged.
-        """
+        """Load an embedder from a folder, by default the shipped one."""
         fix = "train one with `python -m ssmttm.cli.train_embedder`"
         return load_network(Path(path or ASSETS), lambda card: cls(card["classes"], card), "embedder", fix)
 

@@ -26,13 +26,10 @@ class Interval(NamedTuple):
 def bootstrap(
     statistic: Statistic, *sizes: int, draws: int = 100, seed: int = 0, centred: bool = True, title: str = "interval"
 ) -> list[Interval]:
-    """Bootstrap interval of each value of a statistic.
+    """Bootstrap interval of each value of a statistic of sets with these sizes, resampled independently.
 
-    Args:
-        statistic: the values, given the weights of each set; NaN for a resample that has none.
-        sizes: number of clips (or listeners) of each set; the sets are resampled independently.
-        centred: shift the resamples' values to a mean of the value itself. Repeated clips bias a distance upwards.
-        title: of the progress bar.
+    With `centred`, the resamples' values are shifted to a mean of the value itself, because repeated clips bias a
+    distance upwards. A statistic may be NaN for a resample.
     """
     generator = torch.Generator().manual_seed(seed)
     values: list[np.ndarray] = []

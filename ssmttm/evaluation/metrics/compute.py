@@ -46,17 +46,8 @@ def compute_metrics(
     """All metrics of one embedder.
 
     fad, fad_infinity, kad, precision, recall and coverage against the set of references; kl against each clip's own
-    reference, if every clip has one and the embedder classifies; clap, if it embeds captions.
-
-    Args:
-        clips: n clips.
-        references: m files of reference audio.
-        seconds: length used of each file, from its start.
-        decoding: the sampling settings of the clips, for the fingerprint.
-        cache: folder of cached embeddings.
-
-    Raises:
-        UserError: too few clips, or a file that cannot be read.
+    reference, if every clip has one and the embedder classifies; clap, if it embeds captions. The first `seconds` of
+    each file are used; `decoding`, the sampling settings of the clips, is part of the fingerprint.
     """
     embeddings = embed_clips(embedder, [clip.path for clip in clips], seconds, cache)
     fingerprint = {

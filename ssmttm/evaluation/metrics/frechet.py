@@ -23,12 +23,7 @@ def frechet_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
     On audio embeddings it is the FAD of Kilgour et al. (arXiv 1812.08466); the formula is Dowson and Landau's (1982).
     The last trace is that of the symmetric (Sx^(1/2) Sy Sx^(1/2))^(1/2), by eigenvalues: never negative or complex,
     whatever the rank. The estimate from few samples is too large, which is logged as a warning.
-
-    Args:
-        x, y: generated [n, d] and reference [m, d].
-
-    Raises:
-        UserError: fewer than 2 rows, different widths, NaN or infinity.
+    x, y: generated [n, d] and reference [m, d].
     """
     x, y = check_sets(x, y)
     _warn_if_few(x, y)
@@ -53,14 +48,8 @@ def frechet_distance_infinity(
     """FAD-infinity: the Fréchet distance extrapolated to infinitely many samples of x (arXiv 2311.01616, 1911.07023).
 
     The distance of random subsets of x is about linear in 1/n; the value is the line's intercept. The interval is that
-    of the regression: it covers the scatter of the subsets, not the choice of x and y.
-
-    Args:
-        x, y: generated [n, d] and reference [m, d].
-        points: number of subset sizes, from a tenth of n (at least the smaller of 2 d and n / 2) to n.
-
-    Raises:
-        UserError: as `frechet_distance`, or n below 20.
+    of the regression: it covers the scatter of the subsets, not the choice of x and y. `points` is the number of subset
+    sizes, from a tenth of n (at least the smaller of 2 d and n / 2) to n.
     """
     from scipy import stats
 

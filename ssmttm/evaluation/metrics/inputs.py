@@ -13,11 +13,7 @@ BLOCK_ROWS = 256  # rows whose distances are in memory at once
 
 
 def check_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """Values [n, d] as float64 on the CPU.
-
-    Raises:
-        UserError: another shape, no rows, NaN or infinity.
-    """
+    """Check values [n, d] and convert them to float64 on the CPU."""
     matrix = torch.as_tensor(values).detach().to("cpu", torch.float64)
     if matrix.ndim != 2 or len(matrix) == 0:
         raise UserError(f"{name} must have the shape [n, d], one row a clip, got {list(matrix.shape)}")
@@ -27,11 +23,7 @@ def check_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
 
 
 def check_sets(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
-    """Two sets of embeddings, [n, d] and [m, d], as float64.
-
-    Raises:
-        UserError: as `check_matrix`; different widths; fewer than 2 rows.
-    """
+    """Check two sets of at least 2 embeddings, [n, d] and [m, d], and convert them to float64."""
     x, y = check_matrix(x, "the generated embeddings"), check_matrix(y, "the reference embeddings")
     if x.shape[1] != y.shape[1]:
         raise UserError(f"embeddings of width {x.shape[1]} and {y.shape[1]} cannot be compared: use one embedder")

@@ -13,14 +13,8 @@ _MEDIAN_ROWS = 4_096  # evenly spaced rows from which the bandwidth is computed
 def kernel_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> float:
     """KAD: 100 times the unbiased squared MMD with a Gaussian kernel.
 
-    The number of samples does not bias it; so it can be negative where the sets are alike.
-
-    Args:
-        x: generated, [n, d].
-        y: reference, [m, d]; the median distance between its rows is the kernel's bandwidth.
-
-    Raises:
-        UserError: fewer than 2 rows, different widths, NaN or infinity.
+    The number of samples does not bias it; so it can be negative where the sets are alike. The bandwidth is the median
+    distance between the rows of the reference. x, y: generated [n, d] and reference [m, d].
     """
     x, y = check_sets(x, y)
     bandwidth = median_distance(y)

@@ -13,13 +13,7 @@ _MIN_PROBABILITY = 1e-6
 def kl_divergence(generated: ArrayLike | Tensor, reference: ArrayLike | Tensor) -> Tensor:
     """KL(reference || generated) of each clip in nats: [n].
 
-    Probabilities are clamped to at least 1e-6 and renormalised.
-
-    Args:
-        generated, reference: posteriors [n, N]; row i of both belongs to one prompt.
-
-    Raises:
-        UserError: different shapes, or rows that are not distributions.
+    Probabilities are clamped to at least 1e-6 and renormalised. Posteriors are [n, N], row i of both of one prompt.
     """
     p, q = check_matrix(reference, "the reference posteriors"), check_matrix(generated, "the generated posteriors")
     if p.shape != q.shape:

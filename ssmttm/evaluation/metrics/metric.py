@@ -1,7 +1,7 @@
 """A metric with the settings it was measured with; metrics with different settings cannot be compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ssmttm.errors import UserError
@@ -11,37 +11,21 @@ Direction = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured value.
+    """One measured value with its 95 % interval."""
 
-    Attributes:
-        name: including the embedder's, such as fad_tiny.
-        low, high: its 95 % interval.
-        better: whether lower or higher values are better.
-        fingerprint: everything that the value depends on except the model: embedder and hash, rate, window, clip
-            length, numbers of clips, seed, decoding, hashes of prompts and reference.
-    """
-
-    name: str
+    name: str  # including the embedder's, such as fad_tiny
     value: float
     low: float
     high: float
     better: Direction
-    fingerprint: Mapping[str, Any]
-
-    def document(self) -> dict[str, Any]:
-        """The metric as JSON."""
-        return asdict(self)
+    fingerprint: Mapping[str, Any]  # everything that the value depends on except the model
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
 def compare(a: Metric, b: Metric) -> str:
-    """One line: which of two metrics of one name is better, and whether their intervals overlap.
-
-    Raises:
-        UserError: different names or settings.
-    """
+    """One line: which of two metrics of one name is better, and whether their intervals overlap."""
     check_comparable([a, b])
     if a.value == b.value:
         return f"{a.name}: both are {a.value:.4g}"
@@ -69,11 +53,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 
 
 def table(models: Mapping[str, Sequence[Metric]]) -> list[list[str]]:
-    """Metrics by model as rows of text; the first row is the heading.
-
-    Raises:
-        UserError: metrics of one name were measured with different settings.
-    """
+    """Metrics by model as rows of text; the first row is the heading."""
     names = list(dict.fromkeys(metric.name for metrics in models.values() for metric in metrics))
     by_name = {name: [m for metrics in models.values() for m in metrics if m.name == name] for name in names}
     for of_one_name in by_name.values():

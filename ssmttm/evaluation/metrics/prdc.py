@@ -29,11 +29,7 @@ class PrecisionRecallCoverage(NamedTuple):
 def precision_recall_coverage(
     x: ArrayLike | Tensor, y: ArrayLike | Tensor, k: int = NEIGHBOURS
 ) -> PrecisionRecallCoverage:
-    """Precision, recall and coverage of generated x [n, d] against reference y [m, d], n and m above k.
-
-    Raises:
-        UserError: NaN, infinity, different widths, or not more than k rows.
-    """
+    """Precision, recall and coverage of generated x [n, d] against reference y [m, d], n and m above k."""
     x, y = check_sets(x, y)
     if min(len(x), len(y)) <= k:
         raise UserError(f"{k} nearest neighbours need more than {k} samples of each set, got {min(len(x), len(y))}")
@@ -57,11 +53,7 @@ def prdc_statistic(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> Statistic:
 
 
 class _Manifold:
-    """Balls around the rows of one set up to the k-th nearest neighbour, and the rows of another set inside them.
-
-    Args:
-        centres, others: rows [m, d] and [n, d].
-    """
+    """Balls around the rows of one set [m, d] up to the k-th nearest neighbour, and the rows of another set inside."""
 
     def __init__(self, centres: Tensor, others: Tensor, k: int) -> None:
         self._centres, self._others, self._k = centres, others, k
@@ -75,11 +67,7 @@ class _Manifold:
         self._pairs = [torch.cat(parts) for parts in zip(*pairs, strict=True)]  # centre, other, distance
 
     def membership(self, weights: Tensor, weights_others: Tensor) -> tuple[Tensor, Tensor]:
-        """Which others are inside a drawn ball [n], and which balls contain a drawn other [m], 0 or 1.
-
-        Args:
-            weights, weights_others: how often each row was drawn, [m] and [n].
-        """
+        """Which others are inside a drawn ball [n], and which balls contain a drawn other [m], 0 or 1."""
         radii, known = _radii(self._values, self._order, weights, self._k)
         radii = torch.where((weights > 0) & known, radii, -1.0)
         centre, other, distances = self._pairs
@@ -98,10 +86,9 @@ class _Manifold:
 
 
 def _radii(values: Tensor, order: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distance of each row to its k-th nearest other drawn row, and whether that row is among those listed.
+    """Distance of each row to its k-th nearest other drawn row, and whether that row is among the `nearest` ones.
 
-    Args:
-        values, order: [rows, nearest], distances of the nearest rows in ascending order, and their indices.
+    values, order [rows, nearest]: distances of the nearest rows in ascending order, and their indices.
     """
     reached = weights[order].cumsum(1) > k  # a row and its copies are the nearest
     place = reached.int().argmax(1, keepdim=True)

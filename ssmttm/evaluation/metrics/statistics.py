@@ -11,25 +11,17 @@ PERMUTATIONS = 2_000
 
 @dataclass(frozen=True)
 class LabelAccuracy:
-    """How often `predicted` equals `expected`, and what chance gives.
-
-    Attributes:
-        accuracy, low, high: the accuracy and its 95 % interval (Wilson).
-        uniform: chance of a guess among all classes; majority: of always predicting the most frequent class.
-        p_value: binomial, one-sided, against the higher of the two.
-        shuffled: mean accuracy over random pairings of prompts and clips.
-        shuffled_p: fraction of those pairings that are at least as accurate as the true one (one added to both counts).
-    """
+    """How often `predicted` equals `expected`, and what chance gives."""
 
     n: int
     accuracy: float
-    low: float
+    low: float  # 95 % interval (Wilson)
     high: float
-    uniform: float
-    majority: float
-    p_value: float
-    shuffled: float
-    shuffled_p: float
+    uniform: float  # chance of a guess among all classes
+    majority: float  # chance of always predicting the most frequent class
+    p_value: float  # binomial, one-sided, against the higher of the two
+    shuffled: float  # mean accuracy over random pairings of prompts and clips
+    shuffled_p: float  # fraction of those that are at least as accurate as the true one (one added to both counts)
 
 
 def label_accuracy(expected: Sequence[str], predicted: Sequence[str], n_classes: int, seed: int = 0) -> LabelAccuracy:

@@ -19,23 +19,15 @@ _FFT = 2048
 
 @dataclass(frozen=True)
 class AudioCheck:
-    """Checks of one clip.
+    """Checks of one clip."""
 
-    Attributes:
-        rms, peak: linear, full scale 1. clipped_fraction: of samples at full scale.
-        flatness: spectral flatness, 0 (a pure tone) to about 0.56 (white noise).
-        silent: RMS below -60 dBFS. clipped: more than a thousandth of the samples at full scale.
-        noisy: on a log scale, the flatness is closer to that of white noise than to the reference.
-        finite: no NaN and no infinity.
-    """
-
-    rms: float
+    rms: float  # full scale is 1
     peak: float
-    clipped_fraction: float
-    flatness: float
-    silent: bool
-    clipped: bool
-    noisy: bool
+    clipped_fraction: float  # of samples at full scale
+    flatness: float  # spectral flatness, 0 (a pure tone) to about 0.56 (white noise)
+    silent: bool  # RMS below -60 dBFS
+    clipped: bool  # more than a thousandth of the samples at full scale
+    noisy: bool  # on a log scale, the flatness is closer to that of white noise than to the reference
     finite: bool
 
     @property

@@ -23,46 +23,34 @@ _NOT_AVERAGED = ("seconds", "sample_rate", "channels", "tonic", "mode")
 
 @dataclass(frozen=True)
 class ClipMetrics:
-    """Metrics of one clip; NaN or None where undefined.
-
-    Attributes:
-        seconds, sample_rate, channels: of the file.
-        loudness: LUFS. true_peak: dBTP. clipped, silent: fractions. dc_offset: of full scale.
-        centroid, rolloff, bandwidth: Hz. stereo_width, stereo_correlation: for two channels.
-        tempo: bpm. beat_variation: of the intervals between beats. onset_density: per second.
-        tonic, mode, key_clarity, chroma_entropy (bits). repeated: fraction. longest_repeat: seconds.
-    """
+    """Metrics of one clip; NaN or None where undefined."""
 
     seconds: float
     sample_rate: int
     channels: int
-    loudness: float
-    true_peak: float
-    clipped: float
-    silent: float
-    dc_offset: float
-    centroid: float
+    loudness: float  # LUFS
+    true_peak: float  # dBTP
+    clipped: float  # fraction
+    silent: float  # fraction
+    dc_offset: float  # of full scale
+    centroid: float  # Hz
     rolloff: float
     bandwidth: float
     stereo_width: float | None
     stereo_correlation: float | None
-    tempo: float
-    beat_variation: float
-    onset_density: float
+    tempo: float  # bpm
+    beat_variation: float  # of the intervals between beats
+    onset_density: float  # per second
     tonic: str | None
     mode: str | None
     key_clarity: float
-    chroma_entropy: float
-    repeated: float
-    longest_repeat: float
+    chroma_entropy: float  # bits
+    repeated: float  # fraction
+    longest_repeat: float  # seconds
 
 
 def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
-    """Metrics of audio [C, S].
-
-    Raises:
-        UserError: shorter than half a second, NaN or infinity.
-    """
+    """Metrics of audio [C, S]."""
     seconds = wav.shape[-1] / sample_rate
     if wav.ndim != 2 or seconds < MIN_SECONDS:
         raise UserError(f"audio must be [C, S] of at least {MIN_SECONDS} s, got {list(wav.shape)}, {seconds:.2f} s")
@@ -103,14 +91,10 @@ def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
 
 @dataclass(frozen=True)
 class FolderMetrics:
-    """Metrics of many files.
+    """Metrics of many files."""
 
-    Attributes:
-        clips: by path. unreadable: path and reason of each file that was skipped.
-    """
-
-    clips: dict[str, ClipMetrics]
-    unreadable: dict[str, str]
+    clips: dict[str, ClipMetrics]  # by path
+    unreadable: dict[str, str]  # path and reason
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean, 95 % bootstrap interval of the mean, median and n of each metric, over the clips where it is defined.
@@ -157,11 +141,7 @@ def sample_rate_notes(folders: Mapping[str, FolderMetrics]) -> list[str]:
 
 
 def measure_files(paths: Sequence[Path]) -> FolderMetrics:
-    """Metrics of audio files; unreadable files are listed in the result.
-
-    Raises:
-        UserError: no files, or none can be read.
-    """
+    """Metrics of audio files; unreadable files are listed in the result."""
     clips, unreadable = {}, {}
     for path in tqdm(paths, desc="music metrics", unit="clip"):
         try:

@@ -7,18 +7,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """Metrics by codebook [K].
+    """Metrics by codebook [K]."""
 
-    Attributes:
-        entropy: of single codes, bits. conditional: entropy of a code given the previous one, bits.
-        usage: fraction of the codebook's entries that occur.
-        longest_repeat: frames of the longest run, over all codebooks, that occurs twice (with possible overlap).
-    """
-
-    entropy: list[float]
-    conditional: list[float]
-    usage: list[float]
-    longest_repeat: int
+    entropy: list[float]  # of single codes, bits
+    conditional: list[float]  # entropy of a code given the previous one, bits
+    usage: list[float]  # fraction of the codebook's entries that occur
+    longest_repeat: int  # frames of the longest run, over all codebooks, that occurs twice
 
 
 def measure_tokens(codes: np.ndarray, codebook_size: int) -> TokenMetrics:

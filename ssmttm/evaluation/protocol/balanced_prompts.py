@@ -65,9 +65,6 @@ def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> li
     """Choose n captions of a split that mention all three attributes, each class about equally often.
 
     A segment is used twice only when all segments are used.
-
-    Raises:
-        UserError: too few such captions in the split.
     """
     candidates = list(_candidates(store, store.indices(split)))
     if len(candidates) < n:

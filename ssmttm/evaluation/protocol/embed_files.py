@@ -22,16 +22,11 @@ _WRITE_EVERY = 50  # clips between two writes of the cache
 
 
 class ClipEmbeddings(NamedTuple):
-    """Embeddings of n files.
+    """Embeddings of n files."""
 
-    Attributes:
-        vectors: [n, W, D]; W windows of the first seconds of each file.
-        posteriors: [n, N] of a Classifier, else empty. joint: [n, E] of a JointEmbedder, else empty.
-    """
-
-    vectors: Tensor
-    posteriors: Tensor
-    joint: Tensor
+    vectors: Tensor  # [n, W, D], W windows of the first seconds of each file
+    posteriors: Tensor  # [n, N] of a Classifier, else empty
+    joint: Tensor  # [n, E] of a JointEmbedder, else empty
 
 
 def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[str, str]]:
@@ -49,19 +44,21 @@ def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[st
 
 
 def embed_clips(embedder: Embedder, paths: Sequence[Path], seconds: float, cache: Path) -> ClipEmbeddings:
-    """Embed the first `seconds` of each file, using the cache folder.
-
-    Raises:
-        UserError: a file cannot be read, or is shorter than the embedder's window.
-    """
-    store = _Cache(cache / f"{embedder.name}-{embedder.fingerprint}-{seconds:g}.safetensors")
-    found = []
+    """Embed the first `seconds` of each file, using the cache folder."""
+    file = cache / f"{embedder.name}-{embedder.fingerprint}-{seconds:g}.safetensors"
+    tensors, unsaved, found = _read_cache(file), 0, []
     for path in tqdm(paths, desc=f"embedding ({embedder.name})", unit="clip"):
         key = _content(path)
-        if key not in store:
-            store.put(key, _embed_clip(embedder, path, seconds))
-        found.append(store.get(key))
-    store.write()
+        if f"{key}.joint" not in tensors:
+            embeddings = _embed_clip(embedder, path, seconds)
+            tensors |= {f"{key}.{name}": value.contiguous() for name, value in embeddings._asdict().items()}
+            unsaved += 1
+        if unsaved == _WRITE_EVERY:
+            _write_cache(file, tensors)
+            unsaved = 0
+        found.append([tensors[f"{key}.{name}"] for name in ClipEmbeddings._fields])
+    if unsaved:
+        _write_cache(file, tensors)
     return ClipEmbeddings(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
 
@@ -90,30 +87,14 @@ def _embed_clip(embedder: Embedder, path: Path, seconds: float) -> ClipEmbedding
     return ClipEmbeddings(embedder.embed(wav)[0].clone(), posteriors.clone(), joint.clone())
 
 
-class _Cache:
-    """A file of tensors named KEY.vectors, KEY.posteriors, KEY.joint; a damaged file counts as empty."""
+def _read_cache(path: Path) -> dict[str, Tensor]:
+    """Tensors named KEY.vectors, KEY.posteriors, KEY.joint; a damaged file counts as empty."""
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError:
+        return {}
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._new = path, 0
-        try:
-            self._tensors = load_file(path) if path.is_file() else {}
-        except SafetensorError:
-            self._tensors = {}
 
-    def __contains__(self, key: str) -> bool:
-        return f"{key}.joint" in self._tensors
-
-    def get(self, key: str) -> ClipEmbeddings:
-        return ClipEmbeddings(*(self._tensors[f"{key}.{name}"] for name in ClipEmbeddings._fields))
-
-    def put(self, key: str, embeddings: ClipEmbeddings) -> None:
-        self._tensors |= {f"{key}.{name}": value.contiguous() for name, value in embeddings._asdict().items()}
-        self._new += 1
-        if self._new % _WRITE_EVERY == 0:
-            self.write()
-
-    def write(self) -> None:
-        if self._new:
-            with atomic_write(self.path) as temporary:
-                save_file(self._tensors, temporary)
-            self._new = 0
+def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)

@@ -8,7 +8,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,12 @@ _SETTINGS = ("duration", "guidance_scale", "temperature", "top_k", "top_p")
 
 @dataclass(frozen=True)
 class ProtocolData:
-    """Prompts and references of a protocol.
-
-    Attributes:
-        prompts: with their reference audio, where available.
-        references: the set of reference audio.
-        store, labelled: the built-in store and its prompts with true labels; None and empty for other protocols.
-    """
+    """Prompts and references of a protocol."""
 
     prompts: list[ListedPrompt]
     references: list[Path]
-    store: Store | None = None
-    labelled: Sequence[Prompt] = ()
+    store: Store | None = None  # of the built-in protocol
+    labelled: Sequence[Prompt] = ()  # its prompts with true labels
 
 
 def evaluate(settings: DictConfig) -> dict[str, Any]:
@@ -65,9 +59,6 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
 
     Returns:
         The content of metrics.json.
-
-    Raises:
-        UserError: no prompts, no model, too few clips, or unusable files.
     """
     protocol, out = settings.eval, Path(settings.out)
     data = _protocol_data(settings)
@@ -87,7 +78,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         named = [(prompt.name, prompt.caption) for prompt in data.prompts]
         generated = generate(pipeline, named, sampling, out / "audio", settings.batch)
         paths, unmatched = dict(zip((name for name, _ in named), generated, strict=True)), []
-        model, decoding = pipeline.facts["model"], {**sampling.settings(), "seed": settings.seed}
+        model, decoding = pipeline.metadata["model"], {**sampling.settings(), "seed": settings.seed}
     _, bad = readable(list(paths.values()), protocol.seconds)
     readable_paths = {name: path for name, path in paths.items() if str(path) not in bad}
     clips = _clips(data, readable_paths, set(usable))
@@ -123,12 +114,12 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     document = {
         "protocol": protocol.name,
         "model": model,
-        "metrics": [metric.document() for metric in metrics],
-        "reference": [metric.document() for metric in reference_metrics],
+        "metrics": [asdict(metric) for metric in metrics],
+        "reference": [asdict(metric) for metric in reference_metrics],
         "published": OmegaConf.to_container(protocol.published),
         "source_of_published": protocol.source_of_published,
         "music_metrics": {name: folder.document() for name, folder in music_metrics.items()},
-        "adherence": adherence.document() if adherence else None,
+        "adherence": asdict(adherence) if adherence else None,
         "notes": [*notes, *sample_rate_notes(music_metrics)],
     }
     sections = report_sections(document, adherence)
@@ -143,9 +134,6 @@ def match_audio(folder: Path, prompts: Sequence[ListedPrompt]) -> tuple[dict[str
 
     Returns:
         The file of each prompt's name, and the files without a prompt.
-
-    Raises:
-        UserError: no audio in the folder, or no match.
     """
     files = sorted(path for path in folder.glob("**/*") if path.suffix.lower() in WRITERS) if folder.is_dir() else []
     if not files:

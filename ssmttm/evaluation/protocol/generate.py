@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ssmttm import audio
 from ssmttm.errors import UserError
 from ssmttm.files import write_text
-from ssmttm.generation.output import read_sidecar, sidecar_path
+from ssmttm.generation.output import read_sidecar, sidecar, sidecar_path
 from ssmttm.generation.pipeline import MusicPipeline
 
 
@@ -35,20 +35,11 @@ class Decoding:
 def generate(
     pipeline: MusicPipeline, prompts: Sequence[tuple[str, str]], decoding: Decoding, folder: Path, batch: int
 ) -> list[Path]:
-    """Generate FILE.wav for each prompt, named after it.
-
-    Args:
-        prompts: (name, caption) of each.
-        folder: for FILE.wav and FILE.json; pairs of the same model and settings are kept.
-        batch: clips sampled together.
-
-    Raises:
-        UserError: the folder contains clips of another model or other settings.
-    """
+    """Generate NAME.wav and NAME.json for each prompt (name, caption); existing pairs are kept."""
     names = [name for name, _ in prompts]
     paths = [folder / f"{name}.wav" for name in names]
     sidecars = [
-        sidecar_path(caption, decoding.first_seed + i, decoding.settings(), pipeline.facts)
+        sidecar(caption, decoding.first_seed + i, decoding.settings(), pipeline.metadata)
         for i, (_, caption) in enumerate(prompts)
     ]
     missing = [i for i, path in enumerate(paths) if not _exists(path, sidecars[i])]
@@ -60,17 +51,17 @@ def generate(
             )
             for i, wav in zip(rows, out.audios, strict=True):
                 audio.write(paths[i], wav, out.sample_rate)
-                write_text(paths[i].with_suffix(".json"), json.dumps(sidecars[i], indent=1, ensure_ascii=False) + "\n")
+                write_text(sidecar_path(paths[i]), json.dumps(sidecars[i], indent=1, ensure_ascii=False) + "\n")
             bar.update(len(rows))
     return paths
 
 
-def _exists(path: Path, sidecar: dict[str, Any]) -> bool:
+def _exists(path: Path, expected: dict[str, Any]) -> bool:
     """Whether the clip is complete: its sidecar is written last."""
     existing = read_sidecar(path)
     if not existing:
         return False
-    differing = [key for key in sidecar if key != "created" and existing.get(key) != sidecar[key]]
+    differing = [key for key in expected if key != "created" and existing.get(key) != expected[key]]
     if differing:
         raise UserError(f"{path} has other settings ({', '.join(differing)} differ): use another out=DIR")
     return path.is_file()

@@ -17,12 +17,7 @@ from ssmttm.generation.output import slug
 
 @dataclass(frozen=True)
 class ListedPrompt:
-    """One prompt.
-
-    Attributes:
-        name: a unique file name without extension.
-        reference: the reference audio of this prompt, if available.
-    """
+    """A caption with a unique file name (without extension) and, if available, its reference audio."""
 
     name: str
     caption: str
@@ -46,9 +41,6 @@ def read_prompt_list(
         references: folder of the reference audio.
         audio: templates of a reference's path in that folder without extension, from the columns, {name}, and
             {COLUMN_stem}, a column's value without extension.
-
-    Raises:
-        UserError: the table is missing or unreadable, lacks a column, or no row is kept.
     """
     path = Path(table)
     rows = _rows(path)

@@ -1,4 +1,4 @@
-"""Other projects' checkpoints into folders that `MusicPipeline.from_pretrained` opens, and back: docs/importing.md."""
+"""Import of other projects' checkpoints as model folders, and export of MusicGen: see docs/importing.md."""
 
 from ssmttm.export.importers.musicgen import export_musicgen, import_musicgen
 from ssmttm.export.importers.released import import_released

@@ -1,7 +1,7 @@
 """A TokenLM's tensors under the names of another project.
 
-They are views of the model's own: what is copied into them fills the model, and as they stand they are its export, so
-that one table of names serves both ways.
+They are views of the model's tensors: copying into them loads the model, and saving them exports it, so that one table
+of names serves both directions.
 """
 
 import re
@@ -16,32 +16,29 @@ from ssmttm.errors import UserError
 from ssmttm.models.token_lm import TokenLM
 
 
-def renamed(model: TokenLM, table: Mapping[str, str]) -> dict[str, Tensor]:
+def renamed_views(model: TokenLM, table: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a model under the names of a table.
 
     Args:
-        table: regular expressions for whole names of ours, each with the name that it stands for (`re.Match.expand`).
-            Where that holds {k}, ours are the tensors of all codebooks, one behind the other; theirs has one for each.
+        table: regular expressions for full names of a TokenLM, with the other name (`re.Match.expand`). With {k} in it,
+            the TokenLM's tensor concatenates those of all codebooks, and the other project has one per codebook.
     """
     views: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         match = next(match for pattern in table if (match := re.fullmatch(pattern, name)))
-        theirs = match.expand(table[match.re.pattern])
-        parts = tensor.chunk(model.config.n_codebooks) if "{k}" in theirs else [tensor]
-        views |= {theirs.replace("{k}", str(k)): part for k, part in enumerate(parts)}
+        other = match.expand(table[match.re.pattern])
+        parts = tensor.chunk(model.config.n_codebooks) if "{k}" in other else [tensor]
+        views |= {other.replace("{k}", str(k)): part for k, part in enumerate(parts)}
     return views
 
 
-def fill(model: TokenLM, table: Mapping[str, str], found: Mapping[str, Tensor], source: str | Path) -> None:
-    """Fill a model with tensors of the table's names, which must be its own, name by name and shape by shape.
-
-    Raises:
-        UserError: they are not; names the first three that differ and `source`.
-    """
-    views = renamed(model, table)
+def load_renamed(model: TokenLM, table: Mapping[str, str], found: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load tensors under the table's names into a model. Raises UserError if names or shapes differ from the model's;
+    the message has the first three and `source`."""
+    views = renamed_views(model, table)
     wrong = differences(views, found)
     if wrong:
-        raise UserError(f"{source} is of another architecture: {wrong}. Only the one described can be imported")
+        raise UserError(f"{source} has another architecture: {wrong}. Only the one described can be imported")
     with torch.no_grad():
         for name, view in views.items():
             view.copy_(found[name])

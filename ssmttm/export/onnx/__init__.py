@@ -1,4 +1,4 @@
-"""A trained model as ONNX graphs, for programs that have no torch."""
+"""Trained models as ONNX graphs, for programs without torch."""
 
 from ssmttm.export.onnx.write import export_onnx
 

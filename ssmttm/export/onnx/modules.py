@@ -1,4 +1,4 @@
-"""A codec's decoder in a form that ONNX can hold: real numbers only, and lengths that no tensor's value decides."""
+"""Codec decoders in a form that ONNX supports: real numbers, and lengths that do not depend on tensor values."""
 
 import copy
 from typing import Any
@@ -12,9 +12,9 @@ from ssmttm.codecs.spectral import InverseSTFTHead
 
 
 def exportable(codec: Codec) -> Codec:
-    """A copy whose `_decode` can be traced; the graph gives what the codec gives, but for rounding. With an LSTM it is
-    for tracing only."""
+    """A copy whose `_decode` can be traced, equal up to rounding. With an LSTM it is for tracing only."""
     codec = copy.deepcopy(codec)
+    child: Any
     for parent in list(codec.modules()):
         for name, child in parent.named_children():
             if isinstance(child, InverseSTFTHead):
@@ -27,8 +27,8 @@ def exportable(codec: Codec) -> Codec:
 
 
 class MatrixHead(InverseSTFTHead):
-    """An `InverseSTFTHead` whose inverse DFT is two matrix products: the real part of a spectrum makes the even part of
-    a frame, the imaginary part the odd one, and one half of each tells the other."""
+    """An `InverseSTFTHead` whose inverse DFT is two matrix products: the real part of a spectrum gives the even part of
+    a frame, the imaginary part the odd one, and one half of each determines the other by symmetry."""
 
     even: Tensor
     odd: Tensor
@@ -48,7 +48,7 @@ class MatrixHead(InverseSTFTHead):
 
 
 class FixedPaddingConv(nn.Module):
-    """transformers' EncodecConv1d at stride 1, which computes its constant padding with tensors."""
+    """transformers' EncodecConv1d at stride 1, with constant padding (transformers computes it with tensors)."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -59,15 +59,15 @@ class FixedPaddingConv(nn.Module):
         self.padding = (total - after, after)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T] -> [B, C', T]. What is too short to be reflected gets zeros first, which are cut off again."""
+        """[B, C, T] -> [B, C', T]. Input too short for reflection is zero-padded first, and cropped after."""
         missing = torch.sym_max(0, max(self.padding) + 1 - x.shape[-1])
         padded = F.pad(F.pad(x, (0, missing)), self.padding, self.mode)
         return self.norm(self.conv(padded[..., : x.shape[-1] + sum(self.padding)]))
 
 
 class OnnxLSTM(nn.Module):
-    """An nn.LSTM that starts at zero, by ONNX's operator, whose gates stand in the order i, o, f, c. For tracing only:
-    in torch it computes nothing. What torch itself writes for an LSTM keeps the length of the example."""
+    """An nn.LSTM from a zero state as ONNX's operator, with gates in the order i, o, f, c. For tracing only: in torch
+    it computes nothing. (torch's own export of an LSTM fixes the length of the example.)"""
 
     def __init__(self, lstm: nn.LSTM) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class OnnxLSTM(nn.Module):
             self.register_buffer(name, torch.cat([i, o, f, c])[None])
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[T, B, C] -> [T, B, H], and no state."""
+        """[T, B, C] -> [T, B, H], and None as the state."""
         for layer in range(self.n_layers):
             kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             W, R, W_bias, R_bias = (self.get_buffer(f"{kind}_l{layer}") for kind in kinds)

@@ -1,8 +1,7 @@
-"""Write a model as ONNX: a folder that a program without torch can make music with.
+"""Export of a model to ONNX, as a folder for programs without torch (docs/onnx.md).
 
-text_encoder.onnx, condition.onnx, step.onnx and codec_decoder.onnx are what `ssmttm.export.onnx.graphs` says; tokenizer.json
-is the text encoder's and cuts captions as it does; system.json holds all numbers that a program needs besides, and
-where the model comes from. docs/onnx.md tells how they go together.
+text_encoder.onnx, condition.onnx, step.onnx and codec_decoder.onnx are the graphs of `ssmttm.export.onnx.graphs`.
+tokenizer.json is the text encoder's, with its truncation. system.json has sizes, states and the model's provenance.
 """
 
 import json
@@ -20,7 +19,7 @@ import torch
 from ssmttm.errors import UserError
 from ssmttm.export.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, Graph, StepGraph
 from ssmttm.files import new_folder
-from ssmttm.generation.loading import ModelFolder, open_model_folder
+from ssmttm.generation.loading import open_model_folder
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.text.encoders import TextEncoder
 
@@ -28,18 +27,16 @@ NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 
 def export_onnx(model: str | Path | None, out: str | Path) -> Path:
-    """Write a model of one stage, its text encoder and its codec's decoder as ONNX graphs in float32.
+    """Write a model of one stage, its text encoder and its codec's decoder as ONNX graphs in float32. Raises UserError
+    if the extra `export` is not installed, there is no such model, it has two stages or an unsupported null condition,
+    or `out` exists.
 
-    A model that can be told a melody or a tempo is written as it is when told neither.
+    Melody and tempo controls are not exported: the graphs are those of the model without them.
 
     Args:
         model: an exported folder, a run, a checkpoint, the name of an embedded model, or a hub id; None: the embedded
             tiny model.
-        out: the folder to write, a new one.
-
-    Raises:
-        UserError: the extra `export` is not installed, there is no such model, it has two stages or reads captions in a
-            way that the files cannot hold, or `out` exists.
+        out: a new folder.
     """
     missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
     if missing:
@@ -47,56 +44,47 @@ def export_onnx(model: str | Path | None, out: str | Path) -> Path:
     folder, out = open_model_folder(model), Path(out)
     pipe = MusicPipeline.from_pretrained(model, device="cpu")
     if pipe.second_stage is not None:
-        raise UserError(f"{folder.name} has two stages, ONNX export takes one: export a model without a painter")
+        raise UserError(f"{folder.name} has two stages: ONNX export supports one-stage models only")
     if folder.null_condition not in NULL_CONDITIONS:
-        raise UserError(
-            f"{folder.name} reads captions as {folder.null_condition!r}, ONNX export knows {' and '.join(NULL_CONDITIONS)}: "
-            "such a model runs with sample.py only"
-        )
+        raise UserError(f"ONNX export does not support the null condition {folder.null_condition!r} of {folder.name}")
     step = StepGraph(pipe.model)
     graphs: dict[str, Graph] = {
-        "text_encoder": EncoderGraph(pipe.text_encoder),
-        "condition": ConditionGraph(pipe.model),
-        "step": step,
+        "text_encoder": EncoderGraph(pipe.text_encoder), "condition": ConditionGraph(pipe.model), "step": step,
         "codec_decoder": DecoderGraph(pipe.codec),
-    }
-    with new_folder(out) as aside:
+    }  # fmt: skip
+    with new_folder(out) as temporary:
         for name, graph in graphs.items():
-            write_graph(graph, aside / f"{name}.onnx")
+            write_graph(graph, temporary / f"{name}.onnx")
         tokenizer = _tokenizer(pipe.text_encoder)
-        tokenizer.save(str(aside / "tokenizer.json"))
+        tokenizer.save(str(temporary / "tokenizer.json"))
         null_ids = [] if folder.null_condition == "no_tokens" else tokenizer.encode("").ids
-        document = {**_sizes(pipe), "null_ids": null_ids, "states": _states(step), **_origin(folder, pipe)}
-        (aside / "system.json").write_text(json.dumps(document, indent=2) + "\n")
+        provenance = {"metadata": pipe.metadata, "card": folder.card}
+        document = {**_sizes(pipe), "null_ids": null_ids, "states": _states(step), **provenance}
+        (temporary / "system.json").write_text(json.dumps(document, indent=2) + "\n")
     return out
 
 
 @torch.no_grad()
 def write_graph(graph: Graph, path: Path) -> None:
-    """Trace a graph with its examples and write it; inputs and outputs keep their names, free axes stay free."""
-    # torch asks of sizes 0 and 1 how they lie in memory; the graph does not, and takes them too
+    """Trace a graph with its examples and write it, with named inputs and outputs and free axes."""
+    # torch specialises sizes 0 and 1; the graph itself accepts them
     dims = {count: torch.export.Dim(count, min=2) for axes in graph.axes.values() for count in axes.values()}
     shapes = [{axis: dims[count] for axis, count in graph.axes[name].items()} for name in graph.examples]
     with _quiet():
-        program = torch.onnx.export(
-            graph.eval(),
-            tuple(graph.examples.values()),
-            input_names=list(graph.examples),
-            output_names=graph.outputs,
-            dynamic_shapes=(tuple(shapes),),
-            dynamo=True,
-            verbose=False,
-        )
-    for given in program.model.graph.inputs:
-        fixed = [count for axis, count in graph.axes[given.name].items() if isinstance(given.shape[axis], int)]
+        program: Any = torch.onnx.export(
+            graph.eval(), tuple(graph.examples.values()), input_names=list(graph.examples),
+            output_names=graph.outputs, dynamic_shapes=(tuple(shapes),), dynamo=True, verbose=False,
+        )  # fmt: skip
+    for exported in program.model.graph.inputs:
+        fixed = [count for axis, count in graph.axes[exported.name].items() if isinstance(exported.shape[axis], int)]
         if fixed:
-            raise RuntimeError(f"{path.stem}: {given.name} came out with a fixed number of {', '.join(fixed)}")
+            raise RuntimeError(f"{path.stem}: {exported.name} was exported with fixed axes {', '.join(fixed)}")
     program.save(path)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not needed and of its own future."""
+    """Silence the exporter's warnings about optional packages and deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -109,7 +97,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _tokenizer(encoder: TextEncoder) -> Any:
-    """The encoder's tokenizer as one of the `tokenizers` package, which cuts long captions and does not pad."""
+    """The encoder's tokenizer for the `tokenizers` package, with truncation and without padding."""
     backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"the tokenizer of {encoder.name} has no fast form: save it with transformers 5 first")
@@ -122,21 +110,15 @@ def _tokenizer(encoder: TextEncoder) -> Any:
 def _sizes(pipe: MusicPipeline) -> dict[str, Any]:
     codec, config = pipe.codec, pipe.model.config
     return {
-        "sample_rate": codec.sample_rate,
-        "hop_length": codec.hop_length,
-        "frame_rate": codec.frame_rate,
-        "n_codebooks": codec.n_codebooks,
-        "codebook_size": codec.codebook_size,
-        "special_token_id": pipe.model.special_token_id,
-        "pattern": asdict(pipe.pattern),
-        "guidance_scale": pipe.guidance_scale,
-        "conditioning": config.conditioning,
-        "positions": config.positions,
-    }
+        "sample_rate": codec.sample_rate, "hop_length": codec.hop_length, "frame_rate": codec.frame_rate,
+        "n_codebooks": codec.n_codebooks, "codebook_size": codec.codebook_size,
+        "special_token_id": pipe.model.special_token_id, "pattern": asdict(pipe.pattern),
+        "guidance_scale": pipe.guidance_scale, "conditioning": config.conditioning, "positions": config.positions,
+    }  # fmt: skip
 
 
 def _states(step: StepGraph) -> dict[str, Any]:
-    """Of each state that a step carries on: its shape, with words for free axes, and its type in numpy's words."""
+    """Shape, with names for free axes, and numpy dtype of each state that a step updates."""
     return {
         name: {
             "shape": [step.axes[name].get(axis, size) for axis, size in enumerate(step.examples[name].shape)],
@@ -144,7 +126,3 @@ def _states(step: StepGraph) -> dict[str, Any]:
         }
         for name in step.carried
     }
-
-
-def _origin(folder: ModelFolder, pipe: MusicPipeline) -> dict[str, Any]:
-    return {"facts": pipe.facts, "card": folder.card}

@@ -12,6 +12,7 @@ from ssmttm.training.data import store_metadata
 
 Batch = dict[str, Any]  # from a loader: tensors, a TextCondition and lists of str, one entry per item
 Losses = dict[str, Tensor]
+Modules = Mapping[str, nn.Module]
 
 
 class Loader(Protocol):
@@ -55,9 +56,7 @@ class Task(ABC):
         """What the losses of this micro-batch are averaged over, [n]: valid positions, or items."""
 
     @abstractmethod
-    def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
-    ) -> dict[str, Losses]:
+    def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         """Partial losses by module that is updated at this step, and by name.
 
         Args:
@@ -67,7 +66,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+    def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         """Partial losses of the model, as in `losses`, for the validation metrics."""
 
     def after_step(self, step: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ gradients of each loss reach one module only, and DDP sees one forward per modul
 Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,19 +21,16 @@ from ssmttm.codecs.students.cost import counted_flops
 from ssmttm.data.loader import AudioLoader
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
-from ssmttm.training.tasks.base import Batch, Losses, Sample, Task
+from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 
 SAMPLE_SECONDS, N_SAMPLES = 5.0, 4
 
 
 class CodecTask(Task):
-    """Trains a codec to reconstruct crops of a store's audio.
+    """Trains a codec to reconstruct crops of a store's audio, which must have the codec's sample rate.
 
     Args:
         config: `codec`, `codec_training`, `data` (store, seconds), `losses`, `seed`.
-
-    Raises:
-        UserError: unknown codec kind, or the store's audio has another sample rate.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -80,15 +77,13 @@ class CodecTask(Task):
     def loss_denominators(self, batch: Batch) -> Tensor:
         return torch.tensor([float(len(batch["ids"]))])
 
-    def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
-    ) -> dict[str, Losses]:
+    def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         self._last_audio = batch["audio"]
         output = self.reconstruct(modules["model"], batch["audio"])
         return self.output_losses(output, modules, batch, denominators, step)
 
     def output_losses(
-        self, output: CodecOutput, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
+        self, output: CodecOutput, modules: Modules, batch: Batch, denominators: Tensor, step: int
     ) -> dict[str, Losses]:
         """`losses` for an output of the codec."""
         wav = batch["audio"]  # [b, 1, S]
@@ -100,11 +95,9 @@ class CodecTask(Task):
             frozen = self.modules["discriminator"].requires_grad_(False)
             losses["model"] |= adversarial_losses(real, frozen(output.audio))
             frozen.requires_grad_(True)
-        return {
-            module: {name: fraction * loss for name, loss in named.items()} for module, named in losses.items()
-        }
+        return {module: {name: fraction * loss for name, loss in named.items()} for module, named in losses.items()}
 
-    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+    def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         output = self.reconstruct(modules["model"], batch["audio"])
         losses = reconstruction_losses(output, batch["audio"], self.codec.sample_rate)
         return {name: len(batch["ids"]) / denominators[0] * loss for name, loss in losses.items()}
@@ -137,12 +130,7 @@ def _halves(outputs: list[DiscriminatorOutput]) -> tuple[list[DiscriminatorOutpu
     """The outputs for [real; fake], separated."""
 
     def half(index: int) -> list[DiscriminatorOutput]:
-        return [
-            DiscriminatorOutput(
-                output.logits.chunk(2)[index], [feature.chunk(2)[index] for feature in output.features]
-            )
-            for output in outputs
-        ]
+        return [DiscriminatorOutput(o.logits.chunk(2)[index], [f.chunk(2)[index] for f in o.features]) for o in outputs]
 
     return half(0), half(1)
 

@@ -22,10 +22,7 @@ class StoreControls:
         store: its annotations hold the tempi; chroma is computed from its audio.
         model: the model's config.
         data: `tempo_dropout`, `chroma_dropout`.
-        codec: the codec of the store's codes; needed for chroma only.
-
-    Raises:
-        UserError: the model takes chroma, and the store's audio has another sample rate than the codec.
+        codec: the codec of the store's codes, at the sample rate of its audio; needed for chroma only.
     """
 
     def __init__(self, store: Store, model: SupportsControls, data: Any, codec: Codec | None) -> None:

@@ -3,7 +3,6 @@
 Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S coarse channels, C channels to generate.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from ssmttm.models import build_model
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
-from ssmttm.training.data import codes_loader, load_store_codec
-from ssmttm.training.tasks.base import Batch, Losses, Sample, Task
+from ssmttm.training.data import check_text_dim, codes_loader, load_store_codec
+from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 
 _STATISTICS_SEGMENTS = 4_096  # evenly spread over the training split
@@ -35,10 +34,7 @@ class DiffusionTask(Task):
 
     Args:
         config: `model` (kind latent_denoiser), `diffusion`, `data` (store, frames and condition dropouts), `losses`,
-            `seed`.
-
-    Raises:
-        UserError: the store has no codes or captions, or its codec or text encoder does not fit the model.
+            `seed`. The store must have codes and captions of a codec and a text encoder that fit the model.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -48,12 +44,13 @@ class DiffusionTask(Task):
         assert isinstance(model, LatentDenoiser)
         self.model = model
         self.codec = load_store_codec(self.store, config.data.store)
-        _check_fit(config, self.store.info, self.codec)
+        _check_fit(config, self.codec)
+        check_text_dim(config, self.store.info)
         self.statistics = store_statistics(self.store, self.codec)
         self.model.set_statistics(*self.statistics)
         self.modules = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
-        SecondStageConfig.of(config)  # invalid settings fail here, not at the first samples
+        SecondStageConfig.from_config(config)  # invalid settings fail here, not at the first samples
         self.controls = StoreControls(self.store, self.model.config, config.data, self.codec)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
@@ -63,9 +60,7 @@ class DiffusionTask(Task):
         """Valid frames, [1]."""
         return batch["frame_mask"].sum().float()[None]
 
-    def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
-    ) -> dict[str, Losses]:
+    def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         """`denoising`: the mean square error of the objective's target, over valid frames and channels."""
         settings, items = self.config.diffusion, len(batch["ids"])
         has_coarse = torch.rand(items) >= settings.coarse_dropout  # [b]
@@ -73,7 +68,7 @@ class DiffusionTask(Task):
         controls = self.controls.drop(self.controls.load(batch))
         return {"model": self._denoising(modules["model"], batch, denominators, has_coarse, noise_level, controls)}
 
-    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+    def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         """The same without condition dropout and without noise on the coarse latents."""
         items = len(batch["ids"])
         has_coarse, noise_level = torch.ones(items, dtype=torch.bool), torch.zeros(items)
@@ -91,7 +86,7 @@ class DiffusionTask(Task):
         frames = round(self.config.train.sample_seconds * self.codec.frame_rate)
         batch = CodesLoader(self.store, "valid", count, frames, self.config.seed).batch(0)
         device = next(self.model.parameters()).device
-        second_stage = SecondStage(self.model, self.codec.to(device), SecondStageConfig.of(self.config))
+        second_stage = SecondStage(self.model, self.codec.to(device), SecondStageConfig.from_config(self.config))
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         codes = batch["codes"].to(device)
         coarse_codes = codes[:, : self.config.model.n_coarse_codebooks]
@@ -133,23 +128,18 @@ def store_statistics(store: Store, codec: Codec) -> LatentStatistics:
     """Statistics of the latents of a store's training split, from at most 4,096 of its segments."""
     rows = store.indices("train")
     rows = rows[:: -(-len(rows) // _STATISTICS_SEGMENTS)]
-    denominators = np.zeros((codec.n_codebooks, codec.codebook_size), np.int64)  # [K, V]
+    counts = np.zeros((codec.n_codebooks, codec.codebook_size), np.int64)  # [K, V]
     for row in rows:
         for k, codes in enumerate(store.codes(int(row))):
-            denominators[k] += np.bincount(codes, minlength=codec.codebook_size)
-    return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(denominators))
+            counts[k] += np.bincount(codes, minlength=codec.codebook_size)
+    return latent_statistics(codec.codebook_vectors()[: codec.n_codebooks], torch.from_numpy(counts))
 
 
-def _check_fit(config: DictConfig, info: dict[str, Any], codec: Codec) -> None:
+def _check_fit(config: DictConfig, codec: Codec) -> None:
     store, model = config.data.store, config.model
     channels = codec.latent_channels // codec.n_codebooks
     if (model.n_codebooks, model.codebook_dim) != (codec.n_codebooks, channels):
         raise UserError(
             f"the denoiser takes {model.n_codebooks} codebooks of width {model.codebook_dim}, codec {codec.name} of "
             f"{store} has {codec.n_codebooks} of {channels}: set model.n_codebooks and model.codebook_dim"
-        )
-    if model.text_dim != info["text"]["dim"]:
-        raise UserError(
-            f"the denoiser takes text of width {model.text_dim}, {store} holds width {info['text']['dim']}: set "
-            f"model.text_dim={info['text']['dim']}"
         )

@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ssmttm.codecs import TINY_FOLDER, Codec, CodecOutput, StudentCodec, load_codec
-from ssmttm.codecs.folder import licences_of
 from ssmttm.codecs.students.codec import DECODERS
 from ssmttm.distill.codec.matching import StageProjections, matched_stages, traced_outputs
 from ssmttm.distill.codec.transfer import transfer_decoder
 from ssmttm.errors import UserError
+from ssmttm.model_folder import training_licences
 from ssmttm.training.tasks.base import Batch, Losses
 from ssmttm.training.tasks.codec import CodecTask, count_flops
 
@@ -90,7 +90,7 @@ class CodecDistillTask(CodecTask):
         folder = TINY_FOLDER if self.config.teacher == "tiny" else Path(self.config.teacher)
         return metadata | {
             "codec": codec,
-            "licences": licences_of(folder) | metadata["licences"],
+            "licences": training_licences(folder) | metadata["licences"],
             "teacher": codec | {"transferred": len(self.transferred)},
             "student": asdict(config),
         }

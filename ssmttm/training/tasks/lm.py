@@ -4,12 +4,12 @@ Shapes: b items of a micro-batch, K codebooks, T frames, S positions of the patt
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ssmttm.codecs import Codec
@@ -23,8 +23,8 @@ from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
-from ssmttm.training.data import check_complete, check_fingerprint, codes_loader, load_store_codec
-from ssmttm.training.tasks.base import Batch, Loader, Losses, Sample, Task
+from ssmttm.training.data import check_complete, check_fingerprint, check_text_dim, codes_loader, load_store_codec
+from ssmttm.training.tasks.base import Batch, Loader, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
 
@@ -35,11 +35,7 @@ class LanguageModelTask(Task):
     Args:
         config: `model`, `pattern`, `data` (store, frames and condition dropouts), `train` (label_smoothing,
             codebook_weights, and for samples sample_every, sample_seconds, prompts), `losses`, `tag_head` (if
-            losses.tags), `seed`.
-
-    Raises:
-        UserError: the store has no codes or captions, its codec or text encoder does not fit the model, or
-            codebook_weights is invalid.
+            losses.tags), `seed`. The store must have codes and captions, and a codec and a text encoder that fit.
     """
 
     guidance_scale: float = GUIDANCE_SCALE  # of the samples
@@ -56,7 +52,6 @@ class LanguageModelTask(Task):
         self.modules = {"model": self.model}
         self.tags: TagVocabulary | None = None
         if config.losses.tags:
-            _check_block(config.tag_head.block, config.model.n_layers)
             self.tags = TagVocabulary(self.store, config.tag_head.min_share)
             self.modules["tag_head"] = TagHead(config.model.d_model, self.tags.frequencies)
         self.n_codebooks, self.codebook_size = config.model.n_codebooks, config.model.codebook_size
@@ -80,9 +75,7 @@ class LanguageModelTask(Task):
         positions = valid_positions(self.pattern, batch["frame_mask"], self.n_codebooks).sum((0, 2))  # [K]
         return torch.cat([positions, positions.new_tensor([len(batch["ids"])])]).float()
 
-    def losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
-    ) -> dict[str, Losses]:
+    def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         """`cross_entropy`: weighted mean over codebooks, with label smoothing; `codebook_k`: without, of each codebook.
 
         With a tag head also `tags`, and `tags_from_text`, the tag loss of the first position.
@@ -90,13 +83,11 @@ class LanguageModelTask(Task):
         controls = self.controls.drop(self.controls.load(batch))
         return {"model": self._losses(modules, batch, denominators, controls)}
 
-    def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
+    def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         """The same without dropout of tempo and melody."""
         return self._losses(modules, batch, denominators, self.controls.load(batch))
 
-    def _losses(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, controls: Controls
-    ) -> Losses:
+    def _losses(self, modules: Modules, batch: Batch, denominators: Tensor, controls: Controls) -> Losses:
         inputs, text = self._prepare_batch(batch, controls), self._text(batch)
         if self.tags is None:
             logits = modules["model"](inputs.codes, text, controls=inputs.controls)
@@ -142,14 +133,8 @@ class LanguageModelTask(Task):
         """`train.prompts`, with the same seeds each time."""
         assert self._codec is not None and self._text_encoder is not None  # loaded when train.sample_every is set
         device = next(self.model.parameters()).device
-        pipe = MusicPipeline(
-            self.model,
-            self._codec.to(device),
-            self._text_encoder,
-            self.pattern,
-            null_condition=self.null_condition,
-            guidance_scale=self.guidance_scale,
-        )
+        settings: dict[str, Any] = {"null_condition": self.null_condition, "guidance_scale": self.guidance_scale}
+        pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern, **settings)
         prompts = list(self.config.train.prompts)
         out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
         return [Sample(f"{i}-{_file_name(prompt)}", out.audios[i], out.sample_rate) for i, prompt in enumerate(prompts)]
@@ -186,18 +171,14 @@ def interleave(pattern: Pattern, codes: Tensor, frame_mask: Tensor, special_toke
 def token_losses(
     logits: Tensor, targets: Tensor, valid: Tensor, codebook_size: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy by codebook, summed over valid positions.
+    """Cross-entropy by codebook, summed over valid positions: without and with label smoothing, [K] each.
 
-    Label smoothing (arXiv 1512.00567) is spread over the V codes; the special token, if the model has a logit for it,
-    gets none.
+    Label smoothing (arXiv 1512.00567) is spread over the V codes; the special token gets none.
 
     Args:
         logits: [b, K, S, V'], V' = V or V + 1.
         targets: int64 [b, K, S].
         valid: bool [b, K, S].
-
-    Returns:
-        The sums without and with label smoothing, [K] each.
     """
     log_p = F.log_softmax(logits.float(), dim=-1)
     codes = targets.masked_fill(~valid, 0)[..., None]
@@ -218,11 +199,6 @@ def _codebook_weights(weights: Sequence[float] | None, n_codebooks: int) -> Tens
     return values / values.sum()
 
 
-def _check_block(block: int, n_layers: int) -> None:
-    if not 1 <= block <= n_layers:
-        raise UserError(f"tag_head.block={block} must be a block of the model, 1 to {n_layers}")
-
-
 def _file_name(prompt: str) -> str:
     """A prompt as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
@@ -230,14 +206,12 @@ def _file_name(prompt: str) -> str:
 
 def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
     store, model = config.data.store, config.model
-    codec, text = info["codec"], info["text"]
+    codec = info["codec"]
     if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
         raise UserError(
             f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has "
             f"{codec['n_codebooks']} of {codec['codebook_size']}: set model.n_codebooks and model.codebook_size"
         )
-    if model.text_dim != text["dim"]:
-        raise UserError(
-            f"the model takes text of width {model.text_dim}, {store} holds {text['name']} of width {text['dim']}: "
-            f"set model.text_dim={text['dim']}, or prepare with another text encoder"
-        )
+    check_text_dim(config, info)
+    if config.losses.tags and not 1 <= config.tag_head.block <= model.n_layers:
+        raise UserError(f"tag_head.block={config.tag_head.block} must be a block of the model, 1 to {model.n_layers}")

@@ -19,11 +19,7 @@ from ssmttm.errors import UserError
 
 
 class TagVocabulary:
-    """The tags that at least a fraction `min_share` of a store's training segments have, and the tags of each segment.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The tags of at least a fraction `min_share` of a store's training segments, and the tags of each segment."""
 
     def __init__(self, store: Store, min_share: float) -> None:
         tags_by_row = [set(store.tags(row)) for row in range(len(store))]

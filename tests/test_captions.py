@@ -1,4 +1,4 @@
-"""Captions: of tags by templates, of an audio language model of random weights, and other wordings by a hook."""
+"""Captions from tags by templates, from a random audio language model, and paraphrases by a user's function."""
 
 import json
 import re
@@ -21,9 +21,10 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from data_prep.stages.captions import captions as module
-from data_prep.stages.captions.captions import CaptionOptions, describe, fault_of, load_rephraser, template_captions
+from data_prep.stages.captions import stage
+from data_prep.stages.captions.stage import CaptionOptions, check_caption, load_rephraser, make_captions
 from data_prep.stages.captions.tag_words import CATEGORIES, GENRES, INSTRUMENTS, MOODS, USES, VOCALS
+from data_prep.stages.captions.templates import template_captions
 from ssmttm.errors import UserError
 from ssmttm.text.captioner import AudioCaptioner
 
@@ -31,7 +32,7 @@ TAGS = ["genre---jazz", "instrument---piano", "instrument---doublebass", "mood/t
 WORDS = ("jazz", "piano", "double bass", "calm", "film")
 
 
-def test_the_first_caption_says_all_and_others_are_worded_otherwise():
+def test_template_captions_first_uses_all_tags_and_others_differ():
     for id in map(str, range(50)):
         captions = template_captions(TAGS, id, 4)
         assert len(captions) == len(set(captions)) == 4
@@ -39,10 +40,10 @@ def test_the_first_caption_says_all_and_others_are_worded_otherwise():
         for caption in captions:
             assert any(word in caption.lower() for word in WORDS)
     first = {template_captions(TAGS, str(id), 1)[0] for id in range(200)}
-    assert len(first) > 60, "varied between segments"
+    assert len(first) > 60, "captions vary between segments"
 
 
-def test_an_id_gives_the_same_captions_and_another_other_ones():
+def test_template_captions_depend_on_id_only():
     assert template_captions(TAGS, "a") == template_captions(TAGS, "a")
     assert template_captions(TAGS, "a") != template_captions(TAGS, "b")
     known = "Calm music with a double bass and a piano"
@@ -60,17 +61,17 @@ tags_of_any_kind = st.lists(
 
 
 @given(tags=tags_of_any_kind, id=names, n=st.integers(1, 5), instrumental=st.booleans())
-def test_any_tags_give_at_most_n_plain_sentences(tags, id, n, instrumental):
+def test_template_captions_of_any_tags_are_plain_text(tags, id, n, instrumental):
     captions = template_captions(tags, id, n, instrumental)
     assert len(captions) <= n and len(set(captions)) == len(captions)
     for caption in captions:
         assert caption.strip() == caption and caption.isprintable() and "  " not in caption and "{" not in caption
         assert not re.search(r"\.\.|,,| ,", caption), caption
-        assert fault_of(caption) is None or not any(map(str.isalpha, "".join(tags)))
+        assert check_caption(caption) is None or not any(map(str.isalpha, "".join(tags)))
 
 
 @given(tags=st.lists(known_tags, min_size=1, max_size=5), id=names)
-def test_every_known_tag_gives_captions_with_the_right_articles(tags, id):
+def test_template_captions_have_correct_articles(tags, id):
     captions = template_captions(tags, id, 3)
     assert captions
     for caption in captions:
@@ -78,7 +79,7 @@ def test_every_known_tag_gives_captions_with_the_right_articles(tags, id):
         assert not re.search(wrong, caption), caption
 
 
-def test_nothing_for_no_tags_and_nobodys_name():
+def test_template_captions_ignore_unknown_and_hostile_tags():
     assert template_captions([], "a") == []
     hostile = ["artist---Nina", "title---Blue", "album---Blue", "Nina", "---", "genre---", "genre---<b>", "key---loud",
                "genre---" + "x" * 41, "instrument---a\x00b"]  # fmt: skip
@@ -103,38 +104,38 @@ def test_nothing_for_no_tags_and_nobodys_name():
         (["mood/theme---space"], "for a journey through space|It would suit a journey"),
     ],
 )
-def test_good_english(tags, words):
+def test_template_captions_word_tags_in_english(tags, words):
     for id in range(30):
         assert re.search(words, template_captions(tags, str(id), 1)[0])
 
 
-def test_no_voices_where_they_were_removed():
+def test_template_captions_of_instrumental_music_mention_no_vocals():
     tags = [*TAGS, "instrument---voice", "genre---choir", "genre---rap"]
-    made = " ".join(text for id in range(60) for text in template_captions(tags, str(id), 3, instrumental=True))
-    assert not re.search("voice|choral|rap", made)
+    joined = " ".join(text for id in range(60) for text in template_captions(tags, str(id), 3, instrumental=True))
+    assert not re.search("voice|choral|rap", joined)
     assert template_captions(["instrument---voice"], "a", instrumental=True) == []
     assert any("voice" in text for id in range(60) for text in template_captions(tags, str(id)))
     assert "voice" in VOCALS
 
 
 def write_captioner(folder, seed=0):
-    """A Qwen2-Audio of random weights that hears 2 s and spells in letters."""
+    """A Qwen2-Audio of random weights with 2 s of audio and one token per letter."""
     torch.manual_seed(seed)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=marks[0], eos_token=marks[2])
-    ids = fast.convert_tokens_to_ids(marks)
-    ears = WhisperFeatureExtractor(feature_size=16, chunk_length=2)
-    Qwen2AudioProcessor(ears, fast).save_pretrained(folder)
-    heard = Qwen2AudioEncoderConfig(num_mel_bins=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
-                                    d_model=16, max_source_positions=100)  # fmt: skip
-    said = Qwen2Config(vocab_size=len(fast), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                       num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    config = Qwen2AudioConfig(audio_config=heard, text_config=said, audio_token_index=ids[3])
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[2])
+    ids = fast.convert_tokens_to_ids(special)
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    Qwen2AudioProcessor(extractor, fast).save_pretrained(folder)
+    audio_config = Qwen2AudioEncoderConfig(num_mel_bins=16, encoder_layers=1, encoder_attention_heads=2,
+                                           encoder_ffn_dim=16, d_model=16, max_source_positions=100)  # fmt: skip
+    text_config = Qwen2Config(vocab_size=len(fast), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                              num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    config = Qwen2AudioConfig(audio_config=audio_config, text_config=text_config, audio_token_index=ids[3])
     model = Qwen2AudioForConditionalGeneration(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -152,59 +153,59 @@ def weights(tmp_path_factory):
     return write_captioner(tmp_path_factory.mktemp("captioner"))
 
 
-def sounds(n):
+def clips(n):
     noise = torch.Generator().manual_seed(1)
     return [0.1 * (1 + i) * torch.randn(16_000 + 700 * i, generator=noise) for i in range(n)]
 
 
-def test_every_clip_gets_its_caption_whatever_the_batch(weights):
-    alone = list(AudioCaptioner(weights, batch=1, max_new_tokens=12).captions(sounds(5)))
+def test_captioner_does_not_depend_on_batch_size(weights):
+    alone = list(AudioCaptioner(weights, batch=1, max_new_tokens=12).captions(clips(5)))
     assert len(alone) == 5 and len(set(alone)) > 1
     for batch in (2, 4, 5, 8):
-        assert list(AudioCaptioner(weights, batch=batch, max_new_tokens=12).captions(iter(sounds(5)))) == alone
+        assert list(AudioCaptioner(weights, batch=batch, max_new_tokens=12).captions(iter(clips(5)))) == alone
 
 
-def test_the_same_words_again_and_others_for_another_prompt(weights):
+def test_captioner_is_deterministic_and_depends_on_prompt(weights):
     captioner = AudioCaptioner(weights, max_new_tokens=12)
-    first = list(captioner.captions(sounds(3)))
+    first = list(captioner.captions(clips(3)))
     torch.manual_seed(5)
-    assert list(captioner.captions(sounds(3))) == first
-    assert list(AudioCaptioner(weights, prompt="Sad?", max_new_tokens=12).captions(sounds(3))) != first
+    assert list(captioner.captions(clips(3))) == first
+    assert list(AudioCaptioner(weights, prompt="Sad?", max_new_tokens=12).captions(clips(3))) != first
     assert not captioner.model.generation_config.do_sample
 
 
-def test_sounds_are_read_a_batch_at_a_time(weights):
+def test_captioner_reads_clips_batch_by_batch(weights):
     read = []
-    clips = (read.append(i) or clip for i, clip in enumerate(sounds(5)))
-    captions = AudioCaptioner(weights, batch=2, max_new_tokens=2).captions(clips)
+    stream = (read.append(i) or clip for i, clip in enumerate(clips(5)))
+    captions = AudioCaptioner(weights, batch=2, max_new_tokens=2).captions(stream)
     next(captions)
     assert read == [0, 1]
 
 
-def test_a_longer_clip_is_heard_from_its_beginning(weights):
+def test_captioner_uses_the_start_of_a_long_clip(weights):
     captioner = AudioCaptioner(weights, max_new_tokens=12)
-    clip = sounds(1)[0].repeat(4)
+    clip = clips(1)[0].repeat(4)
     assert captioner.seconds == 2 and captioner.sample_rate == 16_000
     assert list(captioner.captions([clip])) == list(captioner.captions([clip[:32_000]]))
 
 
-def test_a_cut_caption_ends_with_a_sentence(weights, monkeypatch):
+def test_captioner_cuts_long_captions_after_a_sentence(weights, monkeypatch):
     captioner = AudioCaptioner(weights, max_new_tokens=20)
-    spoken = {"": ""}
+    answer = {"text": ""}
 
     def generate(input_ids, **_):
-        ids = captioner.processor.tokenizer(spoken["text"])["input_ids"]
+        ids = captioner.processor.tokenizer(answer["text"])["input_ids"]
         return torch.cat([input_ids, torch.tensor([ids])], 1)
 
     monkeypatch.setattr(captioner.model, "generate", generate)
     for text, caption in {
         "One. Two. Thr": "One. Two.", "No end": "No end", "One. Two<|im_end|>": "One. Two", "Done.": "Done.",
     }.items():  # fmt: skip
-        spoken["text"] = text
-        assert list(captioner.captions(sounds(1))) == [caption]
+        answer["text"] = text
+        assert list(captioner.captions(clips(1))) == [caption]
 
 
-def test_what_is_no_captioner(weights, tmp_path):
+def test_captioner_rejects_other_folders(weights, tmp_path):
     with pytest.raises(UserError, match="no audio captioner folder"):
         AudioCaptioner(str(tmp_path / "nowhere"))
     copy = shutil.copytree(weights, tmp_path / "copy")
@@ -221,99 +222,101 @@ def test_what_is_no_captioner(weights, tmp_path):
 @pytest.mark.parametrize(
     ("caption", "reason"),
     [
-        ("", "said nothing"), ("  \n", "said nothing"), ("... !!! ...", "no words"),
+        ("", "is empty"), ("  \n", "is empty"), ("... !!! ...", "no words"),
         ("the the the the the", "one word"), ("La la LA la", "one word"), ("a piano and " * 12, "repeats itself"),
         ("啊" * 40, "repeats itself"), ("haahahahahaha", "repeats itself"),
     ],
 )  # fmt: skip
-def test_captions_that_are_no_use(caption, reason):
-    rejected = fault_of(caption)
+def test_check_caption_rejects_useless_captions(caption, reason):
+    rejected = check_caption(caption)
     assert rejected.kind == "caption" and reason in str(rejected)
 
 
 @pytest.mark.parametrize("caption", ["Rock", "A slow waltz in D minor.", "jazz, jazz fusion", "Ambient music. " * 3])
-def test_captions_that_are(caption):
-    assert fault_of(caption) is None
+def test_check_caption_accepts_good_captions(caption):
+    assert check_caption(caption) is None
 
 
 def pairs(n, rate=22_050):
-    return [(sound.repeat(2, 1), rate) for sound in sounds(n)]
+    return [(clip.repeat(2, 1), rate) for clip in clips(n)]
 
 
-def hook(monkeypatch, function, name="function"):
-    made = types.ModuleType("a_hook_of_mine")
-    setattr(made, name, function)
-    monkeypatch.setitem(sys.modules, "a_hook_of_mine", made)
+def user_function(monkeypatch, function, name="function"):
+    module = types.ModuleType("user_module")
+    setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, "user_module", module)
     load_rephraser.cache_clear()
-    return "a_hook_of_mine:function"
+    return "user_module:function"
 
 
-def test_known_captions_stay_first_and_what_fails_is_told(monkeypatch):
-    said = iter(["A guitar plays.", "la la la la", "", "A flute plays."])
-    monkeypatch.setattr(module, "_captions", lambda sounds, settings: (next(said) for _ in sounds))
-    name = hook(monkeypatch, lambda captions: [[f"{text} again", text] for text in captions])
+def test_make_captions_keeps_known_captions_and_reports_failures(monkeypatch):
+    answers = iter(["A guitar plays.", "la la la la", "", "A flute plays."])
+    monkeypatch.setattr(stage, "_model_captions", lambda clips, options: (next(answers) for _ in clips))
+    name = user_function(monkeypatch, lambda captions: [[f"{text} again", text] for text in captions])
     settings = CaptionOptions(templates=1, captioner="x", rephrase=name)
     known, tags = [["Known."], [], [], ["A flute plays."]], [["genre---rock"], ["genre---pop"], [], []]
-    made, rejections = describe("abcd", known, tags, settings, pairs(4))
-    assert made[0] == ["Known.", "Known. again", "A guitar plays.", "A guitar plays. again"]
-    assert made[1] == template_captions(tags[1], "b", 1) and made[2] == []
-    assert made[3] == ["A flute plays.", "A flute plays. again"]
+    captions, rejections = make_captions("abcd", known, tags, settings, pairs(4))
+    assert captions[0] == ["Known.", "Known. again", "A guitar plays.", "A guitar plays. again"]
+    assert captions[1] == template_captions(tags[1], "b", 1) and captions[2] == []
+    assert captions[3] == ["A flute plays.", "A flute plays. again"]
     assert [(rejection.item, rejection.kind) for rejection in rejections] == [("b", "caption"), ("c", "caption")]
-    assert known == [["Known."], [], [], ["A flute plays."]], "what is given stays as it is"
+    assert known == [["Known."], [], [], ["A flute plays."]], "the input is not changed"
 
 
-def test_the_model_hears_each_segment(weights):
+def test_make_captions_uses_the_captioner(weights):
     settings = CaptionOptions(templates=0, captioner=weights, batch=2, max_new_tokens=12)
     ids = list("abc")
-    made, rejections = describe(ids, [[]] * 3, [[]] * 3, settings, pairs(3, 16_000))
-    words = list(AudioCaptioner(weights, max_new_tokens=12).captions(sounds(3)))
+    captions, rejections = make_captions(ids, [[]] * 3, [[]] * 3, settings, pairs(3, 16_000))
+    words = list(AudioCaptioner(weights, max_new_tokens=12).captions(clips(3)))
     rejected = {rejection.item for rejection in rejections}
-    for id, captions, text in zip(ids, made, words, strict=True):
-        assert captions == ([] if id in rejected else [" ".join(text.split())])
+    for id, texts, text in zip(ids, captions, words, strict=True):
+        assert texts == ([] if id in rejected else [" ".join(text.split())])
     assert len(rejected) < 3
 
 
-def test_what_a_segment_is_called_hangs_on_itself_alone():
+def test_make_captions_does_not_depend_on_other_segments():
     ids, tags, known = list("abc"), [TAGS, TAGS[:1], TAGS[2:]], [["One."], [], ["Two."]]
-    together, _ = describe(ids, known, tags, CaptionOptions())
-    assert together == [describe([i], [k], [t], CaptionOptions())[0][0] for i, k, t in zip(ids, known, tags, strict=True)]
+    together, _ = make_captions(ids, known, tags, CaptionOptions())
+    alone = [make_captions([i], [k], [t], CaptionOptions())[0][0] for i, k, t in zip(ids, known, tags, strict=True)]
+    assert together == alone
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda captions: 1 / 0, r"a_hook_of_mine:function failed \(ZeroDivisionError"),
+        (lambda captions: 1 / 0, r"user_module:function of --rephrase failed \(ZeroDivisionError"),
         (lambda captions: captions[5], "failed .IndexError"),
-        (lambda captions: [[]], "gave 1 lists for 2 captions"),
-        (lambda captions: None, "gave a NoneType for 2"),
-        (lambda captions: [["good"], [" "]], "a list of texts is needed"),
-        (lambda captions: [["good"], "bad"], "a list of texts is needed"),
-        (lambda captions: [["good"], [3]], "a list of texts is needed"),
-        ("no function", "is no function"),
+        (lambda captions: [[]], "got 1 lists for 2 captions"),
+        (lambda captions: None, "got a NoneType for 2"),
+        (lambda captions: [["good"], [" "]], "must return lists of texts"),
+        (lambda captions: [["good"], "bad"], "must return lists of texts"),
+        (lambda captions: [["good"], [3]], "must return lists of texts"),
+        ("no function", "is not a function"),
     ],
 )
-def test_a_hook_that_fails_is_named(monkeypatch, function, words):
+def test_rephrase_errors_name_the_function(monkeypatch, function, words):
     with pytest.raises(UserError, match=words):
-        describe("ab", [["One."], ["Two."]], [[], []], CaptionOptions(rephrase=hook(monkeypatch, function)))
+        options = CaptionOptions(rephrase=user_function(monkeypatch, function))
+        make_captions("ab", [["One."], ["Two."]], [[], []], options)
 
 
 @pytest.mark.parametrize("name", ["", "nowhere.at_all:x", "json:nothing", "json", ":dumps"])
-def test_a_hook_that_is_not_there(name):
+def test_rephrase_function_must_exist(name):
     with pytest.raises(UserError, match=r"give package\.module:function"):
         load_rephraser(name)
 
 
-def test_settings_tell_what_decides_the_captions(weights, monkeypatch, tmp_path):
-    facts = json.loads(json.dumps(CaptionOptions(captioner=weights, device="cuda").facts()))
-    assert "device" not in facts and "Describe this music" in facts["prompt"]
+def test_caption_metadata_depends_on_captioner_and_function(weights, monkeypatch, tmp_path):
+    metadata = json.loads(json.dumps(CaptionOptions(captioner=weights, device="cuda").metadata()))
+    assert "device" not in metadata and "Describe this music" in metadata["prompt"]
     other = write_captioner(tmp_path, seed=1)
-    assert CaptionOptions(captioner=other).facts()["fingerprint"] != facts["fingerprint"]
-    assert facts["fingerprint"] == AudioCaptioner(weights).fingerprint
+    assert CaptionOptions(captioner=other).metadata()["fingerprint"] != metadata["fingerprint"]
+    assert metadata["fingerprint"] == AudioCaptioner(weights).fingerprint
 
     def rephrase(captions):
         return [[] for _ in captions]
 
-    name = hook(monkeypatch, rephrase)
-    assert "return [[] for _ in captions]" in CaptionOptions(rephrase=name).facts()["rephrase_source"]
+    name = user_function(monkeypatch, rephrase)
+    assert "return [[] for _ in captions]" in CaptionOptions(rephrase=name).metadata()["rephrase_source"]
     with pytest.raises(UserError, match="no audio captioner folder"):
-        CaptionOptions(captioner=str(tmp_path / "nowhere")).facts()
+        CaptionOptions(captioner=str(tmp_path / "nowhere")).metadata()

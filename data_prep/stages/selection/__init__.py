@@ -1,0 +1,1 @@
+"""The pure functions behind the stage `select`: duplicates, leakage from evaluation sets, splits."""
