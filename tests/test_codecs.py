@@ -14,6 +14,7 @@ from data_prep.builtin import compose
 from data_prep.builtin.synth import render
 from ssmttm.audio.features import chroma_filterbank, chroma_stft, mel_filterbank, onset_times
 from ssmttm.codecs import CodecOutput, TinyCodec, TinyCodecConfig, build_codec, load_codec
+from ssmttm.codecs.base import weights_fingerprint
 from ssmttm.codecs.discriminators import MultiResolutionDiscriminator
 from ssmttm.codecs.losses import (
     SCALES,
@@ -217,6 +218,54 @@ def test_codec_fingerprint_depends_on_weights_not_usage_counts():
     assert codec.fingerprint != before
 
 
+@torch.no_grad()
+def add_in_place(codec):
+    codec.down.weight[3, 4] += 1e-4
+
+
+@torch.no_grad()
+def exchange_in_place(codec):
+    codec.quantiser.codebooks[:, [0, 1]] = codec.quantiser.codebooks[:, [1, 0]]
+
+
+def add_to_data(codec):
+    codec.down.weight.data[3, 4] += 1e-4
+
+
+def load_other_weights(codec):
+    codec.load_state_dict({name: value + 1 for name, value in codec.state_dict().items()})
+
+
+def take_a_fused_step(codec):  # counts no version of the weights
+    codec.down.weight.grad = torch.ones_like(codec.down.weight)
+    torch.optim.AdamW(codec.parameters(), lr=1e-4, fused=True).step()
+
+
+def replace_a_parameter(codec):
+    codec.down = torch.nn.Linear(codec.down.in_features, codec.down.out_features)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [add_in_place, exchange_in_place, add_to_data, load_other_weights, take_a_fused_step, replace_a_parameter],
+)
+def test_codec_fingerprint_is_hashed_once_until_the_weights_change(change, monkeypatch):
+    hashed = []
+
+    def count_and_hash(weights):
+        hashed.append(weights_fingerprint(weights))
+        return hashed[-1]
+
+    monkeypatch.setattr("ssmttm.codecs.base.weights_fingerprint", count_and_hash)
+    codec = small_codec().eval()
+    before = codec.fingerprint
+    codec.encode(tones(1, 3200))
+    assert codec.fingerprint == before and len(hashed) == 1
+    change(codec)
+    assert codec.fingerprint == weights_fingerprint(codec.weights()) != before and len(hashed) == 2
+    assert codec.train().eval().fingerprint == hashed[1] and len(hashed) == 2
+
+
 def test_load_codec_rejects_missing_and_damaged_folders(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_codec(tmp_path / "nowhere")
@@ -322,7 +371,7 @@ def test_quantiser_unused_entries_are_restarted_and_used_ones_kept():
     used = quantiser.usage > 0
     before = quantiser.codebooks.detach().clone()
     restarted = quantiser.restart_unused(z, min_usage=1e-3)
-    assert torch.equal(restarted, (~used).sum(dim=1)) and (restarted > 20).all()
+    assert torch.equal(restarted, ~used) and (restarted.sum(dim=1) > 20).all()
     assert torch.equal(quantiser.codebooks[used], before[used])
     assert (quantiser.usage == 0).all()
     quantiser(z)
@@ -392,6 +441,58 @@ def test_codec_losses_are_float32_under_bf16_autocast():
     codec.zero_grad()
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in codec.parameters())
+
+
+def build_codec_of(kind):
+    return small_codec(codebook_size=256) if kind == "tiny" else hf_codec(kind)
+
+
+@pytest.mark.parametrize("kind", ["tiny", *HF_CODECS])
+def test_codec_computes_the_same_under_autocast(kind):
+    codec = build_codec_of(kind).eval()
+    wav = torch.randn(2, 1, codec.hop_length * 30) * 0.1
+    codes = codec.encode(wav)
+    latents = codec.to_latents(codes) + 0.3 * torch.randn(2, codec.latent_channels, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(wav), codes)
+        assert torch.equal(codec.from_latents(latents), found := codec.from_latents(latents))
+        audio = codec.decode(codes)
+    assert torch.equal(codec.from_latents(latents), found) and torch.equal(codec.decode(codes), audio)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "dac"])
+def test_codec_training_quantises_in_float32_under_autocast(kind):
+    codec = build_codec_of(kind).train()
+    wav = torch.randn(4, 1, codec.hop_length * 60) * 0.1
+    quantiser = codec.quantiser if kind == "tiny" else codec.model.quantizer
+    inputs = []
+    handle = quantiser.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = codec(wav)
+    handle.remove()
+    codes = quantiser.encode(inputs[0]) if kind == "tiny" else quantiser.eval()(inputs[0])[1]
+    assert inputs[0].dtype == torch.float32 and torch.equal(codes, output.codes)
+    assert {loss.dtype for loss in output.losses.values()} == {torch.float32}
+    output.audio.float().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "dac"])
+def test_codec_restart_is_the_same_under_autocast(kind):
+    def books(enabled):
+        codec = build_codec_of(kind).train()
+        wav = torch.randn(2, 1, codec.hop_length * 20, generator=torch.Generator().manual_seed(0)) * 0.1
+        codec(wav)
+        before = dict(codec.named_parameters())
+        before = {name: value.detach().clone() for name, value in before.items()}
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            restarted = codec.restart_unused_codes(wav)
+        for name, mask in restarted.items():
+            changed = (dict(codec.named_parameters())[name] != before[name]).any(-1)
+            assert mask.any() and torch.equal(changed, mask)
+        return codec.codebook_vectors()
+
+    assert torch.equal(books(True), books(False))
 
 
 def test_spectral_losses_are_zero_for_equal_audio_and_skip_long_windows():
@@ -484,8 +585,8 @@ def test_dac_trains_like_tiny_codec():
     sum(reconstruction_losses(output, wav, 24000, (Scale(512, 40),)).values()).backward()
     assert all(p.grad is not None for p in codec.parameters())
     assert codec.usage.sum() == 2 * 3 * 10
-    restarted = codec.restart_unused_codes(wav)
-    assert restarted.shape == (3,) and (restarted > 0).all() and (codec.usage == 0).all()
+    restarted = list(codec.restart_unused_codes(wav).values())
+    assert len(restarted) == 3 and all(mask.any() for mask in restarted) and (codec.usage == 0).all()
 
 
 def test_hf_codec_rejects_unsupported_configs(tmp_path):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssmttm import checkpoint, config
-from ssmttm.codecs import load_codec
+from ssmttm.codecs import TinyCodec, load_codec
 from ssmttm.data import open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.export.model_folder import export
@@ -255,11 +255,15 @@ def test_special_tokens_and_padding_are_not_valid_targets(name):
         (["train.precision=fp8"], "train.precision=fp8"),
         (["data.store=null"], "data_prep builtin"),
         (["data.store=nowhere"], "nowhere"),
-        (["train.steps=many"], "train.steps must be a number of at least 1, got many"),
-        (["data.batch_size=0"], "data.batch_size must be a number of at least 1, got 0"),
+        (["train.steps=many"], "train.steps must be an integer, got many"),
+        (["data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
         (["train.codebook_weights=[1,1]"], "codebook_weights"),
         (["train.codebook_weights=[1,1,1,0]"], "codebook_weights"),
         (["init=nowhere"], "nowhere"),
+        (["optim.betas=[0.9]"], "optim.betas must be two numbers"),
+        (["train.micro_batch_size=0"], "train.micro_batch_size must be at least 1, got 0"),
+        (["losses.cross_entropy=-1"], "losses.cross_entropy must be at least 0, got -1"),
+        (["data.text_encoder=google/flan-t5-base"], "holds the text of fake, not of .*--text google/flan-t5-base"),
     ],
 )
 def test_invalid_settings_are_one_clear_line(codes_store, tmp_path, overrides, message):
@@ -421,6 +425,29 @@ def test_codec_learns_and_unused_codes_are_restarted(audio_store, tmp_path):
     restarted = [row.get("codes_restarted") for row in metric_rows(run_dir) if "mel" in row]
     assert restarted[0] is None and restarted[1] is not None and len(set(restarted[5:])) == 1
     assert not (checkpoint.latest_good(run_dir) / "discriminator.safetensors").exists()
+
+
+def test_codec_restart_resets_averages_and_moments_of_the_restarted_entries(audio_store, tmp_path, monkeypatch):
+    masks = []
+    restart = TinyCodec.restart_unused_codes
+
+    def restart_and_note(self, wav):
+        masks.append(restart(self, wav)["quantiser.codebooks"])
+        return {"quantiser.codebooks": masks[-1]}
+
+    monkeypatch.setattr(TinyCodec, "restart_unused_codes", restart_and_note)
+    overrides = ("train.steps=12", "train.ema_decay=0.99", "codec_training.restart_every=12")
+    config = codec_config(audio_store, tmp_path / "run", *overrides, "codec_training.restart_until=100")
+    folder = checkpoint.latest_good(loop.train(config))
+    (mask,) = masks
+    assert mask.any() and not mask.all()
+    averages, books = (weights(tmp_path / "run", ema)["quantiser.codebooks"] for ema in (True, False))
+    assert torch.equal(averages[mask], books[mask]) and not torch.equal(averages[~mask], books[~mask])
+    optimizer = checkpoint.read_tensors(folder, "optimizer")
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = optimizer[f"model/quantiser.codebooks/{name}"]
+        assert (moments[mask] == 0).all() and (moments[~mask] != 0).any()
+    assert optimizer["model/quantiser.codebooks/step"] == 12
 
 
 def test_codec_rejects_a_store_of_another_sample_rate(audio_store, tmp_path):

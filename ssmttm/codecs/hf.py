@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
 from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecResnetBlock
 
-from ssmttm.codecs.base import Codec, CodecOutput
+from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
 from ssmttm.codecs.quantiser import reseed, unused_entries
 from ssmttm.errors import UserError
 
@@ -42,7 +43,9 @@ class DacCodec(TransformersCodec):
 
     def forward(self, wav: Tensor) -> CodecOutput:
         """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
-        z, codes, _, commitment, codebook = self.model.quantizer(self.model.encoder(self.pad(wav)))
+        z = self.model.encoder(self.pad(wav))  # [B, D, T]
+        with no_autocast(z):
+            z, codes, _, commitment, codebook = self.model.quantizer(z.float())
         if self.training:
             for k, used in enumerate(self.usage):
                 used += torch.bincount(codes[:, k].flatten(), minlength=self.codebook_size)
@@ -51,16 +54,17 @@ class DacCodec(TransformersCodec):
         return CodecOutput(audio[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
-    def restart_unused_codes(self, wav: Tensor, min_usage: float = 0.05) -> Tensor:
+    def restart_unused_codes(self, wav: Tensor, min_usage: float = 0.05) -> dict[str, Tensor]:
         """Re-seed unused codebook entries, as `TinyCodec.restart_unused_codes` does."""
-        residual = self.model.encoder(self.pad(wav))  # [B, D, T]
         unused = unused_entries(self.usage, min_usage)  # [K, V]
-        for layer, rows in zip(self.model.quantizer.quantizers, unused, strict=True):
-            pool = layer.in_proj(residual).transpose(1, 2).flatten(0, 1)  # [B * T, c]
-            reseed(layer.codebook.weight.data, rows, pool)
-            residual = residual - layer(residual)[0]
+        with no_autocast(wav):
+            residual = self.model.encoder(self.pad(wav))  # [B, D, T]
+            for layer, rows in zip(self.model.quantizer.quantizers, unused, strict=True):
+                pool = rearrange(layer.in_proj(residual), "b c t -> (b t) c")
+                reseed(layer.codebook.weight, rows, pool)
+                residual = residual - layer(residual)[0]
         self.usage.zero_()
-        return unused.sum(dim=1)
+        return {f"model.quantizer.quantizers.{k}.codebook.weight": rows for k, rows in enumerate(unused)}
 
     def decoder_stages(self) -> list[nn.Module]:
         return list(self.model.decoder.block)

@@ -72,12 +72,12 @@ class ResidualQuantiser(nn.Module):
     def restart_unused(self, z: Tensor, min_usage: float = 0.05) -> Tensor:
         """Re-seed entries used less than `min_usage` of the mean since the last call, and reset the counts.
 
-        They become random inputs of their codebook for z [B, T, D]. Returns the number of re-seeded entries, int64 [K].
+        They become random inputs of their codebook for z [B, T, D]. Returns the re-seeded entries, bool [K, V].
         """
         unused = unused_entries(self.usage, min_usage)  # [K, V]
         self._reseed(z, unused)
         self.usage.zero_()
-        return unused.sum(dim=1)
+        return unused
 
     @torch.no_grad()
     def _seed(self, z: Tensor) -> None:
@@ -88,7 +88,7 @@ class ResidualQuantiser(nn.Module):
         residual = z
         for k, rows in enumerate(entries):
             e = self.project_in[k](residual)
-            reseed(self.codebooks.data[k], rows, e.flatten(0, 1))
+            reseed(self.codebooks[k], rows, e.flatten(0, 1))
             index = nearest(e, self.codebooks[k], "cosine")
             residual = residual - self.project_out[k](self.codebooks[k][index])
 
@@ -116,7 +116,7 @@ def unused_entries(usage: Tensor, min_usage: float) -> Tensor:
 def reseed(book: Tensor, rows: Tensor, pool: Tensor) -> None:
     """Replace rows (bool [V]) of a codebook [V, c] in place by random vectors of the pool [n, c] plus noise.
 
-    Uses torch's global generator; under torch.distributed all ranks get rank 0's codebook.
+    Call it without gradients. Uses torch's global generator; under torch.distributed all ranks get rank 0's codebook.
     """
     vectors = pool[torch.randint(len(pool), (int(rows.sum()),), device=pool.device)]
     book[rows] = vectors + 0.02 * vectors.abs().mean() * torch.randn_like(vectors)

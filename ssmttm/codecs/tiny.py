@@ -1,61 +1,19 @@
 """TinyCodec: a spectral codec that trains and decodes on a CPU."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ssmttm.codecs.base import Codec, CodecOutput
+from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
 from ssmttm.codecs.folder import read_codec_folder, write_codec_folder
 from ssmttm.codecs.quantiser import ResidualQuantiser
 from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, decoder_context, spectral_features
-from ssmttm.errors import UserError
+from ssmttm.config.codec import TinyCodecConfig
 
 MODEL_TYPE = "ssmttm_tiny_codec"
 _TRAINING_ONLY = ("quantiser.usage", "quantiser.seeded")
-
-
-@dataclass(frozen=True)
-class TinyCodecConfig:
-    """Sizes of a TinyCodec.
-
-    Attributes:
-        sample_rate: in Hz.
-        hop_length: samples per code frame; the STFT hop is half of it.
-        window: STFT window in samples, an even multiple of half the hop.
-        encoder_blocks: ConvNeXt blocks of the encoder at twice the frame rate, and at the frame rate.
-        decoder_blocks: ConvNeXt blocks of the decoder at the frame rate, and at twice the frame rate.
-        decoder_look_ahead: future taps of each decoder block, at the frame rate and at twice the frame rate.
-        quantiser_dropout: fraction of training items that keep only their first few codebooks.
-    """
-
-    sample_rate: int = 24000
-    hop_length: int = 960
-    window: int = 1920
-    n_codebooks: int = 8
-    codebook_size: int = 1024
-    codebook_dim: int = 8
-    encoder_width: int = 256
-    encoder_blocks: tuple[int, int] = (2, 3)
-    decoder_width: int = 384
-    decoder_blocks: tuple[int, int] = (4, 3)
-    decoder_look_ahead: tuple[int, int] = (1, 0)
-    expansion: int = 2
-    kernel: int = 7
-    quantiser_dropout: float = 0.25
-
-    def __post_init__(self) -> None:
-        for field in ("encoder_blocks", "decoder_blocks", "decoder_look_ahead"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        if self.hop_length % 2 or self.window % self.hop_length or self.window < 2 * self.hop_length:
-            raise UserError(
-                f"codec: hop_length must be even and window a multiple of it (at least 2 times), got "
-                f"hop_length={self.hop_length} and window={self.window}"
-            )
-        if max(self.decoder_look_ahead) >= self.kernel or self.kernel % 2 == 0:
-            raise UserError(f"codec: kernel must be odd and above decoder_look_ahead, got {self.kernel}")
 
 
 class TinyCodec(Codec):
@@ -94,17 +52,19 @@ class TinyCodec(Codec):
     def forward(self, wav: Tensor) -> CodecOutput:
         """Reconstruct a waveform [B, 1, S], with gradients; in training with quantiser dropout and usage counts."""
         z = self._encode_latent(self.pad(wav))
-        with torch.autocast(z.device.type, enabled=False):
+        with no_autocast(z):
             z, codes, losses = self.quantiser(z.float())
         return CodecOutput(self._decode_latent(z)[..., : wav.shape[-1]], codes, losses)
 
     @torch.no_grad()
-    def restart_unused_codes(self, wav: Tensor) -> Tensor:
+    def restart_unused_codes(self, wav: Tensor) -> dict[str, Tensor]:
         """Re-seed unused codebook entries from the encoder output of a training batch [B, 1, S].
 
-        Returns the number of re-seeded entries, int64 [K]; see `ResidualQuantiser.restart_unused`.
+        Returns the re-seeded entries, a bool mask over the leading axes of each parameter that holds codebooks, by its
+        name; see `ResidualQuantiser.restart_unused`.
         """
-        return self.quantiser.restart_unused(self._encode_latent(self.pad(wav)).float())
+        with no_autocast(wav):
+            return {"quantiser.codebooks": self.quantiser.restart_unused(self._encode_latent(self.pad(wav)))}
 
     def decoder_stages(self) -> list[nn.Module]:
         return [self.decoder_coarse, self.decoder_fine]

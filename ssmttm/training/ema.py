@@ -1,6 +1,6 @@
 """An exponential moving average of a module's weights, kept in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,13 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [parameter.detach().float() for parameter in self.module.parameters()]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+    @torch.no_grad()
+    def reset_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Set averages to the present weights, in the rows that have a new meaning: a mask by parameter name."""
+        parameters = dict(self.module.named_parameters())
+        for name, mask in rows.items():
+            self.averages[name][mask] = parameters[name][mask].float()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.module.state_dict() | self.averages

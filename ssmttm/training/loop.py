@@ -118,10 +118,13 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
             check_finite(progress.step + 1, values)
             for module in trained_modules.values():
                 module.update()
+            reseeded = task.restart_codes(progress.step)
+            trained_modules["model"].reset_moments(reseeded)
             values |= task.after_step(progress.step)
             progress.step += 1
             progress.samples_seen += config.data.batch_size
             if ema is not None:
+                ema.reset_rows(reseeded)
                 ema.update(progress.step)
             throughput.add(tokens * world_size, seconds * world_size, flops * world_size)
             progress.flops += flops * world_size

@@ -45,6 +45,14 @@ class TrainedModule:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    def reset_moments(self, rows: Mapping[str, Tensor]) -> None:
+        """Zero the optimiser's moments in the rows that have a new meaning: a mask by parameter name."""
+        parameters = dict(self.module.named_parameters())
+        for name, mask in rows.items():
+            for moment in self.optimizer.state[parameters[name]].values():
+                if moment.shape == parameters[name].shape:  # not the count of steps
+                    moment[mask] = 0
+
 
 def gradients(
     task: Task, trained_modules: dict[str, TrainedModule], micro: list[Batch], step: int, accelerator: Accelerator
@@ -127,6 +135,8 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def _rows(value: Any, rows: slice) -> Any:
+    if hasattr(value, "select_rows"):
+        return value.select_rows(rows)
     return type(value)(*(field[rows] for field in value)) if isinstance(value, tuple) else value[rows]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssmttm.codecs.base import Codec, CodecOutput, weights_fingerprint
+from ssmttm.codecs.base import Codec, CodecOutput
 from ssmttm.codecs.folder import read_codec_folder, write_codec_folder
 from ssmttm.codecs.students.decoders import ConvConfig, ConvDecoder, SpectralConfig, SpectralDecoder
 from ssmttm.errors import UserError
@@ -86,7 +86,7 @@ class StudentCodec(Codec):
     @property
     def decoder_fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 of the student's weights."""
-        return weights_fingerprint(self.weights())
+        return self._hashed_weights()
 
     def decoder_stages(self) -> list[nn.Module]:
         return list(self.decoder.stages)

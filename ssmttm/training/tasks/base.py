@@ -69,6 +69,13 @@ class Task(ABC):
     def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         """Partial losses of the model, as in `losses`, for the validation metrics."""
 
+    def restart_codes(self, step: int) -> dict[str, Tensor]:
+        """Called after the optimisers' step; re-seeds codebook entries of the model.
+
+        Returns the re-seeded entries, a bool mask over the leading axes of each parameter that has some, by its name.
+        """
+        return {}
+
     def after_step(self, step: int) -> dict[str, float]:
         """Called after the optimisers' step; returns values to log."""
         return {}

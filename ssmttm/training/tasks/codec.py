@@ -102,12 +102,16 @@ class CodecTask(Task):
         losses = reconstruction_losses(output, batch["audio"], self.codec.sample_rate)
         return {name: len(batch["ids"]) / denominators[0] * loss for name, loss in losses.items()}
 
-    def after_step(self, step: int) -> dict[str, float]:
-        """Restart unused codebook entries every `restart_every` steps until `restart_until`."""
+    def restart_codes(self, step: int) -> dict[str, Tensor]:
+        """Every `restart_every` steps until `restart_until`."""
         every, until = self.config.codec_training.restart_every, self.config.codec_training.restart_until
-        if (step + 1) % every == 0 and step < until:
-            restarted = cast(Any, self.codec).restart_unused_codes(self._last_audio)  # [K]
-            self._restart_metrics = {"codes_restarted": float(restarted.sum())}
+        if (step + 1) % every or step >= until:
+            return {}
+        restarted = cast(Any, self.codec).restart_unused_codes(self._last_audio)
+        self._restart_metrics = {"codes_restarted": float(sum(int(mask.sum()) for mask in restarted.values()))}
+        return restarted
+
+    def after_step(self, step: int) -> dict[str, float]:
         return self._restart_metrics
 
     def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:

@@ -70,7 +70,7 @@ class CodecDistillTask(CodecTask):
         losses["model"]["decoder"] = distances.sum() / denominators[0]
         return losses
 
-    def after_step(self, step: int) -> dict[str, float]:
+    def restart_codes(self, step: int) -> dict[str, Tensor]:
         """The codebooks are the teacher's: no code is restarted."""
         return {}
 
