@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from processes import train_in_two_processes
+from small_runs import assert_same_runs, metric_rows, run_contents, train_with_stops
 from small_stores import SAMPLE_RATE, lm_config, small_codec, write_codes_store
 from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions, randomised, small_token_lm
-from test_resume import assert_same, everything, train_with_stops
 from test_sample_cli import WordEncoder
 from torch.nn import functional as F
 
 from ssmttm.audio.features import frame_chroma
 from ssmttm.data import open_store
+from ssmttm.data.loader import Item
 from ssmttm.errors import UserError
 from ssmttm.generation.engine import generate
 from ssmttm.generation.pipeline import MusicPipeline
@@ -87,7 +89,7 @@ def test_training_conditions_each_position_on_the_frame_it_predicts(name, tmp_pa
     task.losses({"model": task.model}, batch, task.loss_denominators(batch), 0)
     chroma, frames = inputs["controls"].chroma, task.pattern.frames(batch["codes"].shape[-1])
     assert chroma.shape[-1] == inputs["codes"].shape[-1] == len(frames)
-    of_frames = task.controls.load(batch).chroma  # [b, 12, T]
+    of_frames = batch["controls"].chroma  # [b, 12, T]
     for position, frame in enumerate(frames.tolist()):
         given = chroma[..., position]
         if 0 <= frame < of_frames.shape[-1]:
@@ -99,9 +101,10 @@ def test_training_conditions_each_position_on_the_frame_it_predicts(name, tmp_pa
 def test_store_controls_match_the_audio_of_the_crop(tmp_path):
     codec = small_codec(tmp_path / "codec")
     store = open_store(write_codes_store(tmp_path / "codes", codec=codec))
-    task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *WITH_CONTROLS, "data.frames=9"))
+    never = ("data.chroma_dropout=0", "data.tempo_dropout=0")
+    task = lm.LanguageModelTask(lm_config(store.path, tmp_path / "run", *WITH_CONTROLS, "data.frames=9", *never))
     batch = task.loader("train", 6, 0, 1).batch(1)
-    found = task.controls.load(batch)
+    found = batch["controls"]
     for item, name in enumerate(batch["ids"]):
         bpm = 60.0 + 5 * int(name[1:]) if int(name[1:]) % 2 else torch.nan
         torch.testing.assert_close(found.tempo[item], torch.tensor(bpm), equal_nan=True)
@@ -258,22 +261,41 @@ def test_run_with_controls_resumes_exactly_and_drops_some(tmp_path, monkeypatch)
     steps = (*WITH_CONTROLS, "train.steps=8", "train.eval_every=4", "train.eval_batches=1", "data.batch_size=4")
     loop.train(lm_config(store, tmp_path / "unbroken", *steps))
     train_with_stops(lm_config(store, tmp_path / "stopped", *steps), lm.LanguageModelTask, (2, 5), monkeypatch)
-    unbroken = everything(tmp_path / "unbroken")
-    assert_same(unbroken, everything(tmp_path / "stopped"))
+    unbroken = run_contents(tmp_path / "unbroken")
+    assert_same_runs(unbroken, run_contents(tmp_path / "stopped"))
     never = ("data.chroma_dropout=0", "data.tempo_dropout=0")
     loop.train(lm_config(store, tmp_path / "never", *steps, *never))
-    assert [row[1] for row in everything(tmp_path / "never")[3]] != [row[1] for row in unbroken[3]]
+    assert [row[1] for row in run_contents(tmp_path / "never")[3]] != [row[1] for row in unbroken[3]]
+
+
+def test_micro_batches_and_processes_drop_the_same_controls(tmp_path):
+    store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
+    steps = ("train.steps=3", "train.eval_every=3", "train.eval_batches=1", "data.batch_size=6")
+    dropout = ("data.tempo_dropout=0.5", "data.chroma_dropout=0.5", "data.caption_dropout=0.5")
+    whole = lm_config(store, tmp_path / "whole", *WITH_CONTROLS, *steps, *dropout)
+    loop.train(whole)
+    loop.train(lm_config(store, tmp_path / "micro", *WITH_CONTROLS, *steps, *dropout, "train.micro_batch_size=2"))
+    train_in_two_processes(whole, tmp_path / "two")
+    for metric in ("loss", "grad_norm", "valid/loss"):
+        runs = ("whole", "micro", "two")
+        found = [[row[metric] for row in metric_rows(tmp_path / run) if metric in row] for run in runs]
+        torch.testing.assert_close(*map(torch.tensor, found[:2]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(*map(torch.tensor, found[1:]), rtol=0, atol=1e-5)
 
 
 def test_controls_dropout_rates(tmp_path):
     store = write_codes_store(tmp_path / "codes", codec=small_codec(tmp_path / "codec"))
     rates = ("data.tempo_dropout=0.25", "data.chroma_dropout=0.6")
     task = lm.LanguageModelTask(lm_config(store, tmp_path / "run", *WITH_CONTROLS, *rates))
-    all_there = Controls(torch.zeros(4000, 12, 1), torch.full((4000,), 90.0))
-    torch.manual_seed(0)
-    dropped = task.controls.drop(all_there)
-    assert dropped.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert dropped.chroma.isnan().float().mean().item() == pytest.approx(0.6, abs=0.03)
+    items = [Item(epoch, epoch, 1, "s1", 0, 20) for epoch in range(2000)]  # the segment has a tempo
+
+    def dropped(split):
+        return task.controls.field(split)(items, {"frame_mask": torch.ones(2000, 20, dtype=torch.bool)})
+
+    found = dropped("train")
+    assert found.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert found.chroma[:, 0, 0].isnan().float().mean().item() == pytest.approx(0.6, abs=0.04)
+    assert not dropped("valid").tempo.isnan().any() and not dropped("valid").chroma.isnan().any()
 
 
 @pytest.mark.parametrize("key", ["tempo_dropout", "chroma_dropout"])

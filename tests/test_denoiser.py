@@ -239,7 +239,7 @@ def test_denoiser_reaches_the_minimal_loss(objective):
     def loss(items):
         coarse_latents = torch.randn(items, S, 4)
         clean = coarse_latents.repeat(1, C // S, 1) + noise_std * torch.randn(items, C, 4)
-        noise, time = torch.randn_like(clean), process.sample_times(items)
+        noise, time = torch.randn_like(clean), process.training_times(torch.rand(items))
         texts = TextCondition(text.embeddings.expand(items, -1, -1), text.mask.expand(items, -1))
         prediction = model(process.add_noise(clean, noise, time), time, Conditions(coarse_latents, texts))
         return (prediction - process.target(clean, noise, time)).square().mean()

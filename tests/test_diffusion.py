@@ -128,7 +128,7 @@ def test_objective_time_runs_from_clean_to_noise():
 @pytest.mark.parametrize("name", ["v", "flow"])
 def test_objective_samples_times_uniformly(name):
     torch.manual_seed(0)
-    times = get_objective(name).sample_times(50_000)
+    times = get_objective(name).training_times(torch.rand(50_000))
     counts = torch.histc(times, 20, 0, 1)
     assert times.shape == (50_000,) and times.min() >= 0 and times.max() < 1
     assert (counts - 2500).abs().max() < 250  # five standard deviations
@@ -142,7 +142,8 @@ def test_objective_optimal_linear_predictions_have_the_minimal_loss(name):
     """For Gaussian data the target is linear in the input, so a line per small interval of time is optimal."""
     torch.manual_seed(0)
     objective, n, buckets = get_objective(name), 400_000, 200
-    clean, noise, time = MEAN + STD * torch.randn(n, 1, 1), torch.randn(n, 1, 1), objective.sample_times(n)
+    clean, noise = MEAN + STD * torch.randn(n, 1, 1), torch.randn(n, 1, 1)
+    time = objective.training_times(torch.rand(n))
     inputs, target = (part.double().flatten() for part in (
         objective.add_noise(clean, noise, time), objective.target(clean, noise, time)))  # fmt: skip
     bucket = (time * buckets).long()

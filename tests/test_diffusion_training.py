@@ -127,6 +127,7 @@ def test_coarse_latents_are_dropped_and_noised_at_the_configured_rates(task_of):
     scaled = added / noise_level[:, None, None]
     assert scaled.std().item() == pytest.approx(1, abs=0.03) and abs(scaled.mean().item()) < 0.02
     with torch.no_grad():
+        batch = task.loader("valid", 20, 0, 1).batch(0)
         task.validation({"model": model}, batch, task.loss_denominators(batch), 0)
     assert model.conditions.has_coarse.all() and not model.conditions.coarse_noise_aug.any()
 
@@ -215,11 +216,44 @@ def test_padding_does_not_change_the_loss(task_of):
     torch.testing.assert_close(loss_of(task, other), loss_of(task, batch), rtol=1e-6, atol=1e-6)
 
 
-def test_micro_batches_give_loss_and_gradients_of_the_batch(task_of):
-    """Segments differ in length, so a mean of micro-batch means would differ from the mean over the batch."""
+def test_draws_do_not_depend_on_ranks_micro_batches_or_order(task_of):
+    """Dropout, levels, times and noise of a global batch, bit for bit."""
+    overrides = ("data.caption_dropout=0.5", "data.tempo_dropout=0.5", "data.chroma_dropout=0.5")
+    task = task_of(*overrides, "diffusion.coarse_dropout=0.5", *CONTROLS)
+    for n in (0, 3, 5, 3):
+        whole = task.loader("train", 6, 0, 1).batch(n)
+        ranks = [task.loader("train", 6, rank, 2).batch(n) for rank in (0, 1)]
+        for parts in (ranks, micro_batches(whole, 1), micro_batches(whole, 4)):
+            noise = [part["draws"].noise_like(torch.zeros(len(part["ids"]), 12, 20)) for part in parts]
+            assert torch.equal(torch.cat(noise), whole["draws"].noise_like(torch.zeros(6, 12, 20)))
+            for k in range(3):
+                assert torch.equal(torch.cat([part["draws"][k] for part in parts]), whole["draws"][k])
+            for name in ("tempo", "chroma"):
+                joined = torch.cat([getattr(part["controls"], name) for part in parts])
+                torch.testing.assert_close(joined, getattr(whole["controls"], name), rtol=0, atol=1e-6, equal_nan=True)
+            assert [caption for part in parts for caption in part["captions"]] == whole["captions"]
+
+
+def test_noise_and_times_differ_between_epochs_with_fixed_crops(task_of):
+    """The other choices do not."""
+    task = task_of("data.fixed_crops=true", "diffusion.coarse_dropout=0.5")
+    first, second = (task.loader("train", 20, 0, 1).batch(n) for n in (0, 1))  # an epoch each, in another order
+    same = [second["ids"].index(name) for name in first["ids"]]
+    assert torch.equal(first["draws"].has_coarse, second["draws"].has_coarse[same])
+    assert torch.equal(first["first"], second["first"][same])
+    for k in (1, 2):
+        assert not (first["draws"][k] == second["draws"][k][same]).any()
+    assert not set(first["draws"].noise_seeds) & set(second["draws"].noise_seeds)
+
+
+@pytest.mark.parametrize("objective", ["flow", "v", "regression"])
+def test_micro_batches_give_loss_and_gradients_of_the_batch(task_of, objective):
+    """With dropout and noise. Segments differ in length, so a mean of micro-batch means would be another one."""
     found = []
     for size in (6, 2, 4):
-        task = task_of(*NO_DROPOUT, "diffusion.objective=regression")
+        task = task_of(
+            "data.caption_dropout=0.5", "diffusion.coarse_dropout=0.5", *CONTROLS, f"diffusion.objective={objective}"
+        )
         trained_modules = {"model": TrainedModule(task.model, task.config.optim, Accelerator(cpu=True))}
         micro = micro_batches(first_batch(task, 6), size)
         losses, throughput = gradients(task, trained_modules, micro, 0, Accelerator(cpu=True))

@@ -1,19 +1,25 @@
 """The store on disk: round trip, damage, other settings or codecs, atomic writes."""
 
 import json
+import time
+import timeit
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from small_stores import write_rows_store
 
 from ssmttm.data import StoreWriter, open_store
-from ssmttm.data.store import shard_name, text_name
+from ssmttm.data.store import FORMAT, SCHEMA, shard_name, text_name
 from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
 from ssmttm.data.text_table import TextTable, merge_text_tables, write_text_table
 from ssmttm.errors import UserError
-from ssmttm.files import atomic_folder, atomic_write, config_hash, new_folder
+from ssmttm.files import atomic_folder, atomic_write, config_hash, file_entry, new_folder
 
 CODEC = {
     "name": "fake", "fingerprint": "f" * 16, "sample_rate": 8000, "frame_rate": 25.0,
@@ -68,6 +74,70 @@ def test_store_round_trip(store_and_embeddings):
         store.text("unknown")
     with pytest.raises(UserError, match="no test segments"):
         store.indices("test")
+
+
+@pytest.fixture(scope="module")
+def million_rows(tmp_path_factory):
+    """A store of a million segments in 489 row groups: only what its manifest needs."""
+    path, n = tmp_path_factory.mktemp("million"), 1_000_000
+    numbers = np.arange(n)
+    truth = pa.array([None, '{"piece": "a, b", "bpm": 90, "chords": [{"bpm": 1}]}', '{"bpm": 120.5}', '{"key": "D"}'])
+    tags = pa.array([["slow", "piano", "slow"], [], None, ["piano"]], pa.list_(pa.string()))
+    captions = pa.array([["one", "two"], ["one"], [], None], pa.list_(pa.string()))
+    columns = {
+        "id": pc.binary_join_element_wise("segment", pa.array(numbers).cast(pa.string()), "-"),
+        "split": pa.array(["train", "valid"]).take(pa.array(numbers % 10 // 9)),
+        **{name: values.take(pa.array(numbers % 4))
+           for name, values in (("truth", truth), ("tags", tags), ("captions", captions))},
+    }  # fmt: skip
+    rest = {field.name: pa.nulls(n, field.type) for field in SCHEMA if field.name not in columns}
+    table = pa.table({name: (columns | rest)[name] for name in SCHEMA.names})
+    pq.write_table(table, path / "manifest.parquet", row_group_size=2048)
+    info = {"format": FORMAT, "version": 1, "codec": None, "text": None, "sample_rate": 8, "counts": {"train": 900_000},
+            "files": {"manifest.parquet": file_entry(path / "manifest.parquet")}}  # fmt: skip
+    (path / "store.json").write_text(json.dumps(info))
+    return open_store(path)
+
+
+def test_ids_of_a_batch_take_less_than_a_millisecond_of_a_million_rows(million_rows):
+    rows = np.random.default_rng(0).integers(0, 1_000_000, 64)
+    assert million_rows.ids(rows) == [f"segment-{row}" for row in rows]
+    assert min(timeit.repeat(lambda: million_rows.ids(rows), number=1, repeat=20)) < 1e-3
+
+
+def test_tempi_tags_and_captions_of_a_million_rows_need_seconds(million_rows):
+    """75 s with a loop over the rows."""
+    start = time.process_time()
+    tempi = million_rows.tempi()
+    table = million_rows.tag_table()
+    captions = million_rows.distinct_captions("train")
+    assert time.process_time() - start < 20
+    np.testing.assert_array_equal(tempi[:8], [np.nan, 90, 120.5, np.nan] * 2)
+    names = [table.names[tag] for tag in table.tags[:6]]
+    assert table.rows[:6].tolist() == [0, 0, 3, 4, 4, 7] and len(table.rows) == 750_000
+    assert [sorted(names[:2]), names[2]] == [["piano", "slow"], "piano"]
+    assert captions == {"one", "two", ""}
+
+
+def test_tempi_equal_those_of_the_annotations_row_by_row(tmp_path):
+    annotations = [
+        '{"bpm": 120}', '{"bpm": 98.25, "sections": [{"bpm": 1}]}', '{"sections": [{"bpm": 70}], "bpm": 140}',
+        '{"sections": [{"bpm": 70}]}', '{"title": "so called \\"bpm\\": 7", "bpm": 60}', '{"bpm": null}', "{}",
+        '{"title": "{a, [b", "bpm":  1.2e2 }', '{\n "bpm" : 77\n}', '{"bpm_class": 3}', None, '{"bpm": 60, "bpm": 61}',
+        "[3]",
+    ]  # fmt: skip
+    rows = [{"id": f"{i}", "split": "train", "licence": "CC0-1.0", "duration": 1.0, "truth": text}
+            for i, text in enumerate(annotations)]  # fmt: skip
+    found = write_rows_store(tmp_path / "store", rows).tempi()
+    nan = np.nan
+    np.testing.assert_array_equal(found, [120, 98.25, 140, nan, 60, nan, nan, 120, 77, nan, nan, 61, nan])
+
+
+@pytest.mark.parametrize("bpm", ["0", "-3", '"fast"', "true", "1e400", "[3]"])
+def test_tempo_that_is_not_a_positive_number_is_a_user_error(tmp_path, bpm):
+    row = {"id": "a", "split": "train", "licence": "CC0-1.0", "duration": 1.0, "truth": f'{{"bpm": {bpm}}}'}
+    with pytest.raises(UserError, match="bpm of segment a is not a positive number"):
+        write_rows_store(tmp_path / "store", [row]).tempi()
 
 
 def test_codes_are_a_read_only_view_of_the_file(store_and_embeddings):

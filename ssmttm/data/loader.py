@@ -1,25 +1,44 @@
 """Deterministic loaders: the batch at position n is a pure function of (seed, n, world size, rank).
 
-There is no iterator state. Sample p of a run is `permutation(seed, p // N)(p % N)`; its crop, caption and dropout come
-from hash(seed, epoch, id). So a run resumes exactly at any batch, and the global batch is the same for any number of
-ranks: rank r takes the r-th contiguous slice. No item is dropped: an epoch may end inside a batch.
+There is no iterator state. Sample p of a run is `permutation(seed, p // N)(p % N)`; every random choice for it (crop,
+caption, dropout of conditions, a diffusion's time and noise) comes from hash(seed, epoch, id). So a run resumes exactly
+at any batch, and the global batch is the same for any number of ranks, micro-batches and prefetched batches: rank r
+takes the r-th contiguous slice. No item is dropped: an epoch may end inside a batch.
 
 Shapes: b items of this rank, K codebooks, T frames, S samples.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ssmttm import audio
-from ssmttm.data.permutation import Permutation, mix
+from ssmttm.data.permutation import Permutation, mix, uniform
 from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 from ssmttm.text.condition import TextCondition
+
+
+class Item(NamedTuple):
+    """A crop of a segment, as one item of a batch."""
+
+    epoch: int  # pass over the data
+    choice_epoch: int  # of the crop, the caption and the dropout of conditions: 0 if they are fixed
+    row: int  # of the store
+    id: str
+    first: int  # first frame within the segment
+    length: int  # valid frames, at most T
+
+    def is_dropped(self, seed: int, condition: str, probability: float) -> bool:
+        """Whether a condition of the item is dropped, by hash(seed, epoch, id)."""
+        return uniform(seed, self.choice_epoch, self.id, f"{condition}_dropout") < probability
+
+
+Field = Callable[[Sequence[Item], Mapping[str, Any]], Any]  # the items and the other fields of a batch -> its new field
 
 
 class _Loader(ABC):
@@ -76,6 +95,8 @@ class CodesLoader(_Loader):
         rank, world_size: this process and the number of processes.
         caption_dropout: probability that an item's caption is replaced by the empty one.
         fixed: every epoch uses the crop, caption and dropout of the first.
+        fields: further fields of the batches by name, computed where the batches are, in the prefetch thread. Their
+            values are tensors, tuples of these, or have `select_rows` and `to`; they depend on their arguments only.
     """
 
     def __init__(
@@ -89,6 +110,7 @@ class CodesLoader(_Loader):
         world_size: int = 1,
         caption_dropout: float = 0.0,
         fixed: bool = False,
+        fields: Mapping[str, Field] | None = None,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
         if frames < 1:
@@ -96,39 +118,45 @@ class CodesLoader(_Loader):
         if not 0.0 <= caption_dropout <= 1.0:
             raise UserError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
         self.frames, self.caption_dropout, self.fixed = frames, caption_dropout, fixed
+        self.fields = dict(fields or {})
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:
         """Batch n: codes int64 [b, K, T], frame_mask bool [b, T] (True: valid), captions list[str], text TextCondition,
-        ids list[str], first int64 [b] (the first frame of each crop within its segment)."""
-        sample = [(0 if self.fixed else epoch, row) for epoch, row in self.sample(n)]
-        ids = self.store.ids(np.array([row for _, row in sample]))
-        codes = np.zeros((len(sample), self.n_codebooks, self.frames), np.int64)  # [b, K, T]
-        mask = np.zeros((len(sample), self.frames), bool)  # [b, T]
-        captions, starts = [], []
-        for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
-            segment = self.store.codes(row)  # [K, frames]
-            length = min(self.frames, segment.shape[1])
-            first = mix(self.seed, epoch, segment_id, "crop") % (segment.shape[1] - length + 1)
-            codes[item, :, :length] = segment[:, first : first + length]
-            mask[item, :length] = True
-            starts.append(first)
-            captions.append(self._caption(epoch, row, segment_id))
-        text = TextCondition.stack([torch.from_numpy(self.store.text(c).astype(np.float32)) for c in captions])
-        return {
+        ids list[str], first int64 [b] (the first frame of each crop within its segment), and the further fields."""
+        codes = np.zeros((self._rank_batch_size, self.n_codebooks, self.frames), np.int64)  # [b, K, T]
+        mask = np.zeros((self._rank_batch_size, self.frames), bool)  # [b, T]
+        items = self._items(n)
+        for index, item in enumerate(items):
+            segment = self.store.codes(item.row)  # [K, frames]
+            codes[index, :, : item.length] = segment[:, item.first : item.first + item.length]
+            mask[index, : item.length] = True
+        captions = [self._caption(item) for item in items]
+        batch = {
             "codes": torch.from_numpy(codes),
             "frame_mask": torch.from_numpy(mask),
             "captions": captions,
-            "text": text,
-            "ids": ids,
-            "first": torch.tensor(starts),
+            "text": TextCondition.stack([torch.from_numpy(self.store.text(c).astype(np.float32)) for c in captions]),
+            "ids": [item.id for item in items],
+            "first": torch.tensor([item.first for item in items]),
         }
+        return batch | {name: field(items, batch) for name, field in self.fields.items()}
 
-    def _caption(self, epoch: int, row: int, segment_id: str) -> str:
-        if mix(self.seed, epoch, segment_id, "dropout") < self.caption_dropout * 2.0**64:
+    def _items(self, n: int) -> list[Item]:
+        sample = self.sample(n)
+        items = []
+        for (epoch, row), segment_id in zip(sample, self.store.ids(np.array([row for _, row in sample])), strict=True):
+            choice_epoch, frames = 0 if self.fixed else epoch, self.store.codes(row).shape[1]
+            length = min(self.frames, frames)
+            first = mix(self.seed, choice_epoch, segment_id, "crop") % (frames - length + 1)
+            items.append(Item(epoch, choice_epoch, row, segment_id, first, length))
+        return items
+
+    def _caption(self, item: Item) -> str:
+        if mix(self.seed, item.choice_epoch, item.id, "dropout") < self.caption_dropout * 2.0**64:
             return ""
-        captions = self.store.captions(row)
-        return captions[mix(self.seed, epoch, segment_id, "caption") % len(captions)]
+        captions = self.store.captions(item.row)
+        return captions[mix(self.seed, item.choice_epoch, item.id, "caption") % len(captions)]
 
 
 class AudioLoader(_Loader):

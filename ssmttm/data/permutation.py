@@ -17,6 +17,11 @@ def mix(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def uniform(*parts: int | str) -> float:
+    """A number in [0, 1) from `mix`, one of 2^24 equally likely ones: exact in float32."""
+    return (mix(*parts) >> 40) / 2**24
+
+
 class Permutation:
     """A bijection of `range(n)` chosen by `key`.
 

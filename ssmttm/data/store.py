@@ -12,7 +12,7 @@ Shapes: K codebooks, T frames, L text tokens, E embedding width. Nothing is pick
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ from ssmttm.files import file_sha256
 FORMAT = "ssmttm-store"
 VERSION = 1
 _OPEN_SHARDS = 256
+# A number `bpm` of the outer object, before any nested one; RE2, without back-tracking.
+_TOP_LEVEL_BPM = r'^\s*\{[^{}\[\]]*"bpm"\s*:\s*(?P<bpm>-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*[,}]'
 _AGAIN = "restore it from a copy, or prepare the store again"
 SCHEMA = pa.schema(
     [
@@ -64,6 +66,14 @@ class CodecLike(Protocol):
     fingerprint: str
 
 
+class TagTable(NamedTuple):
+    """Pairs of a segment and one of its tags, sorted by row. rows, tags: int64 [m]; `tags` index `names`."""
+
+    names: list[str]
+    rows: np.ndarray
+    tags: np.ndarray
+
+
 def open_store(path: str | Path) -> "Store":
     """Open a store for reading. Raises UserError if it is missing, unfinished, damaged or of another version."""
     return Store(Path(path))
@@ -93,6 +103,7 @@ class Store:
             self.manifest = pq.read_table(path / "manifest.parquet")
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path / 'manifest.parquet'} cannot be read ({error}): prepare the store again") from error
+        self._ids = _joined(self.manifest["id"])  # taking rows from one chunk does not depend on the number of rows
         self._shard = self.manifest["shard"].to_numpy()
         self._offset = self.manifest["offset"].to_numpy()
         self._frames = self.manifest["frames"].to_numpy()
@@ -114,7 +125,7 @@ class Store:
 
     def ids(self, rows: np.ndarray) -> list[str]:
         """Segment ids of rows."""
-        return self.manifest["id"].take(pa.array(rows)).to_pylist()
+        return self._ids.take(pa.array(rows)).to_pylist()
 
     def codes(self, row: int) -> np.ndarray:
         """The codes of one segment, uint16 [K, frames], a view of the memory-mapped shard."""
@@ -136,6 +147,22 @@ class Store:
         """The tags of one segment."""
         return self.manifest["tags"][int(row)].as_py() or []
 
+    def tag_table(self) -> "TagTable":
+        """The tags of all segments, each tag once per segment."""
+        lists = self.manifest["tags"].combine_chunks()
+        found = pc.list_flatten(lists).dictionary_encode()
+        names = found.dictionary.to_pylist()
+        rows, tags = pc.list_parent_indices(lists).to_numpy(), found.indices.to_numpy()
+        pairs = np.unique(rows.astype(np.int64) * max(1, len(names)) + tags)
+        return TagTable(names, *np.divmod(pairs, max(1, len(names))))
+
+    def distinct_captions(self, split: str) -> set[str]:
+        """All captions of a split; they include "" if a segment has none."""
+        lists = self.manifest["captions"].take(pa.array(self.indices(split)))
+        captions = set(pc.unique(pc.list_flatten(lists)).to_pylist())
+        has_captions = pc.fill_null(pc.list_value_length(lists), 0).to_numpy() > 0
+        return captions if has_captions.all() else captions | {""}
+
     def text(self, caption: str) -> np.ndarray:
         """The embedding of a caption of the store, or of the empty one, float16 [L, E]. Raises KeyError for others."""
         if self._text is None:
@@ -148,6 +175,29 @@ class Store:
         """The ground-truth annotations of one segment (tempo, key, instruments), or None."""
         text = self.manifest["truth"][int(row)].as_py()
         return None if text is None else json.loads(text)
+
+    def tempi(self) -> np.ndarray:
+        """`bpm` of the annotations of all segments, float32 [N]; NaN where it is absent or null. Raises UserError if
+        one is not a positive number."""
+        texts = _joined(self.manifest["truth"])
+        tempi = np.full(len(texts), np.nan)
+        number = pc.struct_field(pc.extract_regex(texts, pattern=_TOP_LEVEL_BPM), 0)
+        is_simple = pc.fill_null(pc.and_(number.is_valid(), pc.equal(pc.count_substring(texts, '"bpm"'), 1)), False)
+        simple = np.flatnonzero(is_simple.to_numpy(zero_copy_only=False))
+        tempi[simple] = number.take(pa.array(simple)).cast(pa.float64()).to_numpy()
+        has_bpm = pc.fill_null(pc.match_substring(texts, '"bpm"'), False).to_numpy(zero_copy_only=False)
+        for row in np.setdiff1d(np.flatnonzero(has_bpm), simple):  # nested, doubled or null
+            annotations = json.loads(texts[row].as_py())
+            bpm = annotations.get("bpm") if isinstance(annotations, dict) else None
+            tempi[row] = np.nan if bpm is None else _number(bpm)
+        wrong = np.flatnonzero((tempi <= 0) | np.isinf(tempi))
+        if len(wrong):
+            segment, annotations = self.ids(wrong[:1])[0], texts[int(wrong[0])].as_py()
+            raise UserError(
+                f"{self.path}: the bpm of segment {segment} is not a positive number ({annotations[:80]}): correct its "
+                "annotations and prepare the store again"
+            )
+        return tempi.astype(np.float32)
 
     def audio_path(self, row: int) -> Path:
         """The audio file of one segment. Raises UserError if the store keeps no audio."""
@@ -170,6 +220,16 @@ class Store:
         for name, entry in self.info["files"].items():
             if file_sha256(self.path / name) != entry["sha256"]:
                 raise UserError(f"{self.path / name} is damaged (its sha256 differs): {_AGAIN}")
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """A column of strings as one array, of any size."""
+    return column.cast(pa.large_string()).combine_chunks()
+
+
+def _number(value: Any) -> float:
+    """A number of JSON; -1 for another value."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
 
 
 def audio_inside(path: Path, name: str | None) -> Path:

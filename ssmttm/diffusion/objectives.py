@@ -22,8 +22,8 @@ COSINE = {"num_train_timesteps": TRAIN_STEPS, "beta_schedule": "squaredcos_cap_v
 class Objective(Protocol):
     """clean, noise and prediction are [B, C, T], time is [B]."""
 
-    def sample_times(self, n: int) -> Tensor:
-        """Training times of n items, from torch's global generator on the CPU."""
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """Training times of items from uniform numbers in [0, 1), [B]."""
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The network's input."""
@@ -42,8 +42,8 @@ class VPrediction:
         schedule: Any = DDPMScheduler(**COSINE)
         self._alphas_cumprod = schedule.alphas_cumprod.double()  # [1000]
 
-    def sample_times(self, n: int) -> Tensor:
-        return torch.randint(TRAIN_STEPS, (n,)) / TRAIN_STEPS
+    def training_times(self, uniform: Tensor) -> Tensor:
+        return (uniform * TRAIN_STEPS).floor() / TRAIN_STEPS
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         signal, sigma = self._scales(time, clean)
@@ -67,8 +67,8 @@ class VPrediction:
 class RectifiedFlow:
     """Straight lines from noise to data."""
 
-    def sample_times(self, n: int) -> Tensor:
-        return torch.rand(n)
+    def training_times(self, uniform: Tensor) -> Tensor:
+        return uniform
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return clean.lerp(noise, time[:, None, None])
@@ -83,8 +83,8 @@ class RectifiedFlow:
 class Regression:
     """The network gets zeros at time 1 and predicts the conditional mean."""
 
-    def sample_times(self, n: int) -> Tensor:
-        return torch.ones(n)
+    def training_times(self, uniform: Tensor) -> Tensor:
+        return torch.ones_like(uniform)
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return torch.zeros_like(clean)

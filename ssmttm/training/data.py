@@ -1,12 +1,13 @@
 """The store of a training: its metadata for the model card, and checks of its codec and text encoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ssmttm.codecs import Codec, load_codec
-from ssmttm.data.loader import CodesLoader
+from ssmttm.data.loader import CodesLoader, Field
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 
@@ -29,14 +30,19 @@ def store_metadata(store: Store, name: str) -> dict[str, Any]:
 
 
 def codes_loader(
-    store: Store, config: DictConfig, split: str, batch_size: int, rank: int, world_size: int
+    store: Store,
+    config: DictConfig,
+    split: str,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    fields: Mapping[str, Field],
 ) -> CodesLoader:
-    """The loader of `config.data`; captions are dropped in the train split only."""
+    """The loader of `config.data` with further fields; captions are dropped in the train split only."""
     data = config.data
     dropout = data.caption_dropout if split == "train" else 0.0
-    return CodesLoader(
-        store, split, batch_size, data.frames, config.seed, rank, world_size, dropout, fixed=data.fixed_crops
-    )
+    fixed = data.fixed_crops
+    return CodesLoader(store, split, batch_size, data.frames, config.seed, rank, world_size, dropout, fixed, fields)
 
 
 def check_complete(store: Store, name: str) -> None:

@@ -3,7 +3,9 @@
 Shapes: b items of a micro-batch, K codebooks, V codes, T frames, S coarse channels, C channels to generate.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +14,13 @@ from torch import Tensor, nn
 
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics, latent_statistics
-from ssmttm.data.loader import CodesLoader
+from ssmttm.data.loader import CodesLoader, Field, Item
+from ssmttm.data.permutation import mix, uniform
 from ssmttm.data.store import Store, open_store
 from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models import build_model
-from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.data import check_text_dim, codes_loader, load_store_codec
@@ -51,10 +53,18 @@ class DiffusionTask(Task):
         self.modules = {"model": self.model}
         self.objective = get_objective(config.diffusion.objective)
         SecondStageConfig.from_config(config)  # invalid settings fail here, not at the first samples
-        self.controls = StoreControls(self.store, self.model.config, config.data, self.codec)
+        self.controls = StoreControls(self.store, self.model.config, config.data, self.codec, config.seed)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
-        return codes_loader(self.store, self.config, split, batch_size, rank, world_size)
+        settings, is_train = self.config.diffusion, split == "train"
+        draw = partial(
+            draw_items,
+            seed=self.config.seed,
+            coarse_dropout=settings.coarse_dropout if is_train else 0.0,
+            coarse_noise_aug=settings.coarse_noise_aug if is_train else 0.0,
+        )
+        fields: dict[str, Field] = {"controls": self.controls.field(split), "draws": draw}
+        return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields)
 
     def loss_denominators(self, batch: Batch) -> Tensor:
         """Valid frames, [1]."""
@@ -62,18 +72,11 @@ class DiffusionTask(Task):
 
     def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         """`denoising`: the mean square error of the objective's target, over valid frames and channels."""
-        settings, items = self.config.diffusion, len(batch["ids"])
-        has_coarse = torch.rand(items) >= settings.coarse_dropout  # [b]
-        noise_level = torch.rand(items) * settings.coarse_noise_aug  # [b]
-        controls = self.controls.drop(self.controls.load(batch))
-        return {"model": self._denoising(modules["model"], batch, denominators, has_coarse, noise_level, controls)}
+        return {"model": self._denoising(modules["model"], batch, denominators)}
 
     def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
-        """The same without condition dropout and without noise on the coarse latents."""
-        items = len(batch["ids"])
-        has_coarse, noise_level = torch.ones(items, dtype=torch.bool), torch.zeros(items)
-        controls = self.controls.load(batch)
-        return self._denoising(modules["model"], batch, denominators, has_coarse, noise_level, controls)
+        """The same; the loader of the valid split drops no condition and adds no noise to the coarse latents."""
+        return self._denoising(modules["model"], batch, denominators)
 
     def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
         frames, config = float(batch["frame_mask"].sum()), self.config.model
@@ -101,27 +104,60 @@ class DiffusionTask(Task):
         statistics = LatentStatistics(self.model.latent_mean, self.model.latent_std)
         return super().metadata() | {"latents": {"fingerprint": statistics.fingerprint}}
 
-    def _denoising(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        denominators: Tensor,
-        has_coarse: Tensor,
-        noise_level: Tensor,
-        controls: Controls,
-    ) -> Losses:
-        """The loss with the coarse latents of some items [b] only, and with noise of this level [b] added to them."""
-        codes, mask = batch["codes"], batch["frame_mask"]
-        device, n_coarse = codes.device, self.model.config.coarse_channels
-        latents = self.model.normalise(self.codec.to(device).to_latents(codes).detach().float())  # [b, K * c, T]
-        coarse_latents, clean = latents[:, :n_coarse], latents[:, n_coarse:]
-        has_coarse, noise_level = has_coarse.to(device), noise_level.to(device)
-        coarse_latents = coarse_latents + noise_level[:, None, None] * torch.randn_like(coarse_latents)
-        noise, time = torch.randn_like(clean), self.objective.sample_times(len(codes)).to(device)
-        conditions = Conditions(coarse_latents, batch["text"], has_coarse, noise_level, controls.to(device), mask)
+    def _denoising(self, model: nn.Module, batch: Batch, denominators: Tensor) -> Losses:
+        codes, mask, draws = batch["codes"], batch["frame_mask"], batch["draws"]
+        latents = self.model.normalise(self.codec.to(codes.device).to_latents(codes).detach().float())  # [b, K * c, T]
+        sizes = self.model.config.coarse_channels, self.model.config.noisy_channels
+        (coarse_latents, clean), (coarse_noise, noise) = (
+            latents.split(sizes, 1),
+            draws.noise_like(latents).split(sizes, 1),
+        )
+        coarse_latents = coarse_latents + draws.noise_level[:, None, None] * coarse_noise
+        time = self.objective.training_times(draws.time)
+        conditions = Conditions(
+            coarse_latents, batch["text"], draws.has_coarse, draws.noise_level, batch["controls"], mask
+        )
         prediction = model(self.objective.add_noise(clean, noise, time), time, conditions).float()
         errors = (prediction - self.objective.target(clean, noise, time)).square().mean(1)  # [b, T]
         return {"denoising": errors.masked_fill(~mask, 0).sum() / denominators[0]}
+
+
+class Draws(NamedTuple):
+    """The random choices of a batch.
+
+    Attributes:
+        has_coarse: bool [b], False where the coarse codes are dropped.
+        noise_level: [b], the standard deviation of the noise on the coarse latents.
+        time: [b], uniform in [0, 1); the objective makes times of it.
+        noise_seeds: [b], seeds of each item's noise.
+    """
+
+    has_coarse: Tensor
+    noise_level: Tensor
+    time: Tensor
+    noise_seeds: list[int]
+
+    def to(self, device: torch.device | str) -> "Draws":
+        has_coarse, noise_level, time = (part.to(device) for part in self[:3])
+        return Draws(has_coarse, noise_level, time, self.noise_seeds)
+
+    def noise_like(self, latents: Tensor) -> Tensor:
+        """Gaussian noise [b, C, T], of each item from its own generator."""
+        device = latents.device
+        generators = [torch.Generator(device).manual_seed(seed) for seed in self.noise_seeds]
+        return torch.stack([torch.randn(latents.shape[1:], generator=g, device=device) for g in generators])
+
+
+def draw_items(
+    items: Sequence[Item], batch: Mapping[str, Any], seed: int, coarse_dropout: float, coarse_noise_aug: float
+) -> Draws:
+    """The field `draws`, by hash(seed, epoch, id). Noise and time differ between epochs, with fixed crops too."""
+    return Draws(
+        torch.tensor([not item.is_dropped(seed, "coarse", coarse_dropout) for item in items]),
+        torch.tensor([coarse_noise_aug * uniform(seed, item.epoch, item.id, "coarse_noise_aug") for item in items]),
+        torch.tensor([uniform(seed, item.epoch, item.id, "time") for item in items]),
+        [mix(seed, item.epoch, item.id, "noise") % 2**32 for item in items],
+    )
 
 
 def store_statistics(store: Store, codec: Codec) -> LatentStatistics:

@@ -63,8 +63,6 @@ class DistillTask(LanguageModelTask):
         self.teacher_blocks = layer_map(settings.layer_map, config.model.n_layers, teacher.n_layers)
         if settings.mixer_steps:
             check_mixers(self.model, self.teacher.model)
-        if settings.cache and (teacher.chroma or teacher.tempo):
-            raise UserError("cached logits do not cover dropout of melody and tempo: set distill.cache=null")
         self.cache = TeacherLogitCache(settings.cache, cache_metadata(config, self)) if settings.cache else None
         weights = {name: config.losses[name] for name in LOSSES if config.losses[name]}
         self.weighting = self.modules["weighting"] = LossWeighting(settings.weighting, weights)
@@ -79,7 +77,7 @@ class DistillTask(LanguageModelTask):
         self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int
     ) -> dict[str, Losses]:
         """`distillation`, the training loss, and its parts `cross_entropy`, `kl`, `hidden` and `mixer`."""
-        inputs, text = self._prepare_batch(batch, self.controls.drop(self.controls.load(batch))), self._text(batch)
+        inputs, text = self._prepare_batch(batch), self._text(batch)
         match_mixers, match_hidden = step < self.settings.mixer_steps, "projections" in self.modules
         blocks = range(1, len(self.teacher_blocks) + 1) if match_hidden else []
         output = modules["model"](inputs.codes, text, return_hidden_states_of=blocks, controls=inputs.controls)
@@ -128,7 +126,7 @@ class DistillTask(LanguageModelTask):
 
     def query_teacher(self, batch: Batch, k: int | None) -> SoftTarget:
         """The teacher's top-k distributions for a batch, [b, K, S, n], at `distill.temperature`."""
-        inputs = self._prepare_batch(batch, self.controls.load(batch))
+        inputs = self._prepare_batch(batch)
         logits, _ = self.teacher(inputs.codes, self._text(batch), inputs.controls)
         return soft_target(logits, self.settings.temperature, k)
 
@@ -180,18 +178,20 @@ class DistillTask(LanguageModelTask):
         if transfer.width == "importance":
             loader = self.loader("train", self.config.data.batch_size, 0, 1)
             batches = [loader.batch(n) for n in range(_CALIBRATION_BATCHES)]
-            inputs = [(self._prepare_batch(b, self.controls.load(b)).codes, self._text(b)) for b in batches]
+            inputs = [(self._prepare_batch(b).codes, self._text(b)) for b in batches]
             importance = channel_importance(self.teacher.model, inputs)
         return transfer_weights(self.teacher.model, self.model, transfer.layers, transfer.width, importance)
 
 
 def cache_metadata(config: DictConfig, task: DistillTask) -> dict[str, Any]:
     """The settings that cached teacher logits depend on."""
-    data, settings = config.data, config.distill
+    data, settings, teacher = config.data, config.distill, task.teacher.model.config
+    controls = [name for name in ("tempo", "chroma") if config.model[name] and getattr(teacher, name)]
     return {
         "teacher": task.teacher.fingerprint, "store": task.store.fingerprint, "pattern": config.pattern,
         "seed": config.seed, "frames": data.frames, "caption_dropout": data.caption_dropout,
         "temperature": settings.temperature, "guidance_scale": settings.guidance_scale,
+        **{f"{name}_dropout": data[f"{name}_dropout"] for name in controls},
     }  # fmt: skip
 
 

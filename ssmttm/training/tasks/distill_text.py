@@ -24,7 +24,6 @@ from ssmttm.distill.teacher import Teacher
 from ssmttm.distill.text_alignment import TokenizedCaption, alignment_matrix, tokenize
 from ssmttm.errors import UserError
 from ssmttm.models import TokenLM
-from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
@@ -87,12 +86,11 @@ class TextDistillTask(LanguageModelTask):
     ) -> dict[str, Losses]:
         """`text`, the squared error of the projected states relative to the teacher's mean square; in the joint phase
         also `cross_entropy`, each `codebook_k`, and `kl` from the teacher's logits."""
-        controls = self.controls.drop(self.controls.load(batch)) if self._is_joint(step) else None
-        return {"model": self._losses_of(modules, batch, denominators, controls)}
+        return {"model": self._losses_of(modules, batch, denominators, self._is_joint(step))}
 
     def validation(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int) -> Losses:
-        """All losses at every step, without dropout of controls."""
-        return self._losses_of(modules, batch, denominators, self.controls.load(batch))
+        """All losses at every step."""
+        return self._losses_of(modules, batch, denominators, joint=True)
 
     def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
         """Of the current phase; the teacher's FLOPs count a third, as it has no backward pass."""
@@ -123,15 +121,15 @@ class TextDistillTask(LanguageModelTask):
         return self.joint_step is not None and step >= self.joint_step
 
     def _losses_of(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, controls: Controls | None
+        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, joint: bool
     ) -> Losses:
-        """The regression loss, and with controls the losses of the language model."""
+        """The regression loss, and in the joint phase the losses of the language model."""
         text = batch["student_text"]
         states = modules["model"](text.input_ids, text.mask).last_hidden_state.float()  # [b, L, E]
         losses = {"text": self._squared_error(states, text) / self._mean_square / denominators[-1]}
-        if controls is None:
+        if not joint:
             return losses
-        return losses | self._lm_losses(modules["lm"], states, batch, denominators[:-1], controls)
+        return losses | self._lm_losses(modules["lm"], states, batch, denominators[:-1])
 
     def _squared_error(self, states: Tensor, text: "StudentText") -> Tensor:
         """Squared error of projected states [b, L, E], summed over valid tokens."""
@@ -141,10 +139,8 @@ class TextDistillTask(LanguageModelTask):
         """The text projection of the teacher's language model, 0 at padding: [b, L, E] -> [b, L, D]."""
         return self.teacher.model.text(TextCondition(states, mask)).tokens
 
-    def _lm_losses(
-        self, lm: nn.Module, states: Tensor, batch: Batch, denominators: Tensor, controls: Controls
-    ) -> Losses:
-        inputs = self._prepare_batch(batch, controls)
+    def _lm_losses(self, lm: nn.Module, states: Tensor, batch: Batch, denominators: Tensor) -> Losses:
+        inputs = self._prepare_batch(batch)
         student_text = TextCondition(states, batch["student_text"].mask)
         text = apply_null_condition(self.null_condition, student_text, batch["captions"])
         logits = lm(inputs.codes, text, controls=inputs.controls)
@@ -163,7 +159,7 @@ class TextDistillTask(LanguageModelTask):
         if settings.n_layers is not None:
             layers = layer_map("even", settings.n_layers, config.num_hidden_layers)
         if settings.trim:
-            captions = {text for row in self.store.indices("train") for text in self.store.captions(int(row))}
+            captions = self.store.distinct_captions("train")
         shape = StudentShape(layers, settings.d_model, settings.d_ff, self.max_tokens)
         return build_student(source.model, source.tokenizer, self.original.dim, shape, captions)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmttm.codecs import Codec
+from ssmttm.data.loader import Field
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
 from ssmttm.generation.loading import GUIDANCE_SCALE
@@ -62,13 +63,16 @@ class LanguageModelTask(Task):
         self._text_encoder: TextEncoder | None = None
         if config.train.sample_every or self.model.config.chroma:
             self._codec = load_store_codec(self.store, config.data.store, self.n_codebooks)
-        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec)
+        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec, config.seed)
         if config.train.sample_every:  # loaded now, so that a missing encoder stops the run at its start
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_fingerprint("text", self._text_encoder.fingerprint, self.store.info)
 
     def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> Loader:
-        return codes_loader(self.store, self.config, split, batch_size, rank, world_size)
+        fields: dict[str, Field] = {"controls": self.controls.field(split)}
+        if self.tags is not None:
+            fields["tags"] = self.tags.targets
+        return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields)
 
     def loss_denominators(self, batch: Batch) -> Tensor:
         """Valid positions by codebook and the number of items, [K + 1]."""
@@ -80,15 +84,14 @@ class LanguageModelTask(Task):
 
         With a tag head also `tags`, and `tags_from_text`, the tag loss of the first position.
         """
-        controls = self.controls.drop(self.controls.load(batch))
-        return {"model": self._losses(modules, batch, denominators, controls)}
+        return {"model": self._losses(modules, batch, denominators)}
 
     def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
-        """The same without dropout of tempo and melody."""
-        return self._losses(modules, batch, denominators, self.controls.load(batch))
+        """The same; the loader of the valid split drops no condition."""
+        return self._losses(modules, batch, denominators)
 
-    def _losses(self, modules: Modules, batch: Batch, denominators: Tensor, controls: Controls) -> Losses:
-        inputs, text = self._prepare_batch(batch, controls), self._text(batch)
+    def _losses(self, modules: Modules, batch: Batch, denominators: Tensor) -> Losses:
+        inputs, text = self._prepare_batch(batch), self._text(batch)
         if self.tags is None:
             logits = modules["model"](inputs.codes, text, controls=inputs.controls)
             return self._code_losses(logits, inputs, denominators)
@@ -96,8 +99,7 @@ class LanguageModelTask(Task):
             inputs.codes, text, return_hidden_states_of=[self.config.tag_head.block], controls=inputs.controls
         )
         tag_logits = modules["tag_head"](hidden_states)  # [b, S, n]
-        targets = self.tags.targets(batch["ids"]).to(tag_logits.device)
-        from_text, mean = tag_losses(tag_logits, targets, inputs.valid.any(1))
+        from_text, mean = tag_losses(tag_logits, batch["tags"], inputs.valid.any(1))
         losses = {"tags": (from_text + mean) / 2 / denominators[-1], "tags_from_text": from_text / denominators[-1]}
         return losses | self._code_losses(logits, inputs, denominators)
 
@@ -105,11 +107,11 @@ class LanguageModelTask(Task):
         """The captions with the model's null condition."""
         return apply_null_condition(self.null_condition, batch["text"], batch["captions"])
 
-    def _prepare_batch(self, batch: Batch, controls: Controls) -> "LMBatch":
+    def _prepare_batch(self, batch: Batch) -> "LMBatch":
         codes = batch["codes"][:, : self.n_codebooks]
         sequence, valid = interleave(self.pattern, codes, batch["frame_mask"], self.model.special_token_id)
         start = torch.full_like(sequence[..., :1], self.model.special_token_id)
-        by_position = controls.gather_frames(self.pattern.frames(codes.shape[-1])).to(codes.device)
+        by_position = batch["controls"].gather_frames(self.pattern.frames(codes.shape[-1]).to(codes.device))
         return LMBatch(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, valid, by_position)
 
     def _code_losses(self, logits: Tensor, inputs: "LMBatch", denominators: Tensor) -> Losses:

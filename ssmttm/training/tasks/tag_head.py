@@ -6,14 +6,15 @@ position: at the first from the text alone, later from the music too. It is not 
 Shapes: b items, S positions, D model width, n tags.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmttm.data.loader import Item
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 
@@ -22,25 +23,27 @@ class TagVocabulary:
     """The tags of at least a fraction `min_share` of a store's training segments, and the tags of each segment."""
 
     def __init__(self, store: Store, min_share: float) -> None:
-        tags_by_row = [set(store.tags(row)) for row in range(len(store))]
-        train = store.indices("train").tolist()
-        counts = Counter(tag for row in train for tag in tags_by_row[row])
-        self.tags = sorted(tag for tag, count in counts.items() if count >= min_share * len(train))
+        names, rows, tags = store.tag_table()
+        is_train = np.zeros(len(store), bool)
+        is_train[store.indices("train")] = True
+        counts = np.bincount(tags[is_train[rows]], minlength=len(names))  # [names]
+        frequent = sorted(np.flatnonzero(counts >= max(1, min_share * is_train.sum())), key=lambda tag: names[tag])
+        self.tags = [names[tag] for tag in frequent]
         if not self.tags:
             raise UserError(f"{store.path} has no tags that are frequent enough: set losses.tags=0")
-        index_of = {tag: index for index, tag in enumerate(self.tags)}
-        ids = store.ids(np.arange(len(store)))
-        self._indices = {
-            segment: [index_of[tag] for tag in tags if tag in index_of]
-            for segment, tags in zip(ids, tags_by_row, strict=True)
-        }
-        self.frequencies = torch.tensor([counts[tag] / len(train) for tag in self.tags])
+        index_of = np.full(len(names), -1)
+        index_of[frequent] = range(len(frequent))
+        kept = index_of[tags] >= 0
+        self._indices = index_of[tags[kept]]  # of the tags of all segments, one segment after the other
+        self._ends = np.cumsum(np.bincount(rows[kept], minlength=len(store)))  # [segments]
+        self.frequencies = torch.from_numpy(counts[frequent] / is_train.sum()).float()
 
-    def targets(self, ids: Sequence[str]) -> Tensor:
-        """1 for each tag of a segment, else 0: float32 [b, n]."""
-        targets = torch.zeros(len(ids), len(self.tags))
-        for row, segment in enumerate(ids):
-            targets[row, self._indices[segment]] = 1
+    def targets(self, items: Sequence[Item], batch: Mapping[str, Any]) -> Tensor:
+        """The field `tags` of a batch: 1 for each tag of a segment, else 0: float32 [b, n]."""
+        targets = torch.zeros(len(items), len(self.tags))
+        for index, item in enumerate(items):
+            start = self._ends[item.row - 1] if item.row else 0
+            targets[index, self._indices[start : self._ends[item.row]]] = 1
         return targets
 
 
