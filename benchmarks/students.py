@@ -36,7 +36,7 @@ METRICS = {"cross_entropy": 3, "fad": 0, "kad": 2, "kl": 2, **dict.fromkeys(ATTR
 def cross_entropy(model: str, store: str, batch_size: int = 8) -> float:
     """Cross-entropy of the test split, every segment once with one caption, in nats per code."""
     folder = open_model_folder(model)
-    settings = config.load("experiment=tinyttm_lm", "task=lm", f"data.store={store}", f"data.batch_size={batch_size}")
+    settings = config.load("experiment=tiny", f"data.store={store}", f"data.batch_size={batch_size}")
     settings = OmegaConf.merge(settings, {"model": folder.config.model, "pattern": folder.config.pattern})
     task = LanguageModelTask(settings)
     modules, loader = {"model": load_language_model(folder)}, task.loader("test", batch_size, 0, 1)

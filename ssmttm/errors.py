@@ -18,6 +18,13 @@ class Preempted(Exception):
     """A signal stopped the work; the message explains how to continue it."""
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises UserError for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} must be at least 1, got {size}")
+
+
 def run_cli(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and print one line on standard error for every failure but a bug."""
     try:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_encoders import CAPTIONS, write_bert, write_t5
 from small_runs import assert_same_runs, run_contents, train_with_stops
-from small_stores import lm_config, small_codec, write_codes_store
+from small_stores import FRAMES, lm_config, small_codec, write_codes_store
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ssmttm import MusicPipeline, checkpoint
+from ssmttm import MusicPipeline, checkpoint, config
 from ssmttm.distill.text_alignment import TokenizedCaption, alignment_matrix, tokenize
 from ssmttm.errors import UserError
 from ssmttm.export.model_folder import export
@@ -70,9 +70,11 @@ def teacher(root, store):
 @pytest.fixture
 def config_of(store, teacher, tmp_path):
     def build(*overrides, name="student"):
-        fixed = ("task=distill_text", f"teacher={teacher}", "data.batch_size=4", "train.eval_batches=2",
-                 "train.eval_every=0", "train.checkpoint_every=1000", "optim.warmup_steps=0")  # fmt: skip
-        return lm_config(store, tmp_path / name, *fixed, *overrides)
+        paths = (f"data.store={store}", f"run_dir={tmp_path / name}", f"teacher={teacher}")
+        fixed = ("data.batch_size=4", f"data.frames={FRAMES}", "optim.warmup_steps=0", "optim.lr=0.01",
+                 "train.steps=20", "train.precision=fp32", "train.log_every=1", "train.eval_batches=2",
+                 "train.eval_every=0", "train.checkpoint_every=1000")  # fmt: skip
+        return config.load("task=distill_text", *paths, *fixed, *overrides)
 
     return build
 
@@ -317,7 +319,7 @@ def test_text_loss_is_relative_to_projected_mean_square(config_of):
 @pytest.mark.parametrize("step", [0, 5])
 def test_losses_of_micro_batches_add_up(step, config_of):
     """Neither padding nor the split of a batch changes the losses."""
-    task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=5", "model.dropout=0"))
+    task = TextDistillTask(config_of(*SMALL, "text_student.joint_step=5"))
     task.model.eval()
     batch = task.loader("train", 4, 0, 1).batch(1)
     counts = task.loss_denominators(batch)
@@ -479,13 +481,13 @@ def test_unsupported_teachers_are_rejected(change, message, config_of, teacher, 
         ("teacher=null", "teacher is not set"),
         ("init=somewhere", "set init=null"),
         ("losses.text=0", "losses.text must be above 0"),
-        ("losses.kl=-1", "losses.kl must be a number of at least 0, got -1"),
+        ("losses.kl=-1", "losses.kl must be at least 0, got -1"),
         ("losses.tags=1", "losses.tags"),
         ("text_student.d_model=12", "multiple of the head width 8, got 12"),
-        ("text_student.n_layers=0", "text_student.n_layers must be a number of at least 1, got 0"),
-        ("text_student.d_ff=x", "text_student.d_ff must be a number of at least 1, got x"),
-        ("losses.text=null", "losses.text must be a number of at least 0, got None"),
-        ("text_student.joint_step=-1", "text_student.joint_step must be a number of at least 0, got -1"),
+        ("text_student.n_layers=0", "text_student.n_layers must be at least 1, got 0"),
+        ("text_student.d_ff=x", "text_student.d_ff must be an integer or null, got x"),
+        ("losses.text=null", "losses.text must be a number, got null"),
+        ("text_student.joint_step=-1", "text_student.joint_step must be at least 0, got -1"),
         ("text_student.joint_step=20", "below train.steps=20 or null, got 20"),
     ],
 )

@@ -20,8 +20,8 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EPILOG,
     )
-    compress.add_argument("overrides", nargs="+", metavar="recipe=NAME teacher=MODEL store=STORE [KEY=VALUE ...]")
-    compress.set_defaults(run=lambda arguments: run(arguments.overrides))
+    compress.add_argument("words", nargs="+", metavar="recipe=NAME teacher=MODEL store=STORE [KEY=VALUE ...]")
+    compress.set_defaults(run=lambda arguments: run(arguments.words))
 
 
 def run(overrides: list[str]) -> None:

@@ -45,7 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ssmttm.files import directory_lock
 
     options = {key: getattr(arguments, option) for option, key in _SHORT.items()}
-    words += [f"{key}={value}" for key, value in options.items() if value is not None]
+    paths = ("store", "checkpoint", "out")
+    for key, value in options.items():
+        if value is not None:
+            words.append(config.override(key, value) if key in paths else f"{key}={value}")
     settings = config.load(*words, root="eval")
     out = Path(settings.out)
     with directory_lock(out, "evaluation"):

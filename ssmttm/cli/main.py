@@ -9,15 +9,14 @@ from typing import TypeAlias
 
 from ssmttm import __version__
 from ssmttm.cli import compress, evaluate, listen, sweep
-from ssmttm.cli.flags import check_renamed_flags
-from ssmttm.errors import run_cli
+from ssmttm.cli.flags import parse_arguments, split_overrides
+from ssmttm.errors import UserError, run_cli
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and run one subcommand; returns the exit code."""
-    check_renamed_flags(argv)
     parser = argparse.ArgumentParser(prog="ssmttm", description="Text-to-music models with state-space backbones.")
     parser.add_argument("--version", action="version", version=f"ssmttm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_deployment(commands)
     for module in (compress, evaluate, sweep, listen):
         module.add_commands(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(parser, argv)
     arguments.run(arguments)
     return 0
 
@@ -50,7 +49,7 @@ def _add_training(commands: Commands) -> None:
         "size", help="parameters and FLOPs of a config's model; the depth or width that meets a budget",
         epilog="example: ssmttm size experiment=paper_cross_simba --parameters 281M --vary n_layers",
     )  # fmt: skip
-    size.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as experiment=tiny")
+    size.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, such as experiment=tiny")
     size.add_argument("--parameters", metavar="N", help="a budget such as 72M: also print the nearest model")
     size.add_argument("--vary", default="n_layers", metavar="KEY", help="n_layers or d_model (default: %(default)s)")
     size.set_defaults(run=run_size)
@@ -63,8 +62,7 @@ def _add_training(commands: Commands) -> None:
         "losses.hidden=0 distill.cache=logits",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cache.add_argument("out", type=Path, metavar="OUT", help="output folder")
-    cache.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py")
+    cache.add_argument("words", nargs="+", metavar="OUT KEY=VALUE", help="output folder; overrides as for train.py")
     cache.add_argument("--top-k", type=int, default=32, metavar="K", help="codes kept (default: %(default)s)")
     cache.set_defaults(run=run_cache_teacher)
 
@@ -142,13 +140,14 @@ def run_size(arguments: argparse.Namespace) -> None:
     from ssmttm import config
     from ssmttm.models.size import fit_budget, parse_count, size_of
 
-    composed = config.load(*arguments.overrides)
+    composed = config.load(*arguments.words)
+    model = config.model_section(composed)
     if arguments.parameters is None:
-        print(size_of(composed.model, composed.data.frames))
+        print(size_of(model, composed.data.frames))
         return
-    fit = fit_budget(composed.model, parse_count(arguments.parameters), arguments.vary)
+    fit = fit_budget(model, parse_count(arguments.parameters), arguments.vary)
     print(fit)
-    print(size_of({**composed.model, fit.key: fit.value}, composed.data.frames))
+    print(size_of({**model, fit.key: fit.value}, composed.data.frames))
 
 
 def run_cache_teacher(arguments: argparse.Namespace) -> None:
@@ -156,7 +155,13 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
     from ssmttm import config
     from ssmttm.training.tasks.distill_lm import cache_teacher
 
-    print(cache_teacher(config.load(*arguments.overrides), arguments.out, arguments.top_k))
+    overrides, folders = split_overrides(arguments.words)
+    if len(folders) != 1:
+        raise UserError(f"give one output folder, got {len(folders)}: ssmttm cache-teacher OUT KEY=VALUE ...")
+    settings = config.load(*overrides)
+    if settings.task != "distill":
+        raise UserError(f"task={settings.task} learns from no logits: give an experiment of task=distill")
+    print(cache_teacher(settings, Path(folders[0]), arguments.top_k))
 
 
 def entry() -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
-from ssmttm.mixers.base import Mixer, MixerState, check_divides, check_sizes
+from ssmttm.errors import UserError, check_sizes
+from ssmttm.mixers.base import Mixer, MixerState, check_divides
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.rotary import rotary
 

@@ -138,13 +138,6 @@ def exclude_from_weight_decay(*parameters: nn.Parameter) -> None:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raises UserError for a size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} must be at least 1, got {size}")
-
-
 def check_divides(name: str, size: int, of: str, width: int) -> None:
     """Raises UserError if `width`, described by `of`, is not a multiple of `size`."""
     if width % size:

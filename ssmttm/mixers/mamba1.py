@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.mixers.base import Mixer, MixerState, check_sizes, exclude_from_weight_decay, init_dt_bias, mask_padding
+from ssmttm.errors import check_sizes
+from ssmttm.mixers.base import Mixer, MixerState, exclude_from_weight_decay, init_dt_bias, mask_padding
 from ssmttm.ops.common import accumulation_dtype
 from ssmttm.ops.conv import causal_conv, causal_conv_step
 from ssmttm.ops.linear import Linear, linear

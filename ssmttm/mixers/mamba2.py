@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmttm.errors import check_sizes
 from ssmttm.mixers.base import (
     Mixer,
     MixerState,
     check_divides,
-    check_sizes,
     exclude_from_weight_decay,
     init_dt_bias,
     mask_padding,

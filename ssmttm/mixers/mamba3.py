@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
-from ssmttm.mixers.base import Mixer, MixerState, check_divides, check_sizes, exclude_from_weight_decay, init_dt_bias
+from ssmttm.errors import UserError, check_sizes
+from ssmttm.mixers.base import Mixer, MixerState, check_divides, exclude_from_weight_decay, init_dt_bias
 from ssmttm.ops.common import accumulation_dtype
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.mamba3 import mamba3, mamba3_flops, mamba3_step

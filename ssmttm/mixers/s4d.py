@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
-from ssmttm.mixers.base import Mixer, MixerState, check_sizes, exclude_from_weight_decay
+from ssmttm.errors import UserError, check_sizes
+from ssmttm.mixers.base import Mixer, MixerState, exclude_from_weight_decay
 from ssmttm.ops.linear import Linear
 from ssmttm.ops.s4d import discretise, s4d_final_state, s4d_flops, s4d_outputs, s4d_step
 

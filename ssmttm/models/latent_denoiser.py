@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from ssmttm.config.model import LatentDenoiserConfig
 from ssmttm.errors import UserError
-from ssmttm.mixers.base import check_sizes
-from ssmttm.models.backbone_config import BackboneConfig, check_choice
 from ssmttm.models.conditioning import SinusoidalEmbedding, TextProjection
 from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.models.denoiser_stack import DenoiserStack
@@ -23,51 +22,6 @@ from ssmttm.models.unet import UNet
 from ssmttm.text.condition import TextCondition
 
 _TIME_SCALE = 1_000.0  # of times and noise levels in [0, 1] before their sinusoids
-
-
-@dataclass
-class LatentDenoiserConfig(BackboneConfig):
-    """Keys of a config's `model` section, besides those of `BackboneConfig`.
-
-    n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many codebooks are given. network: "stack" (blocks
-    of bidirectional mixers) or "unet". time_dim: width of the timestep embedding, which also holds the noise level of
-    the coarse latents, the mean text token and the tempo. unet_mults: width of each level of the U-Net, each at half
-    the frame rate of the one before, as a multiple of d_model. unet_blocks: residual blocks per level.
-    """
-
-    d_model: int = 192
-    n_layers: int = 6
-    n_heads: int = 6
-    codebook_dim: int = 8
-    n_coarse_codebooks: int = 1
-    network: str = "stack"
-    time_dim: int = 128
-    unet_mults: list[int] = field(default_factory=lambda: [1, 1, 2])
-    unet_blocks: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sizes(codebook_dim=self.codebook_dim, n_layers=self.n_layers)
-        if not 1 <= self.n_coarse_codebooks < self.n_codebooks:
-            raise UserError(
-                f"model.n_coarse_codebooks must be at least 1 and below n_codebooks={self.n_codebooks}, "
-                f"got {self.n_coarse_codebooks}"
-            )
-        check_choice("network", self.network, "stack", "unet")
-        if not self.unet_mults:
-            raise UserError("model.unet_mults is empty: give at least one level")
-        if self.time_dim % 2:
-            raise UserError(f"model.time_dim must be even, got {self.time_dim}")
-
-    @property
-    def coarse_channels(self) -> int:
-        """S."""
-        return self.n_coarse_codebooks * self.codebook_dim
-
-    @property
-    def noisy_channels(self) -> int:
-        """C."""
-        return (self.n_codebooks - self.n_coarse_codebooks) * self.codebook_dim
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmttm.config.model import TokenLMConfig
 from ssmttm.errors import UserError
 from ssmttm.mixers import build_mixer
-from ssmttm.mixers.base import check_sizes, check_state, gather_positions
-from ssmttm.models.backbone_config import BackboneConfig, check_choice
+from ssmttm.mixers.base import check_state, gather_positions
 from ssmttm.models.blocks import (
     MLP,
     Block,
@@ -35,46 +35,6 @@ from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
-
-
-@dataclass
-class TokenLMConfig(BackboneConfig):
-    """Keys of a config's `model` section, besides those of `BackboneConfig`.
-
-    block: "simba" (mixer and MLP) or "mamba" (two mixers). mlp_bias, attention_bias: biases of the MLP and of
-    attention's output projection. conditioning: "prefix", "cross_attention" or "adaln". positions: "none";
-    "sinusoidal", counting the audio from 0 and a text prefix down to it; "joint", sinusoidal over prefix and audio
-    together, as in the paper's released code; "rotary", in attention layers. norm: "rms" or "layer". layer_scale:
-    initial value of every sublayer's learnt scale; null: none. predict_special: the special token has a logit.
-    init_std: standard deviation of embeddings and heads at initialisation, with residual projections scaled down by the
-    depth; null keeps PyTorch's defaults, as the paper's released code does.
-    """
-
-    codebook_size: int = 1024
-    block: str = "simba"
-    mlp_bias: bool = True
-    attention_bias: bool = True
-    conditioning: str = "prefix"
-    positions: str = "none"
-    norm: str = "rms"
-    layer_scale: float | None = None
-    final_norm: bool = True
-    predict_special: bool = False
-    init_std: float | None = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("block", self.block, "simba", "mamba")
-        check_choice("conditioning", self.conditioning, "prefix", "cross_attention", "adaln")
-        check_choice("positions", self.positions, "none", "sinusoidal", "joint", "rotary")
-        check_choice("norm", self.norm, "rms", "layer")
-        check_sizes(codebook_size=self.codebook_size)
-        if self.positions == "joint" and self.conditioning != "prefix":
-            raise UserError("model.positions=joint counts a text prefix: set conditioning=prefix or other positions")
-        if self.positions == "rotary" and "attention" not in self.layer_names:
-            raise UserError("model.positions=rotary acts in attention layers, and model.layers has none: set another")
-        if self.tempo and self.d_model % 2:
-            raise UserError(f"model.tempo=true needs an even model.d_model, got {self.d_model}")
 
 
 @dataclass

@@ -90,7 +90,8 @@ def match_size(overrides: list[str], sweep: DictConfig) -> list[str]:
         return overrides
     if "parameters" not in sweep.match:
         raise UserError("sweep.match has no parameters: write {parameters: 300M, vary: n_layers}")
-    fit = fit_budget(settings.model, parse_count(str(sweep.match.parameters)), sweep.match.get("vary", "n_layers"))
+    parameters = parse_count(str(sweep.match.parameters))
+    fit = fit_budget(config.model_section(settings), parameters, sweep.match.get("vary", "n_layers"))
     return [*overrides, f"model.{fit.key}={fit.value}"]
 
 
@@ -109,7 +110,7 @@ def _length(overrides: list[str], budget: Mapping[str, float]) -> list[str]:
         return [f"train.steps={int(budget['steps'])}"]
     if "flops" in budget:
         settings = config.load(*overrides)
-        forward = size_of(settings.model, settings.data.frames, _TEXT_TOKENS).forward
+        forward = size_of(config.model_section(settings), settings.data.frames, _TEXT_TOKENS).forward
         flops_per_step = 3 * forward * settings.data.frames * settings.data.batch_size
         return [f"train.steps={max(1, round(budget['flops'] / flops_per_step))}"]
     return []

@@ -70,9 +70,16 @@ def check_fingerprint(kind: str, fingerprint: str, info: dict[str, Any]) -> None
         )
 
 
-def check_text_dim(config: DictConfig, info: dict[str, Any]) -> None:
-    """Raises UserError unless the model takes text of the width of the store's embeddings."""
+def check_text_encoder(config: DictConfig, info: dict[str, Any]) -> None:
+    """Raises UserError unless the store has the text encoder `data.text_encoder`, if that is set, and the model takes
+    text of the width of its embeddings."""
     text, text_dim, store = info["text"], config.model.text_dim, config.data.store
+    wanted = config.data.text_encoder
+    if wanted is not None and Path(wanted).name != Path(text["name"]).name:  # a local copy has the name of its folder
+        raise UserError(
+            f"{store} holds the text of {text['name']}, not of data.text_encoder={wanted}: prepare it with "
+            f"--text {wanted}, or set data.text_encoder=null and model.text_dim={text['dim']}"
+        )
     if text_dim != text["dim"]:
         raise UserError(
             f"the model takes text of width {text_dim}, {store} holds {text['name']} of width {text['dim']}: "

@@ -14,18 +14,24 @@ from ssmttm.training.tasks.base import Batch, Loader, Task
 
 # Keys that may change when a run is resumed: paths, logging, length, sampling.
 RESUMABLE_KEYS = (
-    "run_dir", "resume", "data.store", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts", "train.micro_batch_size",
-    "diffusion.sampler", "diffusion.steps", "diffusion.guidance_scale", "diffusion.coarse_guidance_scale",
+    "run_dir", "resume", "data.store", "data.text_encoder", "train.steps", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts",
+    "train.micro_batch_size", "diffusion.sampler", "diffusion.steps", "diffusion.guidance_scale",
+    "diffusion.coarse_guidance_scale",
 )  # fmt: skip
 
 MINIMUM_VALUES = {
-    "data.batch_size": 1, "data.frames": 1, "data.seconds": 1e-3, "train.steps": 1, "train.log_every": 0,
-    "train.eval_every": 0, "train.eval_batches": 1, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
-    "train.sample_every": 0, "optim.lr": 0, "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0,
-    "diffusion.coarse_noise_aug": 0, "seed": 0,
+    "data.batch_size": 1, "data.frames": 1, "data.seconds": 1e-3, "train.steps": 1, "train.micro_batch_size": 1,
+    "train.log_every": 0, "train.eval_every": 0, "train.eval_batches": 1, "train.checkpoint_every": 0,
+    "train.keep_checkpoints": 1, "train.sample_every": 0, "train.sample_seconds": 1e-3, "optim.lr": 0,
+    "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0, "optim.eps": 0, "optim.clip": 0,
+    "diffusion.coarse_noise_aug": 0, "codec_training.adversarial_start": 0, "codec_training.restart_every": 1,
+    "codec_training.restart_until": 0, "seed": 0,
 }  # fmt: skip
-PROBABILITIES = ("data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout", "diffusion.coarse_dropout")
+PROBABILITIES = (
+    "data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout", "diffusion.coarse_dropout",
+    "train.label_smoothing", "train.ema_decay",
+)  # fmt: skip
 
 
 def check_settings(config: DictConfig) -> None:
@@ -35,23 +41,22 @@ def check_settings(config: DictConfig) -> None:
             "data.store is not set: prepare one, such as `python -m data_prep builtin --hours 0.5 --out data/builtin`, "
             "and give data.store=data/builtin"
         )
-    check_minimum(config, MINIMUM_VALUES)
+    check_minimum(config, MINIMUM_VALUES | {f"losses.{name}": 0 for name in config.losses})
     for key in PROBABILITIES:
         value = OmegaConf.select(config, key)
-        if not _is_number(value) or not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise UserError(f"{key} must be in [0, 1], got {value}")
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optim.betas must be two numbers in [0, 1), got {list(betas)}")
 
 
 def check_minimum(config: DictConfig, minimum: Mapping[str, float]) -> None:
-    """Raises UserError unless each of these keys is a number of at least its minimum."""
+    """Raises UserError unless each of these keys, where the task has it and it is not null, is at least its minimum."""
     for key, lowest in minimum.items():
         value = OmegaConf.select(config, key)
-        if not _is_number(value) or not value >= lowest:
-            raise UserError(f"{key} must be a number of at least {lowest}, got {value}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not value >= lowest:
+            raise UserError(f"{key} must be at least {lowest}, got {value}")
 
 
 def resume_folder(config: DictConfig) -> Path | None:
@@ -78,7 +83,7 @@ def resume_folder(config: DictConfig) -> Path | None:
 
 def _check_same_settings(config: DictConfig, folder: Path) -> None:
     old, new = _settings(checkpoint.read_config(folder)), _settings(config)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted(new) if old.get(key) != new[key]]  # the old one may have keys of other tasks
     if changed:
         listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed)
         raise UserError(f"the settings differ from {folder} ({listed}): restore them, or give another run_dir")

@@ -23,7 +23,7 @@ from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, Secon
 from ssmttm.models import build_model
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
-from ssmttm.training.data import check_text_dim, codes_loader, load_store_codec
+from ssmttm.training.data import check_text_encoder, codes_loader, load_store_codec
 from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 
@@ -47,7 +47,7 @@ class DiffusionTask(Task):
         self.model = model
         self.codec = load_store_codec(self.store, config.data.store)
         _check_fit(config, self.codec)
-        check_text_dim(config, self.store.info)
+        check_text_encoder(config, self.store.info)
         self.statistics = store_statistics(self.store, self.codec)
         self.model.set_statistics(*self.statistics)
         self.modules = {"model": self.model}

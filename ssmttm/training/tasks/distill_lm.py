@@ -223,15 +223,8 @@ def _check_settings(config: DictConfig) -> None:
             f"distill.mixer_steps + distill.hidden_steps must be below train.steps={config.train.steps}, got "
             f"{matching_steps}"
         )
-    if not isinstance(settings.transfer, DictConfig):
-        raise UserError(
-            f"distill.transfer={settings.transfer} is not a section: set distill.transfer.layers and "
-            "distill.transfer.width, or each to null"
-        )
     if not any(losses[name] for name in LOSSES):
         raise UserError(f"no loss to train on: set one of {', '.join(f'losses.{name}' for name in LOSSES)} above 0")
-    if losses.tags:
-        raise UserError("distillation has no tag head: set losses.tags=0")
     if settings.hidden_steps and not losses.hidden:
         raise UserError("distill.hidden_steps needs losses.hidden above 0, got 0")
     if settings.cache and (losses.hidden or settings.mixer_steps):

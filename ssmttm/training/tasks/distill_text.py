@@ -58,6 +58,7 @@ class TextDistillTask(LanguageModelTask):
             raise UserError(f"the weights of the teacher {folder.name} are {kind}: use the model it was quantised from")
         self.null_condition, self.guidance_scale = folder.null_condition, folder.guidance_scale
         config = config.copy()
+        OmegaConf.set_struct(config, False)
         config.model = {"kind": "token_lm", **asdict(self.teacher.model.config)}
         config.pattern = folder.config.pattern
         super().__init__(config)
@@ -227,11 +228,9 @@ def _check_settings(config: DictConfig) -> None:
             "teacher for the language model"
         )
     check_minimum(config, {f"losses.{name}": 0 for name in LOSSES})
-    minimum = {"n_layers": 1, "d_model": 1, "d_ff": 1, "joint_step": 0}  # or null
-    check_minimum(config, {f"text_student.{name}": n for name, n in minimum.items() if settings[name] is not None})
+    minimum = {"n_layers": 1, "d_model": 1, "d_ff": 1, "joint_step": 0}
+    check_minimum(config, {f"text_student.{name}": n for name, n in minimum.items()})
     if settings.joint_step is not None and settings.joint_step >= steps:
         raise UserError(f"text_student.joint_step must be below train.steps={steps} or null, got {settings.joint_step}")
     if not config.losses.text:
         raise UserError("losses.text must be above 0, got 0")
-    if config.losses.tags:
-        raise UserError("distillation has no tag head: set losses.tags=0")

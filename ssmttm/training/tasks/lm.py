@@ -24,7 +24,7 @@ from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
-from ssmttm.training.data import check_complete, check_fingerprint, check_text_dim, codes_loader, load_store_codec
+from ssmttm.training.data import check_complete, check_fingerprint, check_text_encoder, codes_loader, load_store_codec
 from ssmttm.training.tasks.base import Batch, Loader, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
@@ -52,7 +52,7 @@ class LanguageModelTask(Task):
         self.model = model
         self.modules = {"model": self.model}
         self.tags: TagVocabulary | None = None
-        if config.losses.tags:
+        if config.losses.get("tags"):  # a student of a teacher has no tag head
             self.tags = TagVocabulary(self.store, config.tag_head.min_share)
             self.modules["tag_head"] = TagHead(config.model.d_model, self.tags.frequencies)
         self.n_codebooks, self.codebook_size = config.model.n_codebooks, config.model.codebook_size
@@ -214,6 +214,6 @@ def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
             f"the model takes {model.n_codebooks} codebooks of {model.codebook_size}, {store} has "
             f"{codec['n_codebooks']} of {codec['codebook_size']}: set model.n_codebooks and model.codebook_size"
         )
-    check_text_dim(config, info)
-    if config.losses.tags and not 1 <= config.tag_head.block <= model.n_layers:
+    check_text_encoder(config, info)
+    if config.losses.get("tags") and not 1 <= config.tag_head.block <= model.n_layers:
         raise UserError(f"tag_head.block={config.tag_head.block} must be a block of the model, 1 to {model.n_layers}")

@@ -1,8 +1,7 @@
 """Configs: Hydra groups under `configs/`, composed from overrides such as `experiment=tiny train.steps=100`."""
 
-import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ssmttm.errors import UserError
 
-_PACKAGED = Path(__file__).parent / "configs"
-CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "configs"
+_PACKAGED = Path(__file__).parents[1] / "configs"
+CONFIG_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
 
 RENAMED_KEYS = {
     "optim.player_lr": "optim.module_lr",
@@ -24,6 +23,8 @@ RENAMED_KEYS = {
     "codec_training.revive_until": "codec_training.restart_until",
     "painter": "second_stage",
 }
+# In overrides only: the configs of older models have these keys, and nothing reads them.
+RENAMED_GROUPS = {"text.name": "data.text_encoder", "text": "data.text_encoder"}
 RENAMED_EXPERIMENTS = {
     "paper_two_stage_sketch": "paper_stage1",
     "paper_two_stage_paint": "paper_stage2",
@@ -42,30 +43,52 @@ def load(*overrides: str, root: str = "config") -> DictConfig:
         root: config (training), sweep, eval or compress.
 
     Raises:
-        UserError: an override names no known group, file or key, or its value cannot be parsed.
+        UserError: an override names no known group, file or key, or a key of another task; its value cannot be parsed,
+            or has the wrong type.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import HydraException
 
-    for text in overrides:
-        _check_not_renamed(text)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        try:
-            config = compose(root, overrides=list(overrides))
-            OmegaConf.resolve(config)
-        except MissingConfigException as error:
-            raise UserError(_missing_config(error.missing_cfg_file or "")) from error
-        except ConfigCompositionException as error:
-            raise UserError(_bad_override(error, flatten(compose(root)))) from error
-        except OverrideParseException as error:
-            reason = _first_line(error)
-            raise UserError(f"cannot parse the override {error.override!r} ({reason}): write key=value") from error
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"cannot compose the config: {_first_line(error)}") from error
-    OmegaConf.set_struct(config, True)
+    from ssmttm.config import messages
+
+    messages.check_overrides(overrides, root)
+    try:
+        config = compose(root, overrides)
+        _keep_text(config, overrides)
+        OmegaConf.resolve(config)
+        OmegaConf.set_struct(config, True)
+        messages.check_keys(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(messages.describe(error, root, overrides)) from error
     return config
+
+
+def compose(root: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose with Hydra; raises its errors and OmegaConf's."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from ssmttm.config.schema import register
+
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra.compose(root, overrides=list(overrides))
+
+
+def _keep_text(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Set text values as they were given, where Hydra reads them as numbers: run_dir=2024_01 is not 202401."""
+    for text in overrides:
+        key, _, given = text.lstrip("+").partition("=")
+        value = OmegaConf.select(config, key) if re.fullmatch(r"[\w.]+", key) else None
+        if isinstance(value, str) and value != given and re.fullmatch(r"[\w.+-]+", given):
+            OmegaConf.update(config, key, given)
+
+
+def model_section(config: DictConfig) -> DictConfig:
+    """`config.model` of a training. Raises UserError for a task without a model section, such as codec."""
+    if "model" not in config:
+        raise UserError(f"task={config.task} has no section model: give an experiment of another task")
+    return config.model
 
 
 def override(key: str, value: object) -> str:
@@ -84,7 +107,7 @@ def read_config(path: Path) -> DictConfig:
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     for key in flatten(config):
-        if new := _new_key(key):
+        if new := new_key(key):
             raise UserError(f"{path} has the old config key {key}: rename it to {new} there")
     OmegaConf.set_struct(config, True)
     return config
@@ -99,42 +122,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _new_key(key: str) -> str | None:
+def new_key(key: str, renamed: Mapping[str, str] = RENAMED_KEYS) -> str | None:
     """The present name of a renamed key (optim.player_lr.lm -> optim.module_lr.lm), None for any other key."""
-    for old, new in RENAMED_KEYS.items():
+    for old, new in renamed.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
     return None
-
-
-def _check_not_renamed(text: str) -> None:
-    key, _, value = text.lstrip("+~").partition("=")
-    if new := _new_key(key):
-        raise UserError(f"the config key {key} was renamed: write {new}={value}")
-
-
-def _missing_config(file: str) -> str:
-    group, _, name = file.rpartition("/")
-    if group == "experiment" and name in RENAMED_EXPERIMENTS:
-        return f"experiment={name} was renamed: write experiment={RENAMED_EXPERIMENTS[name]}"
-    known = names(group)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {group}={close[0]}?" if close else f"choose from {', '.join(known)}"
-    return f"no config {group}={name}: {hint}"
-
-
-def _bad_override(error: BaseException, known: Mapping[str, Any]) -> str:
-    cause = error.__cause__ or error
-    key = str(getattr(cause, "full_key", None) or "")
-    if not key:
-        return f"cannot compose the config: {_first_line(cause)}"
-    if new := _new_key(key):
-        return f"the config key {key} was renamed to {new}"
-    keys = [*known, *{name.rpartition(".")[0] for name in known}]
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "configs/ lists all keys"
-    return f"unknown config key {key!r}: {hint}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
