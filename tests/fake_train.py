@@ -1,6 +1,7 @@
 """A fake train.py for tests of sweeps: writes a run folder without training.
 
-A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user error, 668 crashes once and then resumes.
+A step takes 20 ms; `train.log_every=666` crashes at step 3, 667 is a user error, 668 crashes once and then resumes, 669
+is pre-empted once, 670 kills itself, 671 does so once, 672 needs 4 s to write its checkpoint after SIGTERM.
 FAKE_IMPORTS is the import time in seconds. As with train.py, a locked run folder is a user error.
 """
 
@@ -38,10 +39,15 @@ with metrics.open("a", buffering=1) as file:
         first_start = len((run / "starts").read_text().split()) == 1
         if step == 3 and (behaviour == "666" or (behaviour == "668" and first_start)):
             sys.exit("it crashed on purpose")
+        if step == 3 and behaviour == "669" and first_start:
+            sys.exit(75)
+        if step == 3 and (behaviour == "670" or (behaviour == "671" and first_start)):
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
         totals = {"samples": 8 * step, "flops": 1e9 * step, "seconds": 0.02 * step, "seconds_per_step": 0.02}
         loss = abs(math.log10(rate) + 2.5) + 1 / step + 0.01 * int(settings.get("seed", 0))
         file.write(json.dumps({"step": step, "loss": loss, **totals}) + "\n")
         file.write(json.dumps({"step": step, "valid/loss": loss}) + "\n")
         if signals:
+            time.sleep(4 if behaviour == "672" else 0)
             sys.exit(75)

@@ -21,6 +21,7 @@ from ssmttm.compress.assemble import assemble
 from ssmttm.compress.sizes import Component, comparison, components, total
 from ssmttm.errors import Preempted, UserError
 from ssmttm.export.model_folder import export
+from ssmttm.files import directory_lock
 from ssmttm.generation import pipeline
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.training import loop
@@ -148,6 +149,15 @@ def test_teachers_of_the_parts(arguments, teacher, tmp_path):
     assert f"teacher='{teacher}'" in alone["text"]
     with pytest.raises(UserError, match=r"train\.steps"):
         recipe.training_overrides(config.load(*arguments(text="['train.stepz=3']"), root="compress"))
+
+
+def test_two_compressions_in_one_folder_are_rejected(arguments, tmp_path):
+    settings = config.load(*arguments(int8="true"), root="compress")
+    with (
+        directory_lock(tmp_path / "work", "compression"),
+        pytest.raises(UserError, match="another compression is writing to"),
+    ):
+        recipe.compress(settings)
 
 
 @pytest.mark.parametrize(("code", "error"), [(2, UserError), (75, Preempted), (1, subprocess.CalledProcessError)])

@@ -1,14 +1,16 @@
-"""Shard tasks on Ray clusters of this machine whose workers and nodes are killed. Slow, as Ray starts slowly."""
+"""Shard tasks on a Ray cluster of this machine whose workers and nodes are killed."""
 
 import os
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,20 @@ from small_shards import kill_worker
 
 from data_prep.run import Run
 from data_prep.shard_task import ShardTask
-from ssmttm.errors import UserError
+from ssmttm.errors import Preempted, UserError
 from ssmttm.launch.ray import RayExecutor
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.timeout(600)
-NODE = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
+pytestmark = pytest.mark.timeout(400)
+START_SECONDS = 120  # limit for the start of a node, which takes 4 s
+N_CPUS, MEMORY = 2, 80_000_000  # of a node, and bytes of its object store
+HEAD = f"""
+import sys, ray
+ray.init(num_cpus={N_CPUS}, object_store_memory={MEMORY}, include_dashboard=False, log_to_driver=False,
+         _temp_dir=sys.argv[1])
+print("address=" + ray.get_runtime_context().gcs_address + "\\n", flush=True)
+sys.stdin.read()
+"""
 
 
 def slow_file(index: int, seconds: float, folder: Path) -> dict[str, float]:
@@ -38,6 +48,10 @@ def slow_file(index: int, seconds: float, folder: Path) -> dict[str, float]:
 
 def reject(folder: Path) -> dict[str, float]:
     raise UserError("what, where, what to do")
+
+
+def stop(folder: Path) -> dict[str, float]:
+    raise Preempted("run it again")
 
 
 def slow_tasks(root: Path, n: int, seconds: float) -> list[ShardTask]:
@@ -58,26 +72,69 @@ def workers_of(raylet: int) -> list[int]:
     return pids
 
 
-def raylet_of(node: Any) -> int:
-    return node.all_processes["raylet"][0].process.pid
+@dataclass(frozen=True)
+class Cluster:
+    """The address of a cluster, and the process that started its first node."""
+
+    address: str
+    head: subprocess.Popen
+
+
+def raylet_of(starter: subprocess.Popen) -> int:
+    """The process of a node, a child of the one that started it."""
+    children = [pid for path in Path(f"/proc/{starter.pid}/task").glob("*/children") for pid in read_proc(path).split()]
+    (raylet,) = (pid for pid in children if "raylet/raylet" in read_proc(Path(f"/proc/{pid}/cmdline")).split("\0")[0])
+    return int(raylet)
+
+
+@contextmanager
+def node(command: list[str], log: Path, is_up: Callable[[], bool]) -> Iterator[subprocess.Popen]:
+    """A process that starts a node, ready when `is_up()`; it ends, with the node, when its standard input closes."""
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RAY_health_check_period_ms": "500"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_up():
+            if process.poll() is not None or time.monotonic() > deadline:
+                what = f"did not start within {START_SECONDS} s" if process.poll() is None else "ended at its start"
+                process.kill()
+                pytest.fail(f"the Ray node {what}:\n{log.read_text()[-3000:]}", pytrace=False)
+            time.sleep(0.1)
+        yield process
+    finally:
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster with one node of two CPUs, started as `ray.init` starts it for a user."""
+    log = tmp_path_factory.mktemp("ray") / "head.log"
+
+    def address() -> str:
+        return log.read_text().partition("address=")[2].partition("\n")[0]
+
+    with (
+        tempfile.TemporaryDirectory(prefix="r") as place,  # a short path, as that of a socket is limited
+        node([sys.executable, "-c", HEAD, place], log, lambda: bool(address())) as head,
+    ):
+        yield Cluster(address(), head)
+        ray.shutdown()
 
 
 @pytest.fixture
-def cluster(monkeypatch) -> Iterator[Any]:
-    """A new cluster with one node of two CPUs."""
-    from ray.cluster_utils import Cluster
-
-    for name, value in (ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent)}).items():
-        monkeypatch.setenv(name, value)
-    patience = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
-    ray.shutdown()
-    Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray writes the address of the cluster there
-    with tempfile.TemporaryDirectory(prefix="r") as place:  # a short path, as that of a socket is limited
-        head = NODE | {"_system_config": patience, "temp_dir": place}
-        whole = Cluster(initialize_head=True, head_node_args=head)
-        yield whole
-        ray.shutdown()
-        whole.shutdown()
+def second_node(cluster, tmp_path) -> Iterator[subprocess.Popen]:
+    """One more node in the cluster, for one test."""
+    options = ["--num-cpus", str(N_CPUS), "--object-store-memory", str(MEMORY), "--disable-usage-stats", "--block"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", cluster.address, *options]
+    log = tmp_path / "second.log"
+    with node(command, log, lambda: "Ray runtime started" in log.read_text()) as process:
+        yield process
+        process.terminate()
 
 
 def check_shards(root: Path, n: int) -> None:
@@ -94,14 +151,14 @@ def started(root: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("device", [False, True])
 def test_ray_executor_survives_killed_workers(cluster, tmp_path, device):
-    """A busy process is killed up to twenty times: of tasks, and of actors (`device`)."""
+    """A busy process is killed up to eight times: of tasks, and of actors (`device`)."""
     root, killed, over = tmp_path / "work", [], threading.Event()
 
     def kill() -> None:
         rng = random.Random(3)
-        while not over.is_set() and len(killed) < 20:
+        while not over.is_set() and len(killed) < 8:
             time.sleep(rng.uniform(0.1, 0.9))
-            busy = workers_of(raylet_of(cluster.head_node))
+            busy = workers_of(raylet_of(cluster.head))
             if len(killed) % 2:  # every second one in the midst of a shard, not while it imports
                 busy = [pid for pid in busy if str(pid) in {worker for _, worker, _ in started(root)}]
             if busy:
@@ -110,12 +167,12 @@ def test_ray_executor_survives_killed_workers(cluster, tmp_path, device):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    done = Run(root, RayExecutor(cluster.address)).run_stage("cut", slow_tasks(root, 24, 0.7), device)
+    done = Run(root, RayExecutor(cluster.address)).run_stage("cut", slow_tasks(root, 12, 0.7), device)
     over.set()
     killer.join()
-    assert len(done) == 24 and len(killed) >= 10, killed
-    assert len(started(root)) > 24
-    check_shards(root, 24)
+    assert len(done) == 12 and len(killed) >= 4, killed
+    assert len(started(root)) > 12
+    check_shards(root, 12)
 
 
 def test_preparation_on_ray_with_killed_workers_gives_the_same_store(cluster, tmp_path):
@@ -128,19 +185,19 @@ def test_preparation_on_ray_with_killed_workers_gives_the_same_store(cluster, tm
     rng, killed = random.Random(4), []
     while run.poll() is None:
         time.sleep(rng.uniform(0.2, 1.5))
-        busy = workers_of(raylet_of(cluster.head_node))
-        if busy and len(killed) < 20:
+        busy = workers_of(raylet_of(cluster.head))
+        if busy and len(killed) < 6:
             killed.append(rng.choice(busy))
             with suppress(ProcessLookupError):
                 os.kill(killed[-1], signal.SIGKILL)
     assert run.returncode == 0, (tmp_path / "log").read_text()[-3000:]
-    assert len(killed) == 20
+    assert len(killed) == 6
     check_equal(tmp_path / "store", files(tmp_path / "expected" / "store"))
 
 
-def test_ray_executor_survives_the_loss_of_a_node(cluster, tmp_path):
-    second = raylet_of(cluster.add_node(**NODE))
-    assert second != raylet_of(cluster.head_node)
+def test_ray_executor_survives_the_loss_of_a_node(cluster, second_node, tmp_path):
+    second = raylet_of(second_node)
+    assert second != raylet_of(cluster.head)
     root, lost = tmp_path / "work", []
 
     def kill() -> None:
@@ -151,12 +208,12 @@ def test_ray_executor_survives_the_loss_of_a_node(cluster, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    done = Run(root, RayExecutor(cluster.address)).run_stage("cut", slow_tasks(root, 24, 0.8))
+    done = Run(root, RayExecutor(cluster.address)).run_stage("cut", slow_tasks(root, 16, 0.8))
     killer.join()
-    assert len(done) == 24 and lost
+    assert len(done) == 16 and lost
     nodes = [node for _, _, node in started(root)]
     assert len(set(nodes)) == 2 and len(set(nodes[-6:])) == 1, "the last ones ran on the node that is left"
-    check_shards(root, 24)
+    check_shards(root, 16)
 
 
 def test_ray_executor_gives_up_on_a_task_that_kills_every_worker(cluster, tmp_path):
@@ -175,3 +232,5 @@ def test_ray_executor_raises_the_exception_of_a_task(cluster, tmp_path):
     with pytest.raises(UserError) as mistake:
         Run(tmp_path, RayExecutor(cluster.address)).run_stage("cut", one_task(tmp_path, reject))
     assert str(mistake.value) == "what, where, what to do"
+    with pytest.raises(Preempted, match="again"):
+        Run(tmp_path, RayExecutor(cluster.address)).run_stage("cut", one_task(tmp_path, stop))

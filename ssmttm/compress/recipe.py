@@ -4,6 +4,7 @@ WORK/lm/  WORK/text/  WORK/codec/   run folders of the trainings
 OUT/                                model folder of the student system; sizes.md compares it with its teacher
 """
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ssmttm import config as configs
 from ssmttm.compress.assemble import assemble
 from ssmttm.compress.sizes import comparison, components
 from ssmttm.errors import PREEMPTED, USER_ERROR, Preempted, UserError
-from ssmttm.files import write_text
+from ssmttm.files import directory_lock, write_text
 from ssmttm.generation.loading import open_model_folder
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.launch.job import run_command, train_command
@@ -23,14 +24,20 @@ PARTS = ("lm", "text", "codec")
 
 
 def compress(settings: DictConfig) -> Path:
-    """Run a recipe, the composed configs/compress.yaml, and return OUT; finished trainings are skipped."""
+    """Run a recipe, the composed configs/compress.yaml, and return OUT; finished trainings are skipped.
+
+    Raises:
+        UserError: invalid settings, another compression in the same folder, or a training that failed.
+        Preempted, KeyboardInterrupt: a signal came; the same call resumes.
+    """
     out = check_settings(settings)
-    for part, keys in training_overrides(settings).items():
-        print(f"\n{part}: train.py {' '.join(keys)}", flush=True)
-        run_training([*train_command(settings.accelerate, port=0), *keys], part)
-    runs = {part: Path(settings.work) / part for part in PARTS if settings.recipe[part] is not None}
-    language = runs.get("text") or runs.get("lm") or Path(open_model_folder(settings.teacher).path)
-    assemble(language, runs.get("codec"), out, int8=settings.recipe.int8)
+    with directory_lock(Path(settings.work), "compression"):
+        for part, keys in training_overrides(settings).items():
+            print(f"\n{part}: train.py {' '.join(keys)}", flush=True)
+            run_training([*train_command(settings.accelerate, port=0), *keys], part)
+        runs = {part: Path(settings.work) / part for part in PARTS if settings.recipe[part] is not None}
+        language = runs.get("text") or runs.get("lm") or Path(open_model_folder(settings.teacher).path)
+        assemble(language, runs.get("codec"), out, int8=settings.recipe.int8)
     teacher, student = (MusicPipeline.from_pretrained(folder, "cpu") for folder in (settings.teacher, out))
     write_text(out / "sizes.md", comparison(components(teacher), components(student)) + "\n")
     return out
@@ -64,6 +71,9 @@ def run_training(command: list[str], part: str) -> None:
         raise Preempted(f"the training of {part} was stopped at a checkpoint: run the same command to resume")
     if code == USER_ERROR:
         raise UserError(f"the training of {part} failed with the error above: fix it and run the same command again")
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise UserError(f"the training of {part} was killed by {name} (out of memory?): run the same command to resume")
     if code:
         raise subprocess.CalledProcessError(code, command)
 
