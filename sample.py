@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     pipe.max_duration = args.max_duration
     settings = {"duration": args.duration, **asdict(sampling), "guidance_scale": pipe.guidance_scale, **guidance}
-    melody = None if args.melody is None else audio.read(args.melody, pipe.sample_rate)[0]
+    melody = None if args.melody is None else audio.read_music(args.melody, pipe.sample_rate)[0]
     controls = {"tempo": args.tempo, "melody": args.melody and args.melody.name}
     controls = {name: value for name, value in controls.items() if value is not None}
     with Progress(len(prompts) * args.duration) as progress:

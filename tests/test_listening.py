@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 import yaml
 from scipy.optimize import minimize
@@ -317,6 +318,20 @@ def test_webmushra_export_skips_unreadable_clips(tmp_path, folders):
     (_, clips, key), notes = export(folders, tmp_path / "out", "pairs")
     assert len(yaml.safe_load(key.read_text())) == len(list(clips.glob("*.wav"))) == 6
     assert len(notes) == 1 and "0.wav" in notes[0]
+
+
+@pytest.mark.parametrize("write", [make_test, export])
+def test_listening_test_names_and_leaves_out_clips_without_music(tmp_path, folders, write):
+    wav, _ = audio.read(folders["truth-secret"] / "0.wav")
+    sf.write(folders["truth-secret"] / "0.wav", torch.cat([wav, -wav]).T.numpy(), RATE)
+    sf.write(folders["mamba-secret"] / "2.wav", 20_000 * wav.T.numpy(), RATE, subtype="FLOAT")
+    _, notes = write(folders, tmp_path / "out")
+    assert len(notes) == 2 and any("0.wav" in note and "cancel" in note for note in notes)
+    assert any("2.wav" in note and "full scale" in note for note in notes)
+    for j in range(3):
+        audio.write(folders["mamba-secret"] / f"{j}.wav", torch.zeros(1, RATE), RATE)
+    with pytest.raises(UserError, match=r"usable clip.*silent"):
+        write(folders, tmp_path / "out")
 
 
 # --- a real browser -------------------------------------------------------------------------------------------------

@@ -320,6 +320,14 @@ def test_measure_files_lists_unreadable_files(folder):
     assert "stereo_width" not in summary and found.document()["clips"]
 
 
+def test_measure_files_lists_files_without_music(folder):
+    audio.write(folder / "silent.wav", torch.zeros(1, 3 * RATE), RATE)
+    audio.write(folder / "phase.wav", 0.3 * torch.cat([melody(3.0, 5), -melody(3.0, 5)]), RATE)
+    found = measure_files(sorted(folder.glob("*.wav")))
+    assert len(found.clips) == 3 and "silent" in found.unreadable[str(folder / "silent.wav")]
+    assert "cancel" in found.unreadable[str(folder / "phase.wav")]
+
+
 def test_measure_files_notes_mixed_rates_and_channels(folder):
     audio.write(folder / "other.wav", 0.3 * noise(3.0, 2), 44_100)
     found = measure_files(sorted(folder.glob("*.wav")))

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from collections import namedtuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile as sf
 import torch
 from small_music import RATE, clips
 
@@ -123,6 +125,45 @@ def test_evaluate_matches_existing_audio_and_notes_mismatches(benchmark, tmp_pat
     assert "2 prompts without audio" in notes and "stranger.wav" in notes and "2 files skipped" in notes
     assert not model.prompts and found["metrics"][0]["fingerprint"]["n"] == N - 4
     assert found["metrics"][0]["fingerprint"]["guidance_scale"] == "unknown"
+
+
+def test_evaluate_names_and_leaves_out_audio_without_music(benchmark, tmp_path, model):
+    """Also where only the part that is measured, the first 5 s, has none."""
+    existing = tmp_path / "existing"
+    wavs = {path.stem: audio.read(path)[0] for path in (benchmark / "audio").glob("*.flac")}
+    music = wavs["clip-0"]
+    wavs |= {
+        "clip-3": torch.cat([music, -music]),
+        "clip-7": 20_000 * music,
+        "clip-11": torch.cat([torch.zeros_like(music), music], 1),
+        "clip-15": torch.full_like(music, 0.25),
+    }
+    existing.mkdir()
+    for name, wav in wavs.items():
+        sf.write(existing / f"{name}.wav", wav.T.numpy(), RATE, subtype="FLOAT")
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"audio={existing}"))
+    reasons = {"3": "cancel", "7": "full scale", "11": "silent", "15": "constant"}
+    note = next(note for note in found["notes"] if "files skipped" in note)
+    for number, reason in reasons.items():
+        assert f"clip-{number}.wav" in note and reason in found["skipped"][str(existing / f"clip-{number}.wav")]
+    assert len(found["skipped"]) == 4 and found["metrics"][0]["fingerprint"]["n"] == N - 4
+
+
+def test_evaluate_of_too_few_usable_clips_tells_why(benchmark, tmp_path, model):
+    existing = tmp_path / "existing"
+    for path in (benchmark / "audio").glob("*.flac"):
+        audio.write(existing / path.name, torch.zeros(1, 5 * RATE), RATE)
+    with pytest.raises(UserError, match=r"got 0 of 24 prompts; the first skipped: .*clip-.*silent"):
+        evaluate.evaluate(settings(benchmark, tmp_path / "out", f"audio={existing}"))
+
+
+def test_evaluate_leaves_out_references_without_music(benchmark, tmp_path, model):
+    """A silent reference distorts every distance."""
+    folder = shutil.copytree(benchmark / "audio", tmp_path / "references")
+    audio.write(folder / "clip-4.flac", torch.zeros(1, 5 * RATE), RATE)
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"references={folder}"))
+    assert any("clip-4.flac" in note and "silent" in note for note in found["notes"])
+    assert found["metrics"][0]["fingerprint"]["n_reference"] == N - 1
 
 
 def test_evaluate_without_references_skips_their_metrics(benchmark, tmp_path, model):

@@ -22,7 +22,7 @@ from ssmttm.checkpoint import save_checkpoint
 from ssmttm.codecs import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError
 from ssmttm.generation import loading, pipeline
-from ssmttm.generation.output import slug
+from ssmttm.generation.output import read_sidecar, slug
 from ssmttm.generation.progress import Progress
 from ssmttm.generation.request import MAX_SEED, read_prompts
 from ssmttm.model_folder import RENAMED_CARD_KEYS, check_layout, check_tensor_names, read_card
@@ -234,6 +234,28 @@ def test_named_output_file_is_overwritten(command):
     assert command("a", "--out", "x.wav", "--seed", 2)[0] == 0
     assert Path("x.wav").read_bytes() != before
     assert json.loads(Path("x.json").read_text())["seed"] == 2
+
+
+def test_audio_files_of_one_stem_have_own_sidecars(command):
+    prompts = {"take.wav": "a waltz", "take.mp3": "a march", "take.flac": "a jig"}
+    for _ in range(2):  # written again, each keeps its own
+        for name, prompt in prompts.items():
+            assert command(prompt, "--out", name)[0] == 0
+        for name, prompt in prompts.items():
+            found = read_sidecar(Path(name))
+            assert (found["file"], found["prompt"]) == (name, prompt)
+    assert {path.name for path in Path().glob("*.json")} == {"take.json", "take.mp3.json", "take.flac.json"}
+
+
+def test_sidecar_of_renamed_or_converted_audio(command):
+    assert command("a waltz", "--out", "take.wav")[0] == 0
+    Path("take.mp3").write_bytes(b"of another program")
+    assert read_sidecar(Path("take.mp3")) == {}
+    Path("take.wav").rename("best.wav")
+    Path("take.json").rename("best.json")
+    assert read_sidecar(Path("best.wav"))["prompt"] == "a waltz"
+    Path("best.wav").rename("best.flac")  # converted, without the original
+    assert read_sidecar(Path("best.flac"))["prompt"] == "a waltz"
 
 
 def test_prompts_file(command):

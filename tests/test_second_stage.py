@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile as sf
 import torch
 from safetensors.torch import load_file, save_file
 from small_cli import assert_user_error, run_captured
@@ -517,6 +518,24 @@ def test_command_second_stage_errors(command, exported, first_stage, second_stag
     assert_user_error(command("--checkpoint", first_stage, "--tempo", 120), "not trained with a tempo")
     assert_user_error(command("--checkpoint", exported, "--tempo", 0), "tempo must be above 0")
     assert_user_error(command("--checkpoint", exported, "--melody", "absent.wav"), "absent.wav")
+
+
+def test_melody_without_music_is_an_error(command, exported, pipe):
+    tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(2 * SAMPLE_RATE) / SAMPLE_RATE)
+    for name, channels, reason in (
+        ("phase", [tone, -tone], "cancel"), ("silent", [0 * tone], "silent"),
+        ("constant", [0 * tone + 0.3], "constant"), ("integers", [20_000 * tone], "full scale"),
+    ):  # fmt: skip
+        melody = torch.stack(channels)
+        sf.write(f"{name}.wav", melody.T.numpy(), SAMPLE_RATE, subtype="FLOAT")
+        failed = command("--checkpoint", exported, "--melody", f"{name}.wav", "--out", "clip.wav")
+        Path(f"{name}.wav").unlink()
+        assert_user_error(failed, f"{name}.wav", reason)
+        for generate in (pipe, pipe.stream):
+            with pytest.raises(UserError, match=f"melody .*{reason}"):
+                generate("a march", duration=0.5, melody=melody)
+    with pytest.raises(UserError, match=r"melody of 1\.00 s .*silent"):  # the part that would be followed
+        pipe("a march", duration=1.0, melody=torch.cat([0 * tone, tone])[None])
 
 
 @pytest.mark.parametrize("kind", ["codec", "text"])

@@ -44,10 +44,10 @@ class OutputPath:
     def save(self, prompt: str, wav: Tensor, sample_rate: int, metadata: dict[str, Any]) -> Path:
         """Write audio [C, S] and its sidecar, each atomically. Returns the path of the audio."""
         if self.file is not None:
-            _write_pair(self.file, wav, sample_rate, metadata)
+            write_with_sidecar(self.file, wav, sample_rate, metadata)
             return self.file
         with _reserve_name(self.folder, slug(prompt), self.suffix) as path:
-            _write_pair(path, wav, sample_rate, metadata)
+            write_with_sidecar(path, wav, sample_rate, metadata)
         return path
 
 
@@ -72,13 +72,24 @@ def sidecar(prompt: str, seed: int, settings: dict[str, Any], metadata: dict[str
 
 
 def sidecar_path(path: Path) -> Path:
-    """The sidecar of an audio file."""
-    return path.with_suffix(".json")
+    """The sidecar of an audio file: take.json of take.wav, but take.wav.json if take.json is that of take.mp3."""
+    short, long = path.with_suffix(".json"), path.with_name(f"{path.name}.json")
+    return long if long.exists() or _is_of_another(short, path) else short
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The sidecar of an audio file; empty if there is none or it is damaged."""
-    file = sidecar_path(path)
+    return _read(sidecar_path(path))
+
+
+def write_with_sidecar(path: Path, wav: Tensor, sample_rate: int, metadata: dict[str, Any]) -> None:
+    """Write audio [C, S], then its sidecar, each atomically."""
+    audio.write(path, wav, sample_rate)
+    content = {"file": path.name} | metadata
+    write_text(sidecar_path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
@@ -86,10 +97,13 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_pair(path: Path, wav: Tensor, sample_rate: int, metadata: dict[str, Any]) -> None:
-    audio.write(path, wav, sample_rate)
-    content = {"file": path.name} | metadata
-    write_text(sidecar_path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def _is_of_another(sidecar: Path, path: Path) -> bool:
+    """Whether a sidecar is that of another audio file, which is still there; a renamed pair has an old `file`."""
+    name = _read(sidecar).get("file")
+    if not isinstance(name, str) or name == path.name or Path(name).name != name:
+        return False
+    other = path.with_name(name)
+    return other.is_file() and sidecar.name in (other.with_suffix(".json").name, f"{name}.json")
 
 
 @contextmanager
@@ -99,7 +113,7 @@ def _reserve_name(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
     while True:
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
         number += 1
-        if sidecar_path(path).exists():
+        if path.with_suffix(".json").exists():  # also of a file of another format
             continue
         try:
             path.open("x").close()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmttm import __version__
+from ssmttm.audio.defects import check_music
 from ssmttm.audio.features import frame_chroma
 from ssmttm.codecs import Codec, load_codec
 from ssmttm.errors import UserError
@@ -188,6 +189,9 @@ class MusicPipeline:
         for name, key, value in (("tempo", "tempo", request.tempo), ("melody", "chroma", request.melody)):
             if value is not None and not any(getattr(config, key) for config in stages):
                 raise UserError(f"this model was not trained with a {name} (model.{key}=true): leave it out")
+        if request.melody is not None:  # the part that is followed
+            used = request.melody[:, : self._n_samples(request)]
+            check_music(used, self.sample_rate, f"the melody of {used.shape[-1] / self.sample_rate:.2f} s")
         if diffusion_steps is None:
             return self.second_stage
         if self.second_stage is None:

@@ -43,7 +43,7 @@ def make_test(
     clips, formats, unreadable = _encode_all(found)
     usable = {prompt: systems for prompt, systems in found.items() if all(path in clips for path in systems.values())}
     if not usable:
-        raise UserError(f"no prompt has a readable clip of every system; first error: {unreadable[0]}")
+        raise UserError(f"no prompt has a usable clip of every system; first error: {unreadable[0]}")
     rng = random.Random(seed)
     names: dict[str, dict[str, str]] = {prompt: {} for prompt in usable}
     key: dict[str, dict[str, str]] = {}
@@ -79,7 +79,7 @@ def _encode_all(found: dict[str, dict[str, Path]]) -> tuple[dict[Path, str], For
     pairs = [pair for systems in found.values() for pair in systems.items()]
     for system, path in tqdm(pairs, desc="clips", unit="clip"):
         try:
-            wav, rate = audio.read(path, mono=False)
+            wav, rate = audio.read_music(path, mono=False)
         except UserError as error:
             unreadable.append(str(error))
             continue

@@ -38,7 +38,7 @@ def export(
     pairs: list[Any] = ["random"]
     for prompt, systems in tqdm(found.items(), desc="clips", unit="prompt"):
         try:
-            wavs = {system: audio.read(path, mono=False) for system, path in systems.items()}
+            wavs = {system: audio.read_music(path, mono=False) for system, path in systems.items()}
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -54,7 +54,7 @@ def export(
             listed = list(names.values())
             pairs += [_pair(prompt, a, b) for i, a in enumerate(listed) for b in listed[i + 1 :]]
     if not key:
-        raise UserError(f"no prompt has a readable clip of every system; last error: {skipped[-1]}")
+        raise UserError(f"no prompt has a usable clip of every system; last error: {skipped[-1]}")
     pages: list[Any] = [
         {"type": "generic", "id": "welcome", "name": "Welcome", "content": "You will hear short clips of music."},
         {

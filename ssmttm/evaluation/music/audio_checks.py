@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ssmttm.audio import features, resample
+from ssmttm.audio.defects import SILENCE_RMS
 
 NOISE_FLATNESS = 0.5615  # of white Gaussian noise: exp(-Euler's constant)
-SILENCE_RMS = 1e-3  # -60 dBFS
 CLIPPED_LEVEL, MAX_CLIPPED = 0.999, 1e-3
 _FFT = 2048
 

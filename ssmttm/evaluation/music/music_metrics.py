@@ -141,11 +141,11 @@ def sample_rate_notes(folders: Mapping[str, FolderMetrics]) -> list[str]:
 
 
 def measure_files(paths: Sequence[Path]) -> FolderMetrics:
-    """Metrics of audio files; unreadable files are listed in the result."""
+    """Metrics of audio files; files that are unreadable or hold no music are listed in the result."""
     clips, unreadable = {}, {}
     for path in tqdm(paths, desc="music metrics", unit="clip"):
         try:
-            clips[str(path)] = measure_clip(*audio.read(path, mono=False))
+            clips[str(path)] = measure_clip(*audio.read_music(path, mono=False))
         except UserError as error:
             unreadable[str(path)] = str(error)
     if not clips:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmttm.evaluation.music.audio_checks import CLIPPED_LEVEL, SILENCE_RMS
+from ssmttm.audio.defects import SILENCE_RMS
+from ssmttm.evaluation.music.audio_checks import CLIPPED_LEVEL
 
 _FRAME = 0.05  # seconds of a frame in `silent_fraction`
 _FFT = 4096

@@ -30,11 +30,11 @@ class ClipEmbeddings(NamedTuple):
 
 
 def readable(paths: Sequence[Path], seconds: float) -> tuple[list[Path], dict[str, str]]:
-    """Files with at least `seconds` of audio, and the reason for each other file."""
+    """Files with at least `seconds` of audio whose first `seconds` hold music, and the reason for each other file."""
     good, bad = [], {}
     for path in tqdm(paths, desc="checking files", unit="clip"):
         try:
-            wav, rate = audio.read(path)
+            wav, rate = audio.read_music(path, mono=False, seconds=seconds)
             if wav.shape[-1] < round(seconds * rate):
                 raise UserError(f"{path} has {wav.shape[-1] / rate:.2f} s of audio, less than {seconds:g} s")
             good.append(path)

@@ -80,11 +80,14 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         paths, unmatched = dict(zip((name for name, _ in named), generated, strict=True)), []
         model, decoding = pipeline.metadata["model"], {**sampling.settings(), "seed": settings.seed}
     _, bad = readable(list(paths.values()), protocol.seconds)
+    skipped = {**bad, **rejected}
     readable_paths = {name: path for name, path in paths.items() if str(path) not in bad}
     clips = _clips(data, readable_paths, set(usable))
     if len(clips) < MIN_CLIPS:
-        raise UserError(f"at least {MIN_CLIPS} clips are needed, got {len(clips)} of {len(data.prompts)} prompts")
-    notes = _notes(data, paths, unmatched, {**bad, **rejected})
+        reason = f"; the first skipped: {next(iter(bad.values()))}" if bad else ""
+        got = f"got {len(clips)} of {len(data.prompts)} prompts"
+        raise UserError(f"at least {MIN_CLIPS} clips are needed, {got}{reason}")
+    notes = _notes(data, paths, unmatched, skipped)
     if references and min(len(clips), len(references)) < FEW_SAMPLES:
         numbers = f"{len(clips)} clips and {len(references)} references"
         notes.append(f"{numbers} are few: fad is biased upwards; compare it only at equal numbers")
@@ -121,6 +124,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         "music_metrics": {name: folder.document() for name, folder in music_metrics.items()},
         "adherence": asdict(adherence) if adherence else None,
         "notes": [*notes, *sample_rate_notes(music_metrics)],
+        "skipped": skipped,
     }
     sections = report_sections(document, adherence)
     write_text(out / "report.md", markdown_report(protocol.name, sections))

@@ -1,6 +1,5 @@
 """Generate a clip for each prompt, with a metadata sidecar; existing clips are kept."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ssmttm import audio
 from ssmttm.errors import UserError
-from ssmttm.files import write_text
-from ssmttm.generation.output import read_sidecar, sidecar, sidecar_path
+from ssmttm.generation.output import read_sidecar, sidecar, write_with_sidecar
 from ssmttm.generation.pipeline import MusicPipeline
 
 
@@ -50,8 +47,7 @@ def generate(
                 [prompts[i][1] for i in rows], seeds=[decoding.first_seed + i for i in rows], **decoding.settings()
             )
             for i, wav in zip(rows, out.audios, strict=True):
-                audio.write(paths[i], wav, out.sample_rate)
-                write_text(sidecar_path(paths[i]), json.dumps(sidecars[i], indent=1, ensure_ascii=False) + "\n")
+                write_with_sidecar(paths[i], wav, out.sample_rate, sidecars[i])
             bar.update(len(rows))
     return paths
 
