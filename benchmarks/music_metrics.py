@@ -1,8 +1,8 @@
-"""Time of the metrics without embedders, on one thread: python -m benchmarks.measures
+"""Time of the metrics without embedders, on one thread: python -m benchmarks.music_metrics
 
 Music metrics of a clip of ten seconds, in parts and as a whole, including reading the file; and all distances of 1,000
 clips from 1,000 references with their intervals, for each shipped embedder. Processor time, which other load on the
-machine hardly changes. Writes benchmarks/results/measures.json.
+machine hardly changes. Writes benchmarks/results/music_metrics.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from ssmttm.evaluation.music.music_metrics import measure_clip
 from ssmttm.evaluation.music.repetition import repetition
 from ssmttm.evaluation.protocol.embed_files import ClipEmbeddings
 
-OUT = Path(__file__).parent / "results" / "measures.json"
+OUT = Path(__file__).parent / "results" / "music_metrics.json"
 SECONDS, CLIPS = 10, 4
 N = 1_000
 EMBEDDERS = ("tiny", "codec", "log_mel")
