@@ -147,7 +147,7 @@ def run_size(arguments: argparse.Namespace) -> None:
         return
     fit = fit_budget(model, parse_count(arguments.parameters), arguments.vary)
     print(fit)
-    print(size_of({**model, fit.key: fit.value}, composed.data.frames))
+    print(size_of({**dict(model), fit.key: fit.value}, composed.data.frames))
 
 
 def run_cache_teacher(arguments: argparse.Namespace) -> None:

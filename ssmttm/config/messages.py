@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from ssmttm import config as configs
 from ssmttm.errors import UserError
 
-_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list"}
+_TYPES: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list"}
 
 
 def check_overrides(overrides: Iterable[str], root: str) -> None:
@@ -37,7 +37,7 @@ def check_keys(config: DictConfig) -> None:
     for section, keys in _sections(config):
         known = typing.get_type_hints(OmegaConf.get_type(keys))
         for key in keys.keys() - known.keys():
-            raise UserError(_unknown_key(f"{section}{key}", "config", config))
+            raise UserError(_unknown_key(f"{section}{key!s}", "config", config))
 
 
 def describe(error: Exception, root: str, overrides: Sequence[str]) -> str:
@@ -79,7 +79,7 @@ def _sections(config: DictConfig, prefix: str = "") -> Iterable[tuple[str, DictC
         yield prefix, config
     for key, value in config.items():
         if isinstance(value, DictConfig):
-            yield from _sections(value, f"{prefix}{key}.")
+            yield from _sections(value, f"{prefix}{key!s}.")
 
 
 def _missing_config(file: str) -> str:

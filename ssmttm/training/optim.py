@@ -14,17 +14,16 @@ def build_optimizer(module: nn.Module, config: DictConfig) -> AdamW:
     No weight decay on parameters of at most one dimension (norms, biases, A_log, D, dt_bias), on those marked
     `_no_weight_decay` and, unless `decay_embeddings`, on embeddings.
     """
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    embeddings = set()
+    if not config.decay_embeddings:
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decayed: list[tuple[str, nn.Parameter]] = []
     not_decayed: list[tuple[str, nn.Parameter]] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = (
-            parameter.ndim <= 1
-            or getattr(parameter, "_no_weight_decay", False)
-            or (id(parameter) in embeddings and not config.decay_embeddings)
-        )
+        marked = getattr(parameter, "_no_weight_decay", False)
+        exempt = parameter.ndim <= 1 or marked or id(parameter) in embeddings
         (not_decayed if exempt else decayed).append((name, parameter))
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
