@@ -2,12 +2,13 @@
 
 import json
 import logging
+import shutil
 
 import librosa
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_music import DEGRADATIONS, RATE, clips
 from torch import nn
 
@@ -22,6 +23,7 @@ from ssmttm.evaluation.metrics.clap_score import clap_score
 from ssmttm.evaluation.metrics.frechet import frechet_distance
 from ssmttm.evaluation.metrics.kernel import kernel_distance
 from ssmttm.evaluation.metrics.kl import kl_divergence
+from ssmttm.files import file_sha256
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,89 @@ def test_cnn14_equals_plain_layers(folder, weights):
     x = x.mean(3)
     expected = torch.relu(embedder.fc1(x.max(2).values + x.mean(2)))
     torch.testing.assert_close(embedder.embed(wav)[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def vggish_by_definition(tensors, wav):
+    """VGGish from its tensors, by numpy and torch functions only: wav [S] at 16 kHz -> [W, 128]."""
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    frames = np.stack([wav[i : i + 400] * hann for i in range(0, len(wav) - 399, 160)])
+    magnitude = np.abs(np.fft.rfft(frames, 512))
+
+    def to_mel(hertz):
+        return 1127 * np.log(1 + hertz / 700)
+
+    edges, bins = np.linspace(to_mel(125), to_mel(7500), 66), to_mel(np.linspace(0, 8000, 257))
+    rise = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    bank = np.maximum(0, np.minimum(rise, fall))  # [257, 64]
+    bank[0] = 0
+    log_mel = np.log(magnitude @ bank + 0.01)
+    n_windows = len(log_mel) // 96
+    x = torch.from_numpy(log_mel[: n_windows * 96]).float().reshape(n_windows, 1, 96, 64)
+    for layer, pool in ((0, True), (3, True), (6, False), (8, True), (11, False), (13, True)):
+        x = nn.functional.conv2d(x, tensors[f"features.{layer}.weight"], tensors[f"features.{layer}.bias"], padding=1)
+        x = x.clamp_min(0)
+        x = nn.functional.max_pool2d(x, 2) if pool else x
+    x = x.permute(0, 2, 3, 1).reshape(n_windows, -1)
+    for layer in (0, 2, 4):
+        x = x.clamp_min(0) if layer else x
+        x = x @ tensors[f"embeddings.{layer}.weight"].T + tensors[f"embeddings.{layer}.bias"]
+    return x
+
+
+def test_vggish_equals_its_definition_and_has_no_last_activation(weights):
+    embedder = load_embedder("vggish", weights["vggish"])
+    wav = 0.1 * torch.randn(1, 16_000 * 3 + 240, generator=torch.Generator().manual_seed(0))
+    expected = vggish_by_definition(load_file(weights["vggish"]), wav[0].double().numpy())
+    found = embedder.embed(wav)[0]
+    assert found.shape == expected.shape == (3, 128) and float(found.min()) < 0 < float(found.max())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert embedder.settings == {"activation": "none"}
+    assert embedder.fingerprint != file_sha256(weights["vggish"])[:16]  # that of the embedding after the ReLU
+
+
+@pytest.fixture
+def fused_clap(folder, tmp_path):
+    """A random CLAP checkpoint with feature fusion."""
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor
+
+    torch.manual_seed(0)
+    config = ClapConfig.from_pretrained(folder / "clap")
+    config.audio_config.enable_fusion, config.audio_config.fusion_type = True, "aff_2d"
+    config.audio_config.enable_patch_fusion = True
+    ClapModel(config).save_pretrained(tmp_path)
+    tokenizer = ClapProcessor.from_pretrained(folder / "clap").tokenizer
+    ClapProcessor(ClapFeatureExtractor(truncation="fusion"), tokenizer).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_clap_with_fusion_is_a_function_of_the_clip(fused_clap):
+    embedder = load_embedder("clap", str(fused_clap))
+    wav = 0.1 * torch.randn(3, 48_000 * 10, generator=torch.Generator().manual_seed(0))
+    together = embedder.embed(wav)
+    for seed in range(4):
+        np.random.seed(seed)  # the generator that transformers draws from
+        torch.testing.assert_close(embedder.embed(wav), together, rtol=0, atol=0)
+    for clip, expected in zip(wav, together, strict=True):
+        torch.testing.assert_close(embedder.embed(clip[None])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_length", [5, 10])
+def test_clap_window_is_the_clip_of_the_checkpoint(folder, tmp_path, max_length):
+    """Nothing is padded, repeated or cropped, and the extractor's settings are part of the fingerprint."""
+    from transformers import ClapFeatureExtractor, ClapProcessor
+
+    shutil.copytree(folder / "clap", tmp_path / "clap")
+    tokenizer = ClapProcessor.from_pretrained(folder / "clap").tokenizer
+    extractor = ClapFeatureExtractor(truncation="rand_trunc", max_length_s=max_length)
+    ClapProcessor(extractor, tokenizer).save_pretrained(tmp_path / "clap")
+    embedder, usual = load_embedder("clap", str(tmp_path / "clap")), load_embedder("clap", str(folder / "clap"))
+    assert embedder.seconds == max_length and (embedder.fingerprint == usual.fingerprint) == (max_length == 10)
+    wav = 0.1 * torch.randn(1, 48_000 * 10, generator=torch.Generator().manual_seed(0))
+    vectors = embedder.embed(wav)
+    assert vectors.shape[1] == 10 // max_length and torch.equal(vectors, embedder.embed(wav))
+    with pytest.raises(UserError, match="shorter than the window"):
+        embedder.embed(wav[:, : 48_000 * max_length - 1])
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 Shapes: B clips, S samples, W windows of a clip, D width of the embedding, N classes.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class Embedder(Protocol):
     name: str  # in `load_embedder`, such as "tiny" or "log_mel"
     fingerprint: str  # 16 characters: a hash over weights and all settings that change the embeddings, or a version
     sample_rate: int  # Hz of the input
+    settings: Mapping[str, Any]  # what changes the embeddings beside the weights; also part of the fingerprint
     seconds: float  # length of the window of one embedding
     dim: int  # D
 
@@ -44,6 +47,11 @@ class JointEmbedder(Protocol):
 
     def joint_text(self, captions: Sequence[str]) -> Tensor:
         """One embedding a caption: float32 [n, E]."""
+
+
+def fingerprint(weights: str, settings: Mapping[str, Any]) -> str:
+    """16 hex digits over a hash of the weights and the settings."""
+    return hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def windows(wav: Tensor, size: int) -> Tensor:

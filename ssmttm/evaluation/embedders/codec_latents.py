@@ -1,5 +1,8 @@
 """Codec latents as embeddings: mean and standard deviation within a window."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,7 @@ class CodecEmbedder:
     """Latents of a codec (`weights`: its name or folder), pooled over windows of 2 s."""
 
     name, seconds = "codec", 2.0
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, weights: str | None = None, device: str = "cpu") -> None:
         self.codec = load_codec(weights or "tiny").to(device).eval()

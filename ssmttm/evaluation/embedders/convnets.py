@@ -3,8 +3,10 @@
 Parameter names are those of the published PyTorch files, which are loaded as tensors only.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +16,20 @@ from torch import Tensor, nn
 
 from ssmttm.audio.features import mel_filterbank, stft_magnitude
 from ssmttm.errors import UserError
-from ssmttm.evaluation.embedders.base import windows
+from ssmttm.evaluation.embedders.base import fingerprint, windows
 from ssmttm.files import file_sha256
 
 
 class VggishEmbedder(nn.Module):
     """VGGish (arXiv 1609.09430): 128 values for every 0.96 s, without the PCA of YouTube-8M.
 
+    The values are those of the last linear layer, before its ReLU, as in the implementations that published FADs are
+    computed with; torchvggish itself applies the ReLU.
     `weights`: a .safetensors or .pth file with the names of torchvggish (features.0.weight, embeddings.0.weight ...).
     """
 
     name, sample_rate, seconds, dim = "vggish", 16_000, 0.96, 128
+    settings: Mapping[str, Any] = {"activation": "none"}
 
     def __init__(self, weights: str | None = None, device: str = "cpu") -> None:
         super().__init__()
@@ -36,23 +41,23 @@ class VggishEmbedder(nn.Module):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        sizes = (512 * 4 * 6, 4096, 4096, 128)
-        pairs = pairwise(sizes)
-        self.embeddings = nn.Sequential(*(m for a, b in pairs for m in (nn.Linear(a, b), nn.ReLU())))
-        self.fingerprint = _load_weights(self, weights, "vggish", ignore=("pproc.",))
+        self.embeddings = nn.Sequential(
+            nn.Linear(512 * 4 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128)
+        )
+        self.fingerprint = fingerprint(_load_weights(self, weights, "vggish", ignore=("pproc.",)), self.settings)
         self.to(device).eval()
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
         """Windows of 0.96 s: wav [B, S] -> [B, W, 128]."""
         device = next(self.parameters()).device
-        clips = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
-        padded = F.pad(clips.flatten(0, 1), (0, 240))  # completes the last of 96 frames
-        frames = padded.unfold(-1, 400, 160)[:, :96] * torch.hann_window(400)  # [n, 96, 400]
+        n_windows = windows(wav, round(self.seconds * self.sample_rate)).shape[1]
+        frames = F.pad(wav, (0, 240)).unfold(-1, 400, 160)[:, : n_windows * 96]  # [B, W * 96, 400]
+        frames = frames.unflatten(1, (n_windows, 96)).flatten(0, 1) * torch.hann_window(400)  # [n, 96, 400]
         bank = mel_filterbank(16_000, 512, 64, 125.0, 7500.0, scale="htk", norm=None, triangles="mel")
         mel = torch.log(torch.fft.rfft(frames, 512).abs() @ bank.T + 0.01)
         hidden = self.features(mel[:, None].to(device)).permute(0, 2, 3, 1).flatten(1)
-        return self.embeddings(hidden).cpu().unflatten(0, clips.shape[:2])
+        return self.embeddings(hidden).cpu().unflatten(0, (len(wav), n_windows))
 
 
 class PannsEmbedder(nn.Module):
@@ -62,6 +67,7 @@ class PannsEmbedder(nn.Module):
     """
 
     name, sample_rate, seconds, dim = "panns", 32_000, 10.0, 2048
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, weights: str | None = None, device: str = "cpu") -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmttm.errors import UserError
-from ssmttm.evaluation.embedders.base import windows
+from ssmttm.evaluation.embedders.base import fingerprint, windows
 
 
 class ClapEmbedder:
-    """CLAP (arXiv 2211.06687): audio and captions in one space."""
+    """CLAP (arXiv 2211.06687): audio and captions in one space.
 
-    name, seconds = "clap", 10.0
+    A window is exactly the clip that the checkpoint takes, so nothing is padded or cropped. A checkpoint with feature
+    fusion gets no window as "longer" than that; transformers would draw one of each batch at random.
+    """
+
+    name = "clap"
 
     def __init__(self, weights: str | None = None, device: str = "cpu") -> None:
         from transformers import ClapModel, ClapProcessor
@@ -25,16 +29,20 @@ class ClapEmbedder:
         source = weights or "laion/larger_clap_music"
         self.processor = _load(ClapProcessor.from_pretrained, source)
         self.model = _load(ClapModel.from_pretrained, source).to(device).eval()
-        self.sample_rate = int(self.processor.feature_extractor.sampling_rate)
+        extractor = self.processor.feature_extractor
+        self.sample_rate = int(extractor.sampling_rate)
+        self.seconds = float(extractor.nb_max_samples / extractor.sampling_rate)
         self.dim = int(self.model.config.projection_dim)
-        self.fingerprint = _fingerprint(self.model)
+        self.settings = {"fusion": "window only"} if self.model.config.audio_config.enable_fusion else {}
+        self.fingerprint = _fingerprint(self.model, extractor, self.settings)
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
-        """Windows of 10 s, each of norm 1: wav [B, S] -> [B, W, D]."""
+        """Windows, mostly of 10 s, each of norm 1: wav [B, S] -> [B, W, D]."""
         windowed = windows(wav, round(self.seconds * self.sample_rate))  # [B, W, s]
         clips = list(windowed.flatten(0, 1).numpy())
         inputs = self.processor(audio=clips, sampling_rate=self.sample_rate, return_tensors="pt")
+        inputs["is_longer"] = torch.zeros(len(clips), 1, dtype=torch.bool)
         embeddings = _pooled(self.model.get_audio_features(**inputs.to(self.model.device)))
         return F.normalize(embeddings.float().cpu(), dim=-1).unflatten(0, windowed.shape[:2])
 
@@ -54,6 +62,7 @@ class AstEmbedder:
     """The Audio Spectrogram Transformer (arXiv 2104.01778): AudioSet's classes, in place of PaSST."""
 
     name, seconds = "ast", 10.0
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, weights: str | None = None, device: str = "cpu") -> None:
         from transformers import ASTFeatureExtractor, ASTForAudioClassification
@@ -63,7 +72,7 @@ class AstEmbedder:
         self.model = _load(ASTForAudioClassification.from_pretrained, source).to(device).eval()
         self.sample_rate, self.dim = int(self.extractor.sampling_rate), int(self.model.config.hidden_size)
         self.classes = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
-        self.fingerprint = _fingerprint(self.model)
+        self.fingerprint = _fingerprint(self.model, self.extractor, self.settings)
 
     def embed(self, wav: Tensor) -> Tensor:
         """Windows of 10 s: wav [B, S] -> [B, W, D]."""
@@ -99,10 +108,11 @@ def _pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits over the weights."""
+def _fingerprint(model: torch.nn.Module, extractor: Any, settings: Mapping[str, Any]) -> str:
+    """16 hex digits over the weights, the settings of the feature extractor and those of the embedder."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.contiguous().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    values = {key: value for key, value in extractor.to_dict().items() if isinstance(value, int | float | str)}
+    return fingerprint(digest.hexdigest(), {**values, **settings})

@@ -1,5 +1,8 @@
 """Log-mel statistics as embeddings, without weights; comparable only with themselves."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,7 @@ class LogMelEmbedder:
     """Mean, standard deviation and mean rise of each mel band within a window. The level is not normalised."""
 
     name, sample_rate, seconds, dim = "log_mel", features.SAMPLE_RATE, 1.0, 3 * features.N_MELS
+    settings: Mapping[str, Any] = {}
     fingerprint = f"log-mel-stats-v{features.VERSION}"
 
     def embed(self, wav: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ the embedding; one head classifies the style, another projects into a joint spac
 arXiv 2206.04769), whose text features are the token states of MiniLM. Trained by `ssmttm.cli.train_embedder`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class TinyEmbedder(nn.Module):
     """The embedder; `from_pretrained` loads the shipped one. `card`: training settings and held-out accuracy."""
 
     name, sample_rate, seconds, dim = "tiny", features.SAMPLE_RATE, 5.0, 2 * _WIDTH
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, classes: Sequence[str], card: dict[str, Any] | None = None) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ def compute_metrics(
     fingerprint = {
         "embedder": embedder.name,
         "weights": embedder.fingerprint,
+        **embedder.settings,
         "sample_rate": embedder.sample_rate,
         "channels": "mean of all",
         "level": "unchanged",
