@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         case "export":
             _export(arguments)
         case _:
-            _prepare(arguments, argv)
+            with _preemptible():
+                _prepare(arguments, argv)
     return 0
 
 
@@ -227,7 +228,6 @@ def _prepare(arguments: argparse.Namespace, argv: list[str]) -> None:
     lock = directory_lock(out / WORK, "data preparation") if task is None else nullcontext()  # tasks share the folder
     with (
         lock,
-        _preemptible(),
         RayExecutor(arguments.ray_address) if use_ray else ProcessExecutor(arguments.workers) as executor,
     ):
         run = Run(out / WORK, executor, arguments.until, task)

@@ -91,6 +91,9 @@ while
     code=$?
     [ -n "$signalled" ]
 do :; done
+if [ $code -eq $((128 + $(kill -l USR1))) ]; then
+    echo "error: the signal before the time limit came while the program was starting: set a longer time limit" >&2
+fi
 if [ $code -eq 75 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
 exit $code
 """
