@@ -93,11 +93,12 @@ def step_of(folder: Path) -> int:
 
 def latest_good(run_dir: str | Path) -> Path | None:
     """The newest checkpoint that verifies; prints a warning for each newer one that does not."""
-    for folder in reversed(checkpoints(run_dir)):
+    folders = checkpoints(run_dir)
+    for index, folder in reversed(list(enumerate(folders))):
         try:
             verify(folder)
         except UserError as error:
-            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
+            print(f"warning: {error}" + ("; falling back to the one before" if index else ""), file=sys.stderr)
         else:
             return folder
     return None

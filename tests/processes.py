@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,14 +13,14 @@ from ssmttm import config
 ROOT = Path(__file__).parents[1]
 
 
-def train_in_two_processes(settings: DictConfig, run_dir: Path) -> None:
-    """Run the same training in another run folder."""
+def train_in_two_processes(settings: DictConfig, run_dir: Path, program: Sequence[str] = ("train.py",)) -> None:
+    """Run the same training in another run folder, by train.py or another program."""
     settings = OmegaConf.merge(settings, {"run_dir": str(run_dir)})
     overrides = [f"{key}={'null' if value is None else value}" for key, value in flat(settings).items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [*command, "--main_process_port", "0", "train.py", "experiment=debug", *overrides],
+        [*command, "--main_process_port", "0", *program, "experiment=debug", *overrides],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]

@@ -55,6 +55,10 @@ def test_latest_good_skips_damaged_checkpoint(tmp_path, capsys, damage):
     assert warning.startswith("warning: ") and str(bad) in warning and warning.count("\n") == 1
     with pytest.raises(UserError, match="step-00000002"):
         checkpoint.verify(bad)
+    assert "falling back" in warning
+    (good / "COMPLETE").unlink()
+    assert checkpoint.latest_good(tmp_path) is None
+    assert [("falling back" in line) for line in capsys.readouterr().err.splitlines()] == [True, False]
 
 
 def write_and_die(run_dir, dies_at):

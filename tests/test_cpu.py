@@ -35,6 +35,14 @@ def test_kept_memory_causes_fewer_page_faults():
     assert page_faults("keep") < 0.5 * page_faults("default")
 
 
+def test_memory_is_not_kept_if_an_environment_variable_says_so(monkeypatch):
+    for name, value in [("SSMTTM_KEEP_FREED_MEMORY", "0"), ("MALLOC_TRIM_THRESHOLD_", "100000"),
+                        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=100000")]:  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert cpu.keep_freed_memory() is False
+
+
 @pytest.mark.parametrize(("flags", "expected"), [("avx2 avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])
 def test_bf16_is_detected_from_cpuinfo(monkeypatch, flags, expected):
     monkeypatch.setattr(Path, "exists", lambda path: True)

@@ -1,6 +1,7 @@
 """A resumed run equals an uninterrupted run, bit for bit on a CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,48 @@ def test_resume_accepts_resumable_keys_only(codes_store, tmp_path):
     assert [row["step"] for row in map(json.loads, (early / "metrics.jsonl").open())] == [3, 3]
     with pytest.raises(UserError, match="later than"):
         loop.train(lm_config(codes_store, run_dir, *LM, f"resume={run_dir}/checkpoints/step-00000002"))
+
+
+def test_longer_run_keeps_its_schedule_unless_it_is_stretched(codes_store, tmp_path, capsys):
+    short = (*LM, "train.eval_every=0", "optim.warmup_steps=2", "optim.min_lr=0.001")
+
+    def train(name, *overrides):
+        loop.train(lm_config(codes_store, tmp_path / name, *short, *overrides))
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
+        return [row["lr"] for row in rows if "lr" in row], capsys.readouterr().err
+
+    rates, warning = train("kept", "train.steps=6")
+    assert not warning and rates[-1] < 0.003
+    shutil.copytree(tmp_path / "kept", tmp_path / "stretched")
+    extended, warning = train("kept", "train.steps=9")
+    assert extended == pytest.approx([*rates, 0.001, 0.001, 0.001])
+    assert warning.count("\n") == 1 and "keeps the schedule of 6 steps" in warning
+    assert "set optim.schedule_steps=9" in warning
+    stretched, warning = train("stretched", "train.steps=9", "optim.schedule_steps=9")
+    whole, _ = train("whole", "train.steps=9")
+    assert stretched[:6] == rates and stretched[6:] == whole[6:]
+    assert warning.count("\n") == 1 and "replaces the schedule of 6 steps" in warning
+    _, warning = train("stretched", "train.steps=10")
+    assert "keeps the schedule of 9 steps" in warning
+
+
+def test_run_stopped_before_the_end_of_its_schedule_equals_an_uninterrupted_run(codes_store, tmp_path, capsys):
+    loop.train(lm_config(codes_store, tmp_path / "uninterrupted", *LM, "train.steps=6"))
+    loop.train(lm_config(codes_store, tmp_path / "parts", *LM, "train.steps=4", "optim.schedule_steps=6"))
+    loop.train(lm_config(codes_store, tmp_path / "parts", *LM, "train.steps=6"))
+    assert not capsys.readouterr().err
+    assert_same_runs(run_contents(tmp_path / "uninterrupted"), run_contents(tmp_path / "parts"))
+
+
+def test_checkpoint_of_an_older_version_keeps_the_schedule_of_its_config(codes_store, tmp_path, capsys):
+    loop.train(lm_config(codes_store, tmp_path / "run", *LM, "train.steps=4"))
+    folder = checkpoint.latest_good(tmp_path / "run")
+    state = {key: value for key, value in checkpoint.read_state(folder).items() if key != "schedule_steps"}
+    (folder / "state.json").write_text(json.dumps(state))
+    complete = json.loads((folder / "COMPLETE").read_text())
+    (folder / "COMPLETE").write_text(json.dumps(complete | {"state.json": file_entry(folder / "state.json")}))
+    loop.train(lm_config(codes_store, tmp_path / "run", *LM, "train.steps=5"))
+    assert "keeps the schedule of 4 steps" in capsys.readouterr().err
 
 
 def test_resume_of_a_run_with_an_old_config_key_names_the_new_one(codes_store, tmp_path):

@@ -28,9 +28,10 @@ from ssmttm.export.model_folder import export
 from ssmttm.files import directory_lock
 from ssmttm.models import build_model
 from ssmttm.patterns import PATTERNS, get_pattern
-from ssmttm.training import loop, rng
+from ssmttm.training import loop, metrics, rng
 from ssmttm.training.ema import EMA
 from ssmttm.training.optim import build_optimizer, learning_rate
+from ssmttm.training.step import TrainedModule
 from ssmttm.training.tasks import codec, lm
 
 ROOT = Path(__file__).parents[1]
@@ -148,11 +149,83 @@ def test_loss_that_is_not_finite_stops_before_the_update(codes_store, tmp_path, 
         return named
 
     monkeypatch.setattr(lm.LanguageModelTask, "losses", bad_losses)
-    with pytest.raises(UserError, match=r"step 4: loss.* not a finite number"):
+    with pytest.raises(UserError, match=r"step 4: loss.* not a finite number.* last checkpoint is .*step-00000003: "):
         loop.train(lm_config(codes_store, tmp_path / "run", "train.eval_every=0", "train.checkpoint_every=3"))
     for name, tensor in kept["model"].state_dict().items():
         assert torch.equal(tensor, kept["weights"][name]), name
     assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 3
+    with pytest.raises(UserError, match=r"step 4: loss.* not a finite number.* no checkpoint was written yet"):
+        loop.train(lm_config(codes_store, tmp_path / "none", "train.eval_every=0", "train.checkpoint_every=0"))
+    with pytest.raises(UserError, match=r"step 4: .* last checkpoint is .*run/checkpoints/step-00000003: "):
+        overrides = ("train.eval_every=0", "train.checkpoint_every=3")
+        resume = f"resume={tmp_path}/run/checkpoints/step-00000003"
+        loop.train(lm_config(codes_store, tmp_path / "resumed", *overrides, resume))
+
+
+SLOW_MAIN_PROCESS = """
+import runpy, sys, time
+from datetime import timedelta
+from types import SimpleNamespace
+from torch import distributed
+distributed.init_process_group("gloo", timeout=timedelta(seconds=4))
+from ssmttm import checkpoint
+from ssmttm.training import loop
+from ssmttm.training.tasks import lm
+
+def slowly(function):
+    def wait_and_call(*args, **options):
+        time.sleep(8)
+        return function(*args, **options)
+    return wait_and_call
+
+slow = sys.argv.pop(1)
+if slow == "samples":
+    lm.load_store_codec = lm.load_text_encoder = lambda *args: SimpleNamespace(fingerprint="")
+    lm.check_fingerprint = lambda *args: None
+    lm.LanguageModelTask.samples = slowly(lambda self, step: [])
+elif slow == "save":
+    checkpoint.save_checkpoint = slowly(checkpoint.save_checkpoint)
+elif slow == "resume":
+    loop.resume_folder = slowly(loop.resume_folder)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("slow", ["samples", "save", "resume"])
+def test_process_group_outlasts_a_slow_main_process(codes_store, tmp_path, slow):
+    """The others wait for 8 s, twice the time limit of the process group."""
+    script = tmp_path / "train_slowly.py"
+    script.write_text(SLOW_MAIN_PROCESS)
+    every = {"samples": "train.sample_every=1", "save": "train.checkpoint_every=1", "resume": "train.log_every=1"}[slow]
+    settings = lm_config(codes_store, tmp_path / "unused", "train.steps=2", "train.eval_every=0", every)
+    train_in_two_processes(settings, tmp_path / "run", [str(script), slow])
+    assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 2
+
+
+def test_training_without_any_caption_warns(tmp_path, capsys):
+    captions = ("", "", "", "", "", "only in the valid split")
+    store = write_codes_store(tmp_path / "codes", captions=captions)
+    loop.train(lm_config(store, tmp_path / "run", "train.steps=1"))
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and f"no training segment of {store} has a caption" in warning
+    loop.train(lm_config(write_codes_store(tmp_path / "other"), tmp_path / "second", "train.steps=1"))
+    assert not capsys.readouterr().err
+
+
+def test_throughput_measures_its_peak_again_when_it_is_exceeded():
+    measured = []
+
+    def measure():
+        measured.append(1e20)
+        return 1e20
+
+    throughput = metrics.Throughput(1e3, measure)
+    throughput.add(1, 1, 1e6)
+    assert 0 < throughput.rates()["mfu"] < 1e-3 and measured == [1e20]
+    throughput.add(1, 1, 1e6)
+    assert 0 < throughput.rates()["mfu"] < 1e-3 and measured == [1e20]
+    throughput.add(1, 1, 1e30)
+    assert throughput.rates()["mfu"] == 1 and throughput.peak_flops > 1e29
 
 
 # --- optimiser, schedule, EMA, generators ----------------------------------------------------------------------------
@@ -178,6 +251,25 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     settings = OmegaConf.create({"lr": 1e-4, "min_lr": 5e-7, "warmup_steps": 500})
     rates = [learning_rate(step, 10_000, settings) for step in (0, 249, 499, 500, 5250, 9999, 12_000)]
     assert rates == pytest.approx([2e-7, 5e-5, 1e-4, 1e-4, (1e-4 + 5e-7) / 2, 5e-7, 5e-7], rel=1e-3)
+
+
+def test_learning_rates_of_all_modules_have_one_schedule(audio_store, tmp_path, monkeypatch):
+    overrides = ("train.steps=6", "optim.lr=1e-3", "optim.min_lr=1e-4", "optim.warmup_steps=2",
+                 "optim.module_lr.discriminator=4e-3", "codec_training.restart_until=0")  # fmt: skip
+    found, original = [], TrainedModule.update
+
+    def update(self):
+        found.append(self.optimizer.param_groups[0]["lr"])
+        original(self)
+
+    monkeypatch.setattr(TrainedModule, "update", update)
+    loop.train(codec_config(audio_store, tmp_path / "run", *overrides))
+    model, discriminator = found[::2], found[1::2]
+    assert discriminator == pytest.approx([4 * rate for rate in model])
+    assert model[:3] == pytest.approx([5e-4, 1e-3, 1e-3]) and model[-1] < 3e-4
+    settings = OmegaConf.create({"lr": 0, "min_lr": 1e-5, "warmup_steps": 2, "module_lr": {"tag_head": 1.0}})
+    assert [learning_rate(step, 4, settings) for step in range(5)] == [0] * 5
+    assert learning_rate(4, 4, settings, "tag_head") == 0
 
 
 def test_ema_follows_its_formula_and_restores_the_weights():

@@ -69,9 +69,10 @@ class AdamWConfig:
     """AdamW (arXiv 1711.05101). No decay on norms, biases, A_log, D, dt_bias."""
 
     lr: float = 1.0e-3
-    min_lr: float = 1.0e-5  # at the last step, after a cosine
+    min_lr: float = 1.0e-5  # at the end of the schedule, after a cosine
     warmup_steps: int = 100
-    module_lr: Any = field(default_factory=dict)  # constant rates of the task's other modules
+    schedule_steps: int | None = None  # length of the schedule; null: train.steps when the run began
+    module_lr: Any = field(default_factory=dict)  # peak rates of the task's other modules, with the same schedule
     weight_decay: float = 0.01
     decay_embeddings: bool = False
     betas: tuple[float, float] = (0.9, 0.95)

@@ -156,6 +156,11 @@ class Store:
         pairs = np.unique(rows.astype(np.int64) * max(1, len(names)) + tags)
         return TagTable(names, *np.divmod(pairs, max(1, len(names))))
 
+    def has_captions(self, split: str) -> bool:
+        """Whether any segment of a split has a caption that is not empty."""
+        captions = pc.list_flatten(self.manifest["captions"].filter(pc.equal(self.manifest["split"], split)))
+        return bool(pc.any(pc.greater(pc.utf8_length(captions), 0)).as_py())
+
     def distinct_captions(self, split: str) -> set[str]:
         """All captions of a split; they include "" if a segment has none."""
         lists = self.manifest["captions"].take(pa.array(self.indices(split)))

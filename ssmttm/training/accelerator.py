@@ -1,13 +1,35 @@
-"""Device and precision of a training."""
+"""Device, precision and processes of a training."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import distributed
 
 from ssmttm.errors import UserError
 from ssmttm.training.cpu import has_bf16, keep_freed_memory
+
+_LONGEST_WAIT = timedelta(days=30)
+
+
+class Barrier:
+    """Waits for all processes, however long that takes.
+
+    The main process samples, verifies and writes checkpoints alone. The others would meet it in the next all-reduce,
+    which fails after the time limit of the process group. So they wait here first, in a gloo group of their own. All
+    processes must construct it and call `wait` together; a process that died ends the wait.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._group = None
+        if accelerator.num_processes > 1:
+            self._group = distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+
+    def wait(self) -> None:
+        if self._group is not None:
+            distributed.barrier(group=self._group)
 
 
 def build_accelerator(precision: str) -> Accelerator:

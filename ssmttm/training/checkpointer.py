@@ -18,6 +18,7 @@ from ssmttm.files import file_sha256
 from ssmttm.licences import strictest
 from ssmttm.model_folder import read_card
 from ssmttm.training import rng
+from ssmttm.training.accelerator import Barrier
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import settings_hash
 from ssmttm.training.step import TrainedModule
@@ -31,8 +32,14 @@ class Progress:
     samples_seen: int = 0  # items of all ranks
     seconds: float = 0.0  # of training, including those before a resume
     flops: float = 0.0  # forward and backward, of all ranks
+    schedule_steps: int = 0  # length of the learning rate's schedule
     valid: dict[str, float] = field(default_factory=dict)  # metrics of the last validation
     init: dict[str, Any] = field(default_factory=dict)  # the model of the initial weights, if any
+
+
+def step_folder(config: DictConfig, step: int) -> Path:
+    """The folder of a checkpoint of this run."""
+    return Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def save(
@@ -42,11 +49,12 @@ def save(
     progress: Progress,
     metadata: dict[str, Any],
     accelerator: Accelerator,
-) -> None:
-    """Write the checkpoint of this step and prune old ones. Every rank must call it."""
+    barrier: Barrier,
+) -> Path:
+    """Write the checkpoint of this step and prune old ones; returns its folder. Every rank must call it."""
+    folder = step_folder(config, progress.step)
     states = [json.loads(state) for state in gather_object([json.dumps(rng.get_state())])]
     if accelerator.is_main_process:
-        run_dir = Path(config.run_dir)
         optimizer, groups = flatten_optimizers(
             {name: module.optimizer.state_dict() for name, module in trained_modules.items()}
         )
@@ -64,13 +72,14 @@ def save(
             "versions": _versions(),
         }
         checkpoint.save_checkpoint(
-            run_dir / "checkpoints" / f"step-{progress.step:08d}",
+            folder,
             config=config,
             tensors=tensors,
             documents={"optimizer": groups, "rng": states, "state": state},
         )
-        checkpoint.prune(run_dir, config.train.keep_checkpoints)
-    accelerator.wait_for_everyone()
+        checkpoint.prune(config.run_dir, config.train.keep_checkpoints)
+    barrier.wait()
+    return folder
 
 
 def restore(

@@ -53,6 +53,14 @@ def check_complete(store: Store, name: str) -> None:
         )
 
 
+def no_captions_warning(store: Store, name: str, batch: Mapping[str, Any]) -> str | None:
+    """A warning if a training reads captions (its batches have them) and no segment that it learns from has one."""
+    if "captions" not in batch or store.has_captions("train"):
+        return None
+    return (f"no training segment of {name} has a caption, so the model cannot learn to follow one: if captions exist, "
+            "prepare the store again with them")  # fmt: skip
+
+
 def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) -> Codec:
     """The codec of a store's codes, limited to `n_codebooks`. Raises UserError if the installed one is another."""
     check_complete(store, name)

@@ -6,6 +6,7 @@ uninterrupted run (on a CPU bit for bit).
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -20,12 +21,13 @@ from ssmttm.errors import Preempted, UserError
 from ssmttm.files import directory_lock
 from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
-from ssmttm.training.accelerator import build_accelerator
-from ssmttm.training.checkpointer import Progress, load_initial_weights, restore, save
+from ssmttm.training.accelerator import Barrier, build_accelerator
+from ssmttm.training.checkpointer import Progress, load_initial_weights, restore, save, step_folder
+from ssmttm.training.data import no_captions_warning
 from ssmttm.training.ema import EMA
-from ssmttm.training.metrics import MetricsLog, Throughput, peak_flops, progress_line, validation_line
+from ssmttm.training.metrics import MetricsLog, Throughput, measured_peak, peak_flops, progress_line, validation_line
 from ssmttm.training.optim import learning_rate, set_learning_rate
-from ssmttm.training.run import check_settings, resume_folder, run_summary
+from ssmttm.training.run import check_settings, resume_folder, run_summary, schedule_length
 from ssmttm.training.step import (
     TrainedModule,
     accumulate,
@@ -69,7 +71,10 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     run_dir, steps = Path(config.run_dir), config.train.steps
-    resumed = broadcast_object_list([resume_folder(config) if main else None])[0]
+    barrier = Barrier(accelerator)
+    resumed = resume_folder(config) if main else None
+    barrier.wait()
+    resumed = broadcast_object_list([resumed])[0]
     rng.seed_all(config.seed, rank=0)  # the same initial weights on every rank
     task = build_task(config)
     codec = None if config.task == "codec" else task.metadata()["codec"]
@@ -86,7 +91,8 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
         module.wrap()
     for frozen in task.frozen:
         accelerator.prepare_model(frozen, evaluation_mode=True)  # in place
-    last_saved = progress.step if resumed and resumed.parent == run_dir / "checkpoints" else None
+    progress.schedule_steps, warning = schedule_length(config, resumed)
+    saved = resumed  # the last checkpoint
     log = MetricsLog(run_dir, config, progress.step) if main else None
 
     # --- data and summary ----------------------------------------------------------------------------------------
@@ -99,23 +105,29 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
         devices = f"{world_size} x {accelerator.device.type} {precision}"
         print(f"device       {devices}, peak {peak / 1e12:.3g} TFLOP/s each ({peak_source})")
         print(f"run folder   {run_dir}{f', resumed from {resumed.name}' if resumed else ''}", flush=True)
-    throughput = Throughput(peak * world_size)
+        for line in (warning, no_captions_warning(task.store, config.data.store, first[0])):
+            if line:
+                print(f"warning: {line}", file=sys.stderr, flush=True)
+    throughput = Throughput(peak * world_size, lambda: world_size * measured_peak(accelerator.device, precision))
 
     # --- steps ---------------------------------------------------------------------------------------------------
     with stop_requests() as requested, contextlib.closing(loader.iterate(progress.step)) as batches:
         stop = interrupt = False
         while progress.step < steps and not stop:
             step_start = time.perf_counter()
-            rate = learning_rate(progress.step, steps, config.optim)
+            rates = {
+                name: learning_rate(progress.step, progress.schedule_steps, config.optim, name)
+                for name in trained_modules
+            }
             for name, module in trained_modules.items():
-                set_learning_rate(module.optimizer, rate if name == "model" else config.optim.module_lr[name])
+                set_learning_rate(module.optimizer, rates[name])
                 module.module.train()
             micro = micro_batches(next(batches), config.train.micro_batch_size)
             losses, (tokens, seconds, flops) = gradients(task, trained_modules, micro, progress.step, accelerator)
             signal = requested()
             values, (stop, interrupt) = all_reduce_metrics(losses, accelerator, (bool(signal), signal == INTERRUPT))
             values |= clip_gradients(trained_modules, config.optim.clip)
-            check_finite(progress.step + 1, values)
+            check_finite(progress.step + 1, values, saved)
             for module in trained_modules.values():
                 module.update()
             reseeded = task.restart_codes(progress.step)
@@ -132,7 +144,7 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
 
             if log and _due(progress.step, steps, config.train.log_every):
                 totals = {"samples": progress.samples_seen, "flops": progress.flops, "seconds": progress.seconds}
-                values |= {"lr": rate, **throughput.rates(), **totals}
+                values |= {"lr": rates["model"], **throughput.rates(), **totals}
                 log.write(progress.step, values)
                 print(progress_line(progress.step, steps, values), flush=True)
             pause_start = time.perf_counter()
@@ -141,18 +153,19 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
                 if log:
                     log.write(progress.step, progress.valid)
                     print(validation_line(progress.step, progress.valid), flush=True)
-            if log and _due(progress.step, steps, config.train.sample_every):
-                with torch.no_grad(), rng.isolated_rng(config.seed), _evaluating(trained_modules, ema):
-                    for sample in task.samples(progress.step):
-                        log.write_audio(progress.step, *sample)
+            if _due(progress.step, steps, config.train.sample_every):
+                if log:
+                    with torch.no_grad(), rng.isolated_rng(config.seed), _evaluating(trained_modules, ema):
+                        for sample in task.samples(progress.step):
+                            log.write_audio(progress.step, *sample)
+                barrier.wait()
             if _due(progress.step, steps, config.train.checkpoint_every):
-                save(config, trained_modules, ema, progress, metadata, accelerator)
-                last_saved = progress.step
+                saved = save(config, trained_modules, ema, progress, metadata, accelerator, barrier)
             throughput.pause(pause_start)
 
     # --- end -----------------------------------------------------------------------------------------------------
-    if last_saved != progress.step:  # stopped between two checkpoints
-        save(config, trained_modules, ema, progress, metadata, accelerator)
+    if saved != step_folder(config, progress.step):  # stopped between two checkpoints
+        save(config, trained_modules, ema, progress, metadata, accelerator, barrier)
     if log:
         log.close()
     accelerator.end_training()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,8 @@ BF16_PEAK = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+_PEAK_PRODUCTS, _PEAK_SECONDS = 8, 0.5  # of a measurement of the peak
 
 
 class MetricsLog:
@@ -58,10 +61,15 @@ class MetricsLog:
 
 
 class Throughput:
-    """Sums between two log lines; `rates()` returns rates over all ranks and resets the sums."""
+    """Sums between two log lines; `rates()` returns rates over all ranks and resets the sums.
 
-    def __init__(self, peak_flops: float) -> None:
-        self.peak_flops = peak_flops
+    Args:
+        peak_flops: of all ranks.
+        measure: measures it anew, when the training is faster than the peak: it was then measured on a busy machine.
+    """
+
+    def __init__(self, peak_flops: float, measure: Callable[[], float]) -> None:
+        self.peak_flops, self._measure = peak_flops, measure
         self._reset()
 
     def _reset(self) -> None:
@@ -80,10 +88,13 @@ class Throughput:
 
     def rates(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
+        achieved = self.flops / elapsed
+        if achieved > self.peak_flops:
+            self.peak_flops = max(achieved, self._measure())  # the peak is at least what was achieved
         rates = {
             "tokens_per_second": self.tokens / elapsed,
             "audio_seconds_per_second": self.audio_seconds / elapsed,
-            "mfu": self.flops / elapsed / self.peak_flops,
+            "mfu": achieved / self.peak_flops,
             "seconds_per_step": elapsed / max(self.steps, 1),
         }
         self._reset()
@@ -98,22 +109,21 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         for known, peak in BF16_PEAK.items():
             if known in name:
                 return peak, f"{known} bf16 data sheet"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    peak = _measured_matmul(device, dtype, size=8192 if device.type == "cuda" else 1024)
-    return peak, f"measured {precision} matrix product on {device.type}"
+    return measured_peak(device, precision), f"measured {precision} matrix product on {device.type}"
 
 
-def _measured_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of the fastest of six products of two size x size matrices."""
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of the fastest product of two square matrices, of at least eight and for at least half a second."""
+    dtype, size = torch.bfloat16 if precision == "bf16" else torch.float32, 8192 if device.type == "cuda" else 1024
     left = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
+    times: list[float] = []
+    while len(times) < _PEAK_PRODUCTS or sum(times) < _PEAK_SECONDS:
         start = time.perf_counter()
         left @ left
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
 
 
 def progress_line(step: int, steps: int, values: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, and the learning rate as a function of the global step."""
+"""AdamW with weight decay on matrices only, and the learning rates as a function of the global step."""
 
 import math
 from typing import Any
@@ -33,12 +33,18 @@ def build_optimizer(module: nn.Module, config: DictConfig) -> AdamW:
     return AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, steps: int, config: DictConfig) -> float:
-    """Linear warm-up to lr, then cosine decay to min_lr at `steps`; `step` 0 is the first."""
+def learning_rate(step: int, length: int, config: DictConfig, module_name: str = "model") -> float:
+    """The learning rate of a module: linear warm-up to its peak, then cosine decay until step `length`.
+
+    `config.lr` is the peak of the model, `config.module_lr` has those of the other modules. All end at the same
+    fraction of their peaks, min_lr / lr. `step` 0 is the first.
+    """
+    peak = config.lr if module_name == "model" else config.module_lr[module_name]
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return peak * (step + 1) / config.warmup_steps
+    lowest = config.min_lr / config.lr if config.lr else 0.0
+    progress = (step - config.warmup_steps) / max(1, length - config.warmup_steps)
+    return peak * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def set_learning_rate(optimizer: AdamW, rate: float) -> None:

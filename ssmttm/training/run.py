@@ -10,21 +10,23 @@ from ssmttm import checkpoint
 from ssmttm.config import flatten
 from ssmttm.errors import UserError
 from ssmttm.files import config_hash
+from ssmttm.training.optim import learning_rate
 from ssmttm.training.tasks.base import Batch, Loader, Task
 
 # Keys that may change when a run is resumed: paths, logging, length, sampling.
 RESUMABLE_KEYS = (
     "run_dir", "resume", "data.store", "data.text_encoder", "train.steps", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts",
-    "train.micro_batch_size", "diffusion.sampler", "diffusion.steps", "diffusion.guidance_scale",
-    "diffusion.coarse_guidance_scale",
+    "train.micro_batch_size", "optim.schedule_steps", "diffusion.sampler", "diffusion.steps",
+    "diffusion.guidance_scale", "diffusion.coarse_guidance_scale",
 )  # fmt: skip
 
 MINIMUM_VALUES = {
     "data.batch_size": 1, "data.frames": 1, "data.seconds": 1e-3, "train.steps": 1, "train.micro_batch_size": 1,
     "train.log_every": 0, "train.eval_every": 0, "train.eval_batches": 1, "train.checkpoint_every": 0,
     "train.keep_checkpoints": 1, "train.sample_every": 0, "train.sample_seconds": 1e-3, "optim.lr": 0,
-    "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.weight_decay": 0, "optim.eps": 0, "optim.clip": 0,
+    "optim.min_lr": 0, "optim.warmup_steps": 0, "optim.schedule_steps": 1, "optim.weight_decay": 0, "optim.eps": 0,
+    "optim.clip": 0,
     "diffusion.coarse_noise_aug": 0, "codec_training.adversarial_start": 0, "codec_training.restart_every": 1,
     "codec_training.restart_until": 0, "seed": 0,
 }  # fmt: skip
@@ -79,6 +81,31 @@ def resume_folder(config: DictConfig) -> Path | None:
     if folder is not None:
         _check_same_settings(config, folder)
     return folder
+
+
+def schedule_length(config: DictConfig, resumed: Path | None) -> tuple[int, str | None]:
+    """The steps of the learning rate's schedule, and a warning if it is not the one that the user may expect.
+
+    A run keeps the length with which it began, whatever train.steps is later, unless optim.schedule_steps changes it.
+    """
+    steps, wanted = config.train.steps, config.optim.schedule_steps
+    if resumed is None:
+        return wanted or steps, None
+    state = checkpoint.read_state(resumed)
+    stored = state.get("schedule_steps") or checkpoint.read_config(resumed).train.steps  # not in older checkpoints
+    if wanted is not None and wanted != stored:
+        before, after = (learning_rate(state["step"], length, config.optim) for length in (stored, wanted))
+        return wanted, (
+            f"optim.schedule_steps={wanted} replaces the schedule of {stored} steps: after step {state['step']} the "
+            f"learning rate goes on at {after:.2e} instead of {before:.2e}"
+        )
+    if wanted is not None or steps == stored:
+        return stored, None
+    end = learning_rate(steps - 1, stored, config.optim)
+    return stored, (
+        f"the learning rate keeps the schedule of {stored} steps with which the run began, and ends at {end:.2e}: "
+        f"set optim.schedule_steps={steps} to fit it to train.steps={steps}"
+    )
 
 
 def _check_same_settings(config: DictConfig, folder: Path) -> None:

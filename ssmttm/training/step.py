@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,14 +115,20 @@ def clip_gradients(trained_modules: dict[str, TrainedModule], clip: float | None
     return norms
 
 
-def check_finite(step: int, values: dict[str, float]) -> None:
-    """Raises UserError if a loss or a gradient norm is NaN or infinite, before the weights are updated."""
+def check_finite(step: int, values: dict[str, float], saved: Path | None) -> None:
+    """Raises UserError if a loss or a gradient norm is NaN or infinite, before the weights are updated.
+
+    Args:
+        saved: the last checkpoint, if there is one.
+    """
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(
-            f"step {step}: {', '.join(bad)} is not a finite number; the weights were not updated and the last "
-            f"checkpoint is good: lower optim.lr or optim.clip and start from it in another run_dir"
-        )
+        advice = "no checkpoint was written yet: lower optim.lr or optim.clip and start again"
+        if saved is not None:
+            advice = (
+                f"the last checkpoint is {saved}: lower optim.lr or optim.clip and start from it, with another run_dir"
+            )
+        raise UserError(f"step {step}: {', '.join(bad)} is not a finite number; the weights were not updated, {advice}")
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:

@@ -39,7 +39,7 @@ _CALIBRATION_BATCHES = 4
 
 class TextDistillTask(LanguageModelTask):
     """Trains a student text encoder, `model`, with the schedule of `optim`, and from `text_student.joint_step` on the
-    language model, `lm`, with the constant rate `optim.module_lr.lm`. `model` and `pattern` are the teacher's."""
+    language model, `lm`, with the peak rate `optim.module_lr.lm`. `model` and `pattern` are the teacher's."""
 
     model: TokenLM
 
