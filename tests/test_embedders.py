@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_music import DEGRADATIONS, RATE, clips
 from torch import nn
 
+from ssmttm import audio
 from ssmttm.audio.features import mel_filterbank
 from ssmttm.cli import train_embedder
 from ssmttm.data.store import Store
@@ -115,8 +116,8 @@ def test_embedder_keeps_interface(name, weights):
         posteriors = embedder.posteriors(wav)
         assert posteriors.shape == (2, len(embedder.classes)) and torch.allclose(posteriors.sum(1), torch.ones(2))
     if isinstance(embedder, JointEmbedder):
-        audio, text = embedder.joint_audio(wav), embedder.joint_text(["a slow waltz", "a fast jig in C"])
-        assert audio.shape == text.shape and torch.allclose(text.norm(dim=1), torch.ones(2), atol=1e-5)
+        sound, text = embedder.joint_audio(wav), embedder.joint_text(["a slow waltz", "a fast jig in C"])
+        assert sound.shape == text.shape and torch.allclose(text.norm(dim=1), torch.ones(2), atol=1e-5)
         alone = embedder.joint_text(["a slow waltz"])
         torch.testing.assert_close(alone[0], text[0], rtol=1e-3, atol=1e-4)
 
@@ -343,6 +344,44 @@ def test_clap_score_and_kl_of_wrong_prompts(embeddings):
     posteriors = torch.cat([tiny.posteriors(w) for w in sets["clean"]])
     assert float(kl_divergence(posteriors.roll(1, 0), posteriors).mean()) > 1
     assert tiny.sample_rate == RATE
+
+
+class ShortStore:
+    """Rows of the given seconds, whose audio is a tone of 300 Hz times the row's number; codes say the same."""
+
+    path = "store"
+
+    def __init__(self, folder, seconds):
+        self.folder, self.seconds = folder, seconds
+        for row, length in enumerate(seconds):
+            audio.write(self.audio_path(row), self.tone(row, round(length * RATE)), RATE)
+
+    def tone(self, row, samples):
+        return 0.3 * torch.sin(2 * torch.pi * 300 * (row + 1) * torch.arange(samples) / RATE)[None]
+
+    def audio_path(self, row):
+        return self.folder / f"{row}.wav"
+
+    def codes(self, row):
+        return np.full((1, -(-round(self.seconds[row] * RATE) // 320)), row, np.uint16)  # whole frames
+
+
+def test_train_embedder_pairs_true_and_decoded_audio_of_each_row(tmp_path):
+    """Codes cover whole frames, so a segment just under 20 s decodes to 20 s."""
+    store = ShortStore(tmp_path, [20.5, 19.995, 20.0, 3.0, 21.0])
+
+    class FrameCodec:
+        sample_rate = RATE
+
+        def decode(self, codes):
+            return store.tone(int(codes[0, 0, 0]), codes.shape[-1] * 320)[None]
+
+    true, decoded, kept = train_embedder.log_mels(store, np.arange(5), FrameCodec())
+    assert kept.tolist() == [0, 2, 4] and len(true) == len(decoded) == 3
+    peaks = true.float().mean(-1).argmax(-1)
+    assert len(set(peaks.tolist())) == 3 and torch.equal(decoded.float().mean(-1).argmax(-1), peaks)
+    with pytest.raises(UserError, match="no segment of 20 s"):
+        train_embedder.log_mels(store, np.array([1, 3]), FrameCodec())
 
 
 def test_train_embedder_writes_embedder_that_loads(tmp_path, monkeypatch):

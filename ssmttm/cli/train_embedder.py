@@ -27,26 +27,33 @@ from ssmttm.evaluation.embedders.tiny import TinyEmbedder
 CLIP = 20  # seconds used of a segment; shorter segments are skipped
 
 
-def log_mels(store: Store, rows: np.ndarray, codec: Codec | None) -> tuple[Tensor, np.ndarray]:
-    """Log-mel spectrograms of the segments of at least CLIP seconds, of true audio or, with a codec, of decoded codes.
+def log_mels(store: Store, rows: np.ndarray, codec: Codec) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Log-mel spectrograms of the segments whose true audio and decoded codes both have at least CLIP seconds.
 
     Returns:
-        float16 [n, N_MELS, CLIP * MEL_RATE], and the n rows.
+        Of true audio and of decoded codes, each float16 [n, N_MELS, CLIP * MEL_RATE], and the n rows of both.
     """
-    found, kept = [], []
-    for row in tqdm(rows.tolist(), desc=f"log-mel ({'true audio' if codec is None else 'decoded codes'})", unit="clip"):
-        if codec is None:
-            wav, _ = audio.read(store.audio_path(row), features.SAMPLE_RATE)
-        else:
-            with torch.inference_mode():
-                decoded = codec.decode(torch.from_numpy(store.codes(row).astype(np.int64))[None])[0]
-            wav = audio.resample(decoded.clone(), codec.sample_rate, features.SAMPLE_RATE)
-        if wav.shape[-1] >= CLIP * features.SAMPLE_RATE:
-            found.append(features.log_mel(features.rms_normalise(wav[:, : CLIP * features.SAMPLE_RATE])).half())
-            kept.append(row)
-    if not found:
+    true_mels, decoded_mels, kept = [], [], []
+    for row in tqdm(rows.tolist(), desc="log-mel (true audio and decoded codes)", unit="clip"):
+        true, _ = audio.read(store.audio_path(row), features.SAMPLE_RATE)
+        if true.shape[-1] < CLIP * features.SAMPLE_RATE:
+            continue
+        with torch.inference_mode():
+            wav = codec.decode(torch.from_numpy(store.codes(row).astype(np.int64))[None])[0]
+        decoded = audio.resample(wav.clone(), codec.sample_rate, features.SAMPLE_RATE)
+        if decoded.shape[-1] < CLIP * features.SAMPLE_RATE:
+            continue
+        true_mels.append(_first_seconds(true))
+        decoded_mels.append(_first_seconds(decoded))
+        kept.append(row)
+    if not kept:
         raise UserError(f"{store.path} has no segment of {CLIP} s or more: use a store of the built-in corpus")
-    return torch.cat(found), np.array(kept)
+    return torch.cat(true_mels), torch.cat(decoded_mels), np.array(kept)
+
+
+def _first_seconds(wav: Tensor) -> Tensor:
+    """Log-mel spectrogram of the first CLIP seconds: [1, S] -> float16 [1, N_MELS, T]."""
+    return features.log_mel(features.rms_normalise(wav[:, : CLIP * features.SAMPLE_RATE])).half()
 
 
 class Captions:
@@ -136,7 +143,7 @@ def main() -> None:
     store.require_codec(codec)
 
     def prepared(rows: np.ndarray) -> tuple[list[Tensor], Captions, list[str]]:
-        (true, kept), (decoded, _) = log_mels(store, rows, None), log_mels(store, rows, codec)
+        true, decoded, kept = log_mels(store, rows, codec)
         return [true, decoded], Captions(store, kept), [annotations_of(store, row)["style"] for row in kept.tolist()]
 
     mels, captions, names = prepared(store.indices("train"))
