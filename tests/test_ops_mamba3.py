@@ -128,6 +128,34 @@ def test_mamba3_steps_equal_reference():
     assert state[0].abs().max() < math.pi + 1e-6
 
 
+@pytest.mark.parametrize("scale", [1, 40])
+def test_mamba3_angles_lose_no_precision_over_long_sequences(scale):
+    """Thousands of radians: the error is of the reference's size, and prefill agrees with steps from there."""
+    arguments = [M.detach() for M in operands(1, 6000, heads=2, n=8, angles=2, dtype=torch.float32)[:8]]
+    arguments[1] = arguments[1] * scale  # dt up to 4
+    arguments[2], arguments[6] = arguments[2] / scale, arguments[6].abs()  # all turns in one direction
+    exact, (exact_angle, *_) = mamba3_reference(*(M.double() for M in arguments))
+    expected, state = mamba3_reference(*arguments)
+    found, (angle, *rest) = mamba3(*arguments)
+
+    def distance(y, angle):
+        turned = torch.polar(torch.ones_like(exact_angle), angle.double() - exact_angle)
+        return max((y - exact).abs().max() / exact.abs().max(), (turned - 1).abs().max())
+
+    assert distance(found, angle) < 2 * distance(expected, state[0]) + 1e-6
+    assert angle.abs().max() < math.pi + 1e-6 and {M.dtype for M in (found, angle, *rest)} == {torch.float32}
+
+
+def test_mamba3_gradients_keep_precision_over_long_sequences():
+    exact = operands(1, 3000, heads=2, n=4, angles=1)
+    exact[1] = (exact[1].detach() * 40).requires_grad_()
+    exact[2], exact[6] = (exact[2].detach() / 40).requires_grad_(), exact[6].detach().abs().requires_grad_()
+    single = [a.detach().float().requires_grad_() for a in exact]
+    expected = results(mamba3, exact)
+    assert_close(results(mamba3, single), expected, 3e-5)
+    assert all(M.isfinite().all() for M in results(mamba3, single))
+
+
 def test_mamba3_final_state_is_taken_at_each_rows_length():
     *inputs, D = (M.detach() for M in operands(3, 30)[:8])
     state = tuple(M.detach() for M in operands(3, 30)[8:])

@@ -64,7 +64,8 @@ def mamba3(
     if lengths is not None:
         dt = dt.masked_fill((torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None], 0)
     angle, ssm, k, v = start_state(x, B, rate, initial_state)
-    angles = angle[:, None] + (dt[..., None] * rate[:, :, None]).cumsum(1)  # [B, T, H, R]
+    turns = (dt[..., None] * rate[:, :, None]).cumsum(1, dtype=torch.float64)  # float32 would lose digits with T
+    angles = wrap_angle(angle[:, None] + turns).to(compute)  # [B, T, H, R]
     rotation = _rotation(angles, B.shape[-1])
     key = _rotate(B.to(compute), rotation).to(dtype)  # [B, T, H, N]
     query = _rotate(C.to(compute), rotation).to(dtype)
@@ -77,7 +78,7 @@ def mamba3(
     if D is not None:
         y = y + D.to(compute)[:, None] * x
     k, v = _last(k, key, lengths), _last(v, x, lengths)
-    return y.to(dtype), (wrap_angle(angles[:, -1]), ssm, k, v)
+    return y.to(dtype), (angles[:, -1], ssm, k, v)
 
 
 def mamba3_step(

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ssmttm.ops.common import accumulation_dtype, check_shapes
 
+_TWO_PI = 6.28125  # 2 pi in 8 bits
+
 State = tuple[Tensor, Tensor, Tensor, Tensor]  # angle, ssm, k, v
 
 
@@ -53,8 +55,13 @@ def _rotate(B: Tensor, angle: Tensor) -> Tensor:
 
 
 def wrap_angle(angle: Tensor) -> Tensor:
-    """The angle in [-pi, pi], so that long sequences lose no precision."""
-    return angle - 2 * torch.pi * torch.round(angle / (2 * torch.pi))
+    """The angle in [-pi, pi], so that long sequences lose no precision.
+
+    2 pi is subtracted in two parts, of which multiples of the first are exact (Cody and Waite): rounded to float32, it
+    would change the angle by 2e-7 each time.
+    """
+    revolutions = (angle.detach() / (2 * torch.pi)).round()
+    return angle.sub(revolutions, alpha=_TWO_PI).sub(revolutions, alpha=2 * torch.pi - _TWO_PI)
 
 
 def start_state(x: Tensor, B: Tensor, rate: Tensor, state: State | None) -> State:
