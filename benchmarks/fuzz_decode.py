@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz_decode --minutes 5 --seed 0
 
 Small valid files of every format are mutated (bytes overwritten, bits flipped, pieces cut, doubled, swapped between
-files, numbers replaced by extreme ones) and decoded. Anything but samples or a refusal is an error of the program and
+files, numbers replaced by extreme ones) and decoded. Anything but samples or a rejection is an error of the program and
 ends the run; the file stays in the working folder.
 """
 
@@ -102,7 +102,7 @@ def main() -> None:
                     assert np.isfinite(block).all()
                 counts["accepted"] += 1
             except Rejected as rejection:
-                counts[f"refused: {rejection.kind}"] += 1
+                counts[f"rejected: {rejection.kind}"] += 1
                 reasons[re.sub(r"\d+", "N", rejection.reason)] += 1
                 if "signal" in rejection.reason:
                     shutil.copy(path, folder / f"crash-{counts.total()}-{name}")

@@ -67,8 +67,8 @@ def report(results: dict[str, dict[str, dict[str, float]]], out: Path, title: st
     for row, cases in results.items():
         print(f"\n{row}")
         for name, metrics in cases.items():
-            told = f"{metrics['median_ms']:10.2f} ms   p10 {metrics['p10_ms']:10.2f} ms   x {metrics['ratio']:.2f}"
-            print(f"  {name:34} {told}")
+            line = f"{metrics['median_ms']:10.2f} ms   p10 {metrics['p10_ms']:10.2f} ms   x {metrics['ratio']:.2f}"
+            print(f"  {name:34} {line}")
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {"environment": environment(), "results": results}
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")

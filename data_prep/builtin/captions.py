@@ -126,29 +126,29 @@ def _write(rng: Random, truth: dict[str, Any], template: str) -> str:
 
 
 def _course(rng: Random, truth: dict[str, Any]) -> list[str]:
-    """Sentences on how the music goes over time, as far as the truth tells."""
-    def said(name: str) -> str:
+    """Sentences on the course of the music, from the annotations."""
+    def spoken_name(name: str) -> str:
         return rng.choice(BACKING_WORDS.get(name, (name,)))
 
     names = {section["name"] for section in truth.get("sections", ()) if section["end"] - section["start"] >= 1}
-    opening = [said(name) for name in truth.get("opening", ())]
-    counter = [said(player["name"]) for player in truth["instruments"] if player["role"] == "counter"]
-    told = []
+    opening = [spoken_name(name) for name in truth.get("opening", ())]
+    counter = [spoken_name(part["name"]) for part in truth["instruments"] if part["role"] == "counter"]
+    sentences = []
     if opening:
         starts = ("It opens with {} before the melody enters", "{} can be heard before the melody enters")
-        told.append(rng.choice(starts).format(listed(opening)))
+        sentences.append(rng.choice(starts).format(listed(opening)))
     if counter:
-        told.append(rng.choice(("There is a counter-melody from the {}", "A second melody comes from the {}")).format(
-            counter[0]))
+        starts = ("There is a counter-melody from the {}", "A second melody comes from the {}")
+        sentences.append(rng.choice(starts).format(counter[0]))
     if {"verse", "chorus"} <= names:
-        told.append(rng.choice(("The chorus is stronger than the verse", "A quieter verse and a strong chorus")))
+        sentences.append(rng.choice(("The chorus is stronger than the verse", "A quieter verse and a strong chorus")))
     if "break" in names:
-        told.append(rng.choice(("There is a short break", "The melody pauses for a short break")))
+        sentences.append(rng.choice(("There is a short break", "The melody pauses for a short break")))
     if truth.get("ritardando") is not None:
-        told.append(rng.choice(("It slows down at the end", "The tempo broadens at the end")))
+        sentences.append(rng.choice(("It slows down at the end", "The tempo broadens at the end")))
     if truth.get("swing"):
-        told.append(rng.choice(("The rhythm swings", "The eighth notes are swung")))
-    return told
+        sentences.append(rng.choice(("The rhythm swings", "The eighth notes are swung")))
+    return sentences
 
 
 def _tags(rng: Random, truth: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Prompts as people write them, reserved for evaluation: no training caption is made from these templates.
 
-Training code must not import this module (a test checks that). The facts are those of the captions, every one true.
+Training code must not import this module (a test checks that). It states the same true attributes as the captions.
 """
 
 from random import Random

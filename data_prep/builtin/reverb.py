@@ -57,9 +57,9 @@ def impulse_response(room: str, sample_rate: int) -> np.ndarray:
     output = np.zeros(length)
     for start in range(0, length, block):
         stop = min(start + block, length)
-        heard, state = lfilter([1 - damping], [1, -damping], lines[:, start:stop], axis=1, zi=state)
-        output[start:stop] = heard[0] - heard[1] + heard[2] - heard[3]
-        mixed = _HADAMARD @ (heard * gains[:, None])
+        damped, state = lfilter([1 - damping], [1, -damping], lines[:, start:stop], axis=1, zi=state)
+        output[start:stop] = damped[0] - damped[1] + damped[2] - damped[3]
+        mixed = _HADAMARD @ (damped * gains[:, None])
         for line, delay, entering in zip(lines, delays, mixed, strict=True):
             line[start + delay : stop + delay] += entering
     pole = 1 - 2 * np.pi * _LOWEST / sample_rate

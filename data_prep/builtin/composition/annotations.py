@@ -17,8 +17,8 @@ def title(plan: Plan) -> str:
     return f"{plan.mood.capitalize()} {plan.style.name} in {key} for {plan.lead.name}"
 
 
-def facts(identity: str, plan: Plan, tracks: tuple[Track, ...]) -> dict[str, Any]:
-    """Style, tempo, key and players."""
+def describe_piece(identity: str, plan: Plan, tracks: tuple[Track, ...]) -> dict[str, Any]:
+    """Style, tempo, key and instruments."""
     return {
         "piece": identity, "style": plan.style.name, "bpm": plan.bpm, "tempo_class": plan.tempo_class,
         "key": tonic_name(plan.key.tonic, plan.key.mode), "mode": plan.key.mode, "metre": plan.metre.name,
@@ -60,7 +60,7 @@ def timing(piece: Piece, plan: Plan, bars: list[Bar], last: int) -> dict[str, An
     }
 
 
-def _heard(piece: Piece, track: Track, start: float, stop: float) -> bool:
+def _is_sounding(piece: Piece, track: Track, start: float, stop: float) -> bool:
     """Whether a track sounds long enough between two times; the hits of drums count as a tenth of a second."""
     total = 0.0
     for note in track.notes:
@@ -73,20 +73,20 @@ def _heard(piece: Piece, track: Track, start: float, stop: float) -> bool:
 
 
 def _opening(piece: Piece, named: list[dict[str, Any]], start: float, stop: float) -> list[str]:
-    """The instruments that are heard before the lead in an excerpt, where it enters 1.5 s or more after its start."""
+    """The instruments that sound before the lead in an excerpt, where it enters 1.5 s or more after its start."""
     lead = min((piece.onset(n) for t in piece.tracks if t.role == "lead" for n in t.notes
                 if piece.release(n) > start), default=stop)
     if lead < start + 1.5:
         return []
     before = {t.name for t in piece.tracks for n in t.notes if start - 0.01 <= piece.onset(n) < lead - 0.3}
-    return [player["name"] for player in named if player["role"] != "lead" and player["name"] in before]
+    return [part["name"] for part in named if part["role"] != "lead" and part["name"] in before]
 
 
 def excerpt(piece: Piece, start: float, stop: float) -> dict[str, Any]:
-    """The truth of an excerpt: the players heard in it, and times in seconds from its start."""
+    """The truth of an excerpt: the instruments sounding in it, and times in seconds from its start."""
     truth = piece.truth
-    heard = {t.role for t in piece.tracks if t.role == "lead" or _heard(piece, t, start, stop)}
-    named = [player for player in truth["instruments"] if player["role"] in heard]
+    sounding = {t.role for t in piece.tracks if t.role == "lead" or _is_sounding(piece, t, start, stop)}
+    named = [part for part in truth["instruments"] if part["role"] in sounding]
 
     def inside(times: list[float]) -> list[float]:
         return [round(time - start, 4) for time in times if start <= time < stop]
@@ -99,7 +99,7 @@ def excerpt(piece: Piece, start: float, stop: float) -> dict[str, Any]:
     slows = truth["ritardando"]
     final = inside([truth["final"]])
     return truth | {
-        "instruments": named, "drums": "drums" in heard, "start": start, "duration": round(stop - start, 4),
+        "instruments": named, "drums": "drums" in sounding, "start": start, "duration": round(stop - start, 4),
         "beats": inside(truth["beats"]), "bars": inside(truth["bars"]), "sections": sections,
         "ritardando": round(slows - start, 4) if slows is not None and start <= slows < stop else None,
         "final": final[0] if final else None,

@@ -46,7 +46,7 @@ def section_name(label: str, build: str) -> str:
 
 
 def swell(bars: list[Bar]) -> list[float]:
-    """The loudness of each bar in dB against the strongest passages; the players' touch adds to it."""
+    """The loudness of each bar in dB against the strongest passages; the note velocities add to it."""
     return [_SWELL * (bar.energy - 1.0) for bar in bars]
 
 

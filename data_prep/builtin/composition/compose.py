@@ -81,10 +81,10 @@ class _Writer:
         if held:
             notes = hold_chords(role, self.bars, voiced, plan.metre, layout.slot)
         else:
-            usual, turn = (pulsing(self.rng, patterns, plan.metre) if plan.tempo_class != "medium"
+            usual, variation = (pulsing(self.rng, patterns, plan.metre) if plan.tempo_class != "medium"
                            else self.rng.choice(patterns) for _ in range(2))
-            turn = turn if self.rng.random() < 0.35 else usual
-            notes = play_chords(role, self.bars, voiced, (usual, turn), plan.metre, layout.slot, velocity)
+            variation = variation if self.rng.random() < 0.35 else usual
+            notes = play_chords(role, self.bars, voiced, (usual, variation), plan.metre, layout.slot, velocity)
         notes = [note for note in notes if note.start < layout.last] + closing_chord(voiced[-1], layout.last)
         return strum(notes, 0.012) if who.family in _STRUMMED else notes
 
@@ -141,11 +141,11 @@ def _finish(notes: list[Note], layout: Layout, length: int) -> tuple[Note, ...]:
     return tuple(sorted(kept, key=lambda n: (n.start, n.pitch)))
 
 
-def _players(plan: Plan) -> dict[str, Instrument]:
+def _instruments(plan: Plan) -> dict[str, Instrument]:
     """Who plays, by role, in the order of the tracks."""
-    players = {"lead": plan.lead, "chords": plan.chords, "bass": plan.bass, "pad": plan.pad, "second": plan.second,
+    instruments = {"lead": plan.lead, "chords": plan.chords, "bass": plan.bass, "pad": plan.pad, "second": plan.second,
                "counter": plan.counter, "drums": plan.kit}
-    return {role: who for role, who in players.items() if who}
+    return {role: who for role, who in instruments.items() if who}
 
 
 def _write_parts(rng: Random, salt: str, plan: Plan, layout: Layout) -> tuple[dict[str, list[Note]], list[Bar]]:
@@ -158,7 +158,7 @@ def _write_parts(rng: Random, salt: str, plan: Plan, layout: Layout) -> tuple[di
     melody = _write_lead(rng, plan, layout, sections, bars, chords)
     writer = _Writer(rng, salt, plan, layout, bars, chords)
     parts: dict[str, list[Note]] = {"lead": melody}
-    for role, who in _players(plan).items():
+    for role, who in _instruments(plan).items():
         if role in ("chords", "second", "pad"):
             parts[role] = writer.chordal(who, role, 72)
         elif role == "bass":
@@ -184,11 +184,11 @@ def compose(seed: int, index: int) -> Piece:
     tracks = tuple(
         Track(who.name, role, who.program, who.family, _LEVELS[role],
               _finish(perform(salt, role, parts[role], bars, plan.metre, plan.bpm, plan.manner), layout, length))
-        for role, who in _players(plan).items() if parts[role])
+        for role, who in _instruments(plan).items() if parts[role])
     identity = f"builtin-{seed}-{index:06d}"
     room = Room(plan.manner.room, plan.manner.wet + rng.uniform(-2, 1))
     title = annotations.title(plan)
     piece = Piece(identity, f"{title}, no. {index}", plan.bpm, plan.metre, tracks, DURATION, truth={}, room=room,
                   ritardando=layout.ritardando, swell=tuple(swell(bars)))
-    truth = annotations.facts(identity, plan, tracks) | annotations.timing(piece, plan, bars, layout.last)
+    truth = annotations.describe_piece(identity, plan, tracks) | annotations.timing(piece, plan, bars, layout.last)
     return replace(piece, truth=truth)

@@ -130,7 +130,7 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
     """
     first, second = motifs
     plan = rng.choice(("aaba", "aabc", "abab", "abac", "aaac", "abic", "aaaa"))
-    heard: dict[tuple[str, tuple[Chord, ...]], list[Tone]] = {}
+    written: dict[tuple[str, tuple[Chord, ...]], list[Tone]] = {}
     tones: list[Tone] = []
     at = (voice.low + voice.high) // 2 + rng.randint(-2, 2)
     if chords[0].root == 0:  # opening on the third or the fifth identifies the mode at once
@@ -144,12 +144,12 @@ def write_phrase(rng: Random, voice: Voice, chords: list[Chord], metre: Metre, m
             tones += _cadence_bar(rng, voice, chord, start, at, metre, goal)
             break
         letter, span = plan[bar % 4], tuple(chords[bar * slots : (bar + 1) * slots])
-        if (letter, span) in heard and rng.random() < 0.85:
-            again = heard[letter, span]
+        if (letter, span) in written and rng.random() < 0.85:
+            again = written[letter, span]
         else:
             motif = {"a": first, "b": second, "i": first.inverted(), "c": second}[letter]
             again = _set_bar(rng, voice, motif, list(span), 0, at, metre.bar)
-            heard[letter, span] = again
+            written[letter, span] = again
         tones += [Tone(t.start + start, t.duration, t.degree) for t in again]
         middle = (voice.low + voice.high) // 2
         at = tones[-1].degree + rng.choice((-1, 1, 1, 2) if tones[-1].degree < middle else (1, -1, -1, -2))

@@ -26,7 +26,7 @@ _ELECTRONIC = {"techno", "synth-pop", "chiptune"}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Style, tempo, key and players. `second`, `counter` and `pad` are absent in many pieces."""
+    """Style, tempo, key and instruments. `second`, `counter` and `pad` are absent in many pieces."""
 
     style: Style
     manner: Manner
@@ -53,7 +53,7 @@ class Plan:
     def roles(self) -> frozenset[str]:
         """The accompanying parts of the piece."""
         optional = {"second": self.second, "counter": self.counter, "pad": self.pad, "drums": self.kit}
-        return frozenset({"chords", "bass"} | {role for role, player in optional.items() if player})
+        return frozenset({"chords", "bass"} | {role for role, instrument in optional.items() if instrument})
 
 
 def tempo_class(bpm: int) -> str:
@@ -62,7 +62,7 @@ def tempo_class(bpm: int) -> str:
 
 
 def _weight(style: Style, metre: Metre) -> float:
-    """How often a style is drawn where it fits: less for one that fits many metres and tempi, so that all are heard."""
+    """How often a style is drawn where it fits: less for one that fits many metres and tempi, so that all occur."""
     paces = sum(style.tempo[0] <= high - 4 and style.tempo[1] >= low + 4 for low, high in TEMPO_CLASSES.values())
     return style.grooves[metre.name].weight / (len(style.grooves) * paces)
 
