@@ -26,7 +26,7 @@ examples:
   python train.py experiment=tinyttm_codec data.store=STORE                a small decoder for the embedded codec
   the same command again                                                   resumes from the newest good checkpoint
 
-main keys (all keys: configs/config.yaml and the files of its groups):
+main keys (all keys by task: ssmttm/config/training.py; of the models: ssmttm/config/model.py):
   data.store=DIR            the store to train on, made by `python -m data_prep`
   data.batch_size=N         items per optimiser step, over all devices; train.micro_batch_size=N limits memory
   train.steps=N             optimiser steps; optim.lr=X learning rate; train.precision=auto|fp32|bf16

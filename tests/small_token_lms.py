@@ -1,9 +1,8 @@
 """Small token language models and captions for tests."""
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from ssmttm.config import CONFIG_DIR
+from ssmttm import config
 from ssmttm.models import TokenLM, TokenLMConfig
 from ssmttm.text.condition import TextCondition
 
@@ -28,8 +27,7 @@ VARIANTS = {
 
 def preset(name, *overrides):
     """The `model` section of a config in configs/model."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(f"model/{name}", overrides=[f"model.{o}" for o in overrides]).model
+    return config.load(f"model={name}", *(f"model.{override}" for override in overrides)).model
 
 
 def randomised(model):

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from released_checkpoint import LAYERS, SPECIAL, D, K, N, V, released_forward, released_tensors, save_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -23,9 +22,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ssmttm import MusicPipeline
+from ssmttm import MusicPipeline, config
 from ssmttm.cli.main import main
-from ssmttm.config import CONFIG_DIR
 from ssmttm.errors import UserError, run_cli
 from ssmttm.export.importers import export_musicgen, import_musicgen, import_released
 from ssmttm.export.importers.musicgen import from_musicgen, to_musicgen
@@ -140,8 +138,7 @@ def test_unmasked_padding_equals_the_original_text_states(released):
 
 def test_released_preset_equals_the_imported_config(released):
     sizes = {"n_codebooks": K, "codebook_size": V, "d_model": D, "n_layers": LAYERS, "d_state": N}
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        preset = compose("model/released", overrides=[f"model.{key}={value}" for key, value in sizes.items()]).model
+    preset = config.load("model=released", *(f"model.{key}={value}" for key, value in sizes.items())).model
     assert asdict(build_model(preset).config) == asdict(read_released(released / "simba.ckpt").config)
 
 

@@ -15,7 +15,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from ssmttm import config as configs
 from ssmttm.errors import UserError
 
-_TYPES: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list"}
+_TYPES: dict[Any, str] = {
+    int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list",
+}  # fmt: skip
 
 
 def check_overrides(overrides: Iterable[str], root: str) -> None:
