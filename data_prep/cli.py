@@ -41,6 +41,7 @@ KEY.flac, .mp3, .wav ...                 audio
 KEY.json                                 metadata: caption, licence, title, author, tags ...
 KEY.txt                                  a caption
 """
+_UNMATCHED = "go on without metadata that reach no audio file, whose licences are lost; by default an error"
 _RAW = argparse.RawDescriptionHelpFormatter
 _RENAMED = {"--against": "--exclude-eval-sets", "--refuse-dual-mono": "--reject-dual-mono", "--share": "--task"}
 
@@ -87,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
         add("--root", type=Path, required=True, metavar="DIR", help="folder of the data set, as above")
         add("--index", type=Path, metavar="FILE", help="another table of the data set")
         add("--out", type=Path, required=True, metavar="STORE", help="the store")
+        if source.name == "folder":
+            add("--allow-unmatched", action="store_true", help=_UNMATCHED)
 
     about = "WebDataset archives, as `export` writes them"
     add = command("webdataset", about, "--root PATH --out STORE", _WEBDATASET, parents=shared)

@@ -21,7 +21,7 @@ from data_prep.audio.decode import Limits
 from data_prep.audio.quality import Filters
 from data_prep.run import Run
 from data_prep.shard_task import Counts, ShardResult, ShardTask, stage_folder
-from data_prep.sources import SOURCES
+from data_prep.sources import SOURCES, folder
 from data_prep.sources.archives.webdataset import find_archives, read_unpacked, unpack_shard
 from data_prep.sources.evaluation_sets import EvaluationSet, read_evaluation_set
 from data_prep.stages.cut import Cut, cut_shard
@@ -222,7 +222,10 @@ def input_source(arguments: argparse.Namespace) -> InputSource:
     cut, licence, policy = _cut(arguments), arguments.licence, arguments.policy
     if arguments.command == "webdataset":
         return ArchiveInput(root, cut, licence, policy, evaluation_sets)
-    tracks = SOURCES[arguments.command].tracks(root, arguments.index)
+    if arguments.command == "folder":
+        tracks = folder.tracks(root, arguments.index, arguments.allow_unmatched)
+    else:
+        tracks = SOURCES[arguments.command].tracks(root, arguments.index)
     return TrackInput(arguments.command, root, tracks, cut, licence, policy, evaluation_sets)
 
 

@@ -59,6 +59,7 @@ def shard_times(store: Path) -> dict[Path, int]:
 
 def prepare(planted: Planted, out: Path, codec: Path, *more: object) -> None:
     words = ["folder", "--root", planted.root, "--out", out, "--licence", "CC0-1.0", "--segment", "20",
+             "--allow-unmatched",
              "--exclude-eval-sets", *planted.evaluation_sets,
              "--codec", codec, "--sample-rate", "24000", "--min-bandwidth", "4500", "--text", "none", "--workers", "1",
              *more]  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_stores import write_rows_store
 
-from data_prep.sources import SOURCES, records
+from data_prep.sources import SOURCES, folder, records
 from data_prep.sources.evaluation_sets import read_evaluation_set
 from data_prep.track import KINDS, Rejection, Track
 from ssmttm.errors import UserError
@@ -405,7 +405,7 @@ def test_folder_reads_captions_csv(tmp_path):
     write_csv(
         tmp_path / "captions.csv", COLUMNS,
         ("a.wav", "a loud song", "CC BY 4.0", "", "Ann", ""), ("a.wav", "eine laute 🎵", "", "A", "", ""),
-        ("a.wav", "a loud song", "CC-BY-SA-4.0", "", "", "https://example.org"),
+        ("a.wav", "a loud song", "https://creativecommons.org/licenses/by/4.0/", "", "", "https://example.org"),
         ("./deep//er/b.M4A", "", "", "", "Bob", ""),
         ("named.bin", "x", "", "", "", ""), ("gone.wav", "x", "", "", "", ""), ("gone.wav", "y", "", "", "", ""),
         ("../x.wav", "", "", "", "", ""), ("/etc/passwd", "", "", "", "", ""), ("", "nothing", "", "", "", ""),
@@ -416,7 +416,7 @@ def test_folder_reads_captions_csv(tmp_path):
     assert tracks["a.wav"] == Track(
         id="a.wav",
         path="a.wav",
-        licence="CC-BY-SA-4.0",
+        licence="https://creativecommons.org/licenses/by/4.0/",
         title="A",
         author="Ann",
         source_url="https://example.org",
@@ -426,7 +426,7 @@ def test_folder_reads_captions_csv(tmp_path):
     assert (tracks["deep/er/b.M4A"].author, tracks["deep/er/b.M4A"].title) == ("Bob", "b")
     kinds = {name: rejection.kind for name, rejection in rejections.items()}
     assert kinds == {"gone.wav": "missing", "../x.wav": "outside", "/etc/passwd": "outside",
-                     "captions.csv line 12": "metadata"}  # fmt: skip
+                     "captions.csv line 11": "metadata", "captions.csv line 12": "metadata"}  # fmt: skip
     assert "captions.csv line 7" in rejections["gone.wav"].reason
 
 
@@ -516,6 +516,104 @@ def test_folder_errors_name_the_problem(tmp_path):
         read("folder", tmp_path)
     with pytest.raises(UserError, match="no line with a JSON object"):
         read("folder", tmp_path, tmp_path / "captions.jsonl")
+
+
+def strict(root: Path) -> dict[str, Track]:
+    """The tracks of a folder whose metadata must all reach a file; no rejections."""
+    found = list(folder.tracks(root, allow_unmatched=False))
+    assert all(isinstance(item, Track) for item in found), found
+    return {item.id: item for item in found}
+
+
+@pytest.mark.parametrize("column", ["text", "Captions", "PROMPT", "description"])
+@pytest.mark.parametrize("path", ["file_name", "File Name", "filename", "audio-path"])
+def test_folder_reads_columns_by_their_common_names(tmp_path, path, column):
+    write(tmp_path / "a.wav")
+    write_csv(tmp_path / "metadata.csv", (path, column), ("a.wav", "words"))
+    assert strict(tmp_path)["a.wav"].captions == ("words",)
+
+
+@pytest.mark.parametrize("name", ["License", "licence_url", "track-license", "Licença", "LIZENZ", "spdx", "rights"])
+def test_folder_reads_a_licence_under_any_name(tmp_path, name):
+    for file in ("a.wav", "b.wav"):
+        write(tmp_path / file)
+    write_csv(tmp_path / "metadata.csv", ("file_name", name), ("a.wav", "CC-BY-NC-ND-4.0"))
+    write(tmp_path / "b.json", json.dumps({"meta": [{name: "CC-BY-NC-ND-4.0"}]} if name != "rights" else
+                                          {name: "CC-BY-NC-ND-4.0"}))  # fmt: skip
+    assert [track.licence for track in strict(tmp_path).values()] == ["CC-BY-NC-ND-4.0"] * 2
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_folder_with_columns_of_another_meaning_is_an_error(tmp_path, form):
+    write(tmp_path / "a.wav")
+    rows = {"csv": "path,lyrics,foo\na.wav,x,y\n", "jsonl": '{"path": "a.wav", "lyrics": "x", "foo": "y"}\n'}
+    write(tmp_path / f"metadata.{form}", rows[form])
+    with pytest.raises(UserError, match="the columns 'lyrics', 'foo' are not understood"):
+        read("folder", tmp_path)
+
+
+def test_folder_rejects_files_with_contradictory_licences_or_splits(tmp_path):
+    for name in "abcdef":
+        write(tmp_path / f"{name}.wav")
+    write_csv(
+        tmp_path / "captions.csv", ("path", "licence", "license", "split"),
+        ("a.wav", "CC-BY-NC-ND-4.0", "", ""), ("A.WAV", "CC-BY-4.0", "", ""),
+        ("b.wav", "CC-BY-4.0", "CC-BY-NC-ND-4.0", ""), ("c.wav", "CC-BY-4.0", "", ""),
+        ("e.wav", "CC-BY-4.0", "CC BY 4.0", "Held-out"), ("f.wav", "", "", "train"), ("f.wav", "", "", "TEST"),
+    )  # fmt: skip
+    write(tmp_path / "c.json", '{"license": "CC-BY-NC-ND-4.0"}')
+    write(tmp_path / "d.json", '{"licence": "CC-BY-NC-ND-4.0", "licence": "CC-BY-4.0"}')
+    tracks, rejections = read("folder", tmp_path)
+    assert {name: item.kind for name, item in rejections.items()} == {
+        "a.wav": "licence", "b.wav": "licence", "c.wav": "licence", "d.wav": "licence", "f.wav": "metadata",
+    }  # fmt: skip
+    assert "'CC-BY-NC-ND-4.0' (captions.csv line 2), 'CC-BY-4.0' (captions.csv line 3)" in rejections["a.wav"].reason
+    assert list(tracks) == ["e.wav"] and tracks["e.wav"].split == "test"
+
+
+@pytest.mark.parametrize(
+    ("file", "written"),
+    [("Song.wav", "song.WAV"), ("caf\u00e9.wav", "cafe\u0301.wav"), ("cafe\u0301.wav", "CAF\u00c9.wav"),
+     ("a/b.wav", "a\\b.wav"), ("a/b.wav", ".\\a\\b.wav")],
+)  # fmt: skip
+def test_folder_matches_paths_written_in_another_way(tmp_path, file, written):
+    write(tmp_path / file)
+    write_csv(tmp_path / "metadata.csv", ("path", "licence"), (written, "CC-BY-NC-ND-4.0"))
+    assert strict(tmp_path)[file].licence == "CC-BY-NC-ND-4.0"
+
+
+@pytest.mark.parametrize("sidecar", ["Song.json", "Song.JSON", "song.json", "Song.wav.json", "SONG.WAV.json"])
+def test_folder_matches_sidecar_files_named_in_another_way(tmp_path, sidecar):
+    write(tmp_path / "x" / "Song.wav")
+    write(tmp_path / "x" / sidecar, '{"license": "CC-BY-NC-ND-4.0"}')
+    assert strict(tmp_path)["x/Song.wav"].licence == "CC-BY-NC-ND-4.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metadata.csv", "path,licence\nother.wav,CC-BY-NC-ND-4.0\n"), ("Metadata.CSV", "path,licence\na,CC0-1.0\n"),
+     ("metadata.csv", "path,licence\na.wav,CC0-1.0,,more\n"), ("metadata.jsonl", '{"path": "a.wav"}\n{'),
+     ("metadata.csv", "path,licence\n,CC-BY-NC-ND-4.0\n"), ("song.json", '{"license": "CC-BY-NC-ND-4.0"}'),
+     ("sub/metadata.csv", "path,licence\na.wav,CC-BY-NC-ND-4.0\n"), ("metadata.tsv", "path\tlicence\n"),
+     ("metadata.json", '[{"path": "a.wav"}]')],
+)  # fmt: skip
+def test_folder_metadata_that_reach_no_file_are_an_error(tmp_path, name, content):
+    write(tmp_path / "a.wav")
+    write(tmp_path / name, content)
+    with pytest.raises(UserError):
+        list(folder.tracks(tmp_path, allow_unmatched=False))
+
+
+@pytest.mark.parametrize(
+    ("written", "split"),
+    [("Train", "train"), ("TRAINING", "train"), ("val", "valid"), ("Dev", "valid"), ("validation_set", "valid"),
+     ("eval", "test"), ("Held-out", "test"), ("hold_out", "test"), ("test split", "test"), ("\uff34est", "test")],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["split", "Subset", "partition"])
+def test_folder_reads_splits_as_people_write_them(tmp_path, column, written, split):
+    write(tmp_path / "a.wav")
+    write_csv(tmp_path / "metadata.csv", ("path", column), ("a.wav", written))
+    assert strict(tmp_path)["a.wav"].split == split
 
 
 # --- limits ---

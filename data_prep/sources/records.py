@@ -11,7 +11,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -87,22 +87,31 @@ class CsvTable:
 
     Args:
         needed: required columns.
-        aliases: other names of columns. Names are case-insensitive; `license` is read as `licence`.
+        rename: the name of a column, from that in the header.
+        joined: names of which every column counts; of others the first.
 
     Raises:
         UserError: no such file, not UTF-8, or a column is missing.
     """
 
-    def __init__(self, path: Path, needed: Iterable[str], aliases: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        needed: Iterable[str],
+        rename: Callable[[str], str] | None = None,
+        joined: Collection[str] = (),
+    ) -> None:
         self.path = path
         first = next(csv_records(path), None)
         if first is None or isinstance(first.values, Rejected):
             why = "it is empty" if first is None else first.values.reason
             raise UserError(f"{path} is not a CSV with a header ({why}): save it as comma-separated UTF-8")
         self._header_offset, self._n_cells = first.offset, len(first.values)
-        self._columns: dict[str, int] = {}
-        for index, name in enumerate(first.values):
-            self._columns.setdefault(column(name, aliases or {}), index)
+        self._columns: dict[str, list[int]] = {}
+        for index, written in enumerate(first.values):
+            name = (rename or column)(written)
+            if name in joined or name not in self._columns:
+                self._columns.setdefault(name, []).append(index)
         missing = [name for name in needed if name not in self._columns]
         if missing:
             shown = " ".join(", ".join(first.values)[:200].split())
@@ -118,7 +127,7 @@ class CsvTable:
             if record.offset > self._header_offset:
                 yield self._named(record)
 
-    def at(self, offset: int) -> dict[str, str]:
+    def at(self, offset: int) -> dict[str, Any]:
         """The values of the record at a byte `offset`."""
         return good(self._named(next(csv_records(self.path, offset))).values)
 
@@ -129,15 +138,16 @@ class CsvTable:
         if any(cell.strip() for cell in cells[self._n_cells :]):
             reason = f"line {record.line} has {len(cells)} cells, the header {self._n_cells}: put commas in quotes"
             return record._replace(values=Rejected("metadata", reason))
-        values = {name: cells[index].strip() if index < len(cells) else "" for name, index in self._columns.items()}
-        return record._replace(values=values)
+        pairs = ((name, cells[index].strip() if index < len(cells) else "")
+                 for name, indices in self._columns.items() for index in indices)  # fmt: skip
+        return record._replace(values=joined_values(pairs))
 
 
 class JsonLines:
-    """A file with a JSON object per line, UTF-8; `aliases` as in `CsvTable`."""
+    """A file with a JSON object per line, UTF-8; `rename` as in `CsvTable`."""
 
-    def __init__(self, path: Path, aliases: dict[str, str] | None = None) -> None:
-        self.path, self._aliases = path, aliases or {}
+    def __init__(self, path: Path, rename: Callable[[str], str] | None = None) -> None:
+        self.path, self._rename = path, rename
 
     def __iter__(self) -> Iterator[Record]:
         """Records with values by key; blank lines are skipped."""
@@ -156,30 +166,45 @@ class JsonLines:
 
     def _parsed(self, line: bytes, number: int) -> Any:
         try:
-            return parse_object(line, self._aliases)
+            return parse_object(line, self._rename)
         except Rejected as error:
             return Rejected(error.kind, f"line {number} {error.reason}")
 
 
-def parse_object(data: bytes, aliases: dict[str, str] | None = None) -> dict[str, Any]:
-    """Parse a JSON object. Raises Rejected for anything else: too long, not UTF-8, not JSON, nested too deeply."""
+def parse_object(data: bytes, rename: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """Parse a JSON object; of a key that occurs several times, all values.
+
+    Raises:
+        Rejected: anything else: too long, not UTF-8, not JSON, nested too deeply.
+    """
     if len(data) > MAX_LINE:
         raise Rejected("metadata", f"is longer than {MAX_LINE} bytes")
     try:
-        found = json.loads(data.decode("utf-8"))
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=joined_values)
     except UnicodeDecodeError as error:
         raise Rejected("metadata", NOT_UTF8) from error
     except (ValueError, RecursionError) as error:
         raise Rejected("metadata", "is no JSON that can be read") from error
     if not isinstance(found, dict):
         raise Rejected("metadata", "is no JSON object")
-    return {column(key, aliases or {}): value for key, value in found.items()}
+    return joined_values(((rename or column)(key), value) for key, value in found.items())
 
 
-def column(name: str, aliases: dict[str, str]) -> str:
-    """The normalised name of a column: lower case, British spelling, alias resolved."""
-    name = name.strip().lower().replace("license", "licence")
-    return aliases.get(name, name)
+def joined_values(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Values by name; different values of one name become a list, without empty ones."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name not in values or values[name] in ("", None, []):
+            values[name] = value
+        elif value not in ("", None, []) and value != values[name]:
+            first = values[name] if isinstance(values[name], list) else [values[name]]
+            values[name] = [*first, *(value if isinstance(value, list) else [value])]
+    return values
+
+
+def column(name: str) -> str:
+    """The normalised name of a column: lower case, British spelling."""
+    return name.strip().lower().replace("license", "licence")
 
 
 def text(value: Any) -> str:
