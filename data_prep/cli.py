@@ -35,7 +35,7 @@ Run the same command again to continue an interrupted run. OUT/rejected.csv list
 reason.
 """
 _WEBDATASET = """\
-A sample is a sequence of files with the same name up to the first dot:
+A sample is the files of one name, in any order:
 
 KEY.flac, .mp3, .wav ...                 audio
 KEY.json                                 metadata: caption, licence, title, author, tags ...

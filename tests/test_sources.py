@@ -416,11 +416,11 @@ def test_folder_reads_captions_csv(tmp_path):
     assert tracks["a.wav"] == Track(
         id="a.wav",
         path="a.wav",
-        licence="https://creativecommons.org/licenses/by/4.0/",
+        licence="CC BY 4.0",
         title="A",
         author="Ann",
         source_url="https://example.org",
-        evidence="captions.csv line 4",
+        evidence="captions.csv line 2",
         captions=("a loud song", "eine laute 🎵"),
     )
     assert (tracks["deep/er/b.M4A"].author, tracks["deep/er/b.M4A"].title) == ("Bob", "b")

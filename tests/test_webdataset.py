@@ -185,11 +185,52 @@ def test_reader_maps_json_and_texts_to_metadata(tmp_path):
     tracks, rejections = unpacked(tar_of(tmp_path / "x.tar", files), tmp_path / "in")
     assert tracks == [
         Track("x/a.mp3", "x/a.mp3", "CC BY 4.0", "", "Bob", "https://example.org", evidence="x.tar:a.json",
-              captions=("two", "one", "three", "four"), tags=("rock", "slow")),
+              captions=("two", "one", "three", "four"), tags=("rock", "slow"), split="test"),
         Track("x/b.opus", "x/b.opus", captions=("alone with audio",)),
         Track("own", "x/c.wav", title="?"),
     ]  # fmt: skip
     assert [rejection.item for rejection in rejections] == []
+
+
+NC_ND = b'{"licence": "CC-BY-NC-ND-4.0"}'
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [("Track 2.0 (x).flac", b"1"), ("Track 2.0 (x).json", NC_ND)],
+        [("a.flac", b"1"), ("b.flac", b"2"), ("a.json", NC_ND), ("b.json", NC_ND)],
+        [("b.json", NC_ND), ("A.JSON", NC_ND), ("a.flac", b"1"), ("b.FLAC", b"2")],
+        [("caf\u00e9.flac", b"1"), ("cafe\u0301.json", NC_ND)],
+        [("a.flac", b"1"), ("a.flac.json", NC_ND)],
+        [("a.flac", b"1"), ("a.json", b'{"meta": {"License": "CC-BY-NC-ND-4.0"}}')],
+    ],
+)
+def test_licence_reaches_its_track(tmp_path, files):
+    tracks, rejections = unpacked(tar_of(tmp_path / "x.tar", files), tmp_path / "in")
+    assert tracks and not rejections and {track.licence for track in tracks} == {"CC-BY-NC-ND-4.0"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [("Track 2.0 (x).flac", b"1"), ("Track 2.json", NC_ND)],
+        [("audio/a.flac", b"1"), ("json/a.json", NC_ND)],
+        [("a.flac", b"1"), ("a.json", b'{"license": {"name": "CC-BY-NC-ND-4.0"}}')],
+        [("a.flac", b"1"), ("a.json", b'{"license": "CC-BY-NC-ND-4.0", "licence": "CC-BY-4.0"}')],
+        [("a.flac", b"1"), (tarfile.TarInfo("a.json"), NC_ND), ("a.json", NC_ND)],
+        [("a.flac", b"1"), ("a.json", b'{"split": "fold 3"}')],
+    ],
+)
+def test_track_whose_statement_is_unclear_is_rejected(tmp_path, files):
+    assert not unpacked(tar_of(tmp_path / "x.tar", files), tmp_path / "in")[0]
+
+
+def test_track_without_json_in_a_damaged_archive_is_rejected(tmp_path):
+    data = tar_of(tmp_path / "x.tar", [("a.wav", b"1"), ("b.wav", b"2"), ("a.json", NC_ND)]).read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[:1536] + data[1536:2050])
+    tracks, rejections = unpacked(tmp_path / "x.tar", tmp_path / "in")
+    assert not tracks and "its JSON may be" in rejections[0].reason
 
 
 def test_reader_sorts_archives_of_a_folder(tmp_path):
@@ -237,7 +278,7 @@ def entry(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 )
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_bad_entry_does_not_affect_other_samples(tmp_path, bad, kind, mode):
-    tar_of(tmp_path / "x.tar", [*SAMPLE, *bad, ("z.wav", b"last")], mode)
+    tar_of(tmp_path / "x.tar", [*SAMPLE, *bad, ("z.wav", b"last"), ("z.json", b"{}")], mode)
     (tmp_path / "root").mkdir()
     tracks, rejections = unpacked(tmp_path / "x.tar", tmp_path / "root" / "in", ArchiveLimits(2000, 10_000))
     assert [track.path for track in tracks][:: len(tracks) - 1] == ["x/a.wav", "x/z.wav"]
@@ -280,20 +321,21 @@ def patched(path: Path, place: int, data: bytes) -> None:
 def test_wrong_sizes_are_rejected(tmp_path, size, kind):
     tar_of(tmp_path / "x.tar", [("b.wav", b"x"), *SAMPLE])
     patched(tmp_path / "x.tar", 124, size)
-    start = time.monotonic()
+    start = time.process_time()
     tracks, rejections = unpacked(tmp_path / "x.tar", tmp_path / "in")
-    assert not tracks and {rejection.kind for rejection in rejections} >= {kind} and time.monotonic() - start < 5
+    assert not tracks and {rejection.kind for rejection in rejections} >= {kind} and time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_truncated_archives_keep_earlier_samples(tmp_path, fraction, mode):
-    files = [(f"{index}.wav", os.urandom(5000)) for index in range(10)]
+    pairs = ([(f"{index}.json", NC_ND), (f"{index}.wav", os.urandom(5000))] for index in range(10))
+    files = [file for pair in pairs for file in pair]
     data = tar_of(tmp_path / "x.tar", files, mode).read_bytes()
     (tmp_path / "x.tar").write_bytes(data[: round(len(data) * fraction) | 1])
     tracks, rejections = unpacked(tmp_path / "x.tar", tmp_path / "in")
     assert len(tracks) < 10 and rejections[-1].item == "x.tar" and rejections[-1].kind == "unreadable"
-    for track, (_, data) in zip(tracks, files, strict=False):
+    for track, (_, data) in zip(tracks, files[1::2], strict=False):
         assert (tmp_path / "in" / track.path).read_bytes() == data
 
 
@@ -305,10 +347,10 @@ def test_archive_bombs_end_at_the_limits(tmp_path):
         file.write(header.tobuf())
         for _ in range(64):
             file.write(bytes(1 << 20))
-    start = time.monotonic()
+    start = time.process_time()
     _, rejections = unpacked(tmp_path / "bomb.tar.gz", tmp_path / "1")
     assert ("limit", "the archive unpacks to more than 100 times its size") in [(r.kind, r.reason) for r in rejections]
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 1 << 30
@@ -322,7 +364,7 @@ def test_archive_bombs_end_at_the_limits(tmp_path):
     tar_of(tmp_path / "many.tar", [(f"{index}.wav", b"") for index in range(40)])
     tracks, rejections = unpacked(tmp_path / "many.tar", tmp_path / "3", limits)
     assert len(tracks) < 40 and rejections[-1].kind == "limit"
-    tar_of(tmp_path / "large.tar", [("a.wav", bytes(1 << 19)), ("b.wav", bytes(1 << 20))])
+    tar_of(tmp_path / "large.tar", [("a.json", NC_ND), ("a.wav", bytes(1 << 19)), ("b.wav", bytes(1 << 20))])
     tracks, rejections = unpacked(tmp_path / "large.tar", tmp_path / "4", limits)
     assert [track.id for track in tracks] == ["large/a.wav"] and rejections[-1].kind == "limit"
 

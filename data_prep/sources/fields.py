@@ -81,7 +81,7 @@ def one_licence(stated: Mapping[str, str]) -> tuple[str, str]:
     if len({_identifier(licence) for licence in stated}) > 1:
         shown = ", ".join(f"{printable(licence)!r} ({where})" for licence, where in stated.items())
         raise Rejected("licence", f"several licences are stated: {shown}; keep the one that applies")
-    return list(stated.items())[-1]
+    return next(iter(stated.items()))
 
 
 def one_split(stated: Iterable[str]) -> str:

@@ -1,11 +1,12 @@
 """Reading of WebDataset archives from untrusted sources.
 
-A sample is a sequence of files with the same name up to the first dot: audio as `KEY.flac` or another format, metadata
-as `KEY.json`, a caption as `KEY.txt`. Formats: github.com/webdataset/webdataset, POSIX.1-2001 tar.
+A sample is the files of one key, anywhere in the archive: audio as `KEY.flac` or another format, metadata as `KEY.json`, a
+caption as `KEY.txt`. A key may have dots; letter case and Unicode normal form do not matter. Formats: github.com/webdataset/webdataset, POSIX.1-2001 tar.
 """
 
 import errno
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,8 +17,9 @@ from typing import Any
 from data_prep.paths import check_name, inside, printable
 from data_prep.shard_task import Counts
 from data_prep.sources.archives.tar_stream import BadArchive, Bounds, Member, members
+from data_prep.sources.fields import field_of, match_key, one_licence, one_split, split_texts, stated_licences
+from data_prep.sources.records import joined_values
 from data_prep.track import Rejected, Rejection, Track
-from ssmttm.data.splits import SPLITS
 from ssmttm.errors import UserError
 
 ITEMS_FILE = "items.jsonl"
@@ -97,33 +99,42 @@ class _Archive:
         self._folder = re.sub(r"\.(tar|tar\.gz|tgz)$", "", name, flags=re.IGNORECASE)
 
     def tracks(self) -> Iterator[Track | Rejection]:
+        samples: dict[str, _Sample] = {}
+        damage: BadArchive | None = None
         sample: _Sample | None = None
-        keys: set[str] = set()
         try:
             for member in self._members():
+                key, extension = _split(member.name)
                 try:
-                    key, extension = _split(member)
+                    _check(member)
                 except Rejected as error:
                     yield error.for_item(f"{self._name}:{printable(member.name)}")
+                    if match_key(key) in samples or extension in TEXT_EXTENSIONS | {"json"}:
+                        sample = self._sample(samples, key)
+                        sample.rejected = sample.rejected or error
                     continue
-                if not extension:
-                    continue
-                if sample is None or key != sample.key:
-                    if sample is not None:
-                        yield sample.result()
-                    sample = _Sample(key, f"{self._name}:{key}", self._folder, self._out, self._limits)
-                    if key in keys:
-                        sample.rejected = Rejected("metadata", "the key occurs twice in the archive")
-                    keys.add(key)
-                sample.add(extension, member)
+                if extension:
+                    sample = self._sample(samples, key)
+                    sample.add(extension, member)
         except BadArchive as error:
+            damage = error
             if sample is not None:
                 sample.rejected = sample.rejected or error
-                yield sample.result()
-            yield error.for_item(self._name)
-        else:
-            if sample is not None:
-                yield sample.result()
+        orphan = next((sample for sample in samples.values() if sample.metadata is not None and not sample.audio), None)
+        for sample in samples.values():
+            if sample.metadata is None and sample.rejected is None:
+                if damage is not None:
+                    sample.rejected = Rejected("unreadable", "its JSON may be in the part of the archive that is lost")
+                elif orphan is not None:
+                    reason = f"it has no JSON, and {printable(orphan.key)}.json belongs to no audio: name them alike"
+                    sample.rejected = Rejected("metadata", reason)
+            yield sample.result()
+        if damage is not None:
+            yield damage.for_item(self._name)
+
+    def _sample(self, samples: dict[str, "_Sample"], key: str) -> "_Sample":
+        new = _Sample(key, f"{self._name}:{printable(key)}", self._folder, self._out, self._limits)
+        return samples.setdefault(match_key(key), new)
 
     def _members(self) -> Iterator[Member]:
         try:
@@ -150,8 +161,8 @@ class _Sample:
     def add(self, extension: str, member: Member) -> None:
         """Read a file of the sample; errors are kept for `result`. Raises BadArchive."""
         try:
-            if extension.rpartition(".")[2] in AUDIO_EXTENSIONS:
-                self._write_audio(extension.rpartition(".")[2], member)
+            if extension in AUDIO_EXTENSIONS:
+                self._write_audio(extension, member)
             elif extension in TEXT_EXTENSIONS:
                 self.captions.append(self._read_text(member))
             elif extension == "json":
@@ -165,24 +176,28 @@ class _Sample:
         """The track, or its rejection; the audio of a rejected one is removed."""
         if self.rejected is None and not self.audio:
             self.rejected = Rejected("missing", "the sample has no audio")
-        if self.rejected is not None:
-            if self.audio:
-                (self.out / self.audio).unlink()
-            return self.rejected.for_item(self.item)
-        return self._track(self.metadata or {})
+        if self.rejected is None:
+            try:
+                return self._track(self.metadata or {})
+            except Rejected as error:
+                self.rejected = error
+        if self.audio:
+            (self.out / self.audio).unlink()
+        return self.rejected.for_item(self.item)
 
     def _track(self, metadata: dict[str, Any]) -> Track:
-        licence = _first(metadata, "licence", "license", "licence_url", "license_url")
         captions = [text for name in ("captions", "caption", "text") for text in _texts(metadata.get(name))]
         tags = metadata.get("tags")
-        split = _first(metadata, "split")
+        fields = joined_values((field_of(name), value) for name, value in metadata.items())
+        licence, evidence = one_licence(dict.fromkeys(stated_licences(fields), f"{self.item}.json"))
+        split = one_split(split_texts(fields.get("split")))
         return Track(
             id=_first(metadata, "id") or self.audio, path=self.audio, licence=licence,
             title=_first(metadata, "title"), author=_first(metadata, "author", "artist"),
-            source_url=_first(metadata, "source_url", "url"), evidence=f"{self.item}.json" if licence else "",
+            source_url=_first(metadata, "source_url", "url"), evidence=evidence,
             captions=tuple(dict.fromkeys([*captions, *filter(None, map(str.strip, self.captions))])),
             tags=tuple(_texts(tags.split(",") if isinstance(tags, str) else tags)),
-            split=split if split in SPLITS else "",
+            split=split,
         )  # fmt: skip
 
     def _write_audio(self, extension: str, member: Member) -> None:
@@ -222,21 +237,28 @@ class _Sample:
         if self.metadata is not None:
             raise Rejected("metadata", "the sample has several JSON files")
         try:
-            self.metadata = json.loads(text)
+            self.metadata = json.loads(text, object_pairs_hook=joined_values)
         except (ValueError, RecursionError) as error:
             raise Rejected("metadata", "its JSON is invalid") from error
         if not isinstance(self.metadata, dict):
             raise Rejected("metadata", "its JSON is not an object")
 
 
-def _split(member: Member) -> tuple[str, str]:
-    """Key and lower-case extension; no extension for files to ignore. Raises Rejected for links and unsafe names."""
+def _check(member: Member) -> None:
+    """Raises Rejected for links and unsafe names."""
     if member.kind != "file":
         raise Rejected("unreadable", f"it is a {member.kind}, not a file")
     check_name(member.name)
-    folder, slash, name = "/".join(part for part in member.name.split("/") if part not in ("", ".")).rpartition("/")
-    key, _, extension = name.partition(".")
-    return f"{folder}{slash}{key}", extension.lower() if key else ""
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Key and lower-case extension; no extension for files to ignore."""
+    folder, slash, name = "/".join(part for part in path.split("/") if part not in ("", ".")).rpartition("/")
+    key, _, extension = name.rpartition(".")
+    known = extension.lower() in AUDIO_EXTENSIONS | TEXT_EXTENSIONS | {"json"}
+    if known and os.path.splitext(key)[1][1:].lower() in AUDIO_EXTENSIONS:
+        key = os.path.splitext(key)[0]  # song.flac.json
+    return f"{folder}{slash}{key}", extension.lower() if known and key and not key.startswith(".") else ""
 
 
 def _first(metadata: dict[str, Any], *names: str) -> str:
