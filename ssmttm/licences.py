@@ -40,6 +40,12 @@ _PORTS = {"2.5": {"by": {"AU"}},
 _CC0 = re.compile(r"(?:cc[\s-]?0|creative commons (?:cc[\s-]?0|zero))(?:[\s-]*v?1(?:\.0)?)?(?: universal)?"
                   r"(?: public domain dedication)?")  # fmt: skip
 _PUBLIC_DOMAIN_MARK = re.compile(r"(?:cc-pdm-1\.0|(?:cc |creative commons )?public domain mark 1\.0)(?: universal)?")
+_OTHER_SPDX = re.compile(
+    r"(?:[al]?gpl|gfdl|mit|apache|bsd|mpl|epl|eupl|cddl|isc|zlib|unlicense|wtfpl|odbl|odc-by|ofl|artistic|bsl|0bsd)\b",
+    re.IGNORECASE,
+)
+_ADMITTED = ("admitted are CC0-1.0, CC-PDM-1.0, CC-PDDC, LAL-1.1 to 1.3, and CC-BY, CC-BY-SA, CC-BY-NC, CC-BY-NC-SA, "
+             "CC-BY-ND and CC-BY-NC-ND with a version such as CC-BY-4.0, by SPDX identifier or link")  # fmt: skip
 _FREE_ART = re.compile(r"(?:artlibre\.org|free art licen[cs]e|licence art libre|^lal\b)")
 
 
@@ -184,4 +190,6 @@ def _creative_commons(kind: str, version: str, port: str, shown: str) -> Licence
 
 
 def _unknown(shown: str) -> UserError:
-    return UserError(f"licence {shown!r} is not known: give an SPDX identifier such as CC-BY-4.0, or its link")
+    if _OTHER_SPDX.match(shown):
+        return UserError(f"licence {shown!r} is not admitted, as it is not made for audio: {_ADMITTED}")
+    return UserError(f"licence {shown!r} is not known: {_ADMITTED}")

@@ -65,6 +65,12 @@ def test_normalise_rejects_ambiguous_or_unknown_licences(text):
         normalise(text)
 
 
+@pytest.mark.parametrize("text", ["GPL-2.0-or-later", "MIT", "Apache-2.0", "ODbL-1.0", "BSD-3-Clause"])
+def test_normalise_says_which_licences_are_admitted(text):
+    with pytest.raises(UserError, match=r"not admitted, as it is not made for audio: admitted are CC0-1\.0"):
+        normalise(text)
+
+
 @given(
     st.sampled_from(KINDS),
     st.sampled_from(["1.0", "2.0", "2.5", "3.0", "4.0"]),
