@@ -27,6 +27,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy --follow-imports=silent ssmttm/ops ssmttm/mixers ssmttm/models ssmttm/generation ssmttm/training
 
 clean:
 	rm -rf $(VENV) build *.egg-info
