@@ -22,7 +22,7 @@ from data_prep.audio.quality import Filters
 from data_prep.run import Run
 from data_prep.shard_task import Counts, ShardResult, ShardTask, stage_folder
 from data_prep.sources import SOURCES, folder
-from data_prep.sources.archives.webdataset import find_archives, read_unpacked, unpack_shard
+from data_prep.sources.archives.webdataset import find_archives, read_all_unpacked, unpack_shard
 from data_prep.sources.evaluation_sets import EvaluationSet, read_evaluation_set
 from data_prep.stages.cut import Cut, cut_shard
 from data_prep.stages.pack import DECONTAMINATION, REJECTED_CSV
@@ -126,7 +126,7 @@ class ArchiveInput(TrackInput):
             inputs = config_hash({"archive": [str(archive), file_stamp(archive)]})
             tasks.append(ShardTask(folder / f"{index:05d}", inputs, partial(unpack_shard, archive)))
         results = run.run_stage("unpack", tasks)
-        return folder, (item for shard in results for item in read_unpacked(shard.folder))
+        return folder, read_all_unpacked([shard.folder for shard in results])
 
 
 class BuiltinInput:

@@ -292,6 +292,14 @@ def test_musiccaps_finds_clips_by_usual_names(tmp_path, name):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("written", "split"), [("1", "test"), ("TRUE", "test"), ("0", "train"), ("maybe", None)])
+def test_musiccaps_reads_its_evaluation_flag_in_any_form(tmp_path, written, split):
+    write_csv(tmp_path / "musiccaps-public.csv", CAPS, caps_row(VIDEO, part=written))
+    write(tmp_path / f"{VIDEO}.wav")
+    tracks, rejections = read("musiccaps", tmp_path)
+    assert [track.split for track in tracks.values()] == [split] * bool(split) and len(rejections) == (not split)
+
+
 BENCH = {"dataset": "MusicBench", "location": f"data_aug2/{VIDEO}_1.wav", "main_caption": "A song in G minor.",
          "alt_caption": "A song.", "prompt_key": "The key is G minor.", "beats": [[0.1], [1.0]], "bpm": 120.0,
          "key": ["G", "minor"], "keyprob": [0.9], "is_audioset_eval_mcaps": False}  # fmt: skip

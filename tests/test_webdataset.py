@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_prep.sources.archives.export import export
 from data_prep.sources.archives.tar_stream import BadArchive, Bounds, members
-from data_prep.sources.archives.webdataset import ArchiveLimits, read_archives
+from data_prep.sources.archives.webdataset import ArchiveLimits, read_all_unpacked, read_archives, unpack_shard
 from data_prep.track import KINDS, Rejection, Track
 from ssmttm.data.store import Store
 from ssmttm.data.writer import StoreWriter
@@ -224,6 +224,16 @@ def test_licence_reaches_its_track(tmp_path, files):
 )
 def test_track_whose_statement_is_unclear_is_rejected(tmp_path, files):
     assert not unpacked(tar_of(tmp_path / "x.tar", files), tmp_path / "in")[0]
+
+
+def test_track_whose_json_may_be_in_another_archive_is_rejected(tmp_path):
+    for name, files in (("audio", [("a.wav", b"1")]), ("json", [("a.json", NC_ND)]), ("whole", SAMPLE)):
+        (tmp_path / name).mkdir()
+        unpack_shard(tar_of(tmp_path / f"{name}.tar", files), tmp_path / name)
+    items = list(read_all_unpacked([tmp_path / name for name in ("audio", "json", "whole")]))
+    assert [item.kind if isinstance(item, Rejection) else item.licence for item in items] == [
+        "licence", "missing", "CC0-1.0",
+    ]  # fmt: skip
 
 
 def test_track_without_json_in_a_damaged_archive_is_rejected(tmp_path):

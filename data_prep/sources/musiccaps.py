@@ -53,8 +53,16 @@ def _track(name: str, values: dict[str, str], clips: dict[str, str]) -> Track:
         source_url=f"https://www.youtube.com/watch?v={work}&t={values['start_s']}s", work=f"youtube:{work}",
         captions=tuple(texts(values["caption"])),
         tags=tuple(f"aspect---{aspect}" for aspect in texts(listed(values["aspect_list"]))),
-        split={"true": "test", "false": "train"}.get(values.get("is_audioset_eval", "").lower(), ""),
+        split=_split(values.get("is_audioset_eval", "").lower()),
     )  # fmt: skip
+
+
+def _split(is_eval: str) -> str:
+    splits = {"true": "test", "1": "test", "1.0": "test", "yes": "test", "false": "train", "0": "train",
+              "0.0": "train", "no": "train", "": ""}  # fmt: skip
+    if is_eval not in splits:
+        raise Rejected("metadata", f"its is_audioset_eval {is_eval[:40]!r} is neither true nor false")
+    return splits[is_eval]
 
 
 def _stems(work: str, start: str, end: str) -> list[str]:

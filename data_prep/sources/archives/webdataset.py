@@ -1,14 +1,16 @@
 """Reading of WebDataset archives from untrusted sources.
 
 A sample is the files of one key, anywhere in the archive: audio as `KEY.flac` or another format, metadata as `KEY.json`, a
-caption as `KEY.txt`. A key may have dots; letter case and Unicode normal form do not matter. Formats: github.com/webdataset/webdataset, POSIX.1-2001 tar.
+caption as `KEY.txt`. A key may have dots; letter case and Unicode normal form do not matter.
+
+Formats: github.com/webdataset/webdataset, POSIX.1-2001 tar.
 """
 
 import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from data_prep.sources.records import joined_values
 from data_prep.track import Rejected, Rejection, Track
 from ssmttm.errors import UserError
 
+_ONLY_JSON = "the sample has JSON but no audio"
 ITEMS_FILE = "items.jsonl"
 AUDIO_EXTENSIONS = {
     "wav", "flac", "ogg", "oga", "opus", "mp3", "aiff", "aif", "aifc", "au", "caf", "w64", "m4a", "mp4", "aac", "wma",
@@ -42,9 +45,9 @@ class ArchiveLimits:
 def read_archives(path: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()) -> Iterator[Track | Rejection]:
     """Read archives once from start to end, write their audio below `out`, and yield a track per sample.
 
-    JSON keys: caption, captions or text; licence or license (or licence_url); title; author or artist; source_url or
+    JSON keys: caption, captions or text; licence, in any spelling; title; author or artist; source_url or
     url; tags; split; id. `.txt` and `.caption` are captions. Other files of a sample are ignored. Rejected are unsafe
-    names, links and devices, repeated keys, samples without audio or with invalid JSON, and damaged or too large files
+    names, links and devices, several licences, samples without audio or with invalid JSON, and damaged or too large files
     and archives, of which the rest is lost.
 
     Args:
@@ -85,6 +88,19 @@ def read_unpacked(folder: Path) -> Iterator[Track | Rejection]:
             else:
                 texts = {name: tuple(fields[name]) for name in ("captions", "tags")}
                 yield Track(**{**fields, **texts, "path": f"{folder.name}/{fields['path']}"})
+
+
+def read_all_unpacked(folders: Sequence[Path]) -> Iterator[Track | Rejection]:
+    """The items of all shards. While JSON of one archive has no audio, tracks of any without a licence are rejected."""
+    orphan = next((item.item for folder in folders for item in read_unpacked(folder)
+                   if isinstance(item, Rejection) and item.reason == _ONLY_JSON), None)  # fmt: skip
+    for folder in folders:
+        for item in read_unpacked(folder):
+            if orphan is not None and isinstance(item, Track) and not item.licence:
+                reason = f"it states no licence, and {orphan}.json belongs to no audio: name them alike, in one archive"
+                yield Rejection(item.id, "licence", reason)
+            else:
+                yield item
 
 
 def _is_archive(path: Path) -> bool:
@@ -175,7 +191,7 @@ class _Sample:
     def result(self) -> Track | Rejection:
         """The track, or its rejection; the audio of a rejected one is removed."""
         if self.rejected is None and not self.audio:
-            self.rejected = Rejected("missing", "the sample has no audio")
+            self.rejected = Rejected("missing", _ONLY_JSON if self.metadata is not None else "the sample has no audio")
         if self.rejected is None:
             try:
                 return self._track(self.metadata or {})
