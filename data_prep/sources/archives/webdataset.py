@@ -47,7 +47,7 @@ def read_archives(path: Path, out: Path, limits: ArchiveLimits = ArchiveLimits()
 
     JSON keys: caption, captions or text; licence, in any spelling; title; author or artist; source_url or
     url; tags; split; id. `.txt` and `.caption` are captions. Other files of a sample are ignored. Rejected are unsafe
-    names, links and devices, several licences, samples without audio or with invalid JSON, and damaged or too large files
+    names, links and devices, several licences, samples without audio or with invalid JSON, and damaged or large files
     and archives, of which the rest is lost.
 
     Args:
