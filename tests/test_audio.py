@@ -229,3 +229,44 @@ def test_audio_import_is_light():
     code = f"import sys, ssmttm.audio, ssmttm.data, ssmttm.text; print({heavy} & {{*sys.modules}})"
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert completed.stdout.strip() == "set()"
+
+
+def joined(path, kind: str) -> None:
+    """Two files of a second of noise each, one after the other."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal((RATE, 1)).astype(np.float32)
+    sf.write(path, noise, RATE, format="OGG" if kind == "ogg" else kind.upper())
+    data = path.read_bytes()
+    path.write_bytes(data + (b"ID3\x04\0\0\0\0\0\x05title" if kind == "flac" else b"") + data)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "ogg", "flac", "wav", "aiff", "au"])
+def test_read_rejects_joined_files(tmp_path, kind):
+    joined(tmp_path / f"x.{kind}", kind)
+    with pytest.raises(UserError, match=r"holds (several|a second)"):
+        audio.read(tmp_path / f"x.{kind}")
+
+
+def test_read_rejects_wav_with_too_short_length(tmp_path):
+    sf.write(tmp_path / "x.wav", 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
+    whole = (tmp_path / "x.wav").read_bytes()
+    (tmp_path / "x.wav").write_bytes(whole[:40] + struct.pack("<I", RATE) + whole[44:])
+    with pytest.raises(UserError, match="states too short"):
+        audio.read(tmp_path / "x.wav")
+    for rest in (bytes(10_000), b"LIST" + struct.pack("<I", 8000) + bytes(8000)):
+        (tmp_path / "x.wav").write_bytes(whole + rest)
+        assert audio.read(tmp_path / "x.wav")[0].shape == (1, RATE)
+
+
+@pytest.mark.parametrize("noisy_first", [False, True])
+def test_read_mp3_without_length_is_whole(tmp_path, noisy_first):
+    """Its first frame, which states the length, is left out."""
+    noise = 0.3 * np.random.default_rng(0).standard_normal(4 * RATE)
+    parts = [noise, np.zeros(4 * RATE)] if noisy_first else [np.zeros(4 * RATE), noise]
+    sf.write(tmp_path / "x.mp3", np.concatenate(parts), RATE, bitrate_mode="VARIABLE")
+    data = (tmp_path / "x.mp3").read_bytes()
+    assert b"Xing" in data[:64]
+    (tmp_path / "x.mp3").write_bytes(data[data.index(data[:2], 4) :])
+    assert abs(audio.read(tmp_path / "x.mp3")[0].shape[1] / RATE - 8.0) < 0.2
+    crop, _ = audio.read_crop(tmp_path / "x.mp3", 100 * RATE, 0)
+    assert abs(len(crop) / RATE - 8.0) < 0.2
+    assert len(audio.read_part(tmp_path / "x.mp3", 7 * RATE, 1000)[0]) == 1000

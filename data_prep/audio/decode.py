@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+import ssmttm
 from data_prep.track import Rejected
-from ssmttm.audio.lengths import audio_bytes, is_truncated
+from ssmttm.audio import mpeg
+from ssmttm.audio.lengths import audio_bytes, is_truncated, left_out
 from ssmttm.errors import UserError
 
 _BLOCK = 1 << 18  # samples over all channels
@@ -33,6 +35,8 @@ _FILES = 500  # files per child process at most
 _HEADER = 5  # bytes before a message: kind and length, as packed by the child
 _START_SECONDS = 60.0
 _STARTS = 3  # tries
+_CONVERT = "split it, or convert it to one FLAC"
+_ROOT = Path(ssmttm.__file__).parents[1]  # for the child, which is run by its path
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Decoder:
         Raises:
             Rejected: missing, unreadable or limit; possibly after some blocks.
         """
-        with self._opened(path) as header:
+        with self._opened(path, whole=True) as header:
             channels, rate = header["channels"], header["sample_rate"]
             kind = np.dtype(">f4" if header["big_endian"] else "<f4")
             n_frames = 0
@@ -130,6 +134,9 @@ class Decoder:
                 raise Rejected("unreadable", "it holds no samples")
             if header["frames"] is not None and is_truncated(n_frames, header["frames"], header["exact"]):
                 raise Rejected("unreadable", f"it is cut short ({n_frames} of {header['frames']} samples)")
+            if header["mpeg"] is not None and header["mpeg"].is_left_out(n_frames):
+                reason = f"only {n_frames} of the {header['mpeg'].samples} samples that it holds can be decoded"
+                raise Rejected("unreadable", reason)
 
     def probe(self, path: Path) -> AudioInfo:
         """The file's header; no audio is decoded. Raises Rejected as `blocks`."""
@@ -138,15 +145,19 @@ class Decoder:
             return AudioInfo(header["format"], header["channels"], header["sample_rate"], seconds)
 
     @contextmanager
-    def _opened(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The file open in the child; yields its header."""
+    def _opened(self, path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
+        """The file open in the child; yields its header, checked for sound that decoders leave out if `whole`."""
         if self._busy:
             raise RuntimeError("a Decoder reads one file at a time")
         handle, before = _open(path, self._limits.max_bytes)
         self._busy = True
         try:
+            frames = _check_whole(handle) if whole else None
             header = self._read_header(handle)
             self._check(header)
+            header["mpeg"] = frames if header["format"].lower().startswith("mp3") else None
+            if header["mpeg"] is not None and header["mpeg"].fault:
+                raise Rejected("unreadable", f"it {header['mpeg'].fault}: {_CONVERT}")
             yield header
             if _state(handle) != before:
                 raise Rejected("unreadable", "it changed while it was read")
@@ -261,6 +272,7 @@ class Decoder:
         self._end()
         self._link, link = socket.socketpair()
         limits = self._limits
+        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(_ROOT))))
         program = Path(__file__).with_name("decoder_process.py")
         numbers = (os.getpid(), limits.memory_bytes, 4 * _BLOCK, limits.max_seconds + 1, limits.wall_seconds)
         with link:
@@ -269,7 +281,7 @@ class Decoder:
                 stdin=link.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path},
             )
         self._files = 0
         self._link.settimeout(_START_SECONDS)
@@ -323,6 +335,16 @@ def _open(path: Path, max_bytes: int) -> tuple[int, tuple[int, ...]]:
         os.close(handle)
         raise
     return handle, _state(handle)
+
+
+def _check_whole(handle: int) -> mpeg.MpegStream | None:
+    """The MPEG frames of an open file, if it has any. Raises Rejected if decoders leave out sound of the file."""
+    with open(handle, "rb", closefd=False) as file:
+        file.seek(0)
+        fault = left_out(file, os.fstat(handle).st_size)
+    if fault:
+        raise Rejected("unreadable", f"it {fault}: {_CONVERT}")
+    return mpeg.scan(handle)
 
 
 def _state(handle: int) -> tuple[int, ...]:

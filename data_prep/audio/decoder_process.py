@@ -1,10 +1,10 @@
 """The program started by `data_prep.audio.decode`, the only one that parses audio files.
 
-It is run by its path, imports nothing of this project, may write no file, has a memory limit, and dies with its
-parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor is sent along), R (read a
-block) or C (close). The reply to O and R is a message: a byte (its kind), its length and its content. Kinds: S, the
-header in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a rejection in JSON; F, a
-rejection by FFmpeg, which runs as a process of its own, with the same limits, for formats unknown to libsndfile.
+It is run by its path, imports only `ssmttm.audio.mpeg` of this project, may write no file, has a memory limit, and dies
+with its parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor is sent along), R
+(read a block) or C (close). The reply to O and R is a message: a byte (its kind), its length and its content. Kinds: S,
+the header in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a rejection in JSON; F,
+a rejection by FFmpeg, which runs as a process of its own, with the same limits, for formats unknown to libsndfile.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 from typing import IO, Any
 
 import soundfile
+
+from ssmttm.audio.mpeg import Pipe, after_id3, states_its_length
 
 HEADER = struct.Struct("<cI")
 CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "SVX", "VOC"}
@@ -66,16 +67,16 @@ class SndFile:
     """A file read by libsndfile."""
 
     def __init__(self, handle: int) -> None:
-        self._pipe: _Pipe | None = None
+        self._pipe: Pipe | None = None
         try:
             self._file = self._open(handle)
         except Rejection as rejection:
             if os.pread(handle, 4, 0) == b"OggS":  # it does not read every FLAC in Ogg
                 raise LookupError from rejection
             raise
-        if self._file.format == "MP3" and not _states_its_length(handle):
+        if self._file.format == "MP3" and not states_its_length(handle):
             self._file.close()
-            self._pipe = _Pipe(handle, _after_id3(handle))
+            self._pipe = Pipe(handle, after_id3(handle))
             try:
                 self._file = self._open(self._pipe.end)
             except (LookupError, Rejection):
@@ -117,43 +118,6 @@ class SndFile:
         self._file.close()
         if self._pipe is not None:
             self._pipe.close()
-
-
-class _Pipe:
-    """The bytes of a file from `start` on, through a pipe filled by a thread.
-
-    libsndfile estimates the length of an MP3 that does not state it from the first frames and reads no further; from a
-    pipe it reads everything.
-    """
-
-    def __init__(self, handle: int, start: int) -> None:
-        self.end, self._into = os.pipe()
-        self._thread = threading.Thread(target=self._fill, args=(handle, start), daemon=True)
-        self._thread.start()
-
-    def _fill(self, handle: int, place: int) -> None:
-        with contextlib.suppress(BrokenPipeError), open(self._into, "wb") as file:
-            while data := os.pread(handle, 1 << 16, place):
-                file.write(data)
-                place += len(data)
-
-    def close(self) -> None:
-        os.close(self.end)
-        self._thread.join()
-
-
-def _states_its_length(handle: int) -> bool:
-    """Whether the first frame of an MP3 holds the number of frames."""
-    frame = os.pread(handle, 256, _after_id3(handle))
-    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
-
-
-def _after_id3(handle: int) -> int:
-    """The end of the tags before the audio. The size of a tag is stored as four times seven bits."""
-    place = 0
-    while len(head := os.pread(handle, 10, place)) == 10 and head[:3] == b"ID3":
-        place += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-    return place
 
 
 class FFmpeg:

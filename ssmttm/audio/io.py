@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmttm.audio.lengths import audio_bytes, is_truncated
+from ssmttm.audio import mpeg
+from ssmttm.audio.lengths import audio_bytes, is_truncated, left_out
 from ssmttm.errors import UserError
 from ssmttm.files import atomic_write
 
@@ -86,6 +87,11 @@ def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
     Returns:
         float32 [<= S] and the file's sample rate.
     """
+    if _is_of_unknown_length(path):
+        wav, rate = read(path)
+        length = min(samples, wav.shape[1])
+        start = choice % (wav.shape[1] - length + 1)
+        return wav[0, start : start + length].numpy(), rate
     with _open(path) as file:
         length = min(samples, file.frames)
         return _read_frames(path, file, choice % (file.frames - length + 1), length)
@@ -93,8 +99,17 @@ def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
 
 def read_part(path: Path, start: int, samples: int) -> tuple[np.ndarray, int]:
     """Decode a file of a store from `start` on, mixed down to mono: float32 [<= samples], and its sample rate."""
+    if _is_of_unknown_length(path):
+        wav, rate = read(path)
+        return wav[0, start : start + max(0, samples)].numpy(), rate
     with _open(path) as file:
         return _read_frames(path, file, min(start, file.frames), max(0, min(samples, file.frames - start)))
+
+
+def _is_of_unknown_length(path: Path) -> bool:
+    """Whether a file is an MP3 that does not state its length, so that only decoding it whole tells the length."""
+    with _open(path) as file, open(path, "rb") as opened:
+        return file.format == "MP3" and not mpeg.states_its_length(opened.fileno())
 
 
 def _read_frames(path: Path, file: Any, start: int, length: int) -> tuple[np.ndarray, int]:
@@ -187,8 +202,9 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
     import soundfile as sf
 
     check_file(path)
+    frames = _check_whole(path)
     try:
-        with sf.SoundFile(path) as file:
+        with _open_whole(path) as file:
             if file.channels > _MAX_CHANNELS or not _RATES[0] <= file.samplerate <= _RATES[1]:
                 raise UserError(f"{path} has {file.channels} channels at {file.samplerate} Hz: that is not supported")
             n_read = 0
@@ -199,10 +215,39 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
                 yield (block.mean(axis=1)[None] if mono else np.ascontiguousarray(block.T)), file.samplerate
             if n_read == 0:
                 raise UserError(f"{path} contains no samples: remove it or export it again")
-            if is_truncated(n_read, file.frames, exact=file.format != "MP3"):
+            if file.seekable() and is_truncated(n_read, file.frames, exact=file.format != "MP3"):
                 raise UserError(f"{path} is truncated ({n_read} of {file.frames} samples): copy it again")
+            if file.format == "MP3" and frames is not None and frames.is_left_out(n_read):
+                raise UserError(f"{path} is damaged: only {n_read} of its {frames.samples} samples can be decoded")
     except sf.SoundFileError as error:
         raise UserError(f"{path} cannot be read as audio ({_reason(error)})") from error
+
+
+def _check_whole(path: Path) -> mpeg.MpegStream | None:
+    """The MPEG frames of a file, if it has any. Raises UserError if decoders leave out sound of the file."""
+    with open(path, "rb", buffering=1 << 16) as file:
+        fault = left_out(file, path.stat().st_size)
+        frames = mpeg.scan(file.fileno())
+    if fault := fault or (frames.fault if frames else ""):
+        raise UserError(f"{path} {fault}: split it, or convert it to one FLAC")
+    return frames
+
+
+@contextmanager
+def _open_whole(path: Path) -> Iterator[Any]:
+    """A file opened by libsndfile, through a pipe if it is an MP3 that does not state its length."""
+    import soundfile as sf
+
+    with open(path, "rb") as opened, sf.SoundFile(path) as file:
+        if file.format != "MP3" or mpeg.states_its_length(opened.fileno()):
+            yield file
+            return
+        pipe = mpeg.Pipe(opened.fileno(), mpeg.after_id3(opened.fileno()))
+        try:
+            with sf.SoundFile(pipe.end, closefd=False) as file:
+                yield file
+        finally:
+            pipe.close()
 
 
 def _to_16_bit(samples: Tensor, path: Path) -> Tensor:
