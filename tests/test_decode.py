@@ -444,3 +444,25 @@ def test_decoder_ffmpeg_ends_when_caller_stops(tmp_path, decoder):
 def test_decoder_imports_no_torch():
     code = "import sys, data_prep.audio.decode, data_prep.paths; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "ogg", "flac", "wav", "aiff"])
+def test_decoder_rejects_joined_files(tmp_path, decoder, suffix):
+    """Decoders stop at the end of the first."""
+    path = tmp_path / f"x.{suffix}"
+    sf.write(path, noise(2.0), RATE)
+    path.write_bytes(2 * path.read_bytes())
+    assert re.search("holds (several|a second)", rejected(decoder, path).reason)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("first", [["-write_xing", "0"], ["-write_xing", "1"]])
+def test_decoder_joined_mp3_without_tag_is_whole_or_rejected(tmp_path, decoder, first):
+    sf.write(tmp_path / "x.wav", noise(4.0), RATE)
+    ffmpeg("-i", tmp_path / "x.wav", *first, tmp_path / "a.mp3")
+    ffmpeg("-i", tmp_path / "x.wav", "-write_xing", "0", tmp_path / "b.mp3")
+    (tmp_path / "x.mp3").write_bytes((tmp_path / "a.mp3").read_bytes() + (tmp_path / "b.mp3").read_bytes())
+    if first[1] == "0":
+        assert abs(whole(decoder, tmp_path / "x.mp3")[0].shape[1] / RATE - 8.0) < 0.2
+    else:
+        assert "where decoders stop" in rejected(decoder, tmp_path / "x.mp3").reason
