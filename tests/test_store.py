@@ -1,6 +1,7 @@
 """The store on disk: round trip, damage, other settings or codecs, atomic writes."""
 
 import json
+import shutil
 import time
 import timeit
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from small_stores import write_rows_store
+from small_stores import SAMPLE_RATE, write_audio_store, write_rows_store
 
 from ssmttm.data import StoreWriter, open_store
 from ssmttm.data.store import FORMAT, SCHEMA, shard_name, text_name
@@ -258,6 +259,48 @@ def test_verify_finds_a_flipped_bit(store_and_embeddings):
     file.write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
         open_store(store.path).verify()
+
+
+@pytest.mark.parametrize("damage", ["sample", "header", "truncated", "missing"])
+def test_verify_finds_damaged_audio(tmp_path, damage):
+    store = open_store(write_audio_store(tmp_path / "store"))
+    store.verify()
+    file = store.audio_path(3)
+    data = bytearray(file.read_bytes())
+    data[30 if damage == "header" else -2] ^= 1
+    file.write_bytes(data[:-2] if damage == "truncated" else data)
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(UserError, match=rf"audio/3\.wav is {'missing' if damage == 'missing' else 'damaged'}"):
+        open_store(store.path).verify()
+
+
+def test_fingerprint_depends_on_the_audio(tmp_path):
+    one = write_audio_store(tmp_path / "one")
+    other = write_audio_store(tmp_path / "other")
+    assert open_store(one).fingerprint == open_store(other).fingerprint
+    tone = write_audio_store(tmp_path / "tone", seconds=1.4) / "audio/3.wav"
+    (tmp_path / "third/audio").mkdir(parents=True)
+    writer = StoreWriter(tmp_path / "third", {"sample_rate": SAMPLE_RATE}, sample_rate=SAMPLE_RATE)
+    for known in open_store(one).manifest.to_pylist():
+        shutil.copy(tone if known["id"] == "s3" else one / known["audio"], tmp_path / "third" / known["audio"])
+        writer.add(known)
+    assert writer.finish().fingerprint != open_store(one).fingerprint
+
+
+def test_verify_says_that_audio_of_an_older_store_has_no_hashes(tmp_path, capsys):
+    path = write_audio_store(tmp_path / "store")
+    manifest = pq.read_table(path / "manifest.parquet").drop_columns(["audio_bytes", "audio_sha256"])
+    pq.write_table(manifest, path / "manifest.parquet")
+    info = json.loads((path / "store.json").read_text())
+    info["files"]["manifest.parquet"] = file_entry(path / "manifest.parquet")
+    (path / "store.json").write_text(json.dumps(info))
+    open_store(path).verify()
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "no hashes of 12 audio files" in warning
+    (path / "audio/3.wav").unlink()
+    with pytest.raises(UserError, match=r"audio/3\.wav is missing"):
+        open_store(path).verify()
 
 
 def test_map_tensors_rejects_damaged_headers(tmp_path):

@@ -46,6 +46,8 @@ _DESCRIPTIONS = {
     "content_hash": "sha256 of the audio",
     "duration": "length in seconds",
     "audio": "path of the audio file inside the store",
+    "audio_bytes": "size of the audio file in bytes",
+    "audio_sha256": "SHA-256 of the audio file",
     "loudness": "loudness of the audio in LUFS",
     "truth": "JSON: ground-truth annotations, such as tempo and key",
     "track": "the work that the segment was cut from",

@@ -11,6 +11,7 @@ Shapes: K codebooks, T frames, L text tokens, E embedding width. Nothing is pick
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +50,8 @@ SCHEMA = pa.schema(
         pa.field("content_hash", pa.string()),
         pa.field("duration", pa.float64()),  # seconds
         pa.field("audio", pa.string()),  # path inside the store, or null
+        pa.field("audio_bytes", pa.int64()),  # of that file; not in stores of earlier versions
+        pa.field("audio_sha256", pa.string()),
         pa.field("truth", pa.string()),  # annotations as JSON, or null
         pa.field("track", pa.string()),  # id of the source track
         pa.field("artist", pa.string()),  # the same across data sets, or empty
@@ -82,11 +85,14 @@ def open_store(path: str | Path) -> "Store":
 class Store:
     """A finished store, read-only; see `open_store`.
 
+    The sizes of all files but the audio are checked; `verify` compares all hashes.
+
     Attributes:
         path: the folder.
         info: store.json.
         manifest: the Parquet table.
-        fingerprint: 16 hex digits over every file of the store.
+        fingerprint: 16 hex digits over store.json, which has the hashes of the other files; the manifest has those of
+            the audio.
     """
 
     def __init__(self, path: Path) -> None:
@@ -221,10 +227,29 @@ class Store:
             )
 
     def verify(self) -> None:
-        """Compare the sha256 of every file listed in store.json. Raises UserError on the first damaged one."""
-        for name, entry in self.info["files"].items():
-            if file_sha256(self.path / name) != entry["sha256"]:
-                raise UserError(f"{self.path / name} is damaged (its sha256 differs): {_AGAIN}")
+        """Compare the sha256 of every file: those listed in store.json, and the audio. Raises UserError on the first
+        that is missing or damaged. Warns of audio without a recorded hash, in stores of earlier versions."""
+        hashes = {name: entry["sha256"] for name, entry in self.info["files"].items()}
+        hashes |= self._audio_hashes()
+        for name, sha256 in hashes.items():
+            file = audio_inside(self.path, name)
+            if not file.is_file():
+                raise UserError(f"{file} is missing: {_AGAIN}")
+            if sha256 is not None and file_sha256(file) != sha256:
+                raise UserError(f"{file} is damaged (its sha256 differs): {_AGAIN}")
+        unknown = sum(sha256 is None for sha256 in hashes.values())
+        if unknown:
+            print(
+                f"warning: {self.path} has no hashes of {unknown} audio files, as stores of earlier versions: they are "
+                f"not verified; `python -m data_prep pack --root {self.path} --out NEW` records them",
+                file=sys.stderr,
+            )
+
+    def _audio_hashes(self) -> dict[str, str | None]:
+        """The sha256 of each audio file, None where it was not recorded."""
+        columns = [name for name in ("audio", "audio_sha256") if name in self.manifest.column_names]
+        rows = self.manifest.select(columns).filter(self.manifest["audio"].is_valid()).to_pylist()
+        return {row["audio"]: row.get("audio_sha256") for row in rows}
 
 
 def _joined(column: pa.ChunkedArray) -> pa.Array:

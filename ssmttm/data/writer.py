@@ -65,7 +65,8 @@ class StoreWriter:
         """Add one segment.
 
         Args:
-            row: the manifest's columns; `id`, `split`, `licence` and `duration` are required.
+            row: the manifest's columns; `id`, `split`, `licence` and `duration` are required. The size and the hash of
+                the file `audio` are added, if it is in the store already.
             codes: [K, frames] integers; None for an audio-only store.
         """
         missing = [key for key in _REQUIRED if row.get(key) is None]
@@ -79,7 +80,10 @@ class StoreWriter:
             if codes is None or codes.shape[0] != self._codec["n_codebooks"]:
                 raise ValueError(f"segment {row['id']} needs codes [{self._codec['n_codebooks']}, frames]")
             self._codes.append(codes.astype(np.uint16))
-        self._rows.append({**_DEFAULTS, **row, "truth": annotations})
+        audio = self.path / (row.get("audio") or "")
+        entry = file_entry(audio) if audio.is_file() else {}
+        hashes = {"audio_bytes": entry.get("bytes"), "audio_sha256": entry.get("sha256")}
+        self._rows.append({**_DEFAULTS, **row, "truth": annotations, **hashes})
         self._counts[row["split"]] += 1
         self._seconds[row["split"]] += row["duration"]
         self._licences[row["licence"]] += 1

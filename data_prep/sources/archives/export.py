@@ -21,7 +21,7 @@ from ssmttm.files import file_sha256, new_folder
 INDEX = "dataset.json"
 _MAX_KEY = 100  # letters
 _Files = list[tuple[str, bytes]]  # names and contents
-_STORE_COLUMNS = {"shard", "offset", "audio"}  # of the store, not of the segment
+_STORE_COLUMNS = {"shard", "offset", "audio", "audio_bytes", "audio_sha256"}  # of the store, not of the segment
 
 
 def export(store: Store, out: Path, shard_bytes: int = 1 << 30) -> list[Path]:
