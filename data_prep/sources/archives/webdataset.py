@@ -1,7 +1,7 @@
 """Reading of WebDataset archives from untrusted sources.
 
-A sample is the files of one key, anywhere in the archive: audio as `KEY.flac` or another format, metadata as `KEY.json`, a
-caption as `KEY.txt`. A key may have dots; letter case and Unicode normal form do not matter.
+A sample is the files of one key, in any order: audio as `KEY.flac` or another format, metadata as `KEY.json`, a caption
+as `KEY.txt`. A key may have dots; letter case and Unicode normal form do not matter.
 
 Formats: github.com/webdataset/webdataset, POSIX.1-2001 tar.
 """
