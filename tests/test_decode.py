@@ -68,8 +68,8 @@ def alive(pid: int) -> bool:
 
 
 def soon(condition: Callable[[], bool]) -> None:
-    """Wait until it holds, for 10 s at most."""
-    deadline = time.monotonic() + 10
+    """Wait until it holds, for 60 s at most."""
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert condition()
@@ -320,21 +320,20 @@ def test_decoder_crash_is_rejection_and_next_file_is_read(tmp_path):
 
 def test_decoder_hang_ends_at_wall_limit(tmp_path):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
-    with Decoder(Limits(wall_seconds=0.5)) as decoder:
+    with Decoder(Limits(wall_seconds=1.5)) as decoder:
         blocks = decoder.blocks(tmp_path / "x.wav")
         next(blocks)
         pid = decoder.pid
-        os.kill(pid, signal.SIGSTOP)
-        begun = time.monotonic()
-        with pytest.raises(Rejected, match=r"longer than 0\.5 s") as caught:
+        os.kill(pid, signal.SIGSTOP)  # for ever
+        with pytest.raises(Rejected, match=r"longer than 1\.5 s") as caught:
             list(blocks)
-        assert caught.value.kind == "limit" and time.monotonic() - begun < 5 and not alive(pid)
+        assert caught.value.kind == "limit" and not alive(pid)
         assert whole(decoder, tmp_path / "x.wav")[0].shape == (2, 10 * RATE)
 
 
 def test_decoder_wall_limit_covers_all_blocks(tmp_path):
     sf.write(tmp_path / "x.wav", noise(20.0), RATE)
-    with Decoder(Limits(wall_seconds=0.6)) as decoder:
+    with Decoder(Limits(wall_seconds=1.5)) as decoder:
         blocks = decoder.blocks(tmp_path / "x.wav")
         next(blocks)
         pid = decoder.pid
@@ -343,18 +342,18 @@ def test_decoder_wall_limit_covers_all_blocks(tmp_path):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-        with pytest.raises(Rejected, match=r"longer than 0\.6 s"):
+        with pytest.raises(Rejected, match=r"longer than 1\.5 s"):
             for _ in range(3):
                 os.kill(pid, signal.SIGSTOP)
-                threading.Timer(0.35, wake).start()
+                threading.Timer(0.9, wake).start()
                 next(blocks)
 
 
 def test_decoder_wall_limit_excludes_caller(tmp_path):
     sf.write(tmp_path / "x.wav", noise(10.0), RATE)
-    with Decoder(Limits(wall_seconds=0.5)) as decoder:
+    with Decoder(Limits(wall_seconds=1.5)) as decoder:
         for _ in decoder.blocks(tmp_path / "x.wav"):
-            time.sleep(0.3)
+            time.sleep(0.6)
 
 
 def test_decoder_rejects_file_changed_while_read(tmp_path, decoder):

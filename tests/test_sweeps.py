@@ -21,6 +21,7 @@ from small_stores import CODEBOOK_SIZE, FRAMES, N_CODEBOOKS, TEXT_DIM, write_cod
 from ssmttm import config
 from ssmttm.cli.main import main
 from ssmttm.errors import Preempted, UserError, run_cli
+from ssmttm.files import is_locked
 from ssmttm.launch import job as launch_job
 from ssmttm.launch.job import CommandJob
 from ssmttm.models.size import count_parameters, size_of
@@ -160,8 +161,8 @@ def test_jobs_run_once_and_are_skipped_afterwards(tmp_path, fake, capsys):
 
 
 def test_jobs_run_in_parallel_up_to_the_limit(tmp_path, fake):
-    def together(parallel):
-        folder = run_sweep(settings(tmp_path / str(parallel), RATES, steps=40, parallel=parallel))
+    def together(parallel, steps):
+        folder = run_sweep(settings(tmp_path / str(parallel), RATES, steps=steps, parallel=parallel))
         spans = []
         for job in folder.jobs():
             run = folder.job_folder(job.name) / "run"
@@ -169,7 +170,7 @@ def test_jobs_run_in_parallel_up_to_the_limit(tmp_path, fake):
         (_, end), (start, _) = sorted(spans)
         return start < end
 
-    assert together(2) and not together(1)
+    assert together(2, steps=100) and not together(1, steps=5)
 
 
 def test_failed_job_is_reported_and_the_others_finish(tmp_path, fake, capsys):
@@ -234,10 +235,9 @@ def test_error_in_a_sweep_stops_its_trainings(tmp_path, fake):
 
     with pytest.raises(UserError, match="no use for 5-seed0, done"):
         launchers.run_local(folder, jobs, sweep_settings, 2, fail)
-    time.sleep(0.3)
-    made = lines(folder, "500-seed0")
-    time.sleep(0.3)
-    assert 0 < len(made) == len(lines(folder, "500-seed0")) < 1000
+    while is_locked(folder.job_folder("500-seed0") / "run"):
+        time.sleep(0.02)
+    assert 0 < len(lines(folder, "500-seed0")) < 1000
 
 
 def test_sweep_without_store_is_a_clear_error(tmp_path):
@@ -276,17 +276,24 @@ def lines(folder, name):
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def commands(folder):
+    """How often the sweep has started a training, as its logs say."""
+    return sum(log.read_text().count("$ ") for log in folder.path.glob("jobs/*/log.txt"))
+
+
 def test_sweep_killed_at_random_times_repeats_no_step(tmp_path, start):
     """With kill -9: each step of each job runs once, and a finished job is never started again."""
     folder, moments = SweepFolder(tmp_path / "sweep"), random.Random(0)
     was_done: dict[str, int] = {}
-    for _ in range(4):
-        process = start()
-        while process.poll() is None and not any((folder.path / "jobs").glob("*/run")):
+    kills = 0
+    while kills < 4 or not was_done:
+        process, logged = start(), commands(folder)
+        while process.poll() is None and commands(folder) == logged:
             time.sleep(0.01)
-        time.sleep(moments.uniform(0.3, 2.5))
+        time.sleep(moments.uniform(0.0, 1.0))
         process.kill()
         process.wait()
+        kills += 1
         for job in folder.jobs():
             if folder.is_done(job.name):
                 was_done.setdefault(job.name, starts(folder, job.name))
