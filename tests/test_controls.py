@@ -119,6 +119,17 @@ def test_store_controls_match_the_audio_of_the_crop(tmp_path):
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width", [16, 192, 512])
+def test_tempo_embedding_resolves_audible_differences_only(width):
+    """Before its learnt layers: 2 % apart, a just noticeable difference, is far; 0.1 % is near."""
+    embedding, inputs = TempoEmbedding(width), []
+    embedding.number.layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for bpm in (60.0, 120.0, 180.0):
+        embedding(torch.tensor([bpm, 1.001 * bpm, 1.02 * bpm, 2 * bpm]))
+        near, noticeable, octave = (inputs[-1][1:] - inputs[-1][0]).norm(dim=1) / inputs[-1][0].norm()
+        assert near < 0.1 and noticeable > 0.3 and octave > 0.5
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward_equals_prefill_and_steps_with_controls(codes, name):
     model, text, controls = build(name), captions(4, 0, 7), make_controls()

@@ -71,10 +71,11 @@ def test_text_padding_changes_no_logit(model, codes, where):
     assert_equal(model(codes[:1], alone), expected[:1])
 
 
-def test_text_padding_changes_no_gradient():
+@pytest.mark.parametrize("layers", ["mamba1", "mamba2", "mamba3", "s4d", "attention"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_text_padding_changes_no_gradient(layers, norm):
     """At initialisation, when biases are zero: gradients must not explode at padding."""
-    torch.manual_seed(0)
-    model = TokenLM(TokenLMConfig(**{**SMALL, "n_layers": 8}))
+    model = small_token_lm(n_layers=8, layers=layers, norm=norm)
     codes, text = torch.randint(V, (2, K, S)), captions(2, 40)
 
     def gradients(rows):
@@ -86,7 +87,7 @@ def test_text_padding_changes_no_gradient():
 
     padded, separate = gradients([[0, 1]]), gradients([[0], [1]])
     for name, gradient in separate.items():
-        torch.testing.assert_close(padded[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
+        assert_equal(padded[name], gradient, 1e-4 * float(gradient.abs().max()))
 
 
 def test_text_changes_every_logit_and_empty_text_equals_none(model, codes):
@@ -158,6 +159,18 @@ def test_initialisation_is_small_and_keeps_the_recurrence():
     mixer = model.blocks[0].sublayers[0].inner
     assert (mixer.A_log.exp() >= 1).all() and (torch.nn.functional.softplus(mixer.dt_bias) > 0.9e-3).all()
     assert mixer.out_proj.weight.abs().max() <= 1 / 512**0.5 / 8**0.5
+
+
+@pytest.mark.parametrize("name", [name for name, changes in VARIANTS.items() if "init_std" not in changes])
+def test_residual_projections_are_scaled_by_the_number_of_sublayers(name):
+    """By the root of 2 n_layers or, with cross-attention, of 3 n_layers."""
+    scaled, unscaled = small_token_lm(**VARIANTS[name]), small_token_lm(**VARIANTS[name] | {"init_std": None})
+    per_layer = 3 if scaled.config.conditioning == "cross_attention" else 2
+    divisor = (per_layer * scaled.config.n_layers) ** 0.5
+    names = [name for name, _ in scaled.named_parameters() if name.endswith(("out_proj.weight", "fc2.weight"))]
+    assert len(names) == per_layer * scaled.config.n_layers
+    for name in names:
+        assert torch.equal(scaled.get_parameter(name), unscaled.get_parameter(name) / divisor)
 
 
 def test_step_has_constant_cost_and_updates_state_in_place(codes):

@@ -133,10 +133,13 @@ class Sublayer(nn.Module):
         adaln = 0 if self.adaln is None else 2 * self.adaln.linear.weight.numel()
         return adaln + self._inner_flops(n_tokens, n_text_tokens)
 
-    def init_weights(self, n_layers: int) -> None:
-        """GPT-2's initialisation: divide the projection into the residual stream by sqrt(2 n_layers)."""
+    def init_weights(self, n_sublayers: int) -> None:
+        """GPT-2's initialisation: divide the projection into the residual stream by the root of what it sums up.
+
+        `n_sublayers` is the number of residual sublayers of the whole model.
+        """
         with torch.no_grad():
-            self._residual_projection().weight.div_(math.sqrt(2 * n_layers))
+            self._residual_projection().weight.div_(math.sqrt(n_sublayers))
 
     def _inner_forward(self, h: Tensor, text: Text, state: SublayerState | None, mask: Tensor | None) -> Tensor:
         return self.inner(h, None if state is None else state.inner, mask)
@@ -191,8 +194,8 @@ class CrossAttentionSublayer(Sublayer):
 class MLPSublayer(Sublayer):
     """`inner` is an `MLP`."""
 
-    def init_weights(self, n_layers: int) -> None:
-        super().init_weights(n_layers)
+    def init_weights(self, n_sublayers: int) -> None:
+        super().init_weights(n_sublayers)
         for linear in (self.inner.fc1, self.inner.fc2):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)

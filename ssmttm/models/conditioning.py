@@ -65,16 +65,11 @@ class TextProjection(nn.Module):
 
 
 def prefix(text: ProjectedText, audio: Tensor) -> PrefixedSequence:
-    """Put the text before the audio [B, S, D], and padding after both.
-
-    Padding is filled with ones: at zeros, RMSNorm multiplies gradients by 1/sqrt(eps) in each layer, so that the
-    rounding error of a gradient that should vanish there would explode.
-    """
+    """Put the text before the audio [B, S, D], and padding after both."""
     mask = torch.cat([text.mask, text.mask.new_ones(audio.shape[:2])], 1)  # [B, L+S]
     order = torch.argsort(~mask, dim=1, stable=True)
     x = gather_positions(torch.cat([text.tokens.to(audio.dtype), audio], 1), order)
     mask = mask.gather(1, order)
-    x = x.masked_fill(~mask[..., None], 1.0)
     positions = text.mask.sum(1, keepdim=True) + torch.arange(audio.shape[1], device=audio.device)  # [B, S]
     return PrefixedSequence(x, mask, positions)
 

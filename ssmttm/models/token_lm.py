@@ -242,9 +242,9 @@ class TokenLM(nn.Module):
             self.chroma.init_weights(std)
         if self.tempo is not None:
             self.tempo.init_weights(std)
-        for block in self.blocks:
-            for sublayer in block.sublayers:
-                sublayer.init_weights(self.config.n_layers)
+        sublayers = [sublayer for block in self.blocks for sublayer in block.sublayers]
+        for sublayer in sublayers:
+            sublayer.init_weights(len(sublayers))
 
     def _check(self, codes: Tensor, text: TextCondition | None, state: LMState | None) -> None:
         batch, n_codebooks, length = codes.shape
