@@ -8,17 +8,26 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from small_music import clips
 
 from ssmttm import audio
 from ssmttm.audio import features
-from ssmttm.cli import train_attribute_classifiers
+from ssmttm.cli import demo, train_attribute_classifiers
+from ssmttm.codecs import load_codec
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes import adherence
 from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_labels
 from ssmttm.evaluation.attributes.classifiers import MODES, AttributeClassifiers, pitch_class, tempo_class, windows
 from ssmttm.evaluation.metrics.statistics import label_accuracy
-from ssmttm.evaluation.music.audio_checks import NOISE_FLATNESS, check_audio, pairwise_difference, spectral_flatness
+from ssmttm.evaluation.music.audio_checks import (
+    MIN_PERSISTENCE,
+    NOISE_FLATNESS,
+    check_audio,
+    pairwise_difference,
+    spectral_flatness,
+    spectral_persistence,
+)
 from ssmttm.evaluation.protocol.balanced_prompts import balanced_prompts, mentioned_attributes
 
 RATE = features.SAMPLE_RATE
@@ -258,6 +267,80 @@ def test_check_audio_detects_silence_clipping_and_noise():
     assert not check_audio(music.clone().index_fill_(0, torch.tensor([5]), float("nan")), RATE, reference).finite
     matrix = pairwise_difference([music, music * 0.5, noise], RATE)
     assert matrix[0, 1] < 0.1 and matrix[0, 2] > 6 and torch.equal(matrix, matrix.T)
+
+
+def decoded(codec, codes):
+    """Audio [S] of codes [K, T]."""
+    with torch.inference_mode():
+        return codec.decode(codes[None])[0, 0].clone()
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    """Built-in music, the same decoded, and what a model plays that has learnt nothing, or how often codes occur."""
+    codec, (wavs, _) = load_codec("tiny"), clips(0, 8)
+    with torch.inference_mode():
+        codes = torch.cat([codec.encode(wav[None])[0] for wav in wavs], -1)  # [K, T]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    k, t, n = len(codes), codes.shape[-1], 400
+    sets = {"music": [wav[0] for wav in wavs], "decoded": list(decoded(codec, codes).chunk(len(wavs)))}
+    sets["random codes"] = [decoded(codec, draw(codec.codebook_size, k, n)) for _ in range(4)]
+    sets["codes by frequency"] = [decoded(codec, codes.gather(1, draw(t, k, n))) for _ in range(4)]
+    sets["frames by frequency"] = [decoded(codec, codes[:, draw(t, n)]) for _ in range(4)]
+    random = draw(codec.codebook_size, k, 4 * n)
+    replaced = torch.where(draw(2, k, 4 * n) == 1, codes[:, : 4 * n], random).split(n, 1)
+    sets["half of the codes random"] = [decoded(codec, row) for row in replaced]
+    white = torch.randn(4, 10 * RATE, generator=generator)
+    spectrum = torch.fft.rfft(white) / torch.arange(5 * RATE + 1).clamp_min(200) ** 0.5
+    sets["white noise"], sets["pink noise"] = list(0.1 * white), list(5 * torch.fft.irfft(spectrum))
+    return sets
+
+
+def test_persistence_separates_music_from_noise_and_untrained_models(calibration):
+    found = {name: [spectral_persistence(wav, RATE) for wav in wavs] for name, wavs in calibration.items()}
+    for name in ("music", "decoded"):
+        assert np.mean(np.array(found.pop(name)) > MIN_PERSISTENCE) >= 0.9, name
+    for name, values in found.items():
+        assert max(values) < MIN_PERSISTENCE - 0.1, name
+
+
+def test_check_audio_fails_noise_like_audio(calibration):
+    """Decoded random codes have the flatness of music."""
+    flatness = float(np.quantile([spectral_flatness(wav, RATE) for wav in calibration["music"]], 0.95))
+    checks = {name: [check_audio(wav, RATE, flatness) for wav in wavs] for name, wavs in calibration.items()}
+    for name in ("music", "decoded"):
+        assert np.mean([check.noisy for check in checks.pop(name)]) <= 0.1
+    assert all(check.noisy and not check.good for found in checks.values() for check in found)
+    assert "noise-like" in checks["random codes"][0].summary()
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+def test_persistence_does_not_depend_on_rate_and_level(calibration, rate):
+    for wav in (calibration["music"][0], calibration["random codes"][0]):
+        expected = spectral_persistence(wav, RATE)
+        assert spectral_persistence(0.1 * wav, RATE) == pytest.approx(expected, abs=0.02)
+        assert spectral_persistence(audio.resample(wav[None], RATE, rate), rate) == pytest.approx(expected, abs=0.05)
+    assert spectral_persistence(torch.zeros(RATE), RATE) == 0
+    assert math.isfinite(spectral_persistence(0.1 * torch.ones(9), RATE))
+
+
+def test_demo_page_names_its_checks_and_marks_noise(calibration, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "open_store", lambda path: FakeStore())
+    monkeypatch.setattr(demo, "music_flatness", lambda *rest: 0.01)
+    monkeypatch.setattr(demo, "PROMPTS", ("a slow waltz", "a fast jig"))
+    steps = [{"step": i, "loss": 6.9, "seconds": 9.0, "audio_seconds_per_second": 20.0} for i in (1, 300)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    audios = {"noise": calibration["random codes"], "music": calibration["music"]}
+    audios = {name: torch.stack([wav[None, : 4 * RATE] for wav in wavs[:2]]) for name, wavs in audios.items()}
+    page = demo.write_demo_page(tmp_path / "index.html", audios, RATE, tmp_path, tmp_path).read_text()
+    assert "sounds like music" not in page and page.count("not silent") == page.count("not clipped") == 4
+    assert page.count('<dt>not noise</dt><dd class="bad">no</dd>') == 2
+    assert page.count('<dt>not noise</dt><dd class="good">yes</dd>') == 2
+    assert page.count("spectral persistence") == page.count("spectral flatness") == 4
 
 
 def test_tempo_class_and_pitch_class():

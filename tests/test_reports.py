@@ -29,7 +29,7 @@ def demo_page(**changes):
         "model": "a <b>small</b> model",
         "audio": embed_audio(tone(440), RATE),
         "spectrogram": charts.spectrogram(tone(440), RATE),
-        "predictions": {"key": "D minor", "sounds like music": False},
+        "predictions": {"key": "D minor", "not noise": False},
     }
     context = {
         "title": "Music & models",

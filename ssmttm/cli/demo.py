@@ -20,7 +20,13 @@ from ssmttm.data.store import open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.evaluation.attributes.adherence import music_flatness
 from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers
-from ssmttm.evaluation.music.audio_checks import check_audio, pairwise_difference
+from ssmttm.evaluation.music.audio_checks import (
+    MIN_PERSISTENCE,
+    AudioCheck,
+    check_audio,
+    flatness_limit,
+    pairwise_difference,
+)
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.reports import charts
 from ssmttm.reports.page import embed_audio, write_page
@@ -82,13 +88,13 @@ def write_demo_page(path: Path, audios: dict[str, torch.Tensor], sample_rate: in
         for prompt, wav in zip(PROMPTS, batch, strict=True):
             check = check_audio(wav, sample_rate, flatness)
             if not check.good:
-                print(f"warning: {model}, “{prompt}”: {check}")
+                print(f"warning: {model}, “{prompt}”: {check.summary()}")
             predicted = classifiers.predict(wav, sample_rate)[0]
             predictions = {
                 "instrument": predicted.family,
                 "tempo": f"{predicted.bpm:.0f} bpm ({predicted.tempo_class})",
                 "key": f"{predicted.key} {predicted.mode}",
-                "sounds like music": check.good,
+                **_checks(check, flatness),
             }
             prompts[prompt].append(
                 {
@@ -119,6 +125,17 @@ def write_demo_page(path: Path, audios: dict[str, torch.Tensor], sample_rate: in
         prompts=prompts,
         differences=_differences(audios, sample_rate),
     )
+
+
+def _checks(check: AudioCheck, reference_flatness: float) -> dict[str, bool | str]:
+    """What was checked of a sample, and the measured values."""
+    return {
+        "not silent": not check.silent,
+        "not clipped": not check.clipped,
+        "not noise": not check.noisy,
+        "spectral flatness": f"{check.flatness:.3f} (noise: above {flatness_limit(reference_flatness):.3f})",
+        "spectral persistence": f"{check.persistence:.2f} (noise: below {MIN_PERSISTENCE})",
+    }
 
 
 def _print_stage(number: int, text: str) -> None:
