@@ -169,7 +169,8 @@ def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") ->
             if comment:
                 file.comment = comment
             for block in samples.T.contiguous().split(1 << 16):  # one long Vorbis write overflows a stack
-                file.write(block.numpy())
+                # libsndfile garbles 16-bit stereo given to its MP3 encoder: lossy encoders get floats
+                file.write(block.numpy() if subtype == "PCM_16" else block.numpy().astype(np.float32) / 32768)
     except sf.SoundFileError as error:
         raise UserError(f"cannot write {path} at {sample_rate} Hz with {len(samples)} channels: {error}") from error
     with atomic_write(path) as temporary:
