@@ -20,16 +20,21 @@ def train_in_two_processes(settings: DictConfig, run_dir: Path, program: Sequenc
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [*command, "--main_process_port", "0", *program, "experiment=debug", *overrides],
+        [*command, "--main_process_port", "0", *program, *base(settings), *overrides],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-6000:]
     assert "2 x cpu" in result.stdout
 
 
+def base(settings: DictConfig) -> list[str]:
+    """The experiment and task that the overrides of a training start from."""
+    return ["experiment=debug", f"task={settings.task}"]
+
+
 def flat(settings: DictConfig) -> dict[str, object]:
-    """The keys in which these settings differ from experiment=debug, by dotted name."""
-    defaults = config.load("experiment=debug")
+    """The keys in which these settings differ from `base`, by dotted name."""
+    defaults = config.load(*base(settings))
     different = {}
 
     def walk(node: DictConfig, other: DictConfig, prefix: str) -> None:

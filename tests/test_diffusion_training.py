@@ -194,6 +194,8 @@ def test_loss_without_coarse_latents_does_not_depend_on_them(task_of):
     assert task.model.null_coarse.grad.any() and not task.model.input.weight.grad.isnan().any()
     with torch.no_grad():
         conditioned = task_of("diffusion.coarse_dropout=0")
+        batch = first_batch(conditioned)
+        other = batch | {"codes": other["codes"]}
         assert not torch.equal(loss_of(conditioned, other), loss_of(conditioned, batch))
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from small_runs import assert_same_runs, run_contents, train_with_stops
 from small_stores import codec_config, lm_config, write_audio_store, write_codes_store
 
@@ -180,3 +181,16 @@ def test_resume_of_a_run_with_an_old_config_key_names_the_new_one(codes_store, t
     old_key = r"old config key optim\.player_lr\.\w+: rename it to optim\.module_lr\.\w+ there"
     with pytest.raises(UserError, match=old_key):
         loop.train(lm_config(codes_store, run_dir, *LM, "train.steps=2"))
+
+
+def test_run_whose_config_has_keys_of_other_tasks_resumes(codes_store, tmp_path):
+    """As of a version in which every config had the sections of all tasks."""
+    run_dir = tmp_path / "run"
+    loop.train(lm_config(codes_store, run_dir, *LM, "train.steps=1"))
+    file = checkpoint.latest_good(run_dir) / "config.yaml"
+    old = {"text": {"name": "minilm"}, "losses": {"mel": 15.0}, "codec_training": {"restart_every": 50}}
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), old), file)
+    complete = file.parent / "COMPLETE"
+    complete.write_text(json.dumps(json.loads(complete.read_text()) | {"config.yaml": file_entry(file)}))
+    loop.train(lm_config(codes_store, run_dir, *LM, "train.steps=2"))
+    assert checkpoint.read_state(checkpoint.latest_good(run_dir))["step"] == 2
