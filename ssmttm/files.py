@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,41 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             replaced.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def folder_update(folder: Path, last: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary folder inside an existing one; at the end its files and subfolders replace those of the folder.
+
+    The files `last`, without which the folder cannot be read, are removed before the others are replaced, and put in
+    place after them, in this order. So after a crash the folder is the old one, the new one, or lacks these; it never
+    holds some files of each. Raises as `atomic_write`.
+    """
+    temporary = temporary_path(folder / "update")
+    replaced = temporary / f".replaced.{uuid.uuid4().hex[:12]}"
+    try:
+        with _clear_errors(folder):
+            for path in folder.glob(".update.*.tmp"):  # of killed processes
+                shutil.rmtree(path)
+            temporary.mkdir()
+            yield temporary
+            for path in temporary.rglob("*"):
+                fsync(path)
+            names = [path.name for path in temporary.iterdir() if path.name not in last]
+            names += [name for name in last if (temporary / name).exists()]
+            for name in reversed(last):
+                (folder / name).unlink(missing_ok=True)
+            fsync(folder)
+            replaced.mkdir()
+            for name in names:
+                if (folder / name).is_dir():
+                    (folder / name).rename(replaced / name)
+                if name in last:
+                    fsync(folder)
+                os.replace(temporary / name, folder / name)
+            fsync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from torch import Tensor
 from ssmttm import checkpoint
 from ssmttm.config import flatten
 from ssmttm.errors import UserError
-from ssmttm.files import atomic_folder, atomic_write, write_text
+from ssmttm.files import atomic_folder, atomic_write, folder_update, write_text
 
+_READ_FIRST = ("card.json", "config.json", "config.yaml")  # without which a folder is no model
 CODEC, TEXT_ENCODER, SECOND_STAGE = "codec", "text_encoder", "second_stage"  # subfolders
 
 RENAMED_CARD_KEYS = {"reading": "null_condition", "guidance_within": "distilled_guidance_scale"}
@@ -40,7 +41,7 @@ def write_model_folder(
     """Write the weights, the config (a DictConfig as config.yaml, else config.json) and, if given, the card. Raises
     UserError if the disk is full, or the folder cannot be written.
 
-    A new folder appears whole; in an existing one each file is replaced atomically and other files stay.
+    A new folder appears whole; in an existing one other files stay, see `folder_to_write`.
     """
     with folder_to_write(folder) as target:
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -56,10 +57,12 @@ def write_model_folder(
 
 @contextmanager
 def folder_to_write(folder: str | Path) -> Iterator[Path]:
-    """Yield an existing folder itself; for a new one, a temporary folder that becomes it at the end."""
+    """Yield a temporary folder. At the end it becomes the folder, or its files replace those of an existing one, which
+    after a crash is the old model or the new one, or has no config and cannot be loaded until it is written again."""
     folder = Path(folder)
     if folder.is_dir():
-        yield folder
+        with folder_update(folder, _READ_FIRST) as temporary:
+            yield temporary
     elif folder.exists():
         raise UserError(f"cannot write to {folder}: it is a file; give the name of a folder")
     else:

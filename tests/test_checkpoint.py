@@ -9,8 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ssmttm import checkpoint, files
+from ssmttm import checkpoint, config, files
 from ssmttm.errors import UserError
+from ssmttm.model_folder import read_card, write_model_folder
 
 CONFIG = OmegaConf.create({"task": "lm"})
 
@@ -110,6 +111,61 @@ def full_disk(limit):
 
     original = checkpoint.save_file
     return save_file
+
+
+def replace_and_die(folder, dies_at):
+    """Write model 2 into a folder, in a child process that is killed at its N-th fsync, rename or unlink."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function):
+            def count_and_call(*args, **options):
+                nonlocal calls
+                calls += 1
+                if calls == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **options)
+
+            return count_and_call
+
+        for name in ("fsync", "rename", "replace", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        write_model(folder, 2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def write_model(folder, number):
+    weights = {"w": torch.full((3,), float(number))}
+    write_model_folder(folder, weights, config.load(f"seed={number}"), {"name": str(number)})
+
+
+def read_model(folder):
+    numbers = {int(checkpoint.read_config(folder).seed), int(read_card(folder)["name"])}
+    return numbers | {int(checkpoint.load_weights(folder)["w"][0])}
+
+
+def test_kill_while_a_model_folder_is_replaced_never_mixes_two_models(tmp_path):
+    outcomes = set()
+    for dies_at in range(1, 60):
+        folder = tmp_path / f"model-{dies_at}"
+        write_model(folder, 1)
+        (folder / "notes.txt").write_text("kept")
+        finished = replace_and_die(folder, dies_at)
+        try:
+            found = read_model(folder)
+        except UserError as error:  # the config is missing
+            found = {0}
+            assert "config.yaml" in str(error)
+        assert len(found) == 1, found
+        outcomes |= found
+        write_model(folder, 2)
+        assert read_model(folder) == {2} and (folder / "notes.txt").read_text() == "kept"
+        assert len(list(folder.iterdir())) == 4
+        if finished:
+            break
+    assert finished and outcomes == {0, 1, 2} and dies_at > 8
 
 
 @pytest.mark.parametrize("limit", [1, 2])
