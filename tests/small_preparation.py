@@ -14,8 +14,8 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0
 
 
 def small_folder(folder: Path) -> Path:
-    """24 short audio files, a duplicate, and one that cannot be decoded."""
-    for index in range(24):
+    """12 short audio files, a duplicate, and one that cannot be decoded."""
+    for index in range(12):
         start = 8 * (index % 4) * RATE
         save(folder / f"{index:02d}.flac", music(index // 4)[start : start + 8 * RATE])
     (folder / "again.flac").write_bytes((folder / "03.flac").read_bytes())
@@ -24,7 +24,7 @@ def small_folder(folder: Path) -> Path:
 
 
 def command(root: Path, out: Path, *more: str) -> list[str]:
-    """The command line for audio, codes and embeddings of 48 segments."""
+    """The command line for audio, codes and embeddings of 24 segments."""
     words = ["folder", "--root", root, "--out", out, "--licence", "CC0-1.0", "--segment", "5", "--workers", "2", *more]
     return [sys.executable, "-m", "data_prep", *map(str, words)]
 

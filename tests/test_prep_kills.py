@@ -12,7 +12,7 @@ from small_preparation import ENVIRONMENT, ROOT, check_equal, command, files, pr
 from data_prep.status import WORK
 
 pytestmark = pytest.mark.timeout(600)
-KILLS = 8
+KILLS = 6
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_run_killed_at_random_times_gives_the_same_store(root, expected, tmp_pat
         while run.poll() is None and not stages.exists():
             time.sleep(0.01)
         try:
-            run.wait(rng.uniform(0.0, 8.0))
+            run.wait(rng.uniform(0.0, 5.0))
             assert run.returncode == 0
             check_equal(out, expected)
             out = tmp_path / f"{killed}" / "store"
@@ -68,7 +68,7 @@ def test_run_with_killed_workers_gives_the_same_store(root, expected, tmp_path):
     while run.poll() is None:
         finished = len(list((out / WORK).glob("*/*/done.json")))
         workers = [pid for pid in children(run.pid) if b"spawn_main" in command_of(pid)]
-        if workers and finished > finished_before and killed < 8:
+        if workers and finished > finished_before and killed < 4:
             subprocess.run(["kill", "-KILL", rng.choice(workers)], check=False)
             killed, finished_before = killed + 1, finished
         time.sleep(rng.uniform(0.0, 0.2))
