@@ -85,6 +85,17 @@ def test_frechet_distance_infinity_removes_bias_of_few_samples():
     assert infinity != frechet_distance_infinity(cloud(2_000, 16, seed=1), y, seed=1)
 
 
+def test_frechet_distance_infinity_of_equal_sets_is_negative_and_says_so(caplog):
+    x = cloud(100, 64, scale=2.0)
+    with caplog.at_level(logging.WARNING):
+        infinity = frechet_distance_infinity(x, x)
+    assert infinity.value < -5 and "never negative" in caplog.text and "overshoots" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert frechet_distance_infinity(x + 2, x).value > 0
+    assert "never negative" not in caplog.text
+
+
 def kernel_by_loops(x, y):
     reference = [math.dist(a, b) for i, a in enumerate(y) for b in y[:i]]
     reference.sort()

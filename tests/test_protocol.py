@@ -166,6 +166,17 @@ def test_evaluate_leaves_out_references_without_music(benchmark, tmp_path, model
     assert found["metrics"][0]["fingerprint"]["n_reference"] == N - 1
 
 
+def test_evaluate_notes_negative_fad_infinity(benchmark, tmp_path, model):
+    """The references themselves as the clips to evaluate."""
+    existing = f"audio={benchmark / 'audio'}"
+    found = evaluate.evaluate(settings(benchmark, tmp_path / "out", existing, "eval.embedders=[log_mel]"))
+    values = {metric["name"]: metric["value"] for metric in found["metrics"]}
+    assert values["fad_infinity_log_mel"] < 0 and values["fad_log_mel"] == pytest.approx(0, abs=1e-6)
+    notes = [note for note in found["notes"] if "fad_infinity_log_mel is -" in note]
+    assert [note.split(":")[0] for note in notes] == ["model", "reference"]
+    assert "never negative" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_evaluate_without_references_skips_their_metrics(benchmark, tmp_path, model):
     found = evaluate.evaluate(settings(benchmark, tmp_path / "out", f"references={tmp_path}"))
     assert {f["name"] for f in found["metrics"]} == {"clap_tiny"} and not found["reference"]
@@ -231,6 +242,8 @@ def test_compare_metrics():
     assert "do not overlap" in compare(metric(2.0), metric(1.0))
     assert "intervals overlap" in compare(metric(1.1), metric(1.0))
     assert "both are 1" in compare(metric(1.0), metric(1.0))
+    low, lower = metric(-2.0, "fad_infinity_tiny"), metric(-9.0, "fad_infinity_tiny")
+    assert "cannot be ranked" in compare(low, lower) and "the first is better" in compare(low, metric(3.0, low.name))
     assert "the first is better" in compare(metric(2.0, "clap_tiny", "higher"), metric(1.0, "clap_tiny", "higher"))
 
 

@@ -50,6 +50,9 @@ def frechet_distance_infinity(
     The distance of random subsets of x is about linear in 1/n; the value is the line's intercept. The interval is that
     of the regression: it covers the scatter of the subsets, not the choice of x and y. `points` is the number of subset
     sizes, from a tenth of n (at least the smaller of 2 d and n / 2) to n.
+
+    The value is negative, and kept so, where the line overshoots: the sets are alike, x is a part of y, or n is small
+    beside d. It means no more than "not distinguishable by this estimate", and is logged as a warning.
     """
     from scipy import stats
 
@@ -66,7 +69,17 @@ def frechet_distance_infinity(
         values.append(_distance(_moments(x[torch.randperm(len(x), generator=generator)[:size]]), reference))
     fit = stats.linregress(1 / sizes, values)
     half = stats.t.ppf(0.975, points - 2) * fit.intercept_stderr
+    if fit.intercept < 0:
+        _log.warning("%s", negative_note("fad_infinity", fit.intercept))
     return Interval(float(fit.intercept), float(fit.intercept - half), float(fit.intercept + half))
+
+
+def negative_note(name: str, value: float) -> str:
+    """What a negative FAD-infinity means."""
+    return (
+        f"{name} is {value:.4g}, but a distance is never negative: the extrapolated line overshoots, because the sets "
+        "are alike, overlap, or are small; take it as 0, and rank by fad or kad at equal numbers"
+    )
 
 
 def _moments(x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,8 @@ def compare(a: Metric, b: Metric) -> str:
     if a.value == b.value:
         return f"{a.name}: both are {a.value:.4g}"
     better, worse = (a, b) if (a.value < b.value) == (a.better == "lower") else (b, a)
+    if a.name.startswith("fad_infinity") and max(a.value, b.value) < 0:
+        return f"{a.name}: both are negative ({a.value:.4g}, {b.value:.4g}), that is 0, and cannot be ranked: use fad"
     disjoint = a.high < b.low or b.high < a.low
     which = "the first" if better is a else "the second"
     how = "the intervals do not overlap" if disjoint else "the intervals overlap"

@@ -23,7 +23,7 @@ from ssmttm.evaluation.attributes.adherence import AdherenceReport, measure_adhe
 from ssmttm.evaluation.embedders import load_embedder
 from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder
 from ssmttm.evaluation.metrics.compute import Clip, compute_metrics
-from ssmttm.evaluation.metrics.frechet import FEW_SAMPLES
+from ssmttm.evaluation.metrics.frechet import FEW_SAMPLES, negative_note
 from ssmttm.evaluation.metrics.metric import Metric, table
 from ssmttm.evaluation.music.music_metrics import measure_files, sample_rate_notes
 from ssmttm.evaluation.protocol.balanced_prompts import Prompt, balanced_prompts
@@ -103,6 +103,8 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
                 music, references, embedder, protocol.seconds, true, out / "embeddings"
             )
     files = {"model": [clip.path for clip in clips], "reference": references} if settings.music_metrics else {}
+    notes += [f"{of}: {note}" for of, found in (("model", metrics), ("reference", reference_metrics))
+              for note in _negative_notes(found)]  # fmt: skip
     music_metrics = {name: measure_files(paths) for name, paths in files.items() if paths}
     adherence = None
     if settings.adherence and data.store is not None and pipeline is not None:
@@ -263,6 +265,11 @@ def _common_settings(paths: Sequence[Path]) -> dict[str, Any]:
         same = all(sidecar.get(name) == first for sidecar in sidecars)
         common[name] = sidecars[0].get(name, "unknown") if same else "mixed"
     return common
+
+
+def _negative_notes(metrics: Sequence[Metric]) -> list[str]:
+    """A note on each negative FAD-infinity."""
+    return [negative_note(m.name, m.value) for m in metrics if m.name.startswith("fad_infinity") and m.value < 0]
 
 
 def _notes(
