@@ -6,7 +6,7 @@ from processes import train_in_two_processes
 from small_runs import assert_same_runs, metric_rows, run_contents, train_with_stops
 from small_stores import SAMPLE_RATE, lm_config, small_codec, write_codes_store
 from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions, randomised, small_token_lm
-from test_sample_cli import WordEncoder
+from small_word_encoder import WordEncoder
 from torch.nn import functional as F
 
 from ssmttm.audio.features import frame_chroma
@@ -233,7 +233,7 @@ def test_single_stage_pipeline_takes_supported_controls_only(supported, tmp_path
     codec = small_codec(tmp_path / "codec")
     sizes = dict(n_codebooks=4, codebook_size=16, chroma=supported, tempo=supported)
     model = build(**sizes).float()
-    pipe = MusicPipeline(model, codec, WordEncoder(), get_pattern("delay", 4))
+    pipe = MusicPipeline(model, codec, WordEncoder(dim=model.config.text_dim), get_pattern("delay", 4))
     tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None]
     reference = pipe("a march", duration=1.0, seeds=2).codes
     for name, value in (("tempo", 150.0), ("melody", tone)):

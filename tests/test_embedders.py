@@ -313,8 +313,11 @@ def embeddings():
 def test_distances_increase_for_degraded_music(embeddings, degraded, name, distance):
     vectors = embeddings[3][name]
     clean = distance(vectors["clean"], vectors["reference"])
-    margin = 1.0 if degraded == "shuffled" else 1.5
-    assert distance(vectors[degraded], vectors["reference"]) > margin * max(clean, 0)
+    found = distance(vectors[degraded], vectors["reference"])
+    if degraded != "shuffled":
+        assert found > 1.5 * max(clean, 0)
+    elif name != "codec":  # the mean of codec latents does not depend on the order of a clip's parts
+        assert found > clean
 
 
 def test_kernel_distance_is_largest_for_silence(embeddings):
