@@ -289,7 +289,7 @@ def test_load_codec_rejects_missing_and_damaged_folders(tmp_path):
 def test_codec_configs_build(name):
     from ssmttm.config import load
 
-    config = OmegaConf.to_container(load(f"codec={name}").codec)
+    config = OmegaConf.to_container(load("task=codec", f"codec={name}").codec)
     with torch.device("meta"):
         codec = build_codec(config)
     assert codec.sample_rate % 1000 in (0, 100) and codec.n_codebooks > 0
