@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from far_device import FAR, far_device
 from small_denoisers import (
     NETWORKS,
     SIZES,
@@ -114,6 +115,20 @@ def test_denoiser_padding_has_no_gradient(model):
     for found, expected in zip(*gradients, strict=True):
         assert found.isfinite().all()
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@over_networks
+@pytest.mark.parametrize("objective", ["v", "flow", "regression"])
+def test_denoiser_and_objective_copy_nothing_between_host_and_device(name, objective):
+    """But for the objective's table, which is copied at its first use."""
+    model, objective = new_denoiser(name).to(FAR), get_objective(objective)
+    given = conditions(FRAMES, mask=torch.ones(3, FRAMES, dtype=torch.bool, device=FAR))
+    given = replace(given, coarse_latents=given.coarse_latents.to(FAR), text=given.text.to(FAR))
+    clean, time = (tensor.to(FAR) for tensor in noisy(FRAMES))
+    objective.add_noise(clean, clean, time)
+    with far_device():
+        prediction = model(objective.add_noise(clean, clean, time), time, given)
+        assert objective.predict_clean(clean, prediction, time).shape == objective.target(clean, clean, time).shape
 
 
 def test_denoiser_all_true_mask_equals_none(model):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from far_device import FAR, far_device
 from small_token_lms import SMALL, VARIANTS, E, K, S, V, assert_equal, captions, preset, randomised, small_token_lm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -171,6 +172,16 @@ def test_residual_projections_are_scaled_by_the_number_of_sublayers(name):
     assert len(names) == per_layer * scaled.config.n_layers
     for name in names:
         assert torch.equal(scaled.get_parameter(name), unscaled.get_parameter(name) / divisor)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_step_copies_nothing_between_host_and_device(name):
+    model = small_token_lm(**VARIANTS[name]).to(FAR)
+    state, codes = model.init_state(2), torch.zeros(2, K, dtype=torch.long, device=FAR)
+    text = captions(4, 0).to(FAR)
+    with far_device():
+        model(codes[..., None], text)  # with adaLN the text acts here
+        assert model.step(codes, state).device == FAR
 
 
 def test_step_has_constant_cost_and_updates_state_in_place(codes):

@@ -59,8 +59,9 @@ class VPrediction:
 
     def _scales(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of the signal and of the noise, [B, 1, 1]."""
-        step = (time.cpu() * TRAIN_STEPS).round().long().clamp(0, TRAIN_STEPS - 1)
-        alpha = self._alphas_cumprod[step].to(like.device)[:, None, None]
+        self._alphas_cumprod = self._alphas_cumprod.to(time.device)  # copied once
+        step = (time * TRAIN_STEPS).round().long().clamp(0, TRAIN_STEPS - 1)
+        alpha = self._alphas_cumprod[step][:, None, None]
         return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)
 
 

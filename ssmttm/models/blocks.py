@@ -52,7 +52,8 @@ class AdaLN(nn.Module):
 
     def forward(self, mean: Tensor) -> Tensor:
         """mean [B, D] -> [B, 3, D]: shift, 1 + scale, 1 + gate."""
-        return self.linear(F.silu(mean)).unflatten(-1, (3, -1)) + mean.new_tensor([0.0, 1.0, 1.0])[:, None]
+        offsets = torch.arange(3, device=mean.device).clamp(max=1)[:, None]  # 0, 1, 1, made on the device
+        return self.linear(F.silu(mean)).unflatten(-1, (3, -1)) + offsets
 
 
 Text = ProjectedText | None

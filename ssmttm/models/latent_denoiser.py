@@ -77,7 +77,7 @@ class LatentDenoiser(nn.Module):
         """
         self._check(noisy, conditions)
         mask = conditions.mask
-        if mask is not None and bool(mask.all()):
+        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):  # a GPU would have to be waited for
             mask = None
         coarse = conditions.coarse_latents.transpose(1, 2)  # [B, T, S]
         if conditions.has_coarse is not None:

@@ -126,7 +126,7 @@ class TokenLM(nn.Module):
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
         x = self._add_controls(x[:, None], controls)[:, 0]
-        x = self._add_positions(x, torch.tensor([state.position], device=x.device), state.n_text)
+        x = self._add_positions(x, torch.full((1,), state.position, device=x.device), state.n_text)
         for block, states in zip(self.blocks, state.blocks, strict=True):
             x = block.step(x, states)
         state.position += 1
