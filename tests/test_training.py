@@ -365,6 +365,16 @@ def test_invalid_settings_are_one_clear_line(codes_store, tmp_path, overrides, m
     assert not checkpoint.checkpoints(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("task", "model"), [("lm", "tiny_denoiser_ssm"), ("distill", "tiny_denoiser_ssm"), ("diffusion", "tiny")]
+)
+def test_model_of_another_kind_is_one_clear_line(codes_store, tmp_path, task, model):
+    options = ["train.precision=fp32", *(["teacher=tiny_lm"] if task == "distill" else [])]
+    paths = (f"data.store={codes_store}", f"run_dir={tmp_path}")
+    with pytest.raises(UserError, match=f"task={task} trains a .*, not a"):
+        loop.train(config.load(f"task={task}", f"model={model}", *paths, *options))
+
+
 def test_run_folder_is_locked_by_one_training(codes_store, tmp_path):
     settings = lm_config(codes_store, tmp_path / "run", "train.steps=1")
     with directory_lock(tmp_path / "run", "training"), pytest.raises(UserError, match="another training"):

@@ -78,6 +78,12 @@ def check_fingerprint(kind: str, fingerprint: str, info: dict[str, Any]) -> None
         )
 
 
+def check_model_kind(config: DictConfig, kind: str) -> None:
+    """Raises UserError unless the model is of the kind that the task trains."""
+    if config.model.kind != kind:
+        raise UserError(f"task={config.task} trains a {kind}, not a {config.model.kind}: choose another model or task")
+
+
 def check_text_encoder(config: DictConfig, info: dict[str, Any]) -> None:
     """Raises UserError unless the store has the text encoder `data.text_encoder`, if that is set, and the model takes
     text of the width of its embeddings."""

@@ -23,7 +23,7 @@ from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, Secon
 from ssmttm.models import build_model
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
-from ssmttm.training.data import check_text_encoder, codes_loader, load_store_codec
+from ssmttm.training.data import check_model_kind, check_text_encoder, codes_loader, load_store_codec
 from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 
@@ -42,6 +42,7 @@ class DiffusionTask(Task):
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
+        check_model_kind(config, "latent_denoiser")
         model = build_model(config.model)
         assert isinstance(model, LatentDenoiser)
         self.model = model

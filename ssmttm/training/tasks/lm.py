@@ -24,7 +24,14 @@ from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
-from ssmttm.training.data import check_complete, check_fingerprint, check_text_encoder, codes_loader, load_store_codec
+from ssmttm.training.data import (
+    check_complete,
+    check_fingerprint,
+    check_model_kind,
+    check_text_encoder,
+    codes_loader,
+    load_store_codec,
+)
 from ssmttm.training.tasks.base import Batch, Loader, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
@@ -207,6 +214,7 @@ def _file_name(prompt: str) -> str:
 
 
 def _check_fit(config: DictConfig, info: dict[str, Any]) -> None:
+    check_model_kind(config, "token_lm")
     store, model = config.data.store, config.model
     codec = info["codec"]
     if model.codebook_size != codec["codebook_size"] or model.n_codebooks > codec["n_codebooks"]:
