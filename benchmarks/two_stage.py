@@ -171,7 +171,8 @@ def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
     torch.manual_seed(0)
     text = TextCondition.stack([torch.randn(16, 384)])
     names = ("ssm", "dit", "unet")
-    models = {name: build_model(config.load("task=diffusion", f"model=tiny_denoiser_{name}").model).eval() for name in names}
+    configs = {name: config.load("task=diffusion", f"model=tiny_denoiser_{name}").model for name in names}
+    models = {name: build_model(model_config).eval() for name, model_config in configs.items()}
     rows = [["seconds of music", *(f"{name}, ms" for name in models)]]
     found: dict[str, dict[str, list[float]]] = {}
     for seconds in arguments.seconds:

@@ -86,7 +86,8 @@ def test_shard_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
     *inside, (parent, named) = calls
     assert (parent, named) == (task.target.parent, True) and not any(named for _, named in inside)
     temporary = inside[-1][0]
-    assert {path for path, _ in inside} == {temporary, temporary / "deep", temporary / "deep" / "text", temporary / DONE}
+    folders = {temporary, temporary / "deep", temporary / "deep" / "text"}
+    assert {path for path, _ in inside} == {*folders, temporary / DONE}
 
 
 def test_shard_task_that_fails_leaves_nothing(tmp_path):
