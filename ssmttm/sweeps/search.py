@@ -43,15 +43,16 @@ class _Search:
     def __init__(self, folder: SweepFolder, sweep: DictConfig) -> None:
         try:
             import optuna
+            from optuna.storages.journal import JournalFileBackend, JournalStorage
         except ImportError as error:
             raise UserError("sweep.search needs Optuna: pip install optuna, or use a grid") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._folder, self._sweep, self._seed = folder, sweep, int(sweep.seeds[0])
         self._states = optuna.trial.TrialState
         self._trials: dict[str, int] = {}  # number of the trial, by job name
-        journal = optuna.storages.journal.JournalFileBackend(str(folder.path / "study.log"))
+        journal = JournalFileBackend(str(folder.path / "study.log"))
         self._study = optuna.create_study(
-            storage=optuna.storages.journal.JournalStorage(journal),
+            storage=JournalStorage(journal),
             sampler=optuna.samplers.TPESampler(seed=self._seed + len(list(folder.path.glob("jobs/*")))),
             study_name=sweep.name,
             direction=sweep.search.get("direction", "minimize"),
@@ -71,8 +72,8 @@ class _Search:
                 self._study.tell(trial.number, state=self._states.FAIL)
         parameters = self._sweep.search.parameters
         while len(self._trials_in_study()) < self._sweep.search.trials:
-            trial = self._study.ask()
-            yield self._job(trial.number, {name: _suggest(trial, name, kind) for name, kind in parameters.items()})
+            new = self._study.ask()
+            yield self._job(new.number, {name: _suggest(new, name, kind) for name, kind in parameters.items()})
 
     def on_end(self, job: Job, outcome: str) -> None:
         """Report a trial's value, if it has one."""
