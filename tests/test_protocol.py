@@ -190,6 +190,7 @@ def test_evaluate_without_references_skips_their_metrics(benchmark, tmp_path, mo
         (["eval.seconds=4"], "the window of tiny is 5 s"),
         (["references=EMPTY", "eval.embedders=[log_mel]"], "no reference audio"),
         (["references=ONE"], "no distribution"),
+        (["references=SILENT"], "none of 1 references can be used; the first: "),
         (["prompts=nowhere.csv"], "does not exist"),
         (["audio=EMPTY"], "no audio"),
         (["eval.embedders=[vggish]"], "weights.vggish=FILE"),
@@ -200,8 +201,9 @@ def test_evaluate_without_references_skips_their_metrics(benchmark, tmp_path, mo
 )
 def test_evaluate_rejects_bad_settings_before_generating(benchmark, tmp_path, model, more, message):
     (tmp_path / "EMPTY").mkdir()
-    audio.write(tmp_path / "ONE" / "clip-3.wav", torch.ones(1, 5 * RATE) * 0.1, RATE)
-    more = [re.sub("EMPTY|ONE", lambda folder: str(tmp_path / folder[0]), word) for word in more]
+    audio.write(tmp_path / "ONE" / "clip-3.wav", torch.rand(1, 5 * RATE) * 0.1, RATE)
+    audio.write(tmp_path / "SILENT" / "clip-3.wav", torch.zeros(1, 5 * RATE), RATE)
+    more = [re.sub("EMPTY|ONE|SILENT", lambda folder: str(tmp_path / folder[0]), word) for word in more]
     with pytest.raises(UserError) as caught:
         evaluate.evaluate(settings(benchmark, tmp_path / "out", *more))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -66,6 +66,9 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     paired = [prompt.reference for prompt in data.prompts if prompt.reference is not None]
     usable, rejected = readable(list(dict.fromkeys([*data.references, *paired])), protocol.seconds)
     references = [path for path in data.references if str(path) not in rejected]
+    if data.references and not references:
+        first = next(iter(rejected.values()))
+        raise UserError(f"none of {len(data.references)} references can be used; the first: {first}")
     _check(data, references, embedders, protocol.seconds)
     pipeline = None
     model: Any
