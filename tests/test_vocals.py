@@ -214,7 +214,7 @@ def test_separator_rejects_inconsistent_bags(tmp_path, weights):
 def test_separator_hub_names(monkeypatch, tmp_path, weights):
     asked = []
 
-    def fetch(name, allow_patterns):
+    def fetch(name, revision, allow_patterns):
         asked.append(name)
         shutil.copy(weights, tmp_path / "955717e8.safetensors")
         (tmp_path / "htdemucs.yaml").write_text("models: ['955717e8']")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssmttm import audio
 from ssmttm.errors import UserError
-from ssmttm.hub import checkpoint_folder, fingerprint_of
+from ssmttm.hub import checkpoint_folder, fingerprint_of, split_revision
 
 _VOCALS = "vocals"
 OVERLAP = 0.25  # fraction of a window shared with the next one
@@ -157,9 +157,10 @@ def _fetched(name: str) -> Path:
     hub = _demucs("hf")
     if name.startswith((".", "/", "~")):
         raise UserError(f"there is no separator {name}: check the path")
+    name, revision = split_revision(name)
     namespace, _, model = name.rpartition("/")
     repository = f"{namespace or hub.DEFAULT_NAMESPACE}/{hub.hf_repo_name(model)}"
-    return checkpoint_folder(repository, ("*.yaml", "*.safetensors"), "separator", "name htdemucs")
+    return checkpoint_folder(repository, ("*.yaml", "*.safetensors"), "separator", "name htdemucs", revision)
 
 
 def _load(file: Path) -> Any:

@@ -11,6 +11,7 @@ from ssmttm.codecs.students import codec
 from ssmttm.codecs.students.codec import StudentCodec, StudentConfig
 from ssmttm.codecs.tiny import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError
+from ssmttm.hub import split_revision
 
 TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_codec"
 
@@ -20,7 +21,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None) -> Codec:
+def load_codec(
+    name_or_path: str | Path = "tiny", n_codebooks: int | None = None, revision: str | None = None
+) -> Codec:
     """Load a codec in eval mode.
 
     Args:
@@ -28,11 +31,12 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
             only decodes) or by transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
             "descript/dac_44khz".
         n_codebooks: keep only the first n codebooks.
+        revision: branch, tag or commit of a hub name; `name` of the codec has the commit that was found.
 
     Raises:
         UserError: no such codec, or its files are missing or damaged.
     """
-    codec = _load(name_or_path)
+    codec = _load(name_or_path, revision)
     return codec if n_codebooks is None else codec.keep_codebooks(n_codebooks)
 
 
@@ -74,7 +78,7 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
     raise UserError(f"unknown codec kind {kind!r}: choose from tiny, {', '.join(hf.CLASSES)}")
 
 
-def _load(name_or_path: str | Path) -> Codec:
+def _load(name_or_path: str | Path, revision: str | None) -> Codec:
     name = str(name_or_path)
     if name == "tiny":
         if not (TINY_FOLDER / "model.safetensors").is_file():
@@ -87,11 +91,11 @@ def _load(name_or_path: str | Path) -> Codec:
             return TinyCodec.load(folder)
         if model_type == codec.MODEL_TYPE:
             return StudentCodec.load(folder)
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+    elif split_revision(name)[0].count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; `tiny` is embedded")
     from ssmttm.codecs import hf
 
-    return hf.from_pretrained(name, folder.resolve().name if folder.is_dir() else name)
+    return hf.from_folder(folder) if folder.is_dir() else hf.from_hub(name, revision)
 
 
 def _model_type(folder: Path) -> str | None:

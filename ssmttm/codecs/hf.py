@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -15,6 +16,7 @@ from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecRes
 from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
 from ssmttm.codecs.quantiser import reseed, unused_entries
 from ssmttm.errors import UserError
+from ssmttm.hub import checkpoint_folder, with_commit
 
 
 class TransformersCodec(Codec):
@@ -166,23 +168,30 @@ def from_config(kind: str, fields: dict[str, object]) -> TransformersCodec:
         raise UserError(f"codec kind {kind}: {' '.join(str(error).split())}") from error
 
 
-def from_pretrained(name_or_path: str, name: str) -> TransformersCodec:
-    """A pretrained codec in eval mode, from a local folder or the hub.
+def from_folder(folder: Path) -> TransformersCodec:
+    """A pretrained codec in eval mode. Raises UserError if the folder holds none."""
+    return _load(folder, folder.resolve().name)
 
-    Raises:
-        UserError: not found, not reachable, or of another kind.
-    """
+
+def from_hub(name: str, revision: str | None = None) -> TransformersCodec:
+    """A pretrained codec in eval mode, whose `name` ends in its commit. Raises UserError if it cannot be fetched."""
+    advice = "use the embedded codec `tiny`"
+    folder = checkpoint_folder(name, ("config.json", "model*.safetensors*"), "codec", advice, revision)
+    return _load(folder, with_commit(name, folder))
+
+
+def _load(folder: Path, name: str) -> TransformersCodec:
     try:
-        kind = AutoConfig.from_pretrained(name_or_path).model_type
+        kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in CLASSES:
-            raise UserError(f"codec {name_or_path}: unknown model_type {kind!r}: choose from {', '.join(CLASSES)}")
+            raise UserError(f"codec {name}: unknown model_type {kind!r}: choose from {', '.join(CLASSES)}")
         codec_class, model_class, _ = CLASSES[kind]
-        return codec_class(model_class.from_pretrained(name_or_path), name).eval()
+        return codec_class(model_class.from_pretrained(folder), name).eval()
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"codec {name_or_path} cannot be loaded ({reason}): download it on a machine with network access and give "
-            "its folder, or use the embedded codec `tiny`"
+            f"codec {name} cannot be loaded ({reason}): give a folder with config.json and model.safetensors, or use "
+            "the embedded codec `tiny`"
         ) from error
 
 

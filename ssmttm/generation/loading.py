@@ -13,6 +13,7 @@ from ssmttm import checkpoint
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.errors import UserError
+from ssmttm.hub import split_revision
 from ssmttm.model_folder import SECOND_STAGE, check_layout, check_tensor_names, read_card
 from ssmttm.models import LatentDenoiser, TokenLM, build_model
 from ssmttm.ops.int8 import quantise
@@ -87,11 +88,13 @@ class ModelFolder:
         return data
 
 
-def open_model_folder(folder_or_hub_id: str | Path | None, task: str = "lm") -> ModelFolder:
+def open_model_folder(
+    folder_or_hub_id: str | Path | None, task: str = "lm", revision: str | None = None
+) -> ModelFolder:
     """Find a model: an exported folder, a checkpoint, a run folder, the name of an embedded model (tiny_lm,
-    tiny_two_stage, tinyttm_tiny), or a hub id; None is tiny_lm. Raises UserError if there is none, it is damaged, or it
-    was trained for another task."""
-    path = checkpoint.find_model(_find_folder(folder_or_hub_id))
+    tiny_two_stage, tinyttm_tiny), or a hub id, at a revision; None is tiny_lm. Raises UserError if there is none, it is
+    damaged, or it was trained for another task."""
+    path = checkpoint.find_model(_find_folder(folder_or_hub_id, revision))
     check_layout(path)
     config = checkpoint.read_config(path)
     found = config.get("task", "lm")
@@ -180,17 +183,20 @@ def check_stages(folder: ModelFolder, model: TokenLM, denoiser: LatentDenoiser) 
         raise UserError(f"{folder.name} generates {first} codebooks, the second stage expects {second}: they must fit")
 
 
-def _find_folder(folder_or_hub_id: str | Path | None) -> Path:
+def _find_folder(folder_or_hub_id: str | Path | None, revision: str | None) -> Path:
     """The local folder; a hub id is downloaded."""
     if folder_or_hub_id is None:
         return EMBEDDED
     path, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if not path.exists() and path.name == name and (ASSETS / name / "card.json").is_file():
         return ASSETS / name
-    if path.exists() or isinstance(folder_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if path.exists() or isinstance(folder_or_hub_id, Path) or name.startswith((".", "/", "~")):
+        return path
+    repository, revision = split_revision(name, revision)
+    if repository.count("/") != 1:
         return path
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no folder {name}, nor on the hub ({reason}): check the name or the network") from error

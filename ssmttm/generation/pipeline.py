@@ -23,6 +23,7 @@ from ssmttm.generation.engine import generate_frames
 from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
 from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
+from ssmttm.hub import commit_of
 from ssmttm.models.controls import Controls, SupportsControls
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
@@ -79,7 +80,7 @@ class MusicPipeline:
     def from_pretrained(
         cls, folder_or_hub_id: str | Path | None = None, device: str | torch.device | None = None,
         codec: str | Path | None = None, text_encoder: str | Path | None = None,
-        second_stage: str | Path | None = None,
+        second_stage: str | Path | None = None, revision: str | None = None,
     ) -> "MusicPipeline":  # fmt: skip
         """Load a model, with EMA weights if there are any, and the codec and text encoder that it was trained with.
         Raises UserError if nothing is there, a file is damaged, or model, codec and text encoder do not belong
@@ -92,8 +93,9 @@ class MusicPipeline:
             codec, text_encoder: where to load these from, such as a folder, if not by the name in the model's card.
                 Their fingerprints must match.
             second_stage: a run, a checkpoint or an exported denoiser, if it is not in the model's folder.
+            revision: branch, tag or commit of a hub id, which may also end in @ and the revision.
         """
-        folder = loading.open_model_folder(folder_or_hub_id)
+        folder = loading.open_model_folder(folder_or_hub_id, revision=revision)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = loading.load_language_model(folder)
         second_folder = loading.open_second_stage_folder(folder, second_stage)
@@ -255,6 +257,8 @@ def _metadata(
         "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
         "training_data_licences": folder.licences, "software": f"ssmttm {__version__}",
     }  # fmt: skip
+    if commit := commit_of(folder.path):
+        metadata["model"]["revision"] = commit
     if second_folder is not None and second_stage is not None:
         settings = second_stage.settings
         metadata["training_data_licences"] = (folder.licences or {}) | (second_folder.licences or {})

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
-from ssmttm.hub import checkpoint_folder, fingerprint_of
+from ssmttm.hub import checkpoint_folder, fingerprint_of, with_commit
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.student import PROJECTION, StudentEncoder
 
@@ -93,7 +93,9 @@ class TextEncoder:
         return {key: tokens[key] for key in ("input_ids", "attention_mask")}
 
 
-def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) -> TextEncoder:
+def load_text_encoder(
+    name_or_path: str | Path = MINILM, max_tokens: int = 128, revision: str | None = None
+) -> TextEncoder:
     """Load a frozen text encoder.
 
     Args:
@@ -101,6 +103,7 @@ def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) 
             BERT model on the Hugging Face hub, such as "google/flan-t5-base"; or a folder of one or of a student
             (`ssmttm.text.student`).
         max_tokens: maximum caption length, including special tokens.
+        revision: branch, tag or commit of a hub name; `name` of the encoder has the commit that was found.
 
     Raises:
         UserError: no such folder or name, the hub cannot be reached, or the weights have another hash.
@@ -114,7 +117,9 @@ def load_text_encoder(name_or_path: str | Path = MINILM, max_tokens: int = 128) 
         folder, name = Path(name), Path(name).resolve().name
     else:
         with quiet_transformers():
-            folder = checkpoint_folder(name, _HUB_FILES, "text encoder", "use minilm, which needs no download")
+            advice = "use minilm, which needs no download"
+            folder = checkpoint_folder(name, _HUB_FILES, "text encoder", advice, revision)
+            name = with_commit(name, folder)
     return _load(name, folder, max_tokens)
 
 

@@ -89,7 +89,7 @@ def check_text_encoder(config: DictConfig, info: dict[str, Any]) -> None:
     text of the width of its embeddings."""
     text, text_dim, store = info["text"], config.model.text_dim, config.data.store
     wanted = config.data.text_encoder
-    if wanted is not None and Path(wanted).name != Path(text["name"]).name:  # a local copy has the name of its folder
+    if wanted is not None and _last_name(wanted) != _last_name(text["name"]):
         raise UserError(
             f"{store} holds the text of {text['name']}, not of data.text_encoder={wanted}: prepare it with "
             f"--text {wanted}, or set data.text_encoder=null and model.text_dim={text['dim']}"
@@ -99,3 +99,8 @@ def check_text_encoder(config: DictConfig, info: dict[str, Any]) -> None:
             f"the model takes text of width {text_dim}, {store} holds {text['name']} of width {text['dim']}: "
             f"set model.text_dim={text['dim']}, or prepare with another text encoder"
         )
+
+
+def _last_name(name: str) -> str:
+    """Without owner and revision: a local copy of google/flan-t5-base is the folder flan-t5-base."""
+    return Path(name).name.partition("@")[0]

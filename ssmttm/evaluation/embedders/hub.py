@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssmttm.errors import UserError
 from ssmttm.evaluation.embedders.base import fingerprint, windows
+from ssmttm.hub import split_revision
 
 
 class ClapEmbedder:
@@ -93,11 +94,12 @@ class AstEmbedder:
         return tuple(output.float().cpu().unflatten(0, windowed.shape[:2]) for output in (pooled, logits))
 
 
-def _load(from_pretrained: Callable[[str], Any], source: str) -> Any:
+def _load(from_pretrained: Callable[..., Any], source: str) -> Any:
+    name, revision = (source, None) if Path(source).is_dir() else split_revision(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return from_pretrained(source)
+            return from_pretrained(name, **({"revision": revision} if revision else {}))
         except (OSError, ValueError) as error:
             reason = "no model in the folder" if Path(source).is_dir() else "not a folder, and download failed"
             raise UserError(f"cannot load {source} ({reason}): download it and give its folder") from error

@@ -18,6 +18,7 @@ from ssmttm.export.importers.card import imported_card, imported_config
 from ssmttm.export.importers.names import load_renamed, renamed_views
 from ssmttm.files import new_folder
 from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.hub import split_revision
 from ssmttm.model_folder import CODEC, TEXT_ENCODER, write_model_folder
 from ssmttm.models.token_lm import TokenLM, TokenLMConfig
 from ssmttm.patterns import get_pattern
@@ -135,15 +136,17 @@ def _load(source: str) -> tuple[Any, Any]:
     """The complete model in float32, and the tokenizer of its text encoder."""
     from transformers import AutoConfig, AutoTokenizer, MusicgenForConditionalGeneration
 
+    name, revision = (source, None) if Path(source).is_dir() else split_revision(source)
+    options = {} if revision is None else {"revision": revision}
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
+        kind = AutoConfig.from_pretrained(name, **options).model_type
         if kind != "musicgen":
             raise UserError(f"{source} is a {kind!r} model: give a MusicGen, such as facebook/musicgen-small")
         with quiet_transformers():
             loaded: Any = MusicgenForConditionalGeneration.from_pretrained(
-                source, dtype=torch.float32, weights_only=True, output_loading_info=True
+                name, dtype=torch.float32, weights_only=True, output_loading_info=True, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source} cannot be loaded ({reason}): give a complete MusicGen of transformers") from error

@@ -49,8 +49,9 @@ def import_released(
     """
     source, out = Path(source), Path(out)
     model = read_released(source)
-    codec_entry = CODEC, load_codec(codec or CODEC)
-    text_entry = TEXT_ENCODER, load_text_encoder(text_encoder or TEXT_ENCODER)
+    its_codec, its_encoder = load_codec(codec or CODEC), load_text_encoder(text_encoder or TEXT_ENCODER)
+    codec_entry = CODEC if codec else its_codec.name, its_codec
+    text_entry = TEXT_ENCODER if text_encoder else its_encoder.name, its_encoder
     card = imported_card(out.name, source.name, model, codec_entry, text_entry, "unmasked_padding")
     with new_folder(out) as folder:
         write_model_folder(folder, model.state_dict(), imported_config(model, "delay"), card)
