@@ -141,13 +141,13 @@ def words_in(words, text: str) -> set[str]:
 def test_captions_state_only_true_facts() -> None:
     all_tempo = {word for words in TEMPO.values() for word in words}
     vocabulary = (*INSTRUMENTS.values(), *BACKING_WORDS.values(), *FAMILY_WORDS.values())
-    all_players = {word for words in vocabulary for word in words}
+    all_instruments = {word for words in vocabulary for word in words}
     all_moods = {word for mood, words in MOODS.items() for word in (mood, *words)} - {"still", "fun", "grand", "bright"}
     for truth, texts in captions():
         present = [i["name"] for i in truth["instruments"]]
-        players = {w for name in present for w in (*INSTRUMENTS.get(name, ()), *BACKING_WORDS.get(name, (name,)))}
-        players |= set(FAMILY_WORDS[truth["lead"]["family"]])
-        longest = " ".join(players)
+        words = {w for name in present for w in (*INSTRUMENTS.get(name, ()), *BACKING_WORDS.get(name, (name,)))}
+        words |= set(FAMILY_WORDS[truth["lead"]["family"]])
+        longest = " ".join(words)
         moods = {truth["mood"], *MOODS.get(truth["mood"], ())}
         for text in texts:
             assert "{" not in text and "  " not in text and " ," not in text and text == text.strip(), text
@@ -158,7 +158,7 @@ def test_captions_state_only_true_facts() -> None:
             for tonic in re.findall(r"\b([A-G](?:[#b]|[ -](?:sharp|flat))?) (?:major|minor|dorian|mixolydian)", text):
                 spelt = tonic.replace(" sharp", "#").replace("-sharp", "#").replace(" flat", "b").replace("-flat", "b")
                 assert spelt == truth["key"], text
-            found = words_in(all_players, re.sub("(no|without) drums", "", text))
+            found = words_in(all_instruments, re.sub("(no|without) drums", "", text))
             assert all(word in longest for word in found), (text, present)
             assert words_in(all_moods, text) <= moods, (text, truth["mood"])
             if "drum" in text or "percussion" in text:

@@ -274,7 +274,7 @@ def test_truth_of_excerpt_names_who_is_heard() -> None:
     for piece in pieces():
         for start in (0.0, 20.0):
             truth = excerpt(piece, start, start + 20)
-            roles = {player["role"] for player in truth["instruments"]}
+            roles = {part["role"] for part in truth["instruments"]}
             for track in piece.tracks:
                 heard = [n for n in track.notes if start <= piece.onset(n) < start + 20]
                 assert heard or track.role not in roles or piece.onset(track.notes[0]) < start

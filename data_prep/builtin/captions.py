@@ -15,32 +15,32 @@ from data_prep.builtin.words import (
     TEMPO,
 )
 
-# Slots: np (article, adjectives, style noun), key, lead ("on a flute"), player ("a flute"), solo ("flute"), bpm, metre,
-# backing, style, tempo, mood, feel. No adjective occurs twice in one caption: `np` holds those not used elsewhere.
+# Slots: np (article, adjectives, style noun), key, lead ("on a flute"), instrument ("a flute"), solo ("flute"), bpm,
+# metre, backing, style, tempo, mood, feel. No adjective occurs twice in one caption: `np` holds those not used elsewhere.
 _CORE = (
-    "{np} {key} on {player}", "{np} {key} {lead}", "{np} {lead}, {key}", "{np} {key}, {bpm}, {lead}",
+    "{np} {key} on {instrument}", "{np} {key} {lead}", "{np} {lead}, {key}", "{np} {key}, {bpm}, {lead}",
     "{np} for {solo} {key}", "{np} {lead}", "{np} {key} for {solo}, {bpm}",
 )
 _DETAIL = (
     "{np} {key} {lead}, {backing}", "{np} {bpm} {metre}, {key}, {lead}, {backing}",
-    "{Player} carries the melody of {np} {key}, {backing}",
-    "{np} {metre} {bpm}. {Player} leads, {backing}. The piece is {key}",
-    "{Np} {key}. {Player} takes the lead {backing}", "An instrumental: {np} {lead}, {key}, {backing}",
-    "{np} with {player} playing the tune, {backing}, {bpm}",
-    "{np} {key} at {tempo} speed, {beats}, with {player} in front",
+    "{Instrument} carries the melody of {np} {key}, {backing}",
+    "{np} {metre} {bpm}. {Instrument} leads, {backing}. The piece is {key}",
+    "{Np} {key}. {Instrument} takes the lead {backing}", "An instrumental: {np} {lead}, {key}, {backing}",
+    "{np} with {instrument} playing the tune, {backing}, {bpm}",
+    "{np} {key} at {tempo} speed, {beats}, with {instrument} in front",
 )
 _SPOKEN = (
-    "The melody of this {tempo} {style} is played by {player} {key}", "This is {np} {lead}",
-    "Music {key}: {np} with {player}", "{Player} plays {np} {key}", "{np}, {feel}, {lead}",
+    "The melody of this {tempo} {style} is played by {instrument} {key}", "This is {np} {lead}",
+    "Music {key}: {np} with {instrument}", "{Instrument} plays {np} {key}", "{np}, {feel}, {lead}",
     "I would like {np} {key} {lead}",
-    "Play {np} {lead} {bpm}", "Imagine {np} {key} with {player} singing out the tune",
+    "Play {np} {lead} {bpm}", "Imagine {np} {key} with {instrument} singing out the tune",
     "{mood} {tempo} music {key} {lead}",
-    "{Player} over {backers}: {np} {key}", "{np} {lead}; the mood is {mood} and the tempo {tempo}",
+    "{Instrument} over {backers}: {np} {key}", "{np} {lead}; the mood is {mood} and the tempo {tempo}",
     "Instrumental: {style} {key}, {tempo}, {lead}", "{mood} {tempo} melody {key} {lead}",
 )
 _TERSE = (
     "{tempo} {style}, {solo}", "{solo} {style}, {plainkey}", "{tempo} {solo} music {key}", "{mood} {solo} melody",
-    "{style} with {player}", "{plainkey} {style}, {beats}", "{solo}, {tempo}, {plainkey}", "{mood} {tempo} {style}",
+    "{style} with {instrument}", "{plainkey} {style}, {beats}", "{solo}, {tempo}, {plainkey}", "{mood} {tempo} {style}",
     "{solo} {style} {key}", "{tempo} {solo} {style} {bpm}", "{mood} {tempo} {solo} music", "{tempo} {solo} tune {key}",
     "{mood} {solo} piece {key}", "{tempo} {mood} melody {lead}",
 )
@@ -90,7 +90,7 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     pool = INSTRUMENTS[lead["name"]]
     solo = rng.choice(FAMILY_WORDS[lead["family"]]) if rng.random() < 0.05 else rng.choice(pool)
     plural = solo.endswith("s") and not solo.endswith(("brass", "ss"))
-    player = solo if plural else article(solo)
+    instrument = solo if plural else article(solo)
     key, plainkey = _key_phrases(rng, truth)
     tempo, mood = rng.choice(TEMPO[truth["tempo_class"]]), rng.choice((truth["mood"], *MOODS.get(truth["mood"], ())))
     style = rng.choice(STYLE_NOUNS[truth["style"]])
@@ -108,19 +108,21 @@ def _slots(rng: Random, truth: dict[str, Any], template: str) -> dict[str, str]:
     if not truth["drums"] and rng.random() < 0.3:
         backing = rng.choice((f"{backing} and no drums", f"{backing}, without drums"))
     return {
-        "np": np, "key": key, "plainkey": plainkey, "solo": solo, "player": player, "tempo": tempo, "mood": mood,
+        "np": np, "key": key, "plainkey": plainkey, "solo": solo, "instrument": instrument, "tempo": tempo,
+        "mood": mood,
         "style": style,
         "beats": beats, "bpm": rng.choice((f"at {beats}", f"at {beats}", f"at a tempo of {beats}")), "feel": feel,
         "metre": rng.choice(METRE_WORDS[truth["metre"]]), "backing": backing, "backers": band,
-        "lead": rng.choice((f"played on {player}", f"on {player}", f"led by {player}",
-                            f"with {player} in front", f"featuring {player}", f"with {article(solo + ' melody')}")),
+        "lead": rng.choice((f"played on {instrument}", f"on {instrument}", f"led by {instrument}",
+                            f"with {instrument} in front", f"featuring {instrument}",
+                            f"with {article(solo + ' melody')}")),
     }
 
 
 def _write(rng: Random, truth: dict[str, Any], template: str) -> str:
     """One caption from a template."""
     slots = _slots(rng, truth, template)
-    slots |= {name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("np", "player")}
+    slots |= {name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("np", "instrument")}
     text = template.format(**slots)
     return text[0].upper() + text[1:] + rng.choice((".", ".", "")) if rng.random() < 0.7 else text
 

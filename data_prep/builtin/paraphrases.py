@@ -11,7 +11,7 @@ from data_prep.builtin.captions import article, listed
 COUNT = 4  # prompts of one segment
 
 # Slots: style, solo (the lead), lead (with article), mood, key ("D minor"), mode, bpm, metre, quick (an adjective of
-# tempo), pace (a phrase of tempo), band (the other players).
+# tempo), pace (a phrase of tempo), band (the other instruments).
 TEMPLATES: tuple[str, ...] = (
     "ok so picture {style} where {lead} does all the talking, {pace}, tuned to {key}",
     "need something {mood} to put under a video: {quick} {style}, {solo} up top, {key}",
@@ -69,7 +69,7 @@ _METRE = {"4/4": ("four to the bar", "4/4"), "3/4": ("one-two-three", "3/4"), "6
 
 def _slots(rng: Random, truth: dict[str, Any]) -> dict[str, str]:
     """Words for the slots."""
-    others = [player["name"] for player in truth["instruments"] if player["role"] != "lead"]
+    others = [part["name"] for part in truth["instruments"] if part["role"] != "lead"]
     solo, tempo = truth["lead"]["name"], truth["tempo_class"]
     return {
         "style": truth["style"], "solo": solo, "lead": article(solo), "mood": truth["mood"], "mode": truth["mode"],

@@ -71,7 +71,7 @@ _BACKING = (
 )
 BACKING: dict[str, Instrument] = {instrument.name: instrument for instrument in _BACKING}
 
-# Players of a second melody, by the kind of style.
+# Instruments of a second melody, by the kind of style.
 COUNTERS: dict[str, tuple[Instrument, ...]] = {
     "acoustic": _family("flutes", ("flute", 73, 65, 84)) + _family("reeds", ("clarinet", 71, 55, 76))
     + _family("strings", ("cello", 42, 46, 67), ("violin", 40, 60, 81)) + _family("brass", ("French horn", 60, 50, 70)),

@@ -49,7 +49,7 @@ def _dynamics(note: Note, role: str, bar: Bar, metre: Metre) -> float:
 
 def perform(salt: str, role: str, notes: Sequence[Note], bars: list[Bar], metre: Metre, bpm: int,
             manner: Manner) -> list[Note]:
-    """Notes as a player plays them.
+    """The notes with the timing and dynamics of a performance.
 
     Each part has habits (the same place in the bar is always a little early or late, strong or weak), so that bars
     that repeat still repeat, and small accidents. In songs and layered music, and in half of the other parts, bars that
