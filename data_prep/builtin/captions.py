@@ -16,7 +16,7 @@ from data_prep.builtin.words import (
 )
 
 # Slots: np (article, adjectives, style noun), key, lead ("on a flute"), instrument ("a flute"), solo ("flute"), bpm,
-# metre, backing, style, tempo, mood, feel. No adjective occurs twice in one caption: `np` holds those not used elsewhere.
+# metre, backing, style, tempo, mood, feel. No adjective occurs twice in one caption: `np` holds the others.
 _CORE = (
     "{np} {key} on {instrument}", "{np} {key} {lead}", "{np} {lead}, {key}", "{np} {key}, {bpm}, {lead}",
     "{np} for {solo} {key}", "{np} {lead}", "{np} {key} for {solo}, {bpm}",
