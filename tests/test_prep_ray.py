@@ -216,9 +216,10 @@ def test_ray_executor_survives_the_loss_of_a_node(cluster, second_node, tmp_path
     check_shards(root, 16)
 
 
-def test_ray_executor_gives_up_on_a_task_that_kills_every_worker(cluster, tmp_path):
+@pytest.mark.parametrize("device", [False, True])
+def test_ray_executor_gives_up_on_a_task_that_kills_every_worker(cluster, tmp_path, device):
     with pytest.raises(UserError, match="a worker was lost 2 times over one task of cut-0"):
-        Run(tmp_path, RayExecutor(cluster.address, retries=1)).run_stage("cut", one_task(tmp_path, kill_worker))
+        Run(tmp_path, RayExecutor(cluster.address, retries=1)).run_stage("cut", one_task(tmp_path, kill_worker), device)
 
 
 def test_ray_executor_reports_a_missing_cluster_at_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from ssmttm.launch.job import Item, Result
 class RayExecutor:
     """Ray tasks; with `device` a pool of actors, one a GPU, so that a model stays loaded from task to task.
 
-    Ray runs again what was lost with a node or a killed worker. A context manager that disconnects at the end.
+    What was lost with a node or a killed worker runs again: Ray retries tasks, lost actors are replaced here. A context
+    manager that disconnects at the end.
 
     Args:
         address: of the cluster, such as `auto`; None starts one on this machine.
@@ -41,32 +43,37 @@ class RayExecutor:
     ) -> Iterator[Result]:
         """See `Executor.run`. Raises UserError if Ray is not installed or not reachable, or loses a task too often."""
         ray = _connect(self.address)
-        from ray.util import ActorPool
-
         cpus = int(ray.cluster_resources().get("CPU", 1))
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if device:
-            options = {
-                "num_cpus": 1,
-                "num_gpus": 1 if gpus else 0,
-                "max_restarts": -1,
-                "max_task_retries": self.retries,
-            }
-            actor = ray.remote(**options)(_Actor)
+            actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
             workers = [actor.remote() for _ in range(min(len(items), gpus or cpus))]
         else:
             task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus if gpus else 0, max_retries=self.retries)(_call)
             workers = [SimpleNamespace(call=task) for _ in range(2 * cpus)]  # half of them wait in Ray's queue
-        pool: Any = ActorPool(workers)
-        try:
-            yield from pool.map_unordered(lambda worker, item: worker.call.remote(function, item), items)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error  # the task's own exception, so that a UserError stays one line
-        except ray.exceptions.RayError as error:
-            raise UserError(
-                f"a worker was lost {self.retries + 1} times over one task of {label} (out of memory?): give Ray fewer "
-                "CPUs a node; finished work is kept"
-            ) from error
+        waiting = deque((item, 0) for item in items)  # with the number of actors lost over it
+        running: dict[Any, tuple[Any, Item, int]] = {}
+        while waiting or running:
+            while waiting and workers:
+                worker, (item, losses) = workers.pop(), waiting.popleft()
+                running[worker.call.remote(function, item)] = worker, item, losses
+            (ready,), _ = ray.wait(list(running))
+            worker, item, losses = running.pop(ready)
+            try:
+                result = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # the task's own exception, so that a UserError stays one line
+            except ray.exceptions.RayError as error:
+                if not isinstance(error, ray.exceptions.RayActorError) or losses == self.retries:
+                    raise UserError(
+                        f"a worker was lost {self.retries + 1} times over one task of {label} (out of memory?): give "
+                        "Ray fewer CPUs a node; finished work is kept"
+                    ) from error
+                workers.append(actor.remote())  # Ray's own restarts give up on an actor that is lost while it starts
+                waiting.append((item, losses + 1))
+                continue
+            workers.append(worker)
+            yield result
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
