@@ -63,11 +63,11 @@ def one_task(root: Path, make: Callable[[Path], Any]) -> list[ShardTask]:
 
 
 def workers_of(raylet: int) -> list[int]:
-    """The busy processes of a node: `ray::_call` runs a task, `ray::_Actor.call` a method of an actor."""
+    """The busy processes of a node: `ray::_call` runs a task."""
     pids = []
     for path in Path(f"/proc/{raylet}/task").glob("*/children"):
         for pid in read_proc(path).split():
-            if read_proc(Path(f"/proc/{pid}/cmdline")).startswith(("ray::_call", "ray::_Actor")):
+            if read_proc(Path(f"/proc/{pid}/cmdline")).startswith("ray::_call"):
                 pids.append(int(pid))
     return pids
 
@@ -90,7 +90,11 @@ def raylet_of(starter: subprocess.Popen) -> int:
 @contextmanager
 def node(command: list[str], log: Path, is_up: Callable[[], bool]) -> Iterator[subprocess.Popen]:
     """A process that starts a node, ready when `is_up()`; it ends, with the node, when its standard input closes."""
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RAY_health_check_period_ms": "500"}
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "RAY_health_check_period_ms": "500",
+        "RAY_worker_niceness": "0",
+    }
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
@@ -151,7 +155,7 @@ def started(root: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("device", [False, True])
 def test_ray_executor_survives_killed_workers(cluster, tmp_path, device):
-    """A busy process is killed up to eight times: of tasks, and of actors (`device`)."""
+    """A busy process is killed up to eight times."""
     root, killed, over = tmp_path / "work", [], threading.Event()
 
     def kill() -> None:

@@ -21,9 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load_codec(
-    name_or_path: str | Path = "tiny", n_codebooks: int | None = None, revision: str | None = None
-) -> Codec:
+def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None, revision: str | None = None) -> Codec:
     """Load a codec in eval mode.
 
     Args:

@@ -5,7 +5,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from ssmttm.errors import UserError
@@ -14,10 +13,10 @@ from ssmttm.launch.job import Item, Result
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Ray tasks; with `device` a pool of actors, one a GPU, so that a model stays loaded from task to task.
+    """Ray tasks, which Ray runs again when a worker or node is lost; with `device` each takes a GPU, if there is one.
 
-    What was lost with a node or a killed worker runs again: Ray retries tasks, lost actors are replaced here. A context
-    manager that disconnects at the end.
+    On GPUs Ray starts a new process for each task, which loads the model anew. (Actors would keep it, but one that is
+    lost while it starts is not always replaced.) A context manager that disconnects at the end.
 
     Args:
         address: of the cluster, such as `auto`; None starts one on this machine.
@@ -44,45 +43,28 @@ class RayExecutor:
         """See `Executor.run`. Raises UserError if Ray is not installed or not reachable, or loses a task too often."""
         ray = _connect(self.address)
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if device:
-            actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
-            workers = [actor.remote() for _ in range(min(len(items), gpus or cpus))]
-        else:
-            task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus if gpus else 0, max_retries=self.retries)(_call)
-            workers = [SimpleNamespace(call=task) for _ in range(2 * cpus)]  # half of them wait in Ray's queue
-        waiting = deque((item, 0) for item in items)  # with the number of actors lost over it
-        running: dict[Any, tuple[Any, Item, int]] = {}
+        gpus = 1 if device else self.gpus
+        if not ray.cluster_resources().get("GPU", 0):
+            gpus = 0
+        task = ray.remote(num_cpus=self.cpus, num_gpus=gpus, max_retries=self.retries)(_call)
+        waiting, running = deque(items), []
         while waiting or running:
-            while waiting and workers:
-                worker, (item, losses) = workers.pop(), waiting.popleft()
-                running[worker.call.remote(function, item)] = worker, item, losses
-            (ready,), _ = ray.wait(list(running))
-            worker, item, losses = running.pop(ready)
+            while waiting and len(running) < 2 * cpus:  # half of them wait in Ray's queue
+                running.append(task.remote(function, waiting.popleft()))
+            (ready,), running = ray.wait(running)
             try:
-                result = ray.get(ready)
+                yield ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # the task's own exception, so that a UserError stays one line
             except ray.exceptions.RayError as error:
-                if not isinstance(error, ray.exceptions.RayActorError) or losses == self.retries:
-                    raise UserError(
-                        f"a worker was lost {self.retries + 1} times over one task of {label} (out of memory?): give "
-                        "Ray fewer CPUs a node; finished work is kept"
-                    ) from error
-                workers.append(actor.remote())  # Ray's own restarts give up on an actor that is lost while it starts
-                waiting.append((item, losses + 1))
-                continue
-            workers.append(worker)
-            yield result
+                raise UserError(
+                    f"a worker was lost {self.retries + 1} times over one task of {label} (out of memory?): give Ray "
+                    "fewer CPUs a node; finished work is kept"
+                ) from error
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
     return function(item)
-
-
-class _Actor:
-    def call(self, function: Callable[[Item], Result], item: Item) -> Result:
-        return function(item)
 
 
 def _connect(address: str | None) -> Any:

@@ -21,9 +21,7 @@ from ssmttm.listening.page import AXES, LOUDNESS
 _SCALE = [{"value": str(i), "label": word} for i, word in enumerate(("bad", "poor", "fair", "good", "excellent"), 1)]
 
 
-def export(
-    folders: dict[str, Path], out: Path, kind: str = "both", seed: int = 0
-) -> tuple[list[Path], list[str]]:
+def export(folders: dict[str, Path], out: Path, kind: str = "both", seed: int = 0) -> tuple[list[Path], list[str]]:
     """Write OUT/listening.yaml, for webMUSHRA's configs folder, OUT/listening/*.wav, and OUT/key.yaml.
 
     Ratings are likert_single_stimulus pages, one for each clip and axis; a pair is a likert_multi_stimulus page, where

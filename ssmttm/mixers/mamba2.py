@@ -130,9 +130,7 @@ class Mamba2(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.in_proj(x).split([self.d_inner, self.conv_dim, self.nheads], -1)
 
-    def _operands(
-        self, xBC: Tensor, dt: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x, dt, A, B, C, D of the scan from the convolution's output and the raw dt, with or without a T axis."""
         x, B, C = xBC.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
         dtype = accumulation_dtype(dt)

@@ -89,7 +89,7 @@ class SublayerConfig:
 
 
 def build_norm(kind: str, d_model: int) -> nn.Module:
-    """"rms" or "layer"."""
+    """`rms` or `layer`."""
     return nn.RMSNorm(d_model, eps=1e-5) if kind == "rms" else nn.LayerNorm(d_model)
 
 

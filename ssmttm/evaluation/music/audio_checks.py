@@ -109,9 +109,11 @@ def spectral_flatness(wav: Tensor, sample_rate: int, low: float = 100.0, high: f
     Frames more than 40 dB below the loudest are excluded; 0 for silence. wav [S] or [1, S].
     """
     wav = wav.float().flatten()
-    spectrum = torch.stft(
-        wav, _FFT, _FFT // 2, window=torch.hann_window(_FFT), pad_mode="constant", return_complex=True
-    ).abs().square()
+    spectrum = (
+        torch.stft(wav, _FFT, _FFT // 2, window=torch.hann_window(_FFT), pad_mode="constant", return_complex=True)
+        .abs()
+        .square()
+    )
     hertz = torch.linspace(0, sample_rate / 2, _FFT // 2 + 1)
     power = spectrum[(hertz >= low) & (hertz <= high)]  # [F, T]
     mean = power.mean(0)

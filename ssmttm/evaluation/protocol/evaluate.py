@@ -1,9 +1,9 @@
 """`ssmttm evaluate`: run a protocol from its prompts to its metrics. Every stage resumes where it was stopped.
 
-    OUT/audio/          generated clips, a wav and its metadata sidecar for each prompt
-    OUT/embeddings/     cached embeddings of all files
-    OUT/metrics.json    all metrics with their fingerprints; written last
-    OUT/report.md       the report; OUT/report.html is the same as a page
+OUT/audio/          generated clips, a wav and its metadata sidecar for each prompt
+OUT/embeddings/     cached embeddings of all files
+OUT/metrics.json    all metrics with their fingerprints; written last
+OUT/report.md       the report; OUT/report.html is the same as a page
 """
 
 import json

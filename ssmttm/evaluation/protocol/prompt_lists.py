@@ -69,9 +69,7 @@ def find_audio(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def _reference(
-    folder: str | Path | None, templates: Sequence[str], row: Mapping[str, Any], name: str
-) -> Path | None:
+def _reference(folder: str | Path | None, templates: Sequence[str], row: Mapping[str, Any], name: str) -> Path | None:
     if folder is None:
         return None
     bare = {f"{column}_stem": str(Path(str(value)).with_suffix("")) for column, value in row.items() if value}

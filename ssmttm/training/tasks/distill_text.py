@@ -121,9 +121,7 @@ class TextDistillTask(LanguageModelTask):
     def _is_joint(self, step: int) -> bool:
         return self.joint_step is not None and step >= self.joint_step
 
-    def _losses_of(
-        self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, joint: bool
-    ) -> Losses:
+    def _losses_of(self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, joint: bool) -> Losses:
         """The regression loss, and in the joint phase the losses of the language model."""
         text = batch["student_text"]
         states = modules["model"](text.input_ids, text.mask).last_hidden_state.float()  # [b, L, E]
