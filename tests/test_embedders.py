@@ -17,7 +17,7 @@ from ssmttm.audio.features import mel_filterbank
 from ssmttm.cli import train_embedder
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
-from ssmttm.evaluation.embedders import EMBEDDERS, convnets, load_embedder, mono_at
+from ssmttm.evaluation.embedders import EMBEDDERS, load_embedder, mono_at, panns, vggish
 from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
 from ssmttm.evaluation.embedders.tiny import TinyEmbedder
 from ssmttm.evaluation.metrics.clap_score import clap_score
@@ -70,15 +70,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write_weights(kind, path, prefix=""):
-    """Write random weights with the published names."""
-    module = kind.__new__(kind)
-    load_weights, convnets._load_weights = convnets._load_weights, lambda *rest, **more: "0" * 16
-    try:
+def write_weights(file, kind, path):
+    """Write random weights with the published names, of a class of the module `file`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "load_weights", lambda *rest, **more: "0" * 16)
         torch.manual_seed(1)
-        module.__init__("unused")
-    finally:
-        convnets._load_weights = load_weights
+        module = kind("unused")
     tensors = {name: value.clone() for name, value in module.state_dict().items()}
     if path.suffix == ".pth":
         torch.save({"model": {**tensors, "spectrogram_extractor.stft.conv_real.weight": torch.ones(2)}}, path)
@@ -89,8 +86,8 @@ def write_weights(kind, path, prefix=""):
 
 @pytest.fixture(scope="module")
 def weights(folder):
-    write_weights(convnets.PannsEmbedder, folder / "cnn14.pth")
-    write_weights(convnets.VggishEmbedder, folder / "vggish.safetensors")
+    write_weights(panns, panns.PannsEmbedder, folder / "cnn14.pth")
+    write_weights(vggish, vggish.VggishEmbedder, folder / "vggish.safetensors")
     return {
         "clap": str(folder / "clap"), "ast": str(folder / "ast"), "panns": str(folder / "cnn14.pth"),
         "vggish": str(folder / "vggish.safetensors"), "tiny": None, "log_mel": None, "codec": None,

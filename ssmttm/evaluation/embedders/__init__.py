@@ -12,10 +12,10 @@ EMBEDDERS = {
     "tiny": ("tiny", "TinyEmbedder"),
     "log_mel": ("log_mel", "LogMelEmbedder"),
     "codec": ("codec_latents", "CodecEmbedder"),
-    "clap": ("hub", "ClapEmbedder"),
-    "ast": ("hub", "AstEmbedder"),
-    "panns": ("convnets", "PannsEmbedder"),
-    "vggish": ("convnets", "VggishEmbedder"),
+    "clap": ("clap", "ClapEmbedder"),
+    "ast": ("ast", "AstEmbedder"),
+    "panns": ("panns", "PannsEmbedder"),
+    "vggish": ("vggish", "VggishEmbedder"),
 }
 _WITHOUT_WEIGHTS = ("log_mel",)
 
