@@ -155,13 +155,28 @@ def test_static_weighting_is_the_weighted_sum():
 def test_running_means_keep_ratio_of_base_weights():
     weighting = LossWeighting("magnitude", {"a": 1.0, "b": 3.0})
     assert weighting.weights().tolist() == [1, 3]  # nothing observed yet
-    weighting.observe(torch.tensor([100.0, 0.01]))
-    weighted = weighting.weights() * torch.tensor([100.0, 0.01])
+    weighting.observe(torch.tensor([100.0, 0.2]))
+    weighted = weighting.weights() * torch.tensor([100.0, 0.2])
     assert (weighted[1] / weighted[0]).item() == pytest.approx(3)
-    assert weighted.sum().item() == pytest.approx(100 + 3 * 0.01)  # the total of the base weights
+    assert weighted.sum().item() == pytest.approx(100 + 3 * 0.2)  # the total of the base weights
     for _ in range(200):
         weighting.observe(torch.tensor([1.0, 1.0]))
     torch.testing.assert_close(weighting.weights(), torch.tensor([1.0, 3.0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "gradient"])
+@pytest.mark.parametrize("vanished", [0.0, 1e-7])
+def test_vanished_loss_has_a_bounded_weight(rule, vanished):
+    """The divergence of a student that equals its teacher is 0; its gradient may be too."""
+    weighting = LossWeighting(rule, {"cross_entropy": 1.0, "kl": 0.5})
+    for _ in range(3):
+        weighting.observe(torch.tensor([6.0, vanished]))
+    weights = weighting.weights()
+    assert weights[0] <= 1.0 and weights[1] / weights[0] == pytest.approx(500)
+    assert weighting({"cross_entropy": torch.tensor(6.0), "kl": torch.tensor(vanished)}).isfinite()
+    for _ in range(100):
+        weighting.observe(torch.tensor([6.0, 3.0]))  # it grows again
+    torch.testing.assert_close(weighting.weights(), torch.tensor([5 / 6, 5 / 6]), rtol=1e-3, atol=0)
 
 
 def test_uncertainty_scales_converge_to_loss_sizes():

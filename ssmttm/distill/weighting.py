@@ -6,6 +6,9 @@
                  arXiv 2210.13438, which takes it at the output)
     uncertainty  learnt: exp(-s) loss / 2 + s / 2 for each loss (arXiv 1705.07115), times the weights
 
+A running mean counts as at least a thousandth of the largest one: a loss that has nearly vanished, such as the
+divergence of a student that equals its teacher, keeps a bounded weight.
+
 Shapes: n losses.
 """
 
@@ -18,6 +21,7 @@ from ssmttm.errors import UserError
 
 WEIGHTINGS = ("static", "magnitude", "gradient", "uncertainty")
 _DECAY = 0.9  # of the running means
+_SMALLEST = 1e-3  # running mean, relative to the largest one
 
 
 class LossWeighting(nn.Module):
@@ -48,8 +52,8 @@ class LossWeighting(nn.Module):
             return base * torch.exp(-self.log_variance) / 2
         if self.rule == "static" or not bool((self.sizes > 0).all()):
             return base
-        mean = (base * self.sizes).sum() / base.sum()
-        return base * mean / self.sizes
+        sizes = self.sizes.clamp_min(_SMALLEST * float(self.sizes.max()))
+        return base * (base * sizes).sum() / base.sum() / sizes
 
     @torch.no_grad()
     def observe(self, sizes: Tensor) -> None:
