@@ -6,7 +6,7 @@ A checkpoint is a folder, written by `ssmttm.training.checkpointer`:
       config.yaml             the resolved config of the run
       model.safetensors       weights; another trained module, such as a codec's discriminator, has its own file
       ema.safetensors         averaged weights, float32, used for validation, samples and export (absent without EMA)
-      optimizer.safetensors   tensors named module/parameter/quantity; optimizer.json holds the parameter groups
+      optimizer.safetensors   tensors named optimiser/parameter/quantity; optimizer.json holds the parameter groups
       rng.json                a list with one entry per rank (`ssmttm.training.rng`)
       state.json              step, samples_seen, fingerprints, versions, licences of the data, last validation
       COMPLETE                sha256 and size of every other file, written last

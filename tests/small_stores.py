@@ -117,7 +117,7 @@ def second_stage_config(store: Path, run_dir: Path, *overrides: str) -> DictConf
     sizes = (
         f"model.n_codebooks={N_CODEBOOKS}", f"model.codebook_dim={CODEBOOK_DIM}", f"model.text_dim={TEXT_DIM}",
         "model.d_model=16", "model.n_layers=2", "model.headdim=8", "model.d_state=4", "model.n_heads=2",
-        "model.time_dim=16", f"data.frames={FRAMES}", "data.batch_size=4", "optim.lr=0.01", "optim.warmup_steps=5",
+        "model.time_dim=16", f"data.frames={FRAMES}", "data.batch_size=4", "optim.lr=0.01", "schedule.warmup_steps=5",
         "train.log_every=1", "train.precision=fp32", "train.eval_every=10", "train.eval_batches=2",
         "train.checkpoint_every=1000", "train.sample_seconds=1.5",
     )  # fmt: skip

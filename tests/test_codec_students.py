@@ -382,7 +382,7 @@ def config_of(store, teacher_folder, tmp_path):
     def make(*overrides, run_dir="run"):
         sizes = (
             f"data.store={store}", f"teacher={teacher_folder}", f"run_dir={tmp_path / run_dir}", "data.batch_size=4",
-            "codec_student.width=8", "codec_student.blocks=[1,1]", "optim.lr=0.01", "optim.warmup_steps=2",
+            "codec_student.width=8", "codec_student.blocks=[1,1]", "optim.lr=0.01", "schedule.warmup_steps=2",
             "codec_training.adversarial_start=3", "train.log_every=1", "train.eval_every=0", "train.precision=fp32",
             "train.checkpoint_every=100", "train.sample_every=0",
         )  # fmt: skip

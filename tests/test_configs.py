@@ -105,6 +105,9 @@ def test_task_has_its_own_keys_only(task):
         (["train.steps=many"], "train.steps must be an integer, got many"),
         (["train.steps=2.5"], "train.steps must be an integer, got 2.5"),
         (["train.steps=null"], "train.steps must be an integer, got null"),
+        (["optim.momentum=0.9"], "optim.momentum is a key of optim=muon, not of optim=adamw"),
+        (["experiment=tiny", "schedule.decay_steps=9"], "is a key of schedule=wsd, not of schedule=cosine"),
+        (["optim=adamwx"], "optim=adamwx"),
         (["optim.lr=true"], "optim.lr must be a number, got true"),
         (["model.tempo=3.5"], "model.tempo must be true or false, got 3.5"),
         (["model.layer_scale=[1]"], "model.layer_scale must be a number or null, got [1]"),
@@ -193,8 +196,11 @@ def test_renamed_override_names_the_new_one(old, new):
 def test_renamed_keys_and_experiments_exist_under_their_new_names():
     known = set(config.RENAMED_EXPERIMENTS.values())
     assert known <= set(config.names("experiment")) and not known & set(config.RENAMED_EXPERIMENTS)
+    for old, new in config.RENAMED_SCHEDULE.items():
+        with pytest.raises(UserError, match=f"{old} was renamed: write {new}=5"):
+            config.load(f"{old}=5")
     roots = [*(config.load(f"task={task}") for task in config.names("task")), config.load(root="eval")]
-    for new in [*config.RENAMED_KEYS.values(), *config.RENAMED_GROUPS.values()]:
+    for new in [*config.RENAMED_KEYS.values(), *config.RENAMED_GROUPS.values(), *config.RENAMED_SCHEDULE.values()]:
         assert any(OmegaConf.select(root, new, default=KeyError) is not KeyError for root in roots), new
 
 

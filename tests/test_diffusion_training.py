@@ -306,7 +306,7 @@ def test_diffusion_run_learns_and_saves_statistics_and_samples(store, codec, tmp
 def test_validation_does_not_depend_on_the_training_draws(store, tmp_path):
     metrics = []
     for name, dropout in (("a", 0.0), ("b", 0.9)):
-        frozen = ("optim.lr=0", "optim.min_lr=0", "train.steps=3", "train.eval_every=1")
+        frozen = ("optim.lr=0", "schedule.min_lr=0", "train.steps=3", "train.eval_every=1")
         overrides = (*frozen, f"diffusion.coarse_dropout={dropout}")
         run_dir = loop.train(second_stage_config(store, tmp_path / name, *overrides))
         metrics += [row["valid/loss"] for row in metric_rows(run_dir) if "valid/loss" in row]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from small_runs import assert_same_runs, run_contents, train_with_stops
+from small_runs import assert_same_runs, metric_rows, run_contents, train_with_stops
 from small_stores import codec_config, lm_config, write_audio_store, write_codes_store
 
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
 from ssmttm.files import file_entry
 from ssmttm.training import loop
+from ssmttm.training.optim.schedule import learning_rate
+from ssmttm.training.run import RunLength
 from ssmttm.training.tasks import codec, lm
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +132,7 @@ def test_resume_accepts_resumable_keys_only(codes_store, tmp_path):
 
 
 def test_longer_run_keeps_its_schedule_unless_it_is_stretched(codes_store, tmp_path, capsys):
-    short = (*LM, "train.eval_every=0", "optim.warmup_steps=2", "optim.min_lr=0.001")
+    short = (*LM, "train.eval_every=0", "schedule.warmup_steps=2", "schedule.min_lr=0.001")
 
     def train(name, *overrides):
         loop.train(lm_config(codes_store, tmp_path / name, *short, *overrides))
@@ -143,8 +145,8 @@ def test_longer_run_keeps_its_schedule_unless_it_is_stretched(codes_store, tmp_p
     extended, warning = train("kept", "train.steps=9")
     assert extended == pytest.approx([*rates, 0.001, 0.001, 0.001])
     assert warning.count("\n") == 1 and "keeps the schedule of 6 steps" in warning
-    assert "set optim.schedule_steps=9" in warning
-    stretched, warning = train("stretched", "train.steps=9", "optim.schedule_steps=9")
+    assert "set schedule.length=9" in warning
+    stretched, warning = train("stretched", "train.steps=9", "schedule.length=9")
     whole, _ = train("whole", "train.steps=9")
     assert stretched[:6] == rates and stretched[6:] == whole[6:]
     assert warning.count("\n") == 1 and "replaces the schedule of 6 steps" in warning
@@ -154,10 +156,62 @@ def test_longer_run_keeps_its_schedule_unless_it_is_stretched(codes_store, tmp_p
 
 def test_run_stopped_before_the_end_of_its_schedule_equals_an_uninterrupted_run(codes_store, tmp_path, capsys):
     loop.train(lm_config(codes_store, tmp_path / "uninterrupted", *LM, "train.steps=6"))
-    loop.train(lm_config(codes_store, tmp_path / "parts", *LM, "train.steps=4", "optim.schedule_steps=6"))
+    loop.train(lm_config(codes_store, tmp_path / "parts", *LM, "train.steps=4", "schedule.length=6"))
     loop.train(lm_config(codes_store, tmp_path / "parts", *LM, "train.steps=6"))
     assert not capsys.readouterr().err
     assert_same_runs(run_contents(tmp_path / "uninterrupted"), run_contents(tmp_path / "parts"))
+
+
+class Clock:
+    """In place of the module `time` of the loop: each call of perf_counter is `tick` seconds after the one before."""
+
+    def __init__(self, tick):
+        self.tick, self.now = tick, 0.0
+
+    def perf_counter(self):
+        self.now += self.tick
+        return self.now
+
+
+def test_length_of_a_timed_run_comes_from_its_rate_and_is_kept_by_a_resume(codes_store, tmp_path, monkeypatch, capsys):
+    """0.5 s a step are 24 steps in 0.2 minutes: decided 10 steps after the resume at step 5, and kept by that at 20."""
+    clock, after_step = Clock(0.5), lm.LanguageModelTask.after_step
+
+    def faster_from_step_20(task, step):
+        clock.tick = 0.5 if step + 1 < 20 else 0.1
+        return after_step(task, step)
+
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(lm.LanguageModelTask, "after_step", faster_from_step_20)
+    config = lm_config(codes_store, tmp_path / "run", *LM, "train.minutes=0.2", "train.steps=1", "train.eval_every=0")
+    train_with_stops(config, lm.LanguageModelTask, [5, 20], monkeypatch)
+    assert capsys.readouterr().out.count("steps        24 take 0.2 minutes") == 1
+    state = checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))
+    assert (state["step"], state["timed_steps"], state["schedule_steps"]) == (24, 24, 24)
+    rates = [row["lr"] for row in metric_rows(tmp_path / "run")]
+    assert rates[-1] == pytest.approx(learning_rate(23, 24, config)) and rates[-1] < rates[12]
+    with pytest.raises(UserError, match=r"train.minutes: 0.2 -> 0.3"):
+        loop.train(OmegaConf.merge(config, {"train": {"minutes": 0.3}}))
+    loop.train(OmegaConf.merge(config, {"train": {"minutes": None, "steps": 26}}))
+    assert checkpoint.read_state(checkpoint.latest_good(tmp_path / "run"))["step"] == 26
+    assert "keeps the schedule of 24 steps" in capsys.readouterr().err
+
+
+def test_number_of_steps_follows_the_measured_rate_until_a_tenth_of_the_time():
+    length, seconds = RunLength(1000, 1.0, step=0, seconds=0.0, decided=0), 0.0
+    decided_at = None
+    for step in range(1, 60):
+        seconds += 5.0 if step <= 2 else 0.5 if step <= 20 else 2.0  # slow first steps do not count
+        if not length.is_decided:
+            length.update(seconds)
+            assert length.steps == step + int((60 - seconds) / (5.0 if step <= 2 else 0.5))
+            decided_at = step
+    assert decided_at == 10 and length.steps == 10 + 92 and length.is_decided
+    slow = RunLength(1000, 1.0, step=7, seconds=50.0, decided=0)
+    slow.update(61.0)
+    assert slow.steps == 8 and slow.is_decided, "the time is over after one step"
+    assert RunLength(1000, None, 3, 9.0, 0).steps == 1000
+    assert RunLength(1000, 1.0, 3, 9.0, 55).steps == 55
 
 
 def test_checkpoint_of_an_older_version_keeps_the_schedule_of_its_config(codes_store, tmp_path, capsys):

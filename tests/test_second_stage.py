@@ -311,7 +311,7 @@ def store(folder, codec):
 
 
 # Large steps, so that a few of them give a model that depends on its conditions.
-FEW = ("train.steps=4", "optim.lr=0.1", "optim.min_lr=0.1", "optim.warmup_steps=0", "train.eval_every=0")
+FEW = ("train.steps=4", "optim.lr=0.1", "schedule.min_lr=0.1", "schedule.warmup_steps=0", "train.eval_every=0")
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def teacher(root, store):
 def config_of(store, teacher, tmp_path):
     def build(*overrides, name="student"):
         paths = (f"data.store={store}", f"run_dir={tmp_path / name}", f"teacher={teacher}")
-        fixed = ("data.batch_size=4", f"data.frames={FRAMES}", "optim.warmup_steps=0", "optim.lr=0.01",
+        fixed = ("data.batch_size=4", f"data.frames={FRAMES}", "schedule.warmup_steps=0", "optim.lr=0.01",
                  "train.steps=20", "train.precision=fp32", "train.log_every=1", "train.eval_batches=2",
                  "train.eval_every=0", "train.checkpoint_every=1000")  # fmt: skip
         return config.load("task=distill_text", *paths, *fixed, *overrides)

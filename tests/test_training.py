@@ -30,7 +30,8 @@ from ssmttm.models import build_model
 from ssmttm.patterns import PATTERNS, get_pattern
 from ssmttm.training import loop, metrics, rng
 from ssmttm.training.ema import EMA
-from ssmttm.training.optim import build_optimizer, learning_rate
+from ssmttm.training.optim import build_optimizers
+from ssmttm.training.optim.schedule import learning_rate
 from ssmttm.training.step import TrainedModule
 from ssmttm.training.tasks import codec, lm
 
@@ -234,32 +235,32 @@ def test_throughput_measures_its_peak_again_when_it_is_exceeded():
 def test_optimizer_decays_matrices_only():
     model = build_model(config.load("model=debug").model)
     settings = config.load().optim
-    names = [{name for name in group["param_names"]} for group in build_optimizer(model, settings).param_groups]
+    names = [{name for name in group["param_names"]} for group in build_optimizers(model, settings)["adamw"].param_groups]
     not_decayed = names[1]
     assert names[0] | not_decayed == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or "embedding" in name or name.endswith(("A_log", ".D", "dt_bias", "bias"))
         assert (name in not_decayed) == exempt, name
     settings.decay_embeddings = True
-    assert "embedding.weight" in build_optimizer(model, settings).param_groups[0]["param_names"]
+    assert "embedding.weight" in build_optimizers(model, settings)["adamw"].param_groups[0]["param_names"]
     matrix = nn.Linear(3, 3, bias=False)
     matrix.weight._no_weight_decay = True
-    assert build_optimizer(matrix, settings).param_groups[0]["weight_decay"] == 0
+    assert build_optimizers(matrix, settings)["adamw"].param_groups[0]["weight_decay"] == 0
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine():
-    settings = OmegaConf.create({"lr": 1e-4, "min_lr": 5e-7, "warmup_steps": 500})
+    settings = config.load("optim.lr=1e-4", "schedule.min_lr=5e-7", "schedule.warmup_steps=500")
     rates = [learning_rate(step, 10_000, settings) for step in (0, 249, 499, 500, 5250, 9999, 12_000)]
     assert rates == pytest.approx([2e-7, 5e-5, 1e-4, 1e-4, (1e-4 + 5e-7) / 2, 5e-7, 5e-7], rel=1e-3)
 
 
 def test_learning_rates_of_all_modules_have_one_schedule(audio_store, tmp_path, monkeypatch):
-    overrides = ("train.steps=6", "optim.lr=1e-3", "optim.min_lr=1e-4", "optim.warmup_steps=2",
+    overrides = ("train.steps=6", "optim.lr=1e-3", "schedule.min_lr=1e-4", "schedule.warmup_steps=2",
                  "optim.module_lr.discriminator=4e-3", "codec_training.restart_until=0")  # fmt: skip
     found, original = [], TrainedModule.update
 
     def update(self):
-        found.append(self.optimizer.param_groups[0]["lr"])
+        found.append(self.optimizers["adamw"].param_groups[0]["lr"])
         original(self)
 
     monkeypatch.setattr(TrainedModule, "update", update)
@@ -267,7 +268,7 @@ def test_learning_rates_of_all_modules_have_one_schedule(audio_store, tmp_path, 
     model, discriminator = found[::2], found[1::2]
     assert discriminator == pytest.approx([4 * rate for rate in model])
     assert model[:3] == pytest.approx([5e-4, 1e-3, 1e-3]) and model[-1] < 3e-4
-    settings = OmegaConf.create({"lr": 0, "min_lr": 1e-5, "warmup_steps": 2, "module_lr": {"tag_head": 1.0}})
+    settings = config.load("optim.lr=0", "schedule.warmup_steps=2", "optim.module_lr.tag_head=1")
     assert [learning_rate(step, 4, settings) for step in range(5)] == [0] * 5
     assert learning_rate(4, 4, settings, "tag_head") == 0
 
@@ -441,7 +442,7 @@ def test_init_starts_from_another_models_weights(codes_store, tmp_path):
     export(first, tmp_path / "model", half=False)
     average = checkpoint.load_weights(tmp_path / "model")
     second_config = lm_config(
-        codes_store, tmp_path / "second", "train.steps=2", "optim.lr=0", "optim.min_lr=0", f"init={tmp_path / 'model'}"
+        codes_store, tmp_path / "second", "train.steps=2", "optim.lr=0", "schedule.min_lr=0", f"init={tmp_path / 'model'}"
     )
     second = loop.train(second_config)
     assert all(torch.equal(value, average[name]) for name, value in weights(second).items())
@@ -518,7 +519,7 @@ def test_codec_learns_and_unused_codes_are_restarted(audio_store, tmp_path):
         "train.steps=24",
         "codec_training.adversarial_start=null",
         "codec_training.restart_until=6",
-        "optim.warmup_steps=2",
+        "schedule.warmup_steps=2",
         "optim.lr=0.005",
     )
     run_dir = loop.train(codec_config(audio_store, tmp_path / "run", *overrides))

@@ -23,8 +23,13 @@ RENAMED_KEYS = {
     "codec_training.revive_until": "codec_training.restart_until",
     "painter": "second_stage",
 }
-# In overrides only: the configs of older models have these keys, and nothing reads them.
+# In overrides only: the configs of older models and runs have these keys.
 RENAMED_GROUPS = {"text.name": "data.text_encoder", "text": "data.text_encoder"}
+RENAMED_SCHEDULE = {
+    "optim.warmup_steps": "schedule.warmup_steps",
+    "optim.min_lr": "schedule.min_lr",
+    "optim.schedule_steps": "schedule.length",
+}
 RENAMED_EXPERIMENTS = {
     "paper_two_stage_sketch": "paper_stage1",
     "paper_two_stage_paint": "paper_stage2",

@@ -28,7 +28,8 @@ def check_overrides(overrides: Iterable[str], root: str) -> None:
         key, _, value = text.lstrip("+~").partition("=")
         if not key:
             raise UserError(f"{text!r} is no override: write key=value")
-        if new := configs.new_key(key, configs.RENAMED_KEYS | configs.RENAMED_GROUPS):
+        renamed = configs.RENAMED_KEYS | configs.RENAMED_GROUPS | configs.RENAMED_SCHEDULE
+        if new := configs.new_key(key, renamed):
             raise UserError(f"the config key {key} was renamed: write {new}={value}")
 
 
@@ -168,7 +169,12 @@ def _unknown_key(key: str, root: str, composed: DictConfig) -> str:
     if new := configs.new_key(key):
         return f"the config key {key} was renamed to {new}"
     if root != "config":
-        return f"unknown config key {key!r}: {_suggestion(key, {'': _keys(configs.compose(root, []))})}"
+        return f"unknown config key {key!r}: {_suggestion(key, {'': _keys(composed) - {key}})}"
+    for group in ("optim", "schedule"):
+        having = [kind for kind in configs.names(group) if key in _keys(configs.compose(root, [f"{group}={kind}"]))]
+        if having and key not in _keys(composed) and key.startswith(f"{group}."):
+            kind = composed[group].kind
+            return f"{key} is a key of {group}={', '.join(having)}, not of {group}={kind}: leave it out, or choose that"
     task = composed.task
     by_task = {task: _keys(composed)}
     others = [name for name in configs.names("task") if name != task]

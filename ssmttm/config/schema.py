@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from ssmttm.config.codec import TinyCodecConfig
 from ssmttm.config.model import LatentDenoiserConfig, TokenLMConfig
 from ssmttm.config.training import TASKS
+from ssmttm.config.optim import OPTIMISERS, SCHEDULES
 
 
 @cache
@@ -18,6 +19,9 @@ def register() -> None:
         store.store(f"{task.task}_config", task, group="task", package="_global_")
     kinds = [("model", "token_lm", TokenLMConfig), ("model", "latent_denoiser", LatentDenoiserConfig),
              ("codec", "tiny", TinyCodecConfig)]  # fmt: skip
+    for group, classes in (("optim", OPTIMISERS), ("schedule", SCHEDULES)):
+        for keys in classes:
+            store.store(f"{keys.kind}_config", keys, group=group)
     for group, kind, keys in kinds:
         name = "tiny_codec" if kind == "tiny" else kind  # configs/codec/tiny.yaml has that name
         store.store(name, make_dataclass(keys.__name__, [("kind", str, kind)], bases=(keys,)), group=group)

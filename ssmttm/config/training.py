@@ -5,6 +5,16 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from ssmttm.config.optim import (
+    AdamWConfig,
+    CodecDistillModuleRates,
+    CodecModuleRates,
+    DistillModuleRates,
+    LMModuleRates,
+    ScheduleConfig,
+    TextDistillModuleRates,
+)
+
 
 @dataclass
 class DataConfig:
@@ -35,6 +45,7 @@ class AudioDataConfig(DataConfig):
 class TrainConfig:
     steps: int = 1000  # optimiser steps
     precision: str = "auto"  # auto | fp32 | bf16; auto: bf16 if the GPU or CPU supports it
+    minutes: float | None = None  # train for about so long, whatever `steps` is; null: by steps
     micro_batch_size: int | None = None  # items per device and forward pass; null: the device's part of the batch
     log_every: int = 10  # steps between log lines; 0 is never, also for the *_every keys below
     eval_every: int = 200  # steps between validations
@@ -65,51 +76,10 @@ class LMTrainConfig(TrainConfig):
 
 
 @dataclass
-class AdamWConfig:
-    """AdamW (arXiv 1711.05101). No decay on norms, biases, A_log, D, dt_bias."""
-
-    lr: float = 1.0e-3
-    min_lr: float = 1.0e-5  # at the end of the schedule, after a cosine
-    warmup_steps: int = 100
-    schedule_steps: int | None = None  # length of the schedule; null: train.steps when the run began
-    module_lr: Any = field(default_factory=dict)  # peak rates of the task's other modules, with the same schedule
-    weight_decay: float = 0.01
-    decay_embeddings: bool = False
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1.0e-8
-    clip: float | None = 1.0  # maximum gradient norm of each module; null: no clipping
-
-
-@dataclass
-class CodecModuleRates:
-    discriminator: float = 1.0e-3
-
-
-@dataclass
-class CodecDistillModuleRates(CodecModuleRates):
-    projections: float = 1.0e-3
-
-
-@dataclass
-class LMModuleRates:
-    tag_head: float = 1.0e-3
-
-
-@dataclass
-class DistillModuleRates:
-    projections: float = 1.0e-3
-    weighting: float = 1.0e-2
-
-
-@dataclass
-class TextDistillModuleRates:
-    lm: float = 1.0e-4
-
-
-@dataclass
 class LMLosses:
     cross_entropy: float = 1.0  # mean over codebooks
     tags: float = 0.0  # tag classification; 0: no tag head
+    z_loss: float = 0.0  # squared log of the softmax's denominator (arXiv 2204.02311), mean over codebooks
 
 
 @dataclass
@@ -252,6 +222,7 @@ class TaskConfig:
 
 @dataclass
 class LMConfig(TaskConfig):
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     task: str = "lm"
     pattern: str = "delay"  # codebook interleaving: delay | parallel | flatten | coarse_first
     model: Any = MISSING  # configs/model; keys: ssmttm/config/model.py

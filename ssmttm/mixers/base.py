@@ -77,6 +77,10 @@ class Mixer(nn.Module):
         """Forward FLOPs of a sequence of `n_tokens` positions, a multiply-add being two."""
         raise NotImplementedError
 
+    def fused_rows(self) -> dict[str, list[int]]:
+        """The heights of the row blocks of each weight that holds several projections, by its name."""
+        return {}
+
     def _forward(self, x: Tensor, state: Any, lengths: Tensor | None) -> Tensor:
         """x [B, T, D]; `lengths` [B] is the number of valid leading positions of each row, None if all are valid."""
         raise NotImplementedError

@@ -86,6 +86,10 @@ class Mamba1(Mixer):
         weights = sum(layer.weight.numel() for layer in layers)
         return 2 * weights * n_tokens + selective_scan_flops(n_tokens, self.d_inner, self.d_state)
 
+    def fused_rows(self) -> dict[str, list[int]]:
+        operands = [self.dt_rank, self.d_state, self.d_state]
+        return {"in_proj.weight": [self.d_inner, self.d_inner], "x_proj.weight": operands}
+
     def _forward(self, x: Tensor, state: Mamba1State | None, lengths: Tensor | None) -> Tensor:
         x, z = self.in_proj(x).chunk(2, -1)  # [B, T, I]
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)

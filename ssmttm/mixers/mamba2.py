@@ -116,6 +116,10 @@ class Mamba2(Mixer):
         sizes = self.nheads, self.headdim, self.ngroups, self.d_state
         return 2 * weights * n_tokens + ssd_flops(n_tokens, *sizes, self.chunk_size)
 
+    def fused_rows(self) -> dict[str, list[int]]:
+        state = self.ngroups * self.d_state
+        return {"in_proj.weight": [self.d_inner, self.d_inner, state, state, self.nheads]}
+
     def _forward(self, x: Tensor, state: Mamba2State | None, lengths: Tensor | None) -> Tensor:
         z, xBC, dt = self._project(x)
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)

@@ -123,6 +123,9 @@ class Mamba3(Mixer):
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         return 2 * weights * n_tokens + mamba3_flops(n_tokens, self.nheads, self.headdim, self.d_state, self.chunk_size)
 
+    def fused_rows(self) -> dict[str, list[int]]:
+        return {"in_proj.weight": self.sizes}
+
     def _forward(self, x: Tensor, state: Mamba3State | None, lengths: Tensor | None) -> Tensor:
         z, operands = self._operands(self.in_proj(x))
         before = None if state is None else state.clone().tensors()  # the backward needs a copy of its own

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
@@ -33,6 +34,7 @@ class Progress:
     seconds: float = 0.0  # of training, including those before a resume
     flops: float = 0.0  # forward and backward, of all ranks
     schedule_steps: int = 0  # length of the learning rate's schedule
+    timed_steps: int = 0  # steps that take train.minutes, once decided
     valid: dict[str, float] = field(default_factory=dict)  # metrics of the last validation
     init: dict[str, Any] = field(default_factory=dict)  # the model of the initial weights, if any
 
@@ -56,7 +58,7 @@ def save(
     states = [json.loads(state) for state in gather_object([json.dumps(rng.get_state())])]
     if accelerator.is_main_process:
         optimizer, groups = flatten_optimizers(
-            {name: module.optimizer.state_dict() for name, module in trained_modules.items()}
+            {name: optimizer.state_dict() for name, optimizer in named_optimizers(trained_modules).items()}
         )
         tensors = {name: module.module.state_dict() for name, module in trained_modules.items()}
         tensors["optimizer"] = optimizer
@@ -98,7 +100,8 @@ def restore(
     )
     for name, module in trained_modules.items():
         module.module.load_state_dict(checkpoint.load_weights(folder, ema=False, module_name=name))
-        module.optimizer.load_state_dict(optimizers[name])
+    for name, optimizer in named_optimizers(trained_modules).items():
+        optimizer.load_state_dict(optimizers[name])
     if ema is not None:
         ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
     states = checkpoint.read_document(folder, "rng")
@@ -107,7 +110,8 @@ def restore(
     else:
         print(f"{folder} has no generator state for rank {rank}: it is seeded from the step", flush=True)
         rng.seed_all(state["step"], rank)
-    return Progress(**{key: state[key] for key in ("step", "samples_seen", "seconds", "flops", "valid", "init")})
+    kept = {key: state[key] for key in ("step", "samples_seen", "seconds", "flops", "valid", "init")}
+    return Progress(**kept, timed_steps=state.get("timed_steps", 0))  # not in older checkpoints
 
 
 def _check_same_teacher(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -144,8 +148,17 @@ def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, 
     return {"name": Path(model).name, "step": card["step"], "weights_sha256": digest, "licences": licences}
 
 
+def named_optimizers(trained_modules: dict[str, TrainedModule]) -> dict[str, Optimizer]:
+    """All optimisers: AdamW by the name of its module, another one with its kind, as model.muon."""
+    return {
+        name if kind == "adamw" else f"{name}.{kind}": optimizer
+        for name, module in trained_modules.items()
+        for kind, optimizer in module.optimizers.items()
+    }
+
+
 def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`optimizer.state_dict()` by module -> (tensors named module/parameter/quantity, parameter groups by module).
+    """`optimizer.state_dict()` by name -> (tensors named optimiser/parameter/quantity, parameter groups by name).
 
     The optimisers must have been built from named parameters.
     """

@@ -26,8 +26,9 @@ from ssmttm.training.checkpointer import Progress, load_initial_weights, restore
 from ssmttm.training.data import no_captions_warning
 from ssmttm.training.ema import EMA
 from ssmttm.training.metrics import MetricsLog, Throughput, measured_peak, peak_flops, progress_line, validation_line
-from ssmttm.training.optim import learning_rate, set_learning_rate
-from ssmttm.training.run import check_settings, resume_folder, run_summary, schedule_length
+from ssmttm.training.optim import set_learning_rate
+from ssmttm.training.run import RunLength, check_settings, resume_folder, run_summary, schedule_length
+from ssmttm.training.optim.schedule import check_schedule, learning_rate
 from ssmttm.training.step import (
     TrainedModule,
     accumulate,
@@ -53,7 +54,7 @@ TASKS = {  # module of ssmttm.training.tasks and class, imported when used
 
 
 def train(config: DictConfig) -> Path:
-    """Train `config.task` up to `config.train.steps`; returns the run folder.
+    """Train `config.task` up to `config.train.steps`, or for `config.train.minutes`; returns the run folder.
 
     Raises:
         UserError: unusable settings, data or checkpoint; a loss that is not finite; a full disk.
@@ -70,7 +71,7 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     # --- task and modules ----------------------------------------------------------------------------------------
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    run_dir, steps = Path(config.run_dir), config.train.steps
+    run_dir = Path(config.run_dir)
     barrier = Barrier(accelerator)
     resumed = resume_folder(config) if main else None
     barrier.wait()
@@ -80,7 +81,9 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     codec = None if config.task == "codec" else task.metadata()["codec"]
     new = config.init and not resumed
     init = load_initial_weights(config.init, task.modules["model"], codec) if new else {}
-    trained_modules = {name: TrainedModule(module, config.optim, accelerator) for name, module in task.modules.items()}
+    trained_modules = {
+        name: TrainedModule(name, module, config.optim, accelerator) for name, module in task.modules.items()
+    }
     ema = EMA(trained_modules["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 
     # --- new run or resume ---------------------------------------------------------------------------------------
@@ -92,6 +95,11 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     for frozen in task.frozen:
         accelerator.prepare_model(frozen, evaluation_mode=True)  # in place
     progress.schedule_steps, warning = schedule_length(config, resumed)
+    if config.train.minutes is None:
+        check_schedule(config, progress.schedule_steps)
+    length = RunLength(
+        config.train.steps, config.train.minutes, progress.step, progress.seconds, progress.timed_steps
+    )
     saved = resumed  # the last checkpoint
     log = MetricsLog(run_dir, config, progress.step) if main else None
 
@@ -101,7 +109,7 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     peak, peak_source = peak_flops(accelerator.device, precision)
     if main:
         first = micro_batches(loader.batch(progress.step), config.train.micro_batch_size)
-        print(run_summary(task, config, loader, first, world_size, progress.step))
+        print(run_summary(task, config, length, loader, first, world_size, progress.step))
         devices = f"{world_size} x {accelerator.device.type} {precision}"
         print(f"device       {devices}, peak {peak / 1e12:.3g} TFLOP/s each ({peak_source})")
         print(f"run folder   {run_dir}{f', resumed from {resumed.name}' if resumed else ''}", flush=True)
@@ -113,14 +121,15 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     # --- steps ---------------------------------------------------------------------------------------------------
     with stop_requests() as requested, contextlib.closing(loader.iterate(progress.step)) as batches:
         stop = interrupt = False
-        while progress.step < steps and not stop:
+        while progress.step < length.steps and not stop:
             step_start = time.perf_counter()
             rates = {
-                name: learning_rate(progress.step, progress.schedule_steps, config.optim, name)
+                name: learning_rate(progress.step, progress.schedule_steps, config, name)
                 for name in trained_modules
             }
             for name, module in trained_modules.items():
-                set_learning_rate(module.optimizer, rates[name])
+                for optimizer in module.optimizers.values():
+                    set_learning_rate(optimizer, rates[name])
                 module.module.train()
             micro = micro_batches(next(batches), config.train.micro_batch_size)
             losses, (tokens, seconds, flops) = gradients(task, trained_modules, micro, progress.step, accelerator)
@@ -141,6 +150,14 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
             throughput.add(tokens * world_size, seconds * world_size, flops * world_size)
             progress.flops += flops * world_size
             progress.seconds += time.perf_counter() - step_start
+            if not length.is_decided:
+                length.update(broadcast_object_list([progress.seconds])[0])
+                progress.schedule_steps = config.schedule.length or length.steps
+                if length.is_decided:
+                    progress.timed_steps = length.steps
+                    if main:
+                        print(f"steps        {length.steps:,} take {config.train.minutes:g} minutes", flush=True)
+            steps = length.steps
 
             if log and _due(progress.step, steps, config.train.log_every):
                 totals = {"samples": progress.samples_seen, "flops": progress.flops, "seconds": progress.seconds}
@@ -169,8 +186,8 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     if log:
         log.close()
     accelerator.end_training()
-    if stop and progress.step < steps:
-        message = f"saved step {progress.step} of {steps} in {run_dir}: run the same command to continue"
+    if stop and progress.step < length.steps:
+        message = f"saved step {progress.step} of {length.steps} in {run_dir}: run the same command to continue"
         raise KeyboardInterrupt(message) if interrupt else Preempted(message)
     return run_dir
 

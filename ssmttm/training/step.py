@@ -17,16 +17,16 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
-from ssmttm.training.optim import build_optimizer
+from ssmttm.training.optim import build_optimizers
 from ssmttm.training.tasks.base import Batch, Losses, Task
 
 
 class TrainedModule:
-    """A module on its device, its optimiser and, after `wrap`, the wrapped module that the loop calls."""
+    """A module on its device, its optimisers by kind and, after `wrap`, the wrapped module that the loop calls."""
 
-    def __init__(self, module: nn.Module, config: DictConfig, accelerator: Accelerator) -> None:
+    def __init__(self, name: str, module: nn.Module, config: DictConfig, accelerator: Accelerator) -> None:
         self.module = module.to(accelerator.device)
-        self.optimizer = build_optimizer(self.module, config)
+        self.optimizers = build_optimizers(self.module, config, name)
         self.wrapped = self.module
         self._accelerator = accelerator
 
@@ -41,18 +41,20 @@ class TrainedModule:
         return any(parameter.grad is not None for parameter in self.module.parameters())
 
     def update(self) -> None:
-        """Step the optimiser if there are gradients."""
+        """Step the optimisers if there are gradients."""
         if self.has_gradients:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
     def reset_moments(self, rows: Mapping[str, Tensor]) -> None:
         """Zero the optimiser's moments in the rows that have a new meaning: a mask by parameter name."""
         parameters = dict(self.module.named_parameters())
         for name, mask in rows.items():
-            for moment in self.optimizer.state[parameters[name]].values():
-                if moment.shape == parameters[name].shape:  # not the count of steps
-                    moment[mask] = 0
+            for optimizer in self.optimizers.values():
+                for moment in optimizer.state.get(parameters[name], {}).values():
+                    if moment.shape == parameters[name].shape:  # not the count of steps
+                        moment[mask] = 0
 
 
 def gradients(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import repeat
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -122,11 +123,14 @@ class LanguageModelTask(Task):
         return LMBatch(torch.cat([start, sequence[..., :-1]], dim=-1), sequence, valid, by_position)
 
     def _code_losses(self, logits: Tensor, inputs: "LMBatch", denominators: Tensor) -> Losses:
-        """`cross_entropy` and each `codebook_k` of logits [b, K, S, V']."""
+        """`cross_entropy`, each `codebook_k` and, if it has a weight, `z_loss` of logits [b, K, S, V']."""
         smoothing = self.config.train.label_smoothing
         plain, smoothed = token_losses(logits, inputs.targets, inputs.valid, self.codebook_size, smoothing)
-        by_codebook = {f"codebook_{k}": loss for k, loss in enumerate(plain / denominators[:-1])}
-        return {"cross_entropy": self._over_codebooks(smoothed, denominators), **by_codebook}
+        losses = {"cross_entropy": self._over_codebooks(smoothed, denominators)}
+        losses |= {f"codebook_{k}": loss for k, loss in enumerate(plain / denominators[:-1])}
+        if self.config.losses.get("z_loss"):  # the losses of a student have none
+            losses["z_loss"] = self._over_codebooks(z_losses(logits, inputs.valid), denominators)
+        return losses
 
     def _over_codebooks(self, sums: Tensor, denominators: Tensor) -> Tensor:
         """The weighted mean over codebooks of sums over valid positions, [K]."""
@@ -167,7 +171,7 @@ class LMBatch(NamedTuple):
 
 def valid_positions(pattern: Pattern, frame_mask: Tensor, n_codebooks: int) -> Tensor:
     """True where a sequence holds a code, neither special token nor padding: [b, T] -> bool [b, K, S]."""
-    mask = frame_mask[:, None].expand(-1, n_codebooks, -1).long()  # [b, K, T]
+    mask = repeat(frame_mask.long(), "b t -> b k t", k=n_codebooks)
     return pattern.build(mask, 0).bool()
 
 
@@ -196,6 +200,16 @@ def token_losses(
     if smoothing:
         smoothed = (1 - smoothing) * plain - smoothing * log_p[..., :codebook_size].mean(-1)
     return plain.masked_fill(~valid, 0).sum((0, 2)), smoothed.masked_fill(~valid, 0).sum((0, 2))
+
+
+def z_losses(logits: Tensor, valid: Tensor) -> Tensor:
+    """log(Z)^2 by codebook, summed over valid positions, [K]; Z is the softmax's denominator (arXiv 2204.02311).
+
+    Args:
+        logits: [b, K, S, V'].
+        valid: bool [b, K, S].
+    """
+    return logits.float().logsumexp(-1).square().masked_fill(~valid, 0).sum((0, 2))
 
 
 def _codebook_weights(weights: Sequence[float] | None, n_codebooks: int) -> Tensor:

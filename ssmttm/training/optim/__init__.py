@@ -1,0 +1,112 @@
+"""Optimisers: AdamW, and Muon for the matrices of a model with AdamW for the rest."""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ssmttm.errors import UserError
+from ssmttm.mixers import Mixer
+
+Named = list[tuple[str, nn.Parameter]]
+OUTPUT_LAYERS = ("heads", "output")  # of TokenLM and LatentDenoiser; their matrices are AdamW's, as embeddings
+
+
+def build_optimizers(module: nn.Module, config: DictConfig, name: str = "model") -> dict[str, Optimizer]:
+    """The optimisers of a module's trainable parameters, by kind: adamw, and muon for a model with optim=muon.
+
+    Args:
+        config: `AdamWConfig` or `MuonConfig`.
+        name: of the module; those beside the model have AdamW only.
+
+    Raises:
+        UserError: unknown `config.kind`.
+    """
+    if config.kind not in ("adamw", "muon"):
+        raise UserError(f"unknown optim.kind={config.kind}: choose optim=adamw or optim=muon")
+    parameters = [(key, parameter) for key, parameter in module.named_parameters() if parameter.requires_grad]
+    matrices: Named = _hidden_matrices(module, parameters) if config.kind == "muon" and name == "model" else []
+    chosen = {key for key, _ in matrices}
+    rest = [(key, parameter) for key, parameter in parameters if key not in chosen]
+    optimizers: dict[str, Optimizer] = {"adamw": _build_adamw(module, rest, config)}
+    if matrices:
+        optimizers["muon"] = BlockMuon(
+            matrices, fused_rows(module), lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            ns_steps=config.newton_schulz_steps, adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+    return optimizers
+
+
+class BlockMuon(torch.optim.Muon):
+    """Muon that makes the update of each block of rows of a fused projection orthogonal by itself.
+
+    Args:
+        params: matrices with their names.
+        rows: the heights of the blocks by parameter; a parameter without an entry is one block.
+        options: of `torch.optim.Muon`.
+    """
+
+    def __init__(self, params: Named, rows: dict[nn.Parameter, Sequence[int]], **options: Any) -> None:
+        super().__init__(params, **options)
+        self._rows = rows
+
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        muon_momentum_bufs: list[Tensor],
+    ) -> bool:
+        """Views of the blocks, which `step` then updates in place."""
+        whole: tuple[list[Any], list[Tensor], list[Tensor]] = ([], [], [])
+        has_complex = super()._init_group(group, *whole)
+        for parameter, grad, momentum in zip(*whole, strict=True):
+            rows = list(self._rows.get(parameter, [len(parameter)]))
+            params_with_grad += parameter.split(rows)
+            grads += grad.split(rows)
+            muon_momentum_bufs += momentum.split(rows)
+        return has_complex
+
+
+def fused_rows(module: nn.Module) -> dict[nn.Parameter, Sequence[int]]:
+    """The heights of the row blocks of each fused projection, by its weight: a Mamba-2 `in_proj` is z, x, B, C, dt."""
+    mixers = [mixer for mixer in module.modules() if isinstance(mixer, Mixer)]
+    return {mixer.get_parameter(name): rows for mixer in mixers for name, rows in mixer.fused_rows().items()}
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _hidden_matrices(module: nn.Module, parameters: Named) -> Named:
+    """The weights of linear layers but those of the output and those without weight decay."""
+    weights = {f"{name}.weight" for name, layer in module.named_modules()
+               if isinstance(layer, nn.Linear) and name not in OUTPUT_LAYERS}  # fmt: skip
+    return [(key, p) for key, p in parameters if key in weights and not getattr(p, "_no_weight_decay", False)]
+
+
+def _build_adamw(module: nn.Module, parameters: Named, config: DictConfig) -> AdamW:
+    """AdamW (arXiv 1711.05101).
+
+    No weight decay on parameters of at most one dimension (norms, biases, A_log, D, dt_bias), on those marked
+    `_no_weight_decay` and, unless `decay_embeddings`, on embeddings.
+    """
+    embeddings = set()
+    if not config.decay_embeddings:
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decayed: Named = []
+    not_decayed: Named = []
+    for name, parameter in parameters:
+        marked = getattr(parameter, "_no_weight_decay", False)
+        exempt = parameter.ndim <= 1 or marked or id(parameter) in embeddings
+        (not_decayed if exempt else decayed).append((name, parameter))
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]] or groups[:1]  # a module may have no parameters
+    return AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
