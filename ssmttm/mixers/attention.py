@@ -41,7 +41,7 @@ class AttentionState(MixerState):
         else:
             rows, positions = (positions < counts[:, None]).nonzero(as_tuple=True)
             self.longest = int((self.lengths + counts).max())
-        self._reserve(self.longest)
+        self.reserve(self.longest)
         slots = self.lengths[rows] + positions
         self.keys[rows, slots] = keys[rows, positions].to(self.keys.dtype)
         self.values[rows, slots] = values[rows, positions].to(self.values.dtype)
@@ -54,13 +54,13 @@ class AttentionState(MixerState):
         return self.keys[:, :slots], self.values[:, :slots], valid
 
     def write_rows(self, rows: slice, part: "AttentionState") -> None:
-        self._reserve(part.longest)
+        self.reserve(part.longest)
         for cache, new in ((self.keys, part.keys), (self.values, part.values)):
             cache[rows, : part.longest] = new[:, : part.longest].to(cache.dtype)
         self.lengths[rows] = part.lengths
         self.longest = int(self.lengths.max())
 
-    def _reserve(self, slots: int) -> None:
+    def reserve(self, slots: int) -> None:
         """Grow the cache to at least that many slots, by doubling."""
         size = BLOCK << max(0, math.ceil(slots / BLOCK) - 1).bit_length()
         missing = size - self.keys.shape[1]

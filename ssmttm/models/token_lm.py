@@ -141,6 +141,12 @@ class TokenLM(nn.Module):
         joint = self.config.positions == "joint"
         return LMState(blocks, batch_size, 0, torch.zeros(batch_size, 1, device=device).long() if joint else None)
 
+    def added_embeddings(self, positions: Tensor, n_rows: int, n_text: Tensor | None, controls: Controls) -> Tensor:
+        """What is added to the embedded codes of the audio positions [S]: controls and position embeddings,
+        [n_rows, S, D]. n_text and `controls` as of an LMState and a step."""
+        x = self.embedding.weight.new_zeros(n_rows, len(positions), self.config.d_model)
+        return self._add_positions(self._add_controls(x, controls), positions, n_text)
+
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of a sequence of `n_frames` positions and `n_text_tokens` text tokens."""
         n_positions = n_frames + n_text_tokens * (self.config.conditioning == "prefix")

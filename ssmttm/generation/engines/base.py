@@ -1,0 +1,104 @@
+"""What every engine has: a decoding step on an LMState's memory, and the draw of tokens.
+
+Shapes: B items, K codebooks, V' logits of a codebook, D model width. A state has as many rows as prompts and null
+conditions together: row i belongs to item i % B.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ssmttm.generation import filters
+from ssmttm.generation.request import Sampling
+from ssmttm.models.controls import Controls
+from ssmttm.models.token_lm import LMState, TokenLM
+
+
+class Steps(ABC):
+    """Decoding steps bound to one state, which they update in place."""
+
+    @abstractmethod
+    def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
+        """Process the next position.
+
+        Args:
+            codes: [B, K].
+            controls: of B items and a block of positions, all computed at its first use.
+            index: of the next position in this block.
+
+        Returns:
+            logits [rows, K, V'].
+        """
+
+
+class Engine(ABC):
+    """How the decoding steps of one model run. The model's weights must not change any more.
+
+    Attributes:
+        name: "torch", "fused" or "ort".
+        weights: format of the weights that a step reads: "fp32", "bf16" or "int8".
+        reason: why this engine runs and no faster one, in one line.
+    """
+
+    name: str
+
+    def __init__(self, model: TokenLM, weights: str = "fp32") -> None:
+        self.model, self.weights, self.reason = model, weights, "as asked for"
+
+    @abstractmethod
+    def bind(self, state: LMState, n_items: int) -> Steps:
+        """Steps from this state on."""
+
+    def n_rows(self, rows: int) -> int:
+        """Rows that a state needs, so that no row's result depends on the others."""
+        return rows
+
+    def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool) -> Tensor:
+        """Guidance, filters and the draw: logits of all rows, [.., K, V'], and uniforms [B, K] -> tokens [B, K]. With
+        guidance the B null rows follow the B conditional ones."""
+        batch = len(uniforms)
+        logits = filters.without_special(logits, self.model.config.codebook_size).float()
+        conditional = logits[:batch]
+        if guided:
+            null = logits[batch : 2 * batch]
+            conditional = null.lerp(conditional, sampling.guidance_scale)  # null + scale * (conditional - null)
+        logits = filters.top_k(filters.temperature(conditional, sampling.temperature), sampling.top_k)
+        return filters.draw(filters.min_p(filters.top_p(logits, sampling.top_p), sampling.min_p), uniforms)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.weights}): {self.reason}"
+
+
+class AddedEmbeddings:
+    """What a model adds to the embedded codes of a position: controls and position embeddings, computed for a block of
+    positions at once."""
+
+    N_POSITIONS = 256
+
+    def __init__(self, model: TokenLM, item_of_row: Tensor) -> None:
+        config = model.config
+        self.model, self.item_of_row = model, item_of_row
+        self.by_position = config.chroma or config.positions in ("sinusoidal", "joint")
+        self.is_empty = not (self.by_position or config.tempo)
+        self._controls: Controls | None = None
+        self._first, self._block = 0, torch.empty(0)
+
+    @torch.inference_mode()
+    def at(self, controls: Controls, index: int, state: LMState) -> Tensor:
+        """Embeddings of the state's next position, float32 [rows, D]; arguments as of `Steps.step`."""
+        offset = state.position - self._first if self.by_position else 0
+        if controls is not self._controls or offset not in range(len(self._block)):
+            self._controls, self._first, offset = controls, state.position, 0
+            self._block = self._compute(controls, index, state)
+        return self._block[offset]
+
+    def _compute(self, controls: Controls, index: int, state: LMState) -> Tensor:
+        """Embeddings of the positions from `index` to the end of the block, [n, rows, D]."""
+        length = self.N_POSITIONS if self.by_position else 1
+        if controls.chroma is not None:
+            length = min(length, controls.chroma.shape[-1] - index)
+        rows = controls.select_frames(slice(index, index + length)).select_rows(self.item_of_row)
+        positions = torch.arange(state.position, state.position + length, device=self.item_of_row.device)
+        block = self.model.added_embeddings(positions, len(self.item_of_row), state.n_text, rows)  # [rows, n, D]
+        return block.transpose(0, 1).float().contiguous()

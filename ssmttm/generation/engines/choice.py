@@ -1,0 +1,82 @@
+"""Which engine runs a model's steps, and why."""
+
+import importlib.util
+from collections.abc import Callable
+
+from ssmttm.errors import UserError
+from ssmttm.generation.engines.base import Engine
+from ssmttm.generation.engines.library import Unavailable
+from ssmttm.generation.engines.reference import TorchEngine
+from ssmttm.models.token_lm import TokenLM
+from ssmttm.ops.int8 import Int8Linear
+
+ENGINES = ("auto", "fused", "ort", "torch")
+WEIGHTS = ("fp32", "bf16", "int8")
+
+
+def check_names(engine: str, weights: str) -> None:
+    """Raises UserError if there is no such engine, or no such format of weights."""
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
+    if weights not in WEIGHTS:
+        raise UserError(f"unknown weights {weights!r}: choose from {', '.join(WEIGHTS)}")
+
+
+def build(model: TokenLM, engine: str = "auto", weights: str = "fp32", threads: int = 1, exact: bool = True) -> Engine:
+    """An engine for a model in eval mode, whose weights must not change any more.
+
+    Args:
+        engine: "fused", "ort" or "torch"; "auto" takes the first of them that can run the model.
+        weights: format of the linear layers' weights in a step: "fp32", "bf16" or "int8". A model that was quantised to
+            int8 stays so.
+        threads: of the fused engine.
+        exact: with torch on a CPU, a row has the same bits in any batch, for which rows are padded to a multiple of 4.
+
+    Raises:
+        UserError: the engine that was asked for cannot run this model, or no engine can with these weights.
+    """
+    check_names(engine, weights)
+    makers: dict[str, Callable[[], Engine]] = {
+        "fused": lambda: _fused(model, weights, threads),
+        "ort": lambda: _ort(model, weights),
+        "torch": lambda: _torch(model, weights, exact),
+    }
+    if engine != "auto":
+        try:
+            return makers[engine]()
+        except Unavailable as error:
+            raise UserError(f"engine={engine} cannot run this model: {error}") from error
+    reasons = []
+    for name, make in makers.items():
+        try:
+            chosen = make()
+        except Unavailable as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        chosen.reason = "; ".join(
+            ["the fastest that can run" if not reasons else "no faster one runs", chosen.reason, *reasons]
+        )
+        return chosen
+    raise UserError(f"no engine runs this model with {weights} weights ({'; '.join(reasons)}): use weights=fp32")
+
+
+def _fused(model: TokenLM, weights: str, threads: int) -> Engine:
+    from ssmttm.generation.engines.fused import FusedEngine
+
+    return FusedEngine(model, weights, threads)
+
+
+def _ort(model: TokenLM, weights: str) -> Engine:
+    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
+        raise Unavailable("onnxruntime and onnx are not installed (pip install ssmttm[export])")
+    from ssmttm.generation.engines.onnx_runtime import OrtEngine
+
+    return OrtEngine(model, weights)
+
+
+def _torch(model: TokenLM, weights: str, exact: bool) -> Engine:
+    """In torch the model's own weights are used: float32, or int8 if it was quantised."""
+    own = "int8" if any(isinstance(module, Int8Linear) for module in model.modules()) else "fp32"
+    if weights not in ("fp32", own):
+        raise Unavailable(f"it does not read {weights} weights")
+    return TorchEngine(model, own, exact)

@@ -1,0 +1,45 @@
+"""The decoding step in torch: the reference, for every model and device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ssmttm.generation.engines.base import Engine, Steps
+from ssmttm.models.controls import Controls
+from ssmttm.models.token_lm import LMState, TokenLM
+
+# MKL sums the products of 1, of 2 or 3, and of 4 rows or more in different orders, and splits the rows over threads. In
+# multiples of 4 a row's result does not depend on the other rows, bit for bit.
+ROWS = 4
+
+
+class TorchEngine(Engine):
+    """`TokenLM.step`. exact: on a CPU a row has the same bits in any batch, for which rows are padded to a multiple of
+    4 (one row alone then costs 1.5 times as much)."""
+
+    name = "torch"
+
+    def __init__(self, model: TokenLM, weights: str = "fp32", exact: bool = True) -> None:
+        super().__init__(model, weights)
+        self.exact = exact
+
+    def bind(self, state: LMState, n_items: int) -> "TorchSteps":
+        return TorchSteps(self.model, state, n_items)
+
+    def n_rows(self, rows: int) -> int:
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return math.ceil(rows / ROWS) * ROWS if on_cpu and self.exact else rows
+
+
+class TorchSteps(Steps):
+    """Steps of a TokenLM."""
+
+    def __init__(self, model: TokenLM, state: LMState, n_items: int) -> None:
+        device = next(model.parameters()).device
+        self.model, self.state = model, state
+        self.item_of_row = torch.arange(state.batch_size, device=device) % n_items
+
+    def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
+        controls = controls.select_frames(slice(index, index + 1)).select_rows(self.item_of_row)
+        return self.model.step(codes[self.item_of_row], self.state, controls)
