@@ -48,16 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ssmttm.cli.demo", description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder (default: %(default)s)")
     parser.add_argument("--hours", type=float, default=1.5, help="hours of music to compose (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: those of experiment=tiny)")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="training time, on any processor (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     store, run = arguments.out / "store", arguments.out / "run"
 
     _print_stage(1, f"compose and render {arguments.hours} h of music, encode it with the embedded codec")
     _run("-m", "data_prep", "builtin", "--hours", str(arguments.hours), "--seed", "7", "--out", str(store))
-    _print_stage(2, "train a small language model on it from scratch")
-    steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
-    _run("train.py", "experiment=tiny", f"data.store={store}", f"run_dir={run}", *steps)
+    _print_stage(2, f"train a small language model on it from scratch, for about {arguments.minutes:g} minutes")
+    length = f"train.minutes={arguments.minutes}"
+    _run("train.py", "experiment=tiny", f"data.store={store}", f"run_dir={run}", length)
     _print_stage(3, "sample it and the embedded model with the same prompts and seeds")
     pipelines = {
         "trained in this demo": MusicPipeline.from_pretrained(run),

@@ -97,9 +97,7 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     progress.schedule_steps, warning = schedule_length(config, resumed)
     if config.train.minutes is None:
         check_schedule(config, progress.schedule_steps)
-    length = RunLength(
-        config.train.steps, config.train.minutes, progress.step, progress.seconds, progress.timed_steps
-    )
+    length = RunLength(config.train.steps, config.train.minutes, progress.step, progress.seconds, progress.timed_steps)
     saved = resumed  # the last checkpoint
     log = MetricsLog(run_dir, config, progress.step) if main else None
 

@@ -218,7 +218,7 @@ def _check_settings(config: DictConfig) -> None:
     keys = [f"distill.{name}" for name in ("skew", "guidance_scale", "mixer_steps", "hidden_steps")]
     check_minimum(config, dict.fromkeys([*keys, *(f"losses.{name}" for name in LOSSES)], 0))
     matching_steps = settings.mixer_steps + settings.hidden_steps
-    if matching_steps and matching_steps >= config.train.steps:
+    if matching_steps and config.train.minutes is None and matching_steps >= config.train.steps:
         raise UserError(
             f"distill.mixer_steps + distill.hidden_steps must be below train.steps={config.train.steps}, got "
             f"{matching_steps}"

@@ -228,7 +228,7 @@ def _check_settings(config: DictConfig) -> None:
     check_minimum(config, {f"losses.{name}": 0 for name in LOSSES})
     minimum = {"n_layers": 1, "d_model": 1, "d_ff": 1, "joint_step": 0}
     check_minimum(config, {f"text_student.{name}": n for name, n in minimum.items()})
-    if settings.joint_step is not None and settings.joint_step >= steps:
+    if settings.joint_step is not None and config.train.minutes is None and settings.joint_step >= steps:
         raise UserError(f"text_student.joint_step must be below train.steps={steps} or null, got {settings.joint_step}")
     if not config.losses.text:
         raise UserError("losses.text must be above 0, got 0")
