@@ -190,8 +190,8 @@ def with_kernels(monkeypatch):
     kernels = {"selective_scan": kernel_scan, "selective_scan_step": kernel_step}
     called = []
 
-    def choose(name, device):
-        return None if backend._chosen == "portable" else called.append(name) or kernels[name]
+    def choose(name, device, unsupported=""):
+        return None if unsupported or backend._chosen == "portable" else called.append(name) or kernels[name]
 
     monkeypatch.setattr(backend, "cuda_kernel", choose)
     return called

@@ -1,7 +1,8 @@
 """Which kernel runs an operation, and why.
 
 Every operation has a portable PyTorch path; some have a CUDA kernel from mamba_ssm or causal_conv1d too. The choice is
-made per call, from the device of the tensors, and no kernel package is imported before it is needed for a CUDA tensor.
+made per call, from the device of the tensors and from what the kernel takes (mamba_ssm 2.3, causal_conv1d 1.7), and no
+kernel package is imported before it is needed for a CUDA tensor.
 `use("portable")` or `use("cuda")` overrides the choice in a `with` block, `set_backend` permanently.
 """
 
@@ -49,6 +50,9 @@ KERNELS: dict[str, Kernel] = {
     "causal_conv_step": Kernel("causal_conv1d", "causal_conv1d_update"),
 }
 
+# What the import of an installed package raises where its extension, its dependencies or the driver do not fit.
+IMPORT_ERRORS = (ImportError, AttributeError, OSError, ValueError, TypeError, RuntimeError, LookupError)
+
 _chosen: Backend = "auto"
 
 
@@ -75,16 +79,25 @@ def use(name: Backend) -> Iterator[None]:
         set_backend(before)
 
 
-def cuda_kernel(operation: str, device: torch.device) -> Callable[..., Any] | None:
+def cuda_kernel(operation: str, device: torch.device, unsupported: str = "") -> Callable[..., Any] | None:
     """The CUDA kernel for `operation` on tensors of `device`, or None for the portable path.
 
+    Args:
+        unsupported: what of these operands the kernel does not take, such as "float64"; "" if it takes them.
+
     Raises:
-        UserError: the backend is "cuda" and the kernel is not available.
+        UserError: the backend is "cuda", and the kernel is not available or does not take the operands.
     """
     if _chosen == "portable" or (_chosen == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
         raise UserError(f"backend 'cuda' is set, but {operation} got tensors on {device}: move them to a GPU")
+    if unsupported:
+        if _chosen == "cuda":
+            raise UserError(
+                f"backend 'cuda' is set, but the kernel of {operation} does not take {unsupported}: set 'auto'"
+            )
+        return None
     function, problem = _load(operation)
     if function is None and _chosen == "cuda":
         kernel = KERNELS[operation]
@@ -112,11 +125,16 @@ def _row(operation: str, device: str) -> Row:
 
 @cache
 def _load(operation: str) -> tuple[Callable[..., Any] | None, str]:
-    """The kernel's function, or None and the reason. An installed package may still fail to load its extension."""
+    """The kernel's function, or None and the reason. An installed package may still fail to load its extension.
+
+    The package is imported first: where that fails, its modules that were imported before stay in `sys.modules`, and
+    one of them would be found or not by the order of the calls.
+    """
     kernel = KERNELS[operation]
     try:
+        import_module(kernel.package)
         return getattr(import_module(kernel.module), kernel.function), ""
     except ModuleNotFoundError as error:
         return None, f"{error.name} is not installed"
-    except (ImportError, AttributeError, OSError) as error:
+    except IMPORT_ERRORS as error:
         return None, f"{kernel.module} does not load here ({' '.join(str(error).split())})"

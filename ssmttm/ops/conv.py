@@ -4,6 +4,7 @@ y[t] = act(bias + sum_k weight[:, k] * x[t - K + 1 + k]), where positions before
 or are zero. Shapes: B batch, T positions, C channels, K taps. The state is the last K - 1 inputs, [B, C, K - 1].
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmttm.ops import backend
-from ssmttm.ops.common import check_shapes
+from ssmttm.ops.common import check_shapes, unsupported_dtype
 
 Activation = Literal["silu"] | None
 
@@ -56,7 +57,7 @@ def causal_conv(
     Returns:
         y [B, T, C] in the dtype of `x`, and the K - 1 last inputs [B, C, K-1] (a view: copy to keep).
     """
-    kernel = backend.cuda_kernel("causal_conv", x.device)
+    kernel = backend.cuda_kernel("causal_conv", x.device, _unsupported(x, weight) or _unaligned(x))
     padded = torch.cat([_history(x, weight, initial_state), x], 1)  # [B, K-1+T, C]
     if lengths is None:
         final_state = padded[:, x.shape[1] :].transpose(1, 2)  # [B, C, K-1]
@@ -65,7 +66,7 @@ def causal_conv(
         final_state = padded[torch.arange(len(x), device=x.device)[:, None], last].transpose(1, 2)
     if kernel is not None:
         history, x = padded[:, : -x.shape[1]].transpose(1, 2), padded[:, -x.shape[1] :].transpose(1, 2)  # [B, C, T]
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
         return kernel(x, weight, bias, initial_states=history, activation=activation).transpose(1, 2), final_state
     return _ShiftedSum.apply(padded, weight, bias, activation), final_state
 
@@ -77,9 +78,9 @@ def causal_conv_step(
 
     A `state` that is a transposed [B, K-1, C] is faster.
     """
-    kernel = backend.cuda_kernel("causal_conv_step", x.device)
+    kernel = backend.cuda_kernel("causal_conv_step", x.device, _unsupported(x, weight, state))
     if kernel is not None:
-        return kernel(x, state, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation)
+        return _cuda_step(kernel, x, weight, bias, state, activation)
     past = state.transpose(1, 2)  # [B, K-1, C]
     window = torch.cat([past, x[:, None]], 1)  # [B, K, C]
     past.copy_(window[:, 1:])
@@ -87,6 +88,34 @@ def causal_conv_step(
     if bias is not None:
         y = y + bias
     return (F.silu(y) if activation else y).to(x.dtype)
+
+
+def _cuda_step(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """causal_conv1d's kernel takes x and state of one dtype; under autocast they differ."""
+    dtype = torch.promote_types(x.dtype, state.dtype)
+    common = state.to(dtype)  # itself, if it has that dtype
+    y = kernel(x.to(dtype), common, weight, None if bias is None else bias.to(weight.dtype), activation)
+    if common is not state:
+        state.copy_(common)
+    return y.to(x.dtype)
+
+
+def _unsupported(x: Tensor, weight: Tensor, *others: Tensor) -> str:
+    """What causal_conv1d's kernels do not take, in words; "" if they take it. The weight may have another dtype."""
+    taps = weight.shape[1]
+    return unsupported_dtype(x, weight, *others) or ("" if 2 <= taps <= 4 else f"d_conv {taps}, only 2 to 4")
+
+
+def _unaligned(x: Tensor) -> str:
+    """The kernel for sequences [B, T, C] reads 8 channels at once."""
+    return f"{x.shape[2]} channels, no multiple of 8" if x.shape[2] % 8 else ""
 
 
 def _history(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:

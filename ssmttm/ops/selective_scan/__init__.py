@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmttm.ops import backend
-from ssmttm.ops.common import accumulation_dtype
+from ssmttm.ops.common import accumulation_dtype, unsupported_dtype
 from ssmttm.ops.selective_scan.chunked import LOG2_E, ChunkedSelectiveScan
 from ssmttm.ops.selective_scan.naive import check_operands, selective_scan_reference
 
 __all__ = ["selective_scan", "selective_scan_flops", "selective_scan_reference", "selective_scan_step"]
 
+MAX_KERNEL_STATE = 256  # the largest d_state of mamba_ssm's kernel
 INSTANT = 2.0**-40  # a dt too small for any decay: exp(INSTANT * A) is 1 in float32
 
 
@@ -47,8 +48,9 @@ def selective_scan(
     """
     check_operands(x, dt, A, B, C, D, initial_state)
     dtype = accumulation_dtype(x)
-    kernel = backend.cuda_kernel("selective_scan", x.device)
-    if kernel is not None and dtype == torch.float32:
+    too_large = f"d_state {A.shape[1]}, above {MAX_KERNEL_STATE}" if A.shape[1] > MAX_KERNEL_STATE else ""
+    kernel = backend.cuda_kernel("selective_scan", x.device, unsupported_dtype(x) or too_large)
+    if kernel is not None:
         return _cuda_scan(kernel, x, dt, A, B, C, D, initial_state)
     dt, A, B, C = dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
     D = None if D is None else D.to(dtype)
@@ -61,7 +63,7 @@ def selective_scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> Tensor:
     """One position: x and dt [B, D], B and C [B, N]; returns y [B, D]. `state` [B, D, N] is updated in place."""
-    kernel = backend.cuda_kernel("selective_scan_step", x.device)
+    kernel = backend.cuda_kernel("selective_scan_step", x.device, unsupported_dtype(x, state))
     if kernel is not None:
         zeros = dt.new_zeros(x.shape[1])  # it reads the strides of D and dt_bias even if they are None
         D = zeros if D is None else D

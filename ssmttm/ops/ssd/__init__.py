@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssmttm.ops import backend
-from ssmttm.ops.common import accumulation_dtype
+from ssmttm.ops.common import accumulation_dtype, unsupported_dtype
 from ssmttm.ops.ssd.chunked import ChunkedSSD
 from ssmttm.ops.ssd.naive import check_operands, ssd_reference
 
@@ -43,12 +43,9 @@ def ssd(
         y [B, T, H, P] in the dtype of `x`, and the final state [B, H, P, N] in float32.
     """
     check_operands(x, dt, A, B, C, D, initial_state)
-    kernel = backend.cuda_kernel("ssd", x.device)
+    kernel = backend.cuda_kernel("ssd", x.device, unsupported_dtype(x))
     if kernel is not None:
-        B, C = B.to(x.dtype), C.to(x.dtype)
-        return kernel(
-            x, dt.float(), A.float(), B, C, chunk_size, D=D, initial_states=initial_state, return_final_states=True
-        )
+        return _cuda_scan(kernel, x, dt, A, B, C, D, initial_state, chunk_size)
     dtype = accumulation_dtype(x)
     dt, A, B, C = dt.to(dtype), A.to(dtype), B.to(x.dtype), C.to(x.dtype)
     D = None if D is None else D.to(dtype)
@@ -62,7 +59,7 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor |
 
     `state` [B, H, P, N], contiguous, is updated in place.
     """
-    kernel = backend.cuda_kernel("ssd_step", x.device)
+    kernel = backend.cuda_kernel("ssd_step", x.device, unsupported_dtype(x, state))
     if kernel is not None:
         return _cuda_step(kernel, x, dt, A, B, C, D, state)
     batch, heads, width = x.shape
@@ -82,6 +79,23 @@ def ssd_flops(length: int, heads: int, headdim: int, groups: int, d_state: int, 
     q = math.ceil(length / chunks)
     width = heads * headdim
     return 2 * chunks * q * (q * groups * d_state + q * width + 2 * d_state * width)
+
+
+def _cuda_scan(
+    kernel: Callable[..., Any],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """mamba_ssm's kernel keeps the initial state for its backward: it gets a copy, as the caller may overwrite its."""
+    initial = None if initial_state is None else initial_state.to(torch.float32, copy=True)
+    B, C = B.to(x.dtype), C.to(x.dtype)
+    return kernel(x, dt.float(), A.float(), B, C, chunk_size, D=D, initial_states=initial, return_final_states=True)
 
 
 def _cuda_step(
