@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", metavar="DIR", help="run, checkpoint or exported folder, or hub id (default: embedded)")
     add("--second-stage", metavar="DIR", help="second stage of a two-stage model, if not in the model's folder")
     add("--diffusion-steps", type=int, metavar="N", help="sampling steps of the second stage (default: the model's)")
-    add("--tempo", type=float, metavar="BPM", help="beats per minute, for a model trained with tempo")
+    add("--bpm", type=float, metavar="N", help="beats per minute, for a model trained with tempo")
     add("--melody", type=Path, metavar="FILE", help="audio whose melody to follow, for a model trained with melody")
     add("--codec", metavar="DIR", help="the model's codec, if not found by its name")
     add("--text-encoder", metavar="DIR", help="the model's text encoder, if not found by its name")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--diffusion-steps must be at least 1, got {args.diffusion_steps}")
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     sampling = Sampling(args.temperature, args.top_k, args.top_p, **guidance)
-    request = Request.create(prompts, args.duration, args.seed, sampling, args.max_duration, args.tempo)
+    request = Request.create(prompts, args.duration, args.seed, sampling, args.max_duration, args.bpm)
 
     from ssmttm import MusicPipeline, audio
     from ssmttm.generation.output import OutputPath, sidecar
@@ -69,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     pipe.max_duration = args.max_duration
     settings = {"duration": args.duration, **asdict(sampling), "guidance_scale": pipe.guidance_scale, **guidance}
     melody = None if args.melody is None else audio.read_music(args.melody, pipe.sample_rate)[0]
-    controls = {"tempo": args.tempo, "melody": args.melody and args.melody.name}
+    controls = {"bpm": args.bpm, "melody": args.melody and args.melody.name}
     controls = {name: value for name, value in controls.items() if value is not None}
     with Progress(len(prompts) * args.duration) as progress:
         for batch in request.batches(args.batch_size):
             output = pipe(
-                batch.prompts, seeds=batch.seeds, tempo=args.tempo, melody=melody,
+                batch.prompts, seeds=batch.seeds, bpm=args.bpm, melody=melody,
                 diffusion_steps=args.diffusion_steps, progress=progress.advance, **settings,
             )  # fmt: skip
             speed = progress.throughput()

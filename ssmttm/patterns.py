@@ -34,7 +34,7 @@ class Pattern:
 
     def sequence_length(self, n_frames: int) -> int:
         """S for T frames."""
-        return max(self._starts(n_frames)) + self.stride * (n_frames - 1) + 1
+        return max(self.starts(n_frames)) + self.stride * (n_frames - 1) + 1
 
     def build(self, codes: Tensor, special_token_id: int) -> Tensor:
         """codes [B, K, T] -> sequence [B, K, S], with the special token where there is no code."""
@@ -71,19 +71,47 @@ class Pattern:
     def frames(self, n_frames: int) -> Tensor:
         """The newest frame with a code at each position, int64 [S]; negative before the first frame, T or more where
         only codes of earlier frames remain."""
-        frames = torch.full((self.sequence_length(n_frames),), -1)
+        return self.newest_frames(torch.arange(self.sequence_length(n_frames)), n_frames)
+
+    def newest_frames(self, positions: Tensor, n_frames: int | None) -> Tensor:
+        """`frames` at some positions, int64 [n] -> [n]; `n_frames` None: of a clip without an end."""
+        starts, frames = self.starts(n_frames), torch.full_like(positions, -1)
         for n in sorted(set(self.passes)):
-            first = min(start for start, own in zip(self._starts(n_frames), self.passes, strict=True) if own == n)
-            frames[first:] = torch.arange(len(frames) - first) // self.stride
+            first = min(start for start, own in zip(starts, self.passes, strict=True) if own == n)
+            frames = torch.where(positions >= first, (positions - first) // self.stride, frames)
         return frames
 
-    def _starts(self, n_frames: int) -> list[int]:
-        """The position of each codebook's first frame."""
+    def code_frames(self, positions: Tensor, n_frames: int | None) -> Tensor:
+        """The frame of each codebook's code at some positions, int64 [n] -> [n, K]; -1 at padding. `n_frames` None: of
+        a clip without an end."""
+        offsets = positions[:, None] - torch.tensor(self.starts(n_frames))  # [n, K]
+        frames = offsets // self.stride
+        valid = (offsets >= 0) & (offsets % self.stride == 0)
+        if n_frames is not None:
+            valid &= frames < n_frames
+        return frames.where(valid, -1)
+
+    def n_complete(self, n_positions: int, n_frames: int | None) -> int:
+        """The number of leading frames all of whose codes are within the first positions."""
+        n = max(0, (n_positions - 1 - max(self.starts(n_frames))) // self.stride + 1)
+        return n if n_frames is None else min(n, n_frames)
+
+    def starts(self, n_frames: int | None) -> list[int]:
+        """The position of each codebook's first frame. Raises UserError without T if there are several passes over the
+        frames."""
+        if n_frames is None:
+            self.check_one_pass("a clip without an end")
+            return list(self.offsets)
         return [offset + n * n_frames for offset, n in zip(self.offsets, self.passes, strict=True)]
+
+    def check_one_pass(self, what: str) -> None:
+        """Raises UserError, naming what cannot be done, if there are several passes over the frames."""
+        if any(self.passes):
+            raise UserError(f"{what} needs a pattern of one pass over the frames: delay, parallel or flatten")
 
     def _positions(self, n_frames: int) -> list[slice]:
         """The positions of each codebook's frames."""
-        return [slice(start, start + self.stride * n_frames, self.stride) for start in self._starts(n_frames)]
+        return [slice(start, start + self.stride * n_frames, self.stride) for start in self.starts(n_frames)]
 
     def _check(self, codes: Tensor) -> None:
         if codes.shape[1] != self.n_codebooks:

@@ -236,11 +236,11 @@ def test_single_stage_pipeline_takes_supported_controls_only(supported, tmp_path
     pipe = MusicPipeline(model, codec, WordEncoder(dim=model.config.text_dim), get_pattern("delay", 4))
     tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None]
     reference = pipe("a march", duration=1.0, seeds=2).codes
-    for name, value in (("tempo", 150.0), ("melody", tone)):
+    for name, value in (("bpm", 150.0), ("melody", tone)):
         if supported:
             assert not torch.equal(pipe("a march", duration=1.0, seeds=2, **{name: value}).codes, reference)
         else:
-            with pytest.raises(UserError, match=f"this model was not trained with a {name}"):
+            with pytest.raises(UserError, match=f"this model was not trained with {name}"):
                 pipe("a march", duration=1.0, **{name: value})
 
 

@@ -362,7 +362,7 @@ def test_export_in_full_precision_equals_its_run(first_stage, second_stage_run, 
     one, two = (export(run, tmp_path / run.name, half=False) for run in (first_stage, second_stage_run))
     stages = [(first_stage, second_stage_run), (one, two)]
     pipes = [MusicPipeline.from_pretrained(first, second_stage=second) for first, second in stages]
-    expected, output = (each("a march", duration=1.5, seeds=2, tempo=90.0) for each in pipes)
+    expected, output = (each("a march", duration=1.5, seeds=2, bpm=90.0) for each in pipes)
     assert torch.equal(output.codes, expected.codes) and torch.equal(output.audios, expected.audios)
 
 
@@ -433,7 +433,7 @@ def test_diffusion_steps_are_an_argument_and_leave_the_pipeline_unchanged(pipe):
 def test_tempo_and_melody_reach_the_second_stage(pipe):
     plain = pipe("a march", duration=1.0, seeds=2).codes
     tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None]
-    for controls in ({"tempo": 150.0}, {"melody": tone}, {"melody": tone[:, :HOP]}):
+    for controls in ({"bpm": 150.0}, {"melody": tone}, {"melody": tone[:, :HOP]}):
         codes = pipe("a march", duration=1.0, seeds=2, **controls).codes
         assert torch.equal(codes[:, 0], plain[:, 0]) and not torch.equal(codes, plain)
 
@@ -455,14 +455,14 @@ def test_unsupported_or_invalid_controls_are_errors(pipe, first_stage, store, fo
     run = loop.train(second_stage_config(store, folder / "without_controls", *FEW))
     without_controls = MusicPipeline.from_pretrained(first_stage, second_stage=run)
     for unsupported in (one, without_controls):
-        for controls in ({"tempo": 120.0}, {"melody": torch.zeros(1, 100)}):
-            with pytest.raises(UserError, match=f"not trained with a {next(iter(controls))}"):
+        for controls in ({"bpm": 120.0}, {"melody": torch.zeros(1, 100)}):
+            with pytest.raises(UserError, match=f"not trained with {next(iter(controls))}"):
                 unsupported("x", duration=0.5, **controls)
-            with pytest.raises(UserError, match=f"not trained with a {next(iter(controls))}"):
+            with pytest.raises(UserError, match=f"not trained with {next(iter(controls))}"):
                 unsupported.stream("x", duration=0.5, **controls)
     for wrong, message in [
-        ({"tempo": -3.0}, "tempo .* got -3"),
-        ({"tempo": float("nan")}, "tempo .* got nan"),
+        ({"bpm": -3.0}, "bpm .* got -3"),
+        ({"bpm": float("nan")}, "bpm .* got nan"),
         ({"melody": torch.zeros(100)}, "melody"),
         ({"melody": torch.zeros(1, 0)}, "melody"),
         ({"melody": torch.full((1, 9), torch.nan)}, "melody"),
@@ -498,10 +498,10 @@ def test_command_takes_second_stage_diffusion_steps_and_controls(command, export
     assert Path("x.wav").read_bytes() != Path("y.wav").read_bytes()
     assert command("--checkpoint", first_stage, "--second-stage", second_stage_run, "--out", "z.wav")[0] == 0
     assert json.loads(Path("z.json").read_text())["second_stage"]["name"].startswith("stage2/step-")
-    melody = ("--tempo", 140, "--melody", "y.wav")
+    melody = ("--bpm", 140, "--melody", "y.wav")
     assert command("--checkpoint", exported, "--out", "w.wav", *melody)[0] == 0
     sidecar = json.loads(Path("w.json").read_text())
-    assert sidecar["tempo"] == 140 and sidecar["melody"] == "y.wav"
+    assert sidecar["bpm"] == 140 and sidecar["melody"] == "y.wav"
     assert Path("w.wav").read_bytes() != Path("y.wav").read_bytes()
 
 
@@ -515,8 +515,8 @@ def test_command_second_stage_errors(command, exported, first_stage, second_stag
     assert_user_error(same_stage, "holds a language model, not a denoiser")
     assert_user_error(command("--checkpoint", second_stage_run), "holds a denoiser, not a language model")
     assert_user_error(command("--checkpoint", first_stage, "--second-stage", "nowhere"), "nowhere")
-    assert_user_error(command("--checkpoint", first_stage, "--tempo", 120), "not trained with a tempo")
-    assert_user_error(command("--checkpoint", exported, "--tempo", 0), "tempo must be above 0")
+    assert_user_error(command("--checkpoint", first_stage, "--bpm", 120), "not trained with bpm")
+    assert_user_error(command("--checkpoint", exported, "--bpm", 0), "bpm must be above 0")
     assert_user_error(command("--checkpoint", exported, "--melody", "absent.wav"), "absent.wav")
 
 

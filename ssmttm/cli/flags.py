@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ssmttm.errors import UserError
 
-RENAMED_FLAGS = {"--painter": "--second-stage", "--paint-steps": "--diffusion-steps"}
+RENAMED_FLAGS = {"--painter": "--second-stage", "--paint-steps": "--diffusion-steps", "--tempo": "--bpm"}
 
 
 def check_renamed_flags(argv: Sequence[str] | None) -> None:

@@ -1,5 +1,6 @@
 """The interface of all codecs: waveform <-> codes <-> latents, with streaming decoding."""
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -150,24 +151,12 @@ class Codec(nn.Module, ABC):
         A frame is yielded as soon as its look-ahead is available; a codec with unbounded `context` (None) yields all
         audio at the end.
         """
-        if self.context is None:
-            parts = list(chunks)
-            if parts:
-                yield self.decode(torch.cat(parts, dim=-1))
-            return
-        history, look_ahead = self.context
-        buffer: Tensor | None = None  # codes still needed
-        first = 0  # the first frame of the buffer that was not yielded yet
+        stream = DecodeStream(self)
         for chunk in chunks:
-            self._check_codes(chunk)
-            buffer = chunk if buffer is None else torch.cat([buffer, chunk], dim=-1)
-            ready = buffer.shape[-1] - look_ahead
-            if ready > first:
-                yield self.decode(buffer)[..., first * self.hop_length : ready * self.hop_length]
-                drop = max(0, ready - history)
-                buffer, first = buffer[..., drop:], ready - drop
-        if buffer is not None and buffer.shape[-1] > first:
-            yield self.decode(buffer)[..., first * self.hop_length :]
+            if (wav := stream.push(chunk)).shape[-1]:
+                yield wav
+        if (last := stream.finish()) is not None:
+            yield last
 
     def pad(self, wav: Tensor) -> Tensor:
         """Pad the waveform with zeros to whole frames: [B, 1, S] -> [B, 1, ceil(S / hop) * hop]."""
@@ -200,6 +189,40 @@ class Codec(nn.Module, ABC):
                 f"codec {self.name}: codes must be in [0, {self.codebook_size}), got {int(codes.min())} to "
                 f"{int(codes.max())}: remove special tokens first"
             )
+
+
+class DecodeStream:
+    """A decoding in progress: `Codec.decode_stream`, one chunk at a time."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.buffer: Tensor | None = None  # codes [B, K, t] that audio to come depends on
+        self.first = 0  # the first frame of the buffer whose audio was not returned yet
+
+    def push(self, codes: Tensor) -> Tensor:
+        """Codes [B, K, t >= 0] -> the audio that is ready, [B, 1, s], s >= 0."""
+        codec = self.codec
+        codec._check_codes(codes)
+        self.buffer = buffer = codes if self.buffer is None else torch.cat([self.buffer, codes], dim=-1)
+        history, look_ahead = codec.context or (0, buffer.shape[-1])  # unbounded: nothing is ready before the end
+        ready = buffer.shape[-1] - look_ahead
+        if ready <= self.first:
+            return torch.zeros(len(codes), 1, 0, device=codes.device)
+        wav = codec.decode(buffer)[..., self.first * codec.hop_length : ready * codec.hop_length]
+        drop = max(0, ready - history)
+        self.buffer, self.first = buffer[..., drop:], ready - drop
+        return wav
+
+    def finish(self) -> Tensor | None:
+        """The rest of the audio, [B, 1, s]; None if there is none."""
+        buffer, self.buffer = self.buffer, None
+        if buffer is None or buffer.shape[-1] <= self.first:
+            return None
+        return self.codec.decode(buffer)[..., self.first * self.codec.hop_length :]
+
+    def clone(self) -> "DecodeStream":
+        """A copy that goes on independently."""
+        return copy.copy(self)  # the buffer is replaced, not changed in place
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:

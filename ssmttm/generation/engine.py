@@ -1,17 +1,20 @@
 """The sampling loop: one prefill, then one cached step per position, conditional and null rows in one batch.
 
-Shapes: B items, K codebooks, T frames, S positions of the pattern's sequence, V codes per codebook. With guidance the
-model runs on 2 B rows: row i is item i with its caption, row B + i the same item with the null condition.
+Shapes: B items, R prompts of an item, K codebooks, T frames, S positions of the pattern's sequence, V codes per
+codebook. The model runs on R B rows, and B more with guidance: row r B + i is item i with its prompt r, row R B + i the
+same item with the null condition.
 """
 
-import math
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ssmttm.errors import UserError
-from ssmttm.generation import filters
+from ssmttm.generation.engines import Engine, Steps
+from ssmttm.generation.engines.reference import TorchEngine
 from ssmttm.generation.request import Sampling
 from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState, TokenLM
@@ -19,9 +22,341 @@ from ssmttm.patterns import Pattern
 from ssmttm.text.condition import TextCondition
 
 _TO_SAMPLE = -1  # in a template: a position that is not known yet
-# MKL sums the products of 1, of 2 or 3, and of 4 rows or more in different orders, and splits the rows over threads. In
-# multiples of 4 a row's result does not depend on the other rows, bit for bit; 4 rows cost about as much as 2.
-_CPU_ROWS = 4
+_BLOCK = 256  # positions whose templates, uniforms and controls are made and copied to the device together
+
+
+@dataclass(frozen=True)
+class TextConditions:
+    """What B items are conditioned on.
+
+    Attributes:
+        texts: R >= 1 prompts of every item, B captions each.
+        null_text: the null condition or a negative prompt, one row (shared) or B rows.
+        weights: [R, B], the weight of each prompt in the blend of their logits, with a sum of 1; None with one prompt.
+    """
+
+    texts: Sequence[TextCondition]
+    null_text: TextCondition
+    weights: Tensor | None = None
+
+    def heaviest_text(self) -> TextCondition:
+        """The prompt of the greatest weight of every item, B captions."""
+        if self.weights is None:
+            return self.texts[0]
+        chosen = [self.texts[prompt] for prompt in self.weights.argmax(0).tolist()]
+        return TextCondition.stack([text.embeddings[i, text.mask[i]] for i, text in enumerate(chosen)])
+
+
+@dataclass
+class ConditionedRows:
+    """The model's rows under one set of conditions.
+
+    Attributes:
+        guided: whether there are null rows.
+        logits: [rows, K, V'] of the next position.
+        steps: the engine's, on their state.
+    """
+
+    conditions: TextConditions
+    guided: bool
+    logits: Tensor
+    steps: Steps
+
+    def clone(self) -> "ConditionedRows":
+        return replace(self, steps=self.steps.on(self.state.clone()))  # logits are replaced, not changed in place
+
+    @property
+    def state(self) -> LMState:
+        return self.steps.state
+
+    def blended_logits(self, batch: int) -> Tensor:
+        """One row per item, and its null row if guided: [B or 2 B (at least), K, V']."""
+        weights, n = self.conditions.weights, len(self.conditions.texts)
+        if weights is None:
+            return self.logits
+        parts = self.logits[: n * batch].unflatten(0, (n, batch))  # [R, B, K, V']
+        blend = (weights.to(parts)[..., None, None] * parts).sum(0)
+        return torch.cat([blend, self.logits[n * batch : (n + 1) * batch]]) if self.guided else blend
+
+
+@dataclass(frozen=True)
+class PositionBlock:
+    """What is known in advance of the positions from `start` on; see `CodeSampler`.
+
+    template: [n, B, K], special tokens, given codes and _TO_SAMPLE. uniforms: [n, B, K].
+    """
+
+    start: int
+    template: Tensor
+    to_sample: Tensor
+    all_sampled: list[bool]
+    uniforms: Tensor
+    controls: Controls
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.all_sampled)
+
+
+class CodeSampler:
+    """Samples the codes of B items, as many frames as asked for. It holds all that the next frame depends on, in memory
+    that does not grow: a clone goes on exactly as the original does.
+
+    Attributes:
+        position: the next position to sample.
+        n_yielded: frames returned so far, with those of the prompt.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: TokenLM, conditions: TextConditions, pattern: Pattern, n_frames: int | None, sampling: Sampling,
+        seeds: Sequence[int], prompt_codes: Tensor | None = None, controls: Controls | None = None,
+        context_frames: int = 0, engine: Engine | None = None,
+    ) -> None:  # fmt: skip
+        """Process the text and the prompt.
+
+        Args:
+            model: in eval mode.
+            n_frames: T >= 1, including the prompt; None: without an end, with a pattern in one pass.
+            seeds: B seeds of 32 bits. An item's tokens depend on its own inputs and seed only: on a CPU its logits are
+                the same in any batch, bit for bit.
+            prompt_codes: [B, K, P] with P <= T, frames to continue; they are returned first.
+            controls: of B items, by frame; a melody may be shorter than T. They condition the null rows too: guidance
+                is towards the text.
+            context_frames: frames that are kept for a later `change` of the conditions.
+            engine: of the model's steps; None: torch.
+
+        Raises:
+            UserError: the model was not built for a control, or the pattern needs T.
+        """
+        batch, n_codebooks = len(seeds), model.config.n_codebooks
+        if model.training:
+            raise ValueError("put the model in eval mode before sampling (dropout is active)")
+        n_texts, n_null = {len(text.mask) for text in conditions.texts}, len(conditions.null_text.mask)
+        if n_texts != {batch} or n_null not in (1, batch):
+            raise ValueError(f"got {n_texts} captions and {n_null} null conditions for {batch} seeds")
+        self.model, self.pattern, self.n_frames, self.sampling = model, pattern, n_frames, sampling
+        self.engine = engine or TorchEngine(model)
+        self.context_frames = context_frames
+        self.device = next(model.parameters()).device
+        self.n_yielded = 0
+        self._batch, self._n_codebooks = batch, n_codebooks
+        self._prompt = torch.zeros(batch, n_codebooks, 0, dtype=torch.long) if prompt_codes is None else prompt_codes
+        self._controls = (controls or Controls()).to(self.device)
+        self.position = first = self._first_position()
+        self._controls_at(torch.arange(1)).check(model.config, "language model", batch, 1)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        _draw(self._generators, first, n_codebooks)  # a position's numbers do not depend on the prompt
+        self._sequence = list(self._template(torch.arange(first)).to(self.device).unbind(0))  # of [B, K]
+        self._sequence_start = 0
+        self._last_codes: Tensor | None = None  # of the last position, if the model has not processed them yet
+        self._block: PositionBlock | None = None
+        self._rows = [self._prefill(conditions, sampling.guidance_scale != 1.0)]  # two while one fades into the other
+        self._fade = (0, 0)  # its first position and its length
+
+    @torch.inference_mode()
+    def next_frames(self, chunk_frames: int = 1) -> Tensor | None:
+        """The next frames, int64 [B, K, t], t >= `chunk_frames` but at the end; None after the end. Raises UserError if
+        the model's logits are not finite."""
+        if self.n_yielded == self.n_frames:
+            return None
+        while True:
+            n_ready = self.pattern.n_complete(self.position, self.n_frames)
+            if n_ready - self.n_yielded >= chunk_frames or (n_ready == self.n_frames and n_ready > self.n_yielded):
+                break
+            self._sample_position()
+        _check_finite(self._rows[-1].logits)
+        frames = self._gather(self.n_yielded, n_ready)
+        self.n_yielded = n_ready
+        self._forget()
+        return frames
+
+    def skip(self, n_frames: int) -> None:
+        """Do not return that many frames of the prompt."""
+        self.n_yielded += n_frames
+        self._forget()
+
+    @torch.inference_mode()
+    def change(
+        self, conditions: TextConditions | None = None, sampling: Sampling | None = None,
+        controls: Controls | None = None, fade_frames: int = 0,
+    ) -> None:  # fmt: skip
+        """Change what the next positions depend on.
+
+        Args:
+            conditions: the last `context_frames` frames are processed again with these; during the next `fade_frames`
+                frames the logits move from the old conditions' to theirs.
+            controls: of the positions to come.
+
+        Raises:
+            UserError: the pattern goes over the frames more than once, or the model was not built for a control.
+        """
+        sampling = sampling or self.sampling
+        rows = self._rows[-1]
+        guided = rows.guided or sampling.guidance_scale != 1.0
+        if controls is not None:
+            self._controls = controls.to(self.device)
+            self._controls_at(torch.arange(1)).check(self.model.config, "language model", self._batch, 1)
+            if self._block is not None:
+                block = self._block
+                self._block = replace(block, controls=self._controls_at(torch.arange(block.start, block.stop)))
+        if conditions is not None or guided != rows.guided:
+            self.pattern.check_one_pass("a change of the prompt while sampling")
+            self._process_last_codes()
+            new = self._prefill(conditions or rows.conditions, guided)
+            fade = fade_frames * self.pattern.stride if guided == rows.guided and self.n_yielded else 0
+            self._rows, self._fade = [rows, new] if fade else [new], (self.position, fade)
+        self.sampling = sampling
+
+    @torch.inference_mode()
+    def clone(self, seeds: Sequence[int] | None = None) -> "CodeSampler":
+        """A copy that goes on independently: exactly as this one, or with other seeds."""
+        new = copy.copy(self)
+        new._rows = [rows.clone() for rows in self._rows]
+        new._sequence = list(self._sequence)
+        if seeds is None:
+            new._generators = [generator.clone_state() for generator in self._generators]
+            return new
+        if len(seeds) != self._batch:
+            raise ValueError(f"got {len(seeds)} seeds for {self._batch} items")
+        new._generators, new._block = [torch.Generator().manual_seed(seed) for seed in seeds], None
+        return new
+
+    def _sample_position(self) -> None:
+        """Sample the codes of the next position."""
+        position = self.position
+        self._process_last_codes()
+        block = self._block_at(position)
+        index = position - block.start
+        logits = self._logits()
+        codes = self.engine.draw(logits, block.uniforms[index], self.sampling, self.guided)
+        if not block.all_sampled[index]:
+            codes = torch.where(block.to_sample[index], codes, block.template[index])
+        self._sequence.append(codes)  # [B, K]
+        self._last_codes = codes
+        self.position += 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are null rows."""
+        return self._rows[-1].guided
+
+    def _process_last_codes(self) -> None:
+        """One step of the model, unless its logits are those of the next position already."""
+        codes = self._last_codes
+        if codes is None:
+            return
+        block = self._block_at(self.position)
+        index = self.position - block.start
+        for rows in self._rows:
+            rows.logits = rows.steps.step(codes, block.controls, index)
+        self._last_codes = None
+
+    def _logits(self) -> Tensor:
+        """Logits of the next position, one row per item and its null row if guided."""
+        new = self._rows[-1].blended_logits(self._batch)
+        if len(self._rows) == 1:
+            return new
+        start, length = self._fade
+        n_done = self.position - start + 1
+        if n_done >= length:
+            self._rows = self._rows[1:]
+            return new
+        n = (1 + self.guided) * self._batch
+        return self._rows[0].blended_logits(self._batch)[:n].lerp(new[:n], n_done / length)
+
+    def _prefill(self, conditions: TextConditions, guided: bool) -> ConditionedRows:
+        """Rows that have processed the text, then the start column and the sequence (its context, once older frames are
+        forgotten), item by item, each with its own padding only."""
+        model, batch, device = self.model, self._batch, self.device
+        codes = self._context_codes()  # [B, K, n]
+        length = codes.shape[-1]
+        controls = self._controls_at(torch.arange(self.position + 1 - length, self.position + 1))
+        n_conditions = len(conditions.texts) + guided
+        n_rows = batch * n_conditions
+        state = model.init_state(self.engine.n_rows(n_rows), device=device)
+        logits = []
+        for item in range(batch):
+            condition = _condition(conditions, item, guided).to(device)
+            item_state = model.init_state(n_conditions, device=device)
+            item_controls = controls.select_rows(slice(item, item + 1)).repeat(n_conditions)
+            item_codes = codes[item].expand(n_conditions, -1, -1)
+            logits.append(model.prefill(item_codes, condition, item_state, item_controls))
+            state.write_rows(slice(item, n_rows, batch), item_state)
+        rows_of_items = torch.stack(logits, dim=1).flatten(0, 1)
+        return ConditionedRows(conditions, guided, rows_of_items, self.engine.bind(state, batch))
+
+    def _context_codes(self) -> Tensor:
+        """The start column, then the positions of the kept frames as the first positions of a clip: [B, K, n]."""
+        special = self.model.special_token_id
+        first_frame = 0
+        if self._sequence_start:
+            n_ready = self.pattern.n_complete(self.position, self.n_frames)
+            first_frame = max(0, n_ready - self.context_frames)
+        positions = torch.arange(first_frame * self.pattern.stride, self.position)
+        start = torch.full((1, self._batch, self._n_codebooks), special, dtype=torch.long, device=self.device)
+        if not len(positions):
+            return start.permute(1, 2, 0)
+        codes = torch.stack(self._sequence[int(positions[0]) - self._sequence_start :])  # [n, B, K]
+        if first_frame:
+            forgotten = self.pattern.code_frames(positions, self.n_frames) < first_frame  # [n, K]
+            codes = codes.masked_fill(forgotten[:, None].to(self.device), special)
+        return torch.cat([start, codes]).permute(1, 2, 0)
+
+    def _block_at(self, position: int) -> PositionBlock:
+        """The block with this position, made when it is reached."""
+        if self._block is not None and position < self._block.stop:
+            return self._block
+        stop = position + _BLOCK
+        if self.n_frames is not None:
+            stop = min(stop, self.pattern.sequence_length(self.n_frames))
+        positions = torch.arange(position, stop)
+        template = self._template(positions)
+        to_sample = template == _TO_SAMPLE
+        self._block = PositionBlock(
+            position, template.to(self.device), to_sample.to(self.device), to_sample.flatten(1).all(1).tolist(),
+            _draw(self._generators, len(positions), self._n_codebooks).to(self.device), self._controls_at(positions),
+        )  # fmt: skip
+        return self._block
+
+    def _template(self, positions: Tensor) -> Tensor:
+        """What the sequence is known to hold, [n, B, K]: pattern padding, prompt codes, and positions to sample."""
+        frames = self.pattern.code_frames(positions, self.n_frames)[:, None]  # [n, 1, K]
+        n_given = self._prompt.shape[-1]
+        known = torch.full((len(positions), self._batch, self._n_codebooks), _TO_SAMPLE, dtype=torch.long)
+        if n_given:
+            index = frames.clamp(0, n_given - 1).expand_as(known).permute(1, 2, 0)
+            known = known.where(frames >= n_given, self._prompt.cpu().gather(2, index).permute(2, 0, 1))
+        return known.masked_fill(frames < 0, self.model.special_token_id)
+
+    def _first_position(self) -> int:
+        """The first position to sample, or the last one if all are known."""
+        n_given = self._prompt.shape[-1]
+        if self.n_frames is not None and n_given >= self.n_frames:
+            return self.pattern.sequence_length(self.n_frames) - 1
+        return min(self.pattern.starts(self.n_frames)) + self.pattern.stride * n_given
+
+    def _controls_at(self, positions: Tensor) -> Controls:
+        """Controls by position of all items."""
+        frames = self.pattern.newest_frames(positions, self.n_frames)
+        return self._controls.gather_frames(frames.to(self.device))
+
+    def _gather(self, start: int, stop: int) -> Tensor:
+        """Frames start..stop of the sequence, [B, K, stop - start]."""
+        first = torch.tensor(self.pattern.starts(self.n_frames)) - self._sequence_start  # [K]
+        positions = first + self.pattern.stride * torch.arange(start, stop)[:, None]  # [t, K]
+        lowest, highest = int(positions.min()), int(positions.max())
+        sequence = torch.stack(self._sequence[lowest : highest + 1])  # [n, B, K]
+        index = (positions - lowest).to(self.device).unsqueeze(1).expand(-1, self._batch, -1)  # [t, B, K]
+        return sequence.gather(0, index).permute(1, 2, 0)
+
+    def _forget(self) -> None:
+        """Drop positions that neither frames to come nor a change of the conditions need."""
+        if any(self.pattern.passes):
+            return
+        first = self.pattern.stride * max(0, self.n_yielded - self.context_frames)
+        del self._sequence[: first - self._sequence_start]
+        self._sequence_start = max(first, self._sequence_start)
 
 
 def draw_uniforms(seeds: Sequence[int], n_positions: int, n_codebooks: int) -> Tensor:
@@ -29,155 +364,46 @@ def draw_uniforms(seeds: Sequence[int], n_positions: int, n_codebooks: int) -> T
 
     Item i's numbers depend on `seeds[i]` only, and those of a shorter sequence are a prefix of a longer one's.
     """
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        rows.append(torch.rand(n_positions, n_codebooks, generator=generator, dtype=torch.float64))
-    return torch.stack(rows, dim=1)
+    return _draw([torch.Generator().manual_seed(seed) for seed in seeds], n_positions, n_codebooks)
 
 
 def generate(
     model: TokenLM, text: TextCondition, null_text: TextCondition, pattern: Pattern, n_frames: int,
     sampling: Sampling, seeds: Sequence[int], prompt_codes: Tensor | None = None, controls: Controls | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample codes [B, K, T]; arguments as in `generate_frames`."""
-    inputs = (text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames, controls)
+    inputs = (text, null_text, pattern, n_frames, sampling, seeds, prompt_codes, n_frames, controls, engine)
     return torch.cat(list(generate_frames(model, *inputs)), dim=-1)
 
 
-@torch.inference_mode()
 def generate_frames(
     model: TokenLM, text: TextCondition, null_text: TextCondition, pattern: Pattern, n_frames: int,
     sampling: Sampling, seeds: Sequence[int], prompt_codes: Tensor | None = None, chunk_frames: int = 1,
-    controls: Controls | None = None,
+    controls: Controls | None = None, engine: Engine | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Sample codes and yield frames as soon as their last codebook is sampled; memory does not grow with the length but
-    for the codes. Raises UserError if the model's logits are not finite, or it was not built for a control.
-
-    Args:
-        model: in eval mode.
-        text: B captions. null_text: the null condition, one row (shared) or B rows.
-        n_frames: T >= 1, including the prompt.
-        seeds: B seeds of 32 bits. An item's tokens depend on its own inputs and seed only: on a CPU its logits are the
-            same in any batch, bit for bit.
-        prompt_codes: [B, K, P] with P <= T, frames to continue; they are yielded first.
-        chunk_frames: smallest number of frames in a chunk, but for the last.
-        controls: of B items, by frame; a melody may be shorter than T. They condition the null rows too: guidance is
-            towards the text.
-
-    Yields:
-        [B, K, t] int64 codes; t sums to T.
-    """
-    batch, n_codebooks, special = len(seeds), model.config.n_codebooks, model.special_token_id
-    if model.training:
-        raise ValueError("put the model in eval mode before sampling (dropout is active)")
-    if len(text.mask) != batch or len(null_text.mask) not in (1, batch):
-        raise ValueError(f"got {len(text.mask)} captions and {len(null_text.mask)} null conditions for {batch} seeds")
-    device = next(model.parameters()).device
-    guided = sampling.guidance_scale != 1.0
-    template = _template(pattern, batch, n_codebooks, n_frames, special, prompt_codes).to(device)  # [S, B, K]
-    n_positions, to_sample = len(template), template == _TO_SAMPLE
-    sequence = template.clone()
-    frame_positions, n_complete = _layout(pattern, n_codebooks, n_frames)
-    uniforms = draw_uniforms(seeds, n_positions, n_codebooks).to(device)  # [S, B, K]
-    controls = (controls or Controls()).gather_frames(pattern.frames(n_frames)).to(device)  # by position
-    controls.check(model.config, "language model", batch, n_positions)
-
-    all_sampled = to_sample.flatten(1).all(1).tolist()
-    n_known = int(to_sample.flatten(1).any(1).int().cumsum(0).eq(0).sum())  # leading positions
-    first = min(n_known, n_positions - 1)
-    start = torch.full((1, batch, n_codebooks), special, dtype=torch.long, device=device)
-    prefix_codes = torch.cat([start, sequence[:first]]).permute(1, 2, 0)  # [B, K, first + 1]
-    conditions = [_condition(text, null_text if guided else None, item).to(device) for item in range(batch)]
-    logits, state, item_of_row = _prefill(model, prefix_codes, conditions, controls.select_frames(slice(first + 1)))
-    controls = controls.select_rows(item_of_row)
-
-    n_yielded = 0
-    for position in range(first, n_positions):
-        codes = _sample(logits, uniforms[position], model.config.codebook_size, sampling, guided)  # [B, K]
-        if not all_sampled[position]:
-            codes = torch.where(to_sample[position], codes, template[position])
-        sequence[position] = codes
-        n_ready = n_complete[position]
-        if n_ready - n_yielded >= chunk_frames or (n_ready == n_frames and n_ready > n_yielded):
-            _check_finite(logits)
-            yield _gather_frames(sequence, frame_positions, n_yielded, n_ready)
-            n_yielded = n_ready
-        if position + 1 < n_positions:
-            logits = model.step(codes[item_of_row], state, controls.select_frames(slice(position + 1, position + 2)))
+    """Sample codes [B, K, T] of B captions and yield frames [B, K, t] as soon as their last codebook is sampled; see
+    `CodeSampler`."""
+    conditions = TextConditions([text], null_text)
+    sampler = CodeSampler(model, conditions, pattern, n_frames, sampling, seeds, prompt_codes, controls, 0, engine)
+    while (frames := sampler.next_frames(chunk_frames)) is not None:
+        yield frames
 
 
-def _prefill(
-    model: TokenLM, codes: Tensor, conditions: list[TextCondition], controls: Controls
-) -> tuple[Tensor, LMState, Tensor]:
-    """Prefill codes [B, K, n] item by item, each with its own padding only, into one state for all rows.
-
-    Returns:
-        logits [rows, K, V'], the state, and the item of each row of the state.
-    """
-    batch, n_conditions, device = len(codes), len(conditions[0].mask), codes.device
-    rows = batch * n_conditions
-    padded = rows if device.type != "cpu" else math.ceil(rows / _CPU_ROWS) * _CPU_ROWS
-    state = model.init_state(padded, device=device)
-    logits = []
-    for item, condition in enumerate(conditions):
-        item_state = model.init_state(n_conditions, device=device)
-        item_controls = controls.select_rows(slice(item, item + 1)).repeat(n_conditions)
-        item_codes = codes[item].expand(n_conditions, -1, -1)
-        logits.append(model.prefill(item_codes, condition, item_state, item_controls))
-        state.write_rows(slice(item, rows, batch), item_state)
-    return torch.stack(logits, dim=1).flatten(0, 1), state, torch.arange(padded, device=device) % batch
+def _draw(generators: Sequence[torch.Generator], n_positions: int, n_codebooks: int) -> Tensor:
+    """The next uniforms of each item's generator, [n, B, K] float64."""
+    shape = n_positions, n_codebooks
+    return torch.stack([torch.rand(shape, generator=own, dtype=torch.float64) for own in generators], dim=1)
 
 
-def _sample(logits: Tensor, uniforms: Tensor, codebook_size: int, sampling: Sampling, guided: bool) -> Tensor:
-    """Logits of all rows, [.., K, V'], and [B, K] uniforms -> [B, K] tokens."""
-    batch = len(uniforms)
-    logits = filters.without_special(logits, codebook_size).float()
-    conditional = logits[:batch]
+def _condition(conditions: TextConditions, item: int, guided: bool) -> TextCondition:
+    """The captions of one item and, with guidance, its null condition, padded to the longest of them."""
+    rows = [text.embeddings[item, text.mask[item]] for text in conditions.texts]
     if guided:
-        null = logits[batch : 2 * batch]
-        conditional = null.lerp(conditional, sampling.guidance_scale)  # null + scale * (conditional - null)
-    logits = filters.top_k(filters.temperature(conditional, sampling.temperature), sampling.top_k)
-    return filters.draw(filters.top_p(logits, sampling.top_p), uniforms)
-
-
-def _condition(text: TextCondition, null_text: TextCondition | None, item: int) -> TextCondition:
-    """The caption of one item and, with guidance, its null condition, padded to the longer of the two."""
-    rows = [text.embeddings[item, text.mask[item]]]
-    if null_text is not None:
+        null_text = conditions.null_text
         index = item if len(null_text.mask) > 1 else 0
         rows.append(null_text.embeddings[index, null_text.mask[index]])
     return TextCondition.stack(rows)
-
-
-def _template(
-    pattern: Pattern, batch: int, n_codebooks: int, n_frames: int, special: int, prompt_codes: Tensor | None
-) -> Tensor:
-    """The sequence before sampling, [S, B, K]: pattern padding, prompt codes, and positions to sample."""
-    codes = torch.full((batch, n_codebooks, n_frames), _TO_SAMPLE, dtype=torch.long)
-    if prompt_codes is not None:
-        codes[..., : prompt_codes.shape[-1]] = prompt_codes
-    return pattern.build(codes, special).permute(2, 0, 1).contiguous()
-
-
-def _layout(pattern: Pattern, n_codebooks: int, n_frames: int) -> tuple[Tensor, list[int]]:
-    """The position of each code, [K, T], and the number of complete leading frames after each position."""
-    frames = torch.arange(n_frames).expand(1, n_codebooks, n_frames)
-    frame_at = pattern.build(frames, -1)[0]  # [K, S] frame numbers, -1 at padding
-    rows = []
-    for row in frame_at:
-        positions = (row >= 0).nonzero().squeeze(-1)
-        rows.append(positions[row[positions].argsort()])
-    frame_positions = torch.stack(rows)  # [K, T]
-    last = frame_positions.amax(0).cummax(0).values  # [T]
-    return frame_positions, torch.searchsorted(last, torch.arange(frame_at.shape[1]), right=True).tolist()
-
-
-def _gather_frames(sequence: Tensor, frame_positions: Tensor, start: int, stop: int) -> Tensor:
-    """Frames start..stop of the sequence [S, B, K] -> [B, K, stop - start]."""
-    positions = frame_positions[:, start:stop].T.to(sequence.device)  # [t, K]
-    index = positions.unsqueeze(1).expand(-1, sequence.shape[1], -1)  # [t, B, K]
-    return sequence.gather(0, index).permute(1, 2, 0)
 
 
 def _check_finite(logits: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Logit filters, and the sampling of tokens. Logits are [..., V] over the V codes of a codebook."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,6 +41,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     mass_before[..., 0] = 0.0
     last_kept = (mass_before < p).sum(-1, keepdim=True) - 1
     return logits.masked_fill(logits < ordered.gather(-1, last_kept), -torch.inf)
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Drop codes below `p` times the probability of the most likely one (arXiv 2407.01082); 0 keeps all."""
+    if p <= 0.0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -torch.inf)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

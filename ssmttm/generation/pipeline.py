@@ -11,18 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssmttm import __version__
 from ssmttm.audio.defects import check_music
 from ssmttm.audio.features import frame_chroma
-from ssmttm.codecs import Codec, load_codec
+from ssmttm.codecs import Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation import loading
-from ssmttm.generation.engine import generate_frames
+from ssmttm.generation.code_generation import CodeGenerator, second_stage_inputs
+from ssmttm.generation.continuation import AudioInput, EncodedClip, encode_clip
+from ssmttm.generation.engine import CodeSampler, TextConditions
+from ssmttm.generation.engines import Engine, EngineCache
 from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
-from ssmttm.generation.request import MAX_DURATION, Request, Sampling
-from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
+from ssmttm.generation.request import MAX_DURATION, Prompt, Request, Sampling, blend_weights
+from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageStream
+from ssmttm.generation.session import CONTEXT_SECONDS, Snapshot, StreamSession
 from ssmttm.hub import commit_of
 from ssmttm.models.controls import Controls, SupportsControls
 from ssmttm.models.token_lm import TokenLM
@@ -75,6 +80,8 @@ class MusicPipeline:
         self.second_stage = second_stage
         self.guidance_scale = guidance_scale
         self._encode_caption = build_null_condition(null_condition, text_encoder)
+        self._engines = EngineCache()
+        self._encoder: Codec | None = None  # loaded when audio is first encoded
 
     @classmethod
     def from_pretrained(
@@ -120,79 +127,170 @@ class MusicPipeline:
         return self.codec.sample_rate
 
     def __call__(
-        self, prompts: str | Sequence[str], duration: float = 10.0, guidance_scale: float | None = None,
+        self, prompts: Prompt | Sequence[Prompt], duration: float = 10.0, guidance_scale: float | None = None,
         seeds: int | Sequence[int] = 0, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
-        tempo: float | None = None, melody: Tensor | None = None, diffusion_steps: int | None = None,
-        progress: Callable[[float], None] | None = None,
+        bpm: float | None = None, melody: Tensor | None = None, diffusion_steps: int | None = None,
+        progress: Callable[[float], None] | None = None, *, min_p: float = 0.0,
+        negative_prompts: str | Sequence[str] | None = None, continue_from: AudioInput | None = None,
+        engine: str = "auto", weights: str = "fp32",
     ) -> PipelineOutput:  # fmt: skip
         """Generate one clip per prompt, all in one batch. Raises UserError if an argument is out of its range.
 
         Args:
-            prompts: one or more captions.
+            prompts: one or more captions. A mapping of captions to weights is a blend: their logits are averaged.
             duration: of each clip, in seconds.
             guidance_scale: 1 samples without guidance, higher values follow the prompt more closely; None: the model's
                 default, 3, or 1 for a student with distilled guidance.
             seeds: one per prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the
                 same clip, alone or in a batch.
-            temperature, top_k, top_p: see `ssmttm.generation.request.Sampling`.
-            tempo: beats per minute; melody: audio [channels, S] at `sample_rate` whose chroma is followed. Each needs a
+            temperature, top_k, top_p, min_p: see `ssmttm.generation.request.Sampling`.
+            bpm: beats per minute; melody: audio [channels, S] at `sample_rate` whose chroma is followed. Each needs a
                 stage that was trained with it.
             diffusion_steps: sampling steps of the second stage; None: as configured at its training.
             progress: called with the seconds of audio newly sampled, over all prompts.
+            negative_prompts: what to lead away from, one for all or one per prompt; it takes the place of the null
+                condition, so it needs guidance.
+            continue_from: audio to go on from, of at least a frame: a file, a waveform [S] or [C, S] at `sample_rate`,
+                or a waveform and its rate. The output is this clip, as the codec renders it, and then `duration`
+                seconds of new music; a melody accompanies the new music.
+            engine, weights: of the language model's steps, see `ssmttm.generation.engines.build`. "auto" takes the
+                fastest engine that can run the model; the metadata tell which and why.
         """
-        sampling = self._sampling(temperature, top_k, top_p, guidance_scale)
-        request = Request.create(prompts, duration, seeds, sampling, self.max_duration, tempo, melody)
+        sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
+        request = Request.create(prompts, duration, seeds, sampling, self.max_duration, bpm, melody, negative_prompts)
+        clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
         second_stage = self._check_request(request, diffusion_steps)
-        chunks = []
-        for chunk in self._frames(request, math.ceil(self.codec.frame_rate / 2), second_stage):
+        step_engine = self.engine(engine, weights)
+        generator = self._generator(request, second_stage, clip, step_engine)
+        n_clip_frames = generator.n_clip_frames
+        chunks: list[Tensor] = []
+        while (chunk := generator.next_codes(math.ceil(self.codec.frame_rate / 2))) is not None:
             chunks.append(chunk)
-            if progress is not None:
+            if progress is not None and (len(chunks) > 1 or not n_clip_frames):
                 progress(chunk.shape[0] * chunk.shape[-1] / self.codec.frame_rate)
         codes = torch.cat(chunks, dim=-1)
         # One item at a time, so that memory and rounding do not depend on the batch.
-        audios = torch.cat([self._decode(item, self._n_samples(request)) for item in codes.split(1)])
-        metadata = dict(self.metadata)
+        n_samples, n_skipped = self._n_samples(request, clip)
+        audios = torch.cat([self._decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
+        metadata = self.metadata | {"engine": step_engine.description()}
         if second_stage is not None:
             metadata["second_stage"] = metadata.get("second_stage", {}) | {"steps": second_stage.settings.sampler.steps}
         return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
 
     def stream(
-        self, prompt: str, duration: float = 10.0, guidance_scale: float | None = None, seed: int = 0,
-        temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, tempo: float | None = None,
-        melody: Tensor | None = None, diffusion_steps: int | None = None, chunk_seconds: float = 0.5,
+        self, prompt: Prompt, duration: float | None = 10.0, guidance_scale: float | None = None, seed: int = 0,
+        temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, bpm: float | None = None,
+        melody: Tensor | None = None, diffusion_steps: int | None = None, chunk_seconds: float = 0.5, **options: Any,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """Generate one clip and yield its audio while it is generated. Raises UserError if an argument is out of its
-        range (at once, before the first chunk).
-
-        Args:
-            chunk_seconds: audio sampled before each decoding; shorter chunks have less latency and cost more.
-            The others: as in a call.
+        """Generate one clip and yield its audio while it is generated: the chunks of a `session` of these arguments.
 
         Returns:
             An iterator of float32 [channels, s] chunks on the CPU; concatenated they are the audio of a call.
         """
+        return iter(self.session(
+            prompt, seed=seed, duration=duration, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k,
+            top_p=top_p, bpm=bpm, melody=melody, diffusion_steps=diffusion_steps, chunk_seconds=chunk_seconds,
+            **options,
+        ))  # fmt: skip
+
+    def session(
+        self, prompt: Prompt, *, seed: int = 0, duration: float | None = None, guidance_scale: float | None = None,
+        temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, min_p: float = 0.0,
+        negative_prompt: str | None = None, bpm: float | None = None, melody: Tensor | None = None,
+        diffusion_steps: int | None = None, continue_from: AudioInput | None = None, chunk_seconds: float = 0.5,
+        engine: str = "auto", weights: str = "fp32",
+    ) -> StreamSession:  # fmt: skip
+        """Open a stream, which may be changed while it plays, copied and saved. Raises UserError if an argument is out
+        of its range, or a stream without an end is asked of a codec or a pattern that cannot stream.
+
+        Args:
+            duration: in seconds; None: without an end.
+            chunk_seconds: audio sampled before each decoding; shorter chunks have less latency and cost more.
+            The others: as in a call.
+        """
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
-        sampling = self._sampling(temperature, top_k, top_p, guidance_scale)
-        request = Request.create([prompt], duration, [seed], sampling, self.max_duration, tempo, melody)
+        sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
+        request = Request.create(prompt, duration, [seed], sampling, self.max_duration, bpm, melody, negative_prompt)
+        if duration is None and self.codec.context is None:
+            raise UserError(f"the codec {self.codec.name} decodes whole clips only: give a duration")
+        clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
         second_stage = self._check_request(request, diffusion_steps)
-        frames = self._frames(request, math.ceil(chunk_seconds * self.codec.frame_rate), second_stage)
-        return self._decode_stream(frames, self._n_samples(request))
+        generator = self._generator(request, second_stage, clip, self.engine(engine, weights))
+        chunk_frames = math.ceil(chunk_seconds * self.codec.frame_rate)
+        n_samples, n_skipped = self._n_samples(request, clip)
+        return StreamSession(self, request, generator, chunk_frames, None if duration is None else n_samples, n_skipped)
 
-    def _sampling(self, temperature: float, top_k: int, top_p: float, guidance_scale: float | None) -> Sampling:
-        return Sampling(temperature, top_k, top_p, self.guidance_scale if guidance_scale is None else guidance_scale)
+    def engine(self, engine: str = "auto", weights: str = "fp32") -> Engine:
+        """The engine that runs the language model's steps; arguments and errors as of `ssmttm.generation.engines.build`.
 
-    def _check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
-        """Check that the model supports the request's controls; the second stage with its number of steps. Raises
-        UserError if no stage was trained with a control, or diffusion steps for a one-stage model."""
+        It is built once, and again if the model's weights have changed.
+        """
+        return self._engines.get(self.model, engine, weights)
+
+    def resume(self, snapshot: Snapshot, seed: int | None = None) -> StreamSession:
+        """Go on from a moment of a stream, at no cost of prefill: exactly as that stream did, or with another seed.
+        Raises UserError if it is of another pipeline."""
+        if snapshot.session.pipeline is not self:
+            raise UserError("the snapshot is of another pipeline: resume it there, or save and load its state")
+        return snapshot.session.clone(seed)
+
+    def text_conditions(self, request: Request) -> TextConditions:
+        """The captions of a request and their null conditions, encoded one by one: rounding in an encoder depends on
+        the batch."""
+        blends = [blend_weights(prompt) for prompt in request.prompts]
+        longest = max(map(len, blends))
+        prompts, weights, nulls = [], [], []
+        for blend, negative in zip(blends, request.negative_prompts, strict=True):
+            encoded = [self._encode_caption(text) for text in blend]
+            n_missing = longest - len(blend)  # filled with the first one, at a weight of 0
+            prompts.append([text for text, _ in encoded] + [encoded[0][0]] * n_missing)
+            weights.append([*blend.values(), *[0.0] * n_missing])
+            nulls.append(self._encode_caption(negative)[0] if negative else encoded[0][1])
+        texts = [TextCondition.stack(texts) for texts in zip(*prompts, strict=True)]
+        return TextConditions(texts, TextCondition.stack(nulls), torch.tensor(weights).T if longest > 1 else None)
+
+    def controls(self, request: Request, n_clip_frames: int = 0, n_frames: int | None = None) -> Controls:
+        """The request's controls for every item, by frame. A melody begins after the frames of a clip that is
+        continued; one longer than `n_frames` is cut, a shorter one ends early."""
+        device, n_items = next(self.model.parameters()).device, len(request.prompts)
+        tempo = None if request.bpm is None else torch.full((n_items,), request.bpm, device=device)
+        chroma = None
+        if request.melody is not None:
+            melody_frames = math.ceil(request.melody.shape[-1] / self.codec.hop_length)
+            if n_frames is not None:
+                melody_frames = min(n_frames - n_clip_frames, melody_frames)
+            wav = request.melody.mean(0, keepdim=True)[:, : melody_frames * self.codec.hop_length].to(device)
+            chroma = frame_chroma(wav, self.sample_rate, melody_frames).expand(n_items, -1, -1)
+            chroma = F.pad(chroma, (n_clip_frames, 0), value=torch.nan)
+        return Controls(chroma, tempo)
+
+    def check_controls(self, request: Request) -> None:
+        """Raises UserError if no stage was trained with one of the request's controls."""
         stages: list[SupportsControls] = [self.model.config]
         if self.second_stage is not None:
             stages.append(self.second_stage.model.config)
-        for name, key, value in (("tempo", "tempo", request.tempo), ("melody", "chroma", request.melody)):
+        for name, key, value in (("bpm", "tempo", request.bpm), ("melody", "chroma", request.melody)):
             if value is not None and not any(getattr(config, key) for config in stages):
-                raise UserError(f"this model was not trained with a {name} (model.{key}=true): leave it out")
+                raise UserError(f"this model was not trained with {name} (model.{key}=true): leave it out")
+
+    def _sampling(
+        self, temperature: float, top_k: int, top_p: float, guidance_scale: float | None, min_p: float
+    ) -> Sampling:
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return Sampling(temperature, top_k, top_p, scale, min_p)
+
+    def _check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
+        """Check that the model supports the request's controls; the second stage with its number of steps. Raises
+        UserError if no stage was trained with a control, a negative prompt has no guidance, or diffusion steps are
+        given for a one-stage model."""
+        self.check_controls(request)
+        if any(request.negative_prompts) and request.sampling.guidance_scale == 1.0 and self.second_stage is None:
+            raise UserError("a negative prompt acts through guidance, which is 1 (none): give a guidance above 1")
         if request.melody is not None:  # the part that is followed
-            used = request.melody[:, : self._n_samples(request)]
+            used = request.melody
+            if request.duration is not None:
+                used = used[:, : self._n_samples(request, None)[0]]
             check_music(used, self.sample_rate, f"the melody of {used.shape[-1] / self.sample_rate:.2f} s")
         if diffusion_steps is None:
             return self.second_stage
@@ -200,51 +298,43 @@ class MusicPipeline:
             raise UserError("this model has one stage: diffusion steps are for two-stage models")
         return self.second_stage.with_steps(diffusion_steps)
 
-    def _frames(self, request: Request, chunk_frames: int, second_stage: SecondStage | None) -> Iterator[Tensor]:
-        """Codes [n, K, t] of the first stage, or of the second if there is one."""
-        n_frames = math.ceil(self._n_samples(request) / self.codec.hop_length)
-        text, null_text = self._encode(request.prompts)
-        controls = self._controls(request, n_frames)
-        frames = generate_frames(
-            self.model, text, null_text, self.pattern, n_frames, request.sampling, request.seeds,
-            chunk_frames=chunk_frames, controls=controls.supported_by(self.model.config),
+    def _generator(
+        self, request: Request, second_stage: SecondStage | None, clip: EncodedClip | None, engine: Engine
+    ) -> CodeGenerator:
+        """Both stages, ready to generate the request's clips after the clip that they continue."""
+        n_items = len(request.prompts)
+        clip_codes = None if clip is None else clip.codes.expand(n_items, -1, -1)
+        n_clip_frames = 0 if clip_codes is None else clip_codes.shape[-1]
+        n_frames = None
+        if request.duration is not None:
+            n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.codec.hop_length)
+        conditions = self.text_conditions(request)
+        controls = self.controls(request, n_clip_frames, n_frames)
+        coarse = None if clip_codes is None else clip_codes[:, : self.model.config.n_codebooks]
+        sampler = CodeSampler(
+            self.model, conditions, self.pattern, n_frames, request.sampling, request.seeds, coarse,
+            controls.supported_by(self.model.config), math.ceil(CONTEXT_SECONDS * self.codec.frame_rate), engine,
         )  # fmt: skip
         if second_stage is None:
-            return frames
-        device = next(self.model.parameters()).device
-        controls = controls.supported_by(second_stage.model.config)
-        inputs = SecondStageInputs(text.to(device), null_text.to(device), request.seeds, controls)
-        return second_stage.generate_stream(frames, inputs)
+            return CodeGenerator(sampler, None, clip_codes)
+        own = controls.supported_by(second_stage.model.config)
+        inputs = second_stage_inputs(conditions, request.seeds, own, sampler.device)
+        return CodeGenerator(sampler, SecondStageStream(second_stage, inputs, clip_codes), clip_codes)
 
-    def _controls(self, request: Request, n_frames: int) -> Controls:
-        """The request's controls for every item; a melody longer than the clip is cut, a shorter one ends early."""
-        device, n_items = next(self.model.parameters()).device, len(request.prompts)
-        tempo = None if request.tempo is None else torch.full((n_items,), request.tempo, device=device)
-        chroma = None
-        if request.melody is not None:
-            melody_frames = min(n_frames, math.ceil(request.melody.shape[-1] / self.codec.hop_length))
-            wav = request.melody.mean(0, keepdim=True)[:, : melody_frames * self.codec.hop_length].to(device)
-            chroma = frame_chroma(wav, self.sample_rate, melody_frames).expand(n_items, -1, -1)
-        return Controls(chroma, tempo)
-
-    def _encode(self, prompts: list[str]) -> tuple[TextCondition, TextCondition]:
-        """Captions and their null conditions, encoded one by one: rounding in an encoder depends on the batch."""
-        texts, nulls = zip(*map(self._encode_caption, prompts), strict=True)
-        return TextCondition.stack(texts), TextCondition.stack(nulls)
+    def _encoding_codec(self) -> Codec:
+        """The codec, or the teacher of one that only decodes."""
+        if self._encoder is None:
+            self._encoder = encoder_of(self.codec).to(next(self.model.parameters()).device)
+        return self._encoder
 
     @torch.inference_mode()
-    def _decode(self, codes: Tensor, n_samples: int) -> Tensor:
-        return self.codec.decode(codes)[..., :n_samples].float().cpu()
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.codec.decode(codes).float().cpu()
 
-    def _decode_stream(self, frames: Iterator[Tensor], n_samples: int) -> Iterator[Tensor]:
-        for wav in self.codec.decode_stream(frames):
-            wav = wav[0, :, :n_samples].float().cpu()
-            n_samples -= wav.shape[-1]
-            if wav.shape[-1]:
-                yield wav
-
-    def _n_samples(self, request: Request) -> int:
-        return max(1, round(request.duration * self.sample_rate))
+    def _n_samples(self, request: Request, clip: EncodedClip | None) -> tuple[int, int]:
+        """Samples of each clip (of the clip that is continued, if there is no end), and those decoded before them."""
+        new = 0 if request.duration is None else max(1, round(request.duration * self.sample_rate))
+        return (new, 0) if clip is None else (clip.n_samples + new, clip.n_padding)
 
 
 def _metadata(

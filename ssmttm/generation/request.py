@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits of a seed
 MAX_DURATION = 600.0  # seconds
+Prompt = str | Mapping[str, float]  # a caption, or captions and their weights in a blend
 _EXAMPLE = "'a slow waltz in D minor on a music box'"
 
 
@@ -22,7 +23,8 @@ _EXAMPLE = "'a slow waltz in D minor on a music box'"
 class Sampling:
     """How tokens are sampled. Raises UserError if a value is out of its range.
 
-    temperature: > 0. top_k: number of codes kept, 0 for all. top_p: probability mass kept, in (0, 1].
+    temperature: > 0. top_k: number of codes kept, 0 for all. top_p: probability mass kept, in (0, 1]. min_p: fraction
+    of the most likely code's probability below which codes are dropped, in [0, 1) (arXiv 2407.01082).
     guidance_scale: >= 0; 1 samples the conditional distribution in one pass, 0 the unconditional one.
     """
 
@@ -30,6 +32,7 @@ class Sampling:
     top_k: int = 250
     top_p: float = 1.0
     guidance_scale: float = 3.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -38,58 +41,78 @@ class Sampling:
             raise UserError(f"top_k must be at least 0 (0 keeps all codes), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1] (1 keeps all codes), got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p must be in [0, 1) (0 keeps all codes), got {self.min_p}")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UserError(f"guidance must be at least 0 (1: no guidance, 3 is usual), got {self.guidance_scale}")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One clip per prompt, all of one duration in seconds, with one seed each.
+    """One clip per prompt, all of one duration in seconds (None: without an end), with one seed each.
 
-    tempo: beats per minute. melody: audio [channels, S]. Both for models trained with them, see `MusicPipeline`.
+    prompts: a caption, or captions with weights. negative_prompts: one per prompt; "" is the null condition.
+    bpm: beats per minute. melody: audio [channels, S]. Both for models trained with them, see `MusicPipeline`.
     """
 
-    prompts: list[str]
-    duration: float
+    prompts: list[Prompt]
+    duration: float | None
     seeds: list[int]
     sampling: Sampling
-    tempo: float | None = None
+    negative_prompts: list[str]
+    bpm: float | None = None
     melody: "Tensor | None" = None
 
     @classmethod
     def create(
-        cls, prompts: str | Sequence[str], duration: float, seeds: int | Iterable[int], sampling: Sampling,
-        max_duration: float = MAX_DURATION, tempo: float | None = None, melody: "Tensor | None" = None,
+        cls, prompts: Prompt | Sequence[Prompt], duration: float | None, seeds: int | Iterable[int],
+        sampling: Sampling, max_duration: float = MAX_DURATION, bpm: float | None = None,
+        melody: "Tensor | None" = None, negative_prompts: str | Sequence[str] | None = None,
     ) -> "Request":  # fmt: skip
-        """Expand shorthand (one prompt as a string; one seed s for s, s + 1, ...) and check every value. Raises
-        UserError if a prompt is empty or not text, a value is out of range, seeds and prompts differ in number."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        """Expand shorthand (one prompt as a string; one seed s for s, s + 1, ...; one negative prompt for all) and
+        check every value. Raises UserError if a prompt is empty or not text, a value is out of range, seeds or negative
+        prompts and prompts differ in number."""
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if isinstance(seeds, Iterable):
             seeds = [index(seed) for seed in seeds]
         else:
             seeds = [index(seeds) + item for item in range(len(prompts))]
+        if isinstance(negative_prompts, str):
+            negatives = [negative_prompts] * len(prompts)
+        else:
+            negatives = [""] * len(prompts) if negative_prompts is None else list(negative_prompts)
         _check_prompts(prompts)
-        if not (math.isfinite(duration) and duration > 0):
-            raise UserError(f"duration must be above 0 seconds, got {duration}")
-        if duration > max_duration:
-            limit = f"at most {max_duration:g} s (--max-duration, or the pipeline's max_duration)"
-            raise UserError(f"duration must be {limit}, got {duration:g} s")
+        if len(negatives) != len(prompts):
+            raise UserError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one per prompt")
+        for text in negatives:
+            _check_text(text, "the negative prompt")
+        if duration is not None:
+            _check_duration(duration, max_duration)
         if len(seeds) != len(prompts):
             raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts: give one per prompt, or one number")
         for seed in seeds:
-            if not 0 <= seed <= MAX_SEED:
-                raise UserError(f"seed must be in [0, {MAX_SEED}], got {seed}")
-        if tempo is not None and not (math.isfinite(tempo) and tempo > 0):
-            raise UserError(f"tempo must be above 0 beats per minute, got {tempo}")
+            check_seed(seed)
+        if bpm is not None and not (math.isfinite(bpm) and bpm > 0):
+            raise UserError(f"bpm must be above 0 beats per minute, got {bpm}")
         if melody is not None and (melody.ndim != 2 or not melody.numel() or not bool(melody.isfinite().all())):
             raise UserError(f"melody must be finite audio [channels, samples], got shape {list(melody.shape)}")
-        return cls(prompts, duration, seeds, sampling, tempo, melody)
+        return cls(prompts, duration, seeds, sampling, negatives, bpm, melody)
+
+    def changed(
+        self, prompt: Prompt | None, negative_prompt: str | None, sampling: Sampling, bpm: float | None
+    ) -> "Request":
+        """A request of one clip with other words or settings, checked; None: as they are."""
+        prompts = self.prompts if prompt is None else [prompt]
+        negatives = self.negative_prompts if negative_prompt is None else [negative_prompt]
+        bpm = self.bpm if bpm is None else bpm
+        return Request.create(prompts, self.duration, self.seeds, sampling, math.inf, bpm, self.melody, negatives)
 
     def batches(self, size: int) -> Iterator["Request"]:
         """The same request in batches of `size` prompts."""
         for first in range(0, len(self.prompts), size):
             rows = slice(first, first + size)
-            yield replace(self, prompts=self.prompts[rows], seeds=self.seeds[rows])
+            parts = {name: getattr(self, name)[rows] for name in ("prompts", "seeds", "negative_prompts")}
+            yield replace(self, **parts)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -114,11 +137,42 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _check_prompts(prompts: list[str]) -> None:
+def blend_weights(prompt: Prompt) -> dict[str, float]:
+    """The captions of a prompt and their weights, with a sum of 1."""
+    if isinstance(prompt, str):
+        return {prompt: 1.0}
+    total = sum(prompt.values())
+    return {text: weight / total for text, weight in prompt.items()}
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless the seed has 32 bits."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed must be in [0, {MAX_SEED}], got {seed}")
+
+
+def _check_duration(duration: float, max_duration: float) -> None:
+    if not (math.isfinite(duration) and duration > 0):
+        raise UserError(f"duration must be above 0 seconds, got {duration}")
+    if duration > max_duration:
+        limit = f"at most {max_duration:g} s (--max-duration, or the pipeline's max_duration)"
+        raise UserError(f"duration must be {limit}, got {duration:g} s")
+
+
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
     if not prompts:
         raise UserError(f"no prompt: describe the music, such as {_EXAMPLE}")
     for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not any(text.strip() for text in texts):
             raise UserError(f"prompt {number} is empty: describe the music, such as {_EXAMPLE}")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise UserError(f"prompt {number} is not valid UTF-8: type it again, or use a prompts file")
+        for text in texts:
+            _check_text(text, f"prompt {number}")
+        weights = [] if isinstance(prompt, str) else list(prompt.values())
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or (weights and not sum(weights)):
+            raise UserError(f"prompt {number}: weights must be at least 0 and not all 0, got {weights}")
+
+
+def _check_text(text: str, name: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name} is not valid UTF-8: type it again, or use a prompts file")

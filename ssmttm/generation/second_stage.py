@@ -5,6 +5,7 @@ seam. A window needs its own frames only, so the second stage runs while the fir
 Shapes: B items, N coarse codebooks, K codebooks, T frames, t frames of a chunk, C sampled latent channels.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,27 +106,17 @@ class SecondStage:
         Yields:
             codes [B, K, t'], the new frames of a window.
         """
-        window, overlap = self.settings.window, self.settings.overlap
-        coarse_codes: Tensor | None = None  # from the window's first frame on
-        known: Tensor | None = None  # codes [B, K, overlap] of the window before
-        index = 0
+        stream = SecondStageStream(self, inputs)
         for chunk in chunks:
-            coarse_codes = chunk if coarse_codes is None else torch.cat([coarse_codes, chunk], -1)
-            while coarse_codes.shape[-1] > window:  # the clip does not end with this window
-                codes = self._generate_window(coarse_codes[..., :window], known, inputs, index)
-                yield codes[..., 0 if known is None else overlap :]
-                coarse_codes, known = coarse_codes[..., window - overlap :], codes[..., window - overlap :]
-                index += 1
-        if coarse_codes is None:
-            raise UserError("the second stage got no coarse codes")
-        codes = self._generate_window(coarse_codes, known, inputs, index)
-        yield codes[..., 0 if known is None else overlap :]
+            yield from stream.push(chunk)
+        yield stream.finish()
 
-    def _generate_window(
-        self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int
+    def generate_window(
+        self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int, first_frame: int = 0
     ) -> Tensor:
-        """Codes [B, K, T] of one window. On a CPU one item at a time, so that rounding does not depend on the batch."""
-        start = index * (self.settings.window - self.settings.overlap)
+        """Codes [B, K, T] of window `index`, of which window 0 begins at `first_frame`. On a CPU one item at a time, so
+        that rounding does not depend on the batch."""
+        start = first_frame + index * (self.settings.window - self.settings.overlap)
         inputs = inputs.select_window(index, start, coarse_codes.shape[-1])
         size = 1 if coarse_codes.device.type == "cpu" else len(coarse_codes)
         codes = []
@@ -158,6 +149,53 @@ class SecondStage:
         sampled = self.model.denormalise(sampled, first=n_coarse)  # [B, C, T]
         codes = self.codec.from_latents(torch.cat([coarse_latents, sampled], 1))
         return torch.cat([coarse_codes, codes[:, n_coarse:]], 1)
+
+
+class SecondStageStream:
+    """A second stage in progress: `SecondStage.generate_stream`, one chunk at a time.
+
+    Attributes:
+        inputs: of the windows to come; may be replaced.
+    """
+
+    def __init__(self, stage: SecondStage, inputs: SecondStageInputs, known: Tensor | None = None) -> None:
+        """`known`: codes [B, K, P] before the first chunk, of which the last `overlap` frames are continued."""
+        self.stage, self.inputs = stage, inputs
+        self.index = 0  # of the next window
+        self.coarse_codes: Tensor | None = None  # [B, N, t] from the next window's first frame on
+        self.known: Tensor | None = None  # codes [B, K, t] that the next window begins with
+        self.first_frame = 0 if known is None else known.shape[-1]  # of window 0
+        if known is not None and stage.settings.overlap:
+            self.known = known[..., -stage.settings.overlap :]
+            self.coarse_codes = self.known[:, : stage.model.config.n_coarse_codebooks]
+            self.first_frame -= self.known.shape[-1]
+
+    def push(self, chunk: Tensor) -> list[Tensor]:
+        """Coarse codes [B, N, t] -> the codes [B, K, t'] of each window that the clip does not end with."""
+        window, overlap = self.stage.settings.window, self.stage.settings.overlap
+        coarse_codes = chunk if self.coarse_codes is None else torch.cat([self.coarse_codes, chunk], -1)
+        new = []
+        while coarse_codes.shape[-1] > window:
+            codes = self._generate_window(coarse_codes[..., :window])
+            new.append(codes[..., 0 if self.known is None else self.known.shape[-1] :])
+            coarse_codes, self.known = coarse_codes[..., window - overlap :], codes[..., window - overlap :]
+            self.index += 1
+        self.coarse_codes = coarse_codes
+        return new
+
+    def finish(self) -> Tensor:
+        """The codes [B, K, t] of the last window. Raises UserError without coarse codes."""
+        if self.coarse_codes is None:
+            raise UserError("the second stage got no coarse codes")
+        codes = self._generate_window(self.coarse_codes)
+        return codes[..., 0 if self.known is None else self.known.shape[-1] :]
+
+    def clone(self) -> "SecondStageStream":
+        """A copy that goes on independently."""
+        return copy.copy(self)  # its tensors are replaced, not changed in place
+
+    def _generate_window(self, coarse_codes: Tensor) -> Tensor:
+        return self.stage.generate_window(coarse_codes, self.known, self.inputs, self.index, self.first_frame)
 
 
 def _select_rows(text: TextCondition, rows: slice) -> TextCondition:

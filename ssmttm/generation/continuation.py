@@ -1,0 +1,67 @@
+"""Audio that generation starts from: read, encoded, and cut to whole frames at its end.
+
+Shapes: C channels, S samples, K codebooks, P frames.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssmttm import audio
+from ssmttm.audio.defects import check_music
+from ssmttm.codecs import Codec
+from ssmttm.errors import UserError
+
+AudioInput = Tensor | tuple[Tensor, int] | str | Path  # [S] or [C, S] at the codec's rate, with its rate, or a file
+_CONTEXT_SECONDS = 0.5  # of mirrored audio after the end, so that the encoder sees no silence there
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """codes: int64 [1, K, P], whose last frame ends with the clip. n_samples: of the clip at the codec's rate; the
+    codes hold `n_padding` more before it."""
+
+    codes: Tensor
+    n_samples: int
+    n_padding: int
+
+
+def read_audio_input(source: AudioInput, sample_rate: int) -> Tensor:
+    """Mono audio [S] at a rate. Raises UserError if there is none, or it is silent, constant or out of scale."""
+    if isinstance(source, str | Path):
+        wav, _ = audio.read_music(source, sample_rate)
+        return wav[0]
+    wav, rate = source if isinstance(source, tuple) else (source, sample_rate)
+    wav = wav.detach().cpu()
+    wav = wav[None] if wav.ndim == 1 else wav
+    if wav.ndim != 2 or not wav.is_floating_point():
+        raise UserError(f"audio must be float [channels, samples], got {wav.dtype} {list(wav.shape)}")
+    check_music(wav, rate, f"the audio of {wav.shape[-1] / rate:.2f} s")
+    return audio.resample(audio.to_mono(wav.float()), rate, sample_rate)[0]
+
+
+def encode_clip(source: AudioInput, codec: Codec) -> EncodedClip:
+    """Encode the audio that generation starts from. Raises UserError if it is shorter than a frame, or as
+    `read_audio_input`.
+
+    Args:
+        codec: one that encodes, with the codebooks of the model.
+    """
+    wav, hop = read_audio_input(source, codec.sample_rate), codec.hop_length
+    n_samples = len(wav)
+    if n_samples < hop:
+        seconds = f"{n_samples / codec.sample_rate:.3f} s"
+        raise UserError(f"the audio of {seconds} is shorter than a frame of {1 / codec.frame_rate:.3f} s: give more")
+    n_padding = -n_samples % hop
+    n_frames = (n_samples + n_padding) // hop
+    n_mirrored = min(math.ceil(_CONTEXT_SECONDS * codec.frame_rate) * hop, (n_samples - 1) // hop * hop)
+    mirrored = F.pad(wav[None, None], (0, n_mirrored), mode="reflect") if n_mirrored else wav[None, None]
+    padded = F.pad(mirrored, (n_padding, 0))  # [1, 1, (P + mirrored frames) * hop]
+    device = next(codec.parameters()).device
+    with torch.inference_mode():
+        codes = codec.encode(padded.to(device))[..., :n_frames]
+    return EncodedClip(codes, n_samples, n_padding)

@@ -1,0 +1,135 @@
+"""A stream in progress: audio chunk by chunk, whose words and settings may change while it plays.
+
+It holds all that the next sample depends on: the state of the language model, the position in the codebook pattern, the
+random generator, the window of the second stage, the codes that the decoder still needs. A snapshot is a copy of these,
+so it costs no prefill to go on from it, and memory does not grow with the time played.
+Shapes: K codebooks, C channels, s samples of a chunk.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ssmttm.codecs.base import DecodeStream
+from ssmttm.errors import UserError
+from ssmttm.generation.code_generation import CodeGenerator
+from ssmttm.generation.request import Prompt, Request, check_seed
+
+if TYPE_CHECKING:
+    from ssmttm.generation.pipeline import MusicPipeline
+
+CONTEXT_SECONDS = 4.0  # of codes that are processed again with new words
+FADE_SECONDS = 0.25  # in which the new words take over
+_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of a stream, to go on from: see `MusicPipeline.resume` and `save_state`."""
+
+    session: "StreamSession"  # a copy, never read from
+
+    @property
+    def position(self) -> float:
+        """Seconds of audio returned before this moment."""
+        return self.session.position
+
+
+class StreamSession:
+    """Made by `MusicPipeline.session`. Iterating yields its chunks.
+
+    Nothing runs between two calls of `next_chunk`: a listener that stops reading costs nothing.
+
+    Attributes:
+        request: the current prompt and settings.
+        sample_rate: in Hz. channels: C.
+    """
+
+    def __init__(
+        self, pipeline: "MusicPipeline", request: Request, generator: CodeGenerator, chunk_frames: int,
+        n_samples: int | None, n_skipped: int = 0,
+    ) -> None:  # fmt: skip
+        """`n_samples`: of the whole clip, None without an end; `n_skipped`: of its first samples, not returned."""
+        self.pipeline, self.request, self.generator = pipeline, request, generator
+        self.sample_rate: int = pipeline.sample_rate
+        self.channels = 1
+        self.n_returned = 0  # samples
+        self.chunk_frames, self.n_samples, self.n_skipped = chunk_frames, n_samples, n_skipped
+        self.decoder = DecodeStream(pipeline.codec)
+        self.finished = False
+
+    @property
+    def position(self) -> float:
+        """Seconds of audio returned so far."""
+        return self.n_returned / self.sample_rate
+
+    def next_chunk(self) -> Tensor | None:
+        """The next audio, float32 [C, s] on the CPU, or None after the end. Raises UserError if the model's output is
+        not finite."""
+        while not self.finished:
+            codes = self.generator.next_codes(self.chunk_frames)
+            if codes is None:
+                self.finished = True
+                wav = self.decoder.finish()
+            else:
+                wav = self.decoder.push(codes)
+            if wav is not None and (chunk := self._trim(wav[0].float().cpu())).shape[-1]:
+                self.n_returned += chunk.shape[-1]
+                return chunk
+        return None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while (chunk := self.next_chunk()) is not None:
+            yield chunk
+
+    def change(
+        self, *, prompt: Prompt | None = None, negative_prompt: str | None = None,
+        guidance_scale: float | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, min_p: float | None = None, bpm: float | None = None,
+    ) -> None:  # fmt: skip
+        """Change the words or the settings; heard within a second of audio (in a two-stage model, from the next window
+        on). What is not given stays. Before the first chunk it is as if the session had begun with these.
+
+        New words: the last seconds of codes are processed again with them, and they take over in a quarter of a second.
+
+        Raises:
+            UserError: a value is out of its range, the model was not trained with a control, or the stream has ended.
+        """
+        if self.finished:
+            raise UserError("the stream has ended: nothing is left to change; open another session")
+        settings = {name: value for name, value in locals().items() if name in _SAMPLING and value is not None}
+        request = self.request.changed(prompt, negative_prompt, replace(self.request.sampling, **settings), bpm)
+        self.pipeline.check_controls(request)
+        new_words = prompt is not None or negative_prompt is not None
+        self.generator.change(
+            self.pipeline.text_conditions(request) if new_words else None,
+            request.sampling if settings else None,
+            self.pipeline.controls(request, self.generator.n_clip_frames) if bpm is not None else None,
+            round(FADE_SECONDS * self.pipeline.codec.frame_rate),
+        )
+        self.request = request
+
+    def snapshot(self) -> Snapshot:
+        """This moment, to come back to; costs a copy of the state."""
+        return Snapshot(self.clone())
+
+    def clone(self, seed: int | None = None) -> "StreamSession":
+        """A stream that goes on from here independently: exactly as this one does, or with another seed."""
+        if seed is not None:
+            check_seed(seed)
+        new = copy.copy(self)
+        new.generator = self.generator.clone(None if seed is None else [seed])
+        new.decoder = self.decoder.clone()
+        if seed is not None:
+            new.request = replace(self.request, seeds=[seed])
+        return new
+
+    def _trim(self, wav: Tensor) -> Tensor:
+        """Without the samples before the clip's start and after its end."""
+        skipped = min(self.n_skipped, wav.shape[-1])
+        self.n_skipped -= skipped
+        wav = wav[:, skipped:]
+        return wav if self.n_samples is None else wav[:, : self.n_samples - self.n_returned]
