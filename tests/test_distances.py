@@ -1,5 +1,6 @@
 """Distances with known values, against scipy and against plain loops."""
 
+import itertools
 import logging
 import math
 
@@ -20,6 +21,7 @@ from ssmttm.evaluation.metrics.compute import set_distances
 from ssmttm.evaluation.metrics.frechet import frechet_distance_infinity, frechet_statistic
 from ssmttm.evaluation.metrics.kernel import kernel_statistic, median_distance
 from ssmttm.evaluation.metrics.kl import kl_divergence
+from ssmttm.evaluation.metrics.mauve import mauve, mauve_divergence, mauve_statistic
 from ssmttm.evaluation.metrics.prdc import PrecisionRecallCoverage, prdc_statistic, precision_recall_coverage
 from ssmttm.evaluation.protocol.embed_files import ClipEmbeddings
 
@@ -288,3 +290,60 @@ def test_set_distances_shows_progress(monkeypatch, capsys):
     shown = capsys.readouterr().err
     for title in ("interval of fad", "interval of kad", "interval of prdc", "kernels", "neighbours", "fad_infinity"):
         assert f"{title}: " in shown
+
+
+def mauve_by_loops(p, q):
+    """Equations 2 and 3 of arXiv 2102.01454, with the area by the trapezoidal rule over both axes."""
+
+    def kl(a, b):
+        return sum(ai * math.log(ai / bi) for ai, bi in zip(a, b, strict=True) if ai > 0)
+
+    points = [(1.0, 0.0)]
+    for i in range(25):
+        weight = 1e-6 + (1 - 2e-6) * i / 24
+        mixture = [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
+        points.append((math.exp(-5 * kl(q, mixture)), math.exp(-5 * kl(p, mixture))))
+    points.append((0.0, 1.0))
+
+    def area(pairs):
+        pairs = sorted(pairs, key=lambda pair: (pair[0], -pair[1]))
+        return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(pairs))
+
+    return (area(points) + area([(b, a) for a, b in points])) / 2
+
+
+@given(st.integers(2, 12), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_mauve_equals_plain_loops(k, seed):
+    rng = np.random.default_rng(seed)
+    p, q = rng.dirichlet(np.full(k, 0.3)), rng.dirichlet(np.full(k, 0.3))
+    p[0] = 0
+    p /= p.sum()
+    assert mauve(p, q) == pytest.approx(mauve_by_loops(p, q), rel=1e-9)
+    assert mauve(p, q) == pytest.approx(mauve(q, p), rel=1e-9) and mauve(q, q) == pytest.approx(1)
+
+
+def test_mauve_divergence_of_separate_clusters():
+    """Four far clusters, which k-means finds: the divergence is that of their proportions."""
+    centres = 10 * torch.eye(4).double()
+
+    def draw(counts, seed):
+        means = torch.cat([centres[i].expand(n, -1) for i, n in enumerate(counts)])
+        return means + cloud(sum(counts), 4, seed=seed, scale=0.01)
+
+    x, y = draw((10, 10, 10, 10), 0), draw((30, 10, 0, 0), 1)
+    expected = -math.log(mauve_by_loops([0.25] * 4, [0.75, 0.25, 0, 0]))
+    assert mauve_divergence(x, y) == pytest.approx(expected, rel=1e-9)
+    assert mauve_divergence(x, draw((10, 10, 10, 10), 2)) == pytest.approx(0, abs=1e-9)
+    weights = torch.cat([torch.full((30,), 1 / 3), torch.ones(10)]).double()  # the first cluster counts as 10 rows
+    expected = -math.log(mauve_by_loops([0.25] * 4, [0.5, 0.5, 0, 0]))
+    assert mauve_statistic(x[:, None], y[:, None])(torch.ones(40).double(), weights)[0] == pytest.approx(expected)
+
+
+def test_mauve_divergence_equals_package():
+    """mauve-text's k-means is faiss's: as near as its own values of two seeds are to each other."""
+    package = pytest.importorskip("mauve")
+    for shift in (1.0, 3.0):
+        x, y = cloud(400, 16).numpy(), cloud(500, 16, seed=1, shift=shift).numpy()
+        theirs = [-math.log(package.compute_mauve(x, y, seed=seed).mauve) for seed in range(3)]
+        assert mauve_divergence(x, y) == pytest.approx(np.mean(theirs), rel=0.1)

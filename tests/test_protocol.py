@@ -79,7 +79,7 @@ def test_evaluate_computes_metrics_and_resumes(benchmark, tmp_path, model, capsy
     found = evaluate.evaluate(settings(benchmark, out))
     assert len(model.prompts) == N and len(list((out / "audio").glob("*.wav"))) == N
     names = {metric["name"]: metric for metric in found["metrics"]}
-    kinds = ("fad", "kad", "fad_infinity", "precision", "recall", "coverage")
+    kinds = ("fad", "kad", "mad", "fad_infinity", "precision", "recall", "coverage")
     assert set(names) == {f"{kind}_{e}" for kind in kinds for e in ("tiny", "log_mel")} | {"kl_tiny", "clap_tiny"}
     for metric in names.values():
         assert metric["low"] <= metric["high"] and metric["fingerprint"]["n"] == N

@@ -19,6 +19,7 @@ from ssmttm.evaluation.metrics.frechet import (
 )
 from ssmttm.evaluation.metrics.kernel import kernel_statistic
 from ssmttm.evaluation.metrics.kl import kl_divergence
+from ssmttm.evaluation.metrics.mauve import mauve_statistic
 from ssmttm.evaluation.metrics.metric import Direction, Metric
 from ssmttm.evaluation.metrics.prdc import NEIGHBOURS, PrecisionRecallCoverage, prdc_statistic
 from ssmttm.evaluation.protocol.embed_files import ClipEmbeddings, embed_clips, set_hash
@@ -45,7 +46,7 @@ def compute_metrics(
 ) -> list[Metric]:
     """All metrics of one embedder.
 
-    fad, fad_infinity, kad, precision, recall and coverage against the set of references; kl against each clip's own
+    fad, fad_infinity, kad, mad, precision, recall and coverage against the references; kl against each clip's own
     reference, if every clip has one and the embedder classifies; clap, if it embeds captions. The first `seconds` of
     each file are used; `decoding`, the sampling settings of the clips, is part of the fingerprint.
     """
@@ -90,7 +91,8 @@ def set_distances(embeddings: ClipEmbeddings, reference: ClipEmbeddings) -> list
     (fad,) = bootstrap(frechet_statistic(x, y), len(x), len(y), title="interval of fad")
     (kad,) = bootstrap(kernel_statistic(x, y), len(x), len(y), title="interval of kad")
     fad = fad._replace(value=frechet_distance(rows_x, rows_y))  # checks its input and warns of few samples
-    distances: list[Measured] = [("fad", fad, "lower"), ("kad", kad, "lower")]
+    (mad,) = bootstrap(mauve_statistic(x, y), len(x), len(y), title="interval of mad")
+    distances: list[Measured] = [("fad", fad, "lower"), ("kad", kad, "lower"), ("mad", mad, "lower")]
     if len(rows_x) >= MIN_EXTRAPOLATED:
         distances.append(("fad_infinity", frechet_distance_infinity(rows_x, rows_y), "lower"))
     if min(len(rows_x), len(rows_y)) > NEIGHBOURS:
