@@ -1,10 +1,10 @@
 """Engines of the decoding step: torch is the reference, fused (C++) and ort (ONNX Runtime) are faster on a CPU.
 
-Every engine steps on the memory of an LMState that torch has prefilled, so that a state can be saved, copied and changed
-whatever runs its steps.
+Every engine steps on the memory of an LMState that torch has prefilled, so that a state can be saved and copied whatever
+runs its steps.
 """
 
 from ssmttm.generation.engines.base import Engine, Steps
-from ssmttm.generation.engines.choice import ENGINES, WEIGHTS, build, check_names
+from ssmttm.generation.engines.choice import ENGINES, WEIGHTS, EngineCache, build, check_names
 
-__all__ = ["ENGINES", "WEIGHTS", "Engine", "Steps", "build", "check_names"]
+__all__ = ["ENGINES", "WEIGHTS", "Engine", "EngineCache", "Steps", "build", "check_names"]

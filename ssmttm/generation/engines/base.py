@@ -16,7 +16,15 @@ from ssmttm.models.token_lm import LMState, TokenLM
 
 
 class Steps(ABC):
-    """Decoding steps bound to one state, which they update in place."""
+    """Decoding steps of `engine` on one state, which they update in place."""
+
+    def __init__(self, engine: "Engine", state: LMState, n_items: int) -> None:
+        self.engine, self.state, self.n_items = engine, state, n_items
+        self.item_of_row = torch.arange(state.batch_size, device=engine.model.embedding.weight.device) % n_items
+
+    def on(self, state: LMState) -> "Steps":
+        """Steps of the same engine on another state of as many rows."""
+        return self.engine.bind(state, self.n_items)
 
     @abstractmethod
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
@@ -66,8 +74,9 @@ class Engine(ABC):
         logits = filters.top_k(filters.temperature(conditional, sampling.temperature), sampling.top_k)
         return filters.draw(filters.min_p(filters.top_p(logits, sampling.top_p), sampling.min_p), uniforms)
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.weights}): {self.reason}"
+    def description(self) -> dict[str, str]:
+        """For the metadata of what it generates."""
+        return {"name": self.name, "weights": self.weights, "reason": self.reason}
 
 
 class AddedEmbeddings:

@@ -60,6 +60,23 @@ def build(model: TokenLM, engine: str = "auto", weights: str = "fp32", threads: 
     raise UserError(f"no engine runs this model with {weights} weights ({'; '.join(reasons)}): use weights=fp32")
 
 
+class EngineCache:
+    """Engines that were built for a model, until its weights change."""
+
+    def __init__(self) -> None:
+        self._built: dict[tuple[str, str], tuple[list[tuple[int, int]], Engine]] = {}
+
+    def get(self, model: TokenLM, engine: str, weights: str) -> Engine:
+        """As `build`."""
+        check_names(engine, weights)
+        tensors = [tensor for tensor in model.state_dict(keep_vars=True).values() if not tensor.is_inference()]
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        known = self._built.get((engine, weights))
+        if known is None or known[0] != versions or known[1].model is not model:
+            self._built[engine, weights] = known = versions, build(model, engine, weights)
+        return known[1]
+
+
 def _fused(model: TokenLM, weights: str, threads: int) -> Engine:
     from ssmttm.generation.engines.fused import FusedEngine
 

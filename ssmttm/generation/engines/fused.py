@@ -6,6 +6,7 @@ Shapes: O outputs, I inputs, B items, K codebooks, V' logits of a codebook, D mo
 """
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,17 +207,16 @@ class FusedSteps(Steps):
     """Steps on one LMState."""
 
     def __init__(self, engine: FusedEngine, state: LMState, n_items: int) -> None:
-        model = engine.model
-        self.engine, self.state, self.n_items = engine, state, n_items
-        self.rows = state.batch_size
-        self.item_of_row = torch.arange(self.rows) % n_items
+        super().__init__(engine, state, n_items)
+        model, self.rows = engine.model, state.batch_size
         self.added = AddedEmbeddings(model, self.item_of_row)
         self.codes = torch.zeros(self.rows, model.config.n_codebooks, dtype=torch.long)
         self.shape = self.rows, model.config.n_codebooks, model.n_logits
-        self.n_rows_of_codes = model.embedding.num_embeddings // model.config.n_codebooks
         self.sublayers = [sublayer for block in state.blocks for sublayer in block]
         self.caches = [state.inner for state in self.sublayers if hasattr(state.inner, "longest")]
         self.states = (_State * len(self.sublayers))()
+        structs = engine.pool.address, ctypes.addressof(engine.struct), ctypes.addressof(self.states)
+        self.call = partial(engine.library.ssmttm_step, *structs)
         for struct, sublayer in zip(self.states, self.sublayers, strict=True):
             _point_to(struct, sublayer)
 
@@ -227,10 +227,8 @@ class FusedSteps(Steps):
             self._grow(cache)
         added = None if self.added.is_empty else self.added.at(controls, index, self.state)
         logits = torch.empty(self.shape)
-        self.engine.library.ssmttm_step(
-            self.engine.pool.address, ctypes.addressof(self.engine.struct), ctypes.addressof(self.states),
-            self.codes.data_ptr(), None if added is None else added.data_ptr(), logits.data_ptr(), self.rows,
-        )  # fmt: skip
+        at = None if added is None else added.data_ptr()
+        self.call(self.codes.data_ptr(), at, logits.data_ptr(), self.rows)
         self.state.position += 1
         return logits
 

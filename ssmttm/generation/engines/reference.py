@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from ssmttm.generation.engines.base import Engine, Steps
@@ -25,7 +24,7 @@ class TorchEngine(Engine):
         self.exact = exact
 
     def bind(self, state: LMState, n_items: int) -> "TorchSteps":
-        return TorchSteps(self.model, state, n_items)
+        return TorchSteps(self, state, n_items)
 
     def n_rows(self, rows: int) -> int:
         on_cpu = next(self.model.parameters()).device.type == "cpu"
@@ -35,11 +34,6 @@ class TorchEngine(Engine):
 class TorchSteps(Steps):
     """Steps of a TokenLM."""
 
-    def __init__(self, model: TokenLM, state: LMState, n_items: int) -> None:
-        device = next(model.parameters()).device
-        self.model, self.state = model, state
-        self.item_of_row = torch.arange(state.batch_size, device=device) % n_items
-
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
         controls = controls.select_frames(slice(index, index + 1)).select_rows(self.item_of_row)
-        return self.model.step(codes[self.item_of_row], self.state, controls)
+        return self.engine.model.step(codes[self.item_of_row], self.state, controls)
