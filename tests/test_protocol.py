@@ -74,6 +74,24 @@ def model(monkeypatch):
 # --- running a protocol ----------------------------------------------------------------------------------------------
 
 
+def test_evaluate_takes_all_audio_of_a_folder_as_references_of_unpaired_prompts(benchmark, tmp_path, model):
+    """The dry run of the ICME 2026 challenge, on a look-alike: prompts of one corpus, references of another."""
+    prompts = [{"path": f"{i % 100:02d}/{1000 + i}.mp3", "caption": f"prompt {i}"} for i in range(N)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    references = tmp_path / "song_describer"
+    shutil.copytree(benchmark / "audio", references / "00")
+    overrides = ["eval=attm_dry", f"prompts={tmp_path / 'prompts.json'}", f"references={references}"]
+    small = ["eval.embedders=[tiny]", "eval.seconds=5", "music_metrics=false", f"out={tmp_path / 'out'}"]
+    found = evaluate.evaluate(config.load(*overrides, *small, root="eval"))
+    metrics = {metric["name"]: metric["fingerprint"] for metric in found["metrics"]}
+    assert metrics["fad_tiny"]["n_reference"] == 24 and "kl_tiny" not in metrics and not found["reference"]
+    assert metrics["fad_tiny"]["reference"] == set_hash(sorted(references.glob("00/*.flac")))
+    assert not any("without reference" in note for note in found["notes"])
+    assert found["published"]["the best entry of the dry run"]["fad"] == 0.404
+    with pytest.raises(UserError, match="no audio in"):
+        evaluate.evaluate(config.load(*overrides, *small, f"references={tmp_path / 'none'}", root="eval"))
+
+
 def test_evaluate_computes_metrics_and_resumes(benchmark, tmp_path, model, capsys):
     out = tmp_path / "out"
     found = evaluate.evaluate(settings(benchmark, out))

@@ -5,6 +5,7 @@ import torch
 from small_token_lms import preset
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssmttm import config
 from ssmttm.cli import main
 from ssmttm.errors import UserError
 from ssmttm.models import build_model
@@ -29,6 +30,13 @@ from ssmttm.text.condition import TextCondition
 def test_paper_presets_have_the_papers_parameter_counts(name, overrides, parameters):
     """arXiv 2601.14786; where the paper gives no count, summed by hand from layers of the released sizes."""
     assert count_parameters(preset(name, *overrides)) == parameters
+
+
+@pytest.mark.parametrize("experiments", [["attm_single"], ["attm_stage1", "attm_stage2"]])
+def test_attm_presets_meet_the_limit_of_the_challenge(experiments):
+    """The efficiency track allows 500 M parameters (arXiv 2605.21538)."""
+    total = sum(count_parameters(config.load(f"experiment={name}").model) for name in experiments)
+    assert 450e6 < total <= 500e6
 
 
 def test_musicgen_preset_has_the_size_of_transformers_decoder():

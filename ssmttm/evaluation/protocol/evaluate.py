@@ -49,6 +49,7 @@ class ProtocolData:
     references: list[Path]
     store: Store | None = None  # of the built-in protocol
     labelled: Sequence[Prompt] = ()  # its prompts with true labels
+    paired: bool = True  # whether prompts have references of their own
 
 
 def evaluate(settings: DictConfig) -> dict[str, Any]:
@@ -138,15 +139,21 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
     return document
 
 
+def audio_files(folder: Path) -> list[Path]:
+    """All audio files below a folder, sorted. Raises UserError if there are none."""
+    files = sorted(path for path in folder.glob("**/*") if path.suffix.lower() in WRITERS) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
+    return files
+
+
 def match_audio(folder: Path, prompts: Sequence[ListedPrompt]) -> tuple[dict[str, Path], list[str]]:
     """Match existing audio files to prompts, by file name or by the prompt in the metadata sidecar.
 
     Returns:
         The file of each prompt's name, and the files without a prompt.
     """
-    files = sorted(path for path in folder.glob("**/*") if path.suffix.lower() in WRITERS) if folder.is_dir() else []
-    if not files:
-        raise UserError(f"no audio in {folder}: give a folder of {', '.join(WRITERS)} files")
+    files = audio_files(folder)
     names, captions = {prompt.name for prompt in prompts}, {prompt.caption: prompt.name for prompt in prompts}
     matched: dict[str, Path] = {}
     unmatched = []
@@ -207,6 +214,8 @@ def _protocol_data(settings: DictConfig) -> ProtocolData:
     if n and n < len(prompts):
         chosen = np.random.default_rng(settings.seed).permutation(len(prompts))[:n]
         prompts = [prompts[i] for i in sorted(chosen)]
+    if settings.references is not None and not protocol.audio:
+        return ProtocolData(prompts, audio_files(Path(settings.references)), paired=False)
     return ProtocolData(prompts, list(dict.fromkeys(p.reference for p in prompts if p.reference is not None)))
 
 
@@ -282,7 +291,7 @@ def _notes(
     found = {
         "prompts without audio": [prompt.name for prompt in data.prompts if prompt.name not in paths],
         "audio files without a prompt": list(unmatched),
-        "prompts without reference audio": [prompt.name for prompt in data.prompts if prompt.reference is None],
+        "prompts without reference audio": [p.name for p in data.prompts if data.paired and p.reference is None],
         "files skipped": [f"{path}: {reason}" for path, reason in bad.items()],
     }
     return [
