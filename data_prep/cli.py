@@ -30,6 +30,7 @@ examples
   python -m data_prep pack --root stores/mine --out stores/mine-dac --codec descript/dac_44khz
   python -m data_prep status stores/jamendo
   python -m data_prep report stores/jamendo
+  python -m data_prep verify stores/jamendo
 
 Run the same command again to continue an interrupted run. OUT/rejected.csv lists everything that was rejected, with the
 reason.
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             print(status(arguments.store))
         case "report":
             _report(arguments)
+        case "verify":
+            _verify(arguments.store)
         case "probe":
             _probe(arguments.files)
         case "export":
@@ -108,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="STORE", help="the new store; default: add the codes to --root")
 
     command("status", "progress of a run")("store", type=Path, metavar="STORE", help="the --out of the run")
+    command("verify", "compare every file of a store with its recorded hash")("store", type=Path, metavar="STORE")
     add = command("report", "HTML report of a store: hours, licences, genres, rejections")
     add("store", type=Path, metavar="STORE")
     add("--out", type=Path, metavar="FILE", help="the page; default: STORE/report.html")
@@ -269,6 +273,14 @@ def _report(arguments: argparse.Namespace) -> None:
     from ssmttm.data import open_store
 
     print(write_report(open_store(arguments.store), arguments.out or arguments.store / "report.html"))
+
+
+def _verify(path: Path) -> None:
+    from ssmttm.data import open_store
+
+    store = open_store(path)
+    store.verify()
+    print(f"{path}: {len(store)} segments, no file is missing or damaged")
 
 
 def _probe(files: list[Path]) -> None:

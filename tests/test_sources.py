@@ -624,6 +624,24 @@ def test_folder_reads_splits_as_people_write_them(tmp_path, column, written, spl
     assert strict(tmp_path)["a.wav"].split == split
 
 
+def test_folder_keeps_the_splits_of_its_folders(tmp_path, caplog):
+    for file in ("train/a.wav", "Held_Out/x/b.wav", "more/c.wav", "val/train.wav", "d.wav"):
+        write(tmp_path / file)
+    splits = {name: track.split for name, track in strict(tmp_path).items()}
+    assert splits == {"train/a.wav": "train", "Held_Out/x/b.wav": "test", "more/c.wav": "", "val/train.wav": "valid",
+                      "d.wav": ""}  # fmt: skip
+    assert "the folders Held_Out, train, val are read as splits" in caplog.text
+    write_csv(tmp_path / "captions.csv", ("path", "split"), ("train/a.wav", "test"))
+    assert "several splits" in read("folder", tmp_path)[1]["train/a.wav"].reason
+
+
+@pytest.mark.parametrize("names", [("test", "eval"), ("train",), ("training", "live"), ("train.wav", "test.wav")])
+def test_folder_whose_folders_are_no_splits_states_none(tmp_path, names):
+    for name in names:
+        write(tmp_path / name / "a.wav")
+    assert {track.split for track in strict(tmp_path).values()} == {""}
+
+
 # --- limits ---
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from small_stores import SAMPLE_RATE, write_audio_store, write_rows_store
 
+from data_prep.cli import main as data_prep_main
 from ssmttm.data import StoreWriter, open_store
 from ssmttm.data.store import FORMAT, SCHEMA, shard_name, text_name
 from ssmttm.data.tensorfile import map_tensors, read_header, write_tensors
@@ -273,6 +274,15 @@ def test_verify_finds_damaged_audio(tmp_path, damage):
         file.unlink()
     with pytest.raises(UserError, match=rf"audio/3\.wav is {'missing' if damage == 'missing' else 'damaged'}"):
         open_store(store.path).verify()
+
+
+def test_command_verify_names_a_damaged_file(tmp_path, capsys):
+    store = open_store(write_audio_store(tmp_path / "store"))
+    assert data_prep_main(["verify", str(store.path)]) == 0
+    assert capsys.readouterr().out == f"{store.path}: 12 segments, no file is missing or damaged\n"
+    store.audio_path(3).write_bytes(store.audio_path(4).read_bytes())
+    with pytest.raises(UserError, match=r"audio/3\.wav is damaged"):
+        data_prep_main(["verify", str(store.path)])
 
 
 def test_fingerprint_depends_on_the_audio(tmp_path):

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ ROOT/captions.csv, metadata.csv          columns path (or file_name; relative to
                                          lines per path: several captions
 ROOT/captions.jsonl, metadata.jsonl      instead: the same keys; caption and tags may be lists
 ROOT/**/song.txt, song.json              beside song.wav: one caption per line; the same keys
-Give a table of another name as --index."""
+Give a table of another name as --index. Folders of ROOT such as train, valid and test are read as splits."""
 
 _TABLES, _OTHER_TABLES = (".csv", ".jsonl", ".ndjson"), (".tsv", ".json", ".parquet", ".xlsx", ".xls", ".ods")
 _TABLE_STEMS = ("captions", "metadata")
@@ -63,7 +64,7 @@ def tracks(root: Path, index: Path | None = None, allow_unmatched: bool = True) 
         UserError: no folder, no audio file, an unreadable table, two tables, or columns of another meaning.
     """
     check_root(root)
-    table = _Table(root, index)
+    table, split_of = _Table(root, index), _split_folders(root)
     unmatched = []
     for rejection in table.read():
         unmatched.append(rejection)
@@ -80,12 +81,12 @@ def tracks(root: Path, index: Path | None = None, allow_unmatched: bool = True) 
         for name in names:
             if is_audio(name):
                 empty = False
-                yield _item(root, prefix + name, table, sidecars)
+                yield _item(root, prefix + name, table, sidecars, split_of)
         if not allow_unmatched:
             unmatched.extend(_unmatched_sidecars(root, prefix, sidecars))
     for path, error in table.other_paths(root):
         empty = False
-        item = _item(root, path, table, _Sidecars(())) if error is None else error.for_item(path)
+        item = _item(root, path, table, _Sidecars(()), split_of) if error is None else error.for_item(path)
         if error is not None:
             unmatched.append(error.for_item(path))
         yield item
@@ -248,6 +249,19 @@ def _tables(root: Path) -> list[Path]:
     return found
 
 
+def _split_folders(root: Path) -> dict[str, str]:
+    """The split of each folder of `root` named as one, if train and another split are among them."""
+    found = {}
+    for entry in os.scandir(root):
+        with suppress(Rejected):
+            if entry.is_dir() and (split := one_split([entry.name])):
+                found[entry.name] = split
+    if "train" not in found.values() or len(set(found.values())) < 2:
+        return {}
+    _log.warning("%s: the folders %s are read as splits", root, ", ".join(sorted(map(printable, found))))
+    return found
+
+
 def _check_no_table(root: Path, inside: str, names: list[str], index: Path | None) -> None:
     for name in names:
         stem, ending = (part.lower() for part in os.path.splitext(name))
@@ -281,8 +295,8 @@ def _path(values: dict[str, Any]) -> str:
         return written
 
 
-def _item(root: Path, path: str, table: _Table, sidecars: _Sidecars) -> Track | Rejection:
-    """The track of a file; `sidecars` are those of its folder."""
+def _item(root: Path, path: str, table: _Table, sidecars: _Sidecars, split_of: Mapping[str, str]) -> Track | Rejection:
+    """The track of a file; `sidecars` are those of its folder, `split_of` the splits by the first folder's name."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
@@ -292,7 +306,7 @@ def _item(root: Path, path: str, table: _Table, sidecars: _Sidecars) -> Track | 
         metadata = table.metadata(path)
         _add_sidecars(root / os.path.dirname(path), metadata, files)
         licence, evidence = one_licence(metadata.licences)
-        split = one_split(metadata.splits)
+        split = one_split([*metadata.splits, split_of.get(path.partition("/")[0], "")])
     except Rejected as error:
         return error.for_item(path)
     single = metadata.single
