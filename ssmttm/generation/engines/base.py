@@ -32,12 +32,36 @@ class Steps(ABC):
 
         Args:
             codes: [B, K].
-            controls: of B items and a block of positions, all computed at its first use.
+            controls: of B items and a block of positions.
             index: of the next position in this block.
 
         Returns:
             logits [rows, K, V'].
         """
+
+    def run(
+        self, codes: Tensor | None, logits: Tensor, template: Tensor, uniforms: Tensor, controls: Controls, index: int,
+        sampling: Sampling, guided: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Sample the codes of n positions.
+
+        Args:
+            codes: [B, K] of the position before, if it has not been processed yet; else None.
+            logits: [rows, K, V'] of the first position, if it has.
+            template: [n, B, K], known codes, and -1 where they are sampled. uniforms: [n, B, K] float64.
+            controls, index: of the first position, as of `step`.
+
+        Returns:
+            codes [n, B, K], and the logits that the last ones were sampled from.
+        """
+        found = []
+        for offset in range(len(template)):
+            if codes is not None:
+                logits = self.step(codes, controls, index + offset)
+            codes = self.engine.draw(logits, uniforms[offset], sampling, guided)
+            codes = codes.where(template[offset] < 0, template[offset])
+            found.append(codes)
+        return torch.stack(found), logits
 
 
 class Engine(ABC):
@@ -80,34 +104,20 @@ class Engine(ABC):
 
 
 class AddedEmbeddings:
-    """What a model adds to the embedded codes of a position: controls and position embeddings, computed for a block of
-    positions at once."""
-
-    N_POSITIONS = 256
+    """What a model adds to the embedded codes of a position: controls and position embeddings."""
 
     def __init__(self, model: TokenLM, item_of_row: Tensor) -> None:
         config = model.config
         self.model, self.item_of_row = model, item_of_row
         self.by_position = config.chroma or config.positions in ("sinusoidal", "joint")
         self.is_empty = not (self.by_position or config.tempo)
-        self._controls: Controls | None = None
-        self._first, self._block = 0, torch.empty(0)
 
     @torch.inference_mode()
-    def at(self, controls: Controls, index: int, state: LMState) -> Tensor:
-        """Embeddings of the state's next position, float32 [rows, D]; arguments as of `Steps.step`."""
-        offset = state.position - self._first if self.by_position else 0
-        if controls is not self._controls or offset not in range(len(self._block)):
-            self._controls, self._first, offset = controls, state.position, 0
-            self._block = self._compute(controls, index, state)
-        return self._block[offset]
-
-    def _compute(self, controls: Controls, index: int, state: LMState) -> Tensor:
-        """Embeddings of the positions from `index` to the end of the block, [n, rows, D]."""
-        length = self.N_POSITIONS if self.by_position else 1
-        if controls.chroma is not None:
-            length = min(length, controls.chroma.shape[-1] - index)
+    def compute(self, controls: Controls, index: int, count: int, state: LMState) -> Tensor:
+        """Embeddings of the state's next `count` positions, float32 [count, rows, D], or [1, rows, D] if they are the
+        same at all positions; `controls` and `index` as of `Steps.step`."""
+        length = count if self.by_position else 1
         rows = controls.select_frames(slice(index, index + length)).select_rows(self.item_of_row)
         positions = torch.arange(state.position, state.position + length, device=self.item_of_row.device)
-        block = self.model.added_embeddings(positions, len(self.item_of_row), state.n_text, rows)  # [rows, n, D]
-        return block.transpose(0, 1).float().contiguous()
+        added = self.model.added_embeddings(positions, len(self.item_of_row), state.n_text, rows)  # [rows, n, D]
+        return added.transpose(0, 1).float().contiguous()

@@ -6,8 +6,6 @@ Shapes: O outputs, I inputs, B items, K codebooks, V' logits of a codebook, D mo
 """
 
 import ctypes
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +37,9 @@ class _Linear(ctypes.Structure):
 
 
 class _Sublayer(ctypes.Structure):
-    _numbers = "kind norm inner channels taps d_state heads headdim groups dt_rank rotary".split()
     _fields_ = [
-        *((name, _number) for name in _numbers),
+        *((name, _number) for name in ("kind", "norm", "inner", "channels", "taps", "d_state")),
+        *((name, _number) for name in ("heads", "headdim", "groups", "dt_rank", "rotary")),
         *((name, _pointer) for name in ("norm_weight", "norm_bias", "layer_scale")),
         ("linears", _Linear * 4),
         *((name, _pointer) for name in ("conv_weight", "conv_bias", "dt_bias", "A", "D", "gate_norm")),
@@ -100,24 +98,25 @@ class FusedEngine(Engine):
         if any(isinstance(module, Int8Linear) for module in model.modules()):
             self.weights = "int8"
         self.reason = f"compiled for {isa or instruction_set()}, {threads} thread{'s' * (threads != 1)}"
-        self._settings: tuple[Sampling, bool] | None = None
-        self._draw = _Draw()
 
     def bind(self, state: LMState, n_items: int) -> "FusedSteps":
         return FusedSteps(self, state, n_items)
 
     def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool) -> Tensor:
-        if self._settings != (sampling, guided):
-            self._settings, config = (sampling, guided), self.model.config
-            self._draw = _Draw(
-                config.n_codebooks, self.model.n_logits, config.codebook_size, sampling.top_k, guided,
-                sampling.guidance_scale, sampling.temperature, sampling.top_p, sampling.min_p,
-            )  # fmt: skip
         logits, uniforms = logits.contiguous(), uniforms.contiguous()
-        codes = torch.empty(uniforms.shape, dtype=torch.long)
-        items, at = len(uniforms), ctypes.addressof(self._draw)
-        self.library.ssmttm_draw(at, logits.data_ptr(), items, uniforms.data_ptr(), codes.data_ptr())
+        codes, settings = torch.empty(uniforms.shape, dtype=torch.long), self.draw_settings(sampling, guided)
+        n_items, found = len(uniforms), codes.data_ptr()
+        self.library.ssmttm_draw(settings, logits.data_ptr(), n_items, uniforms.data_ptr(), found)
         return codes
+
+    def draw_settings(self, sampling: Sampling, guided: bool) -> int:
+        """Address of the library's settings of a draw, valid until the next call."""
+        config = self.model.config
+        self._draw = _Draw(
+            config.n_codebooks, self.model.n_logits, config.codebook_size, sampling.top_k, guided,
+            sampling.guidance_scale, sampling.temperature, sampling.top_p, sampling.min_p,
+        )  # fmt: skip
+        return ctypes.addressof(self._draw)
 
     def _at(self, tensor: Tensor | None) -> int | None:
         """Address of a tensor as contiguous float32, which is kept."""
@@ -213,32 +212,55 @@ class FusedSteps(Steps):
         self.codes = torch.zeros(self.rows, model.config.n_codebooks, dtype=torch.long)
         self.shape = self.rows, model.config.n_codebooks, model.n_logits
         self.sublayers = [sublayer for block in state.blocks for sublayer in block]
-        self.caches = [state.inner for state in self.sublayers if hasattr(state.inner, "longest")]
         self.states = (_State * len(self.sublayers))()
-        structs = engine.pool.address, ctypes.addressof(engine.struct), ctypes.addressof(self.states)
-        self.call = partial(engine.library.ssmttm_step, *structs)
+        self.structs = engine.pool.address, ctypes.addressof(engine.struct), ctypes.addressof(self.states)
         for struct, sublayer in zip(self.states, self.sublayers, strict=True):
             _point_to(struct, sublayer)
 
     @torch.inference_mode()
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
         torch.index_select(codes, 0, self.item_of_row, out=self.codes)
-        for cache in self.caches:
-            self._grow(cache)
-        added = None if self.added.is_empty else self.added.at(controls, index, self.state)
+        self._reserve(1)
+        added = self._added(controls, index, 1)
         logits = torch.empty(self.shape)
         at = None if added is None else added.data_ptr()
-        self.call(self.codes.data_ptr(), at, logits.data_ptr(), self.rows)
+        self.engine.library.ssmttm_step(*self.structs, self.codes.data_ptr(), at, logits.data_ptr(), self.rows)
         self.state.position += 1
         return logits
 
-    def _grow(self, cache: Any) -> None:
-        """Make room for a position in an attention's cache; the library stores it and counts it in `lengths`."""
-        cache.longest += 1
-        if cache.longest > cache.keys.shape[1]:
-            cache.reserve(cache.longest)
-            for struct, sublayer in zip(self.states, self.sublayers, strict=True):
-                if sublayer.inner is cache:
+    @torch.inference_mode()
+    def run(
+        self, codes: Tensor | None, logits: Tensor, template: Tensor, uniforms: Tensor, controls: Controls, index: int,
+        sampling: Sampling, guided: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        count = len(template)
+        n_steps = count - (codes is None)
+        self._reserve(n_steps)
+        added = self._added(controls, index + count - n_steps, n_steps) if n_steps else None
+        stride = 0 if added is None or len(added) == 1 else added[0].numel()
+        found = torch.empty(template.shape, dtype=torch.long)
+        logits = logits.contiguous().clone()
+        template, uniforms = template.contiguous(), uniforms.contiguous()
+        codes = None if codes is None else codes.contiguous()
+        at = [None if tensor is None else tensor.data_ptr() for tensor in (codes, added)]
+        self.engine.library.ssmttm_run(
+            *self.structs, self.engine.draw_settings(sampling, guided), *at, stride, template.data_ptr(),
+            uniforms.data_ptr(), count, self.n_items, self.rows, logits.data_ptr(), found.data_ptr(),
+        )  # fmt: skip
+        self.state.position += n_steps
+        return found, logits
+
+    def _added(self, controls: Controls, index: int, count: int) -> Tensor | None:
+        return None if self.added.is_empty else self.added.compute(controls, index, count, self.state)
+
+    def _reserve(self, count: int) -> None:
+        """Make room for positions in the caches of attention; the library stores them and counts them in `lengths`."""
+        for struct, sublayer in zip(self.states, self.sublayers, strict=True):
+            cache = sublayer.inner
+            if hasattr(cache, "longest"):
+                cache.longest += count
+                if cache.longest > cache.keys.shape[1]:
+                    cache.reserve(cache.longest)
                     _point_to(struct, sublayer)
 
 

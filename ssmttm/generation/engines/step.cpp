@@ -385,13 +385,24 @@ static void all_rows(const Linear& l, const float* x, const Quantised& q, int ro
   else if (left == 3) products<3, S>(l, x, q, row, y, o, apart);
 }
 
-struct Arena {  // scratch memory of one step, freed with it
+struct Arena {  // scratch memory of a call, in a few blocks that are kept until its end
   std::vector<std::unique_ptr<char[]>> blocks;
+  std::vector<int64_t> sizes;
+  size_t block = 0;
+  int64_t used = 0;
   template <class T> T* get(int64_t n) {
-    blocks.emplace_back(new char[n * sizeof(T) + 64]);
-    const auto address = (reinterpret_cast<uintptr_t>(blocks.back().get()) + 63) & ~(uintptr_t)63;
-    return reinterpret_cast<T*>(address);
+    const int64_t bytes = (n * sizeof(T) + 63) / 64 * 64;
+    while (block < blocks.size() && used + bytes > sizes[block]) block++, used = 0;
+    if (block == blocks.size()) {
+      sizes.push_back(std::max(bytes, (int64_t)1 << 20));
+      blocks.emplace_back(new char[sizes.back() + 64]);
+      used = 0;
+    }
+    const auto start = (reinterpret_cast<uintptr_t>(blocks[block].get()) + 63) & ~(uintptr_t)63;
+    used += bytes;
+    return reinterpret_cast<T*>(start + used - bytes);
   }
+  void clear() { block = 0, used = 0; }
 };
 static void quantise(const float* x, int64_t n, int64_t stride, int16_t* q, float* scale) {
   vf most = {};
@@ -584,8 +595,7 @@ static void attend_text(const Sublayer& l, const float* q, const float* keys, co
   }
 }
 // A sublayer's function h [R, D] -> h [R, D], between norm and residual.
-static void apply(Pool& pool, const Sublayer& l, const State& state, float* h, int64_t D, int rows) {
-  Arena arena;
+static void apply(Pool& pool, Arena& arena, const Sublayer& l, const State& state, float* h, int64_t D, int rows) {
   const Linear* m = l.linears;
   if (l.kind == MLP) {
     auto* u = arena.get<float>(rows * m[0].out);
@@ -642,10 +652,10 @@ static void apply(Pool& pool, const Sublayer& l, const State& state, float* h, i
 
 // ------------------------------------------------------------------------------------------------------------- the step
 // codes [R, K], added [R, D] or null (controls and positions, added to the embedding) -> logits [R, K * V'].
-static void run_step(Pool& pool, const Model& m, const State* states, const int64_t* codes, const float* added,
-                     float* logits, int rows) {
+static void run_step(Pool& pool, Arena& arena, const Model& m, const State* states, const int64_t* codes,
+                     const float* added, float* logits, int rows) {
   const int64_t D = m.d_model;
-  Arena arena;
+  arena.clear();
   auto *x = arena.get<float>(rows * D), *h = arena.get<float>(rows * D);
   for (int r = 0; r < rows; r++) {
     float* row = x + r * D;
@@ -664,7 +674,7 @@ static void run_step(Pool& pool, const Model& m, const State* states, const int6
       map(h + r * D, D, h + r * D, scale, [](vf v, vf s) { return v * s; });
       map(h + r * D, D, h + r * D, shift, [](vf v, vf s) { return v + s; });
     }
-    apply(pool, l, state, h, D, rows);
+    apply(pool, arena, l, state, h, D, rows);
     for (int r = 0; r < rows; r++) {
       float* y = h + r * D;
       if (state.adaln) map(y, D, y, state.adaln + r * 3 * D + 2 * D, [](vf v, vf g) { return v * g; });
@@ -684,12 +694,14 @@ static int64_t count_from(const int32_t* keys, int64_t n, int32_t threshold) {  
   for (int64_t i = 0; i < n; i += W) { vi v; std::memcpy(&v, keys + i, sizeof v); count -= v >= threshold; }
   return sum_lanes(count);
 }
-// The k-th largest of n keys, bit by bit from the sign down: the largest threshold that k keys reach.
-static int32_t kth_largest(const int32_t* keys, int64_t n, int64_t k) {
+// A threshold that the k largest of n keys reach, and those equal to the k-th. It is found bit by bit from the sign down.
+static int32_t threshold_of(const int32_t* keys, int64_t n, int64_t k) {
   int64_t best = INT32_MIN;
   for (int bit = 31; bit >= 0; bit--) {
     const int64_t next = best + ((int64_t)1 << bit);
-    if (next <= INT32_MAX && count_from(keys, n, (int32_t)next) >= k) best = next;
+    const int64_t count = count_from(keys, n, (int32_t)next);
+    if (count >= k) best = next;
+    if (count == k) break;
   }
   return (int32_t)best;
 }
@@ -744,9 +756,9 @@ static void keep_nucleus(Candidates& c, double p, std::vector<std::pair<float, d
   for (size_t i = 0; i < order.size() && before / sum < p; i++) last = i, before += order[i].second;
   keep_from(c, order[last].first);
 }
-static void run_draw(const Draw& d, const float* logits, int64_t items, const double* uniforms, int64_t* codes) {
+static void run_draw(Arena& arena, const Draw& d, const float* logits, int64_t items, const double* uniforms, int64_t* codes) {
   const int64_t V = d.codebook_size, padded = (V + W - 1) / W * W;
-  Arena arena;
+  arena.clear();
   auto* values = arena.get<float>(padded);
   auto* keys = arena.get<int32_t>(padded);
   Candidates c = {arena.get<float>(padded + W), arena.get<double>(padded + W), arena.get<int64_t>(padded + W), 0};
@@ -773,7 +785,7 @@ static void run_draw(const Draw& d, const float* logits, int64_t items, const do
     }
     float top = most[0];
     for (int j = 1; j < W; j++) top = std::max(top, (float)most[j]);
-    const int32_t least = filtered ? kth_largest(keys, padded, d.top_k) : INT32_MIN;
+    const int32_t least = filtered ? threshold_of(keys, padded, d.top_k) : INT32_MIN;
     c.n = 0;
     for (int64_t j = 0; j < V; j++) {  // without a branch: a kept code is not overwritten by the next
       c.logits[c.n] = values[j];
@@ -800,13 +812,38 @@ int64_t ssmttm_size(int which) {  // of the structs, to compare with those of th
 }
 void* ssmttm_open(int threads) { return new Pool(threads); }
 void ssmttm_close(void* pool) { delete (Pool*)pool; }
+// codes [R, K], added [R, D] or null -> logits [R, K, V'].
 void ssmttm_step(void* pool, const Model* model, const State* states, const int64_t* codes, const float* added, float* logits, int rows) {
-  run_step(*(Pool*)pool, *model, states, codes, added, logits, rows);
+  Arena arena;
+  run_step(*(Pool*)pool, arena, *model, states, codes, added, logits, rows);
 }
 // logits [R, K, V'], of which the first `items` rows are conditional and, if guided, the next `items` null; uniforms and
 // codes [items, K].
 void ssmttm_draw(const Draw* draw, const float* logits, int64_t items, const double* uniforms, int64_t* codes) {
-  run_draw(*draw, logits, items, uniforms, codes);
+  Arena arena;
+  run_draw(arena, *draw, logits, items, uniforms, codes);
+}
+// n positions: a step on the codes before (last [items, K]; null: the first position's logits are given), then the draw.
+// added is null, or [R, D] of the first step, `stride` floats before that of the next; known [n, items, K] holds known
+// codes and -1. Row r belongs to item r % items. Writes codes [n, items, K] and leaves the last logits.
+void ssmttm_run(void* pool, const Model* model, const State* states, const Draw* draw, const int64_t* last, const float* added,
+                int64_t stride, const int64_t* known, const double* uniforms, int64_t n, int64_t items, int rows,
+                float* logits, int64_t* codes) {
+  const int64_t K = model->n_codebooks, size = items * K;
+  Arena arena;
+  std::vector<int64_t> of_rows(rows * K);
+  for (int64_t i = 0; i < n; i++) {
+    if (last) {
+      for (int64_t r = 0; r < rows; r++) std::copy_n(last + r % items * K, K, of_rows.begin() + r * K);
+      run_step(*(Pool*)pool, arena, *model, states, of_rows.data(), added, logits, rows);
+      if (added) added += stride;
+    }
+    int64_t* found = codes + i * size;
+    run_draw(arena, *draw, logits, items, uniforms + i * size, found);
+    for (int64_t j = 0; j < size; j++)
+      if (known[i * size + j] >= 0) found[j] = known[i * size + j];
+    last = found;
+  }
 }
 float ssmttm_read(const float* p, int64_t n) {  // reads n floats in four streams: the limit that a step is measured by
   vf acc[4][2] = {};
