@@ -4,11 +4,12 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "cuda": ["mamba-ssm>=2.3", "causal-conv1d>=1.5"],
-    "audio": ["torchaudio>=2.6", "torchcodec"],
+    # Resampling on a GPU, and decoding of AAC and others. These two go with the torch of a CUDA build; beside a torch
+    # for CPUs they do not load and are passed over. torchcodec needs FFmpeg's shared libraries (4 to 9).
+    "audio": ["torch>=2.11", "torchaudio>=2.11,<2.12", "torchcodec>=0.17,<0.18"],
     "data": ["tinysoundfont>=0.3.6", "pretty_midi>=0.2.11"],
     "vocals": ["demucs>=4.1"],
     "ffmpeg": ["imageio-ffmpeg>=0.6"],
-    "eval": ["librosa>=0.11"],
     "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "sweep": ["optuna>=4"],
     "ray": ["ray>=2.56"],

@@ -13,6 +13,7 @@ import soundfile as sf
 import torch
 
 from ssmttm import audio
+from ssmttm.audio import torchaudio_adapter
 from ssmttm.errors import UserError
 from ssmttm.files import DiskFull
 
@@ -255,6 +256,97 @@ def test_read_rejects_wav_with_too_short_length(tmp_path):
     for rest in (bytes(10_000), b"LIST" + struct.pack("<I", 8000) + bytes(8000)):
         (tmp_path / "x.wav").write_bytes(whole + rest)
         assert audio.read(tmp_path / "x.wav")[0].shape == (1, RATE)
+
+
+@pytest.mark.parametrize("kind", ["flac", "24 bit", "stereo"])
+@pytest.mark.parametrize("missing", [1, 3 * RATE])
+def test_read_rejects_flac_with_too_few_samples_stated(tmp_path, kind, missing):
+    file, subtype = tmp_path / "x.flac", "PCM_24" if kind == "24 bit" else "PCM_16"
+    noise = 0.1 * np.random.default_rng(0).standard_normal((4 * RATE, 2 if kind == "stereo" else 1))
+    sf.write(file, noise, RATE, subtype)
+    whole = file.read_bytes()
+    head = int.from_bytes(whole[21:26], "big")
+    assert head % 2**36 == 4 * RATE
+    file.write_bytes(whole[:21] + (head - missing).to_bytes(5, "big") + whole[26:])
+    with pytest.raises(UserError, match=f"holds {4 * RATE} samples, but states {4 * RATE - missing}"):
+        audio.read(file)
+    for written in (whole, whole + b"TAG" + bytes(125)):
+        file.write_bytes(written)
+        assert audio.read(file)[0].shape == (1, 4 * RATE)
+
+
+# --- the extra `audio` ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torchaudio_adapter.load("torchaudio.functional")[0] is None, reason="torchaudio does not load")
+def test_torchaudio_resamples_as_soxr_does():
+    times = torch.arange(2 * 44100) / 44100
+    wav = sum(torch.sin(2 * torch.pi * f * times) for f in (60, 440, 3000, 9000)) / 4
+    theirs = torchaudio_adapter.resample(wav[None], 44100, 24000)
+    ours = audio.resample(wav[None], 44100, 24000)
+    assert theirs.shape == ours.shape
+    assert float((theirs - ours)[:, 1000:-1000].abs().max()) < 1e-3
+
+
+@pytest.mark.skipif(torchaudio_adapter.load("torchcodec.decoders")[0] is None, reason="torchcodec does not load")
+def test_torchcodec_decodes_as_libsndfile_does(tmp_path):
+    wav = 0.3 * torch.randn(2, RATE, generator=torch.Generator().manual_seed(0))
+    file = audio.write(tmp_path / "x.flac", wav, RATE)
+    found, rate, seconds = torchaudio_adapter.decode(file)
+    assert rate == RATE and seconds == pytest.approx(1.0)
+    torch.testing.assert_close(found, audio.read(file, mono=False)[0], rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Write packages of the extra `audio`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    torchaudio_adapter.load.cache_clear()
+
+    def write(name: str, code: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+        (tmp_path / f"{name}-9.9.dist-info").mkdir()
+        (tmp_path / f"{name}-9.9.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+
+    yield write
+    torchaudio_adapter.load.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(("torchaudio", "torchcodec"))]:
+        del sys.modules[name]
+
+
+def test_package_that_does_not_load_is_passed_over(package, tmp_path):
+    """A build for CUDA beside a torch for CPUs raises OSError when it is imported."""
+    package("torchaudio", "raise OSError('libcudart.so.13: cannot open shared object file')")
+    assert torchaudio_adapter.resample(torch.zeros(1, 100), 44100, 24000) is None
+    assert "torchaudio passed over, it does not load here (libcudart.so.13: cannot" in torchaudio_adapter.describe()
+    (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(5000))
+    with pytest.raises(UserError, match=r"x\.m4a cannot be read as audio"):
+        audio.read(tmp_path / "x.m4a")
+
+
+DECODERS = """
+import torch
+class AudioDecoder:
+    def __init__(self, path):
+        self.metadata = type("", (), {"duration_seconds_from_header": 2.0})
+    def get_all_samples(self):
+        return type("", (), {"data": torch.full((2, SAMPLES), 0.25), "sample_rate": 24000})
+"""
+
+
+@pytest.mark.parametrize("seconds", [2.0, 1.5])
+def test_file_unknown_to_libsndfile_is_decoded_whole_by_torchcodec(package, tmp_path, seconds):
+    package("torchcodec", "")
+    (tmp_path / "torchcodec/decoders.py").write_text(DECODERS.replace("SAMPLES", str(round(24000 * seconds))))
+    (tmp_path / "x.m4a").write_bytes(b"\0\0\0\x1cftypM4A " + bytes(5000))
+    if seconds < 2:
+        with pytest.raises(UserError, match=r"x\.m4a is truncated \(1\.5 of 2\.0 s\)"):
+            audio.read(tmp_path / "x.m4a")
+        return
+    wav, rate = audio.read(tmp_path / "x.m4a")
+    assert rate == 24000 and torch.equal(wav, torch.full((1, 48000), 0.25))
+    assert "torchcodec 9.9" in torchaudio_adapter.describe()
 
 
 @pytest.mark.parametrize("noisy_first", [False, True])

@@ -1,6 +1,7 @@
 """Decoding in a child process: the samples are libsndfile's and FFmpeg's own, every bad file is one reason, no process
 is left over."""
 
+import io
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from data_prep.audio import decoder_process
 from data_prep.audio.decode import AudioInfo, Decoder, Limits, probe
 from data_prep.track import KINDS, Rejected
+from ssmttm.audio.lengths import left_out
 
 RATE = 44_100
 FFMPEG = decoder_process._ffmpeg()
@@ -215,7 +217,7 @@ def bad_file(path: Path, kind: str) -> None:
         ("half mp3", "unreadable", "cut short"),
         ("half aiff", "unreadable", "cut short"),
         ("half w64", "unreadable", "cut short"),
-        ("half caf", "unreadable", "damaged"),
+        ("half caf", "unreadable", "cut short"),
         ("half au", "unreadable", "cut short"),
         ("half rf64", "unreadable", "cut short"),
     ],
@@ -452,6 +454,40 @@ def test_decoder_rejects_joined_files(tmp_path, decoder, suffix):
     sf.write(path, noise(2.0), RATE)
     path.write_bytes(2 * path.read_bytes())
     assert re.search("holds (several|a second)", rejected(decoder, path).reason)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("wv", []), ("wv", ["-ac", "6"]), ("mka", ["-c:a", "flac"]), ("mka", ["-c:a", "flac", "-live", "1"]), ("webm", []),
+     ("caf", ["-c:a", "pcm_s16be"]), ("tta", []), ("m4a", []), ("wma", []), ("voc", [])],
+)  # fmt: skip
+def test_decoder_rejects_joined_files_of_other_formats(tmp_path, decoder, suffix, options):
+    sf.write(tmp_path / "x.wav", noise(2.0), RATE)
+    path = tmp_path / f"x.{suffix}"
+    ffmpeg("-i", tmp_path / "x.wav", *options, path)
+    assert abs(sum(block.shape[1] / rate for block, rate in decoder.blocks(path)) - 2.0) < 0.1
+    path.write_bytes(2 * path.read_bytes())
+    assert re.search("holds several", rejected(decoder, path).reason)
+
+
+def test_joined_ape_files_are_found():
+    """No encoder is at hand: only the beginning of such a file."""
+    beginning = b"MAC \x96\x0f\0\0\x34\0\0\0\x18\0\0\0" + bytes(5000)
+    assert left_out(io.BytesIO(beginning), len(beginning)) == ""
+    assert left_out(io.BytesIO(2 * beginning), 2 * len(beginning)) == "holds several APE files in a row"
+
+
+@pytest.mark.parametrize(("stated", "reason"), [(RATE, "states too short"), (9 * RATE, "cut short")])
+def test_decoder_rejects_caf_of_another_length_than_stated(tmp_path, decoder, stated, reason):
+    path = tmp_path / "x.caf"
+    sf.write(path, noise(2.0), RATE, format="CAF")
+    assert whole(decoder, path)[0].shape[1] == 2 * RATE
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 8] = stated.to_bytes(8, "big")
+    path.write_bytes(data)
+    assert reason in rejected(decoder, path).reason
 
 
 @needs_ffmpeg

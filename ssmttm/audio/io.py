@@ -1,7 +1,7 @@
 """Reading, writing and resampling audio.
 
-Files go through libsndfile (wav, flac, ogg, mp3 and others). Resampling always uses soxr's HQ filter: codes and
-metrics must not depend on which packages are installed.
+Files go through libsndfile (wav, flac, ogg, mp3 and others); what it does not read goes to torchcodec, if that loads.
+Resampling on a CPU always uses soxr's HQ filter: codes and metrics must not depend on which packages are installed.
 
 Shapes: C channels, S samples; float32 in [-1, 1].
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmttm.audio import mpeg
+from ssmttm.audio import mpeg, torchaudio_adapter
 from ssmttm.audio.lengths import audio_bytes, is_truncated, left_out
 from ssmttm.errors import UserError
 from ssmttm.files import atomic_write
@@ -26,6 +26,7 @@ WRITERS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG
 _BLOCK = 1 << 20  # samples over all channels per read, so that a wrong header cannot exhaust memory
 _MAX_CHANNELS = 64
 _RATES = (1_000, 768_000)
+_UNKNOWN_FORMAT = 1  # libsndfile's code of an error
 _log = logging.getLogger(__name__)
 
 
@@ -179,11 +180,16 @@ def write(path: str | Path, wav: Tensor, sample_rate: int, comment: str = "") ->
 
 
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """Resample [..., S] float -> float32 [..., ceil(S * to_rate / from_rate)] with soxr's HQ filter."""
+    """Resample [..., S] float -> float32 [..., ceil(S * to_rate / from_rate)] with soxr's HQ filter.
+
+    On a GPU torchaudio does it there, if it is installed; else the audio goes to the CPU and back.
+    """
     import soxr
 
     if from_rate == to_rate:
         return wav.float()
+    if wav.device.type != "cpu" and (there := torchaudio_adapter.resample(wav.float(), from_rate, to_rate)) is not None:
+        return there
     rows = wav.detach().to("cpu", torch.float32).reshape(-1, wav.shape[-1])
     length = -(-wav.shape[-1] * to_rate // from_rate)
     out = np.zeros((len(rows), length), np.float32)
@@ -204,6 +210,14 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
 
     check_file(path)
     frames = _check_whole(path)
+    if not _is_read_by_libsndfile(path) and (decoded := torchaudio_adapter.decode(path)) is not None:
+        wav, rate, seconds = decoded
+        if not wav.numel() or not bool(wav.isfinite().all()):
+            raise UserError(f"{path} contains no samples, or NaN or infinite ones: export it again")
+        if seconds is not None and is_truncated(wav.shape[1], round(seconds * rate), exact=False):
+            raise UserError(f"{path} is truncated ({wav.shape[1] / rate:.1f} of {seconds:.1f} s): copy it again")
+        yield (wav.mean(0, keepdim=True) if mono else wav).numpy(), rate
+        return
     try:
         with _open_whole(path) as file:
             if file.channels > _MAX_CHANNELS or not _RATES[0] <= file.samplerate <= _RATES[1]:
@@ -232,6 +246,17 @@ def _check_whole(path: Path) -> mpeg.MpegStream | None:
     if fault := fault or (frames.fault if frames else ""):
         raise UserError(f"{path} {fault}: split it, or convert it to one FLAC")
     return frames
+
+
+def _is_read_by_libsndfile(path: Path) -> bool:
+    """Whether libsndfile knows the format; damaged files of known formats count."""
+    import soundfile as sf
+
+    try:
+        sf.info(str(path))
+    except sf.LibsndfileError as error:
+        return error.code != _UNKNOWN_FORMAT
+    return True
 
 
 @contextmanager

@@ -4,24 +4,49 @@ This module imports no torch.
 """
 
 import io
-import re
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
+
+from ssmttm.audio.joined import several_files
 
 _SLACK, _SLACK_SAMPLES = 0.02, 4096  # tolerance for an estimated length, as in some MP3 files
 _UNTIL_THE_END = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}  # written by programs whose output is a pipe
 _CHUNKS = 1000  # read at most
 _PIECE = 1 << 20  # bytes
 _SPARE_BYTES = 4096  # after the audio that need no explanation
-_BOXES = 100_000
-_FILES = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b".snd", b"dns.")
+_FILES = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b".snd", b"dns.", b"caff")
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
-_FIRST_PAGE = re.compile(rb"OggS\x00[\x02\x03\x06\x07]", re.DOTALL)  # its flags: beginning of a logical stream
-_FIRST_BLOCK = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
+
+
+class _Chunks(NamedTuple):
+    """How a container writes its chunks."""
+
+    first: int  # byte of the first chunk
+    header: int  # bytes before the contents
+    length: str  # the struct of the length, which is the last part of the header
+    counted: int  # bytes of the header that the length includes
+    align: int  # bytes
+
+
+_LITTLE, _BIG = _Chunks(12, 8, "<I", 0, 2), _Chunks(12, 8, ">I", 0, 2)
+_WAVE_64, _CORE = _Chunks(40, 24, "<Q", 24, 8), _Chunks(8, 12, ">Q", 0, 1)
+
+
+def _chunks_of(head: bytes) -> _Chunks | None:
+    """The chunks of a container by its first 12 bytes: WAV, RF64, AIFF, W64 or CAF; None for others."""
+    if head[:4] == b"riff":
+        return _WAVE_64
+    if head[:4] == b"caff":
+        return _CORE
+    if head[8:] not in (b"WAVE", b"AIFF", b"AIFC"):
+        return None
+    by_name = {b"RIFF": _LITTLE, b"RF64": _LITTLE, b"BW64": _LITTLE, b"RIFX": _BIG, b"FORM": _BIG}
+    return by_name.get(head[:4])
 
 
 def audio_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
-    """Bytes of audio that the header of a WAV, RF64, W64, AIFF or AU file declares, and bytes present.
+    """Bytes of audio that the header of a WAV, RF64, W64, AIFF, CAF or AU file declares, and bytes present.
 
     (0, 0) for other formats, and for a size that means "until the end".
 
@@ -34,7 +59,7 @@ def audio_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
         first, declared = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:])
         return (0, 0) if declared in _UNTIL_THE_END else (declared, max(0, size - first))
     large = None
-    for name, length in _chunks(file, head, size):
+    for name, length in _walk(file, head, size):
         if name == b"ds64":
             large = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
         if name in (b"data", b"SSND"):
@@ -43,24 +68,29 @@ def audio_bytes(file: io.BufferedReader, size: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _chunks(file: io.BufferedReader, head: bytes, size: int) -> Iterator[tuple[bytes, int]]:
-    """Name and length of each chunk of the RIFF family; the file is positioned at its content."""
-    wide = head[:4] == b"riff"
-    small = {b"RIFF": "<I", b"RF64": "<I", b"BW64": "<I", b"RIFX": ">I", b"FORM": ">I"}.get(head[:4])
-    if not wide and (small is None or head[8:] not in (b"WAVE", b"AIFF", b"AIFC")):
+def _walk(file: io.BufferedReader, head: bytes, size: int) -> Iterator[tuple[bytes, int]]:
+    """Name and length of each chunk; the file is positioned at its content."""
+    chunks = _chunks_of(head)
+    if chunks is None:
         return
-    file.seek(40 if wide else 12)
+    file.seek(chunks.first)
     for _ in range(_CHUNKS):
-        chunk = file.read(24 if wide else 8)
-        if len(chunk) < (24 if wide else 8):
+        header = file.read(chunks.header)
+        if len(header) < chunks.header:
             return
-        length = struct.unpack("<Q", chunk[16:])[0] - 24 if wide else struct.unpack(small or "", chunk[4:])[0]
+        length = _length(header, chunks)
         place = file.tell()
-        yield chunk[:4], length
-        following = place + length + (-length) % (8 if wide else 2)
+        yield header[:4], length
+        following = place + length + (-length) % chunks.align
         if not place <= following < size:
             return
         file.seek(following)
+
+
+def _length(header: bytes, chunks: _Chunks) -> int:
+    """The bytes of a chunk's contents; a length that means "until the end" is kept."""
+    length = struct.unpack(chunks.length, header[chunks.header - struct.calcsize(chunks.length) : chunks.header])[0]
+    return int(length if length in _UNTIL_THE_END else length - chunks.counted)
 
 
 def is_truncated(n_read: int, declared: int, exact: bool) -> bool:
@@ -79,32 +109,15 @@ def left_out(file: io.BufferedReader, size: int) -> str:
     """
     head = file.read(12)
     file.seek(0)
-    if head[:4] == b"OggS":
-        second = _search(file, _FIRST_PAGE, _after_first_pages(file))
-        return "holds several Ogg streams in a row (a chained Ogg)" if second else ""
-    if head[:4] == b"fLaC" or head[:3] == b"ID3":
-        return _left_out_of_flac(file)
-    if head[4:8] == b"ftyp":
-        return "holds several MP4 files in a row" if _has_box(file, size, b"moov", 2) else ""
     declared, present = audio_bytes(file, size)
-    return _after_audio(file, size, size - present + declared, head) if declared else ""
-
-
-def _left_out_of_flac(file: io.BufferedReader) -> str:
-    first = 0
-    while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
-        first += 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-        file.seek(first)
-    if tag[:4] != b"fLaC":
-        return ""
-    return "holds several FLAC files in a row" if _search(file, _FIRST_BLOCK, first + 4) else ""
+    return _after_audio(file, size, size - present + declared, head) if declared else several_files(file, size)
 
 
 def _after_audio(file: io.BufferedReader, size: int, place: int, head: bytes) -> str:
-    """What follows the audio of a WAV, RF64, W64, AIFF or AU file at `place`: chunks, tags and zeros are no sound."""
-    wide, order = head[:4] == b"riff", ">" if head[:4] in (b"FORM", b"RIFX") else "<"
+    """What follows the audio of a chunked or AU file at `place`: chunks, tags and zeros are no sound."""
+    chunks = _chunks_of(head) or _LITTLE
     for _ in range(_CHUNKS):
-        padding = -place % (8 if wide else 2)
+        padding = -place % chunks.align
         file.seek(place)
         start = file.read(32)
         if not _is_name(start[padding : padding + 4]):
@@ -116,7 +129,7 @@ def _after_audio(file: io.BufferedReader, size: int, place: int, head: bytes) ->
             return "holds several files in a row"
         if start[:4] in (b"data", b"SSND"):
             return "holds several parts of audio"
-        length = struct.unpack("<Q", start[16:24])[0] if wide else 8 + struct.unpack(order + "I", start[4:8])[0]
+        length = chunks.header + _length(start, chunks)
         if head[:4] in (b".snd", b"dns.") or not _is_name(start[:4]) or length < 8 or place + length > size:
             break
         place += length
@@ -129,43 +142,3 @@ def _after_audio(file: io.BufferedReader, size: int, place: int, head: bytes) ->
 
 def _is_name(name: bytes) -> bool:
     return len(name) == 4 and all(32 <= byte < 127 for byte in name)
-
-
-def _after_first_pages(file: io.BufferedReader) -> int:
-    """The end of the pages of an Ogg file that begin its logical streams, all at the start of a file."""
-    place = 0
-    for _ in range(_CHUNKS):
-        file.seek(place)
-        page = file.read(27 + 255)
-        if not _FIRST_PAGE.match(page) or len(page) < 27:
-            break
-        place += 27 + page[26] + sum(page[27 : 27 + page[26]])
-    return place
-
-
-def _has_box(file: io.BufferedReader, size: int, wanted: bytes, times: int) -> bool:
-    """Whether an MP4 file has a box of this name at least so many times, outside all others."""
-    place = found = 0
-    for _ in range(_BOXES):
-        file.seek(place)
-        box = file.read(16)
-        if len(box) < 8:
-            return False
-        length = int.from_bytes(box[:4], "big")
-        length = int.from_bytes(box[8:], "big") if length == 1 else length
-        found += box[4:8] == wanted
-        if found == times or length < 8 or place + length >= size:
-            break
-        place += length
-    return found >= times
-
-
-def _search(file: io.BufferedReader, pattern: re.Pattern[bytes], place: int) -> bool:
-    """Whether the pattern, of less than 16 bytes, is found from `place` on."""
-    file.seek(place)
-    last = b""
-    while piece := file.read(_PIECE):
-        if pattern.search(last + piece):
-            return True
-        last = piece[-16:]
-    return False

@@ -124,11 +124,12 @@ def run_info(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from ssmttm.audio import torchaudio_adapter
     from ssmttm.ops import backend
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = [("ssmttm", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    for name, value in [*versions, ("device", device)]:
+    for name, value in [*versions, ("device", device), ("audio", torchaudio_adapter.describe())]:
         print(f"{name:15} {value}")
     print("\noperation         on     runs as         because")
     for row in backend.describe():
