@@ -13,7 +13,7 @@ EXTRAS = {
     "export": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "sweep": ["optuna>=4"],
     "ray": ["ray>=2.56"],
-    "web": ["gradio>=5"],
+    "web": ["fastapi>=0.120", "uvicorn>=0.35", "websockets>=14", "python-multipart>=0.0.20"],
     "track": ["wandb", "trackio"],
     "dev": [
         "pytest>=8",
@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["ssmttm*", "data_prep*"]), "ssmttm.configs"],
     package_dir={"ssmttm.configs": "configs"},
     package_data={
-        "ssmttm": ["assets/**/*", "reports/templates/*"],
+        "ssmttm": ["assets/**/*", "reports/templates/*", "web/static/*"],
         "ssmttm.configs": ["**/*.yaml"],
         "data_prep": ["reports/*.json"],
     },
