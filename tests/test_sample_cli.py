@@ -403,7 +403,7 @@ def test_unreachable_hub_is_an_error(command, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(loading, "snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     assert_user_error(command("x", "--checkpoint", "someone/model"), "someone/model", "no route to the hub")
     assert_user_error(command("x", "--checkpoint", "not a/hub id"), "not a/hub id")
 

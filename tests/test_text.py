@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from small_encoders import write_bert
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ssmttm.errors import UserError
 from ssmttm.text import TextCondition, load_text_encoder
 from ssmttm.text import encoders as module
+from ssmttm.text.bert import Bert, load_bert
 from ssmttm.text.null_condition import build_null_condition
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
@@ -72,6 +74,34 @@ def test_encode_truncates_long_captions_with_a_warning(minilm, caplog):
     encoded = minilm.encode(["word " * 400, "short"])
     assert encoded.mask.sum(1).tolist() == [128, 3]
     assert "402 tokens: the first 128 are kept" in caplog.text and caplog.text.count("tokens:") == 1
+
+
+@pytest.mark.parametrize("folder", ["minilm", "word pieces"])
+def test_bert_equals_transformers(folder, tmp_path):
+    """Tokens and token states, alone and in a padded batch, bit for bit."""
+    source = "minilm" if folder == "minilm" else write_bert(tmp_path / "bert")
+    ours, theirs = load_text_encoder(source), load_text_encoder(source, trainable=True)
+    assert isinstance(ours.model, Bert) and isinstance(theirs.model, BertModel)
+    assert (ours.dim, ours.max_tokens, ours.fingerprint) == (theirs.dim, theirs.max_tokens, theirs.fingerprint)
+    texts = ["", "a slow piano", "Café ſtraße, déjà-vu's", "[SEP] or [MASK]", "静かな 🎵 музыка", "drums " * 60]
+    for captions in (*([text] for text in texts), texts):
+        one, other = ours.encode(captions), theirs.encode(captions)
+        assert torch.equal(one.mask, other.mask) and torch.equal(one.embeddings, other.embeddings)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"hidden_act": "relu"}),
+        ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
+        ("tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"}),
+    ],
+)
+def test_bert_with_other_parts_is_left_to_transformers(file, changes, tmp_path):
+    path = write_bert(tmp_path / "bert") / file
+    assert load_bert(path.parent) is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert load_bert(path.parent) is None
 
 
 def test_t5_encoder_from_folder(t5_folder, caplog):

@@ -52,7 +52,7 @@ def folders(root):
 
 @pytest.fixture(scope="module", params=KINDS)
 def encoder(request, folders):
-    return load_text_encoder(folders[request.param])
+    return load_text_encoder(folders[request.param], trainable=True)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,8 @@ def test_equal_tokens_align_one_to_one():
 
 
 def test_wordpiece_and_unigram_tokenizers_align(folders):
-    bert, t5 = (tokenize(load_text_encoder(folders[kind]).tokenizer, ["slowly, pianos"], 40)[0] for kind in KINDS)
+    tokenizers = [load_text_encoder(folders[kind], trainable=True).tokenizer for kind in KINDS]
+    bert, t5 = (tokenize(tokenizer, ["slowly, pianos"], 40)[0] for tokenizer in tokenizers)
     assert bert.tokens == ["[CLS]", "slow", "##ly", ",", "piano", "##s", "[SEP]"]
     assert t5.tokens == ["▁slow", "ly", ",", "▁piano", "s", "</s>"]
     aligned = [[t5.tokens[i] for i in row.nonzero()[:, 0]] for row in alignment_matrix(bert, t5)]
@@ -180,7 +181,7 @@ def test_trimmed_tokenizer_splits_unseen_words_into_characters(encoder):
 
 def test_trimmed_unigram_keeps_cost_of_unknown_token(folders):
     """Unigram derives its cost from the lowest score: a caption with one is tokenised as before."""
-    encoder = load_text_encoder(folders["t5"])
+    encoder = load_text_encoder(folders["t5"], trainable=True)
     captions = ["piano λ slow", "a flute"]
     model, tokenizer = trim(encoder.model, encoder.tokenizer, captions)
     assert "ß" in tokenizer.get_vocab() and min(model.get_input_embeddings().weight.shape) > 3
@@ -188,7 +189,7 @@ def test_trimmed_unigram_keeps_cost_of_unknown_token(folders):
 
 
 def test_minilm_can_be_trimmed():
-    minilm = load_text_encoder("minilm")
+    minilm = load_text_encoder("minilm", trainable=True)
     captions = ["A slow waltz in F# minor, on harpsichord", "lo-fi hip hop; 92 bpm"]
     model, tokenizer = trim(minilm.model, minilm.tokenizer, captions)
     assert len(tokenizer) < 250
@@ -427,7 +428,7 @@ def test_exported_folder_is_self_contained(joint, config_of, teacher, tmp_path):
 
 def test_student_can_be_distilled_again(config_of, folders, tmp_path):
     """A student of full shape of an exported student gives equal states."""
-    encoder = load_text_encoder(folders["bert"])
+    encoder = load_text_encoder(folders["bert"], trainable=True)
     student, tokenizer = build_student(encoder.model, encoder.tokenizer, 24, StudentShape([1], 8))
     torch.nn.init.normal_(student.projection.weight)
     again, tokenizer_again = build_student(student, tokenizer, 24, StudentShape())

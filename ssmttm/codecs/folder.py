@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssmttm.codecs.base import Codec
+from ssmttm.empty_weights import EmptyWeights
 from ssmttm.errors import UserError
 from ssmttm.model_folder import write_model_folder
 
@@ -37,7 +38,8 @@ def read_codec_folder(folder: Path | str, build: Callable[[dict[str, Any]], C]) 
     try:
         config = json.loads((folder / "config.json").read_text())
         config.pop("model_type", None)
-        codec = build(config)
+        with EmptyWeights():
+            codec = build(config)
         weights = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
         raise UserError(f"codec folder {folder} has no config.json or no model.safetensors") from error

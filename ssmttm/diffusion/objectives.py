@@ -10,7 +10,6 @@ Time runs from 0, clean, to 1, noise. Shapes: B batch, C channels, T frames.
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ssmttm.errors import UserError
@@ -39,6 +38,8 @@ class VPrediction:
     """Velocity prediction. Times are steps of diffusers' schedule: step n of 1,000 is time n / 1,000."""
 
     def __init__(self) -> None:
+        from diffusers import DDPMScheduler  # slow to import
+
         schedule: Any = DDPMScheduler(**COSINE)
         self._alphas_cumprod = schedule.alphas_cumprod.double()  # [1000]
 

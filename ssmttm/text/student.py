@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssmttm.errors import UserError
+from ssmttm.text.bert import EncoderOutput
 from ssmttm.text.vocabulary import plain_tokenizer, tokenizer_json, trim
 
 PROJECTION = "projection.safetensors"
@@ -31,14 +32,9 @@ _NAMES = {
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate")
 
 
-class EncoderOutput(NamedTuple):
-    """Named as in transformers. last_hidden_state: [B, L, E]."""
-
-    last_hidden_state: Tensor
-
-
 class StudentEncoder(nn.Module):
-    """A BertModel or T5EncoderModel with a linear map of its token states to width `dim`, initially the identity."""
+    """A `Bert`, or transformers' BertModel or T5EncoderModel, with a linear map of its token states to width `dim`,
+    initially the identity."""
 
     def __init__(self, model: Any, dim: int) -> None:
         super().__init__()

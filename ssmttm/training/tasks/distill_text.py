@@ -64,10 +64,12 @@ class TextDistillTask(LanguageModelTask):
         super().__init__(config)
         self.teacher.check_store(self.store.info)
         self.model.load_state_dict(self.teacher.model.state_dict())
-        self.original = load_text_encoder(folder.source("text"))
+        self.original = load_text_encoder(folder.source("text"), trainable=True)
         check_fingerprint("text", self.original.fingerprint, self.store.info)
         settings = config.text_student
-        source = self.original if settings.encoder is None else load_text_encoder(settings.encoder)
+        source = self.original
+        if settings.encoder is not None:
+            source = load_text_encoder(settings.encoder, trainable=True)
         self.max_tokens = min(source.max_tokens, self.original.max_tokens)
         self.encoder, self.tokenizer = self._build_student(source)
         self.modules = {"model": self.encoder, "lm": self.model}
