@@ -4,8 +4,9 @@ Shapes: B items, K codebooks, N coarse codebooks, t frames.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.request import Sampling
 from ssmttm.generation.second_stage import SecondStageInputs, SecondStageStream
 from ssmttm.models.controls import Controls
+from ssmttm.models.token_lm import LMState
 
 
 class CodeGenerator:
@@ -48,19 +50,41 @@ class CodeGenerator:
         self, conditions: TextConditions | None = None, sampling: Sampling | None = None,
         controls: Controls | None = None, fade_frames: int = 0,
     ) -> None:  # fmt: skip
-        """Change what the codes to come depend on; see `CodeSampler.change`. `controls` are those that a stage has."""
-        model = self.sampler.model
-        self.sampler.change(
-            conditions, sampling, None if controls is None else controls.supported_by(model.config), fade_frames
-        )
-        if self.second_stage is not None:
+        """Change what the codes to come depend on; see `CodeSampler.change`. A stage takes the controls that it has."""
+        own = None if controls is None else controls.supported_by(self.sampler.model.config)
+        self.sampler.change(conditions, sampling, own, fade_frames)
+        if self.second_stage is not None and conditions is not None:
             inputs = self.second_stage.inputs
-            if conditions is not None:
-                inputs = second_stage_inputs(conditions, inputs.seeds, inputs.controls, self.sampler.device)
-            if controls is not None:
-                own = controls.supported_by(self.second_stage.stage.model.config)
-                inputs = replace(inputs, controls=own.to(self.sampler.device))
+            inputs = second_stage_inputs(conditions, inputs.seeds, inputs.controls, self.sampler.device)
             self.second_stage.inputs = inputs
+        if controls is not None:
+            self._set_second_controls(controls)
+
+    def set_controls(self, controls: Controls) -> None:
+        """Controls of the codes to come, without processing the last ones again."""
+        self.sampler.set_controls(controls.supported_by(self.sampler.model.config))
+        self._set_second_controls(controls)
+
+    def _set_second_controls(self, controls: Controls) -> None:
+        if self.second_stage is not None:
+            own = controls.supported_by(self.second_stage.stage.model.config).to(self.sampler.device)
+            self.second_stage.inputs = replace(self.second_stage.inputs, controls=own)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next codes depend on besides the models, the conditions and the settings."""
+        second = self.second_stage
+        return {
+            "sampler": self.sampler.state(), "second_stage": None if second is None else second.state(),
+            "ready": list(self._ready), "finished": self._finished, "n_clip_frames": self.n_clip_frames,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
+        """Take the `state` of a generator of the same models, conditions and settings; see `CodeSampler.restore`."""
+        self.sampler.restore(state["sampler"], fill)
+        if self.second_stage is not None:
+            self.second_stage.restore(state["second_stage"])
+        self._finished, self.n_clip_frames = state["finished"], state["n_clip_frames"]
+        self._ready = [codes.to(self.sampler.device) for codes in state["ready"]]
 
     def clone(self, seeds: Sequence[int] | None = None) -> "CodeGenerator":
         """A copy that goes on independently: exactly as this one, or with other seeds."""

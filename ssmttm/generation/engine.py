@@ -6,8 +6,9 @@ same item with the null condition.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,20 @@ class ConditionedRows:
     """The model's rows under one set of conditions.
 
     Attributes:
+        n_prompts, weights: of a blend, see `TextConditions`.
         guided: whether there are null rows.
         logits: [rows, K, V'] of the next position.
         steps: the engine's, on their state.
     """
 
-    conditions: TextConditions
+    n_prompts: int
+    weights: Tensor | None
     guided: bool
     logits: Tensor
     steps: Steps
 
     def clone(self) -> "ConditionedRows":
-        return replace(self, steps=self.steps.on(self.state.clone()))  # logits are replaced, not changed in place
+        return replace(self, steps=self.steps.on(self.state.clone()), logits=self.logits.clone())
 
     @property
     def state(self) -> LMState:
@@ -71,7 +74,7 @@ class ConditionedRows:
 
     def blended_logits(self, batch: int) -> Tensor:
         """One row per item, and its null row if guided: [B or 2 B (at least), K, V']."""
-        weights, n = self.conditions.weights, len(self.conditions.texts)
+        weights, n = self.weights, self.n_prompts
         if weights is None:
             return self.logits
         parts = self.logits[: n * batch].unflatten(0, (n, batch))  # [R, B, K, V']
@@ -137,20 +140,19 @@ class CodeSampler:
             raise ValueError(f"got {n_texts} captions and {n_null} null conditions for {batch} seeds")
         self.model, self.pattern, self.n_frames, self.sampling = model, pattern, n_frames, sampling
         self.engine = engine or TorchEngine(model)
-        self.context_frames = context_frames
+        self.conditions, self.context_frames = conditions, context_frames
         self.device = next(model.parameters()).device
         self.n_yielded = 0
         self._batch, self._n_codebooks = batch, n_codebooks
         self._prompt = torch.zeros(batch, n_codebooks, 0, dtype=torch.long) if prompt_codes is None else prompt_codes
-        self._controls = (controls or Controls()).to(self.device)
+        self._block: PositionBlock | None = None
+        self.set_controls(controls or Controls())
         self.position = first = self._first_position()
-        self._controls_at(torch.arange(1)).check(model.config, "language model", batch, 1)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         _draw(self._generators, first, n_codebooks)  # a position's numbers do not depend on the prompt
         self._sequence = list(self._template(torch.arange(first)).to(self.device).unbind(0))  # of [B, K]
         self._sequence_start = 0
         self._last_codes: Tensor | None = None  # of the last position, if the model has not processed them yet
-        self._block: PositionBlock | None = None
         self._rows = [self._prefill(conditions, sampling.guidance_scale != 1.0)]  # two while one fades into the other
         self._fade = (0, 0)  # its first position and its length
 
@@ -164,7 +166,7 @@ class CodeSampler:
             n_ready = self.pattern.n_complete(self.position, self.n_frames)
             if n_ready - self.n_yielded >= chunk_frames or (n_ready == self.n_frames and n_ready > self.n_yielded):
                 break
-            self._sample_position()
+            self._sample_positions(self._positions_until(self.n_yielded + chunk_frames))
         _check_finite(self._rows[-1].logits)
         frames = self._gather(self.n_yielded, n_ready)
         self.n_yielded = n_ready
@@ -181,12 +183,8 @@ class CodeSampler:
         self, conditions: TextConditions | None = None, sampling: Sampling | None = None,
         controls: Controls | None = None, fade_frames: int = 0,
     ) -> None:  # fmt: skip
-        """Change what the next positions depend on.
-
-        Args:
-            conditions: the last `context_frames` frames are processed again with these; during the next `fade_frames`
-                frames the logits move from the old conditions' to theirs.
-            controls: of the positions to come.
+        """Change what the next positions depend on. With new conditions or controls the last `context_frames` frames are
+        processed again; during the next `fade_frames` frames the logits move from the old ones' to theirs.
 
         Raises:
             UserError: the pattern goes over the frames more than once, or the model was not built for a control.
@@ -194,19 +192,24 @@ class CodeSampler:
         sampling = sampling or self.sampling
         rows = self._rows[-1]
         guided = rows.guided or sampling.guidance_scale != 1.0
-        if controls is not None:
-            self._controls = controls.to(self.device)
-            self._controls_at(torch.arange(1)).check(self.model.config, "language model", self._batch, 1)
-            if self._block is not None:
-                block = self._block
-                self._block = replace(block, controls=self._controls_at(torch.arange(block.start, block.stop)))
-        if conditions is not None or guided != rows.guided:
+        if conditions is not None or controls is not None or guided != rows.guided:
             self.pattern.check_one_pass("a change of the prompt while sampling")
             self._process_last_codes()
-            new = self._prefill(conditions or rows.conditions, guided)
+            if controls is not None:
+                self.set_controls(controls)
+            self.conditions = conditions or self.conditions
+            new = self._prefill(self.conditions, guided)
             fade = fade_frames * self.pattern.stride if guided == rows.guided and self.n_yielded else 0
             self._rows, self._fade = [rows, new] if fade else [new], (self.position, fade)
         self.sampling = sampling
+
+    def set_controls(self, controls: Controls) -> None:
+        """Controls of the positions to come, by frame. Raises UserError if the model was not built for one of them."""
+        self._controls = controls.to(self.device)
+        self._controls_at(torch.arange(1)).check(self.model.config, "language model", self._batch, 1)
+        if self._block is not None:
+            block = self._block
+            self._block = replace(block, controls=self._controls_at(torch.arange(block.start, block.stop)))
 
     @torch.inference_mode()
     def clone(self, seeds: Sequence[int] | None = None) -> "CodeSampler":
@@ -222,8 +225,67 @@ class CodeSampler:
         new._generators, new._block = [torch.Generator().manual_seed(seed) for seed in seeds], None
         return new
 
+    def state(self) -> dict[str, Any]:
+        """All that the next frame depends on besides the model, the conditions and the settings, as plain values and
+        tensors."""
+        block = self._block
+        return {
+            "n_frames": self.n_frames, "position": self.position, "n_yielded": self.n_yielded,
+            "fade": list(self._fade),
+            "sequence": torch.stack(self._sequence) if self._sequence else None,
+            "sequence_start": self._sequence_start, "last_codes": self._last_codes, "prompt": self._prompt,
+            "uniforms": None if block is None else block.uniforms[self.position - block.start :],
+            "generators": [generator.get_state() for generator in self._generators],
+            "rows": [vars(rows) | {"steps": rows.state} for rows in self._rows],
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
+        """Take the `state` of a sampler of the same model, conditions and settings. `fill` puts the values of a model's
+        state into a new one."""
+        self.n_frames, self.position, self.n_yielded = state["n_frames"], state["position"], state["n_yielded"]
+        self._fade = (state["fade"][0], state["fade"][1])
+        self._prompt, self._sequence_start = state["prompt"], state["sequence_start"]
+        to = self.device
+        self._sequence = [] if state["sequence"] is None else list(state["sequence"].to(to).unbind(0))
+        self._last_codes = None if state["last_codes"] is None else state["last_codes"].to(to)
+        for generator, values in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(values)
+        self._block = None if state["uniforms"] is None else self._new_block(self.position, state["uniforms"])
+        self._rows = []
+        for rows in state["rows"]:
+            new = fill(self.model.init_state(rows["steps"]["batch_size"], device=to), rows["steps"])
+            own = {name: rows[name] for name in ("n_prompts", "weights", "guided")}
+            steps = self.engine.bind(new, self._batch)
+            self._rows.append(ConditionedRows(**own, logits=rows["logits"].to(to), steps=steps))
+
+    def _positions_until(self, n_frames: int) -> int:
+        """How many positions complete that many frames, or all."""
+        wanted = n_frames if self.n_frames is None else min(n_frames, self.n_frames)
+        count = 1
+        while self.pattern.n_complete(self.position + count, self.n_frames) < wanted:
+            count += 1
+        return count
+
+    def _sample_positions(self, count: int) -> None:
+        """Sample the codes of the next positions: `count`, or fewer at the end of a block."""
+        rows = self._rows[-1]
+        if len(self._rows) > 1 or rows.weights is not None:
+            self._sample_position()
+            return
+        block = self._block_at(self.position)
+        index = self.position - block.start
+        n = slice(index, min(index + count, len(block.all_sampled)))
+        codes, rows.logits = rows.steps.run(
+            self._last_codes, rows.logits, block.template[n], block.uniforms[n], block.controls, index, self.sampling,
+            self.guided,
+        )  # fmt: skip
+        self._sequence += codes.unbind(0)  # of [B, K]
+        self._last_codes = codes[-1]
+        self.position += len(codes)
+
     def _sample_position(self) -> None:
-        """Sample the codes of the next position."""
+        """Sample the codes of the next position from logits that several sets of rows give together."""
         position = self.position
         self._process_last_codes()
         block = self._block_at(position)
@@ -284,7 +346,8 @@ class CodeSampler:
             logits.append(model.prefill(item_codes, condition, item_state, item_controls))
             state.write_rows(slice(item, n_rows, batch), item_state)
         rows_of_items = torch.stack(logits, dim=1).flatten(0, 1)
-        return ConditionedRows(conditions, guided, rows_of_items, self.engine.bind(state, batch))
+        steps = self.engine.bind(state, batch)
+        return ConditionedRows(len(conditions.texts), conditions.weights, guided, rows_of_items, steps)
 
     def _context_codes(self) -> Tensor:
         """The start column, then the positions of the kept frames as the first positions of a clip: [B, K, n]."""
@@ -310,14 +373,18 @@ class CodeSampler:
         stop = position + _BLOCK
         if self.n_frames is not None:
             stop = min(stop, self.pattern.sequence_length(self.n_frames))
-        positions = torch.arange(position, stop)
+        self._block = self._new_block(position, _draw(self._generators, stop - position, self._n_codebooks))
+        return self._block
+
+    def _new_block(self, start: int, uniforms: Tensor) -> PositionBlock:
+        """The block of the positions from `start` on with these uniforms, [n, B, K]."""
+        positions = torch.arange(start, start + len(uniforms))
         template = self._template(positions)
         to_sample = template == _TO_SAMPLE
-        self._block = PositionBlock(
-            position, template.to(self.device), to_sample.to(self.device), to_sample.flatten(1).all(1).tolist(),
-            _draw(self._generators, len(positions), self._n_codebooks).to(self.device), self._controls_at(positions),
+        return PositionBlock(
+            start, template.to(self.device), to_sample.to(self.device), to_sample.flatten(1).all(1).tolist(),
+            uniforms.to(self.device), self._controls_at(positions),
         )  # fmt: skip
-        return self._block
 
     def _template(self, positions: Tensor) -> Tensor:
         """What the sequence is known to hold, [n, B, K]: pattern padding, prompt codes, and positions to sample."""

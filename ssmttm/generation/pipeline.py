@@ -5,7 +5,7 @@ Shapes: n prompts, S samples, K codebooks, T frames, t frames of a chunk.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
 from ssmttm.generation.request import MAX_DURATION, Prompt, Request, Sampling, blend_weights
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageStream
 from ssmttm.generation.session import CONTEXT_SECONDS, Snapshot, StreamSession
+from ssmttm.generation.state import fill_state, load_snapshot, save_snapshot
 from ssmttm.hub import commit_of
 from ssmttm.models.controls import Controls, SupportsControls
 from ssmttm.models.token_lm import TokenLM
@@ -82,6 +83,7 @@ class MusicPipeline:
         self._encode_caption = build_null_condition(null_condition, text_encoder)
         self._engines = EngineCache()
         self._encoder: Codec | None = None  # loaded when audio is first encoded
+        self._last_session: Callable[[], StreamSession] | None = None  # that `save_state` saves
 
     @classmethod
     def from_pretrained(
@@ -169,6 +171,7 @@ class MusicPipeline:
             if progress is not None and (len(chunks) > 1 or not n_clip_frames):
                 progress(chunk.shape[0] * chunk.shape[-1] / self.codec.frame_rate)
         codes = torch.cat(chunks, dim=-1)
+        self._last_session = lambda: self._session_after(request, codes, second_stage, step_engine)
         # One item at a time, so that memory and rounding do not depend on the batch.
         n_samples, n_skipped = self._n_samples(request, clip)
         audios = torch.cat([self._decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
@@ -219,7 +222,10 @@ class MusicPipeline:
         generator = self._generator(request, second_stage, clip, self.engine(engine, weights))
         chunk_frames = math.ceil(chunk_seconds * self.codec.frame_rate)
         n_samples, n_skipped = self._n_samples(request, clip)
-        return StreamSession(self, request, generator, chunk_frames, None if duration is None else n_samples, n_skipped)
+        n_total = None if duration is None else n_samples
+        session = StreamSession(self, request, generator, chunk_frames, n_total, n_skipped)
+        self._last_session = lambda: session
+        return session
 
     def engine(self, engine: str = "auto", weights: str = "fp32") -> Engine:
         """The engine that runs the language model's steps; arguments and errors as of `ssmttm.generation.engines.build`.
@@ -234,6 +240,40 @@ class MusicPipeline:
         if snapshot.session.pipeline is not self:
             raise UserError("the snapshot is of another pipeline: resume it there, or save and load its state")
         return snapshot.session.clone(seed)
+
+    def save_state(self, path: str | Path, session: StreamSession | Snapshot | None = None) -> Path:
+        """Write a moment of a stream to a safetensors file, with the hashes of the models.
+
+        Args:
+            session: None: the last session or stream that was opened, as it is now, or the end of the last call's clip
+                (of one prompt).
+
+        Raises:
+            UserError: there is none, or it has ended.
+        """
+        if session is None:
+            if self._last_session is None:
+                raise UserError("there is no state to save: open a session, or generate one clip")
+            session = self._last_session()
+        snapshot = session if isinstance(session, Snapshot) else session.snapshot()
+        if snapshot.session.finished:
+            raise UserError("the stream has ended, so its state leads nowhere: save it before its end")
+        return save_snapshot(path, snapshot, self)
+
+    def load_state(self, path: str | Path) -> Snapshot:
+        """Read a moment that `save_state` wrote, for `resume`. Raises UserError if the file is damaged, or of another
+        model."""
+        return load_snapshot(path, self)
+
+    def restored_session(self, request: Request, content: dict[str, Any]) -> StreamSession:
+        """The session of a saved state; see `ssmttm.generation.state`."""
+        second_stage = self._check_request(request, content["diffusion_steps"])
+        state = content["session"]
+        generator = self._generator(request, second_stage, None, self.engine(*content["engine"]))
+        session = StreamSession(self, request, generator, state["chunk_frames"], state["n_samples"])
+        session.restore(state, fill_state)
+        generator.set_controls(self.controls(request, generator.n_clip_frames, generator.sampler.n_frames))
+        return session
 
     def text_conditions(self, request: Request) -> TextConditions:
         """The captions of a request and their null conditions, encoded one by one: rounding in an encoder depends on
@@ -320,6 +360,17 @@ class MusicPipeline:
         own = controls.supported_by(second_stage.model.config)
         inputs = second_stage_inputs(conditions, request.seeds, own, sampler.device)
         return CodeGenerator(sampler, SecondStageStream(second_stage, inputs, clip_codes), clip_codes)
+
+    def _session_after(
+        self, request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine
+    ) -> StreamSession:
+        """A session without an end that goes on from the end of a clip of these codes, [1, K, T]."""
+        if len(codes) > 1:
+            raise UserError(f"the last call made {len(codes)} clips: a state is of one, so call with one prompt")
+        request = replace(request, duration=None)
+        n_samples = codes.shape[-1] * self.codec.hop_length
+        generator = self._generator(request, second_stage, EncodedClip(codes, n_samples, 0), engine)
+        return StreamSession(self, request, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)
 
     def _encoding_codec(self) -> Codec:
         """The codec, or the teacher of one that only decodes."""

@@ -194,6 +194,16 @@ class SecondStageStream:
         """A copy that goes on independently."""
         return copy.copy(self)  # its tensors are replaced, not changed in place
 
+    def state(self) -> dict[str, Any]:
+        """All that the next window depends on besides the denoiser and `inputs`."""
+        return {name: getattr(self, name) for name in ("index", "first_frame", "coarse_codes", "known")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the `state` of a stream of the same denoiser."""
+        device = next(self.stage.model.parameters()).device
+        for name, value in state.items():
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+
     def _generate_window(self, coarse_codes: Tensor) -> Tensor:
         return self.stage.generate_window(coarse_codes, self.known, self.inputs, self.index, self.first_frame)
 

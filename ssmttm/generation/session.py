@@ -7,9 +7,9 @@ Shapes: K codebooks, C channels, s samples of a chunk.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,12 +17,14 @@ from ssmttm.codecs.base import DecodeStream
 from ssmttm.errors import UserError
 from ssmttm.generation.code_generation import CodeGenerator
 from ssmttm.generation.request import Prompt, Request, check_seed
+from ssmttm.models.token_lm import LMState
 
 if TYPE_CHECKING:
     from ssmttm.generation.pipeline import MusicPipeline
 
 CONTEXT_SECONDS = 4.0  # of codes that are processed again with new words
 FADE_SECONDS = 0.25  # in which the new words take over
+_SAVED = ("n_returned", "chunk_frames", "n_samples", "n_skipped", "finished")
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
 
 
@@ -126,6 +128,20 @@ class StreamSession:
         if seed is not None:
             new.request = replace(self.request, seeds=[seed])
         return new
+
+    def state(self) -> dict[str, Any]:
+        """All that the next chunk depends on besides the models and the request, as plain values and tensors."""
+        own = {name: getattr(self, name) for name in _SAVED}
+        decoder = {"buffer": self.decoder.buffer, "first": self.decoder.first}
+        return own | {"decoder": decoder, "generator": self.generator.state()}
+
+    def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
+        """Take the `state` of a session of the same models and request; see `CodeSampler.restore`."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        buffer, self.decoder.first = state["decoder"]["buffer"], state["decoder"]["first"]
+        self.decoder.buffer = None if buffer is None else buffer.to(self.generator.sampler.device)
+        self.generator.restore(state["generator"], fill)
 
     def _trim(self, wav: Tensor) -> Tensor:
         """Without the samples before the clip's start and after its end."""
