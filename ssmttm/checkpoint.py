@@ -47,7 +47,7 @@ def save_checkpoint(
 
     Args:
         folder: RUN/checkpoints/step-NNNNNNNN.
-        tensors: by file name: model, optimizer, ...
+        tensors: by file name: model, optimizer, ...; see `snapshot`.
         documents: JSON values by file name: state (with at least `step`), ...
     """
     folder = Path(folder)
@@ -60,6 +60,14 @@ def save_checkpoint(
         entries = {path.name: file_entry(path) for path in temporary.iterdir()}
         (temporary / "COMPLETE").write_text(json.dumps(entries, indent=1))
     return folder
+
+
+def snapshot(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies in the memory of the host, each with storage of its own, which `save_checkpoint` needs."""
+    return {
+        file: {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values.items()}
+        for file, values in tensors.items()
+    }
 
 
 def verify(folder: str | Path) -> None:
@@ -195,9 +203,8 @@ def read_config(folder: str | Path) -> DictConfig:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     try:
-        save_file(copies, path)
+        save_file(dict(tensors), path)
     except SafetensorError as error:  # it reports a full disk in its text only
         code = re.search(r"os error (\d+)", str(error))
         if code is None:

@@ -1,9 +1,11 @@
 """A training in two processes on the CPU."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,3 +48,43 @@ def flat(settings: DictConfig) -> dict[str, object]:
 
     walk(settings, defaults, "")
     return different
+
+
+def run_ranks(count: int, train: Callable[[int], None], folder: Path) -> None:
+    """Run a function in forked processes that are the ranks of one training, without starting a new Python.
+
+    Each rank's output is in folder/rank-N.txt. Raises AssertionError with it if a rank fails.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os._exit(_run_rank(rank, count, port, train, folder / f"rank-{rank}.txt"))
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    outputs = [(folder / f"rank-{rank}.txt").read_text() for rank in range(count)]
+    assert codes == [0] * count, "\n".join(outputs)
+
+
+def _run_rank(rank: int, count: int, port: int, train: Callable[[int], None], output: Path) -> int:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    with output.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        try:
+            train(rank)
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        return 0

@@ -111,7 +111,10 @@ def test_wsd_is_stable_until_its_decay():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["schedule=wsd", "schedule.decay_steps=5", "schedule.warmup_steps=2"], "warm-up of 2 and a decay of 5 steps do"),
+        (
+            ["schedule=wsd", "schedule.decay_steps=5", "schedule.warmup_steps=2"],
+            "warm-up of 2 and a decay of 5 steps do",
+        ),
         (["optim.kind=sgd"], "unknown optim.kind=sgd"),
         (["schedule.kind=step"], "unknown schedule.kind=step"),
         (["schedule=wsd", "schedule.decay_steps=0"], "schedule.decay_steps must be at least 1"),

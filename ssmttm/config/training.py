@@ -20,6 +20,7 @@ from ssmttm.config.optim import (
 class DataConfig:
     store: str | None = None  # folder of a store, made by `python -m data_prep`
     batch_size: int = 16  # items of the global batch, over all devices and micro-batches
+    batch_size_schedule: list[list[int]] = field(default_factory=list)  # [step, size] from which it is another one
 
 
 @dataclass
@@ -27,6 +28,7 @@ class CodesDataConfig(DataConfig):
     """Of tasks that learn from codes and captions."""
 
     frames: int = 250  # code frames per item
+    frames_schedule: list[list[int]] = field(default_factory=list)  # as batch_size_schedule, in training
     text_encoder: str | None = None  # the text encoder that the store must be made with; null: any
     fixed_crops: bool = False  # the same crop, caption and dropout of a segment in every epoch
     caption_dropout: float = 0.1  # probability that a caption is replaced by the empty one
@@ -58,6 +60,15 @@ class TrainConfig:
 
 @dataclass
 class DiffusionTrainConfig(TrainConfig):
+    recompute: str = "none"  # none | selective | full: what the backward of a block computes again, to save memory
+    compile: bool = False  # compile the blocks by torch.compile
+    async_checkpoints: bool = True  # a thread writes them, while the training goes on
+    skip_outliers: float | None = None  # skip a step whose loss or gradient norm is so many standard deviations too high
+    skip_limit: int = 10  # skipped steps in a row after which the run is rolled back, or stops
+    rollbacks: int = 0  # how often it is rolled back to its last checkpoint, without the batches since then
+    rollback_lr: float = 0.5  # factor of the learning rates after each time
+    stall_seconds: float = 300.0  # a rank names what it has been doing for longer; 0: never
+    profile: str | None = None  # steps to profile into RUN/profile, such as 10:15
     sample_seconds: float = 5.0  # duration of the audio samples
 
 
@@ -222,7 +233,6 @@ class TaskConfig:
 
 @dataclass
 class LMConfig(TaskConfig):
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     task: str = "lm"
     pattern: str = "delay"  # codebook interleaving: delay | parallel | flatten | coarse_first
     model: Any = MISSING  # configs/model; keys: ssmttm/config/model.py
@@ -239,6 +249,7 @@ class DiffusionTaskConfig(TaskConfig):
     model: Any = MISSING  # configs/model; keys: ssmttm/config/model.py
     data: CodesDataConfig = field(default_factory=CodesDataConfig)
     train: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     losses: DiffusionLosses = field(default_factory=DiffusionLosses)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 

@@ -19,6 +19,7 @@ from ssmttm import audio
 from ssmttm.data.permutation import Permutation, mix, uniform
 from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.data.store import Store
+from ssmttm.data.step_values import StepValues
 from ssmttm.errors import UserError
 from ssmttm.text.condition import TextCondition
 
@@ -44,15 +45,22 @@ Field = Callable[[Sequence[Item], Mapping[str, Any]], Any]  # the items and the 
 class _Loader(ABC):
     """The order of the samples."""
 
-    def __init__(self, store: Store, split: str, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world_size} processes")
+    def __init__(
+        self, store: Store, split: str, batch_size: int | StepValues, seed: int, rank: int, world_size: int
+    ) -> None:
+        self._batch_size = batch_size if isinstance(batch_size, StepValues) else StepValues(batch_size)
+        for size in self._batch_size.all():
+            if size < 1 or size % world_size:
+                raise UserError(f"batch_size {size} must be a positive multiple of the {world_size} processes")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside the world of {world_size}")
         self.store, self.split, self.batch_size, self.seed = store, split, batch_size, seed
         self._rows = store.indices(split)
-        self._rank_batch_size = batch_size // world_size
-        self._first = rank * self._rank_batch_size
+        self._rank, self._world_size = rank, world_size
+        if split == "train" and len(self._rows) < world_size:
+            raise UserError(
+                f"{store.path} has {len(self._rows)} train segments for {world_size} processes: start fewer"
+            )
 
     def __len__(self) -> int:
         """Items per epoch."""
@@ -60,13 +68,14 @@ class _Loader(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that begin within one epoch."""
-        return -(-len(self._rows) // self.batch_size)
+        """Batches that begin within one epoch, of the first batch size."""
+        return -(-len(self._rows) // self._batch_size(0))
 
     def sample(self, n: int) -> list[tuple[int, int]]:
         """(epoch, row of the store) of each of this rank's items of batch n."""
-        first = n * self.batch_size + self._first
-        positions = np.arange(first, first + self._rank_batch_size)  # [b]
+        size = self._batch_size(n) // self._world_size  # b
+        first = self._batch_size.total(n) + self._rank * size
+        positions = np.arange(first, first + size)  # [b]
         epochs, within = np.divmod(positions, len(self._rows))
         order = np.empty_like(within)
         for epoch in np.unique(epochs):
@@ -103,8 +112,8 @@ class CodesLoader(_Loader):
         self,
         store: Store,
         split: str,
-        batch_size: int,
-        frames: int,
+        batch_size: int | StepValues,
+        frames: int | StepValues,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -113,20 +122,21 @@ class CodesLoader(_Loader):
         fields: Mapping[str, Field] | None = None,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
-        if frames < 1:
-            raise UserError(f"frames must be at least 1, got {frames}")
+        self._frames = frames if isinstance(frames, StepValues) else StepValues(frames)
+        if min(self._frames.all()) < 1:
+            raise UserError(f"frames must be at least 1, got {min(self._frames.all())}")
         if not 0.0 <= caption_dropout <= 1.0:
             raise UserError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
-        self.frames, self.caption_dropout, self.fixed = frames, caption_dropout, fixed
-        self.fields = dict(fields or {})
+        self.caption_dropout, self.fixed = caption_dropout, fixed
+        self.fields, self._caption_row = dict(fields or {}), caption_row
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:
         """Batch n: codes int64 [b, K, T], frame_mask bool [b, T] (True: valid), captions list[str], text TextCondition,
         ids list[str], first int64 [b] (the first frame of each crop within its segment), and the further fields."""
-        codes = np.zeros((self._rank_batch_size, self.n_codebooks, self.frames), np.int64)  # [b, K, T]
-        mask = np.zeros((self._rank_batch_size, self.frames), bool)  # [b, T]
-        items = self._items(n)
+        items, frames = self._items(n), self._frames(n)
+        codes = np.zeros((len(items), self.n_codebooks, frames), np.int64)  # [b, K, T]
+        mask = np.zeros((len(items), frames), bool)  # [b, T]
         for index, item in enumerate(items):
             segment = self.store.codes(item.row)  # [K, frames]
             codes[index, :, : item.length] = segment[:, item.first : item.first + item.length]
@@ -147,7 +157,7 @@ class CodesLoader(_Loader):
         items = []
         for (epoch, row), segment_id in zip(sample, self.store.ids(np.array([row for _, row in sample])), strict=True):
             choice_epoch, frames = 0 if self.fixed else epoch, self.store.codes(row).shape[1]
-            length = min(self.frames, frames)
+            length = min(self._frames(n), frames)
             first = mix(self.seed, choice_epoch, segment_id, "crop") % (frames - length + 1)
             items.append(Item(epoch, choice_epoch, row, segment_id, first, length))
         return items
@@ -169,7 +179,15 @@ class AudioLoader(_Loader):
     """
 
     def __init__(
-        self, store: Store, split: str, batch_size: int, samples: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        store: Store,
+        split: str,
+        batch_size: int | StepValues,
+        samples: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        cache: AudioCache | None = None,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
         if samples < 1:

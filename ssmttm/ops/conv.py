@@ -152,11 +152,11 @@ class _ShiftedSum(torch.autograd.Function):
         padded, taps, pre_activation = ctx.saved_tensors
         if pre_activation is not None:
             grad = torch.ops.aten.silu_backward(grad, pre_activation)
-        length = grad.shape[1]
+        length, dtype = grad.shape[1], padded.dtype
         grad, padded = grad.to(taps.dtype), padded.to(taps.dtype)
         grad_padded, grad_taps = torch.zeros_like(padded), torch.empty_like(taps)
         for k in range(len(taps)):
             grad_padded[:, k : k + length].addcmul_(grad, taps[k])
             grad_taps[k] = (grad * padded[:, k : k + length]).sum((0, 1))
         grad_bias = grad.sum((0, 1)) if ctx.has_bias else None
-        return grad_padded.to(ctx.saved_tensors[0].dtype), grad_taps.t(), grad_bias, None
+        return grad_padded.to(dtype), grad_taps.t(), grad_bias, None

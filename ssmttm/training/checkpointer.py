@@ -1,7 +1,10 @@
 """Saving a training to a checkpoint, restoring it, and starting from the weights of another model."""
 
+import copy
 import json
 import platform
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +18,10 @@ from torch.optim import Optimizer
 
 from ssmttm import checkpoint
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256
+from ssmttm.files import DiskFull, file_sha256
 from ssmttm.licences import strictest
 from ssmttm.model_folder import read_card
 from ssmttm.training import rng
-from ssmttm.training.accelerator import Barrier
 from ssmttm.training.ema import EMA
 from ssmttm.training.run import settings_hash
 from ssmttm.training.step import TrainedModule
@@ -37,6 +39,10 @@ class Progress:
     timed_steps: int = 0  # steps that take train.minutes, once decided
     valid: dict[str, float] = field(default_factory=dict)  # metrics of the last validation
     init: dict[str, Any] = field(default_factory=dict)  # the model of the initial weights, if any
+    skipping: dict[str, Any] = field(default_factory=dict)  # `SkipStep.state`
+    rollbacks: int = 0
+    left_out: int = 0  # batches that roll-backs left out: step n takes batch n + left_out
+    lr_factor: float = 1.0  # of roll-backs
 
 
 def step_folder(config: DictConfig, step: int) -> Path:
@@ -44,19 +50,36 @@ def step_folder(config: DictConfig, step: int) -> Path:
     return Path(config.run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
-def save(
-    config: DictConfig,
-    trained_modules: dict[str, TrainedModule],
-    ema: EMA | None,
-    progress: Progress,
-    metadata: dict[str, Any],
-    accelerator: Accelerator,
-    barrier: Barrier,
-) -> Path:
-    """Write the checkpoint of this step and prune old ones; returns its folder. Every rank must call it."""
-    folder = step_folder(config, progress.step)
-    states = [json.loads(state) for state in gather_object([json.dumps(rng.get_state())])]
-    if accelerator.is_main_process:
+class CheckpointWriter:
+    """Writes checkpoints in a thread from a snapshot, so that the loop waits only for the snapshot. Every rank has one.
+
+    A checkpoint waits for the one before. When the disk is full, a line says so, the last good checkpoint stays, and
+    the training goes on; an error that is not the user's is raised at the next call.
+
+    Args:
+        saved: the checkpoint that the run starts from.
+
+    Attributes:
+        saved: the last checkpoint that is written; main process only.
+    """
+
+    def __init__(self, config: DictConfig, accelerator: Accelerator, saved: Path | None) -> None:
+        self._config, self._accelerator, self.saved = config, accelerator, saved
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(
+        self,
+        trained_modules: dict[str, TrainedModule],
+        ema: EMA | None,
+        progress: Progress,
+        metadata: dict[str, Any],
+    ) -> None:
+        """Take a snapshot and start to write it. Every rank must call it."""
+        states = [json.loads(state) for state in gather_object([json.dumps(rng.get_state())])]
+        if not self._accelerator.is_main_process:
+            return
+        self.wait()
         optimizer, groups = flatten_optimizers(
             {name: optimizer.state_dict() for name, optimizer in named_optimizers(trained_modules).items()}
         )
@@ -67,21 +90,43 @@ def save(
         state = {
             **asdict(progress),
             "parameters": sum(parameter.numel() for parameter in trained_modules["model"].module.parameters()),
-            "world_size": accelerator.num_processes,
-            "config_hash": settings_hash(config),
+            "world_size": self._accelerator.num_processes,
+            "config_hash": settings_hash(self._config),
             "data": metadata,
             "licence": strictest(metadata["licences"] | progress.init.get("licences", {})),
             "versions": _versions(),
         }
-        checkpoint.save_checkpoint(
-            folder,
-            config=config,
-            tensors=tensors,
-            documents={"optimizer": groups, "rng": states, "state": state},
-        )
-        checkpoint.prune(config.run_dir, config.train.keep_checkpoints)
-    barrier.wait()
-    return folder
+        documents = {"optimizer": groups, "rng": states, "state": copy.deepcopy(state)}
+        folder = step_folder(self._config, progress.step)
+        self._writing = self._executor.submit(self._write, folder, checkpoint.snapshot(tensors), documents)
+        if not self._config.train.async_checkpoints:
+            self.wait()
+
+    def poll(self) -> None:
+        """Report what became of a checkpoint that is no longer being written."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self, last: bool = False) -> None:
+        """Wait until the checkpoint is written. Raises UserError for a full disk if it is the last one."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            self.saved = writing.result()
+        except DiskFull as error:
+            if last:
+                raise
+            kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was written yet"
+            print(f"warning: {error}; {kept}; the training goes on", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+    def _write(self, folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> Path:
+        checkpoint.save_checkpoint(folder, config=self._config, tensors=tensors, documents=documents)
+        checkpoint.prune(self._config.run_dir, self._config.train.keep_checkpoints)
+        return folder
 
 
 def restore(
@@ -111,7 +156,8 @@ def restore(
         print(f"{folder} has no generator state for rank {rank}: it is seeded from the step", flush=True)
         rng.seed_all(state["step"], rank)
     kept = {key: state[key] for key in ("step", "samples_seen", "seconds", "flops", "valid", "init")}
-    return Progress(**kept, timed_steps=state.get("timed_steps", 0))  # not in older checkpoints
+    newer = ("timed_steps", "skipping", "rollbacks", "left_out", "lr_factor")  # not in older checkpoints
+    return Progress(**kept, **{key: state[key] for key in newer if key in state})
 
 
 def _check_same_teacher(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

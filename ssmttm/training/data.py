@@ -1,13 +1,14 @@
 """The store of a training: its metadata for the model card, and checks of its codec and text encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ssmttm.codecs import Codec, load_codec
-from ssmttm.data.loader import CodesLoader, Field
+from ssmttm.data.loader import CodesLoader, Field, Item
+from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 
@@ -33,16 +34,19 @@ def codes_loader(
     store: Store,
     config: DictConfig,
     split: str,
-    batch_size: int,
+    batch_size: int | StepValues,
     rank: int,
     world_size: int,
     fields: Mapping[str, Field],
+    caption_row: Callable[[Item], int] | None = None,
 ) -> CodesLoader:
-    """The loader of `config.data` with further fields; captions are dropped in the train split only."""
+    """The loader of `config.data` with further fields; captions are dropped, and lengths change, in the train split
+    only."""
     data = config.data
     dropout = data.caption_dropout if split == "train" else 0.0
+    frames = StepValues(data.frames, data.frames_schedule if split == "train" else ())
     fixed = data.fixed_crops
-    return CodesLoader(store, split, batch_size, data.frames, config.seed, rank, world_size, dropout, fixed, fields)
+    return CodesLoader(store, split, batch_size, frames, config.seed, rank, world_size, dropout, fixed, fields)
 
 
 def check_complete(store: Store, name: str) -> None:

@@ -6,9 +6,11 @@ uninterrupted run (on a CPU bit for bit).
 """
 
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -17,31 +19,34 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
+from ssmttm.data.step_values import StepValues
 from ssmttm.errors import Preempted, UserError
 from ssmttm.files import directory_lock
 from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
-from ssmttm.training.accelerator import Barrier, build_accelerator
-from ssmttm.training.checkpointer import Progress, load_initial_weights, restore, save, step_folder
+from ssmttm.training.accelerator import Ranks, build_accelerator, peak_memory
+from ssmttm.training.checkpointer import CheckpointWriter, Progress, load_initial_weights, restore
 from ssmttm.training.data import no_captions_warning
 from ssmttm.training.ema import EMA
+from ssmttm.training.initial_model import with_model_of_init
 from ssmttm.training.metrics import MetricsLog, Throughput, measured_peak, peak_flops, progress_line, validation_line
-from ssmttm.training.optim import set_learning_rate
-from ssmttm.training.run import RunLength, check_settings, resume_folder, run_summary, schedule_length
+from ssmttm.training.monitoring.batches import Batches
+from ssmttm.training.monitoring.profiler import StepProfiler
+from ssmttm.training.monitoring.validation import evaluating, validate, validation_batches
+from ssmttm.training.monitoring.watchdog import Watchdog
 from ssmttm.training.optim.schedule import check_schedule, learning_rate
+from ssmttm.training.optim.skip_step import SkipStep
+from ssmttm.training.recompute import set_up_blocks
+from ssmttm.training.run import RunLength, check_settings, resume_folder, run_summary, schedule_length
 from ssmttm.training.step import (
     TrainedModule,
-    accumulate,
-    all_reduce_metrics,
-    check_finite,
+    all_reduce_losses,
     clip_gradients,
-    global_denominators,
     gradients,
     micro_batches,
-    to_device,
-    total_loss,
+    to_numbers,
 )
-from ssmttm.training.tasks.base import Batch, Losses, Task
+from ssmttm.training.tasks.base import Task
 
 TASKS = {  # module of ssmttm.training.tasks and class, imported when used
     "lm": ("lm", "LanguageModelTask"),
@@ -61,20 +66,25 @@ def train(config: DictConfig) -> Path:
         Preempted: SIGTERM or SIGUSR1 was received; a checkpoint is written.
         KeyboardInterrupt: Ctrl-C was received; a checkpoint is written.
     """
+    config = with_model_of_init(config)
     check_settings(config)
     accelerator = build_accelerator(config.train.precision)
-    with directory_lock(Path(config.run_dir), "training") if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(config, accelerator)
+    main = accelerator.is_main_process
+    with (
+        directory_lock(Path(config.run_dir), "training") if main else contextlib.nullcontext(),
+        Watchdog(accelerator.process_index, config.train.stall_seconds) as watchdog,
+    ):
+        return _train(config, accelerator, watchdog)
 
 
-def _train(config: DictConfig, accelerator: Accelerator) -> Path:
+def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> Path:
     # --- task and modules ----------------------------------------------------------------------------------------
     rank, world_size, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     run_dir = Path(config.run_dir)
-    barrier = Barrier(accelerator)
+    ranks = Ranks(accelerator, watchdog)
     resumed = resume_folder(config) if main else None
-    barrier.wait()
+    ranks.wait()
     resumed = broadcast_object_list([resumed])[0]
     rng.seed_all(config.seed, rank=0)  # the same initial weights on every rank
     task = build_task(config)
@@ -91,6 +101,7 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     progress = restore(resumed, trained_modules, ema, task.metadata(), rank) if resumed else Progress(init=init)
     metadata = task.metadata()  # once the weights are loaded: a denoiser's include the statistics of its latents
     for module in trained_modules.values():
+    set_up_blocks(trained_modules["model"].module, config.train.recompute, config.train.compile)
         module.wrap()
     for frozen in task.frozen:
         accelerator.prepare_model(frozen, evaluation_mode=True)  # in place
@@ -98,12 +109,15 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
     if config.train.minutes is None:
         check_schedule(config, progress.schedule_steps)
     length = RunLength(config.train.steps, config.train.minutes, progress.step, progress.seconds, progress.timed_steps)
-    saved = resumed  # the last checkpoint
+    skipping = SkipStep(accelerator.device, config.train.skip_outliers)
+    if progress.skipping:
+        skipping.load(progress.skipping)
     log = MetricsLog(run_dir, config, progress.step) if main else None
 
     # --- data and summary ----------------------------------------------------------------------------------------
-    loader = task.loader("train", config.data.batch_size, rank, world_size)
-    valid = _validation_batches(task, config, accelerator) if config.train.eval_every else []
+    batch_size = StepValues(config.data.batch_size, config.data.batch_size_schedule)
+    loader = task.loader("train", batch_size, rank, world_size)
+    valid = validation_batches(task, config, accelerator) if config.train.eval_every else []
     peak, peak_source = peak_flops(accelerator.device, precision)
     if main:
         first = micro_batches(loader.batch(progress.step), config.train.micro_batch_size)
@@ -116,39 +130,52 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
                 print(f"warning: {line}", file=sys.stderr, flush=True)
     throughput = Throughput(peak * world_size, lambda: world_size * measured_peak(accelerator.device, precision))
 
+    profiler = StepProfiler(config.train.profile, run_dir, rank, accelerator.device)
+    waits_for_device = accelerator.device.type == "cpu"
+    skip_limit, rollbacks, rollback_lr = config.train.skip_limit, config.train.rollbacks, config.train.rollback_lr
     # --- steps ---------------------------------------------------------------------------------------------------
-    with stop_requests() as requested, contextlib.closing(loader.iterate(progress.step)) as batches:
+    with (
+        stop_requests() as requested,
+        contextlib.closing(Batches(loader, watchdog, progress.step + progress.left_out)) as batches,
+        contextlib.closing(CheckpointWriter(config, accelerator, resumed)) as writer,
+    ):
         stop = interrupt = False
         while progress.step < length.steps and not stop:
-            step_start = time.perf_counter()
+        saved_step = progress.step if resumed else None
+            step_start, waited = time.perf_counter(), batches.waited
+            profiler.before_step(progress.step + 1)
             rates = {
-                name: learning_rate(progress.step, progress.schedule_steps, config, name)
+                name: progress.lr_factor * learning_rate(progress.step, progress.schedule_steps, config, name)
                 for name in trained_modules
             }
             for name, module in trained_modules.items():
-                for optimizer in module.optimizers.values():
-                    set_learning_rate(optimizer, rates[name])
+                module.set_learning_rate(rates[name])
                 module.module.train()
-            micro = micro_batches(next(batches), config.train.micro_batch_size)
-            losses, (tokens, seconds, flops) = gradients(task, trained_modules, micro, progress.step, accelerator)
-            signal = requested()
-            values, (stop, interrupt) = all_reduce_metrics(losses, accelerator, (bool(signal), signal == INTERRUPT))
-            values |= clip_gradients(trained_modules, config.optim.clip)
-            check_finite(progress.step + 1, values, saved)
-            for module in trained_modules.values():
-                module.update()
-            reseeded = task.restart_codes(progress.step)
-            trained_modules["model"].reset_moments(reseeded)
-            values |= task.after_step(progress.step)
+            micro = micro_batches(batches.next(), config.train.micro_batch_size)
+            with watchdog.doing(f"in step {progress.step + 1}"):
+                losses, (tokens, seconds, flops) = gradients(task, trained_modules, micro, progress.step, accelerator)
+                signal = requested()
+                values = all_reduce_losses(losses, accelerator) | clip_gradients(trained_modules, config.optim.clip)
+                skip = skipping.check(values)
+                for module in trained_modules.values():
+                    module.update(skip)
+                reseeded = task.restart_codes(progress.step)
+                trained_modules["model"].reset_moments(reseeded)
+                logged = values | task.after_step(progress.step)
+                if ema is not None:
+                    ema.reset_rows(reseeded)
+                    ema.update(progress.step + 1)
+                stop, interrupt = ranks.any([bool(signal), signal == INTERRUPT])
+            progress.samples_seen += batch_size(progress.step)
             progress.step += 1
-            progress.samples_seen += config.data.batch_size
-            if ema is not None:
-                ema.reset_rows(reseeded)
-                ema.update(progress.step)
-            throughput.add(tokens * world_size, seconds * world_size, flops * world_size)
+            log_is_due = _due(progress.step, length.steps, config.train.log_every)
+            if waits_for_device or log_is_due or not length.is_decided:
+                numbers, (skipped, in_a_row) = to_numbers(logged), skipping.counts()
+            throughput.add(tokens * world_size, seconds * world_size, flops * world_size, batches.waited - waited)
             progress.flops += flops * world_size
             progress.seconds += time.perf_counter() - step_start
             if not length.is_decided:
+            profiler.after_step(progress.step)
                 length.update(broadcast_object_list([progress.seconds])[0])
                 progress.schedule_steps = config.schedule.length or length.steps
                 if length.is_decided:
@@ -157,30 +184,61 @@ def _train(config: DictConfig, accelerator: Accelerator) -> Path:
                         print(f"steps        {length.steps:,} take {config.train.minutes:g} minutes", flush=True)
             steps = length.steps
 
-            if log and _due(progress.step, steps, config.train.log_every):
+            if (waits_for_device or log_is_due) and in_a_row >= skip_limit:
+                writer.wait()
+                saved = broadcast_object_list([writer.saved])[0]
+                problem = _describe_skips(progress.step, in_a_row, numbers)
+                if saved is None or progress.rollbacks >= rollbacks:
+                    raise UserError(f"{problem}; {_advice(saved)}")
+                failed = progress
+                progress = restore(saved, trained_modules, ema, task.metadata(), rank)
+                progress = replace(
+                    progress,
+                    schedule_steps=failed.schedule_steps,
+                    timed_steps=failed.timed_steps,
+                    rollbacks=failed.rollbacks + 1,
+                    left_out=failed.left_out + failed.step - progress.step,
+                    lr_factor=failed.lr_factor * rollback_lr,
+                )
+                skipping.start_again()
+                batches.go_to(progress.step + progress.left_out)
+                if log:
+                    log.close()
+                    log = MetricsLog(run_dir, config, progress.step)
+                    print(f"warning: {problem}; rolled back to {saved.name}", file=sys.stderr, flush=True)
+                continue
+
+            if log and log_is_due:
                 totals = {"samples": progress.samples_seen, "flops": progress.flops, "seconds": progress.seconds}
-                values |= {"lr": rates["model"], **throughput.rates(), **totals}
-                log.write(progress.step, values)
-                print(progress_line(progress.step, steps, values), flush=True)
+                memory = {"peak_memory_gib": peak_memory(accelerator.device), "skipped_steps": skipped}
+                numbers |= {"lr": rates["model"], **throughput.rates(), **totals, **memory}
+                log.write(progress.step, numbers)
+                print(progress_line(progress.step, steps, numbers), flush=True)
             pause_start = time.perf_counter()
             if valid and _due(progress.step, steps, config.train.eval_every):
-                progress.valid = _validate(task, trained_modules, ema, valid, progress.step, accelerator)
+                with watchdog.doing("validating"):
+                    progress.valid = validate(task, trained_modules, ema, valid, progress.step, accelerator)
                 if log:
                     log.write(progress.step, progress.valid)
                     print(validation_line(progress.step, progress.valid), flush=True)
             if _due(progress.step, steps, config.train.sample_every):
                 if log:
-                    with torch.no_grad(), rng.isolated_rng(config.seed), _evaluating(trained_modules, ema):
+                    with torch.no_grad(), rng.isolated_rng(config.seed), evaluating(trained_modules, ema):
                         for sample in task.samples(progress.step):
                             log.write_audio(progress.step, *sample)
-                barrier.wait()
+                ranks.wait()
+            writer.poll()
             if _due(progress.step, steps, config.train.checkpoint_every):
-                saved = save(config, trained_modules, ema, progress, metadata, accelerator, barrier)
+                progress.skipping, saved_step = skipping.state(), progress.step
+                writer.save(trained_modules, ema, progress, metadata)
             throughput.pause(pause_start)
 
-    # --- end -----------------------------------------------------------------------------------------------------
-    if saved != step_folder(config, progress.step):  # stopped between two checkpoints
-        save(config, trained_modules, ema, progress, metadata, accelerator, barrier)
+        # --- end -------------------------------------------------------------------------------------------------
+        if saved_step != progress.step:  # stopped between two checkpoints
+            progress.skipping = skipping.state()
+            writer.save(trained_modules, ema, progress, metadata)
+        writer.wait(last=True)
+    ranks.wait()
     if log:
         log.close()
     accelerator.end_training()
@@ -203,37 +261,14 @@ def _due(step: int, steps: int, every: int) -> bool:
     return bool(every) and (step % every == 0 or step == steps)
 
 
-def _validation_batches(task: Task, config: DictConfig, accelerator: Accelerator) -> list[Batch]:
-    """Micro-batches of the valid split, the same at every validation."""
-    loader = task.loader("valid", config.data.batch_size, accelerator.process_index, accelerator.num_processes)
-    count = min(config.train.eval_batches, loader.steps_per_epoch)
-    return [micro for n in range(count) for micro in micro_batches(loader.batch(n), config.train.micro_batch_size)]
+def _describe_skips(step: int, in_a_row: int, numbers: Mapping[str, float]) -> str:
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    found = f"{', '.join(bad)} is not a finite number" if bad else "the loss or gradient norm is far above recent ones"
+    since = f", as in the {in_a_row - 1} steps before" if in_a_row > 1 else ""
+    return f"step {step}: {found}{since}; the weights were not updated"
 
 
-def _validate(
-    task: Task,
-    trained_modules: dict[str, TrainedModule],
-    ema: EMA | None,
-    batches: list[Batch],
-    step: int,
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """Mean losses over the validation batches with the averaged weights, named valid/..."""
-    totals: Losses = {}
-    denominators = global_denominators(task, batches, accelerator)
-    modules = {name: module.module for name, module in trained_modules.items()}
-    with torch.no_grad(), rng.isolated_rng(0), _evaluating(trained_modules, ema):
-        for batch in batches:
-            losses = task.validation(modules, to_device(batch, accelerator.device), denominators, step)
-            accumulate(totals, {"loss": total_loss(losses, task.loss_weights), **losses})
-    values, _ = all_reduce_metrics(totals, accelerator)
-    return {f"valid/{name}": value for name, value in values.items()}
-
-
-@contextlib.contextmanager
-def _evaluating(trained_modules: dict[str, TrainedModule], ema: EMA | None) -> Iterator[None]:
-    """Modules in eval mode, the model with its averaged weights."""
-    with ema.average_weights() if ema is not None else contextlib.nullcontext():
-        for module in trained_modules.values():
-            module.module.eval()
-        yield
+def _advice(saved: Path | None) -> str:
+    if saved is None:
+        return "no checkpoint was written yet: lower optim.lr or optim.clip and start again"
+    return f"the last checkpoint is {saved}: lower optim.lr or optim.clip and start from it, with another run_dir"

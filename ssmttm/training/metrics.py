@@ -1,6 +1,7 @@
 """The metrics of a run: metrics.jsonl, TensorBoard, the console's lines, throughput and MFU."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -36,7 +37,8 @@ class MetricsLog:
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one JSON line with the step and the values, and log them to TensorBoard."""
+        """Append one JSON line with the step and the finite values, and log them to TensorBoard."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
@@ -74,9 +76,12 @@ class Throughput:
 
     def _reset(self) -> None:
         self._since, self.tokens, self.audio_seconds, self.flops, self.steps = time.perf_counter(), 0.0, 0.0, 0.0, 0
+        self.waited = 0.0
 
-    def add(self, tokens: float, audio_seconds: float, flops: float) -> None:
-        """Add one optimiser step: codes predicted, seconds of audio and FLOPs (forward and backward), of all ranks."""
+    def add(self, tokens: float, audio_seconds: float, flops: float, waited: float = 0.0) -> None:
+        """Add one optimiser step: codes predicted, seconds of audio and FLOPs (forward and backward), of all ranks, and
+        the seconds that this rank waited for data."""
+        self.waited += waited
         self.tokens += tokens
         self.audio_seconds += audio_seconds
         self.flops += flops
@@ -96,6 +101,7 @@ class Throughput:
             "audio_seconds_per_second": self.audio_seconds / elapsed,
             "mfu": achieved / self.peak_flops,
             "seconds_per_step": elapsed / max(self.steps, 1),
+            "data_wait": self.waited / elapsed,
         }
         self._reset()
         return rates
@@ -129,11 +135,13 @@ def measured_peak(device: torch.device, precision: str) -> float:
 def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
     """The console's line for a log interval: losses, learning rate, throughput, MFU and ETA."""
     eta = int((steps - step) * values["seconds_per_step"])
+    skipped = f"{values['skipped_steps']:.0f} steps skipped | " if values["skipped_steps"] else ""
     other_losses = "".join(f" | {key} {values[key]:.3f}" for key in values if key.endswith("_loss"))
     return (
         f"step {step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f}{other_losses} | lr {values['lr']:.2e} | "
         f"grad {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tokens/s | "
         f"{values['audio_seconds_per_second']:.1f} audio-s/s | MFU {100 * values['mfu']:.1f} % | "
+        f"data wait {100 * values['data_wait']:.1f} % | {values['peak_memory_gib']:.2f} GiB | {skipped}"
         f"ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}"
     )
 

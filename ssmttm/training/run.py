@@ -8,9 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm import checkpoint
-from ssmttm.config import RENAMED_SCHEDULE, flatten, new_key
+from ssmttm.config import RENAMED_SCHEDULE, flatten, load, new_key
 from ssmttm.errors import UserError
 from ssmttm.files import config_hash
+from ssmttm.training.monitoring.profiler import parse_steps
 from ssmttm.training.optim.schedule import learning_rate
 from ssmttm.training.tasks.base import Batch, Loader, Task
 
@@ -18,13 +19,17 @@ from ssmttm.training.tasks.base import Batch, Loader, Task
 RESUMABLE_KEYS = (
     "run_dir", "resume", "data.store", "data.text_encoder", "train.steps", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts",
-    "train.micro_batch_size", "schedule.length", "diffusion.sampler", "diffusion.steps",
+    "train.micro_batch_size", "schedule.length", "train.recompute", "train.compile", "train.async_checkpoints",
+    "train.skip_outliers", "train.skip_limit", "train.rollbacks", "train.rollback_lr", "train.stall_seconds",
+    "train.profile", "diffusion.sampler", "diffusion.steps",
     "diffusion.guidance_scale", "diffusion.coarse_guidance_scale",
 )  # fmt: skip
 
 MINIMUM_VALUES = {
     "data.batch_size": 1, "data.frames": 1, "data.seconds": 1e-3, "train.steps": 1, "train.minutes": 1e-3,
-    "train.micro_batch_size": 1, "train.log_every": 0, "train.eval_every": 0, "train.eval_batches": 1, "train.checkpoint_every": 0,
+    "train.micro_batch_size": 1, "train.log_every": 0, "train.eval_every": 0, "train.eval_batches": 1,
+    "train.checkpoint_every": 0, "train.skip_outliers": 1, "train.skip_limit": 1, "train.rollbacks": 0,
+    "train.rollback_lr": 0, "train.stall_seconds": 0,
     "train.keep_checkpoints": 1, "train.sample_every": 0, "train.sample_seconds": 1e-3, "optim.lr": 0,
     "optim.weight_decay": 0, "optim.eps": 0, "optim.clip": 0, "optim.momentum": 0, "optim.newton_schulz_steps": 1,
     "schedule.min_lr": 0, "schedule.warmup_steps": 0, "schedule.length": 1, "schedule.decay_steps": 1,
@@ -34,8 +39,8 @@ MINIMUM_VALUES = {
 _UNMEASURED_STEPS = 2  # of a process: the first ones allocate memory and choose kernels
 _MEASURED_STEPS, _MEASURED_SHARE = 8, 0.1  # steps, and share of train.minutes, before a timed run's length is decided
 PROBABILITIES = (
-    "data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout", "diffusion.coarse_dropout",
-    "train.label_smoothing", "train.ema_decay",
+    "data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout", "data.key_dropout", "data.metre_dropout",
+    "data.bar_position_dropout", "diffusion.coarse_dropout", "train.label_smoothing", "train.ema_decay",
 )  # fmt: skip
 
 
@@ -51,6 +56,12 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{key} must be in [0, 1], got {value}")
+    if config.train.profile is not None:
+        parse_steps(config.train.profile)
+    for name, values in config.data.items():
+        for change in values if name.endswith("_schedule") else ():
+            if len(change) != 2 or change[0] < 0 or change[1] < 1:
+                raise UserError(f"data.{name} must list steps and sizes, as [[500,32]], got {list(change)} in it")
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"optim.betas must be two numbers in [0, 1), got {list(betas)}")
@@ -150,7 +161,8 @@ def _check_same_settings(config: DictConfig, folder: Path) -> None:
     old, new = _settings(checkpoint.read_config(folder)), _settings(config)
     if config.train.minutes is None:  # a run that was trained for a time may be continued by steps
         del new["train.minutes"]
-    changed = [key for key in sorted(new) if old.get(key) != new[key]]  # the old one may have keys of other tasks
+    defaults = flatten(load(f"task={config.task}"))  # of keys that are newer than the run
+    changed = [key for key in sorted(new) if old.get(key, defaults.get(key)) != new[key]]  # old: also of other tasks
     if changed:
         listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed)
         raise UserError(f"the settings differ from {folder} ({listed}): restore them, or give another run_dir")

@@ -1,4 +1,6 @@
-"""One optimiser step over the global batch: gradients, all-reduce of the metrics, clipping, a check for finite values.
+"""One optimiser step over the global batch: gradients, all-reduce of the losses, clipping, update.
+
+Losses and norms stay on the device: a step does not wait for it.
 
 Every loss is a partial sum of a mean over the global batch (`Task.losses`), so the result depends neither on the number
 of ranks nor on that of micro-batches. DDP averages gradients over ranks, hence the factor `num_processes`.
@@ -8,7 +10,6 @@ import contextlib
 import math
 from collections.abc import Mapping
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
 from ssmttm.training.optim import build_optimizers
 from ssmttm.training.tasks.base import Batch, Losses, Task
 
@@ -40,10 +40,16 @@ class TrainedModule:
         """Whether this step updates the module."""
         return any(parameter.grad is not None for parameter in self.module.parameters())
 
-    def update(self) -> None:
-        """Step the optimisers if there are gradients."""
+    def set_learning_rate(self, rate: float) -> None:
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def update(self, skip: Tensor) -> None:
+        """Step the optimisers if there are gradients; where `skip`, a scalar on the device, is 1, nothing changes."""
         if self.has_gradients:
             for optimizer in self.optimizers.values():
+                optimizer.found_inf = skip  # as torch's GradScaler sets it for fused optimisers
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -98,39 +104,27 @@ def global_denominators(task: Task, micro: list[Batch], accelerator: Accelerator
     return accelerator.reduce(denominators, "sum")
 
 
-def all_reduce_metrics(
-    losses: Losses, accelerator: Accelerator, flags: tuple[bool, ...] = ()
-) -> tuple[dict[str, float], list[bool]]:
-    """The losses summed over all ranks, and whether any rank has set each flag, in one all-reduce."""
-    flag_values = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
-    sums = accelerator.reduce(torch.cat([torch.stack(list(losses.values())), flag_values]), "sum").tolist()
-    return dict(zip(losses, sums, strict=False)), [total > 0 for total in sums[len(losses) :]]
+def all_reduce_losses(losses: Losses, accelerator: Accelerator) -> Losses:
+    """The losses summed over all ranks, in one all-reduce."""
+    sums = accelerator.reduce(torch.stack(list(losses.values())), "sum")
+    return dict(zip(losses, sums.unbind(), strict=True))
 
 
-def clip_gradients(trained_modules: dict[str, TrainedModule], clip: float | None) -> dict[str, float]:
+def clip_gradients(trained_modules: dict[str, TrainedModule], clip: float | None) -> Losses:
     """Clip the gradient norm of each module to `clip` (None: only measure it); returns the norms before clipping."""
     norms = {}
     for name, module in trained_modules.items():
         if module.has_gradients:
             norm = nn.utils.clip_grad_norm_(module.module.parameters(), clip or math.inf)
-            norms["grad_norm" if name == "model" else f"{name}_grad_norm"] = float(norm)
+            norms["grad_norm" if name == "model" else f"{name}_grad_norm"] = norm
     return norms
 
 
-def check_finite(step: int, values: dict[str, float], saved: Path | None) -> None:
-    """Raises UserError if a loss or a gradient norm is NaN or infinite, before the weights are updated.
-
-    Args:
-        saved: the last checkpoint, if there is one.
-    """
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        advice = "no checkpoint was written yet: lower optim.lr or optim.clip and start again"
-        if saved is not None:
-            advice = (
-                f"the last checkpoint is {saved}: lower optim.lr or optim.clip and start from it, with another run_dir"
-            )
-        raise UserError(f"step {step}: {', '.join(bad)} is not a finite number; the weights were not updated, {advice}")
+def to_numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Values as numbers of the host. Waits for the device, once."""
+    tensors = {name: value.float() for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
+    return {**values, **dict(zip(tensors, numbers, strict=True))}
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:

@@ -53,6 +53,23 @@ class BlockMuon(torch.optim.Muon):
         super().__init__(params, **options)
         self._rows = rows
 
+    found_inf: Tensor | None = None  # a scalar on the device; 1: `step` changes nothing, as in torch's fused AdamW
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step; does not wait for the device."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.found_inf is not None and self.found_inf.device.type == "cpu" and self.found_inf:
+            return
+        for parameter in parameters:
+            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        tensors = [*parameters, *(self.state[parameter]["momentum_buffer"] for parameter in parameters)]
+        on_device = self.found_inf is not None and self.found_inf.device.type != "cpu"
+        before = [tensor.clone() for tensor in tensors] if on_device else []
+        super().step()
+        for tensor, old in zip(tensors, before, strict=False):
+            tensor.copy_(torch.where(self.found_inf.bool(), old, tensor))
+
     def _init_group(
         self,
         group: MutableMapping[str, Any],
@@ -75,11 +92,6 @@ def fused_rows(module: nn.Module) -> dict[nn.Parameter, Sequence[int]]:
     """The heights of the row blocks of each fused projection, by its weight: a Mamba-2 `in_proj` is z, x, B, C, dt."""
     mixers = [mixer for mixer in module.modules() if isinstance(mixer, Mixer)]
     return {mixer.get_parameter(name): rows for mixer in mixers for name, rows in mixer.fused_rows().items()}
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def _hidden_matrices(module: nn.Module, parameters: Named) -> Named:

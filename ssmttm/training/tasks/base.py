@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
 from ssmttm.training.data import store_metadata
 
@@ -48,7 +49,7 @@ class Task(ABC):
     loss_weights: Mapping[str, float]
 
     @abstractmethod
-    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> Loader:
+    def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> Loader:
         """The batches of a split; `batch_size` counts the items of all ranks."""
 
     @abstractmethod
@@ -76,8 +77,8 @@ class Task(ABC):
         """
         return {}
 
-    def after_step(self, step: int) -> dict[str, float]:
-        """Called after the optimisers' step; returns values to log."""
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
+        """Called after the optimisers' step; returns values to log, numbers or scalars on the device."""
         return {}
 
     @abstractmethod

@@ -28,6 +28,7 @@ SAMPLE_SECONDS, N_SAMPLES = 5.0, 4
 
 class CodecTask(Task):
     """Trains a codec to reconstruct crops of a store's audio, which must have the codec's sample rate.
+from ssmttm.data.step_values import StepValues
 
     Args:
         config: `codec`, `codec_training`, `data` (store, seconds), `losses`, `seed`.
@@ -71,8 +72,9 @@ class CodecTask(Task):
         self.codec.train(training)
         return flops
 
-    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> AudioLoader:
-        return AudioLoader(self.store, split, batch_size, self.samples_per_item, self.config.seed, rank, world_size)
+    def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> AudioLoader:
+        samples, seed = self.samples_per_item, self.config.seed
+        return AudioLoader(self.store, split, batch_size, samples, seed, rank, world_size, self.audio)
 
     def loss_denominators(self, batch: Batch) -> Tensor:
         return torch.tensor([float(len(batch["ids"]))])
@@ -111,7 +113,7 @@ class CodecTask(Task):
         self._restart_metrics = {"codes_restarted": float(sum(int(mask.sum()) for mask in restarted.values()))}
         return restarted
 
-    def after_step(self, step: int) -> dict[str, float]:
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
         return self._restart_metrics
 
     def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics, latent_statistics
 from ssmttm.data.loader import CodesLoader, Field, Item
 from ssmttm.data.permutation import mix, uniform
+from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store, open_store
 from ssmttm.diffusion.objectives import get_objective
 from ssmttm.errors import UserError
@@ -56,7 +57,7 @@ class DiffusionTask(Task):
         SecondStageConfig.from_config(config)  # invalid settings fail here, not at the first samples
         self.controls = StoreControls(self.store, self.model.config, config.data, self.codec, config.seed)
 
-    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> CodesLoader:
+    def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> CodesLoader:
         settings, is_train = self.config.diffusion, split == "train"
         draw = partial(
             draw_items,

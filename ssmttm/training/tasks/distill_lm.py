@@ -104,12 +104,12 @@ class DistillTask(LanguageModelTask):
         losses = super().validation(modules, batch, denominators, step)
         return losses | {"distillation": losses["cross_entropy"]}
 
-    def after_step(self, step: int) -> dict[str, float]:
+    def after_step(self, step: int) -> dict[str, float | Tensor]:
         """Update the loss weighting; returns the weights to log."""
         if self._observed_sizes is not None:
             self.weighting.observe(reduce(self._observed_sizes, "sum"))
             self._observed_sizes = None
-        weights = zip(self.weighting.base_weights, self.weighting.weights().tolist(), strict=True)
+        weights = zip(self.weighting.base_weights, self.weighting.weights().detach().unbind(), strict=True)
         return {f"weight_{name}": weight for name, weight in weights}
 
     def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ssmttm.data.prefetch import prefetch_batches
+from ssmttm.data.step_values import StepValues
 from ssmttm.distill.layer_map import layer_map
 from ssmttm.distill.losses import divergence_sums, soft_target
 from ssmttm.distill.teacher import Teacher
@@ -76,7 +77,7 @@ class TextDistillTask(LanguageModelTask):
         self.joint_step: int | None = settings.joint_step
         self._mean_square = self._projected_mean_square()
 
-    def loader(self, split: str, batch_size: int, rank: int, world_size: int) -> "CaptionLoader":
+    def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> "CaptionLoader":
         codes = super().loader(split, batch_size, rank, world_size)
         return CaptionLoader(codes, self.tokenizer, self.max_tokens, self.original)
 
