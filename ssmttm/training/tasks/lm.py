@@ -77,17 +77,6 @@ class LanguageModelTask(Task):
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_fingerprint("text", self._text_encoder.fingerprint, self.store.info)
 
-    def add_adapter(self) -> None:
-        if self.has_adapter:
-            self.adapter = add_adapter(self.model, self.config.adapter)
-
-    def metadata(self) -> dict[str, Any]:
-        """With the null condition, if it is not the usual one, and peft's config of the adapter, if there is one."""
-        metadata = super().metadata()
-        if self.null_condition != LanguageModelTask.null_condition:
-            metadata["text"] = metadata["text"] | {"null_condition": self.null_condition}
-        return metadata if self.adapter is None else metadata | {"adapter": self.adapter}
-
     def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> Loader:
         fields: dict[str, Field] = {"controls": self.controls.field(split)}
         if self.tags is not None:
