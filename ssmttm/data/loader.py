@@ -187,7 +187,6 @@ class AudioLoader(_Loader):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        cache: AudioCache | None = None,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
         if samples < 1:
