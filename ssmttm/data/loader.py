@@ -128,7 +128,7 @@ class CodesLoader(_Loader):
         if not 0.0 <= caption_dropout <= 1.0:
             raise UserError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
         self.caption_dropout, self.fixed = caption_dropout, fixed
-        self.fields, self._caption_row = dict(fields or {}), caption_row
+        self.fields = dict(fields or {})
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:

@@ -38,7 +38,6 @@ def codes_loader(
     rank: int,
     world_size: int,
     fields: Mapping[str, Field],
-    caption_row: Callable[[Item], int] | None = None,
 ) -> CodesLoader:
     """The loader of `config.data` with further fields; captions are dropped, and lengths change, in the train split
     only."""

@@ -28,7 +28,6 @@ from ssmttm.training.accelerator import Ranks, build_accelerator, peak_memory
 from ssmttm.training.checkpointer import CheckpointWriter, Progress, load_initial_weights, restore
 from ssmttm.training.data import no_captions_warning
 from ssmttm.training.ema import EMA
-from ssmttm.training.initial_model import with_model_of_init
 from ssmttm.training.metrics import MetricsLog, Throughput, measured_peak, peak_flops, progress_line, validation_line
 from ssmttm.training.monitoring.batches import Batches
 from ssmttm.training.monitoring.profiler import StepProfiler

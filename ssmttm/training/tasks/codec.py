@@ -19,6 +19,7 @@ from ssmttm.codecs.discriminators import DiscriminatorOutput, MultiResolutionDis
 from ssmttm.codecs.losses import adversarial_losses, discriminator_loss, reconstruction_losses
 from ssmttm.codecs.students.cost import counted_flops
 from ssmttm.data.loader import AudioLoader
+from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
 from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
