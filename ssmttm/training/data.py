@@ -1,13 +1,13 @@
 """The store of a training: its metadata for the model card, and checks of its codec and text encoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ssmttm.codecs import Codec, load_codec
-from ssmttm.data.loader import CodesLoader, Field, Item
+from ssmttm.data.loader import CodesLoader, Field
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError

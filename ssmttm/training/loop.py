@@ -65,7 +65,6 @@ def train(config: DictConfig) -> Path:
         Preempted: SIGTERM or SIGUSR1 was received; a checkpoint is written.
         KeyboardInterrupt: Ctrl-C was received; a checkpoint is written.
     """
-    config = with_model_of_init(config)
     check_settings(config)
     accelerator = build_accelerator(config.train.precision)
     main = accelerator.is_main_process
@@ -99,8 +98,8 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     rng.seed_all(config.seed, rank)  # from here each rank draws its own dropout
     progress = restore(resumed, trained_modules, ema, task.metadata(), rank) if resumed else Progress(init=init)
     metadata = task.metadata()  # once the weights are loaded: a denoiser's include the statistics of its latents
-    for module in trained_modules.values():
     set_up_blocks(trained_modules["model"].module, config.train.recompute, config.train.compile)
+    for module in trained_modules.values():
         module.wrap()
     for frozen in task.frozen:
         accelerator.prepare_model(frozen, evaluation_mode=True)  # in place
@@ -128,10 +127,10 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
             if line:
                 print(f"warning: {line}", file=sys.stderr, flush=True)
     throughput = Throughput(peak * world_size, lambda: world_size * measured_peak(accelerator.device, precision))
-
     profiler = StepProfiler(config.train.profile, run_dir, rank, accelerator.device)
     waits_for_device = accelerator.device.type == "cpu"
     skip_limit, rollbacks, rollback_lr = config.train.skip_limit, config.train.rollbacks, config.train.rollback_lr
+
     # --- steps ---------------------------------------------------------------------------------------------------
     with (
         stop_requests() as requested,
@@ -139,8 +138,8 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
         contextlib.closing(CheckpointWriter(config, accelerator, resumed)) as writer,
     ):
         stop = interrupt = False
-        while progress.step < length.steps and not stop:
         saved_step = progress.step if resumed else None
+        while progress.step < length.steps and not stop:
             step_start, waited = time.perf_counter(), batches.waited
             profiler.before_step(progress.step + 1)
             rates = {
@@ -173,8 +172,8 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
             throughput.add(tokens * world_size, seconds * world_size, flops * world_size, batches.waited - waited)
             progress.flops += flops * world_size
             progress.seconds += time.perf_counter() - step_start
-            if not length.is_decided:
             profiler.after_step(progress.step)
+            if not length.is_decided:
                 length.update(broadcast_object_list([progress.seconds])[0])
                 progress.schedule_steps = config.schedule.length or length.steps
                 if length.is_decided:
