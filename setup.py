@@ -40,7 +40,7 @@ setup(
     packages=[*find_packages(include=["ssmttm*", "data_prep*"]), "ssmttm.configs"],
     package_dir={"ssmttm.configs": "configs"},
     package_data={
-        "ssmttm": ["assets/**/*", "reports/templates/*", "web/static/*"],
+        "ssmttm": ["assets/**/*", "generation/engines/*.cpp", "reports/templates/*", "web/static/*"],
         "ssmttm.configs": ["**/*.yaml"],
         "data_prep": ["reports/*.json"],
     },
