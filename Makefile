@@ -19,7 +19,7 @@ $(READY): setup.py constraints.txt Makefile
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --upgrade --quiet pip "setuptools>=77"
 	$(PY) -m pip install --constraint constraints.txt --progress-bar on $(shell grep '^torch==' constraints.txt)
-	$(PY) -m pip install --constraint constraints.txt --progress-bar on --editable ".[dev,export,vocals,ffmpeg,ray,web]" pretty_midi
+	$(PY) -m pip install --constraint constraints.txt --progress-bar on --editable ".[dev,export,vocals,ffmpeg,ray,web,lora]" pretty_midi
 	$(PY) -m pip install --no-deps --progress-bar on $(BARE)
 	@touch $@
 

@@ -14,7 +14,8 @@ EXTRAS = {
     "sweep": ["optuna>=4"],
     "ray": ["ray>=2.56"],
     "web": ["fastapi>=0.120", "uvicorn>=0.35", "websockets>=14", "python-multipart>=0.0.20"],
-    "track": ["wandb", "trackio"],
+    "track": ["wandb>=0.20", "trackio>=0.20"],
+    "lora": ["peft>=0.17"],
     "dev": [
         "pytest>=8",
         "pytest-xdist",

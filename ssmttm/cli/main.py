@@ -35,7 +35,7 @@ def _add_training(commands: Commands) -> None:
     """export RUN OUT, size KEY=VALUE and cache-teacher OUT KEY=VALUE."""
     export = commands.add_parser(
         "export",
-        help="write the newest good checkpoint of a run as a model folder for sample.py and load_codec",
+        help="write the newest good checkpoint of a run as a model folder for sample.py and load_codec, or its adapter",
         epilog="example: ssmttm export runs/lm exported/my-model\n"
         "         ssmttm export runs/stage1 exported/two-stage --second-stage runs/stage2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,7 +43,8 @@ def _add_training(commands: Commands) -> None:
     export.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder or a checkpoint in it")
     export.add_argument("out", type=Path, metavar="OUT", help="output folder")
     export.add_argument("--second-stage", type=Path, metavar="RUN2", help="the second stage of a two-stage model")
-    export.set_defaults(run=_call("export.model_folder", "export_stages", "run_dir", "out", "second_stage"))
+    export.add_argument("--merge", action="store_true", help="of a training with an adapter, write the whole model")
+    export.set_defaults(run=_call("export.model_folder", "export_stages", "run_dir", "out", "second_stage", "merge"))
 
     size = commands.add_parser(
         "size", help="parameters and FLOPs of a config's model; the depth or width that meets a budget",

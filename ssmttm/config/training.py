@@ -46,8 +46,8 @@ class AudioDataConfig(DataConfig):
 @dataclass
 class TrainConfig:
     steps: int = 1000  # optimiser steps
-    precision: str = "auto"  # auto | fp32 | bf16; auto: bf16 if the GPU or CPU supports it
     minutes: float | None = None  # train for about so long, whatever `steps` is; null: by steps
+    precision: str = "auto"  # auto | fp32 | bf16; auto: bf16 if the GPU or CPU supports it
     micro_batch_size: int | None = None  # items per device and forward pass; null: the device's part of the batch
     log_every: int = 10  # steps between log lines; 0 is never, also for the *_every keys below
     eval_every: int = 200  # steps between validations
@@ -55,11 +55,6 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     sample_every: int = 0  # steps between audio samples
-    ema_decay: float | None = 0.999  # of the averaged weights for validation, samples and export; null: no averaging
-
-
-@dataclass
-class DiffusionTrainConfig(TrainConfig):
     recompute: str = "none"  # none | selective | full: what the backward of a block computes again, to save memory
     compile: bool = False  # compile the blocks by torch.compile
     async_checkpoints: bool = True  # a thread writes them, while the training goes on
@@ -69,6 +64,12 @@ class DiffusionTrainConfig(TrainConfig):
     rollback_lr: float = 0.5  # factor of the learning rates after each time
     stall_seconds: float = 300.0  # a rank names what it has been doing for longer; 0: never
     profile: str | None = None  # steps to profile into RUN/profile, such as 10:15
+    ema_decay: float | None = 0.999  # of the averaged weights for validation, samples and export; null: no averaging
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard, wandb, trackio
+
+
+@dataclass
+class DiffusionTrainConfig(TrainConfig):
     sample_seconds: float = 5.0  # duration of the audio samples
 
 
@@ -89,8 +90,8 @@ class LMTrainConfig(TrainConfig):
 @dataclass
 class LMLosses:
     cross_entropy: float = 1.0  # mean over codebooks
-    tags: float = 0.0  # tag classification; 0: no tag head
     z_loss: float = 0.0  # squared log of the softmax's denominator (arXiv 2204.02311), mean over codebooks
+    tags: float = 0.0  # tag classification; 0: no tag head
 
 
 @dataclass
@@ -217,6 +218,17 @@ class TextStudentConfig:
 
 
 @dataclass
+class AdapterConfig:
+    """An adapter on the linear layers of `init` is trained instead of the model's weights, with peft."""
+
+    method: str | None = None  # lora (arXiv 2106.09685) | dora (arXiv 2402.09353); null: none, all weights are trained
+    rank: int = 16
+    alpha: float = 32.0  # the update is multiplied by alpha / rank
+    dropout: float = 0.0
+    targets: list[str] | None = None  # names of linear layers; null: in_proj, out_proj, q_proj, k_proj, v_proj, heads
+
+
+@dataclass
 class TaskConfig:
     """The keys of every task."""
 
@@ -228,6 +240,7 @@ class TaskConfig:
     data: DataConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: AdamWConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     losses: Any = MISSING  # weight by name; a loss of the task without a weight is logged only
 
 
@@ -241,6 +254,8 @@ class LMConfig(TaskConfig):
     optim: AdamWConfig = field(default_factory=lambda: AdamWConfig(module_lr=LMModuleRates()))
     losses: LMLosses = field(default_factory=LMLosses)
     tag_head: TagHeadConfig = field(default_factory=TagHeadConfig)
+    model_from_init: bool = False  # take model and pattern from `init`; keys of model that are set still count
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
 
 @dataclass
@@ -249,7 +264,6 @@ class DiffusionTaskConfig(TaskConfig):
     model: Any = MISSING  # configs/model; keys: ssmttm/config/model.py
     data: CodesDataConfig = field(default_factory=CodesDataConfig)
     train: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     losses: DiffusionLosses = field(default_factory=DiffusionLosses)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 

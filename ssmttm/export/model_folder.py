@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ssmttm import checkpoint
+from ssmttm.adapters import adapter_tensors, without_adapter, write_adapter
 from ssmttm.codecs import Codec, StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
 from ssmttm.generation import loading
@@ -16,9 +17,11 @@ from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import student_from_description
 
 
-def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
+def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool = False) -> Path:
     """Write a run or a checkpoint as a model folder without paths of this machine. Raises UserError if there is no good
     checkpoint, the disk is full, or `out` has a second stage of an earlier export.
+
+    A training with an adapter is written as an adapter folder (`ssmttm.adapters`) or, with `merge`, as a whole model.
 
     A language model or a denoiser: config.yaml, model.safetensors (averaged weights if there are any) and card.json. A
     codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
@@ -27,13 +30,22 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     Args:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
         out: a folder; files of these names in it are replaced.
-        half: matrices in float16; vectors stay float32.
+        half: matrices in float16; vectors stay float32. Adapters stay float32.
+        merge: see above; only for a training with an adapter.
     """
     source, out = checkpoint.find_model(run_dir), Path(out)
     _check_no_second_stage(out)
     config, state = checkpoint.read_config(source), checkpoint.read_state(source)
+    weights, adapter = checkpoint.load_weights(source), state["data"].get("adapter")
+    if merge and adapter is None:
+        raise UserError(f"{run_dir} has no adapter to merge: export it without --merge")
+    if adapter is not None and not merge:
+        with folder_to_write(out) as folder:
+            write_adapter(folder, adapter_tensors(weights), *_adapter_config_and_card(out.name, state))
+        return out
+    weights = without_adapter(weights, state)
+    state = state | {"data": {key: value for key, value in state["data"].items() if key != "adapter"}}
     card = _card(out.name, config.task, state)
-    weights = checkpoint.load_weights(source)
     with folder_to_write(out) as folder:
         if config.task in ("codec", "distill_codec"):
             _load_codec(config, state, weights).save(folder, half=half)
@@ -45,12 +57,14 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True) -> Path:
     return out
 
 
-def export_stages(run_dir: str | Path, out: str | Path, second_stage: str | Path | None) -> Path:
+def export_stages(run_dir: str | Path, out: str | Path, second_stage: str | Path | None, merge: bool = False) -> Path:
     """`export`, or `export_two_stages` if there is a second stage."""
-    return export(run_dir, out) if second_stage is None else export_two_stages(run_dir, second_stage, out)
+    if second_stage is None:
+        return export(run_dir, out, merge=merge)
+    return export_two_stages(run_dir, second_stage, out, merge)
 
 
-def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: str | Path) -> Path:
+def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: str | Path, merge: bool = False) -> Path:
     """Write a two-stage model as one folder: the first stage as `export` does, the second in its subfolder. Raises
     UserError if as `export`; the two do not fit each other. Unless the disk is full, nothing is written then."""
     first = loading.open_model_folder(first_stage)
@@ -58,9 +72,11 @@ def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: st
     assert second is not None
     for folder in (first, second):
         checkpoint.read_state(folder.path)  # an exported folder has none
+    if "adapter" in first.card["data"] and not merge:
+        raise UserError(f"{first_stage} trains an adapter: export it alone, or with --merge as a part of this model")
     loading.check_stages(first, loading.load_language_model(first), loading.load_denoiser(second))
     _check_no_second_stage(Path(out))
-    export(first_stage, out)
+    export(first_stage, out, merge=merge)
     export(second_stage, Path(out) / SECOND_STAGE)
     return Path(out)
 
@@ -82,6 +98,16 @@ def _card(name: str, task: str, state: dict[str, Any]) -> dict[str, Any]:
         "data": state["data"] | {"licences": licences}, "licence": strictest(licences), "init": state["init"],
         "metrics": state["valid"], "config_hash": state["config_hash"], "versions": state["versions"],
     }  # fmt: skip
+
+
+def _adapter_config_and_card(name: str, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """adapter_config.json and adapter_card.json."""
+    data = dict(state["data"])
+    config, base = data.pop("adapter"), state["init"]
+    card = _card(name, "adapter", state | {"data": data}) | {"base_model": base}
+    for key in ("init", "parameters"):  # of the base model
+        card.pop(key)
+    return config | {"base_model_name_or_path": base["name"]}, card
 
 
 def _shared_config(config: DictConfig, state: dict[str, Any]) -> DictConfig:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ssmttm import checkpoint
+from ssmttm.adapters import without_adapter
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.empty_weights import EmptyWeights
@@ -150,7 +151,7 @@ def _load_model(folder: ModelFolder) -> nn.Module:
         quantise(model)
     elif weights_format is not None:
         raise UserError(f"unknown weights format {weights_format!r} in {folder.path}, known is int8: update ssmttm")
-    weights = checkpoint.load_weights(folder.path)
+    weights = without_adapter(checkpoint.load_weights(folder.path), folder.card)
     check_tensor_names(weights, folder.weights_file)
     checkpoint.load_into(model, weights, folder.weights_file)
     return model.eval()

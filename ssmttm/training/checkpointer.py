@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssmttm import checkpoint
+from ssmttm import adapters, checkpoint
 from ssmttm.errors import UserError
 from ssmttm.files import DiskFull, file_sha256
 from ssmttm.licences import strictest
@@ -187,11 +187,16 @@ def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, 
             f"init={model} uses the codes of {own_codec['name']} ({own_codec['fingerprint']}), this store has those of "
             f"{codec['name']} ({codec['fingerprint']}): start from a model of the same codec"
         )
-    checkpoint.load_into(module, checkpoint.load_weights(folder), folder)
+    checkpoint.load_into(module, adapters.without_adapter(checkpoint.load_weights(folder), card), folder)
     averaged = folder / "ema.safetensors"
     digest = file_sha256(averaged if averaged.is_file() else folder / "model.safetensors")
     licences = card["data"]["licences"] | card.get("init", {}).get("licences", {})
-    return {"name": Path(model).name, "step": card["step"], "weights_sha256": digest, "licences": licences}
+    return {
+        "name": card.get("name", Path(model).name),
+        "step": card["step"],
+        "weights_sha256": digest,
+        "licences": licences,
+    }
 
 
 def named_optimizers(trained_modules: dict[str, TrainedModule]) -> dict[str, Optimizer]:

@@ -28,6 +28,7 @@ from ssmttm.training.accelerator import Ranks, build_accelerator, peak_memory
 from ssmttm.training.checkpointer import CheckpointWriter, Progress, load_initial_weights, restore
 from ssmttm.training.data import no_captions_warning
 from ssmttm.training.ema import EMA
+from ssmttm.training.initial_model import with_model_of_init
 from ssmttm.training.metrics import MetricsLog, Throughput, measured_peak, peak_flops, progress_line, validation_line
 from ssmttm.training.monitoring.batches import Batches
 from ssmttm.training.monitoring.profiler import StepProfiler
@@ -65,6 +66,7 @@ def train(config: DictConfig) -> Path:
         Preempted: SIGTERM or SIGUSR1 was received; a checkpoint is written.
         KeyboardInterrupt: Ctrl-C was received; a checkpoint is written.
     """
+    config = with_model_of_init(config)
     check_settings(config)
     accelerator = build_accelerator(config.train.precision)
     main = accelerator.is_main_process
@@ -89,6 +91,7 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     codec = None if config.task == "codec" else task.metadata()["codec"]
     new = config.init and not resumed
     init = load_initial_weights(config.init, task.modules["model"], codec) if new else {}
+    task.add_adapter()
     trained_modules = {
         name: TrainedModule(name, module, config.optim, accelerator) for name, module in task.modules.items()
     }

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard, the console's lines, throughput and MFU."""
+"""The metrics of a run: metrics.jsonl, trackers, the console's lines, throughput and MFU."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ssmttm import audio
 from ssmttm.files import write_text
+from ssmttm.training.monitoring.trackers import open_trackers
 
 # Dense bf16 peak of the tensor cores (float32 accumulation), FLOP/s, from the data sheets.
 BF16_PEAK = {
@@ -25,7 +25,8 @@ _PEAK_PRODUCTS, _PEAK_SECONDS = 8, 0.5  # of a measurement of the peak
 
 
 class MetricsLog:
-    """Writes a run folder's config.yaml, metrics.jsonl, TensorBoard and samples; drops lines after `start_step`."""
+    """Writes a run folder's config.yaml, metrics.jsonl and samples, and to `train.trackers`; drops lines after
+    `start_step`."""
 
     def __init__(self, run_dir: Path, config: DictConfig, start_step: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -34,26 +35,29 @@ class MetricsLog:
         self.samples_dir = run_dir / "samples"
         self._keep_until(start_step)
         self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
+        self._trackers = open_trackers(config.train.trackers, run_dir, config, start_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one JSON line with the step and the finite values, and log them to TensorBoard."""
+        """Append one JSON line with the step and the finite values, and log them to the trackers."""
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        named = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
+        for tracker in self._trackers:
+            tracker.write(step, named)
 
     def write_audio(self, step: int, name: str, wav: Tensor, sample_rate: int) -> None:
-        """Write one sample, [C, S], to samples/step-NNNNNNNN/NAME.wav and to TensorBoard."""
+        """Write one sample, [C, S], to samples/step-NNNNNNNN/NAME.wav and to the trackers."""
         folder = self.samples_dir / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         wav = wav.detach().float().cpu().clamp(-1, 1)
         audio.write(folder / f"{name}.wav", wav, sample_rate)
-        self._board.add_audio(name, wav.mean(0, keepdim=True), step, sample_rate=sample_rate)
+        for tracker in self._trackers:
+            tracker.write_audio(step, name, wav, sample_rate)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():

@@ -12,6 +12,7 @@ from ssmttm.config import RENAMED_SCHEDULE, flatten, load, new_key
 from ssmttm.errors import UserError
 from ssmttm.files import config_hash
 from ssmttm.training.monitoring.profiler import parse_steps
+from ssmttm.training.monitoring.trackers import check_trackers
 from ssmttm.training.optim.schedule import learning_rate
 from ssmttm.training.tasks.base import Batch, Loader, Task
 
@@ -21,7 +22,7 @@ RESUMABLE_KEYS = (
     "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.sample_seconds", "train.prompts",
     "train.micro_batch_size", "schedule.length", "train.recompute", "train.compile", "train.async_checkpoints",
     "train.skip_outliers", "train.skip_limit", "train.rollbacks", "train.rollback_lr", "train.stall_seconds",
-    "train.profile", "diffusion.sampler", "diffusion.steps",
+    "train.profile", "train.trackers", "diffusion.sampler", "diffusion.steps",
     "diffusion.guidance_scale", "diffusion.coarse_guidance_scale",
 )  # fmt: skip
 
@@ -51,6 +52,7 @@ def check_settings(config: DictConfig) -> None:
             "data.store is not set: prepare one, such as `python -m data_prep builtin --hours 0.5 --out data/builtin`, "
             "and give data.store=data/builtin"
         )
+    check_trackers(config.train.trackers)
     check_minimum(config, MINIMUM_VALUES | {f"losses.{name}": 0 for name in config.losses})
     for key in PROBABILITIES:
         value = OmegaConf.select(config, key)

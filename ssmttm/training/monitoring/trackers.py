@@ -96,12 +96,32 @@ class WandbTracker:
         self._run.finish()
 
 
+class TrackioTracker:
+    """Logs to one run of Trackio, which a resumed training continues, in a local database (TRACKIO_DIR)."""
+
+    def __init__(self, run_dir: Path, config: DictConfig, start_step: int) -> None:
+        self._trackio = import_module("trackio")
+        self._run = self._trackio.init(
+            os.environ.get("TRACKIO_PROJECT", PROJECT), name=f"{run_dir.name}-{_run_id(run_dir)}", resume="allow",
+            config=_values(config), embed=False,
+        )  # fmt: skip
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def write_audio(self, step: int, name: str, wav: Tensor, sample_rate: int) -> None:
+        samples = (wav.T * 32767).short().numpy()  # it would normalise floats to their peak
+        self._run.log({f"samples/{name}": self._trackio.Audio(samples, sample_rate=sample_rate)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 def _run_id(run_dir: Path) -> str:
-    """The id of a run at Weights & Biases, kept in run_dir/wandb/run_id."""
-    path = run_dir / "wandb" / "run_id"
+    """An id of the run for trackers, kept in run_dir/tracker_id."""
+    path = run_dir / "tracker_id"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, uuid.uuid4().hex[:16])
+        write_text(path, uuid.uuid4().hex[:8])
     return path.read_text()
 
 
@@ -109,4 +129,4 @@ def _values(config: DictConfig) -> Any:
     return OmegaConf.to_container(config, resolve=True)
 
 
-TRACKERS: dict[str, Any] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "trackio": TrackioTracker}

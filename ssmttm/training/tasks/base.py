@@ -48,6 +48,9 @@ class Task(ABC):
     frozen: Sequence[nn.Module] = ()
     loss_weights: Mapping[str, float]
 
+    def add_adapter(self) -> None:  # noqa: B027
+        """Called once the initial weights are loaded; freezes the model and adds trainable layers, if asked to."""
+
     @abstractmethod
     def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> Loader:
         """The batches of a split; `batch_size` counts the items of all ranks."""

@@ -26,6 +26,7 @@ from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import apply_null_condition
+from ssmttm.training.adapters import add_adapter, check_adapter
 from ssmttm.training.data import (
     check_complete,
     check_fingerprint,
@@ -34,6 +35,7 @@ from ssmttm.training.data import (
     codes_loader,
     load_store_codec,
 )
+from ssmttm.training.initial_model import check_store, open_initial_model
 from ssmttm.training.tasks.base import Batch, Loader, Losses, Modules, Sample, Task
 from ssmttm.training.tasks.controls import StoreControls
 from ssmttm.training.tasks.tag_head import TagHead, TagVocabulary, tag_losses
@@ -55,6 +57,12 @@ class LanguageModelTask(Task):
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
         check_complete(self.store, config.data.store)
+        if config.get("model_from_init"):
+            initial = open_initial_model(config)
+            check_store(initial, config.data.store, self.store.info)
+            self.null_condition = initial.null_condition
+        self.has_adapter = "adapter" in config and check_adapter(config)
+        self.adapter: dict[str, Any] | None = None
         _check_fit(config, self.store.info)
         model = build_model(config.model)
         assert isinstance(model, TokenLM)
@@ -76,6 +84,17 @@ class LanguageModelTask(Task):
         if config.train.sample_every:  # loaded now, so that a missing encoder stops the run at its start
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_fingerprint("text", self._text_encoder.fingerprint, self.store.info)
+
+    def add_adapter(self) -> None:
+        if self.has_adapter:
+            self.adapter = add_adapter(self.model, self.config.adapter)
+
+    def metadata(self) -> dict[str, Any]:
+        """With the null condition, if it is not the usual one, and peft's config of the adapter, if there is one."""
+        metadata = super().metadata()
+        if self.null_condition != LanguageModelTask.null_condition:
+            metadata["text"] = metadata["text"] | {"null_condition": self.null_condition}
+        return metadata if self.adapter is None else metadata | {"adapter": self.adapter}
 
     def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> Loader:
         fields: dict[str, Field] = {"controls": self.controls.field(split)}
