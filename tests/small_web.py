@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from ssmttm.errors import UserError
 
 RATE = 8000
+PROMPT = "a waltz on a harp"
+ADDRESS = "http://127.0.0.1:8000"
 
 
 class SineSession:
@@ -73,3 +76,11 @@ def pitch(samples):
     """The loudest frequency of samples [S] in Hz."""
     spectrum = np.abs(np.fft.rfft(np.asarray(samples, float) * np.hanning(len(samples))))
     return float(spectrum.argmax() * RATE / len(samples))
+
+
+def wait_until(condition, seconds=5.0):
+    """Wait for a condition of another thread."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from small_web import RATE, SinePipeline, pitch
+from small_web import ADDRESS, PROMPT, RATE, SinePipeline, pitch, wait_until
 from starlette.testclient import TestClient
 
 from ssmttm.errors import UserError
@@ -17,8 +17,6 @@ from ssmttm.web.app import create_app
 from ssmttm.web.limits import Limits
 
 pytestmark = pytest.mark.timeout(30)
-PROMPT = "a waltz on a harp"
-ADDRESS = "http://127.0.0.1:8000"
 
 
 @pytest.fixture
@@ -39,13 +37,6 @@ def wav_file(seconds=1.0, rate=RATE, format="WAV"):
     file = io.BytesIO()
     soundfile.write(file, 0.5 * np.sin(np.arange(round(seconds * rate)) * 0.1), rate, format=format)
     return file.getvalue()
-
-
-def wait_until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("format", ["wav", "flac"])

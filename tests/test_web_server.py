@@ -1,5 +1,6 @@
 """The server of `ssmttm web` over real sockets: disconnection, slow and greedy clients, floods, a taken port."""
 
+import io
 import json
 import re
 import shlex
@@ -9,10 +10,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
-from small_web import RATE, SinePipeline
-from test_web import PROMPT, wait_until
+from small_web import PROMPT, RATE, SinePipeline, wait_until
 from web_server import run_server
 from websockets.sync.client import connect
 
@@ -65,6 +66,22 @@ def answer(connection):
         parts = list(iter(lambda: connection.recv(65536), b""))
     head, _, body = b"".join(parts).partition(b"\r\n\r\n")
     return int(head.split()[1]), body
+
+
+def test_the_embedded_model_gives_what_the_pipeline_gives():
+    pipe = MusicPipeline.from_pretrained()
+    expected = pipe(PROMPT, duration=0.7, seeds=3).audios[0, 0].numpy()
+    with run_server({"tiny_lm": pipe}) as (port, _):
+        request = {"prompt": PROMPT, "duration": 0.7, "seed": 3}
+        status, content = answer(post(port, json.dumps(request).encode(), headers="Connection: close\r\n"))
+        clip, rate = soundfile.read(io.BytesIO(content))
+        assert status == 200 and rate == pipe.sample_rate
+        assert clip == pytest.approx(expected, abs=0.6 / 32768)  # rounded to 16 bit
+        with connect(f"ws://127.0.0.1:{port}/v1/stream") as stream:
+            stream.send(json.dumps({"type": "start", **request}))
+            received = list(iter(stream.recv, json.dumps({"type": "finished", "position": 0.7})))
+        pcm = np.frombuffer(b"".join(part for part in received if isinstance(part, bytes)), "<i2")
+        assert np.array_equal(pcm / 32768, clip)
 
 
 def test_a_client_that_leaves_ends_its_generation(running):

@@ -7,10 +7,9 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from small_web import RATE, SinePipeline, pitch
+from small_web import ADDRESS, RATE, SinePipeline, pitch, wait_until
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
-from test_web import ADDRESS, wait_until
 
 from ssmttm.web.app import create_app
 from ssmttm.web.limits import Limits

@@ -17,7 +17,7 @@ from ssmttm import __version__
 from ssmttm.errors import UserError
 from ssmttm.generation.output import slug
 from ssmttm.web.access import Access
-from ssmttm.web.clip_generation import ClipGeneration
+from ssmttm.web.generations import ClipGeneration
 from ssmttm.web.limits import CLIPS_PATH, BodyLimit, Limits
 from ssmttm.web.live import Listener
 from ssmttm.web.recording import encode

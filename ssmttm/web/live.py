@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from ssmttm.errors import UserError
 from ssmttm.web import schema
+from ssmttm.web.generations import AudioChunk, Event, Moment, StreamGeneration
 from ssmttm.web.recording import Recording
 from ssmttm.web.scheduler import Busy
 from ssmttm.web.service import Plan, Service
-from ssmttm.web.stream_generation import AudioChunk, Event, Moment, StreamGeneration
 
 if TYPE_CHECKING:
     from fastapi import WebSocket

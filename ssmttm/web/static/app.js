@@ -348,6 +348,12 @@ $("no_clip").onclick = () => {
   upload();
 };
 
+// A page that is left may be kept frozen, with its connection.
+window.addEventListener("pagehide", () => {
+  stop();
+  socket?.close();
+});
+
 async function main() {
   setState("idle");
   showSlider("volume");
