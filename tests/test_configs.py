@@ -204,6 +204,28 @@ def test_renamed_keys_and_experiments_exist_under_their_new_names():
         assert any(OmegaConf.select(root, new, default=KeyError) is not KeyError for root in roots), new
 
 
+@pytest.mark.parametrize(
+    ("root", "override", "message"),
+    [
+        ("eval", "tempature=1", "unknown config key 'tempature': did you mean temperature?"),
+        ("eval", "eval.sekonds=3", "unknown config key 'eval.sekonds': did you mean eval.seconds?"),
+        ("eval", "n=ten", "n must be an integer or null, got ten"),
+        ("eval", "adherence=perhaps", "adherence must be true or false, got perhaps"),
+        ("eval", "+sed=1", "unknown config key 'sed': did you mean seed?"),
+        ("sweep", "sweep.budget.stepz=3", "unknown config key 'sweep.budget.stepz': did you mean sweep.budget.steps?"),
+        ("sweep", "launcher.time=1", "launcher.time is a key of launcher=slurm: leave it out, or choose that launcher"),
+        ("sweep", "launcher.retries=many", "launcher.retries must be an integer, got many"),
+        ("compress", "recipe.int9=true", "unknown config key 'recipe.int9': did you mean recipe.int8?"),
+        ("compress", "recipe.lm=tiny", "recipe.lm must be a list or null, got tiny"),
+        ("compress", "~teacher", "~teacher: a key cannot be removed; set it to another value, such as null"),
+    ],
+)  # fmt: skip
+def test_keys_of_commands_are_checked_as_those_of_trainings(root, override, message):
+    with pytest.raises(UserError) as caught:
+        config.load(override, root=root)
+    assert str(caught.value) == message
+
+
 def test_unknown_key_cannot_be_read():
     with pytest.raises(ConfigAttributeError):
         _ = config.load().train.stepz

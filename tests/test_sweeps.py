@@ -120,7 +120,7 @@ def test_invalid_sweep_is_one_clear_error(tmp_path, change, message):
     sweep = settings(tmp_path, {}).sweep
     OmegaConf.update(sweep, "grid", {})
     for key, value in change.items():
-        sweep[key] = value
+        OmegaConf.update(sweep, key, value)
     with pytest.raises(UserError) as caught:
         expand(sweep)
     assert message in str(caught.value) and "\n" not in str(caught.value)

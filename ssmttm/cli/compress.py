@@ -8,7 +8,7 @@ examples:
                                            train the students, write exported/tinyttm_tiny
   ssmttm compress recipe=tinyttm_tiny teacher=tiny_lm store=data/builtin recipe.codec=null
                                            the same, with the teacher's decoder
-the same command resumes a stopped run; all keys: configs/compress.yaml; recipes: configs/recipe/*.yaml
+the same command resumes a stopped run; all keys: ssmttm/config/commands.py; recipes: configs/recipe/*.yaml
 """
 
 

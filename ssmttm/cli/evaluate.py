@@ -12,7 +12,7 @@ examples:
   ssmttm evaluate eval=builtin store=data/builtin audio=DIR                  of existing audio
   ssmttm evaluate eval=musiccaps prompts=musiccaps-public.csv references=DIR eval.weights.vggish=FILE
   ssmttm evaluate compare runs/eval/a runs/eval/b                            which is better, metric by metric
-An interrupted command resumes when run again. All keys: configs/eval.yaml; protocols: configs/eval/.
+An interrupted command resumes when run again. All keys: ssmttm/config/commands.py; protocols: configs/eval/.
 """
 _SHORT = {  # option: key
     "store": "store", "checkpoint": "checkpoint", "prompts": "n", "duration": "eval.seconds", "guidance": "guidance",

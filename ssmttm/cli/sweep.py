@@ -10,7 +10,7 @@ examples:
   ssmttm sweep sweep=backbones_tiny store=data/builtin      run every point of the grid with every seed, or resume
   ssmttm sweep sweep=backbones store=STORE launcher=slurm   one array task a job
   ssmttm sweep report runs/sweeps/backbones_tiny            tables and plots of the results so far
-all keys are in configs/sweep.yaml, the sweeps in configs/sweep/
+all keys are in ssmttm/config/commands.py, the sweeps in configs/sweep/
 """
 
 

@@ -61,7 +61,7 @@ def load(*overrides: str, root: str = "config") -> DictConfig:
         _keep_text(config, overrides)
         OmegaConf.resolve(config)
         OmegaConf.set_struct(config, True)
-        messages.check_keys(config)
+        messages.check_keys(config, root)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(messages.describe(error, root, overrides)) from error
     return config

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ssmttm import config as configs
+from ssmttm.config.commands import LAUNCHERS
 from ssmttm.errors import UserError
 
 _TYPES: dict[Any, str] = {
@@ -21,9 +22,9 @@ _TYPES: dict[Any, str] = {
 
 
 def check_overrides(overrides: Iterable[str], root: str) -> None:
-    """Raises UserError for an override of a renamed key, one without a key, and one that removes a training's key."""
+    """Raises UserError for an override of a renamed key, one without a key, and one that removes a key."""
     for text in overrides:
-        if root == "config" and text.startswith("~"):
+        if text.startswith("~"):
             raise UserError(f"{text}: a key cannot be removed; set it to another value, such as null")
         key, _, value = text.lstrip("+~").partition("=")
         if not key:
@@ -33,14 +34,12 @@ def check_overrides(overrides: Iterable[str], root: str) -> None:
             raise UserError(f"the config key {key} was renamed: write {new}={value}")
 
 
-def check_keys(config: DictConfig) -> None:
-    """Raises UserError if an override with + added a key to a training's config."""
-    if not is_dataclass(OmegaConf.get_type(config)):
-        return
+def check_keys(config: DictConfig, root: str) -> None:
+    """Raises UserError if an override with + added a key to a config."""
     for section, keys in _sections(config):
         known = typing.get_type_hints(OmegaConf.get_type(keys))
         for key in keys.keys() - known.keys():
-            raise UserError(_unknown_key(f"{section}{key!s}", "config", config))
+            raise UserError(_unknown_key(f"{section}{key!s}", root, config))
 
 
 def describe(error: Exception, root: str, overrides: Sequence[str]) -> str:
@@ -66,7 +65,7 @@ def describe(error: Exception, root: str, overrides: Sequence[str]) -> str:
     node = getattr(cause, "parent_node", None)
     composed = None if node is None else node._get_root()
     where = f"configs/{source[1]}.yaml: " if (source := re.match("In '(.*?)'", text)) else ""
-    return where + _unknown_key(key, root, composed if isinstance(composed, DictConfig) else _composed(overrides))
+    return where + _unknown_key(key, root, composed if isinstance(composed, DictConfig) else _composed(overrides, root))
 
 
 def quoted_override(text: str) -> str:
@@ -127,21 +126,21 @@ def _wrong_type(error: Any, key: str, overrides: Sequence[str]) -> str:
 
 def _type_of(key: str, overrides: Sequence[str], root: str) -> type | None:
     """The type of a key, from the config with the groups that the overrides choose."""
-    composed = _composed(overrides) if root == "config" else configs.compose(root, [])
+    composed = _composed(overrides, root)
     value = OmegaConf.select(composed, key, default=None)
     hint = _type_hint(OmegaConf.select(composed, key.rpartition(".")[0]) if "." in key else composed, key)
     return _plain_type(hint) if hint is not None else list if OmegaConf.is_list(value) else type(value)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
-    """A training's config with the experiment and task of the overrides, or as much of it as can be composed."""
-    chosen = [text for text in overrides if re.match("(task|experiment)=", text)]
+def _composed(overrides: Sequence[str], root: str) -> DictConfig:
+    """A config with the experiment, task and launcher of the overrides, or as much of it as can be composed."""
+    chosen = [text for text in overrides if re.match("(task|experiment|launcher)=", text)]
     for attempt in (chosen, [text for text in chosen if text.startswith("task=")]):
         try:
-            return configs.compose("config", attempt)
+            return configs.compose(root, attempt)
         except (HydraException, OmegaConfBaseException):
             continue
-    return configs.compose("config", [])
+    return configs.compose(root, [])
 
 
 def _type_hint(node: Any, key: str) -> Any:
@@ -165,9 +164,13 @@ def _type_name(hint: Any) -> str:
 
 
 def _unknown_key(key: str, root: str, composed: DictConfig) -> str:
-    """The message for a key that this root config, or this task, does not have."""
+    """The message for a key that this root config, task or launcher does not have."""
     if new := configs.new_key(key):
         return f"the config key {key} was renamed to {new}"
+    if root == "sweep":
+        having = [kind for kind in LAUNCHERS if key in _keys(configs.compose(root, [f"launcher={kind}"]))]
+        if having:
+            return f"{key} is a key of launcher={', '.join(having)}: leave it out, or choose that launcher"
     if root != "config":
         return f"unknown config key {key!r}: {_suggestion(key, {'': _keys(composed) - {key}})}"
     for group in ("optim", "schedule"):
@@ -176,7 +179,7 @@ def _unknown_key(key: str, root: str, composed: DictConfig) -> str:
             kind = composed[group].kind
             return f"{key} is a key of {group}={', '.join(having)}, not of {group}={kind}: leave it out, or choose that"
     task = composed.task
-    by_task = {task: _keys(composed)}
+    by_task = {task: _keys(composed) - {key}}
     others = [name for name in configs.names("task") if name != task]
     by_task |= {name: _keys(configs.compose("config", [f"task={name}"])) for name in others}
     having = [name for name in others if key in by_task[name]]
@@ -196,7 +199,7 @@ def _suggestion(key: str, by_task: Mapping[str, set[str]]) -> str:
             if ratio > score:
                 best, score, of = known, ratio, task
     if not best:
-        return "configs/ and ssmttm/config/training.py list all keys"
+        return "configs/ and the dataclasses of ssmttm/config list all keys"
     own = of == next(iter(by_task))
     return f"did you mean {best}?" if own else f"did you mean {best}, a key of task={of}?"
 
