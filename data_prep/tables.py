@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 from data_prep.track import Rejection
 
 _TEXT, _TEXTS, _NUMBER = pa.string(), pa.list_(pa.string()), pa.float64()
-_TRACK_TEXTS = ("id", "path", "licence", "licence_url", "title", "author", "source_url", "artist", "work", "evidence")
+_TRACK_TEXTS = (
+    "id", "path", "licence", "licence_url", "title", "author", "source_url", "artist", "work", "evidence", "truth"
+)  # fmt: skip
 
 TRACKS = pa.schema(
     [*((name, _TEXT) for name in _TRACK_TEXTS), ("captions", _TEXTS), ("tags", _TEXTS), ("split", _TEXT)]

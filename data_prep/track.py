@@ -19,6 +19,7 @@ class Track:
     captions: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()  # `category---name`, such as `genre---rock`
     split: str = ""  # train, valid or test
+    truth: str = ""  # bpm, key, metre and bars (seconds from the track's start) as JSON
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from ssmttm import config
+from ssmttm.audio.notation import KEYS
 from ssmttm.codecs import Codec, TinyCodec, TinyCodecConfig
 from ssmttm.data.store import Store, text_name
 from ssmttm.data.text_table import write_text_table
@@ -52,7 +53,8 @@ def write_codes_store(
     """Codes [4, 14..20] in which each codebook repeats the one before, so that a model can learn them.
 
     Args:
-        codec: the store's codec; every segment then has a tone as its audio, and every other one a tempo.
+        codec: the store's codec; every segment then has a tone as its audio, and every other one a tempo, a key, a
+            metre and bar lines.
         text_folder: the store's text encoder; without one, the embeddings are random.
     """
     rng = np.random.default_rng(seed)
@@ -69,7 +71,9 @@ def write_codes_store(
             "captions": [captions[i % len(captions)]], "tags": [f"tag {i % 6}", "music"],
         }  # fmt: skip
         if codec:
-            row |= {"audio": f"audio/{i}.wav", "truth": {"bpm": 60 + 5 * i} if i % 2 else {}}
+            bars = [round(0.1 + 0.24 * n, 2) for n in range(3)]
+            truth = {"bpm": 60 + 5 * i, "key": KEYS[i % 24], "metre": ("3/4", "6/8")[i // 2 % 2], "bars": bars}
+            row |= {"audio": f"audio/{i}.wav", "truth": truth if i % 2 else {}}
             (path / "audio").mkdir(exist_ok=True)
             tone = np.sin(2 * np.pi * (220 + 40 * i) * np.arange(length * HOP) / SAMPLE_RATE)
             sf.write(path / row["audio"], 0.5 * tone, SAMPLE_RATE)

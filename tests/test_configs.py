@@ -11,6 +11,7 @@ from omegaconf.errors import ConfigAttributeError
 from ssmttm import config
 from ssmttm.errors import UserError, run_cli
 from ssmttm.models import build_model
+from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.text.condition import TextCondition
 
@@ -53,10 +54,11 @@ def test_model_config_takes_a_training_step(name):
     model = build_model(config.load(f"model={name}", "model.n_layers=1").model)
     codes = torch.randint(model.config.codebook_size, (2, model.config.n_codebooks, 9))
     text = TextCondition.stack([torch.randn(n, model.config.text_dim) for n in (3, 5)])
+    controls = Controls.create(2, 9, 25.0, bpm=120, key="D minor", metre="3/4")
     optimizer = torch.optim.SGD(model.eval().parameters(), 0.1)
 
     def loss():
-        logits = model(codes, text).flatten(0, 2)
+        logits = model(codes, text, controls=controls.supported_by(model.config)).flatten(0, 2)
         return torch.nn.functional.cross_entropy(logits, codes.flatten())
 
     before = loss()

@@ -66,7 +66,7 @@ def test_chroma_changes_logits_from_its_position_on(codes, name):
     for position in (0, 5, S - 1):
         chroma = controls.chroma.clone()
         chroma[:, :, position] = torch.rand(3, 12)
-        other = model(codes, text, controls=Controls(chroma, controls.tempo))
+        other = model(codes, text, controls=Controls(chroma, controls.bpm))
         assert_equal(other[:, :, :position], reference[:, :, :position])
         assert (other[:, :, position] - reference[:, :, position]).abs().amax((1, 2)).min() > 1e-4
 
@@ -107,7 +107,7 @@ def test_store_controls_match_the_audio_of_the_crop(tmp_path):
     found = batch["controls"]
     for item, name in enumerate(batch["ids"]):
         bpm = 60.0 + 5 * int(name[1:]) if int(name[1:]) % 2 else torch.nan
-        torch.testing.assert_close(found.tempo[item], torch.tensor(bpm), equal_nan=True)
+        torch.testing.assert_close(found.bpm[item], torch.tensor(bpm), equal_nan=True)
         tone = 220 + 40 * int(name[1:])
         wav = torch.sin(2 * torch.pi * tone * torch.arange(20 * codec.hop_length) / codec.sample_rate)[None]
         pitch = frame_chroma(wav, codec.sample_rate, 20)[0].mean(1).argmax()
@@ -146,12 +146,12 @@ def test_nan_controls_equal_none_per_item_and_zero_chroma_does_not(codes):
     nothing = model(codes, text)
     absent = Controls(torch.full((3, 12, S), torch.nan), torch.full((3,), torch.nan))
     assert_equal(model(codes, text, controls=absent), nothing)
-    partly = Controls(controls.chroma.clone(), controls.tempo)
+    partly = Controls(controls.chroma.clone(), controls.bpm)
     partly.chroma[1] = torch.nan
     assert_equal(model(codes, text, controls=partly)[1], nothing[1])  # its tempo is NaN too
     silent = Controls(torch.zeros(3, 12, S), None)
     assert (model(codes, text, controls=silent) - nothing).abs().amax((1, 2, 3)).min() > 1e-3
-    for one in (Controls(controls.chroma, None), Controls(None, controls.tempo)):
+    for one in (Controls(controls.chroma, None), Controls(None, controls.bpm)):
         assert (model(codes, text, controls=one) - nothing)[2].abs().max() > 1e-3
 
 
@@ -160,7 +160,7 @@ def test_absent_controls_train_the_null_vector_and_present_ones_the_map():
     present = Controls(torch.rand(2, 12, 5), torch.tensor([60.0, 120.0]))
     absent = Controls(torch.full((2, 12, 5), torch.nan), torch.full((2,), torch.nan))
     for controls, trains_null in [(present, False), (absent, True), (Controls(), True)]:
-        for module, given in ((chroma, controls.chroma), (tempo, controls.tempo)):
+        for module, given in ((chroma, controls.chroma), (tempo, controls.bpm)):
             module.zero_grad()
             module(given).square().add(module(given)).sum().backward()
             assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
@@ -180,13 +180,13 @@ def test_model_without_controls_has_no_parameters_for_them():
     [
         (Controls(torch.zeros(3, 12, S - 1)), r"language model takes chroma of shape \[3, 12, 21\], got \[3, 12, 20\]"),
         (Controls(torch.zeros(3, 11, S)), r"chroma of shape .*, got \[3, 11, 21\]"),
-        (Controls(tempo=torch.zeros(2)), r"the language model takes tempo of shape \[3\], got \[2\]"),
+        (Controls(bpm=torch.zeros(2)), r"the language model takes bpm of shape \[3\], got \[2\]"),
     ],
 )
 def test_controls_of_invalid_shape_are_rejected_with_one_line(codes, controls, message):
     with pytest.raises(UserError, match=message):
         build()(codes, captions(4, 0, 7), controls=controls)
-    part = "chroma" if controls.tempo is None else "tempo"
+    part = "chroma" if controls.bpm is None else "tempo"
     with pytest.raises(UserError, match=f"was not trained with {part}: leave it out"):
         build(chroma=False, tempo=False)(codes, captions(4, 0, 7), controls=controls)
 
@@ -225,7 +225,7 @@ def test_guidance_uses_the_controls_in_both_rows(monkeypatch):
     chroma = torch.cat([w.chroma[:2] for w in calls], -1)  # [caption and null, 12, 8]; steps have padding rows
     for row in range(2):
         torch.testing.assert_close(chroma[row], controls.chroma[0], equal_nan=True)
-        assert all(w.tempo[row] == 90 for w in calls)
+        assert all(w.bpm[row] == 90 for w in calls)
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -304,9 +304,9 @@ def test_controls_dropout_rates(tmp_path):
         return task.controls.field(split)(items, {"frame_mask": torch.ones(2000, 20, dtype=torch.bool)})
 
     found = dropped("train")
-    assert found.tempo.isnan().float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert found.bpm.isnan().float().mean().item() == pytest.approx(0.25, abs=0.04)
     assert found.chroma[:, 0, 0].isnan().float().mean().item() == pytest.approx(0.6, abs=0.04)
-    assert not dropped("valid").tempo.isnan().any() and not dropped("valid").chroma.isnan().any()
+    assert not dropped("valid").bpm.isnan().any() and not dropped("valid").chroma.isnan().any()
 
 
 @pytest.mark.parametrize("key", ["tempo_dropout", "chroma_dropout"])

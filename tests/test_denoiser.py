@@ -151,7 +151,7 @@ def test_denoiser_text_padding_changes_nothing(model, where):
 def test_denoiser_depends_on_every_condition(model):
     given = all_conditions(coarse_noise_aug=torch.tensor([0.1, 0.2, 0.3], dtype=DTYPE))
     all_given = torch.ones(3, dtype=torch.bool)
-    chroma, tempo = given.controls.chroma, given.controls.tempo
+    chroma, tempo = given.controls.chroma, given.controls.bpm
     nan_chroma = chroma.clone()
     nan_chroma[0, :, :4] = torch.nan
 
@@ -166,8 +166,8 @@ def test_denoiser_depends_on_every_condition(model):
         "other coarse latents": replace(given, coarse_latents=given.coarse_latents.flip(2)),
         "no coarse latents": given.without_coarse(),
         "coarse noise": replace(given, coarse_noise_aug=None),
-        "no tempo": with_controls(tempo=None),
-        "another tempo": with_controls(tempo=tempo * 1.1),
+        "no tempo": with_controls(bpm=None),
+        "another tempo": with_controls(bpm=tempo * 1.1),
         "no chroma": with_controls(chroma=None),
         "another chroma": with_controls(chroma=chroma.roll(1, 1)),
     }
@@ -178,7 +178,7 @@ def test_denoiser_depends_on_every_condition(model):
     with torch.no_grad():
         assert ((model(x, 1 - time, given) - reference).abs().amax((1, 2))[[0, 2]] > 1e-3).all()
     unknown = torch.tensor([120.0, torch.nan, torch.nan], dtype=DTYPE)
-    mixed = run(model, with_controls(tempo=unknown.where(unknown.isnan(), tempo)))
+    mixed = run(model, with_controls(bpm=unknown.where(unknown.isnan(), tempo)))
     assert_equal(mixed[0], reference[0])
     assert_equal(mixed[1:], outs["no tempo"][1:])
     assert_equal(run(model, with_controls(chroma=torch.full_like(chroma, torch.nan))), outs["no chroma"])
@@ -388,7 +388,7 @@ def test_build_model_rejects_invalid_denoiser_sizes(change, message):
         ({"text": captions(3, 3)}, "got 2 captions for a batch of 3"),
         ({"text": TextCondition(torch.zeros(3, 2, 5), torch.ones(3, 2, dtype=torch.bool))}, "model.text_dim"),
         ({"controls": Controls(torch.zeros(3, 12, 5))}, "this denoiser was not trained with chroma: leave it out"),
-        ({"controls": Controls(tempo=torch.zeros(3))}, "this denoiser was not trained with tempo: leave it out"),
+        ({"controls": Controls(bpm=torch.zeros(3))}, "this denoiser was not trained with tempo: leave it out"),
         ({"mask": torch.ones(3, 6, dtype=torch.bool)}, r"the denoiser takes a mask of shape \[3, 5\], got \[3, 6\]"),
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"a mask of shape .*, got \[5\]"),
     ],
@@ -407,8 +407,8 @@ def test_denoiser_rejects_invalid_inputs_with_one_line(change, message):
         (Controls(torch.zeros(3, 12, 6)), r"the denoiser takes chroma of shape \[3, 12, 5\], got \[3, 12, 6\]"),
         (Controls(torch.zeros(3, 5, 12)), r"chroma of shape .*, got \[3, 5, 12\]"),
         (Controls(torch.zeros(1, 12, 5)), r"chroma of shape .*, got \[1, 12, 5\]"),
-        (Controls(tempo=torch.zeros(2)), r"the denoiser takes tempo of shape \[3\], got \[2\]"),
-        (Controls(tempo=torch.zeros(3, 1)), r"tempo of shape .*, got \[3, 1\]"),
+        (Controls(bpm=torch.zeros(2)), r"the denoiser takes bpm of shape \[3\], got \[2\]"),
+        (Controls(bpm=torch.zeros(3, 1)), r"bpm of shape .*, got \[3, 1\]"),
     ],
 )
 def test_denoiser_rejects_controls_of_invalid_shape_with_one_line(controls, message):

@@ -140,7 +140,7 @@ def test_controls_are_the_tempo_and_the_chroma_of_the_crop(store, task_of):
     loss_of(task, batch, model=model)
     opened = open_store(store)
     row_of = {name: row for row, name in enumerate(opened.ids(np.arange(len(opened))))}
-    tempo, chroma = model.conditions.controls.tempo, model.conditions.controls.chroma
+    tempo, chroma = model.conditions.controls.bpm, model.conditions.controls.chroma
     moved = 0
     for item, name in enumerate(batch["ids"]):
         number = int(name[1:])
@@ -164,7 +164,7 @@ def test_tempo_and_chroma_are_dropped_at_the_configured_rates(task_of):
     batch = first_batch(task, 300)
     unknown = sum(int(name[1:]) % 2 == 0 for name in batch["ids"]) / 300
     loss_of(task, batch, model=model)
-    tempo, chroma = model.conditions.controls.tempo, model.conditions.controls.chroma.isnan()
+    tempo, chroma = model.conditions.controls.bpm, model.conditions.controls.chroma.isnan()
     dropped = chroma.all(2).all(1)
     assert torch.equal(chroma, (dropped[:, None] | ~batch["frame_mask"])[:, None].expand_as(chroma))  # all or nothing
     assert dropped.float().mean().item() == pytest.approx(0.6, abs=0.1)
@@ -230,7 +230,7 @@ def test_draws_do_not_depend_on_ranks_micro_batches_or_order(task_of):
             assert torch.equal(torch.cat(noise), whole["draws"].noise_like(torch.zeros(6, 12, 20)))
             for k in range(3):
                 assert torch.equal(torch.cat([part["draws"][k] for part in parts]), whole["draws"][k])
-            for name in ("tempo", "chroma"):
+            for name in ("bpm", "chroma"):
                 joined = torch.cat([getattr(part["controls"], name) for part in parts])
                 torch.testing.assert_close(joined, getattr(whole["controls"], name), rtol=0, atol=1e-6, equal_nan=True)
             assert [caption for part in parts for caption in part["captions"]] == whole["captions"]

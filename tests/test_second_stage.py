@@ -232,7 +232,7 @@ def test_codes_depend_on_seed_caption_tempo_and_melody(second_stage):
     others = {
         "seed": replace(plain, seeds=[99]),
         "caption": replace(plain, text=captions(5, seed=7)),
-        "tempo": replace(plain, controls=Controls(tempo=torch.tensor([150.0]))),
+        "tempo": replace(plain, controls=Controls(bpm=torch.tensor([150.0]))),
         "melody": replace(plain, controls=Controls(torch.ones(1, 12, FRAMES))),
     }
     for what, other in others.items():

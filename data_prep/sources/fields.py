@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.paths import printable
 from data_prep.sources.records import text, texts
 from data_prep.track import Rejected
+from ssmttm.data.annotations import annotation_columns
 from ssmttm.errors import UserError
 from ssmttm.licences import normalise
 
@@ -21,7 +22,12 @@ _NAMES = {
     "tags": "tags tag",
     "split": "split splits subset partition data_split dataset_split set_split",
     "id": "id",
+    "bpm": "bpm",
+    "key": "key musical_key",
+    "metre": "metre meter time_signature",
+    "bars": "bars bar_lines downbeats",
 }
+_ANNOTATIONS = ("bpm", "key", "metre", "bars")
 _FIELD_OF = {name: field for field, names in _NAMES.items() for name in names.split()}
 _LICENCE = re.compile(r"licen[cszç]|lizenz|spdx|usage_terms")
 _RIGHTS = re.compile(r"copyright|(?:^|_)rights?(?:_|$)")
@@ -82,6 +88,36 @@ def one_licence(stated: Mapping[str, str]) -> tuple[str, str]:
         shown = ", ".join(f"{printable(licence)!r} ({where})" for licence, where in stated.items())
         raise Rejected("licence", f"several licences are stated: {shown}; keep the one that applies")
     return next(iter(stated.items()))
+
+
+def annotations_of(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """bpm, key, metre and bars of a record with fields as keys, and the values that cannot be read, by field."""
+    found: dict[str, Any] = {}
+    unread: dict[str, str] = {}
+    for name in _ANNOTATIONS:
+        value = values.get(name)
+        if value in (None, "", []):
+            continue
+        try:
+            if name == "bpm":
+                found[name] = _bpm(value)
+            else:
+                found |= annotation_columns({name: _times(value) if name == "bars" else value})
+        except (UserError, ValueError, TypeError):
+            unread[name] = printable(str(value)[:40])
+    return found, unread
+
+
+def _bpm(value: Any) -> float:
+    bpm = float(value)
+    if not 0 < bpm < 1000:
+        raise ValueError("no tempo")
+    return bpm
+
+
+def _times(value: Any) -> list[float]:
+    """Times as a list, or as text with blanks, commas or semicolons between them."""
+    return [float(time) for time in (re.split(r"[\s,;]+", value.strip(" []")) if isinstance(value, str) else value)]
 
 
 def one_split(stated: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """A folder of audio files, with metadata in a table or in sidecar files."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from data_prep.paths import printable
 from data_prep.sources.fields import (
     FIELDS,
     JOINED,
+    annotations_of,
     field_of,
     match_key,
     one_licence,
@@ -39,8 +41,9 @@ from ssmttm.errors import UserError
 LAYOUT = """\
 ROOT/**/song.wav ...                     audio files at any depth; hidden ones are ignored
 ROOT/captions.csv, metadata.csv          columns path (or file_name; relative to ROOT, required), caption (or text,
-                                         prompt ...), licence, title, author, source_url, artist, tags, split; several
-                                         lines per path: several captions
+                                         prompt ...), licence, title, author, source_url, artist, tags, split, and as
+                                         controls bpm, key ("D minor"), metre ("3/4"), bars (times of the bar lines in
+                                         seconds); several lines per path: several captions
 ROOT/captions.jsonl, metadata.jsonl      instead: the same keys; caption and tags may be lists
 ROOT/**/song.txt, song.json              beside song.wav: one caption per line; the same keys
 Give a table of another name as --index. Folders of ROOT such as train, valid and test are read as splits."""
@@ -49,6 +52,8 @@ _TABLES, _OTHER_TABLES = (".csv", ".jsonl", ".ndjson"), (".tsv", ".json", ".parq
 _TABLE_STEMS = ("captions", "metadata")
 _SINGLE = ("title", "author", "source_url", "artist")
 _SHOWN = 3  # rows in an error
+_FORMS = {"bpm": "write beats per minute", "key": "write a tonic and a mode, such as 'D minor'",
+          "metre": "write one such as 3/4", "bars": "write rising seconds, with blanks between them"}  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -65,6 +70,7 @@ def tracks(root: Path, index: Path | None = None, allow_unmatched: bool = True) 
     """
     check_root(root)
     table, split_of = _Table(root, index), _split_folders(root)
+    unread: dict[str, list[str]] = {}
     unmatched = []
     for rejection in table.read():
         unmatched.append(rejection)
@@ -81,15 +87,19 @@ def tracks(root: Path, index: Path | None = None, allow_unmatched: bool = True) 
         for name in names:
             if is_audio(name):
                 empty = False
-                yield _item(root, prefix + name, table, sidecars, split_of)
+                yield _item(root, prefix + name, table, sidecars, split_of, unread)
         if not allow_unmatched:
             unmatched.extend(_unmatched_sidecars(root, prefix, sidecars))
     for path, error in table.other_paths(root):
         empty = False
-        item = _item(root, path, table, _Sidecars(()), split_of) if error is None else error.for_item(path)
+        item = _item(root, path, table, _Sidecars(()), split_of, unread) if error is None else error.for_item(path)
         if error is not None:
             unmatched.append(error.for_item(path))
         yield item
+    for name, values in unread.items():
+        _log.warning(
+            "%s: the %s of %d tracks is not read, such as %r: %s", root, name, len(values), values[0], _FORMS[name]
+        )
     if empty:
         raise UserError(f"no audio file in {root} (.flac, .mp3, .wav ...): give the folder of the music")
     if unmatched and not allow_unmatched:
@@ -109,6 +119,8 @@ class _Metadata:
     licences: dict[str, str] = field(default_factory=dict)  # where each is stated
     splits: dict[str, None] = field(default_factory=dict)
     single: dict[str, str] = field(default_factory=dict)
+    truth: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)  # annotations that cannot be read, by field
 
     def add(self, values: dict[str, Any], where: str) -> None:
         """Add the record at `where`. Raises Rejected for values of a wrong type."""
@@ -117,6 +129,9 @@ class _Metadata:
         self.licences |= dict.fromkeys(stated_licences(values), where)
         self.splits |= dict.fromkeys(split_texts(values.get("split")))
         self.single |= {name: written for name in _SINGLE if (written := text(values.get(name)))}
+        truth, unread = annotations_of(values)
+        self.truth |= truth
+        self.unread |= unread
 
 
 class _Table:
@@ -295,8 +310,17 @@ def _path(values: dict[str, Any]) -> str:
         return written
 
 
-def _item(root: Path, path: str, table: _Table, sidecars: _Sidecars, split_of: Mapping[str, str]) -> Track | Rejection:
-    """The track of a file; `sidecars` are those of its folder, `split_of` the splits by the first folder's name."""
+def _item(
+    root: Path, path: str, table: _Table, sidecars: _Sidecars, split_of: Mapping[str, str],
+    unread: dict[str, list[str]],
+) -> Track | Rejection:  # fmt: skip
+    """The track of a file.
+
+    Args:
+        sidecars: those of its folder.
+        split_of: the splits by the first folder's name.
+        unread: annotations that cannot be read, by field; those of this file are added.
+    """
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
@@ -309,12 +333,15 @@ def _item(root: Path, path: str, table: _Table, sidecars: _Sidecars, split_of: M
         split = one_split([*metadata.splits, split_of.get(path.partition("/")[0], "")])
     except Rejected as error:
         return error.for_item(path)
+    for name, value in metadata.unread.items():
+        unread.setdefault(name, []).append(value)
     single = metadata.single
     return Track(
         id=path, path=path, licence=licence,
         title=single.get("title") or os.path.splitext(os.path.basename(path))[0], author=single.get("author", ""),
         source_url=single.get("source_url", ""), artist=single.get("artist", ""), evidence=evidence,
         captions=tuple(metadata.captions), tags=tuple(metadata.tags), split=split,
+        truth=json.dumps(metadata.truth) if metadata.truth else "",
     )  # fmt: skip
 
 

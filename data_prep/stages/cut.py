@@ -1,6 +1,7 @@
 """The stage `cut`: decode audio files to mono FLAC segments, with hashes and fingerprints for deduplication."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,7 +73,8 @@ def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path,
     segments: list[Row] = []
     rejected: list[Rejection] = []
     try:
-        for index, channels in enumerate(split_segments(statistics.pass_through(decoder.blocks(path)), cut)):
+        blocks = statistics.pass_through(decoder.blocks(path))
+        for index, (start, channels) in enumerate(split_segments(blocks, cut)):
             quality = measure(channels, statistics.rate)
             rejection = check_quality(quality, cut.filters)
             if rejection is not None:
@@ -81,7 +83,8 @@ def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path,
             mono = torch.from_numpy(channels.mean(axis=0))
             wav = audio.resample(mono, statistics.rate, cut.sample_rate)  # [S]
             columns = write_audio(folder / f"audio/{name}-{index:04d}.flac", wav, cut.sample_rate)
-            segments.append({"track": track["id"], "loudness": quality.loudness, **columns})
+            truth = segment_truth(track["truth"], start / statistics.rate, columns["duration"])
+            segments.append({"track": track["id"], "loudness": quality.loudness, "truth": truth, **columns})
         if not segments:
             raise _no_segments(rejected, cut)
         file_hash = _file_hash(path)
@@ -131,10 +134,23 @@ class _StreamStatistics:
         return self._fingerprinter.finish()
 
 
-def split_segments(blocks: Iterable[tuple[np.ndarray, int]], cut: Cut) -> Iterator[np.ndarray]:
-    """Yield segments [C, S] at the file's rate from its blocks [C, s]."""
+def segment_truth(truth: str | None, start: float, seconds: float) -> str | None:
+    """The annotations of a track for a segment that begins at `start`: bars are counted from there, with the last line
+    before the segment and the first one after it."""
+    if not truth:
+        return None
+    found = json.loads(truth)
+    if "bars" in found:
+        lines = np.array(found["bars"])
+        first, last = np.searchsorted(lines, (start, start + seconds))
+        found["bars"] = [round(float(line) - start, 4) for line in lines[max(0, first - 1) : last + 1]]
+    return json.dumps(found)
+
+
+def split_segments(blocks: Iterable[tuple[np.ndarray, int]], cut: Cut) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first sample and the samples [C, S] of segments, at the file's rate, from its blocks [C, s]."""
     buffer: list[np.ndarray] = []
-    length, buffered, rate, previous = 0, 0, 0, None
+    length, buffered, rate, start, previous = 0, 0, 0, 0, None
     for block, rate in blocks:
         length = round(cut.segment * rate)
         buffer.append(block)
@@ -143,13 +159,14 @@ def split_segments(blocks: Iterable[tuple[np.ndarray, int]], cut: Cut) -> Iterat
             joined = np.concatenate(buffer, axis=1)
             previous, rest = joined[:, :length], joined[:, length:]
             buffer, buffered = [rest], rest.shape[1]
-            yield previous
+            yield start, previous
+            start += length
     if buffered == 0 or buffered < cut.min_seconds * rate:
         return
     tail = np.concatenate(buffer, axis=1)
     if cut.tail == "overlap" and previous is not None:
-        tail = np.concatenate([previous, tail], axis=1)[:, -length:]
-    yield tail
+        tail, start = np.concatenate([previous, tail], axis=1)[:, -length:], start + tail.shape[1] - length
+    yield start, tail
 
 
 def _no_segments(rejected: list[Rejection], cut: Cut) -> Rejected:

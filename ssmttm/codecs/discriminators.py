@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -36,7 +37,7 @@ class STFTDiscriminator(nn.Module):
         """wav [B, 1, S]."""
         n = len(self.window)
         spectrum = torch.stft(wav[:, 0].float(), n, n // 2, window=self.window, normalized=True, return_complex=True)
-        x = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, 2, T, F]
+        x = rearrange(torch.view_as_real(spectrum), "b f t two -> b two t f")
         features = []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)

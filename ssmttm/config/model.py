@@ -13,7 +13,8 @@ class BackboneConfig:
     """Keys of a config's `model` section that every kind of model has.
 
     layers: the name of a mixer, or a list of names that is repeated over the depth. n_heads: of attention and
-    cross-attention. text_norm: LayerNorm after the text projection. chroma, tempo: controls the model is built with.
+    cross-attention. text_norm: LayerNorm after the text projection. chroma, tempo, key, metre, bar_position: controls
+    that the model is built with.
     """
 
     n_codebooks: int = 8
@@ -33,6 +34,9 @@ class BackboneConfig:
     dropout: float = 0.0
     chroma: bool = False
     tempo: bool = False
+    key: bool = False
+    metre: bool = False
+    bar_position: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(n_codebooks=self.n_codebooks, text_dim=self.text_dim)
@@ -95,8 +99,8 @@ class LatentDenoiserConfig(BackboneConfig):
 
     n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many codebooks are given. network: "stack" (blocks
     of bidirectional mixers) or "unet". time_dim: width of the timestep embedding, which also holds the noise level of
-    the coarse latents, the mean text token and the tempo. unet_mults: width of each level of the U-Net, each at half
-    the frame rate of the one before, as a multiple of d_model. unet_blocks: residual blocks per level.
+    the coarse latents, the mean text token, tempo, key and metre. unet_mults: width of each level of the U-Net, each at
+    half the frame rate of the one before, as a multiple of d_model. unet_blocks: residual blocks per level.
     """
 
     d_model: int = 192

@@ -34,6 +34,10 @@ class CodesDataConfig(DataConfig):
     caption_dropout: float = 0.1  # probability that a caption is replaced by the empty one
     tempo_dropout: float = 0.3  # with model.tempo: dropout probability of the tempo
     chroma_dropout: float = 0.3  # with model.chroma: dropout probability of the melody
+    key_dropout: float = 0.3  # with model.key: dropout probability of the key
+    metre_dropout: float = 0.3  # with model.metre: dropout probability of the metre
+    bar_position_dropout: float = 0.3  # with model.bar_position: dropout probability of the bar position
+    caption_swap: float = 0.0  # with controls: probability that a caption is another segment's, so that controls count
 
 
 @dataclass

@@ -106,6 +106,7 @@ class CodesLoader(_Loader):
         fixed: every epoch uses the crop, caption and dropout of the first.
         fields: further fields of the batches by name, computed where the batches are, in the prefetch thread. Their
             values are tensors, tuples of these, or have `select_rows` and `to`; they depend on their arguments only.
+        caption_row: the row whose captions an item gets; None: its own.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class CodesLoader(_Loader):
         caption_dropout: float = 0.0,
         fixed: bool = False,
         fields: Mapping[str, Field] | None = None,
+        caption_row: Callable[[Item], int] | None = None,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
         self._frames = frames if isinstance(frames, StepValues) else StepValues(frames)
@@ -128,7 +130,7 @@ class CodesLoader(_Loader):
         if not 0.0 <= caption_dropout <= 1.0:
             raise UserError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
         self.caption_dropout, self.fixed = caption_dropout, fixed
-        self.fields = dict(fields or {})
+        self.fields, self._caption_row = dict(fields or {}), caption_row
         self.n_codebooks = store.codes(int(self._rows[0])).shape[0]
 
     def batch(self, n: int) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class CodesLoader(_Loader):
     def _caption(self, item: Item) -> str:
         if mix(self.seed, item.choice_epoch, item.id, "dropout") < self.caption_dropout * 2.0**64:
             return ""
-        captions = self.store.captions(item.row)
+        captions = self.store.captions(item.row if self._caption_row is None else self._caption_row(item))
         return captions[mix(self.seed, item.choice_epoch, item.id, "caption") % len(captions)]
 
 

@@ -12,6 +12,7 @@ Shapes: K codebooks, T frames, L text tokens, E embedding width. Nothing is pick
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ssmttm.audio.notation import parse_key, parse_metre
 from ssmttm.data.splits import SPLITS
 from ssmttm.data.tensorfile import map_tensors
 from ssmttm.data.text_table import TextTable
@@ -53,6 +55,9 @@ SCHEMA = pa.schema(
         pa.field("audio_bytes", pa.int64()),  # of that file; not in stores of earlier versions
         pa.field("audio_sha256", pa.string()),
         pa.field("truth", pa.string()),  # annotations as JSON, or null
+        pa.field("key", pa.string()),  # such as "D minor", or null; not in stores of earlier versions
+        pa.field("metre", pa.string()),  # such as "3/4", or null
+        pa.field("bars", pa.list_(pa.float64())),  # times of bar lines in seconds from the segment's start, or null
         pa.field("track", pa.string()),  # id of the source track
         pa.field("artist", pa.string()),  # the same across data sets, or empty
         pa.field("work", pa.string()),  # the recording, the same across data sets, or empty
@@ -209,6 +214,33 @@ class Store:
                 "annotations and prepare the store again"
             )
         return tempi.astype(np.float32)
+
+    def keys(self) -> np.ndarray:
+        """Classes of the segments' keys (`ssmttm.audio.notation`), int64 [N]; -1 where none is stated."""
+        return self._classes("key", parse_key)
+
+    def metres(self) -> np.ndarray:
+        """Classes of the segments' metres (`ssmttm.audio.notation`), int64 [N]; -1 where none is stated."""
+        return self._classes("metre", parse_metre)
+
+    def bars(self, row: int) -> np.ndarray:
+        """Times of the bar lines of one segment in seconds, float64 [n]; empty where none are stated."""
+        if "bars" not in self.manifest.column_names:
+            return np.empty(0)
+        return np.array(self.manifest["bars"][int(row)].as_py() or [], np.float64)
+
+    def has_bars(self) -> bool:
+        """Whether any segment states two bar lines or more."""
+        if "bars" not in self.manifest.column_names:
+            return False
+        return bool(pc.any(pc.greater(pc.list_value_length(self.manifest["bars"]), 1)).as_py())
+
+    def _classes(self, name: str, parse: Callable[[str], int]) -> np.ndarray:
+        if name not in self.manifest.column_names:
+            return np.full(len(self), -1)
+        column = self.manifest[name].combine_chunks().dictionary_encode()
+        classes = np.array([parse(text) for text in column.dictionary.to_pylist()] + [-1], np.int64)
+        return classes[pc.fill_null(column.indices, len(classes) - 1).to_numpy()]
 
     def audio_path(self, row: int) -> Path:
         """The audio file of one segment. Raises UserError if the store keeps no audio."""

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ssmttm.config import flatten
+from ssmttm.data.annotations import annotation_columns
 from ssmttm.data.splits import SPLITS
 from ssmttm.data.store import FORMAT, SCHEMA, VERSION, Store, open_store, shard_name, text_name
 from ssmttm.data.tensorfile import write_tensors
@@ -66,7 +67,7 @@ class StoreWriter:
 
         Args:
             row: the manifest's columns; `id`, `split`, `licence` and `duration` are required. The size and the hash of
-                the file `audio` are added, if it is in the store already.
+                the file `audio` are added, if it is in the store already, and key, metre and bars from `truth`.
             codes: [K, frames] integers; None for an audio-only store.
         """
         missing = [key for key in _REQUIRED if row.get(key) is None]
@@ -74,6 +75,11 @@ class StoreWriter:
         if missing or unknown or row["split"] not in SPLITS:
             raise ValueError(f"bad manifest row: missing {missing}, unknown {unknown}, split {row.get('split')!r}")
         annotations = row.get("truth")
+        stated = json.loads(annotations) if isinstance(annotations, str) else annotations
+        try:
+            columns = annotation_columns(stated) if isinstance(stated, dict) else {}
+        except UserError as error:
+            raise UserError(f"segment {row['id']}: {error}: correct its annotations") from error
         if isinstance(annotations, dict):
             annotations = json.dumps(annotations)
         if self._codec is not None:
@@ -83,7 +89,7 @@ class StoreWriter:
         audio = self.path / (row.get("audio") or "")
         entry = file_entry(audio) if audio.is_file() else {}
         hashes = {"audio_bytes": entry.get("bytes"), "audio_sha256": entry.get("sha256")}
-        self._rows.append({**_DEFAULTS, **row, "truth": annotations, **hashes})
+        self._rows.append({**_DEFAULTS, **row, **columns, "truth": annotations, **hashes})
         self._counts[row["split"]] += 1
         self._seconds[row["split"]] += row["duration"]
         self._licences[row["licence"]] += 1

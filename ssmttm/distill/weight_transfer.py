@@ -120,7 +120,7 @@ def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str
     ours[:, :n_logits] = theirs[:, :n_logits][..., kept]
     student.embedding.weight.copy_(teacher.embedding.weight[:, kept])
     transferred = ["embedding.weight", "heads.weight"]
-    modules = ["text", "norm", "chroma"]
+    modules = ["text", "norm", "chroma", "bar_position", "key", "metre"]
     if len(kept) == teacher.config.d_model:
         modules.append("tempo")  # its sinusoids depend on the width
     for name in modules:
@@ -130,7 +130,8 @@ def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str
         present = dict(own.named_parameters())
         for key, value in source.named_parameters():
             if key in present:
-                transferred.append(f"{name}.{_copy(own, key, value[kept])}")
+                channels = value[:, kept] if key == "classes.weight" else value[kept]
+                transferred.append(f"{name}.{_copy(own, key, channels)}")
     return transferred
 
 

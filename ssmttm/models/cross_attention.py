@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,7 +66,7 @@ class CrossAttention(HeadProjections):
         dropout = self.dropout if self.training else 0.0
         k, v = keys.k.to(q.dtype), keys.v.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout).masked_fill(~has_text[..., None, None], 0)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return self.out_proj(rearrange(y, "b h t p -> b t (h p)"))
 
     @torch.no_grad()
     def step(self, x: Tensor, keys: TextKeys) -> Tensor:
@@ -88,4 +89,4 @@ class CrossAttention(HeadProjections):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, H, L, P]."""
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return rearrange(x, "b l (h p) -> b h l p", h=self.n_heads)

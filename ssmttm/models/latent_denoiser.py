@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssmttm.config.model import LatentDenoiserConfig
 from ssmttm.errors import UserError
 from ssmttm.models.conditioning import SinusoidalEmbedding, TextProjection
-from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
+from ssmttm.models.controls import ControlledModel, Controls
 from ssmttm.models.denoiser_stack import DenoiserStack
 from ssmttm.models.unet import UNet
 from ssmttm.text.condition import TextCondition
@@ -32,7 +32,7 @@ class Conditions:
     text: TextCondition  # B captions; the null condition is the embedding of the empty caption
     has_coarse: Tensor | None = None  # [B] bool, False where the coarse latents are dropped; None: all are given
     coarse_noise_aug: Tensor | None = None  # [B], standard deviation of the noise in the coarse latents; None: 0
-    controls: Controls = field(default_factory=Controls)  # chroma [B, 12, T] and tempo [B]
+    controls: Controls = field(default_factory=Controls)  # by frame
     mask: Tensor | None = None  # [B, T] bool, True at valid frames; None: all are valid
 
     def with_text(self, text: TextCondition) -> "Conditions":
@@ -44,7 +44,7 @@ class Conditions:
         return replace(self, has_coarse=torch.zeros(len(latents), dtype=torch.bool, device=latents.device))
 
 
-class LatentDenoiser(nn.Module):
+class LatentDenoiser(ControlledModel):
     """The model. Call `set_statistics` or load weights that hold the statistics before its first use."""
 
     latent_mean: Tensor
@@ -61,8 +61,7 @@ class LatentDenoiser(nn.Module):
         self.time = SinusoidalEmbedding(c.time_dim)
         self.coarse_noise_aug = SinusoidalEmbedding(c.time_dim)
         self.text_vector = nn.Linear(c.d_model, c.time_dim)
-        self.chroma = ChromaEmbedding(c.d_model) if c.chroma else None
-        self.tempo = TempoEmbedding(c.time_dim) if c.tempo else None
+        self.add_control_embeddings(c, c.d_model, c.time_dim)
         self.network = self._network()
         self.norm = nn.RMSNorm(c.d_model, eps=1e-5)
         self.output = nn.Linear(c.d_model, c.noisy_channels)
@@ -84,8 +83,8 @@ class LatentDenoiser(nn.Module):
             coarse = torch.where(conditions.has_coarse[:, None, None], coarse, self.null_coarse)
         x = self.input(torch.cat([noisy.transpose(1, 2), coarse], -1))  # [B, T, D]
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream is float32 under autocast too
-        if self.chroma is not None:
-            x = x + self.chroma(conditions.controls.chroma)
+        for embedding in self.embed_frames(conditions.controls):
+            x = x + embedding
         text = self.text(conditions.text)
         x = self.network(x, self._embed_time(time, text.mean(), conditions), text, mask)
         return self.output(self.norm(x)).transpose(1, 2)
@@ -108,9 +107,8 @@ class LatentDenoiser(nn.Module):
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of one item of `n_frames` frames and `n_text_tokens` text tokens."""
         flops = 2 * n_frames * (self.input.weight.numel() + self.output.weight.numel())
-        if self.chroma is not None:
-            flops += self.chroma.flops(n_frames)
-        return flops + self.text.flops(n_text_tokens) + self.network.flops(n_frames, n_text_tokens)
+        flops += self.control_flops(n_frames) + self.text.flops(n_text_tokens)
+        return flops + self.network.flops(n_frames, n_text_tokens)
 
     def _network(self) -> UNet | DenoiserStack:
         c = self.config
@@ -123,7 +121,9 @@ class LatentDenoiser(nn.Module):
         noise = torch.zeros_like(time) if conditions.coarse_noise_aug is None else conditions.coarse_noise_aug
         embedding = self.time(time * _TIME_SCALE) + self.coarse_noise_aug(noise * _TIME_SCALE)
         embedding = embedding + self.text_vector(text_mean)
-        return embedding if self.tempo is None else embedding + self.tempo(conditions.controls.tempo)
+        for control in self.embed_items(conditions.controls):
+            embedding = embedding + control
+        return embedding
 
     def _statistics(self, latents: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by channel, [n * c, 1] each."""

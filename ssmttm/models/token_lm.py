@@ -3,8 +3,8 @@
 Each position holds one code of every codebook: their embeddings are summed, and K heads predict the K codes of the next
 position. The caller interleaves the codebooks (`ssmttm.patterns`) and shifts by one: inputs = cat([start column],
 sequence[..., :-1]), targets = sequence. With the released settings this is Prefix SiMBA of arXiv 2601.14786, with
-281,042,176 parameters. Melody and tempo (`ssmttm.models.controls`) are added to the audio positions: each gets the
-chroma of the frame that it predicts (`Pattern.frames`).
+281,042,176 parameters. Controls (`ssmttm.models.controls`) are added to the audio positions: each gets the chroma and
+the bar position of the frame that it predicts (`Pattern.frames`).
 Shapes: B batch, K codebooks, S positions, V' = codebook_size (+ 1 with predict_special), L text tokens, D model width.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ssmttm.config.model import TokenLMConfig
@@ -31,7 +32,7 @@ from ssmttm.models.blocks import (
     build_norm,
 )
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
-from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
+from ssmttm.models.controls import ControlledModel, Controls
 from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.ops.linear import Linear
 from ssmttm.text.condition import TextCondition
@@ -61,7 +62,7 @@ class LMState:
         self.position = part.position
 
 
-class TokenLM(nn.Module):
+class TokenLM(ControlledModel):
     """The model. `special_token_id` (= codebook_size) is the start token and the pattern's padding."""
 
     offsets: Tensor
@@ -76,8 +77,7 @@ class TokenLM(nn.Module):
         self.embedding = nn.Embedding(config.n_codebooks * rows, config.d_model)  # row k * rows + code
         self.register_buffer("offsets", torch.arange(config.n_codebooks) * rows, persistent=False)
         self.text = TextProjection(config.text_dim, config.d_model, config.text_norm)
-        self.chroma = ChromaEmbedding(config.d_model) if config.chroma else None
-        self.tempo = TempoEmbedding(config.d_model) if config.tempo else None
+        self.add_control_embeddings(config, config.d_model, config.d_model)
         self.blocks = nn.ModuleList(self._block(index) for index in range(config.n_layers))
         self.norm = build_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
         self.heads = Linear(config.d_model, config.n_codebooks * self.n_logits, bias=False)  # row k * V' + code
@@ -97,11 +97,12 @@ class TokenLM(nn.Module):
             codes: [B, K, S] int64 in [0, special_token_id].
             text: B captions; None: no text.
             return_hidden_states_of: also return the hidden states after these blocks, counted from 1.
-            controls: chroma [B, 12, S] by position, and tempo; None: no controls.
+            controls: by position; None: no controls.
 
         Returns:
-            logits [B, K, S, V']: [..., s, :] depends on codes and chroma [..., : s + 1] and predicts codes[..., s + 1].
-            A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of`, also a list of [B, S, D].
+            logits [B, K, S, V']: [..., s, :] depends on codes and controls [..., : s + 1] and predicts the codes at
+            s + 1. A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of`, also a list of
+            [B, S, D].
 
         Raises:
             UserError: the number of codebooks, the batch sizes, the text width or the controls do not fit.
@@ -114,7 +115,7 @@ class TokenLM(nn.Module):
     def prefill(
         self, codes: Tensor, text: TextCondition | None, state: LMState, controls: Controls | None = None
     ) -> Tensor:
-        """Process the text, then codes [B, K, S], S >= 1, with chroma [B, 12, S] -> the last logits, [B, K, V'].
+        """Process the text, then codes [B, K, S], S >= 1, with their controls -> the last logits, [B, K, V'].
 
         `state` is updated in place.
         """
@@ -122,7 +123,7 @@ class TokenLM(nn.Module):
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: LMState, controls: Controls | None = None) -> Tensor:
-        """Process one position, codes [B, K], with chroma [B, 12, 1] -> logits [B, K, V']. Updates `state` in place."""
+        """Process one position, codes [B, K], with its controls -> logits [B, K, V']. Updates `state` in place."""
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
         x = self._add_controls(x[:, None], controls)[:, 0]
@@ -151,11 +152,8 @@ class TokenLM(nn.Module):
         """Forward FLOPs of a sequence of `n_frames` positions and `n_text_tokens` text tokens."""
         n_positions = n_frames + n_text_tokens * (self.config.conditioning == "prefix")
         flops = sum(block.flops(n_positions, n_text_tokens) for block in self.blocks)
-        if self.chroma is not None:
-            flops += self.chroma.flops(n_frames)
-        if self.tempo is not None:
-            flops += self.tempo.flops()
-        return flops + self.text.flops(n_text_tokens) + 2 * n_frames * self.heads.weight.numel()
+        flops += self.control_flops(n_frames) + self.text.flops(n_text_tokens)
+        return flops + 2 * n_frames * self.heads.weight.numel()
 
     def _hidden(
         self,
@@ -167,9 +165,10 @@ class TokenLM(nn.Module):
     ) -> list[Tensor]:
         """Hidden states at the audio after the given blocks, then after the last block, [B, S, D] each."""
         self._check(codes, text, state)
-        batch, n_codebooks, length = codes.shape
-        rows = (codes + self.offsets[:, None]).transpose(1, 2).reshape(-1, n_codebooks)  # [B*S, K]
-        x = F.embedding_bag(rows, self.embedding.weight, mode="sum").view(batch, length, -1)  # [B, S, D]
+        batch, _, length = codes.shape
+        rows = rearrange(codes + self.offsets[:, None], "b k s -> (b s) k")
+        summed = F.embedding_bag(rows, self.embedding.weight, mode="sum")  # [B * S, D]
+        x = rearrange(summed, "(b s) d -> b s d", b=batch)
         x = self._add_controls(x, controls)
         start = 0 if state is None else state.position
         projected = None if text is None else self.text(text)
@@ -198,10 +197,10 @@ class TokenLM(nn.Module):
         """Add the controls to the audio positions x [B, S, D]."""
         controls = controls or Controls()
         controls.check(self.config, "language model", x.shape[0], x.shape[1])
-        if self.chroma is not None:
-            x = x + self.chroma(controls.chroma)
-        if self.tempo is not None:
-            x = x + self.tempo(controls.tempo)[:, None]
+        for embedding in self.embed_frames(controls):
+            x = x + embedding
+        for embedding in self.embed_items(controls):
+            x = x + embedding[:, None]
         return x
 
     def _add_positions(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
@@ -244,10 +243,7 @@ class TokenLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.heads.weight, std=std)
         self.text.init_weights()
-        if self.chroma is not None:
-            self.chroma.init_weights(std)
-        if self.tempo is not None:
-            self.tempo.init_weights(std)
+        self.init_control_embeddings(std)
         sublayers = [sublayer for block in self.blocks for sublayer in block.sublayers]
         for sublayer in sublayers:
             sublayer.init_weights(len(sublayers))

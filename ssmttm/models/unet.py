@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ssmttm.mixers.bidirectional import FullAttention
@@ -67,11 +68,12 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, T, W] -> [B, T, W]."""
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # [B, T, H, P] each
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "b t (n h p) -> n b t h p", n=3, h=self.n_heads)  # [B, T, H, P] each
         if mask is not None:
             k = k.masked_fill(~mask[..., None, None], -torch.inf)
         context = torch.einsum("bthp,bthq->bhpq", k.softmax(1), v)
-        return x + self.out(torch.einsum("bthp,bhpq->bthq", q.softmax(-1), context).flatten(2))
+        return x + self.out(rearrange(torch.einsum("bthp,bhpq->bthq", q.softmax(-1), context), "b t h q -> b t (h q)"))
 
     def flops(self, n_frames: int) -> int:
         width = self.out.weight.shape[0]
@@ -179,7 +181,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _downsample(x: Tensor, mask: Tensor | None) -> Tensor:
     """Means over pairs of frames, of the valid ones only: [B, T, W] -> [B, T/2, W]."""
-    pairs = _masked(x, mask).unflatten(1, (-1, 2))  # [B, T/2, 2, W]
+    pairs = rearrange(_masked(x, mask), "b (t two) w -> b t two w", two=2)
     if mask is None:
         return pairs.mean(2)
-    return pairs.sum(2) / mask.unflatten(1, (-1, 2)).sum(2).clamp(min=1)[..., None]
+    return pairs.sum(2) / rearrange(mask, "b (t two) -> b t two", two=2).sum(2).clamp(min=1)[..., None]

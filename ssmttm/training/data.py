@@ -1,13 +1,13 @@
 """The store of a training: its metadata for the model card, and checks of its codec and text encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from ssmttm.codecs import Codec, load_codec
-from ssmttm.data.loader import CodesLoader, Field
+from ssmttm.data.loader import CodesLoader, Field, Item
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
@@ -38,6 +38,7 @@ def codes_loader(
     rank: int,
     world_size: int,
     fields: Mapping[str, Field],
+    caption_row: Callable[[Item], int] | None = None,
 ) -> CodesLoader:
     """The loader of `config.data` with further fields; captions are dropped, and lengths change, in the train split
     only."""
@@ -45,7 +46,8 @@ def codes_loader(
     dropout = data.caption_dropout if split == "train" else 0.0
     frames = StepValues(data.frames, data.frames_schedule if split == "train" else ())
     fixed = data.fixed_crops
-    return CodesLoader(store, split, batch_size, frames, config.seed, rank, world_size, dropout, fixed, fields)
+    captions = (dropout, fixed, fields, caption_row)
+    return CodesLoader(store, split, batch_size, frames, config.seed, rank, world_size, *captions)
 
 
 def check_complete(store: Store, name: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,8 +33,8 @@ class LatentConv(nn.Conv1d):
         self.codebook_dim = codebook_dim
 
     def forward(self, latents: Tensor) -> Tensor:
-        vectors = latents.unflatten(1, (-1, self.codebook_dim))  # [B, k, c, T]
-        x = F.pad(vectors, (0, 0, 0, 1), value=1.0).flatten(1, 2)  # [B, k (c + 1), T]
+        vectors = rearrange(latents, "b (k c) t -> b k c t", c=self.codebook_dim)
+        x = rearrange(F.pad(vectors, (0, 0, 0, 1), value=1.0), "b k c t -> b (k c) t")  # [B, k (c + 1), T]
         return F.conv1d(x, self.weight[:, : x.shape[1]], self.bias, padding=self.kernel_size[0] // 2)
 
 
@@ -93,7 +94,7 @@ class SpectralDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """[B, C, T] -> wav [B, 1, T * hop_length]."""
         x = self.coarse(self.first(latents).transpose(1, 2))  # [B, T, D]
-        x = self.up(x).unflatten(2, (self.config.upsampling, -1)).flatten(1, 2)  # [B, u T, D]
+        x = rearrange(self.up(x), "b t (u d) -> b (t u) d", u=self.config.upsampling)  # [B, u T, D]
         return self.head(self.fine(x))[:, None]
 
     @property

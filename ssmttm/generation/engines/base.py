@@ -109,8 +109,9 @@ class AddedEmbeddings:
     def __init__(self, model: TokenLM, item_of_row: Tensor) -> None:
         config = model.config
         self.model, self.item_of_row = model, item_of_row
-        self.by_position = config.chroma or config.positions in ("sinusoidal", "joint")
-        self.is_empty = not (self.by_position or config.tempo)
+        by_frame = config.chroma or config.bar_position
+        self.by_position = by_frame or config.positions in ("sinusoidal", "joint")
+        self.is_empty = not (self.by_position or config.tempo or config.key or config.metre)
 
     @torch.inference_mode()
     def compute(self, controls: Controls, index: int, count: int, state: LMState) -> Tensor:

@@ -66,7 +66,8 @@ class DiffusionTask(Task):
             coarse_noise_aug=settings.coarse_noise_aug if is_train else 0.0,
         )
         fields: dict[str, Field] = {"controls": self.controls.field(split), "draws": draw}
-        return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields)
+        caption_row = self.controls.caption_row(split)
+        return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields, caption_row)
 
     def loss_denominators(self, batch: Batch) -> Tensor:
         """Valid frames, [1]."""

@@ -24,6 +24,7 @@ from ssmttm.distill.weight_transfer import channel_importance, transfer_weights
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
 from ssmttm.models import TokenLM
+from ssmttm.models.controls import CONFIG_KEYS
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.accelerator import build_accelerator
 from ssmttm.training.run import check_minimum
@@ -186,12 +187,13 @@ class DistillTask(LanguageModelTask):
 def cache_metadata(config: DictConfig, task: DistillTask) -> dict[str, Any]:
     """The settings that cached teacher logits depend on."""
     data, settings, teacher = config.data, config.distill, task.teacher.model.config
-    controls = [name for name in ("tempo", "chroma") if config.model[name] and getattr(teacher, name)]
+    controls = [name for name in CONFIG_KEYS.values() if config.model[name] and getattr(teacher, name)]
     return {
         "teacher": task.teacher.fingerprint, "store": task.store.fingerprint, "pattern": config.pattern,
         "seed": config.seed, "frames": data.frames, "caption_dropout": data.caption_dropout,
         "temperature": settings.temperature, "guidance_scale": settings.guidance_scale,
         **{f"{name}_dropout": data[f"{name}_dropout"] for name in controls},
+        **({"caption_swap": data.caption_swap} if data.caption_swap else {}),
     }  # fmt: skip
 
 

@@ -100,7 +100,8 @@ class LanguageModelTask(Task):
         fields: dict[str, Field] = {"controls": self.controls.field(split)}
         if self.tags is not None:
             fields["tags"] = self.tags.targets
-        return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields)
+        caption_row = self.controls.caption_row(split)
+        return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields, caption_row)
 
     def loss_denominators(self, batch: Batch) -> Tensor:
         """Valid positions by codebook and the number of items, [K + 1]."""
