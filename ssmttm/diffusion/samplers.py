@@ -64,27 +64,45 @@ def sample(
     noise: Tensor,
     generators: Sequence[torch.Generator],
     known: Tensor | None = None,
+    known_after: Tensor | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """Sample from noise.
+    """Sample from noise, or from noised latents.
 
     Args:
         noise: [B, C, T].
         generators: one CPU generator per item, for samplers that add noise; an item's sample depends on its own only.
-        known: [B, C, P], P <= T: fixed first frames; at every step they get the noise of that step's time.
+        known, known_after: [B, C, P] and [B, C, Q], fixed first and last frames; at every step they get the noise of
+            that step's time.
+        start: [B, C, T], latents that sampling starts from at a `strength` in (0, 1]: noise is added to them and the
+            last `strength` of the steps are made, as in diffusers' image-to-image pipelines. 1 is sampling from noise.
 
     Returns:
         [B, C, T], float32.
+
+    Raises:
+        UserError: the strength is out of its range, or so low that no step is left.
     """
     objective = get_objective(settings.objective)
-    batch, n_known = len(noise), 0 if known is None else known.shape[-1]
+    batch, length = noise.shape[0], noise.shape[-1]
+    n_before = 0 if known is None else known.shape[-1]
+    first_after = length - (0 if known_after is None else known_after.shape[-1])
     x = noise.float()
 
-    def with_known(x: Tensor, time: Tensor) -> Tensor:
-        if known is None:
-            return x
-        return torch.cat([objective.add_noise(known, noise[..., :n_known], time), x[..., n_known:]], -1)
+    def with_known(x: Tensor, time: Tensor | None) -> Tensor:
+        """x with the known frames, noised for a time."""
+        parts = [x[..., n_before:first_after]]
+        for latents, frames in ((known, slice(0, n_before)), (known_after, slice(first_after, length))):
+            if latents is None:
+                continue
+            noised = latents.to(x.dtype) if time is None else objective.add_noise(latents, noise[..., frames], time)
+            parts.insert(0 if latents is known else len(parts), noised)
+        return torch.cat(parts, -1)
 
     if settings.name == "direct":
+        if start is not None:
+            raise UserError("objective regression has no steps, so there is no strength: leave it out, or at 1")
         time = torch.ones(batch, device=x.device)
         x = objective.predict_clean(x, predict(torch.zeros_like(x), time), time)
     else:
@@ -92,11 +110,26 @@ def sample(
         extra: dict[str, Any] = {"generator": list(generators)} if settings.name == "ddpm" else {}
         # A flow's noise levels are its times; diffusers rounds some of its timesteps.
         times = scheduler.sigmas[:-1] if settings.objective == "flow" else scheduler.timesteps / TRAIN_STEPS
-        for timestep, value in zip(scheduler.timesteps, times.tolist(), strict=True):
+        first = _first_step(settings, strength) * scheduler.order
+        timesteps, times = scheduler.timesteps[first:], times[first:]
+        if start is not None and first:
+            scheduler.set_begin_index(first)
+            x = objective.add_noise(start.float(), x, times[:1].to(x.device).expand(batch))
+        for timestep, value in zip(timesteps, times.tolist(), strict=True):
             time = torch.full((batch,), value, device=x.device)
             x = with_known(x, time)
             x = scheduler.step(predict(x, time).float(), timestep, x, **extra).prev_sample
-    return x if known is None else torch.cat([known.to(x.dtype), x[..., n_known:]], -1)
+    return with_known(x, None)
+
+
+def _first_step(settings: SamplerSettings, strength: float) -> int:
+    """The step that sampling starts at."""
+    if not 0 < strength <= 1:
+        raise UserError(f"strength must be in (0, 1] (1: nothing is kept of what it starts from), got {strength}")
+    n_steps = min(int(settings.steps * strength), settings.steps)
+    if n_steps == 0:
+        raise UserError(f"a strength of {strength:g} leaves none of {settings.steps} steps: give more of either")
+    return settings.steps - n_steps
 
 
 def _scheduler(settings: SamplerSettings, device: torch.device) -> Any:

@@ -5,26 +5,45 @@ Shapes: B items, K codebooks, N coarse codebooks, t frames.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmttm.generation.engine import CodeSampler, TextConditions
-from ssmttm.generation.request import Sampling
+from ssmttm.generation.request import Request, Sampling
 from ssmttm.generation.second_stage import SecondStageInputs, SecondStageStream
 from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState
 
 
+@dataclass(frozen=True)
+class Change:
+    """What changes in the codes from `frame` on (None: from now on), and the request as it is then. None: it stays."""
+
+    request: Request
+    conditions: TextConditions | None = None
+    sampling: Sampling | None = None
+    controls: Controls | None = None
+    fade_frames: int = 0
+    frame: int = 0
+
+
 class CodeGenerator:
-    """Both stages in progress. A clone goes on exactly as the original does."""
+    """Both stages in progress. A clone goes on exactly as the original does.
+
+    Attributes:
+        request: the prompts and settings as they are now.
+        schedule: changes to come.
+    """
 
     def __init__(
-        self, sampler: CodeSampler, second_stage: SecondStageStream | None, clip_codes: Tensor | None = None
-    ) -> None:
+        self, request: Request, sampler: CodeSampler, second_stage: SecondStageStream | None,
+        clip_codes: Tensor | None = None, schedule: Sequence[Change] = (),
+    ) -> None:  # fmt: skip
         """`clip_codes`: [B, K, P], the codes that the sampler continues; they are returned first."""
+        self.request, self.schedule = request, list(schedule)
         self.sampler, self.second_stage = sampler, second_stage
         self.n_clip_frames = 0 if clip_codes is None else clip_codes.shape[-1]
         self._ready = [] if clip_codes is None else [clip_codes]
@@ -36,7 +55,7 @@ class CodeGenerator:
         while not self._ready:
             if self._finished:
                 return None
-            frames = self.sampler.next_frames(chunk_frames)  # [B, N, t]
+            frames = self.sampler.next_frames(self._until_next_change(chunk_frames))  # [B, N, t]
             if self.second_stage is None:
                 return frames
             if frames is None:
@@ -46,19 +65,26 @@ class CodeGenerator:
                 self._ready = self.second_stage.push(frames)
         return self._ready.pop(0)
 
-    def change(
-        self, conditions: TextConditions | None = None, sampling: Sampling | None = None,
-        controls: Controls | None = None, fade_frames: int = 0,
-    ) -> None:  # fmt: skip
+    def change(self, change: Change) -> None:
         """Change what the codes to come depend on; see `CodeSampler.change`. A stage takes the controls that it has."""
+        controls = change.controls
         own = None if controls is None else controls.supported_by(self.sampler.model.config)
-        self.sampler.change(conditions, sampling, own, fade_frames)
-        if self.second_stage is not None and conditions is not None:
+        self.sampler.change(change.conditions, change.sampling, own, change.fade_frames)
+        if self.second_stage is not None and change.conditions is not None:
             inputs = self.second_stage.inputs
-            inputs = second_stage_inputs(conditions, inputs.seeds, inputs.controls, self.sampler.device)
+            inputs = second_stage_inputs(change.conditions, inputs.seeds, inputs.controls, self.sampler.device)
             self.second_stage.inputs = inputs
         if controls is not None:
             self._set_second_controls(controls)
+        self.request = change.request
+
+    def _until_next_change(self, chunk_frames: int) -> int:
+        """Make the changes that are due; the frames of a chunk that ends at the next one."""
+        while self.schedule and self.schedule[0].frame <= self.sampler.n_yielded:
+            self.change(self.schedule.pop(0))
+        if not self.schedule:
+            return chunk_frames
+        return min(chunk_frames, self.schedule[0].frame - self.sampler.n_yielded)
 
     def set_controls(self, controls: Controls) -> None:
         """Controls of the codes to come, without processing the last ones again."""
@@ -75,7 +101,8 @@ class CodeGenerator:
         second = self.second_stage
         return {
             "sampler": self.sampler.state(), "second_stage": None if second is None else second.state(),
-            "ready": list(self._ready), "finished": self._finished, "n_clip_frames": self.n_clip_frames,
+            "n_scheduled": len(self.schedule), "ready": list(self._ready), "finished": self._finished,
+            "n_clip_frames": self.n_clip_frames,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
@@ -84,12 +111,15 @@ class CodeGenerator:
         if self.second_stage is not None:
             self.second_stage.restore(state["second_stage"])
         self._finished, self.n_clip_frames = state["finished"], state["n_clip_frames"]
+        self.schedule = self.schedule[len(self.schedule) - state["n_scheduled"] :]
         self._ready = [codes.to(self.sampler.device) for codes in state["ready"]]
 
     def clone(self, seeds: Sequence[int] | None = None) -> "CodeGenerator":
         """A copy that goes on independently: exactly as this one, or with other seeds."""
         new = copy.copy(self)
-        new.sampler, new._ready = self.sampler.clone(seeds), list(self._ready)
+        new.sampler, new._ready, new.schedule = self.sampler.clone(seeds), list(self._ready), list(self.schedule)
+        if seeds is not None:
+            new.request = replace(self.request, seeds=list(seeds))
         if self.second_stage is not None:
             new.second_stage = self.second_stage.clone()
             if seeds is not None:

@@ -123,7 +123,8 @@ class CodeSampler:
             n_frames: T >= 1, including the prompt; None: without an end, with a pattern in one pass.
             seeds: B seeds of 32 bits. An item's tokens depend on its own inputs and seed only: on a CPU its logits are
                 the same in any batch, bit for bit.
-            prompt_codes: [B, K, P] with P <= T, frames to continue; they are returned first.
+            prompt_codes: [B, K, P] with P <= T, frames to continue; they are returned first. Frames of -1 are sampled:
+                what follows them is then known, and the model's input, where it comes before their last codebooks.
             controls: of B items, by frame; a melody may be shorter than T. They condition the null rows too: guidance
                 is towards the text.
             context_frames: frames that are kept for a later `change` of the conditions.
@@ -183,8 +184,8 @@ class CodeSampler:
         self, conditions: TextConditions | None = None, sampling: Sampling | None = None,
         controls: Controls | None = None, fade_frames: int = 0,
     ) -> None:  # fmt: skip
-        """Change what the next positions depend on. With new conditions or controls the last `context_frames` frames are
-        processed again; during the next `fade_frames` frames the logits move from the old ones' to theirs.
+        """Change what the next positions depend on. With new conditions or controls the last `context_frames` frames
+        are processed again; during the next `fade_frames` frames the logits move from the old ones' to theirs.
 
         Raises:
             UserError: the pattern goes over the frames more than once, or the model was not built for a control.
@@ -398,10 +399,15 @@ class CodeSampler:
 
     def _first_position(self) -> int:
         """The first position to sample, or the last one if all are known."""
-        n_given = self._prompt.shape[-1]
+        to_sample = (self._prompt == _TO_SAMPLE).flatten(0, 1).any(0)  # [P]
+        n_given = int(to_sample.int().argmax()) if bool(to_sample.any()) else len(to_sample)
         if self.n_frames is not None and n_given >= self.n_frames:
             return self.pattern.sequence_length(self.n_frames) - 1
         return min(self.pattern.starts(self.n_frames)) + self.pattern.stride * n_given
+
+    def frame_controls(self, start: int, stop: int) -> Controls:
+        """Controls of the frames start..stop of all items."""
+        return self._controls.gather_frames(torch.arange(start, stop, device=self.device))
 
     def _controls_at(self, positions: Tensor) -> Controls:
         """Controls by position of all items."""

@@ -4,7 +4,7 @@ Shapes: n prompts, S samples, K codebooks, T frames, t frames of a chunk.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from ssmttm.codecs import Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation import loading
-from ssmttm.generation.code_generation import CodeGenerator, second_stage_inputs
-from ssmttm.generation.continuation import AudioInput, EncodedClip, encode_clip
+from ssmttm.generation.code_generation import Change, CodeGenerator, second_stage_inputs
+from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
+from ssmttm.generation.editing.repaint import fade_samples, known_around, mix_region, region_frames, repaint_codes
 from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.engines import Engine, EngineCache
 from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
-from ssmttm.generation.request import MAX_DURATION, Prompt, Request, Sampling, blend_weights
+from ssmttm.generation.request import MAX_DURATION, Prompt, Request, Sampling, bars_duration, blend_weights, check_seed
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageStream
-from ssmttm.generation.session import CONTEXT_SECONDS, Snapshot, StreamSession
+from ssmttm.generation.session import CONTEXT_SECONDS, FADE_SECONDS, Snapshot, StreamSession
 from ssmttm.generation.state import fill_state, load_snapshot, save_snapshot
 from ssmttm.hub import commit_of
 from ssmttm.models.controls import Controls, SupportsControls
@@ -36,6 +37,8 @@ from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import build_null_condition
+
+_KNOWN_BARS_SECONDS = 3600.0  # of a stream without an end: after that a model of bar positions gets none
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,9 @@ class MusicPipeline:
         seeds: int | Sequence[int] = 0, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
         bpm: float | None = None, melody: Tensor | None = None, diffusion_steps: int | None = None,
         progress: Callable[[float], None] | None = None, *, min_p: float = 0.0,
-        negative_prompts: str | Sequence[str] | None = None, continue_from: AudioInput | None = None,
-        engine: str = "auto", weights: str = "fp32",
+        negative_prompts: str | Sequence[str] | None = None, key: str | None = None, metre: str | None = None,
+        bars: float | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
+        continue_from: AudioInput | None = None, engine: str = "auto", weights: str = "fp32",
     ) -> PipelineOutput:  # fmt: skip
         """Generate one clip per prompt, all in one batch. Raises UserError if an argument is out of its range.
 
@@ -146,8 +150,11 @@ class MusicPipeline:
             seeds: one per prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the
                 same clip, alone or in a batch.
             temperature, top_k, top_p, min_p: see `ssmttm.generation.request.Sampling`.
-            bpm: beats per minute; melody: audio [channels, S] at `sample_rate` whose chroma is followed. Each needs a
-                stage that was trained with it.
+            bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S] at
+                `sample_rate` whose chroma is followed. Each needs a stage that was trained with it.
+            bars: the duration in bars at `bpm`, of 4 beats unless there is a metre; takes the place of `duration`.
+            schedule: seconds of the new music and what changes there for all clips, such as
+                [(10.0, {"prompt": "driving techno", "guidance_scale": 4.0})]; see `StreamSession.change`.
             diffusion_steps: sampling steps of the second stage; None: as configured at its training.
             progress: called with the seconds of audio newly sampled, over all prompts.
             negative_prompts: what to lead away from, one for all or one per prompt; it takes the place of the null
@@ -159,7 +166,11 @@ class MusicPipeline:
                 fastest engine that can run the model; the metadata tell which and why.
         """
         sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
-        request = Request.create(prompts, duration, seeds, sampling, self.max_duration, bpm, melody, negative_prompts)
+        if bars is not None:
+            duration = bars_duration(bars, bpm, metre)
+        request = Request.create(
+            prompts, duration, seeds, sampling, self.max_duration, bpm, melody, negative_prompts, key, metre, schedule
+        )
         clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
         second_stage = self._check_request(request, diffusion_steps)
         step_engine = self.engine(engine, weights)
@@ -180,6 +191,85 @@ class MusicPipeline:
             metadata["second_stage"] = metadata.get("second_stage", {}) | {"steps": second_stage.settings.sampler.steps}
         return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
 
+    def repaint(
+        self, prompt: Prompt, clip: AudioInput, region: tuple[float, float], *, candidates: int = 4, seed: int = 0,
+        guidance_scale: float | None = None, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
+        min_p: float = 0.0, negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
+        diffusion_steps: int | None = None, engine: str = "auto", weights: str = "fp32",
+    ) -> PipelineOutput:  # fmt: skip
+        """Generate a region of a clip again. Outside it the samples are the clip's own, mono at `sample_rate`, but for
+        a short mix at its edges, within the codec's reach.
+
+        Args:
+            clip: as `continue_from` of a call.
+            region: start and stop in seconds.
+            candidates: how many are generated, with seeds `seed`, `seed` + 1, ...; the one is taken after which the
+                model predicts the rest of the clip best.
+            The others: as in a call.
+
+        Returns:
+            One clip; `metadata["repaint"]` has the region, the seed that was taken, and the score of every candidate.
+
+        Raises:
+            UserError: an argument is out of its range, or the region is not within the clip.
+        """
+        if candidates < 1:
+            raise UserError(f"candidates must be at least 1, got {candidates}")
+        sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
+        seeds = list(range(seed, seed + candidates))
+        for own in seeds:
+            check_seed(own)
+        request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
+        second_stage = self._check_request(request, diffusion_steps)
+        encoded = encode_clip(clip, self._encoding_codec())
+        hop, n_coarse = self.codec.hop_length, self.model.config.n_codebooks
+        frames = region_frames(region, encoded, self.sample_rate, hop)
+        coarse = encoded.codes[:, :n_coarse]
+        given = known_around(coarse, frames, self.pattern)
+        controls = self.controls(request, 0, encoded.codes.shape[-1])
+        conditions = self.text_conditions(request)
+        sampler = CodeSampler(
+            self.model, conditions, self.pattern, given.shape[-1], sampling, [seed], given,
+            controls.supported_by(self.model.config), 0, self.engine(engine, weights),
+        )  # fmt: skip
+        found = repaint_codes(sampler, coarse, frames, seeds, self.codec.frame_rate)
+        codes = torch.cat([found.codes, encoded.codes[:, n_coarse:]], 1)
+        if second_stage is not None:
+            own_controls = controls.supported_by(second_stage.model.config)
+            inputs = second_stage_inputs(conditions, [seeds[found.best]], own_controls, sampler.device)
+            codes = second_stage.regenerate(codes, frames, inputs)
+        first, last = (frame * hop - encoded.n_padding for frame in frames)
+        decoded = self._decode(codes)[0, :, encoded.n_padding :]  # [C, S]
+        fade = fade_samples(self.codec.context, hop)
+        wav = mix_region(encoded.wav.expand(len(decoded), -1), decoded, max(0, first), last, fade)
+        about = {"region": list(region), "seed": seeds[found.best], "scores": found.scores}
+        return PipelineOutput(wav[None], self.sample_rate, codes.cpu(), self.metadata | {"repaint": about})
+
+    def audio_to_audio(
+        self, prompt: Prompt, clip: AudioInput, strength: float = 0.6, *, seed: int = 0,
+        negative_prompt: str | None = None, bpm: float | None = None, diffusion_steps: int | None = None,
+    ) -> PipelineOutput:  # fmt: skip
+        """Render a clip again with other words, in a two-stage model: its coarse codes stay, and the second stage
+        starts from the others with noise added.
+
+        Args:
+            strength: in (0, 1], how much of them is noise: near 0 the clip stays as it is, 1 keeps its coarse codes
+                only.
+            The others: as in a call.
+        """
+        request = Request.create(prompt, None, seed, Sampling(), bpm=bpm, negative_prompts=negative_prompt)
+        second_stage = self._check_request(request, diffusion_steps)
+        if second_stage is None:
+            raise UserError("this model has one stage: audio-to-audio is for two-stage models")
+        encoded = encode_clip(clip, self._encoding_codec())
+        n_frames = encoded.codes.shape[-1]
+        own = self.controls(request, 0, n_frames).supported_by(second_stage.model.config)
+        device = next(self.model.parameters()).device
+        inputs = second_stage_inputs(self.text_conditions(request), [seed], own, device)
+        codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength)
+        wav = self._decode(codes)[..., encoded.n_padding :]
+        return PipelineOutput(wav, self.sample_rate, codes.cpu(), self.metadata | {"strength": strength})
+
     def stream(
         self, prompt: Prompt, duration: float | None = 10.0, guidance_scale: float | None = None, seed: int = 0,
         temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, bpm: float | None = None,
@@ -199,8 +289,10 @@ class MusicPipeline:
     def session(
         self, prompt: Prompt, *, seed: int = 0, duration: float | None = None, guidance_scale: float | None = None,
         temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, min_p: float = 0.0,
-        negative_prompt: str | None = None, bpm: float | None = None, melody: Tensor | None = None,
-        diffusion_steps: int | None = None, continue_from: AudioInput | None = None, chunk_seconds: float = 0.5,
+        negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
+        metre: str | None = None, melody: Tensor | None = None,
+        schedule: Sequence[tuple[float, Mapping[str, Any]]] = (), diffusion_steps: int | None = None,
+        continue_from: AudioInput | None = None, chunk_seconds: float = 0.5,
         engine: str = "auto", weights: str = "fp32",
     ) -> StreamSession:  # fmt: skip
         """Open a stream, which may be changed while it plays, copied and saved. Raises UserError if an argument is out
@@ -214,7 +306,9 @@ class MusicPipeline:
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
         sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
-        request = Request.create(prompt, duration, [seed], sampling, self.max_duration, bpm, melody, negative_prompt)
+        request = Request.create(
+            prompt, duration, [seed], sampling, self.max_duration, bpm, melody, negative_prompt, key, metre, schedule
+        )
         if duration is None and self.codec.context is None:
             raise UserError(f"the codec {self.codec.name} decodes whole clips only: give a duration")
         clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
@@ -223,12 +317,12 @@ class MusicPipeline:
         chunk_frames = math.ceil(chunk_seconds * self.codec.frame_rate)
         n_samples, n_skipped = self._n_samples(request, clip)
         n_total = None if duration is None else n_samples
-        session = StreamSession(self, request, generator, chunk_frames, n_total, n_skipped)
+        session = StreamSession(self, generator, chunk_frames, n_total, n_skipped)
         self._last_session = lambda: session
         return session
 
     def engine(self, engine: str = "auto", weights: str = "fp32") -> Engine:
-        """The engine that runs the language model's steps; arguments and errors as of `ssmttm.generation.engines.build`.
+        """The engine that runs the language model's steps; arguments and errors: `ssmttm.generation.engines.build`.
 
         It is built once, and again if the model's weights have changed.
         """
@@ -270,7 +364,7 @@ class MusicPipeline:
         second_stage = self._check_request(request, content["diffusion_steps"])
         state = content["session"]
         generator = self._generator(request, second_stage, None, self.engine(*content["engine"]))
-        session = StreamSession(self, request, generator, state["chunk_frames"], state["n_samples"])
+        session = StreamSession(self, generator, state["chunk_frames"], state["n_samples"])
         session.restore(state, fill_state)
         generator.set_controls(self.controls(request, generator.n_clip_frames, generator.sampler.n_frames))
         return session
@@ -290,12 +384,31 @@ class MusicPipeline:
         texts = [TextCondition.stack(texts) for texts in zip(*prompts, strict=True)]
         return TextConditions(texts, TextCondition.stack(nulls), torch.tensor(weights).T if longest > 1 else None)
 
+    def change(
+        self, request: Request, changes: Mapping[str, Any], n_clip_frames: int, n_frames: int | None, frame: int = 0
+    ) -> Change:
+        """A change of a request's words or settings from a frame on. Raises UserError if a value is out of its range,
+        or the model was not trained with a control."""
+        changed = request.changed(**changes)
+        self.check_controls(changed)
+        new_words = not changes.keys().isdisjoint({"prompt", "negative_prompt"})
+        new_controls = not changes.keys().isdisjoint({"bpm", "key", "metre"})
+        return Change(
+            changed, self.text_conditions(changed) if new_words else None, changed.sampling,
+            self.controls(changed, n_clip_frames, n_frames) if new_controls else None,
+            round(FADE_SECONDS * self.codec.frame_rate), frame,
+        )  # fmt: skip
+
     def controls(self, request: Request, n_clip_frames: int = 0, n_frames: int | None = None) -> Controls:
-        """The request's controls for every item, by frame. A melody begins after the frames of a clip that is
-        continued; one longer than `n_frames` is cut, a shorter one ends early."""
+        """The request's controls for every item, by frame. A melody and the bars begin after the frames of a clip that
+        is continued; a melody longer than `n_frames` is cut, a shorter one ends early."""
         device, n_items = next(self.model.parameters()).device, len(request.prompts)
-        tempo = None if request.bpm is None else torch.full((n_items,), request.bpm, device=device)
-        chroma = None
+        frame_rate = self.codec.frame_rate
+        n_new = math.ceil(_KNOWN_BARS_SECONDS * frame_rate) if n_frames is None else n_frames - n_clip_frames
+        controls = Controls.create(n_items, n_new, frame_rate, request.bpm, request.key, request.metre, device)
+        bars, chroma = controls.bar_position, None
+        if bars is not None:
+            controls = replace(controls, bar_position=F.pad(bars, (n_clip_frames, 0), value=torch.nan))
         if request.melody is not None:
             melody_frames = math.ceil(request.melody.shape[-1] / self.codec.hop_length)
             if n_frames is not None:
@@ -303,15 +416,15 @@ class MusicPipeline:
             wav = request.melody.mean(0, keepdim=True)[:, : melody_frames * self.codec.hop_length].to(device)
             chroma = frame_chroma(wav, self.sample_rate, melody_frames).expand(n_items, -1, -1)
             chroma = F.pad(chroma, (n_clip_frames, 0), value=torch.nan)
-        return Controls(chroma, tempo)
+        return replace(controls, chroma=chroma)
 
     def check_controls(self, request: Request) -> None:
         """Raises UserError if no stage was trained with one of the request's controls."""
         stages: list[SupportsControls] = [self.model.config]
         if self.second_stage is not None:
             stages.append(self.second_stage.model.config)
-        for name, key, value in (("bpm", "tempo", request.bpm), ("melody", "chroma", request.melody)):
-            if value is not None and not any(getattr(config, key) for config in stages):
+        for name, key in (("bpm", "tempo"), ("melody", "chroma"), ("key", "key"), ("metre", "metre")):
+            if getattr(request, name) is not None and not any(getattr(config, key) for config in stages):
                 raise UserError(f"this model was not trained with {name} (model.{key}=true): leave it out")
 
     def _sampling(
@@ -350,16 +463,22 @@ class MusicPipeline:
             n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.codec.hop_length)
         conditions = self.text_conditions(request)
         controls = self.controls(request, n_clip_frames, n_frames)
+        schedule, current = [], request
+        for seconds, changes in request.schedule:
+            frame = n_clip_frames + round(seconds * self.codec.frame_rate)
+            schedule.append(self.change(current, changes, n_clip_frames, n_frames, frame))
+            current = schedule[-1].request
         coarse = None if clip_codes is None else clip_codes[:, : self.model.config.n_codebooks]
         sampler = CodeSampler(
             self.model, conditions, self.pattern, n_frames, request.sampling, request.seeds, coarse,
             controls.supported_by(self.model.config), math.ceil(CONTEXT_SECONDS * self.codec.frame_rate), engine,
         )  # fmt: skip
         if second_stage is None:
-            return CodeGenerator(sampler, None, clip_codes)
+            return CodeGenerator(request, sampler, None, clip_codes, schedule)
         own = controls.supported_by(second_stage.model.config)
         inputs = second_stage_inputs(conditions, request.seeds, own, sampler.device)
-        return CodeGenerator(sampler, SecondStageStream(second_stage, inputs, clip_codes), clip_codes)
+        second = SecondStageStream(second_stage, inputs, clip_codes)
+        return CodeGenerator(request, sampler, second, clip_codes, schedule)
 
     def _session_after(
         self, request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine
@@ -367,10 +486,11 @@ class MusicPipeline:
         """A session without an end that goes on from the end of a clip of these codes, [1, K, T]."""
         if len(codes) > 1:
             raise UserError(f"the last call made {len(codes)} clips: a state is of one, so call with one prompt")
-        request = replace(request, duration=None)
+        request = replace(request, duration=None, schedule=())
         n_samples = codes.shape[-1] * self.codec.hop_length
-        generator = self._generator(request, second_stage, EncodedClip(codes, n_samples, 0), engine)
-        return StreamSession(self, request, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)
+        clip = EncodedClip(codes, torch.zeros(1, n_samples), 0)  # of which only the codes are used
+        generator = self._generator(request, second_stage, clip, engine)
+        return StreamSession(self, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)
 
     def _encoding_codec(self) -> Codec:
         """The codec, or the teacher of one that only decodes."""

@@ -4,10 +4,11 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import index
+from operator import index, itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ssmttm.audio.notation import beats_of, parse_key, parse_metre
 from ssmttm.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits of a seed
 MAX_DURATION = 600.0  # seconds
 Prompt = str | Mapping[str, float]  # a caption, or captions and their weights in a blend
+_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
+CHANGEABLE = ("prompt", "negative_prompt", *_SAMPLING, "bpm", "key", "metre")  # while the music plays
 _EXAMPLE = "'a slow waltz in D minor on a music box'"
 
 
@@ -52,7 +55,8 @@ class Request:
     """One clip per prompt, all of one duration in seconds (None: without an end), with one seed each.
 
     prompts: a caption, or captions with weights. negative_prompts: one per prompt; "" is the null condition.
-    bpm: beats per minute. melody: audio [channels, S]. Both for models trained with them, see `MusicPipeline`.
+    bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S]. Each is for models
+    trained with it, see `MusicPipeline`. schedule: seconds of new music, and what changes there.
     """
 
     prompts: list[Prompt]
@@ -62,12 +66,16 @@ class Request:
     negative_prompts: list[str]
     bpm: float | None = None
     melody: "Tensor | None" = None
+    key: str | None = None
+    metre: str | None = None
+    schedule: Sequence[tuple[float, Mapping[str, Any]]] = ()
 
     @classmethod
     def create(
         cls, prompts: Prompt | Sequence[Prompt], duration: float | None, seeds: int | Iterable[int],
         sampling: Sampling, max_duration: float = MAX_DURATION, bpm: float | None = None,
-        melody: "Tensor | None" = None, negative_prompts: str | Sequence[str] | None = None,
+        melody: "Tensor | None" = None, negative_prompts: str | Sequence[str] | None = None, key: str | None = None,
+        metre: str | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
     ) -> "Request":  # fmt: skip
         """Expand shorthand (one prompt as a string; one seed s for s, s + 1, ...; one negative prompt for all) and
         check every value. Raises UserError if a prompt is empty or not text, a value is out of range, seeds or negative
@@ -96,16 +104,34 @@ class Request:
             raise UserError(f"bpm must be above 0 beats per minute, got {bpm}")
         if melody is not None and (melody.ndim != 2 or not melody.numel() or not bool(melody.isfinite().all())):
             raise UserError(f"melody must be finite audio [channels, samples], got shape {list(melody.shape)}")
-        return cls(prompts, duration, seeds, sampling, negatives, bpm, melody)
+        if key is not None:
+            parse_key(key)
+        if metre is not None:
+            parse_metre(metre)
+        request = cls(prompts, duration, seeds, sampling, negatives, bpm, melody, key, metre, sorted_schedule(schedule))
+        for seconds, changes in request.schedule:
+            if not (math.isfinite(seconds) and 0 <= seconds < (math.inf if duration is None else duration)):
+                raise UserError(f"there is no second {seconds:g} in the music (--at, schedule): give one within it")
+            request.changed(**changes)
+        return request
 
-    def changed(
-        self, prompt: Prompt | None, negative_prompt: str | None, sampling: Sampling, bpm: float | None
-    ) -> "Request":
-        """A request of one clip with other words or settings, checked; None: as they are."""
-        prompts = self.prompts if prompt is None else [prompt]
-        negatives = self.negative_prompts if negative_prompt is None else [negative_prompt]
-        bpm = self.bpm if bpm is None else bpm
-        return Request.create(prompts, self.duration, self.seeds, sampling, math.inf, bpm, self.melody, negatives)
+    def changed(self, **changes: Any) -> "Request":
+        """The request with other words or settings for all clips, checked. Raises UserError for one that cannot change
+        while the music plays (see CHANGEABLE) or is out of its range."""
+        if unknown := changes.keys() - set(CHANGEABLE):
+            raise UserError(f"{min(unknown)} cannot change while the music plays: choose from {', '.join(CHANGEABLE)}")
+        prompts, negatives, n_items = self.prompts, self.negative_prompts, len(self.prompts)
+        if "prompt" in changes:
+            prompts = [changes["prompt"]] * n_items
+        if "negative_prompt" in changes:
+            negatives = [changes["negative_prompt"]] * n_items
+        sampling = replace(self.sampling, **{name: changes[name] for name in _SAMPLING if name in changes})
+        own = {"bpm": self.bpm, "key": self.key, "metre": self.metre}
+        controls = own | {name: changes[name] for name in own if name in changes}
+        return Request.create(
+            prompts, self.duration, self.seeds, sampling, math.inf, melody=self.melody, negative_prompts=negatives,
+            **controls,
+        )  # fmt: skip
 
     def batches(self, size: int) -> Iterator["Request"]:
         """The same request in batches of `size` prompts."""
@@ -135,6 +161,22 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"{path} has no prompt: write one per line (lines that begin with # are comments)")
     return prompts
+
+
+def sorted_schedule(
+    schedule: Sequence[tuple[float, Mapping[str, Any]]],
+) -> list[tuple[float, dict[str, Any]]]:
+    """Changes in the order of their times."""
+    return sorted(((float(seconds), dict(changes)) for seconds, changes in schedule), key=itemgetter(0))
+
+
+def bars_duration(bars: float, bpm: float | None, metre: str | None = None) -> float:
+    """Seconds of a number of bars, of 4 beats unless a metre is given. Raises UserError without a tempo."""
+    if bpm is None or not (math.isfinite(bpm) and bpm > 0):
+        raise UserError(f"a length in bars needs a tempo above 0 beats per minute (bpm), got {bpm}")
+    if not (math.isfinite(bars) and bars > 0):
+        raise UserError(f"bars must be above 0, got {bars}")
+    return bars * beats_of(parse_metre(metre or "4/4")) * 60 / bpm
 
 
 def blend_weights(prompt: Prompt) -> dict[str, float]:

@@ -111,23 +111,58 @@ class SecondStage:
             yield from stream.push(chunk)
         yield stream.finish()
 
-    def generate_window(
-        self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int, first_frame: int = 0
+    def regenerate(
+        self, codes: Tensor, region: tuple[int, int], inputs: SecondStageInputs, strength: float = 1.0
     ) -> Tensor:
+        """Codes [B, K, T] with all but the coarse codes of the frames `region` (start, stop) generated again; the
+        frames around them are known to the sampler (inpainting). Raises UserError as `diffusion.samplers.sample`.
+
+        Args:
+            strength: below 1, sampling starts from the codes that are there.
+        """
+        window, overlap = self.settings.window, self.settings.overlap
+        n_coarse, (start, stop) = self.model.config.n_coarse_codebooks, region
+        codes, done, index = codes.clone(), start, 0
+        while done < stop:
+            first = max(0, done - overlap)
+            frames = slice(first, min(first + window, codes.shape[-1], stop + overlap))
+            n_after = max(0, frames.stop - stop)
+            known = codes[..., first:done] if done > first else None
+            after = codes[..., stop : frames.stop] if n_after else None
+            original = codes[..., frames] if strength < 1 else None
+            codes[..., frames] = self.generate_window(
+                codes[:, :n_coarse, frames], known, inputs, index, first - index * (window - overlap), after, original,
+                strength,
+            )  # fmt: skip
+            done, index = frames.stop - n_after, index + 1
+        return codes
+
+    def generate_window(
+        self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int, first_frame: int = 0,
+        known_after: Tensor | None = None, original: Tensor | None = None, strength: float = 1.0,
+    ) -> Tensor:  # fmt: skip
         """Codes [B, K, T] of window `index`, of which window 0 begins at `first_frame`. On a CPU one item at a time, so
-        that rounding does not depend on the batch."""
+        that rounding does not depend on the batch.
+
+        Args:
+            known, known_after: codes [B, K, P] and [B, K, Q] of its first and last frames.
+            original: codes [B, K, T] that sampling starts from at a `strength` below 1.
+        """
         start = first_frame + index * (self.settings.window - self.settings.overlap)
         inputs = inputs.select_window(index, start, coarse_codes.shape[-1])
         size = 1 if coarse_codes.device.type == "cpu" else len(coarse_codes)
         codes = []
         for first in range(0, len(coarse_codes), size):
             rows = slice(first, first + size)
-            known_rows = None if known is None else known[rows]
-            codes.append(self._generate_batch(coarse_codes[rows], known_rows, inputs.select_rows(rows)))
+            given = [None if tensor is None else tensor[rows] for tensor in (known, known_after, original)]
+            codes.append(self._generate_batch(coarse_codes[rows], given, inputs.select_rows(rows), strength))
         return torch.cat(codes)
 
     @torch.inference_mode()
-    def _generate_batch(self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs) -> Tensor:
+    def _generate_batch(
+        self, coarse_codes: Tensor, given: Sequence[Tensor | None], inputs: SecondStageInputs, strength: float
+    ) -> Tensor:
+        """`given`: codes of the first frames, of the last frames, and of all frames to start from."""
         config, (batch, n_coarse, length) = self.model.config, coarse_codes.shape
         if n_coarse != config.n_coarse_codebooks:
             raise UserError(f"the denoiser expects {config.n_coarse_codebooks} coarse codebooks, got {n_coarse}")
@@ -139,16 +174,20 @@ class SecondStage:
         conditions = Conditions(self.model.normalise(coarse_latents), inputs.text, controls=inputs.controls)
         scales = self.settings.guidance_scale, self.settings.coarse_guidance_scale
         predict = guided_predictor(self.model, conditions, inputs.null_text, *scales)
-        known_latents = None
-        if known is not None:
-            known_latents = self.codec.to_latents(known)[:, config.coarse_channels :]
-            known_latents = self.model.normalise(known_latents, first=n_coarse)
-        sampled = sample(predict, self.settings.sampler, noise.to(coarse_codes.device), generators, known_latents)
+        known, after, original = (None if codes is None else self._fine_latents(codes) for codes in given)
+        noise = noise.to(coarse_codes.device)
+        sampled = sample(predict, self.settings.sampler, noise, generators, known, after, original, strength)
         if not bool(sampled.isfinite().all()):
             raise UserError("the denoiser's output is not finite (damaged or diverged): try an earlier checkpoint")
         sampled = self.model.denormalise(sampled, first=n_coarse)  # [B, C, T]
         codes = self.codec.from_latents(torch.cat([coarse_latents, sampled], 1))
         return torch.cat([coarse_codes, codes[:, n_coarse:]], 1)
+
+    def _fine_latents(self, codes: Tensor) -> Tensor:
+        """Normalised latents [B, C, T] of the codebooks that the denoiser generates, of codes [B, K, T]."""
+        config = self.model.config
+        latents = self.codec.to_latents(codes)[:, config.coarse_channels :]
+        return self.model.normalise(latents, first=config.n_coarse_codebooks)
 
 
 class SecondStageStream:

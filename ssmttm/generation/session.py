@@ -8,7 +8,7 @@ Shapes: K codebooks, C channels, s samples of a chunk.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 CONTEXT_SECONDS = 4.0  # of codes that are processed again with new words
 FADE_SECONDS = 0.25  # in which the new words take over
 _SAVED = ("n_returned", "chunk_frames", "n_samples", "n_skipped", "finished")
-_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,26 @@ class StreamSession:
     Nothing runs between two calls of `next_chunk`: a listener that stops reading costs nothing.
 
     Attributes:
-        request: the current prompt and settings.
         sample_rate: in Hz. channels: C.
     """
 
     def __init__(
-        self, pipeline: "MusicPipeline", request: Request, generator: CodeGenerator, chunk_frames: int,
-        n_samples: int | None, n_skipped: int = 0,
+        self, pipeline: "MusicPipeline", generator: CodeGenerator, chunk_frames: int, n_samples: int | None,
+        n_skipped: int = 0,
     ) -> None:  # fmt: skip
         """`n_samples`: of the whole clip, None without an end; `n_skipped`: of its first samples, not returned."""
-        self.pipeline, self.request, self.generator = pipeline, request, generator
+        self.pipeline, self.generator = pipeline, generator
         self.sample_rate: int = pipeline.sample_rate
         self.channels = 1
         self.n_returned = 0  # samples
         self.chunk_frames, self.n_samples, self.n_skipped = chunk_frames, n_samples, n_skipped
         self.decoder = DecodeStream(pipeline.codec)
         self.finished = False
+
+    @property
+    def request(self) -> Request:
+        """The prompt and the settings as they are now."""
+        return self.generator.request
 
     @property
     def position(self) -> float:
@@ -90,7 +93,8 @@ class StreamSession:
     def change(
         self, *, prompt: Prompt | None = None, negative_prompt: str | None = None,
         guidance_scale: float | None = None, temperature: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, min_p: float | None = None, bpm: float | None = None,
+        top_p: float | None = None, min_p: float | None = None, bpm: float | None = None, key: str | None = None,
+        metre: str | None = None,
     ) -> None:  # fmt: skip
         """Change the words or the settings; heard within a second of audio (in a two-stage model, from the next window
         on). What is not given stays. Before the first chunk it is as if the session had begun with these.
@@ -100,19 +104,18 @@ class StreamSession:
         Raises:
             UserError: a value is out of its range, the model was not trained with a control, or the stream has ended.
         """
+        given = {
+            "prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale,
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "bpm": bpm, "key": key,
+            "metre": metre,
+        }  # fmt: skip
         if self.finished:
             raise UserError("the stream has ended: nothing is left to change; open another session")
-        settings = {name: value for name, value in locals().items() if name in _SAMPLING and value is not None}
-        request = self.request.changed(prompt, negative_prompt, replace(self.request.sampling, **settings), bpm)
-        self.pipeline.check_controls(request)
-        new_words = prompt is not None or negative_prompt is not None
-        self.generator.change(
-            self.pipeline.text_conditions(request) if new_words else None,
-            request.sampling if settings else None,
-            self.pipeline.controls(request, self.generator.n_clip_frames) if bpm is not None else None,
-            round(FADE_SECONDS * self.pipeline.codec.frame_rate),
-        )
-        self.request = request
+        changes = {name: value for name, value in given.items() if value is not None}
+        if changes:
+            generator = self.generator
+            n_frames = generator.sampler.n_frames
+            generator.change(self.pipeline.change(self.request, changes, generator.n_clip_frames, n_frames))
 
     def snapshot(self) -> Snapshot:
         """This moment, to come back to; costs a copy of the state."""
@@ -125,8 +128,6 @@ class StreamSession:
         new = copy.copy(self)
         new.generator = self.generator.clone(None if seed is None else [seed])
         new.decoder = self.decoder.clone()
-        if seed is not None:
-            new.request = replace(self.request, seeds=[seed])
         return new
 
     def state(self) -> dict[str, Any]:

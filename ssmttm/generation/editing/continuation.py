@@ -22,12 +22,16 @@ _CONTEXT_SECONDS = 0.5  # of mirrored audio after the end, so that the encoder s
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """codes: int64 [1, K, P], whose last frame ends with the clip. n_samples: of the clip at the codec's rate; the
-    codes hold `n_padding` more before it."""
+    """codes: int64 [1, K, P], whose last frame ends with the clip. wav: the clip at the codec's rate, mono, [1, S]; the
+    codes hold `n_padding` samples more before it."""
 
     codes: Tensor
-    n_samples: int
+    wav: Tensor
     n_padding: int
+
+    @property
+    def n_samples(self) -> int:
+        return self.wav.shape[-1]
 
 
 def read_audio_input(source: AudioInput, sample_rate: int) -> Tensor:
@@ -64,4 +68,4 @@ def encode_clip(source: AudioInput, codec: Codec) -> EncodedClip:
     device = next(codec.parameters()).device
     with torch.inference_mode():
         codes = codec.encode(padded.to(device))[..., :n_frames]
-    return EncodedClip(codes, n_samples, n_padding)
+    return EncodedClip(codes, wav[None], n_padding)

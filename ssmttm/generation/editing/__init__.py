@@ -1,0 +1,1 @@
+"""Music from music: continuation, regeneration of a region, loops."""
