@@ -126,6 +126,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     import torch
 
     from ssmttm.audio import torchaudio_adapter
+    from ssmttm.generation import engines
     from ssmttm.ops import backend
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -135,6 +136,9 @@ def run_info(arguments: argparse.Namespace) -> None:
     print("\noperation         on     runs as         because")
     for row in backend.describe():
         print("{:17} {:6} {:15} {}".format(*row))
+    print("\nengine of steps   usable because (engine=auto takes the first that can run the model)")
+    for engine in engines.describe():
+        print("{:17} {:6} {}".format(*engine))
 
 
 def run_size(arguments: argparse.Namespace) -> None:

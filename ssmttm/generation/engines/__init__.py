@@ -5,6 +5,6 @@ runs the steps.
 """
 
 from ssmttm.generation.engines.base import Engine, Steps
-from ssmttm.generation.engines.choice import ENGINES, WEIGHTS, EngineCache, build, check_names
+from ssmttm.generation.engines.choice import ENGINES, WEIGHTS, EngineCache, build, check_names, describe
 
-__all__ = ["ENGINES", "WEIGHTS", "Engine", "EngineCache", "Steps", "build", "check_names"]
+__all__ = ["ENGINES", "WEIGHTS", "Engine", "EngineCache", "Steps", "build", "check_names", "describe"]

@@ -1,11 +1,11 @@
 """Which engine runs a model's steps, and why."""
 
-import importlib.util
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 from ssmttm.errors import UserError
 from ssmttm.generation.engines.base import Engine
-from ssmttm.generation.engines.library import Unavailable
+from ssmttm.generation.engines.library import Unavailable, cache_folder, instruction_set, library
 from ssmttm.generation.engines.reference import TorchEngine
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.ops.int8 import Int8Linear
@@ -60,6 +60,21 @@ def build(model: TokenLM, engine: str = "auto", weights: str = "fp32", threads: 
     raise UserError(f"no engine runs this model with {weights} weights ({'; '.join(reasons)}): use weights=fp32")
 
 
+def describe() -> list[tuple[str, str, str]]:
+    """Each engine, whether it is available on this machine, and why: for `ssmttm info`. Builds the fused one."""
+    rows = []
+    try:
+        library()
+        rows.append(("fused", "yes", f"compiled for {instruction_set()}, in {cache_folder()}"))
+    except Unavailable as error:
+        rows.append(("fused", "no", str(error)))
+    try:
+        rows.append(("ort", "yes", f"onnxruntime {_onnx_runtime_version()}"))
+    except Unavailable as error:
+        rows.append(("ort", "no", str(error)))
+    return [*rows, ("torch", "yes", "the reference, for every model and device")]
+
+
 class EngineCache:
     """Engines that were built for a model, until its weights change."""
 
@@ -84,11 +99,19 @@ def _fused(model: TokenLM, weights: str, threads: int) -> Engine:
 
 
 def _ort(model: TokenLM, weights: str) -> Engine:
-    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
-        raise Unavailable("onnxruntime and onnx are not installed (pip install ssmttm[export])")
+    _onnx_runtime_version()
     from ssmttm.generation.engines.onnx_runtime import OrtEngine
 
     return OrtEngine(model, weights)
+
+
+def _onnx_runtime_version() -> str:
+    """Raises Unavailable if a package is missing."""
+    try:
+        version("onnx")
+        return version("onnxruntime")
+    except PackageNotFoundError as error:
+        raise Unavailable("onnxruntime and onnx are not installed (pip install ssmttm[export])") from error
 
 
 def _torch(model: TokenLM, weights: str, exact: bool) -> Engine:

@@ -6,6 +6,8 @@ Shapes: O outputs, I inputs, B items, K codebooks, V' logits of a codebook, D mo
 """
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +130,7 @@ class FusedEngine(Engine):
     def _norm(self, norm: nn.Module) -> tuple[int | None, int | None]:
         return self._at(getattr(norm, "weight", None)), self._at(getattr(norm, "bias", None))
 
-    def _linear(self, linear: nn.Module, packed: bool = True, with_bias: bool = True) -> _Linear:
+    def _linear(self, linear: nn.Linear, packed: bool = True, with_bias: bool = True) -> _Linear:
         """packed: in the format of the engine's weights; an int8 layer stays as it is."""
         bias = linear.bias if with_bias else None
         n_out, n_in, format_, scale = linear.out_features, linear.in_features, self._format if packed else 0, None
@@ -151,8 +153,12 @@ class FusedEngine(Engine):
     def _sublayer(self, sublayer: Sublayer) -> _Sublayer:
         struct = _Sublayer(norm=NORMS[type(sublayer.norm)], layer_scale=self._at(sublayer.layer_scale))
         struct.norm_weight, struct.norm_bias = self._norm(sublayer.norm)
-        inner = sublayer.inner
-        {Mamba2: self._mamba2, Mamba1: self._mamba1, MLP: self._mlp}.get(type(inner), self._attention)(struct, inner)
+        fill: dict[type, Callable[[_Sublayer, Any], None]] = {
+            Mamba2: self._mamba2,
+            Mamba1: self._mamba1,
+            MLP: self._mlp,
+        }
+        fill.get(type(sublayer.inner), self._attention)(struct, sublayer.inner)
         return struct
 
     def _mamba2(self, struct: _Sublayer, mixer: Mamba2) -> None:
@@ -204,6 +210,8 @@ class Pool:
 
 class FusedSteps(Steps):
     """Steps on one LMState."""
+
+    engine: FusedEngine
 
     def __init__(self, engine: FusedEngine, state: LMState, n_items: int) -> None:
         super().__init__(engine, state, n_items)

@@ -7,17 +7,19 @@ Shapes: B rows, K codebooks, D width, I inner width, H heads, P head width, N st
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
 from torch import Tensor, nn
 
 from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps
 from ssmttm.generation.engines.library import Unavailable
 from ssmttm.mixers import Mamba2
+from ssmttm.mixers.mamba2 import GatedRMSNorm
 from ssmttm.models.blocks import MLP
 from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState, TokenLM
@@ -124,7 +126,7 @@ class StepGraph:
         self.weights: dict[str, np.ndarray] = {}  # handed to the session apart
         self.states: dict[str, tuple[int, ...]] = {}  # shapes behind the batch
         self.n_bytes = 0
-        self._nodes: list[object] = []
+        self._nodes: list[NodeProto] = []
         self._constants: list[TensorProto] = []
         self._has_added = not AddedEmbeddings(model, torch.zeros(1).long()).is_empty
         self._trace()
@@ -163,11 +165,11 @@ class StepGraph:
             if sublayer.layer_scale is not None:
                 y = self._node("Mul", y, self._constant(sublayer.layer_scale))[0]
             x = self._node("Add", x, y)[0]
-        if not isinstance(model.norm, nn.Identity):
+        if isinstance(model.norm, nn.RMSNorm):
             x = self._norm(x, model.norm)
         self._node("Identity", self._linear(x, model.heads), outputs=["logits"])
 
-    def _norm(self, x: str, norm: nn.Module) -> str:
+    def _norm(self, x: str, norm: nn.RMSNorm | GatedRMSNorm) -> str:
         return self._node("RMSNormalization", x, self._constant(norm.weight), axis=-1, epsilon=1e-5)[0]
 
     def _mlp(self, h: str, mlp: MLP) -> str:
@@ -188,8 +190,8 @@ class StepGraph:
         )[0]
         x, b, c = self._node("Split", xbc, self._constant([m.d_inner, n, n], np.int64), outputs=3, axis=-1)
         A = -m.A_log.detach().exp()
-        inputs = a, self._constant(m.dt_bias), self._constant(A)
-        decay = self._node("LinearAttentionGate", *inputs, domain=MICROSOFT)[0]  # dt A, [B, 1, H]
+        gate = a, self._constant(m.dt_bias), self._constant(A)
+        decay = self._node("LinearAttentionGate", *gate, domain=MICROSOFT)[0]  # dt A, [B, 1, H]
         dt = self._node("Mul", decay, self._constant(1 / A))[0]
         by_head = self._node("Reshape", x, self._constant([0, 0, heads, width], np.int64))[0]
         value = self._node("Mul", by_head, self._node("Unsqueeze", dt, self._constant([-1], np.int64))[0])[0]
@@ -200,11 +202,11 @@ class StepGraph:
             kv_num_heads=heads, update_rule="gated", scale=1.0,
         )[0]  # fmt: skip
         skip = self._node("Mul", x, self._constant(m.D.detach().repeat_interleave(width)))[0]
-        gate = self._node("QuickGelu", z, domain=MICROSOFT, alpha=1.0)[0]
-        gated = self._node("Mul", self._node("Add", y, skip)[0], gate)[0]
+        silu = self._node("QuickGelu", z, domain=MICROSOFT, alpha=1.0)[0]
+        gated = self._node("Mul", self._node("Add", y, skip)[0], silu)[0]
         return self._linear(self._norm(gated, m.norm), m.out_proj)
 
-    def _linear(self, x: str, layer: nn.Module) -> str:
+    def _linear(self, x: str, layer: nn.Linear) -> str:
         """With its bias. FusedMatMul takes the weight as torch keeps it, [O, I]."""
         weight = layer.weight.detach().numpy()
         if self.is_int8:
@@ -229,7 +231,7 @@ class StepGraph:
         return name
 
     def _node(
-        self, kind: str, *inputs: str, outputs: int | list[str] = 1, domain: str = "", **attributes: object
+        self, kind: str, *inputs: str, outputs: int | list[str] = 1, domain: str = "", **attributes: Any
     ) -> list[str]:
         names = [f"t{len(self._nodes)}_{i}" for i in range(outputs)] if isinstance(outputs, int) else outputs
         self._nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))

@@ -29,6 +29,10 @@ constexpr int W = 4;
 #endif
 constexpr int GROUP = W == 8 ? 2 : 4;  // rows of activations at a time: AVX2 has 16 registers, the others 32
 constexpr int STREAMS = 4;             // rows of a weight at a time
+// How many bytes ahead weights are prefetched. Measured: with AVX-512 (Sapphire Rapids) 2 kB save a tenth to a third of a
+// float32 or bfloat16 product and nothing of an int8 one; with AVX2 (Zen 3) 1 kB saves a tenth of an int8 product, and
+// costs a float32 one a third.
+constexpr int AHEAD = W == 16 ? 2048 : 0, AHEAD_INT8 = W == 16 ? 2048 : W == 8 ? 1024 : 0;
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
@@ -290,6 +294,7 @@ static inline void product(const Linear& l, const float* x, float* y, int64_t o,
   vf acc[S][B] = {};
   for (int64_t i = 0; i < whole; i += W)
     for (int s = 0; s < S; s++) {
+      if (AHEAD) __builtin_prefetch((const char*)(w + s * step + i) + AHEAD);
       const vf v = F::at(w + s * step + i);
       for (int b = 0; b < B; b++) acc[s][b] += v * load(x + b * l.in + i);
     }
@@ -317,6 +322,7 @@ static inline void product_int8(const Linear& l, const int16_t* x, float* y, int
     for (int b = 0; b < B; b++) acc[s][b] = _mm512_setzero_si512();
   for (int64_t i = 0; i < l.stride; i += 32)
     for (int s = 0; s < S; s++) {
+      if (AHEAD_INT8) __builtin_prefetch(w + s * step + i + AHEAD_INT8);
       const __m512i v = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + s * step + i)));
       for (int b = 0; b < B; b++) {
         const __m512i a = _mm512_loadu_si512(x + b * l.stride + i);
@@ -334,6 +340,7 @@ static inline void product_int8(const Linear& l, const int16_t* x, float* y, int
     for (int b = 0; b < B; b++) acc[s][b] = _mm256_setzero_si256();
   for (int64_t i = 0; i < l.stride; i += 16)
     for (int s = 0; s < S; s++) {
+      if (AHEAD_INT8) __builtin_prefetch(w + s * step + i + AHEAD_INT8);
       const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + s * step + i)));
       for (int b = 0; b < B; b++) {
         const __m256i a = _mm256_loadu_si256((const __m256i*)(x + b * l.stride + i));
