@@ -231,12 +231,13 @@ def test_guidance_uses_the_controls_in_both_rows(monkeypatch):
 @pytest.mark.parametrize("supported", [True, False])
 def test_single_stage_pipeline_takes_supported_controls_only(supported, tmp_path):
     codec = small_codec(tmp_path / "codec")
-    sizes = dict(n_codebooks=4, codebook_size=16, chroma=supported, tempo=supported)
+    controls = dict.fromkeys(("chroma", "tempo", "key", "metre", "bar_position"), supported)
+    sizes = dict(n_codebooks=4, codebook_size=16, **controls)
     model = build(**sizes).float()
     pipe = MusicPipeline(model, codec, WordEncoder(dim=model.config.text_dim), get_pattern("delay", 4))
     tone = 0.5 * torch.sin(2 * torch.pi * 300 * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)[None]
     reference = pipe("a march", duration=1.0, seeds=2).codes
-    for name, value in (("bpm", 150.0), ("melody", tone)):
+    for name, value in (("bpm", 150.0), ("melody", tone), ("key", "D minor"), ("metre", "3/4")):
         if supported:
             assert not torch.equal(pipe("a march", duration=1.0, seeds=2, **{name: value}).codes, reference)
         else:

@@ -335,6 +335,37 @@ def test_config_of_a_model_with_all_controls_composes():
     assert all(OmegaConf.select(model, key) is True for key in ALL if key != "chroma")
 
 
+def lesson(field):
+    """Controls of 16 items of 8 frames, and codes that they decide, [16, 1, 8]."""
+    if field == "bar_position":
+        phases = torch.rand(16, 2, 8)
+        return Controls(bar_position=phases), (4 * phases[:, :1]).long()
+    classes = torch.randint(8, (16,))
+    shuffled = (classes[:, None] + 3 * torch.arange(8)) % 8  # another code in each frame
+    return Controls(**{field: classes}), shuffled[:, None]
+
+
+@pytest.mark.parametrize("field", ["key", "metre", "bar_position"])
+def test_a_control_is_learnt(field):
+    """Codes that it decides are predictable from the first frame on, with it only."""
+    losses = {}
+    for supported in (True, False):
+        torch.manual_seed(0)
+        model = small_token_lm(n_codebooks=1, **{field: supported})
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(35):
+            controls, codes = lesson(field)
+            shifted = torch.cat([torch.full((16, 1, 1), V), codes[..., :-1]], -1)
+            logits = model(shifted, None, controls=controls if supported else None)
+            of_frame = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
+            loss = of_frame.view(16, 8)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+        losses[supported] = loss[:, 0].mean().item()
+    assert losses[True] < 0.6 * losses[False]
+
+
 # --- a caption that contradicts a control ---------------------------------------------------------------------------
 
 
