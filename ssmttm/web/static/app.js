@@ -21,6 +21,7 @@ let ended = false; // the server has sent all
 let start = 0; // position where the present epoch begins, in seconds
 let heard = 0; // seconds of it
 let heardAt = 0; // when that was reported
+let seed = 0;
 let words = ""; // that the present music follows
 let marks = []; // changes that are not heard yet: {position, prompt}
 let marked = false;
@@ -185,7 +186,8 @@ function onStarted(message) {
     $(`download_${suffix}`).href = `v1/recordings/${message.recording}.${suffix}`;
   }
   $("seed").placeholder = `random (now ${message.seed})`;
-  setState("playing", `Playing, seed ${message.seed}.`);
+  seed = message.seed;
+  setState("playing");
   showEdited();
 }
 
@@ -204,8 +206,8 @@ function onReport(report) {
     underruns = report.underruns;
     lead = Math.min(LONGEST_LEAD, lead * 1.5);
     player.wait(lead / 2);
-    $("status").textContent = "Buffering: the model is slower than real time just now.";
   }
+  $("status").textContent = report.playing ? `Playing, seed ${seed}.` : "Waiting for the model …";
   const now = performance.now();
   if (now - lastMessage > 1000 / MESSAGES_PER_SECOND) {
     lastMessage = now;
@@ -326,7 +328,7 @@ $("pause").onclick = async () => {
     setState("paused", "Paused.");
   } else {
     await player.context.resume();
-    setState("playing", "Playing.");
+    setState("playing");
   }
 };
 $("keep").onclick = () => send({ type: "snapshot" });

@@ -1,7 +1,9 @@
 // Waveform and spectrogram, drawn as the sound is heard, from the right edge to the left.
 
 const SECONDS = 12; // across the canvas
+const SEEN_SECONDS = 0.25; // the analyser knows no more than the last of the sound: a longer gap stays black
 const LOWEST_HERTZ = 50;
+const BACKGROUND = "#08090c";
 const STOPS = [[8, 9, 12], [42, 22, 84], [128, 38, 110], [214, 76, 74], [255, 156, 66], [255, 240, 190]];
 
 export class Scope {
@@ -9,6 +11,7 @@ export class Scope {
     this.canvases = [waveform, spectrogram];
     this.contexts = this.canvases.map((canvas) => canvas.getContext("2d", { alpha: false }));
     this.heights = this.canvases.map((canvas) => canvas.height);
+    this.drawn = 0;
     this.colours = Array.from({ length: 256 }, (_, i) => colour(i / 255));
     new ResizeObserver(() => this.resize()).observe(waveform);
     this.resize();
@@ -20,36 +23,43 @@ export class Scope {
       const width = Math.max(1, Math.round(canvas.clientWidth * scale));
       const height = Math.round(this.heights[index] * scale);
       if (canvas.width === width && canvas.height === height) return;
+      const before = document.createElement("canvas");
+      before.width = canvas.width;
+      before.height = canvas.height;
+      before.getContext("2d").drawImage(canvas, 0, 0);
       canvas.width = width;
       canvas.height = height;
       canvas.style.height = `${this.heights[index]}px`;
+      this.contexts[index].drawImage(before, 0, 0, width, height);
     });
-    this.clear();
   }
 
   clear() {
-    this.drawn = 0;
     this.contexts.forEach((context, index) => {
-      context.fillStyle = "#08090c";
+      context.fillStyle = BACKGROUND;
       context.fillRect(0, 0, context.canvas.width, this.canvases[index].height);
     });
   }
 
-  // Draw up to a time in seconds, counted from the last `clear` or `begin`; marked: with a line, a change is heard.
+  // Draw up to a time in seconds, counted as for `begin`; marked: with a line, a change is heard.
   draw(analyser, seconds, marked) {
     const width = this.canvases[0].width;
     const columns = Math.min(width, Math.floor(((seconds - this.drawn) * width) / SECONDS));
     if (columns < 1) return false;
     this.drawn += (columns * SECONDS) / width;
+    const seen = Math.min(columns, Math.ceil((SEEN_SECONDS * width) / SECONDS));
     for (const context of this.contexts) {
       context.drawImage(context.canvas, -columns, 0);
+      context.fillStyle = BACKGROUND;
+      context.fillRect(width - columns, 0, columns, context.canvas.height);
     }
-    this.drawWaveform(analyser, width - columns, columns);
-    this.drawSpectrum(analyser, width - columns, columns);
+    this.drawWaveform(analyser, width - seen, seen);
+    this.drawSpectrum(analyser, width - seen, seen);
     if (marked) this.contexts.forEach((context) => mark(context, width - columns));
     return true;
   }
 
+  // The time of what is drawn next, in seconds.
   begin(seconds) {
     this.drawn = seconds;
   }
@@ -60,8 +70,6 @@ export class Scope {
     const samples = new Float32Array(analyser.fftSize);
     analyser.getFloatTimeDomainData(samples);
     const perColumn = Math.max(1, Math.floor((SECONDS / width) * analyser.context.sampleRate));
-    context.fillStyle = "#08090c";
-    context.fillRect(x, 0, columns, height);
     context.fillStyle = "#ffb454";
     for (let column = 0; column < columns; column++) {
       const end = samples.length - (columns - 1 - column) * perColumn;
