@@ -5,6 +5,7 @@ import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from ssmttm import threads
 from ssmttm.errors import run_cli
 
 HELP = """\
@@ -48,7 +49,8 @@ def main() -> int:
     settings = config.load(*arguments)
     from ssmttm.training.loop import train
 
-    train(settings)
+    with threads.spin_when_alone():
+        train(settings)
     return 0
 
 

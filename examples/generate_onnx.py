@@ -16,7 +16,9 @@ for name, default in {"out": "out.wav", "duration": 10.0, "seed": 0, "temperatur
     parser.add_argument(f"--{name}", type=type(default), default=default)
 args = parser.parse_args()
 system = json.loads((args.folder / "system.json").read_text())
-graphs = {path.stem: onnxruntime.InferenceSession(path) for path in args.folder.glob("*.onnx")}
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1  # the steps are small: more threads only wait for each other
+graphs = {path.stem: onnxruntime.InferenceSession(path, options) for path in args.folder.glob("*.onnx")}
 
 def step(states: dict, codes: np.ndarray) -> tuple:  # codes [rows, K] -> logits [rows, K, V], next states
     logits, *next_states = graphs["step"].run(None, states | {"codes": codes})

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
-from ssmttm import __version__
+from ssmttm import __version__, threads
 from ssmttm.cli import compress, evaluate, listen, sweep, web
 from ssmttm.cli.flags import parse_arguments, split_overrides
 from ssmttm.errors import UserError, run_cli
@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in (compress, evaluate, sweep, listen, web):
         module.add_commands(commands)
     arguments = parse_arguments(parser, argv)
-    arguments.run(arguments)
+    with threads.spin_when_alone():
+        arguments.run(arguments)
     return 0
 
 

@@ -71,7 +71,7 @@ class Bert(nn.Module):
         keys = None  # attention is faster without a mask; a traced graph must work with one
         if torch.jit.is_tracing() or not bool(mask.all()):
             keys = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)  # [B, 1, L, L]
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        for layer in self.encoder["layer"]:  # type: ignore[attr-defined]
             x = layer(x, keys)
         return EncoderOutput(x)
 
