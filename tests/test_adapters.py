@@ -18,10 +18,12 @@ from ssmttm.errors import UserError
 from ssmttm.export.model_folder import export
 from ssmttm.files import file_sha256
 from ssmttm.generation.loading import load_language_model, open_model_folder
+from ssmttm.models import build_model
 from ssmttm.ops.int8 import quantise
 from ssmttm.text.condition import TextCondition
 from ssmttm.training import loop
 from ssmttm.training.adapters import find_targets
+from ssmttm.training.checkpointer import load_initial_weights
 from ssmttm.training.tasks.lm import LanguageModelTask
 
 SHORT = (
@@ -258,6 +260,15 @@ def test_damaged_adapters_and_other_kinds_are_one_clear_line(trained, tmp_path):
     (cut / "adapter_card.json").write_text("[")
     with pytest.raises(UserError, match="cannot read "):
         read_adapter(cut)
+
+
+def test_init_takes_the_name_of_a_shipped_model():
+    folder = open_model_folder("tiny_lm")
+    model = build_model(folder.config.model)
+    init = load_initial_weights("tiny_lm", model)
+    assert init["name"] == "tiny_lm" and init["weights_sha256"] == file_sha256(folder.weights_file)
+    expected = load_language_model(folder).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_default_targets_are_those_that_the_model_has(base):

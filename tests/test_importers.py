@@ -9,6 +9,7 @@ import pytest
 import torch
 from released_checkpoint import LAYERS, SPECIAL, D, K, N, V, released_forward, released_tensors, save_checkpoint
 from safetensors.torch import load_file, save_file
+from small_stores import write_codes_store
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     DacConfig,
@@ -22,16 +23,22 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ssmttm import MusicPipeline, config
+from ssmttm import MusicPipeline, checkpoint, config
+from ssmttm.adapters import check_base, merge, read_adapter, unmerge
 from ssmttm.cli.main import main
+from ssmttm.codecs import load_codec
 from ssmttm.errors import UserError, run_cli
 from ssmttm.export.importers import export_musicgen, import_musicgen, import_released
 from ssmttm.export.importers.musicgen import from_musicgen, to_musicgen
 from ssmttm.export.importers.released import read_released
+from ssmttm.export.model_folder import export
+from ssmttm.files import file_sha256
+from ssmttm.generation.loading import load_language_model, open_model_folder
 from ssmttm.models import TokenLM, TokenLMConfig, build_model
 from ssmttm.models.conditioning import sinusoids
 from ssmttm.text import TextCondition, load_text_encoder
 from ssmttm.text.null_condition import build_null_condition
+from ssmttm.training import loop
 from ssmttm.training.checkpointer import load_initial_weights
 
 WORDS = ["<pad>", "</s>", "<unk>", "slow", "piano", "loud", "drums", "with"]
@@ -369,6 +376,32 @@ def test_musicgen_bin_is_read_without_executing_code(musicgen, musicgen_folder, 
     with pytest.raises(UserError, match="cannot be loaded"):
         import_musicgen(folder, tmp_path / "again")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "again").exists()
+
+
+def test_musicgen_takes_an_adapter(imported, tmp_path):
+    """A training with an adapter on the imported model, with its codec, text encoder and null condition."""
+    codec, text = load_codec(imported / "codec"), imported / "text_encoder"
+    store = write_codes_store(tmp_path / "store", segments=8, codec=codec, captions=PROMPTS, text_folder=text)
+    lora = ("experiment=lora", f"init={imported}", f"data.store={store}", f"run_dir={tmp_path / 'run'}")
+    short = ("train.steps=2", "data.batch_size=2", "data.frames=16", "train.eval_every=0", "train.precision=fp32")
+    run = loop.train(config.load(*lora, *short))
+    assert checkpoint.read_config(run).model == checkpoint.read_config(imported).model
+    assert checkpoint.read_state(checkpoint.latest_good(run))["data"]["text"]["null_condition"] == "no_tokens"
+    adapter = read_adapter(export(run, tmp_path / "adapter"))
+    targets = {layer.rpartition(".")[2] for layer in adapter.layers}
+    assert targets == {"q_proj", "k_proj", "v_proj", "out_proj", "heads"} and len(adapter.layers) == 2 * 2 * 4 + 1
+    folder = open_model_folder(imported)
+    check_base(adapter, file_sha256(folder.weights_file), folder.name)
+    model, tuned = load_language_model(folder), load_language_model(open_model_folder(run))
+    codes = torch.randint(17, (2, 3, 9), generator=torch.Generator().manual_seed(1))
+    states = TextCondition(torch.ones(2, 4, 12), torch.ones(2, 4, dtype=torch.bool))
+    with torch.no_grad():
+        original = model(codes, states)
+        before = merge(model, [(adapter, 1.0)])
+        assert_near(model(codes, states), tuned(codes, states))
+        assert (model(codes, states) - original).abs().max() > 1e-3
+        unmerge(model, before)
+        assert torch.equal(model(codes, states), original)
 
 
 def test_musicgen_in_half_precision_becomes_float32(musicgen_folder, tmp_path):

@@ -239,7 +239,7 @@ class TaskConfig:
     task: str = MISSING
     seed: int = 0
     run_dir: str = "runs/${task}"  # checkpoints, metrics.jsonl, tensorboard, samples
-    init: str | None = None  # start from the weights of a run, a checkpoint or an exported folder; null: random
+    init: str | None = None  # start from the weights of a run, a model folder, a shipped model or a hub name; null: random
     resume: str | None = "auto"  # auto: newest good checkpoint of run_dir | none: run_dir must be empty | a checkpoint
     data: DataConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -94,7 +94,7 @@ def open_model_folder(
     """Find a model: an exported folder, a checkpoint, a run folder, the name of an embedded model (tiny_lm,
     tiny_two_stage, tinyttm_tiny), or a hub id, at a revision; None is tiny_lm. Raises UserError if there is none, it is
     damaged, or it was trained for another task."""
-    path = checkpoint.find_model(_find_folder(folder_or_hub_id, revision))
+    path = checkpoint.find_model(find_folder(folder_or_hub_id, revision))
     check_layout(path)
     config = checkpoint.read_config(path)
     found = config.get("task", "lm")
@@ -184,8 +184,8 @@ def check_stages(folder: ModelFolder, model: TokenLM, denoiser: LatentDenoiser) 
         raise UserError(f"{folder.name} generates {first} codebooks, the second stage expects {second}: they must fit")
 
 
-def _find_folder(folder_or_hub_id: str | Path | None, revision: str | None) -> Path:
-    """The local folder; a hub id is downloaded."""
+def find_folder(folder_or_hub_id: str | Path | None, revision: str | None = None) -> Path:
+    """The local folder, or that of an embedded model; a hub id is downloaded."""
     if folder_or_hub_id is None:
         return EMBEDDED
     path, name = Path(folder_or_hub_id), str(folder_or_hub_id)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ssmttm import adapters, checkpoint
 from ssmttm.errors import UserError
 from ssmttm.files import DiskFull, file_sha256
+from ssmttm.generation.loading import find_folder
 from ssmttm.licences import strictest
 from ssmttm.model_folder import read_card
 from ssmttm.training import rng
@@ -179,7 +180,7 @@ def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, 
     Returns:
         `Progress.init`: name, step, hash of the weights and licences of the data of that model.
     """
-    folder = checkpoint.find_model(model)
+    folder = checkpoint.find_model(find_folder(model))
     card = read_card(folder)
     own_codec = card["data"].get("codec")
     if codec and own_codec and codec["fingerprint"] != own_codec["fingerprint"]:
