@@ -6,13 +6,14 @@ import threading
 
 import pytest
 import torch
+from far_device import FAR, far_device
 from small_token_lms import VARIANTS, E, K, S, V, captions, randomised, small_token_lm
 
 from ssmttm import MusicPipeline
 from ssmttm.errors import UserError
 from ssmttm.generation import engines
 from ssmttm.generation.engine import CodeSampler, TextConditions, draw_uniforms, generate
-from ssmttm.generation.engines import library
+from ssmttm.generation.engines import captured, fused, library
 from ssmttm.generation.engines.fused import FusedEngine
 from ssmttm.generation.engines.library import INSTRUCTION_SETS, Unavailable, instruction_set
 from ssmttm.generation.engines.reference import TorchEngine
@@ -88,11 +89,14 @@ def test_fused_steps_add_controls_and_positions():
     assert not torch.allclose(found[:, 0], expected[:, 0], atol=1e-3)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_fused_steps_of_every_instruction_set_at_hand_equal_torchs(isa):
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_fused_steps_of_other_instruction_sets_equal_torchs(isa, monkeypatch):
+    """Compiled with little optimisation, which is quicker; the processor's own is that of the other tests."""
     names = list(INSTRUCTION_SETS)
-    if names.index(isa) < names.index(instruction_set()):
-        pytest.skip("this processor does not have it")
+    if names.index(isa) <= names.index(instruction_set()):
+        pytest.skip("this processor does not have it, or it is the one of the other tests")
+    monkeypatch.setattr(library, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in library.FLAGS))
+    monkeypatch.setattr(fused, "library", library.library.__wrapped__)
     model = randomised(small_token_lm(layers=["mamba2", "attention", "mamba1"], n_layers=3)).eval()
     state, codes = processed(model)
     expected = steps_of(TorchEngine(model), state.clone(), codes)
@@ -252,6 +256,43 @@ def test_int8_costs_little_on_the_embedded_model():
         logits = torch.stack([steps.step(codes[..., s], NOTHING, s)[0] for s in range(59)])
         losses.append(torch.nn.functional.cross_entropy(logits[valid], target[valid]))
     assert abs(losses[1] - losses[0]) < 0.01 and losses[0] != losses[1]
+
+
+class CapturedEngine(TorchEngine):
+    """What runs on a GPU; on a CPU each replay calls the function."""
+
+    def bind(self, state, n_items):
+        return captured.CapturedSteps(self, state, n_items)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tempo": True, "chroma": True}, {"positions": "sinusoidal", "conditioning": "cross_attention"},
+    {"conditioning": "adaln", "layers": "mamba1"},
+])  # fmt: skip
+def test_captured_steps_sample_the_tokens_of_single_ones(changes, monkeypatch):
+    monkeypatch.setattr(captured, "MAX_POSITIONS", 16)
+    model = small_token_lm(init_std=0.3, **changes).eval()
+    controls = Controls(torch.rand(2, 12, 50)) if model.config.chroma else NOTHING
+    pattern, texts = get_pattern("delay", n_codebooks=K), (captions(4, 6), captions(1))
+    for sampling in (Sampling(top_k=8), Sampling(top_p=0.9, guidance_scale=1.0)):
+        arguments = (model, *texts, pattern, 50, sampling, [5, 6])
+        engine = CapturedEngine(model)
+        engine.batched_prefill = True
+        assert torch.equal(
+            generate(*arguments, controls=controls, engine=engine), generate(*arguments, controls=controls)
+        )
+
+
+def test_captured_step_waits_for_nothing_from_the_host():
+    model = small_token_lm(positions="sinusoidal").eval().to(FAR)
+    steps = captured.CapturedSteps(TorchEngine(model), model.init_state(4, device=FAR), 2)
+    with far_device(), torch.inference_mode():
+        steps._advance(Sampling(top_k=3, top_p=0.9, min_p=0.1, temperature=0.8), True)
+
+
+def test_model_with_self_attention_is_not_captured():
+    assert captured.can_capture(small_token_lm(conditioning="cross_attention"))
+    assert not captured.can_capture(small_token_lm(layers=["mamba2", "attention"]))
 
 
 @pytest.mark.parametrize("changes", [

@@ -330,7 +330,7 @@ class CodeSampler:
 
     def _prefill(self, conditions: TextConditions, guided: bool) -> ConditionedRows:
         """Rows that have processed the text, then the start column and the sequence (its context, once older frames are
-        forgotten), item by item, each with its own padding only."""
+        forgotten), on a CPU item by item, each with its own padding only: no bits depend on the other items."""
         model, batch, device = self.model, self._batch, self.device
         codes = self._context_codes()  # [B, K, n]
         length = codes.shape[-1]
@@ -339,14 +339,17 @@ class CodeSampler:
         n_rows = batch * n_conditions
         state = model.init_state(self.engine.n_rows(n_rows), device=device)
         logits = []
-        for item in range(batch):
-            condition = _condition(conditions, item, guided).to(device)
-            item_state = model.init_state(n_conditions, device=device)
-            item_controls = controls.select_rows(slice(item, item + 1)).repeat(n_conditions)
-            item_codes = codes[item].expand(n_conditions, -1, -1)
-            logits.append(model.prefill(item_codes, condition, item_state, item_controls))
-            state.write_rows(slice(item, n_rows, batch), item_state)
-        rows_of_items = torch.stack(logits, dim=1).flatten(0, 1)
+        size = batch if self.engine.batched_prefill else 1
+        for first in range(0, batch, size):
+            items = range(first, first + size)
+            condition = _condition(conditions, items, guided).to(device)
+            part = model.init_state(n_conditions * size, device=device)
+            of_items = slice(first, first + size)
+            part_codes = codes[of_items].repeat(n_conditions, 1, 1)  # condition by condition
+            part_controls = controls.select_rows(of_items).repeat(n_conditions)
+            logits.append(model.prefill(part_codes, condition, part, part_controls).unflatten(0, (n_conditions, size)))
+            state.write_rows(slice(first, n_rows, batch) if size == 1 else slice(0, n_rows), part)
+        rows_of_items = torch.cat(logits, dim=1).flatten(0, 1)
         steps = self.engine.bind(state, batch)
         return ConditionedRows(len(conditions.texts), conditions.weights, guided, rows_of_items, steps)
 
@@ -469,13 +472,13 @@ def _draw(generators: Sequence[torch.Generator], n_positions: int, n_codebooks: 
     return torch.stack([torch.rand(shape, generator=own, dtype=torch.float64) for own in generators], dim=1)
 
 
-def _condition(conditions: TextConditions, item: int, guided: bool) -> TextCondition:
-    """The captions of one item and, with guidance, its null condition, padded to the longest of them."""
-    rows = [text.embeddings[item, text.mask[item]] for text in conditions.texts]
+def _condition(conditions: TextConditions, items: Sequence[int], guided: bool) -> TextCondition:
+    """The captions of some items, prompt by prompt, and with guidance their null conditions, padded to the longest."""
+    rows = [text.embeddings[item, text.mask[item]] for text in conditions.texts for item in items]
     if guided:
         null_text = conditions.null_text
-        index = item if len(null_text.mask) > 1 else 0
-        rows.append(null_text.embeddings[index, null_text.mask[index]])
+        indices = [item if len(null_text.mask) > 1 else 0 for item in items]
+        rows += [null_text.embeddings[index, null_text.mask[index]] for index in indices]
     return TextCondition.stack(rows)
 
 

@@ -128,9 +128,16 @@ class TokenLM(ControlledModel):
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
         x = self._add_controls(x[:, None], controls)[:, 0]
         x = self._add_positions(x, torch.full((1,), state.position, device=x.device), state.n_text)
+        logits = self.step_embedded(x, state)
+        state.position += 1
+        return logits
+
+    @torch.no_grad()
+    def step_embedded(self, x: Tensor, state: LMState) -> Tensor:
+        """A step from the embedded codes with all that is added to them, x [B, D] -> logits [B, K, V']. Updates the
+        blocks' states in place, and leaves the position to the caller."""
         for block, states in zip(self.blocks, state.blocks, strict=True):
             x = block.step(x, states)
-        state.position += 1
         return self._logits(x)
 
     def init_state(

@@ -71,9 +71,11 @@ class Engine(ABC):
         name: "torch", "fused" or "ort".
         weights: format of the weights that a step reads: "fp32", "bf16" or "int8".
         reason: why this engine runs and no faster one, in one line.
+        batched_prefill: whether the text of all items is processed at once, which is faster and rounds differently.
     """
 
     name: str
+    batched_prefill = False
 
     def __init__(self, model: TokenLM, weights: str = "fp32") -> None:
         self.model, self.weights, self.reason = model, weights, "as asked for"

@@ -107,18 +107,17 @@ class FusedEngine(Engine):
     def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool) -> Tensor:
         logits, uniforms = logits.contiguous(), uniforms.contiguous()
         codes, settings = torch.empty(uniforms.shape, dtype=torch.long), self.draw_settings(sampling, guided)
-        n_items, found = len(uniforms), codes.data_ptr()
-        self.library.ssmttm_draw(settings, logits.data_ptr(), n_items, uniforms.data_ptr(), found)
+        at = ctypes.addressof(settings), logits.data_ptr(), len(uniforms), uniforms.data_ptr(), codes.data_ptr()
+        self.library.ssmttm_draw(*at)
         return codes
 
-    def draw_settings(self, sampling: Sampling, guided: bool) -> int:
-        """Address of the library's settings of a draw, valid until the next call."""
+    def draw_settings(self, sampling: Sampling, guided: bool) -> _Draw:
+        """The library's settings of a draw."""
         config = self.model.config
-        self._draw = _Draw(
+        return _Draw(
             config.n_codebooks, self.model.n_logits, config.codebook_size, sampling.top_k, guided,
             sampling.guidance_scale, sampling.temperature, sampling.top_p, sampling.min_p,
         )  # fmt: skip
-        return ctypes.addressof(self._draw)
 
     def _at(self, tensor: Tensor | None) -> int | None:
         """Address of a tensor as contiguous float32, which is kept."""
@@ -251,8 +250,9 @@ class FusedSteps(Steps):
         template, uniforms = template.contiguous(), uniforms.contiguous()
         codes = None if codes is None else codes.contiguous()
         at = [None if tensor is None else tensor.data_ptr() for tensor in (codes, added)]
+        settings = self.engine.draw_settings(sampling, guided)
         self.engine.library.ssmttm_run(
-            *self.structs, self.engine.draw_settings(sampling, guided), *at, stride, template.data_ptr(),
+            *self.structs, ctypes.addressof(settings), *at, stride, template.data_ptr(),
             uniforms.data_ptr(), count, self.n_items, self.rows, logits.data_ptr(), found.data_ptr(),
         )  # fmt: skip
         self.state.position += n_steps

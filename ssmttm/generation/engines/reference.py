@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 
 from ssmttm.generation.engines.base import Engine, Steps
+from ssmttm.generation.engines.captured import CapturedSteps, can_capture
 from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState, TokenLM
 
@@ -14,21 +15,28 @@ ROWS = 4
 
 
 class TorchEngine(Engine):
-    """`TokenLM.step`. exact: on a CPU a row has the same bits in any batch, for which rows are padded to a multiple of
-    4 (one row alone then costs 1.5 times as much)."""
+    """`TokenLM.step`; on a GPU, in a CUDA graph with the draw if the model allows it.
+
+    exact: on a CPU a row has the same bits in any batch; rows are padded to a multiple of 4 for it (one row alone then
+    costs 1.5 times as much).
+    """
 
     name = "torch"
 
     def __init__(self, model: TokenLM, weights: str = "fp32", exact: bool = True) -> None:
         super().__init__(model, weights)
         self.exact = exact
+        self.on_cpu = model.embedding.weight.device.type == "cpu"
+        self.batched_prefill = not self.on_cpu
+        self.captures = not self.on_cpu and can_capture(model)
+        if not self.on_cpu:
+            self.reason = "a CUDA graph" if self.captures else "step by step, since the cache of attention grows"
 
-    def bind(self, state: LMState, n_items: int) -> "TorchSteps":
-        return TorchSteps(self, state, n_items)
+    def bind(self, state: LMState, n_items: int) -> Steps:
+        return CapturedSteps(self, state, n_items) if self.captures else TorchSteps(self, state, n_items)
 
     def n_rows(self, rows: int) -> int:
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        return math.ceil(rows / ROWS) * ROWS if on_cpu and self.exact else rows
+        return math.ceil(rows / ROWS) * ROWS if self.on_cpu and self.exact else rows
 
 
 class TorchSteps(Steps):

@@ -221,7 +221,7 @@ static void add_scaled(float* y, const float* x, float a, int64_t n) {
 // Workers that sleep between jobs. A job is called once for each part, 0 to n - 1; part 0 runs in the caller.
 struct Pool {
   std::vector<std::thread> workers;
-  std::mutex mutex;
+  std::mutex turn, mutex;  // turn: callers wait for each other
   std::condition_variable begin, end;
   const std::function<void(int)>* job = nullptr;
   uint64_t number = 0;
@@ -253,6 +253,7 @@ struct Pool {
   }
   void run(const std::function<void(int)>& function) {
     if (workers.empty()) return function(0);
+    std::lock_guard<std::mutex> mine(turn);
     { std::lock_guard<std::mutex> lock(mutex); job = &function; number++; running = (int)workers.size(); }
     begin.notify_all();
     function(0);
