@@ -21,7 +21,8 @@ from ssmttm.training import loop
 
 TWO_STEPS = ("train.steps=2", "train.eval_every=2", "train.eval_batches=1", "data.batch_size=2", "train.sample_every=2",
              "train.sample_seconds=0.4", "train.precision=fp32", "schedule.warmup_steps=1")  # fmt: skip
-AUDIO_STEPS = [*(key for key in TWO_STEPS if "sample_seconds" not in key), "codec_training.adversarial_start=1"]
+AUDIO_STEPS = [*(key for key in TWO_STEPS if "sample_seconds" not in key), "codec_training.adversarial_start=1",
+               "codec_training.fast_losses=true"]  # fmt: skip
 WHOLE = ("model.", "codec.", "codec_student.")  # passed whole to a dataclass, which refuses a key that it does not have
 
 

@@ -98,6 +98,10 @@ class Codec(nn.Module, ABC):
     def _decode(self, codes: Tensor) -> Tensor:
         """Codes [B, K, T] -> [B, 1, T * hop]."""
 
+    def _decode_at(self, codes: Tensor, first: int) -> Tensor:
+        """`_decode` of codes that begin at frame `first` of a stream, for codecs whose output depends on it."""
+        return self._decode(codes)
+
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
         """wav float [B, 1, S] at `sample_rate`, S >= 1 -> codes int64 [B, K, T], T = ceil(S / hop_length).
@@ -112,15 +116,18 @@ class Codec(nn.Module, ABC):
             return self._encode(self.pad(wav))[:, : self.n_codebooks]
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, first: int = 0) -> Tensor:
         """Codes [B, K, T] in [0, codebook_size) -> wav float [B, 1, T * hop_length]. Autocast is disabled.
+
+        Args:
+            first: position of the first frame in a stream, on which the output of some codecs depends.
 
         Raises:
             UserError: the codes have a wrong shape or dtype, or are out of range.
         """
         self._check_codes(codes)
         with no_autocast(codes):
-            return self._decode(codes.long())
+            return self._decode_at(codes.long(), first)
 
     def to_latents(self, codes: Tensor) -> Tensor:
         """Codebook vectors of codes [B, K, T], concatenated over the codebooks: [B, C, T]."""
@@ -198,6 +205,7 @@ class DecodeStream:
         self.codec = codec
         self.buffer: Tensor | None = None  # codes [B, K, t] that audio to come depends on
         self.first = 0  # the first frame of the buffer whose audio was not returned yet
+        self.start = 0  # position of the buffer in the stream
 
     def push(self, codes: Tensor) -> Tensor:
         """Codes [B, K, t >= 0] -> the audio that is ready, [B, 1, s], s >= 0."""
@@ -208,9 +216,9 @@ class DecodeStream:
         ready = buffer.shape[-1] - look_ahead
         if ready <= self.first:
             return torch.zeros(len(codes), 1, 0, device=codes.device)
-        wav = codec.decode(buffer)[..., self.first * codec.hop_length : ready * codec.hop_length]
+        wav = codec.decode(buffer, self.start)[..., self.first * codec.hop_length : ready * codec.hop_length]
         drop = max(0, ready - history)
-        self.buffer, self.first = buffer[..., drop:], ready - drop
+        self.buffer, self.first, self.start = buffer[..., drop:], ready - drop, self.start + drop
         return wav
 
     def finish(self) -> Tensor | None:
@@ -218,7 +226,7 @@ class DecodeStream:
         buffer, self.buffer = self.buffer, None
         if buffer is None or buffer.shape[-1] <= self.first:
             return None
-        return self.codec.decode(buffer)[..., self.first * self.codec.hop_length :]
+        return self.codec.decode(buffer, self.start)[..., self.first * self.codec.hop_length :]
 
     def clone(self) -> "DecodeStream":
         """A copy that goes on independently."""

@@ -15,19 +15,27 @@ class ResidualQuantiser(nn.Module):
     dropout masks codebooks, so every parameter gets a gradient in every step and DistributedDataParallel needs no
     `find_unused_parameters`.
 
-    `dropout` is the fraction of training items that keep only a random number of codebooks. Shapes: D input width, c
-    codebook width.
+    `dropout` is the fraction of training items that keep only a random number of codebooks. `gradient` is how gradients
+    pass the look-up: "straight_through", or "rotation" (`rotate_to`). Shapes: D input width, c codebook width.
     """
 
     usage: Tensor
     seeded: Tensor
 
-    def __init__(self, width: int, n_codebooks: int, codebook_size: int, codebook_dim: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        n_codebooks: int,
+        codebook_size: int,
+        codebook_dim: int,
+        dropout: float,
+        gradient: str = "straight_through",
+    ) -> None:
         super().__init__()
         self.project_in = nn.ModuleList(nn.Linear(width, codebook_dim) for _ in range(n_codebooks))
         self.project_out = nn.ModuleList(nn.Linear(codebook_dim, width) for _ in range(n_codebooks))
         self.codebooks = nn.Parameter(torch.randn(n_codebooks, codebook_size, codebook_dim))
-        self.dropout = dropout
+        self.dropout, self.gradient = dropout, gradient
         self.register_buffer("usage", torch.zeros(n_codebooks, codebook_size, dtype=torch.int64))
         self.register_buffer("seeded", torch.zeros((), dtype=torch.bool))
 
@@ -46,7 +54,8 @@ class ResidualQuantiser(nn.Module):
             weight = keep / active.numel()
             losses["codebook"] = losses["codebook"] + (weight * (q - e.detach()).square().mean(dim=(1, 2))).sum()
             losses["commitment"] = losses["commitment"] + (weight * (e - q.detach()).square().mean(dim=(1, 2))).sum()
-            out = self.project_out[k](e + (q - e).detach())  # [B, T, D]
+            passed = rotate_to(e, q.detach()) if self.gradient == "rotation" else e + (q - e).detach()
+            out = self.project_out[k](passed)  # [B, T, D]
             total = total + keep[:, None, None] * out
             residual = residual - out
             codes.append(index)
@@ -80,6 +89,47 @@ class ResidualQuantiser(nn.Module):
         return unused
 
     @torch.no_grad()
+    def fit(self, z: Tensor, levels: range, rounds: int = 6) -> None:
+        """Fit consecutive codebooks to z [B, T, D], each to what the fitted ones before it leave.
+
+        The projections are the principal axes of that residual, the entries its clusters by `rounds` of k-means. Uses
+        torch's global generator.
+        """
+        residual = z.flatten(0, 1)  # [n, D]
+        for k in levels:
+            mean = residual.mean(dim=0)
+            axes = torch.linalg.svd(residual - mean, full_matrices=False).Vh[: self.codebooks.shape[2]]  # [c, D]
+            self.project_in[k].weight.copy_(axes)
+            self.project_in[k].bias.copy_(-axes @ mean)
+            self.project_out[k].weight.copy_(axes.T)
+            self.project_out[k].bias.copy_(mean)
+            e = self.project_in[k](residual)  # [n, c]
+            reseed(self.codebooks[k], torch.ones_like(self.usage[k], dtype=torch.bool), e)
+            for _ in range(rounds):
+                index = nearest(e, self.codebooks[k], "cosine")
+                sums = torch.zeros_like(self.codebooks[k]).index_add_(0, index, e)
+                counts = torch.bincount(index, minlength=len(sums))[:, None]
+                self.codebooks[k] = torch.where(counts > 0, sums / counts.clamp_min(1), self.codebooks[k])
+            index = nearest(self.project_in[k](residual), self.codebooks[k], "cosine")
+            residual = residual - self.project_out[k](self.codebooks[k][index])
+        self.seeded.fill_(True)
+
+    @torch.no_grad()
+    def copy_from(self, other: "ResidualQuantiser", first: int, width: int) -> None:
+        """Copy the first codebooks of another quantiser, of inputs of `width`, to `first` and those after it. They read
+        and write the first `width` channels."""
+        for k in range(first, len(self.codebooks)):
+            self.codebooks[k] = other.codebooks[k - first]
+            for ours, theirs in (
+                (self.project_in[k].weight.T, other.project_in[k - first].weight.T),
+                (self.project_out[k].weight, other.project_out[k - first].weight),
+                (self.project_out[k].bias, other.project_out[k - first].bias),
+            ):
+                ours[:width] = theirs
+                ours[width:] = 0
+            self.project_in[k].bias.copy_(other.project_in[k - first].bias)
+
+    @torch.no_grad()
     def _seed(self, z: Tensor) -> None:
         self._reseed(z, torch.ones_like(self.usage, dtype=torch.bool))
         self.seeded.fill_(True)
@@ -104,6 +154,16 @@ class ResidualQuantiser(nn.Module):
     def _count(self, codes: Tensor) -> None:
         for k in range(len(self.codebooks)):
             self.usage[k] += torch.bincount(codes[:, k].flatten(), minlength=self.usage.shape[1])
+
+
+def rotate_to(e: Tensor, q: Tensor) -> Tensor:
+    """q [..., c] as a rotation and scaling of e [..., c] that counts as constant in the gradient ("rotation trick",
+    arXiv 2410.06424): the gradient to e keeps its angle to the vector, which straight-through estimation does not."""
+    source, target = F.normalize(e.detach(), dim=-1), F.normalize(q, dim=-1)
+    middle = F.normalize(source + target, dim=-1)
+    scale = q.norm(dim=-1, keepdim=True) / e.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    reflected = e - 2 * (e * middle).sum(-1, keepdim=True) * middle
+    return scale * (reflected + 2 * (e * source).sum(-1, keepdim=True) * target)
 
 
 def unused_entries(usage: Tensor, min_usage: float) -> Tensor:

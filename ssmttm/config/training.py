@@ -45,6 +45,7 @@ class AudioDataConfig(DataConfig):
     """Of tasks that learn from audio."""
 
     seconds: float = 1.0  # audio per item
+    cache: str | None = None  # folder for the store's audio as 16-bit samples, written if missing; null: decode files
 
 
 @dataclass
@@ -107,6 +108,8 @@ class DiffusionLosses:
 class CodecLosses:
     mel: float = 15.0
     spectrum: float = 1.0
+    pitch: float = 2.0  # magnitudes of the low band in a long window, with codec_training.fast_losses
+    notes: float = 4.0  # magnitude in each semitone, likewise
     codebook: float = 1.0
     commitment: float = 0.25
     adversarial: float = 0.5
@@ -162,12 +165,15 @@ class DiffusionConfig:
 @dataclass
 class AdversarialConfig:
     adversarial_start: int | None = 6000  # first step with the discriminator; null: never
+    fast_losses: bool = False  # spectral losses as in `fast_distances`, with the losses `pitch` and `notes`
+    adversarial_items: int | None = None  # items of a micro-batch with the discriminator; null: all
 
 
 @dataclass
 class CodecTrainingConfig(AdversarialConfig):
     restart_every: int = 50  # steps between restarts of unused codebook entries
     restart_until: int = 8500  # no restarts from this step on
+    start: str | None = None  # a smaller codec whose weights this one starts from, see `TinyCodec.grow_from`
 
 
 @dataclass

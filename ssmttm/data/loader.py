@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from ssmttm import audio
+from ssmttm.data.audio_cache import AudioCache
 from ssmttm.data.permutation import Permutation, mix, uniform
 from ssmttm.data.prefetch import prefetch_batches
-from ssmttm.data.store import Store
 from ssmttm.data.step_values import StepValues
+from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 from ssmttm.text.condition import TextCondition
 
@@ -54,7 +55,7 @@ class _Loader(ABC):
                 raise UserError(f"batch_size {size} must be a positive multiple of the {world_size} processes")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside the world of {world_size}")
-        self.store, self.split, self.batch_size, self.seed = store, split, batch_size, seed
+        self.store, self.split, self.seed = store, split, seed
         self._rows = store.indices(split)
         self._rank, self._world_size = rank, world_size
         if split == "train" and len(self._rows) < world_size:
@@ -98,8 +99,9 @@ class CodesLoader(_Loader):
     Args:
         store: a store with codes and text embeddings.
         split: train, valid or test.
-        batch_size: items of the global batch, over all ranks.
-        frames: T; a longer segment is cropped, a shorter one padded with code 0 where `frame_mask` is False.
+        batch_size: items of the global batch, over all ranks; may change with n.
+        frames: T, may change with n; a longer segment is cropped, a shorter one padded with code 0 where `frame_mask`
+            is False.
         seed: for order, crops, caption choice and dropout.
         rank, world_size: this process and the number of processes.
         caption_dropout: probability that an item's caption is replaced by the empty one.
@@ -177,6 +179,7 @@ class AudioLoader(_Loader):
     Args:
         store: a store that keeps its audio.
         samples: S; a shorter file is padded with zeros at its end.
+        cache: the store's audio, read instead of its files.
         others: as for `CodesLoader`.
     """
 
@@ -189,11 +192,12 @@ class AudioLoader(_Loader):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        cache: AudioCache | None = None,
     ) -> None:
         super().__init__(store, split, batch_size, seed, rank, world_size)
         if samples < 1:
             raise UserError(f"samples must be at least 1, got {samples}")
-        self.samples = samples
+        self.samples, self.cache = samples, cache
         self.sample_rate: int = store.info["sample_rate"]
 
     def batch(self, n: int) -> dict[str, Any]:
@@ -207,6 +211,8 @@ class AudioLoader(_Loader):
         return {"audio": torch.from_numpy(wav), "ids": ids}
 
     def _crop(self, row: int, choice: int) -> np.ndarray:
+        if self.cache is not None:
+            return self.cache.crop(row, self.samples, choice)
         path = self.store.audio_path(row)
         crop, rate = audio.read_crop(path, self.samples, choice)
         if rate != self.sample_rate:

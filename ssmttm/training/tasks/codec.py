@@ -8,28 +8,38 @@ Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssmttm.codecs import Codec, CodecOutput, build_codec
+from ssmttm.codecs import TINY_FOLDER, Codec, CodecOutput, TinyCodec, build_codec, load_codec
 from ssmttm.codecs.discriminators import DiscriminatorOutput, MultiResolutionDiscriminator
-from ssmttm.codecs.losses import adversarial_losses, discriminator_loss, reconstruction_losses
+from ssmttm.codecs.losses import (
+    adversarial_losses,
+    discriminator_accuracy,
+    discriminator_loss,
+    fast_distances,
+    reconstruction_losses,
+)
+from ssmttm.codecs.metrics import chroma_similarity, onset_f_measure
 from ssmttm.codecs.students.cost import counted_flops
+from ssmttm.data.audio_cache import AudioCache
 from ssmttm.data.loader import AudioLoader
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
+from ssmttm.model_folder import training_licences
 from ssmttm.training.tasks.base import Batch, Losses, Modules, Sample, Task
 
 SAMPLE_SECONDS, N_SAMPLES = 5.0, 4
+_START_ITEMS = 256  # crops that further codebooks are fitted to
 
 
 class CodecTask(Task):
     """Trains a codec to reconstruct crops of a store's audio, which must have the codec's sample rate.
-from ssmttm.data.step_values import StepValues
 
     Args:
         config: `codec`, `codec_training`, `data` (store, seconds), `losses`, `seed`.
@@ -38,17 +48,22 @@ from ssmttm.data.step_values import StepValues
     def __init__(self, config: DictConfig) -> None:
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
+        self.audio = AudioCache(self.store, Path(config.data.cache)) if config.data.cache else None
         self.codec = self.build(config)
         self.adversarial_start: int | None = config.codec_training.adversarial_start
+        self.fast_losses: bool = config.codec_training.fast_losses
         if self.store.info["sample_rate"] != self.codec.sample_rate:
             raise UserError(
                 f"{config.data.store} holds audio at {self.store.info['sample_rate']} Hz and the codec works at "
                 f"{self.codec.sample_rate} Hz: prepare the store at that rate, or set codec.sample_rate"
             )
+        self.start: dict[str, Any] | None = None  # the codec that this one grew from
         self.modules = {"model": self.codec}
         if self.adversarial_start is not None:
             self.modules["discriminator"] = MultiResolutionDiscriminator()
         self.samples_per_item = round(config.data.seconds * self.codec.sample_rate)
+        if config.codec_training.get("start"):
+            self._grow(config.codec_training.start)
         self._flops_per_item = self.flops_per_item()
         self._restart_metrics: dict[str, float] = {}
         self._last_audio: Tensor | None = None
@@ -65,6 +80,26 @@ from ssmttm.data.step_values import StepValues
     def reconstruct(self, model: nn.Module, wav: Tensor) -> CodecOutput:
         """The output of the wrapped codec for a waveform [b, 1, S]."""
         return model(wav)
+
+    def _grow(self, name: str) -> None:
+        """Start from the weights of the codec `name`."""
+        if self.config.init:
+            raise UserError("init and codec_training.start both initialise the codec: set only one of them")
+        smaller = load_codec(name)
+        if not isinstance(self.codec, TinyCodec) or not isinstance(smaller, TinyCodec):
+            raise UserError(f"codec_training.start={name}: only a tiny codec can start a tiny codec")
+        loader = self.loader("train", self.config.data.batch_size, 0, 1)
+        count = -(-_START_ITEMS // self.config.data.batch_size)
+        self.codec.grow_from(smaller, torch.cat([loader.batch(n)["audio"] for n in range(count)]))
+        self.start = {"name": name, "fingerprint": smaller.fingerprint}
+
+    def metadata(self) -> dict[str, Any]:
+        """With the codec that this one grew from, and the licences of its data."""
+        metadata = super().metadata()
+        if self.start is None:
+            return metadata
+        folder = TINY_FOLDER if self.start["name"] == "tiny" else Path(self.start["name"])
+        return metadata | {"start": self.start, "licences": training_licences(folder) | metadata["licences"]}
 
     def flops_per_item(self) -> float:
         """Forward FLOPs of one item."""
@@ -91,19 +126,33 @@ from ssmttm.data.step_values import StepValues
         """`losses` for an output of the codec."""
         wav = batch["audio"]  # [b, 1, S]
         fraction = len(wav) / denominators[0]  # of the global batch
-        losses = {"model": reconstruction_losses(output, wav, self.codec.sample_rate)}
+        losses = {"model": self.reconstruction(output, wav)}
         if self.adversarial_start is not None and step >= self.adversarial_start:
-            real, fake = _halves(modules["discriminator"](torch.cat([wav, output.audio.detach()])))
-            losses["discriminator"] = {"discriminator": discriminator_loss(real, fake)}
+            items = slice(self.config.codec_training.adversarial_items)
+            judged, original = output.audio[items], wav[items]  # [b', 1, S]
+            real, fake = _halves(modules["discriminator"](torch.cat([original, judged.detach()])))
+            losses["discriminator"] = {
+                "discriminator": discriminator_loss(real, fake),
+                "discriminator_accuracy": discriminator_accuracy(real, fake),
+            }
             frozen = self.modules["discriminator"].requires_grad_(False)
-            losses["model"] |= adversarial_losses(real, frozen(output.audio))
+            losses["model"] |= adversarial_losses(real, frozen(judged))
             frozen.requires_grad_(True)
         return {module: {name: fraction * loss for name, loss in named.items()} for module, named in losses.items()}
 
     def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         output = self.reconstruct(modules["model"], batch["audio"])
-        losses = reconstruction_losses(output, batch["audio"], self.codec.sample_rate)
+        decoded, wav, rate = output.audio[:, 0].float(), batch["audio"][:, 0], self.codec.sample_rate  # [b, S]
+        losses = self.reconstruction(output, batch["audio"])
+        losses["chroma_similarity"] = chroma_similarity(decoded, wav, rate).mean()
+        losses["onset_f"] = onset_f_measure(decoded, wav, rate).mean()
         return {name: len(batch["ids"]) / denominators[0] * loss for name, loss in losses.items()}
+
+    def reconstruction(self, output: CodecOutput, wav: Tensor) -> Losses:
+        """The losses of an output of the codec for the encoded audio [b, 1, S], except the adversarial ones."""
+        if self.fast_losses:
+            return fast_distances(output.audio[:, 0], wav[:, 0], self.codec.sample_rate) | output.losses
+        return reconstruction_losses(output, wav, self.codec.sample_rate)
 
     def restart_codes(self, step: int) -> dict[str, Tensor]:
         """Every `restart_every` steps until `restart_until`."""
@@ -126,7 +175,8 @@ from ssmttm.data.step_values import StepValues
         """Validation items, original and decoded."""
         rate = self.codec.sample_rate
         count = min(N_SAMPLES, len(self.store.indices("valid")))
-        batch = AudioLoader(self.store, "valid", count, round(SAMPLE_SECONDS * rate), self.config.seed).batch(0)
+        samples = round(SAMPLE_SECONDS * rate)
+        batch = AudioLoader(self.store, "valid", count, samples, self.config.seed, cache=self.audio).batch(0)
         wav = batch["audio"].to(next(self.codec.parameters()).device)
         decoded = self.codec.decode(self.encoder.encode(wav))[..., : wav.shape[-1]]
         pairs = {"original": wav, "decoded": decoded}
