@@ -27,7 +27,7 @@ demo: $(READY)
 	$(PY) -m ssmttm.cli.demo --out demo
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-kernels: $(KERNELS)/.ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest tests/kernels
