@@ -90,7 +90,7 @@ class ResidualQuantiser(nn.Module):
 
     @torch.no_grad()
     def fit(self, z: Tensor, levels: range, rounds: int = 6) -> None:
-        """Fit consecutive codebooks to z [B, T, D], each to what the fitted ones before it leave.
+        """Fit some codebooks to z [B, T, D], each to what the fitted ones before it leave.
 
         The projections are the principal axes of that residual, the entries its clusters by `rounds` of k-means. Uses
         torch's global generator.
@@ -115,19 +115,19 @@ class ResidualQuantiser(nn.Module):
         self.seeded.fill_(True)
 
     @torch.no_grad()
-    def copy_from(self, other: "ResidualQuantiser", first: int, width: int) -> None:
-        """Copy the first codebooks of another quantiser, of inputs of `width`, to `first` and those after it. They read
-        and write the first `width` channels."""
-        for k in range(first, len(self.codebooks)):
-            self.codebooks[k] = other.codebooks[k - first]
+    def copy_from(self, other: "ResidualQuantiser", levels: range, width: int) -> None:
+        """Replace these codebooks by the first ones of another quantiser, of inputs of `width`. They read and write the
+        first `width` channels."""
+        for n, k in enumerate(levels):
+            self.codebooks[k] = other.codebooks[n]
             for ours, theirs in (
-                (self.project_in[k].weight.T, other.project_in[k - first].weight.T),
-                (self.project_out[k].weight, other.project_out[k - first].weight),
-                (self.project_out[k].bias, other.project_out[k - first].bias),
+                (self.project_in[k].weight.T, other.project_in[n].weight.T),
+                (self.project_out[k].weight, other.project_out[n].weight),
+                (self.project_out[k].bias, other.project_out[n].bias),
             ):
                 ours[:width] = theirs
                 ours[width:] = 0
-            self.project_in[k].bias.copy_(other.project_in[k - first].bias)
+            self.project_in[k].bias.copy_(other.project_in[n].bias)
 
     @torch.no_grad()
     def _seed(self, z: Tensor) -> None:

@@ -85,9 +85,9 @@ class TinyCodec(Codec):
     def grow_from(self, smaller: "TinyCodec", wav: Tensor) -> None:
         """Start from the weights of a codec without notes.
 
-        The first half of the codebooks is fitted to the notes of wav [B, 1, S] (a few minutes are enough): their
-        latents are principal components of the note spectrum, the codebooks clusters. The second half are the first
-        codebooks of `smaller`. The inverse STFT starts 20 dB quieter where the sinusoids play.
+        Every other codebook, from the first on, is fitted to the notes of wav [B, 1, S] (a few minutes are enough):
+        their latents are principal components of the note spectrum, the codebooks clusters. The codebooks between
+        them are the first ones of `smaller`. The inverse STFT starts 20 dB quieter where the sinusoids play.
 
         Raises:
             UserError: the configs differ in other fields than these, or `smaller` has too few codebooks.
@@ -98,15 +98,11 @@ class TinyCodec(Codec):
                 raise UserError(
                     f"codec {smaller.name} has {field.name}={theirs} and this one {ours}: they must be equal"
                 )
-        of_notes = self.n_codebooks // 2
-        if (
-            smaller.config.note_window
-            or not self.config.note_window
-            or smaller.n_codebooks < self.n_codebooks - of_notes
-        ):
+        of_notes, copied = range(0, self.n_codebooks, 2), range(1, self.n_codebooks, 2)
+        if smaller.config.note_window or not self.config.note_window or smaller.n_codebooks < len(copied):
             raise UserError(
-                f"codec {smaller.name} cannot start this one: it must have no note_window and at least "
-                f"{self.n_codebooks - of_notes} codebooks, and this one must have a note_window"
+                f"codec {smaller.name} cannot start this one: it must have no note_window and at least {len(copied)} "
+                f"codebooks, and this one must have a note_window"
             )
         width = self.config.encoder_width
         own = self.state_dict()  # shares memory with the weights
@@ -121,8 +117,8 @@ class TinyCodec(Codec):
             self._fit_notes(self.note_spectrum(self.pad(wav)[:, 0].float()))
             z = self._encode_latent(self.pad(wav))
             notes_only = torch.cat([torch.zeros_like(z[..., :width]), z[..., width:]], dim=-1)
-            self.quantiser.fit(notes_only, range(of_notes))
-            self.quantiser.copy_from(smaller.quantiser, of_notes, width)
+            self.quantiser.fit(notes_only, of_notes)
+            self.quantiser.copy_from(smaller.quantiser, copied, width)
 
     @torch.no_grad()
     def _fit_notes(self, spectrum: Tensor) -> None:
