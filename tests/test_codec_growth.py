@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_stores import codec_config, write_audio_store
+from small_stores import codec_config, small_codec, write_audio_store, write_codes_store
 
 from ssmttm.codecs import TinyCodec, TinyCodecConfig, load_codec
 from ssmttm.codecs.discriminators import DiscriminatorOutput
@@ -286,6 +286,18 @@ def test_codec_starts_from_a_smaller_codec_and_names_it(audio_store, tmp_path):
     assert set(metadata["licences"]) == {"CC-BY-4.0", "CC0-1.0"}
     with pytest.raises(UserError, match="set only one"):
         CodecTask(codec_config(audio_store, tmp_path / "run", *start, "init=somewhere"))
+
+
+def test_codes_of_the_smaller_codec_are_refused(tmp_path):
+    smaller = small_codec(tmp_path / "codec")
+    store = open_store(write_codes_store(tmp_path / "store", codec=smaller))
+    store.require_codec(smaller)
+    config = dataclasses.replace(smaller.config, note_window=192)
+    larger = TinyCodec(config, "larger")
+    larger.grow_from(smaller, noise(1, 2400))
+    with pytest.raises(UserError, match="was encoded by codec") as error:
+        store.require_codec(larger)
+    assert "\n" not in str(error.value) and larger.fingerprint in str(error.value)
 
 
 def test_adversarial_losses_judge_some_items_and_log_accuracy(audio_store, tmp_path):

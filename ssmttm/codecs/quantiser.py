@@ -97,8 +97,7 @@ class ResidualQuantiser(nn.Module):
         """
         residual = z.flatten(0, 1)  # [n, D]
         for k in levels:
-            mean = residual.mean(dim=0)
-            axes = torch.linalg.svd(residual - mean, full_matrices=False).Vh[: self.codebooks.shape[2]]  # [c, D]
+            mean, axes, _ = principal_axes(residual, self.codebooks.shape[2])  # axes [c, D]
             self.project_in[k].weight.copy_(axes)
             self.project_in[k].bias.copy_(-axes @ mean)
             self.project_out[k].weight.copy_(axes.T)
@@ -154,6 +153,13 @@ class ResidualQuantiser(nn.Module):
     def _count(self, codes: Tensor) -> None:
         for k in range(len(self.codebooks)):
             self.usage[k] += torch.bincount(codes[:, k].flatten(), minlength=self.usage.shape[1])
+
+
+def principal_axes(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D], the `count` directions of largest variance [count, D] and their variances [count] of vectors [n, D]."""
+    mean = x.mean(dim=0)
+    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+    return mean, vectors.T.flip(0)[:count], values.flip(0)[:count]
 
 
 def rotate_to(e: Tensor, q: Tensor) -> Tensor:

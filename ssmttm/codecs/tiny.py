@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
 from ssmttm.codecs.folder import read_codec_folder, write_codec_folder
 from ssmttm.codecs.notes import NoteSpectrum, OscillatorHead, frequencies
-from ssmttm.codecs.quantiser import ResidualQuantiser
+from ssmttm.codecs.quantiser import ResidualQuantiser, principal_axes
 from ssmttm.codecs.spectral import STFT, InverseSTFTHead, Stack, decoder_context, spectral_features
 from ssmttm.config.codec import TinyCodecConfig
 from ssmttm.errors import UserError
@@ -124,10 +124,8 @@ class TinyCodec(Codec):
     def _fit_notes(self, spectrum: Tensor) -> None:
         """Set the note latents to scaled principal components of note spectra [B, 2T, N], and their reading back."""
         pairs = spectrum.unflatten(1, (-1, 2)).flatten(2).flatten(0, 1)  # [B T, 2N]
-        mean = pairs.mean(dim=0)
-        _, values, axes = torch.linalg.svd(pairs - mean, full_matrices=False)
-        axes, scale = axes[: self.config.note_width], math.sqrt(len(pairs)) / values[: self.config.note_width].norm()
-        scale *= math.sqrt(self.config.note_width)  # unit variance on average, like the other latents
+        mean, axes, variances = principal_axes(pairs, self.config.note_width)
+        scale = variances.mean().clamp_min(1e-6).rsqrt()  # unit variance on average, like the other latents
         inputs = pairs.shape[1]
         self.embed_notes.weight[:, :inputs] = scale * axes
         self.embed_notes.weight[:, inputs:] = 0

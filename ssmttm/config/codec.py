@@ -17,7 +17,7 @@ class TinyCodecConfig:
         window: STFT window in samples, an even multiple of half the hop.
         note_window: STFT window of the encoder's note spectrum in samples, a multiple of the hop; with it the decoder
             has a head of sinusoids at the frequencies of notes. 0: neither.
-        note_width: latents of notes.
+        note_width: latents of notes, at most as many as two frames have notes (138).
         encoder_blocks: ConvNeXt blocks of the encoder at twice the frame rate, and at the frame rate.
         decoder_blocks: ConvNeXt blocks of the decoder at the frame rate, and at twice the frame rate.
         decoder_look_ahead: future taps of each decoder block, at the frame rate and at twice the frame rate.
@@ -51,10 +51,10 @@ class TinyCodecConfig:
                 f"codec: hop_length must be even and window a multiple of it (at least 2 times), got "
                 f"hop_length={self.hop_length} and window={self.window}"
             )
-        if self.note_window % self.hop_length or self.note_width < 1:
+        if self.note_window % self.hop_length or not 1 <= self.note_width <= 2 * 69:
             raise UserError(
-                f"codec: note_window must be a multiple of hop_length={self.hop_length}, or 0, and note_width at least "
-                f"1; got {self.note_window} and {self.note_width}"
+                f"codec: note_window must be a multiple of hop_length={self.hop_length}, or 0, and note_width in "
+                f"[1, 138]; got {self.note_window} and {self.note_width}"
             )
         if self.quantiser_gradient not in QUANTISER_GRADIENTS:
             raise UserError(
