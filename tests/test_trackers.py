@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_stores import lm_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from ssmttm.errors import UserError
 from ssmttm.training.metrics import MetricsLog
@@ -39,12 +40,17 @@ def peak_of(path):
 
 
 def test_tensorboard_gets_values_and_audio(tmp_path):
-    events = EventAccumulator(str(log_run(tmp_path, "tensorboard") / "tensorboard"), {"scalars": 0, "audio": 0})
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 12.0), (3, 13.0)]
-    assert len(events.Scalars("valid/loss")) == 3
-    clip = events.Audio("waltz")[-1]
+    files = sorted(
+        (log_run(tmp_path, "tensorboard") / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
+    )
+    first, second = (EventAccumulator(str(file), {"scalars": 0, "audio": 0}).Reload() for file in files)
+    assert [(event.step, event.value) for event in first.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+    assert [(event.step, event.value) for event in second.Scalars("train/loss")] == [(2, 12.0), (3, 13.0)]
+    assert len(first.Scalars("valid/loss")) == 2
+    clip = second.Audio("waltz")[-1]
     assert clip.step == 3 and clip.sample_rate == RATE and clip.length_frames == 800
+    restarts = [event.step for event in EventFileLoader(str(files[1])).Load() if event.HasField("session_log")]
+    assert restarts == [2]  # what the first try logged from step 2 on is hidden
 
 
 def test_a_run_without_trackers_keeps_its_own_record(tmp_path):
