@@ -175,6 +175,16 @@ def test_fused_draws_equal_torchs(sampling):
         assert torch.equal(FusedEngine(model).draw(logits, uniforms, sampling, guided), expected)
 
 
+def test_code_without_an_embedding_is_an_error():
+    model = small_token_lm().eval()
+    state, codes = processed(model)
+    steps = FusedEngine(model).bind(state, 2)
+    for wrong in (-1, V + 1):
+        with pytest.raises(IndexError, match=r"codes must be in \[0, 16\]"):
+            steps.step(codes[..., 5] * 0 + wrong, NOTHING, 0)
+    assert state.position == 5
+
+
 def test_ties_at_the_last_kept_code_are_kept():
     model = small_token_lm().eval()
     logits = torch.zeros(1, K, V)

@@ -22,14 +22,16 @@ def check_names(engine: str, weights: str) -> None:
         raise UserError(f"unknown weights {weights!r}: choose from {', '.join(WEIGHTS)}")
 
 
-def build(model: TokenLM, engine: str = "auto", weights: str = "fp32", threads: int = 1, exact: bool = True) -> Engine:
+def build(
+    model: TokenLM, engine: str = "auto", weights: str = "fp32", threads: int | None = None, exact: bool = True
+) -> Engine:
     """An engine for a model in eval mode, whose weights must not change any more.
 
     Args:
         engine: "fused", "ort" or "torch"; "auto" takes the first of them that can run the model.
         weights: format of the linear layers' weights in a step: "fp32", "bf16" or "int8". A model that was quantised to
             int8 stays so.
-        threads: of the fused engine.
+        threads: of the fused engine; None: one, or torch's number for weights of more than 100 MB.
         exact: with torch on a CPU, a row has the same bits in any batch, for which rows are padded to a multiple of 4.
 
     Raises:
@@ -92,7 +94,7 @@ class EngineCache:
         return known[1]
 
 
-def _fused(model: TokenLM, weights: str, threads: int) -> Engine:
+def _fused(model: TokenLM, weights: str, threads: int | None) -> Engine:
     from ssmttm.generation.engines.fused import FusedEngine
 
     return FusedEngine(model, weights, threads)

@@ -25,6 +25,7 @@ from ssmttm.ops.int8 import NOT_QUANTISED, Int8Linear, quantise_rows
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2}
 MAX_INT8_INPUTS = 4096  # a lane's sum of products stays below 2^31 with the narrowest vectors, of 4 lanes
+LARGE = 100_000_000  # bytes of weights; waking threads for less costs more than they save
 INT8_STRIDE = 64  # rows of int8 weights are padded to a multiple
 NORMS: dict[type, int] = {nn.Identity: 0, nn.RMSNorm: 1, nn.LayerNorm: 2}
 
@@ -72,13 +73,17 @@ class _Draw(ctypes.Structure):
 class FusedEngine(Engine):
     """Raises Unavailable if the library cannot be built, or the model has a part that step.cpp does not.
 
+    `threads`: None is one, or torch's number for weights of more than 100 MB. `isa`: a key of INSTRUCTION_SETS.
+
     Attributes:
         n_bytes: of the weights that a step reads.
     """
 
     name = "fused"
 
-    def __init__(self, model: TokenLM, weights: str = "fp32", threads: int = 1, isa: str | None = None) -> None:
+    def __init__(
+        self, model: TokenLM, weights: str = "fp32", threads: int | None = None, isa: str | None = None
+    ) -> None:
         super().__init__(model, weights)
         _check(model)
         self.library = library(isa)
@@ -96,6 +101,7 @@ class FusedEngine(Engine):
             self._linear(model.heads), structs,
         )  # fmt: skip
         self._structs = structs
+        threads = threads or (1 if self.n_bytes < LARGE else torch.get_num_threads())
         self.pool = Pool(self.library, threads)
         if any(isinstance(module, Int8Linear) for module in model.modules()):
             self.weights = "int8"
@@ -231,7 +237,8 @@ class FusedSteps(Steps):
         added = self._added(controls, index, 1)
         logits = torch.empty(self.shape)
         at = None if added is None else added.data_ptr()
-        self.engine.library.ssmttm_step(*self.structs, self.codes.data_ptr(), at, logits.data_ptr(), self.rows)
+        failed = self.engine.library.ssmttm_step(*self.structs, self.codes.data_ptr(), at, logits.data_ptr(), self.rows)
+        self._check(failed)
         self.state.position += 1
         return logits
 
@@ -241,6 +248,8 @@ class FusedSteps(Steps):
         sampling: Sampling, guided: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = len(template)
+        if template.shape != uniforms.shape or template.shape[1:] != (self.n_items, self.shape[1]):
+            raise ValueError(f"got a template {list(template.shape)} and uniforms {list(uniforms.shape)}")
         n_steps = count - (codes is None)
         self._reserve(n_steps)
         added = self._added(controls, index + count - n_steps, n_steps) if n_steps else None
@@ -251,12 +260,17 @@ class FusedSteps(Steps):
         codes = None if codes is None else codes.contiguous()
         at = [None if tensor is None else tensor.data_ptr() for tensor in (codes, added)]
         settings = self.engine.draw_settings(sampling, guided)
-        self.engine.library.ssmttm_run(
+        failed = self.engine.library.ssmttm_run(
             *self.structs, ctypes.addressof(settings), *at, stride, template.data_ptr(),
             uniforms.data_ptr(), count, self.n_items, self.rows, logits.data_ptr(), found.data_ptr(),
         )  # fmt: skip
+        self._check(failed)
         self.state.position += n_steps
         return found, logits
+
+    def _check(self, failed: int) -> None:
+        if failed:
+            raise IndexError(f"codes must be in [0, {self.engine.model.special_token_id}]")
 
     def _added(self, controls: Controls, index: int, count: int) -> Tensor | None:
         return None if self.added.is_empty else self.added.compute(controls, index, count, self.state)

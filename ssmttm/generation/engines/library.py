@@ -52,10 +52,10 @@ def library(name: str | None = None) -> ctypes.CDLL:
     lib.ssmttm_size.argtypes, lib.ssmttm_size.restype = [ctypes.c_int], number
     lib.ssmttm_open.argtypes, lib.ssmttm_open.restype = [ctypes.c_int], pointer
     lib.ssmttm_close.argtypes, lib.ssmttm_close.restype = [pointer], None
-    lib.ssmttm_step.argtypes, lib.ssmttm_step.restype = [*[pointer] * 6, ctypes.c_int], None
+    lib.ssmttm_step.argtypes, lib.ssmttm_step.restype = [*[pointer] * 6, ctypes.c_int], ctypes.c_int
     lib.ssmttm_draw.argtypes, lib.ssmttm_draw.restype = [pointer, pointer, number, pointer, pointer], None
     lib.ssmttm_run.argtypes = [*[pointer] * 6, number, pointer, pointer, number, number, ctypes.c_int, pointer, pointer]
-    lib.ssmttm_run.restype = None
+    lib.ssmttm_run.restype = ctypes.c_int
     lib.ssmttm_read.argtypes, lib.ssmttm_read.restype = [pointer, number], ctypes.c_float
     return lib
 

@@ -659,10 +659,13 @@ static void apply(Pool& pool, Arena& arena, const Sublayer& l, const State& stat
 }
 
 // ------------------------------------------------------------------------------------------------------------- the step
-// codes [R, K], added [R, D] or null (controls and positions, added to the embedding) -> logits [R, K * V'].
-static void run_step(Pool& pool, Arena& arena, const Model& m, const State* states, const int64_t* codes,
+// codes [R, K], added [R, D] or null (controls and positions, added to the embedding) -> logits [R, K * V']. Does nothing
+// and returns false if a code has no embedding.
+static bool run_step(Pool& pool, Arena& arena, const Model& m, const State* states, const int64_t* codes,
                      const float* added, float* logits, int rows) {
   const int64_t D = m.d_model;
+  for (int64_t i = 0; i < rows * m.n_codebooks; i++)
+    if (codes[i] < 0 || codes[i] >= m.embedding_rows) return false;
   arena.clear();
   auto *x = arena.get<float>(rows * D), *h = arena.get<float>(rows * D);
   for (int r = 0; r < rows; r++) {
@@ -692,6 +695,7 @@ static void run_step(Pool& pool, Arena& arena, const Model& m, const State* stat
   }
   for (int r = 0; r < rows; r++) normalise(m.norm, x + r * D, m.norm_weight, m.norm_bias, h + r * D, D);
   linear(pool, arena, m.heads, h, rows, logits);
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------------------------- the draw
@@ -820,10 +824,10 @@ int64_t ssmttm_size(int which) {  // of the structs, to compare with those of th
 }
 void* ssmttm_open(int threads) { return new Pool(threads); }
 void ssmttm_close(void* pool) { delete (Pool*)pool; }
-// codes [R, K], added [R, D] or null -> logits [R, K, V'].
-void ssmttm_step(void* pool, const Model* model, const State* states, const int64_t* codes, const float* added, float* logits, int rows) {
+// codes [R, K], added [R, D] or null -> logits [R, K, V']. Returns 0, or 1 if a code has no embedding.
+int ssmttm_step(void* pool, const Model* model, const State* states, const int64_t* codes, const float* added, float* logits, int rows) {
   Arena arena;
-  run_step(*(Pool*)pool, arena, *model, states, codes, added, logits, rows);
+  return run_step(*(Pool*)pool, arena, *model, states, codes, added, logits, rows) ? 0 : 1;
 }
 // logits [R, K, V'], of which the first `items` rows are conditional and, if guided, the next `items` null; uniforms and
 // codes [items, K].
@@ -833,8 +837,9 @@ void ssmttm_draw(const Draw* draw, const float* logits, int64_t items, const dou
 }
 // n positions: a step on the codes before (last [items, K]; null: the first position's logits are given), then the draw.
 // added is null, or [R, D] of the first step, `stride` floats before that of the next; known [n, items, K] holds known
-// codes and -1. Row r belongs to item r % items. Writes codes [n, items, K] and leaves the last logits.
-void ssmttm_run(void* pool, const Model* model, const State* states, const Draw* draw, const int64_t* last, const float* added,
+// codes and -1. Row r belongs to item r % items. Writes codes [n, items, K] and leaves the last logits. Returns 0, or 1 if a code has no
+// embedding.
+int ssmttm_run(void* pool, const Model* model, const State* states, const Draw* draw, const int64_t* last, const float* added,
                 int64_t stride, const int64_t* known, const double* uniforms, int64_t n, int64_t items, int rows,
                 float* logits, int64_t* codes) {
   const int64_t K = model->n_codebooks, size = items * K;
@@ -843,7 +848,7 @@ void ssmttm_run(void* pool, const Model* model, const State* states, const Draw*
   for (int64_t i = 0; i < n; i++) {
     if (last) {
       for (int64_t r = 0; r < rows; r++) std::copy_n(last + r % items * K, K, of_rows.begin() + r * K);
-      run_step(*(Pool*)pool, arena, *model, states, of_rows.data(), added, logits, rows);
+      if (!run_step(*(Pool*)pool, arena, *model, states, of_rows.data(), added, logits, rows)) return 1;
       if (added) added += stride;
     }
     int64_t* found = codes + i * size;
@@ -852,6 +857,7 @@ void ssmttm_run(void* pool, const Model* model, const State* states, const Draw*
       if (known[i * size + j] >= 0) found[j] = known[i * size + j];
     last = found;
   }
+  return 0;
 }
 float ssmttm_read(const float* p, int64_t n) {  // reads n floats in four streams: the limit that a step is measured by
   vf acc[4][2] = {};
