@@ -45,6 +45,28 @@ def checkpoint_folder(
         ) from error
 
 
+def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
+    """Upload a folder to a model repository of the hub, which is made if there is none. Returns the address of the
+    commit. Raises UserError if the hub cannot be reached or refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+        )  # fmt: skip
+    except (OSError, HFValidationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"cannot upload to {repo_id} ({reason}): check the name, the network and `hf auth login`"
+        ) from error
+    return str(commit)
+
+
 def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """A hub name without its revision, and the revision, or the given one. Raises UserError if the two differ."""
     repository, _, own = name.partition("@")

@@ -1,11 +1,14 @@
 """Opening a model: find its folder, check that its parts belong together, build it and load its weights."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ssmttm import checkpoint
 from ssmttm.adapters import without_adapter
@@ -14,7 +17,18 @@ from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.empty_weights import EmptyWeights
 from ssmttm.errors import UserError
 from ssmttm.hub import split_revision
-from ssmttm.model_folder import SECOND_STAGE, check_layout, check_tensor_names, read_card
+from ssmttm.model_folder import (
+    CODEC,
+    SECOND_STAGE,
+    TEXT_ENCODER,
+    check_layout,
+    check_tensor_names,
+    folder_to_write,
+    is_exported,
+    read_card,
+    to_half,
+    write_card,
+)
 from ssmttm.models import LatentDenoiser, TokenLM, build_model
 from ssmttm.ops.int8 import quantise
 from ssmttm.text.encoders import TextEncoder
@@ -204,3 +218,41 @@ def find_folder(folder_or_hub_id: str | Path | None, revision: str | None = None
     except (OSError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no folder {name}, nor on the hub ({reason}): check the name or the network") from error
+
+
+def copy_model_folder(
+    folder: ModelFolder, second: ModelFolder | None, out: Path, merged: dict[str, Tensor] | None,
+    adapters: list[dict[str, Any]] | None,
+) -> None:  # fmt: skip
+    """Write an exported folder again, with its parts, and the second stage in its subfolder.
+
+    Args:
+        merged: the weights to write; None: those of the folder.
+        adapters: what is merged into them, for the card.
+
+    Raises:
+        UserError: a folder is a run or a checkpoint, or `out` is in it.
+    """
+    for source in (folder, second):
+        if source is not None and not is_exported(source.path):
+            raise UserError(f"{source.path} is a run: write it as a model folder with `ssmttm export` first")
+    if out.resolve().is_relative_to(folder.path.resolve()):
+        raise UserError(f"{out} is inside the model's own folder {folder.path}: give another place")
+    with folder_to_write(out) as target:
+        for part in ("config.yaml", "model.safetensors", "card.json", CODEC, TEXT_ENCODER):
+            _copy(folder.path / part, target / part)
+        if second is not None:
+            (target / SECOND_STAGE).mkdir()
+            for part in ("config.yaml", "model.safetensors", "card.json"):
+                _copy(second.path / part, target / SECOND_STAGE / part)
+        if merged is not None:
+            half = any(value.dtype == torch.float16 for value in checkpoint.load_weights(folder.path).values())
+            save_file(to_half(merged) if half else merged, target / "model.safetensors")
+            write_card(target, folder.card | {"adapters": adapters})
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.is_file():
+        shutil.copyfile(source, target)

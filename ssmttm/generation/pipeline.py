@@ -3,7 +3,9 @@
 Shapes: n prompts, S samples, K codebooks, T frames, t frames of a chunk.
 """
 
+import logging
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmttm import __version__
+from ssmttm.adapters import Adapter, check_base, merge, read_adapter, unmerge
 from ssmttm.audio.defects import check_music
 from ssmttm.audio.features import frame_chroma
 from ssmttm.codecs import Codec, encoder_of, load_codec
@@ -22,15 +25,32 @@ from ssmttm.files import file_sha256
 from ssmttm.generation import loading
 from ssmttm.generation.code_generation import Change, CodeGenerator, second_stage_inputs
 from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
-from ssmttm.generation.editing.repaint import fade_samples, known_around, mix_region, region_frames, repaint_codes
+from ssmttm.generation.editing.loop import check_loop, decode_loop, unrolled
+from ssmttm.generation.editing.repaint import (
+    Repainted,
+    fade_samples,
+    known_around,
+    mix_region,
+    region_frames,
+    repaint_codes,
+)
 from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.engines import Engine, EngineCache
 from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
-from ssmttm.generation.request import MAX_DURATION, Prompt, Request, Sampling, bars_duration, blend_weights, check_seed
+from ssmttm.generation.request import (
+    MAX_DURATION,
+    MAX_SEED,
+    Prompt,
+    Request,
+    Sampling,
+    bars_duration,
+    blend_weights,
+    check_seed,
+)
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageStream
 from ssmttm.generation.session import CONTEXT_SECONDS, FADE_SECONDS, Snapshot, StreamSession
 from ssmttm.generation.state import fill_state, load_snapshot, save_snapshot
-from ssmttm.hub import commit_of
+from ssmttm.hub import commit_of, upload_folder
 from ssmttm.models.controls import Controls, SupportsControls
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.patterns import Pattern, get_pattern
@@ -38,6 +58,8 @@ from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import build_null_condition
 
+_log = logging.getLogger(__name__)
+_LOOP_CANDIDATES = 4
 _KNOWN_BARS_SECONDS = 3600.0  # of a stream without an end: after that a model of bar positions gets none
 
 
@@ -85,6 +107,9 @@ class MusicPipeline:
         self.guidance_scale = guidance_scale
         self._encode_caption = build_null_condition(null_condition, text_encoder)
         self._engines = EngineCache()
+        self._folders: tuple[ModelFolder, ModelFolder | None] | None = None  # that it was loaded from
+        self._adapters: list[tuple[Adapter, float]] = []
+        self._unadapted: dict[str, Tensor] = {}  # weights before adapters were merged
         self._encoder: Codec | None = None  # loaded when audio is first encoded
         self._last_session: Callable[[], StreamSession] | None = None  # that `save_state` saves
 
@@ -92,7 +117,7 @@ class MusicPipeline:
     def from_pretrained(
         cls, folder_or_hub_id: str | Path | None = None, device: str | torch.device | None = None,
         codec: str | Path | None = None, text_encoder: str | Path | None = None,
-        second_stage: str | Path | None = None, revision: str | None = None,
+        second_stage: str | Path | None = None, revision: str | None = None, dtype: torch.dtype | None = None,
     ) -> "MusicPipeline":  # fmt: skip
         """Load a model, with EMA weights if there are any, and the codec and text encoder that it was trained with.
         Raises UserError if nothing is there, a file is damaged, or model, codec and text encoder do not belong
@@ -106,6 +131,7 @@ class MusicPipeline:
                 Their fingerprints must match.
             second_stage: a run, a checkpoint or an exported denoiser, if it is not in the model's folder.
             revision: branch, tag or commit of a hub id, which may also end in @ and the revision.
+            dtype: of the language model's weights, such as torch.bfloat16; None: float32, which the others always are.
         """
         folder = loading.open_model_folder(folder_or_hub_id, revision=revision)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -119,12 +145,74 @@ class MusicPipeline:
         stage = None
         if second_folder is not None and denoiser is not None:
             stage = SecondStage(denoiser, loaded_codec, SecondStageConfig.from_config(second_folder.config))
-        return cls(
+        pipeline = cls(
             model.to(device), loaded_codec, loaded_encoder,
             get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks),
             _metadata(folder, loaded_codec, loaded_encoder, second_folder, stage),
             null_condition=folder.null_condition, second_stage=stage, guidance_scale=folder.guidance_scale,
         )  # fmt: skip
+        pipeline._folders = (folder, second_folder)
+        return pipeline if dtype is None else pipeline.to(dtype=dtype)
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "MusicPipeline":
+        """Move the models to a device, and the language model's weights to a dtype. Returns self.
+
+        Codec and denoiser stay in float32: a residual quantiser needs it. States saved before are of other weights.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise UserError(f"the weights cannot be {dtype}: choose float32, bfloat16 or float16")
+        self.model.to(device=device, dtype=dtype)
+        self.codec.to(device=device)
+        self._encoder = None
+        if self.second_stage is not None:
+            self.second_stage.model.to(device=device)
+        return self
+
+    def load_adapter(self, folder: str | Path, strength: float = 1.0) -> None:
+        """Add an adapter (LoRA or DoRA) to the language model's weights; several add up, see `ssmttm.adapters`. Raises
+        UserError if it is damaged, or was trained on another model."""
+        if self._folders is None:
+            raise UserError("adapters need a model that was loaded from a folder: use from_pretrained")
+        adapter, model = read_adapter(folder), self._folders[0]
+        check_base(adapter, self.metadata["model"]["weights_sha256"], model.name)
+        adapters = [*self._adapters, (adapter, strength)]
+        strengths = self.unload_adapters()
+        try:
+            self._unadapted = merge(self.model, adapters)
+            self._adapters = adapters
+        except UserError:
+            self._unadapted = merge(self.model, strengths)
+            self._adapters = strengths
+            raise
+        self.metadata["adapters"] = [
+            {"name": own.name, "strength": value, "licence": own.card.get("licence"), "data": own.card.get("data")}
+            for own, value in adapters
+        ]
+
+    def unload_adapters(self) -> list[tuple[Adapter, float]]:
+        """Restore the weights without adapters. Returns those that there were, with their strengths."""
+        unmerge(self.model, self._unadapted)
+        removed, self._adapters, self._unadapted = self._adapters, [], {}
+        self.metadata.pop("adapters", None)
+        return removed
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model folder that this pipeline was loaded from, with its second stage, codec and text encoder if
+        they are in it. Loaded adapters are merged into its weights. Raises UserError if it was loaded from a run, or
+        not from a folder."""
+        if self._folders is None:
+            raise UserError("only a pipeline that was loaded from a folder can be saved: use from_pretrained")
+        merged = self.model.state_dict() if self._adapters else None
+        loading.copy_model_folder(*self._folders, Path(folder), merged, self.metadata.get("adapters"))
+        return Path(folder)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool = False, revision: str | None = None, message: str = "Upload of a model"
+    ) -> str:
+        """Upload the model folder to the Hugging Face hub, with the login of `hf auth login`. Returns the address of
+        the commit. Raises UserError as `save_pretrained`, or if the hub cannot be reached or refuses."""
+        with tempfile.TemporaryDirectory() as temporary:
+            return upload_folder(self.save_pretrained(Path(temporary) / "model"), repo_id, private, revision, message)
 
     @property
     def sample_rate(self) -> int:
@@ -138,7 +226,7 @@ class MusicPipeline:
         progress: Callable[[float], None] | None = None, *, min_p: float = 0.0,
         negative_prompts: str | Sequence[str] | None = None, key: str | None = None, metre: str | None = None,
         bars: float | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
-        continue_from: AudioInput | None = None, engine: str = "auto", weights: str = "fp32",
+        continue_from: AudioInput | None = None, loop: bool = False, engine: str = "auto", weights: str = "fp32",
     ) -> PipelineOutput:  # fmt: skip
         """Generate one clip per prompt, all in one batch. Raises UserError if an argument is out of its range.
 
@@ -152,7 +240,8 @@ class MusicPipeline:
             temperature, top_k, top_p, min_p: see `ssmttm.generation.request.Sampling`.
             bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S] at
                 `sample_rate` whose chroma is followed. Each needs a stage that was trained with it.
-            bars: the duration in bars at `bpm`, of 4 beats unless there is a metre; takes the place of `duration`.
+            bars: the duration in bars at `bpm`, of 4 beats unless there is a metre; takes the place of `duration`. With
+                a model that was not trained with tempo or metre these are for the length only, with a warning.
             schedule: seconds of the new music and what changes there for all clips, such as
                 [(10.0, {"prompt": "driving techno", "guidance_scale": 4.0})]; see `StreamSession.change`.
             diffusion_steps: sampling steps of the second stage; None: as configured at its training.
@@ -162,15 +251,19 @@ class MusicPipeline:
             continue_from: audio to go on from, of at least a frame: a file, a waveform [S] or [C, S] at `sample_rate`,
                 or a waveform and its rate. The output is this clip, as the codec renders it, and then `duration`
                 seconds of new music; a melody accompanies the new music.
+            loop: the end of each clip leads into its start: its last two seconds are generated again with the start as
+                what follows them.
             engine, weights: of the language model's steps, see `ssmttm.generation.engines.build`. "auto" takes the
                 fastest engine that can run the model; the metadata tell which and why.
         """
         sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
         if bars is not None:
-            duration = bars_duration(bars, bpm, metre)
+            duration, bpm, metre = self._bars(bars, bpm, metre)
         request = Request.create(
             prompts, duration, seeds, sampling, self.max_duration, bpm, melody, negative_prompts, key, metre, schedule
         )
+        if loop:
+            check_loop(duration, continue_from is not None)
         clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
         second_stage = self._check_request(request, diffusion_steps)
         step_engine = self.engine(engine, weights)
@@ -185,7 +278,11 @@ class MusicPipeline:
         self._last_session = lambda: self._session_after(request, codes, second_stage, step_engine)
         # One item at a time, so that memory and rounding do not depend on the batch.
         n_samples, n_skipped = self._n_samples(request, clip)
-        audios = torch.cat([self._decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
+        if loop:
+            codes = self._close_loop(request, codes, second_stage, step_engine)
+            audios = torch.stack([decode_loop(self.codec, item, n_samples) for item in codes.split(1)])
+        else:
+            audios = torch.cat([self._decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
         metadata = self.metadata | {"engine": step_engine.description()}
         if second_stage is not None:
             metadata["second_stage"] = metadata.get("second_stage", {}) | {"steps": second_stage.settings.sampler.steps}
@@ -222,22 +319,11 @@ class MusicPipeline:
         request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
         second_stage = self._check_request(request, diffusion_steps)
         encoded = encode_clip(clip, self._encoding_codec())
-        hop, n_coarse = self.codec.hop_length, self.model.config.n_codebooks
+        hop = self.codec.hop_length
         frames = region_frames(region, encoded, self.sample_rate, hop)
-        coarse = encoded.codes[:, :n_coarse]
-        given = known_around(coarse, frames, self.pattern)
-        controls = self.controls(request, 0, encoded.codes.shape[-1])
-        conditions = self.text_conditions(request)
-        sampler = CodeSampler(
-            self.model, conditions, self.pattern, given.shape[-1], sampling, [seed], given,
-            controls.supported_by(self.model.config), 0, self.engine(engine, weights),
-        )  # fmt: skip
-        found = repaint_codes(sampler, coarse, frames, seeds, self.codec.frame_rate)
-        codes = torch.cat([found.codes, encoded.codes[:, n_coarse:]], 1)
-        if second_stage is not None:
-            own_controls = controls.supported_by(second_stage.model.config)
-            inputs = second_stage_inputs(conditions, [seeds[found.best]], own_controls, sampler.device)
-            codes = second_stage.regenerate(codes, frames, inputs)
+        codes, found = self._regenerate(
+            request, encoded.codes, frames, seeds, second_stage, self.engine(engine, weights)
+        )
         first, last = (frame * hop - encoded.n_padding for frame in frames)
         decoded = self._decode(codes)[0, :, encoded.n_padding :]  # [C, S]
         fade = fade_samples(self.codec.context, hop)
@@ -290,7 +376,7 @@ class MusicPipeline:
         self, prompt: Prompt, *, seed: int = 0, duration: float | None = None, guidance_scale: float | None = None,
         temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, min_p: float = 0.0,
         negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
-        metre: str | None = None, melody: Tensor | None = None,
+        metre: str | None = None, bars: float | None = None, melody: Tensor | None = None,
         schedule: Sequence[tuple[float, Mapping[str, Any]]] = (), diffusion_steps: int | None = None,
         continue_from: AudioInput | None = None, chunk_seconds: float = 0.5,
         engine: str = "auto", weights: str = "fp32",
@@ -306,6 +392,8 @@ class MusicPipeline:
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
         sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
+        if bars is not None:
+            duration, bpm, metre = self._bars(bars, bpm, metre)
         request = Request.create(
             prompt, duration, [seed], sampling, self.max_duration, bpm, melody, negative_prompt, key, metre, schedule
         )
@@ -418,14 +506,26 @@ class MusicPipeline:
             chroma = F.pad(chroma, (n_clip_frames, 0), value=torch.nan)
         return replace(controls, chroma=chroma)
 
-    def check_controls(self, request: Request) -> None:
-        """Raises UserError if no stage was trained with one of the request's controls."""
+    def supports(self, key: str) -> bool:
+        """Whether a stage was trained with a control, by its key in the model's config: tempo, chroma, key or metre."""
         stages: list[SupportsControls] = [self.model.config]
         if self.second_stage is not None:
             stages.append(self.second_stage.model.config)
+        return any(getattr(config, key) for config in stages)
+
+    def check_controls(self, request: Request) -> None:
+        """Raises UserError if no stage was trained with one of the request's controls."""
         for name, key in (("bpm", "tempo"), ("melody", "chroma"), ("key", "key"), ("metre", "metre")):
-            if getattr(request, name) is not None and not any(getattr(config, key) for config in stages):
+            if getattr(request, name) is not None and not self.supports(key):
                 raise UserError(f"this model was not trained with {name} (model.{key}=true): leave it out")
+
+    def _bars(self, bars: float, bpm: float | None, metre: str | None) -> tuple[float, float | None, str | None]:
+        """The duration of a number of bars, and tempo and metre if the model was trained with them."""
+        duration = bars_duration(bars, bpm, metre)
+        if not self.supports("tempo"):
+            _log.warning("this model was not trained with tempo: bpm gives the length of %g bars only", bars)
+        known = (bpm if self.supports("tempo") else None), (metre if self.supports("metre") else None)
+        return duration, *known
 
     def _sampling(
         self, temperature: float, top_k: int, top_p: float, guidance_scale: float | None, min_p: float
@@ -491,6 +591,36 @@ class MusicPipeline:
         clip = EncodedClip(codes, torch.zeros(1, n_samples), 0)  # of which only the codes are used
         generator = self._generator(request, second_stage, clip, engine)
         return StreamSession(self, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)
+
+    def _regenerate(
+        self, request: Request, codes: Tensor, frames: tuple[int, int], seeds: list[int],
+        second_stage: SecondStage | None, engine: Engine,
+    ) -> tuple[Tensor, Repainted]:  # fmt: skip
+        """Codes [1, K, T] with the frames (start, stop) generated again, once with each seed, and the choice of one."""
+        n_coarse = self.model.config.n_codebooks
+        coarse = codes[:, :n_coarse]
+        given = known_around(coarse, frames, self.pattern)
+        controls, conditions = self.controls(request, 0, codes.shape[-1]), self.text_conditions(request)
+        sampler = CodeSampler(
+            self.model, conditions, self.pattern, given.shape[-1], request.sampling, seeds[:1], given,
+            controls.supported_by(self.model.config), 0, engine,
+        )  # fmt: skip
+        found = repaint_codes(sampler, coarse, frames, seeds, self.codec.frame_rate)
+        codes = torch.cat([found.codes, codes[:, n_coarse:]], 1)
+        if second_stage is not None:
+            own = controls.supported_by(second_stage.model.config)
+            inputs = second_stage_inputs(conditions, [seeds[found.best]], own, sampler.device)
+            codes = second_stage.regenerate(codes, frames, inputs)
+        return codes, found
+
+    def _close_loop(self, request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine) -> Tensor:
+        """Codes [n, K, T] whose last frames lead into the first ones."""
+        closed = []
+        for own, alone in zip(codes.split(1), request.batches(1), strict=True):
+            both, frames = unrolled(own, self.codec.frame_rate)
+            seeds = [(alone.seeds[0] + 1 + number) % (MAX_SEED + 1) for number in range(_LOOP_CANDIDATES)]
+            closed.append(self._regenerate(alone, both, frames, seeds, second_stage, engine)[0][..., : own.shape[-1]])
+        return torch.cat(closed)
 
     def _encoding_codec(self) -> Codec:
         """The codec, or the teacher of one that only decodes."""

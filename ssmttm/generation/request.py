@@ -128,10 +128,11 @@ class Request:
         sampling = replace(self.sampling, **{name: changes[name] for name in _SAMPLING if name in changes})
         own = {"bpm": self.bpm, "key": self.key, "metre": self.metre}
         controls = own | {name: changes[name] for name in own if name in changes}
-        return Request.create(
+        request = Request.create(
             prompts, self.duration, self.seeds, sampling, math.inf, melody=self.melody, negative_prompts=negatives,
             **controls,
         )  # fmt: skip
+        return replace(request, schedule=self.schedule)
 
     def batches(self, size: int) -> Iterator["Request"]:
         """The same request in batches of `size` prompts."""
@@ -177,6 +178,38 @@ def bars_duration(bars: float, bpm: float | None, metre: str | None = None) -> f
     if not (math.isfinite(bars) and bars > 0):
         raise UserError(f"bars must be above 0, got {bars}")
     return bars * beats_of(parse_metre(metre or "4/4")) * 60 / bpm
+
+
+def parse_region(text: str) -> tuple[float, float]:
+    """Seconds of a region such as "5:8". Raises UserError if it is none."""
+    start, _, stop = text.partition(":")
+    try:
+        region = float(start), float(stop)
+    except ValueError:
+        region = math.nan, math.nan
+    if not 0 <= region[0] < region[1] < math.inf:
+        raise UserError(f"a region is two times in seconds such as 5:8, got {text}")
+    return region
+
+
+def parse_schedule(words: Sequence[Sequence[str]]) -> list[tuple[float, dict[str, str]]]:
+    """The schedule of pairs of seconds and a prompt. Raises UserError if a time is no number."""
+    schedule = []
+    for seconds, prompt in words:
+        try:
+            schedule.append((float(seconds), {"prompt": prompt}))
+        except ValueError as error:
+            raise UserError(f"--at takes seconds and a prompt, such as 10 'driving techno', got {seconds}") from error
+    return schedule
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """The folder and the strength of "DIR" or "DIR:STRENGTH"."""
+    folder, colon, strength = text.rpartition(":")
+    try:
+        return (folder, float(strength)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def blend_weights(prompt: Prompt) -> dict[str, float]:

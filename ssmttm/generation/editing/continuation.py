@@ -3,7 +3,6 @@
 Shapes: C channels, S samples, K codebooks, P frames.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ssmttm.codecs import Codec
 from ssmttm.errors import UserError
 
 AudioInput = Tensor | tuple[Tensor, int] | str | Path  # [S] or [C, S] at the codec's rate, with its rate, or a file
-_CONTEXT_SECONDS = 0.5  # of mirrored audio after the end, so that the encoder sees no silence there
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,8 @@ def encode_clip(source: AudioInput, codec: Codec) -> EncodedClip:
         seconds = f"{n_samples / codec.sample_rate:.3f} s"
         raise UserError(f"the audio of {seconds} is shorter than a frame of {1 / codec.frame_rate:.3f} s: give more")
     n_padding = -n_samples % hop
-    n_frames = (n_samples + n_padding) // hop
-    n_mirrored = min(math.ceil(_CONTEXT_SECONDS * codec.frame_rate) * hop, (n_samples - 1) // hop * hop)
-    mirrored = F.pad(wav[None, None], (0, n_mirrored), mode="reflect") if n_mirrored else wav[None, None]
-    padded = F.pad(mirrored, (n_padding, 0))  # [1, 1, (P + mirrored frames) * hop]
+    padded = F.pad(wav[None, None], (n_padding, 0))  # [1, 1, P * hop]
     device = next(codec.parameters()).device
     with torch.inference_mode():
-        codes = codec.encode(padded.to(device))[..., :n_frames]
+        codes = codec.encode(padded.to(device))
     return EncodedClip(codes, wav[None], n_padding)

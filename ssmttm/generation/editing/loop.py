@@ -1,0 +1,46 @@
+"""A clip that repeats without a seam: its last frames are generated again with the first ones as what follows them, and
+it is decoded as a circle.
+
+Shapes: K codebooks, T frames, C channels, S samples.
+"""
+
+import torch
+from torch import Tensor
+
+from ssmttm.codecs import Codec
+from ssmttm.errors import UserError
+
+REGION_SECONDS = 2.0  # at the end of the clip, generated again
+MIN_SECONDS = 2 * REGION_SECONDS
+_MIX_SECONDS = 0.03  # at the end of a clip that is no whole number of frames
+
+
+def check_loop(duration: float | None, has_clip: bool) -> None:
+    """Raises UserError if a clip cannot be a loop."""
+    if duration is None or has_clip:
+        raise UserError("a loop begins and ends: give it a duration, and no clip to continue")
+    if duration < MIN_SECONDS:
+        raise UserError(f"a loop must be of at least {MIN_SECONDS:g} s, got {duration:g} s: give more seconds or bars")
+
+
+def unrolled(codes: Tensor, frame_rate: float) -> tuple[Tensor, tuple[int, int]]:
+    """Codes [1, K, T] followed by themselves, and the frames (start, stop) to generate again."""
+    n_frames = codes.shape[-1]
+    return torch.cat([codes, codes], -1), (n_frames - round(REGION_SECONDS * frame_rate), n_frames)
+
+
+@torch.inference_mode()
+def decode_loop(codec: Codec, codes: Tensor, n_samples: int) -> Tensor:
+    """Decode codes [1, K, T] as a circle: [C, S], whose end leads into its start. If S is no whole number of frames,
+    the last samples are mixed with those before the circle's start."""
+    n_frames, hop = codes.shape[-1], codec.hop_length
+    before, after = codec.context or (n_frames, n_frames)
+    before, after = min(before, n_frames), min(after, n_frames)
+    wav = codec.decode(torch.cat([codes[..., n_frames - before :], codes, codes[..., :after]], -1))
+    circle = wav[0, :, before * hop : (before + n_frames) * hop].float().cpu()  # [C, T * hop]
+    cut = circle[:, :n_samples].clone()
+    if n_samples < circle.shape[-1]:
+        n_mixed = min(round(_MIX_SECONDS * codec.sample_rate), n_samples)
+        weight = torch.linspace(0, 1, n_mixed)
+        cut[:, -n_mixed:] = torch.lerp(cut[:, -n_mixed:], circle[:, -n_mixed:], weight)
+    return cut
