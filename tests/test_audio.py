@@ -1,6 +1,7 @@
 """Audio files: round trips of every format, errors of bad files, resampling, loudness."""
 
 import errno
+import io
 import math
 import struct
 import subprocess
@@ -13,7 +14,7 @@ import soundfile as sf
 import torch
 
 from ssmttm import audio
-from ssmttm.audio import torchaudio_adapter
+from ssmttm.audio import flac, torchaudio_adapter
 from ssmttm.errors import UserError
 from ssmttm.files import DiskFull
 
@@ -273,6 +274,19 @@ def test_read_rejects_flac_with_too_few_samples_stated(tmp_path, kind, missing):
     for written in (whole, whole + b"TAG" + bytes(125)):
         file.write_bytes(written)
         assert audio.read(file)[0].shape == (1, 4 * RATE)
+
+
+def test_read_accepts_the_end_of_a_flac_stream_whose_frames_keep_their_numbers(tmp_path):
+    sf.write(tmp_path / "x.flac", 0.1 * np.random.default_rng(0).standard_normal(4 * RATE), RATE)
+    whole = (tmp_path / "x.flac").read_bytes()
+    block, start = int.from_bytes(whole[10:12], "big"), flac._after_metadata(io.BytesIO(whole), 4)
+    places = (found.start() for found in flac._SYNC.finditer(whole, start))
+    frames = [place for place in places if flac._header(whole[place : place + 64], block)]
+    skipped, length = flac._header(whole[frames[5] : frames[5] + 64], block)[0], 4 * RATE
+    head = bytearray(whole[:start])
+    head[21:26] = (int.from_bytes(head[21:26], "big") - skipped).to_bytes(5, "big")
+    (tmp_path / "x.flac").write_bytes(head + whole[frames[5] :])
+    assert skipped > 0 and audio.read(tmp_path / "x.flac")[0].shape == (1, length - skipped)
 
 
 # --- the extra `audio` ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 import sample
 from ssmttm import config
+from ssmttm.audio import torchaudio_adapter
 from ssmttm.cli.flags import RENAMED_FLAGS
 from ssmttm.cli.main import main
 from ssmttm.errors import run_cli
@@ -18,6 +19,7 @@ def test_info_lists_each_operation_with_the_reason_for_its_kernel(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert all(operation in printed for operation in KERNELS) and "CUDA" in printed
+    assert torchaudio_adapter.describe() in printed
 
 
 def test_export_of_a_missing_run_is_a_clear_error(tmp_path, capsys):

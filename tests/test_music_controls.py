@@ -345,7 +345,7 @@ def lesson(field):
     return Controls(**{field: classes}), shuffled[:, None]
 
 
-@pytest.mark.parametrize("field", ["key", "metre", "bar_position"])
+@pytest.mark.parametrize("field", ["key", "bar_position"])
 def test_a_control_is_learnt(field):
     """Codes that it decides are predictable from the first frame on, with it only."""
     losses = {}

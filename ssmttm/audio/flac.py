@@ -22,12 +22,27 @@ def states_too_few_samples(file: io.BufferedReader, first: int, size: int) -> st
     if len(info) < 34 or not stated:
         return ""
     largest_block = int.from_bytes(info[2:4], "big")
-    file.seek(max(first + 42, size - _TAIL))
+    start = _after_metadata(file, first + 4)
+    file.seek(start)
+    beginning = _header(file.read(64), largest_block)
+    file.seek(max(start, size - _TAIL))
     tail = file.read()
     if tail[-_TAGS[1] :].startswith(_TAGS[0]):
         tail = tail[: -_TAGS[1]]
-    held = next(_ends(tail, largest_block), 0)
+    end = next(_ends(tail, largest_block), 0)
+    held = end - beginning[0] if beginning else 0  # a part of a stream may keep the numbers of its frames
     return f"holds {held} samples, but states {stated}, where decoders stop" if held > stated else ""
+
+
+def _after_metadata(file: io.BufferedReader, place: int) -> int:
+    """The first byte after the metadata blocks that begin at a place."""
+    is_last = False
+    while not is_last:
+        file.seek(place)
+        header = file.read(4)
+        is_last = len(header) < 4 or bool(header[0] & 128)
+        place += 4 + int.from_bytes(header[1:], "big")
+    return place
 
 
 def _ends(tail: bytes, block: int) -> Iterator[int]:
@@ -36,11 +51,12 @@ def _ends(tail: bytes, block: int) -> Iterator[int]:
         frame = tail[found.start() :]
         header = _header(frame, block)
         if header is not None and _crc(frame, 0x8005, 16) == 0:
-            yield header
+            yield header[1]
 
 
-def _header(frame: bytes, block: int) -> int | None:
-    """The number of samples at the end of a frame (RFC 9639, 9.1); None if its header is none, by its checksum.
+def _header(frame: bytes, block: int) -> tuple[int, int] | None:
+    """The numbers of a frame's first sample and of the one after its last (RFC 9639, 9.1); None if the header is none,
+    by its checksum.
 
     `block` is the size of all blocks but the last, for frames that are numbered.
     """
@@ -57,7 +73,8 @@ def _header(frame: bytes, block: int) -> int | None:
     end += size_bytes + rate_bytes
     if not n_bytes or not size or _crc(frame[: end + 1], 0x07, 8):
         return None
-    return (number if frame[1] & 1 else number * block) + size
+    first = number if frame[1] & 1 else number * block
+    return first, first + size
 
 
 def _crc(data: bytes, polynomial: int, bits: int) -> int:
