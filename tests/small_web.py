@@ -28,6 +28,7 @@ class SineSession:
     def next_chunk(self):
         self.pipeline.may_go_on.wait()
         self.pipeline.turns.append(self.prompt)
+        time.sleep(self.pipeline.pace)
         if self.prompt == "a bug":
             raise ZeroDivisionError("planted")
         length = self.chunk if self.n_left is None else min(self.chunk, self.n_left)
@@ -49,7 +50,8 @@ class SineSession:
 
 
 class SinePipeline:
-    """What the server uses of `MusicPipeline`. `may_go_on` holds generations; `turns` are their prompts, in order."""
+    """What the server uses of `MusicPipeline`. `may_go_on` holds generations; `turns` are their prompts, in order;
+    `pace` is the time of a chunk in seconds."""
 
     def __init__(self, name="sine"):
         self.sample_rate, self.guidance_scale, self.second_stage = RATE, 3.0, None
@@ -58,6 +60,7 @@ class SinePipeline:
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.turns, self.opened = [], []
+        self.pace = 0.0
 
     def session(self, prompt, *, seed, duration, chunk_seconds, continue_from=None, **settings):
         self.may_go_on.wait()

@@ -46,20 +46,6 @@ def post(port, body, path="/v1/generate", headers=""):
     return connection
 
 
-def post_websocket(port):
-    """An open connection after the handshake of a WebSocket."""
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.settimeout(10)
-    connection.connect(("127.0.0.1", port))
-    connection.sendall(
-        f"GET /v1/stream HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
-    )
-    assert connection.recv(4096).startswith(b"HTTP/1.1 101")
-    return connection
-
-
 def answer(connection):
     """Status and body of an answer; the connection is closed."""
     with connection:
@@ -86,11 +72,13 @@ def test_the_embedded_model_gives_what_the_pipeline_gives():
 
 def test_a_client_that_leaves_ends_its_generation(running):
     pipe, port, service = running
-    connection = post(port, json.dumps({"prompt": PROMPT, "duration": 600}).encode())
+    pipe.pace = 0.01
+    connection = post(port, json.dumps({"prompt": PROMPT, "duration": 600}).encode())  # 24 s to the end
     wait_until(lambda: len(pipe.turns) > 3)
     assert service.scheduler.counts() == (1, 0)
     connection.close()
     wait_until(lambda: service.scheduler.counts() == (0, 0))
+    pipe.pace = 0.0
 
 
 def test_a_client_that_does_not_read_stops_its_stream_not_the_others(running):
@@ -108,21 +96,6 @@ def test_a_client_that_does_not_read_stops_its_stream_not_the_others(running):
             received.append(good.recv(5))
         assert sum(len(data) for data in received if isinstance(data, bytes)) == 2 * RATE * 2
         assert pipe.turns.count("deaf") == n_turns
-    wait_until(lambda: service.scheduler.counts() == (0, 0))
-
-
-def test_a_client_that_sends_and_does_not_read_is_not_read_either(running):
-    """Else the answers to its messages would fill the memory."""
-    _, port, service = running
-    connection = post_websocket(port)
-    frame = b"\x81\x81\0\0\0\0x"  # a masked text of one letter, which is no JSON
-    connection.settimeout(0.3)
-    sent = 0
-    with pytest.raises(TimeoutError):
-        while sent < 10**8:
-            sent += connection.send(frame * 1000)
-    connection.close()
-    assert sent < 10**7
     wait_until(lambda: service.scheduler.counts() == (0, 0))
 
 

@@ -1,8 +1,10 @@
 """The WebSocket of `ssmttm web`: streams, changes, moments, the queue, disconnection, bad messages."""
 
+import asyncio
 import io
 import json
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from small_web import ADDRESS, RATE, SinePipeline, pitch, wait_until
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from ssmttm.web import live
 from ssmttm.web.app import create_app
 from ssmttm.web.limits import Limits
 
@@ -140,7 +143,7 @@ def test_many_changes_at_once_are_one_change(server, pipe):
         assert listener.until("changed")["prompt"] == HIGH
 
 
-def test_back_to_a_moment_as_it_was_or_differently(server):
+def test_back_to_a_moment_as_it_was_or_differently(server, pipe):
     with connect(server) as socket:
         listener = Listener(socket)
         listener.start(LOW, seed=0, lead=0.5)
@@ -153,12 +156,15 @@ def test_back_to_a_moment_as_it_was_or_differently(server):
         listener.until("changed")
         listener.send("played", epoch=started["epoch"], seconds=0.5)
         assert pitch(listener.hear(0.5)) == pytest.approx(800, abs=3)
+        n_turns = len(pipe.turns)
         listener.send("resume", moment=moment["moment"])
         again = listener.until("started")
         assert again["position"] == 0.5 and again["seed"] == 0
         listener.send("played", epoch=started["epoch"], seconds=9.0)  # late, of what is no longer heard
         as_it_was = listener.hear(0.5)
         assert pitch(as_it_was) == pytest.approx(200, abs=3) and np.abs(as_it_was).max() == pytest.approx(quiet)
+        time.sleep(0.05)
+        assert len(pipe.turns) == n_turns + 2
         listener.send("resume", moment=moment["moment"], seed=1)
         assert listener.until("started")["seed"] == 1
         loud = listener.hear(0.5)
@@ -214,6 +220,29 @@ def test_a_bad_message_is_refused_in_one_line(server, text, words):
         assert answer["type"] == "refused" and words in answer["message"] and "\n" not in answer["message"]
         Listener(socket).start(duration=0.1)
         assert socket.receive_json()["type"] == "started"
+
+
+def test_a_client_that_sends_and_does_not_read_is_not_read_either(server):
+    """Else the answers to its messages would fill the memory."""
+
+    class Deaf:
+        client = None
+        n_read = 0
+
+        async def receive(self):
+            self.n_read += 1
+            return {"type": "websocket.receive", "text": "no json"}
+
+        async def send_text(self, text):
+            await asyncio.Event().wait()
+
+    async def listen():
+        deaf = Deaf()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(live.Listener(deaf, server.service).serve(), 0.3)
+        return deaf.n_read
+
+    assert 50 < asyncio.run(listen()) < 200
 
 
 def test_errors_of_the_model_end_the_music_with_a_message(server):
