@@ -1,6 +1,6 @@
 """The embedded model in ONNX Runtime against torch, one thread: a step of two rows, decoding, encoding a caption.
 
-    python benchmarks/onnx_runtime.py
+python benchmarks/onnx_runtime.py
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import torch
 from paired import environment, paired, summary
@@ -42,8 +43,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     model, codec, encoder = pipe.model, pipe.codec, pipe.text_encoder
     frames = round(SECONDS * codec.frame_rate)
     codes = torch.randint(codec.codebook_size, (1, codec.n_codebooks, frames))
-    tokens = encoder.tokenizer(CAPTION, return_tensors="np")
-    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    ids = np.array(encoder.tokenizer([CAPTION])["input_ids"])  # [1, L]
+    mask = np.ones_like(ids)
     state = model.init_state(ROWS)
     text = TextCondition(torch.randn(ROWS, 8, model.config.text_dim), torch.ones(ROWS, 8, dtype=torch.bool))
     column = codes[..., 0].expand(ROWS, -1)

@@ -13,7 +13,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ssmttm.distill.text_alignment import alignment_matrix, tokenize
 from ssmttm.models import TokenLM
 from ssmttm.patterns import Pattern
 from ssmttm.text.encoders import TextEncoder
+from ssmttm.text.vocabulary import plain_tokenizer, tokenizer_json
 from ssmttm.training.tasks.lm import interleave, token_losses
 
 BATCH, FRAMES, CAPTION = 8, 100, "a slow waltz in D minor on a music box, with a soft harp behind it"
@@ -40,6 +41,11 @@ class HeldOut(NamedTuple):
     kl: list[float]
 
 
+def of_transformers(tokenizer: Any) -> Any:
+    """The same tokenizer as a class of transformers."""
+    return plain_tokenizer(tokenizer_json(tokenizer), {})
+
+
 @torch.inference_mode()
 def regression_error(teacher: MusicPipeline, student: TextEncoder, captions: list[str]) -> dict[str, float]:
     """Squared error of the projected states over all tokens, relative to the original's square and to its variance
@@ -48,7 +54,8 @@ def regression_error(teacher: MusicPipeline, student: TextEncoder, captions: lis
     for caption in tqdm(captions, desc="captions", leave=False):
         expected = teacher.model.text(teacher.text_encoder.encode([caption])).tokens[0]
         projected = teacher.model.text(student.encode([caption])).tokens[0]
-        tokens = [tokenize(e.tokenizer, [caption], e.max_tokens)[0] for e in (student, teacher.text_encoder)]
+        encoders = (student, teacher.text_encoder)
+        tokens = [tokenize(of_transformers(e.tokenizer), [caption], e.max_tokens)[0] for e in encoders]
         theirs.append(alignment_matrix(*tokens) @ expected)
         ours.append(projected)
     expected, projected = torch.cat(theirs), torch.cat(ours)  # [tokens, D]
@@ -110,7 +117,11 @@ def encoder_size(encoder: TextEncoder, folder: Path | None) -> dict[str, int]:
     parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
     files = [] if folder is None else list(folder.glob("*.safetensors"))
     stored = sum(file.stat().st_size for file in files) or 4 * parameters
-    return {"parameters": parameters, "bytes": stored, "vocabulary": len(encoder.tokenizer)}
+    return {
+        "parameters": parameters,
+        "bytes": stored,
+        "vocabulary": encoder.tokenizer.backend_tokenizer.get_vocab_size(),
+    }
 
 
 def main() -> None:

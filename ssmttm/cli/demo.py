@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssmttm import threads
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError, run_cli
 from ssmttm.evaluation.attributes.adherence import music_flatness
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trained in this demo": MusicPipeline.from_pretrained(run),
         "embedded model": MusicPipeline.from_pretrained(),
     }
+    threads.use_threads(1)  # small models
     seeds = [SEED + i for i in range(len(PROMPTS))]
     audios = {
         name: pipe(PROMPTS, duration=DURATION, guidance_scale=GUIDANCE, seeds=seeds).audios
@@ -165,4 +167,5 @@ def _differences(audios: dict[str, torch.Tensor], sample_rate: int) -> list[list
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    with threads.spin_when_alone():
+        sys.exit(run_cli(main))
