@@ -3,8 +3,9 @@
 Importing this package is light; anything that needs torch loads on first use.
 """
 
-from importlib import import_module
 from typing import Any
+
+from ssmttm.errors import import_attribute
 
 __version__ = "0.1.0"
 
@@ -14,5 +15,5 @@ __all__ = ["MusicPipeline", "UserError", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        return import_attribute(_LAZY[name], name)
     raise AttributeError(f"module 'ssmttm' has no attribute {name!r}")

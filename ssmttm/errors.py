@@ -6,6 +6,8 @@
 import errno
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 USER_ERROR, PREEMPTED, INTERRUPTED = 2, 75, 130
 
@@ -23,6 +25,18 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"{name} must be at least 1, got {size}")
+
+
+def import_attribute(module: str, name: str) -> Any:
+    """An attribute of a module, for the `__getattr__` of a package that imports on first use.
+
+    Raises ImportError for an AttributeError inside the module: from `__getattr__` it would be taken for a missing name.
+    """
+    try:
+        imported = import_module(module)
+    except AttributeError as error:
+        raise ImportError(f"{module} cannot be imported: {error}") from error
+    return getattr(imported, name)
 
 
 def run_cli(main: Callable[[], int | None]) -> int:

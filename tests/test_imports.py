@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("ssmttm/**/*.py"), *ROOT.glob("data_prep/**/*.py")])
 
@@ -29,6 +31,21 @@ def test_every_module_imports():
 def test_import_of_the_package_is_light():
     code = "import sys, ssmttm; sys.exit(bool({'torch', 'numpy', 'transformers', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["ssmttm", "ssmttm.audio", "data_prep.builtin"])
+def test_attribute_error_inside_a_module_imported_on_first_use_keeps_its_cause(package, monkeypatch):
+    """From `__getattr__` an AttributeError would read "cannot import name", without its cause."""
+    name = {"ssmttm": "MusicPipeline", "ssmttm.audio": "read", "data_prep.builtin": "compose"}[package]
+
+    def broken(module):
+        raise AttributeError("module 'numpy' has no attribute 'float'")
+
+    monkeypatch.setattr("ssmttm.errors.import_module", broken)
+    monkeypatch.delitem(vars(importlib.import_module(package)), name, raising=False)
+    with pytest.raises(ImportError, match="cannot be imported: module 'numpy' has no attribute 'float'") as caught:
+        getattr(importlib.import_module(package), name)
+    assert isinstance(caught.value.__cause__, AttributeError)
 
 
 def test_no_file_uses_pickle():

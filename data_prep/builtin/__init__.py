@@ -4,8 +4,9 @@ A piece is a pure function of (seed, index). Its audio is rendered from a Genera
 written from the ground truth, so that a model can be trained and measured with no download.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ssmttm.errors import import_attribute
 
 if TYPE_CHECKING:
     from data_prep.builtin.captions import write_captions
@@ -30,4 +31,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that importing the package stays light."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return import_attribute(f"{__name__}.{_MODULES[name]}", name)

@@ -3,8 +3,9 @@
 Names are imported on first use: the decoder process of `data_prep` needs `ssmttm.audio.lengths` without torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ssmttm.errors import import_attribute
 
 if TYPE_CHECKING:
     from ssmttm.audio.defects import check_music, defect, read_music
@@ -45,7 +46,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'ssmttm.audio' has no attribute {name!r}")
     if name in ("check_music", "defect", "read_music"):
-        return getattr(import_module("ssmttm.audio.defects"), name)
+        return import_attribute("ssmttm.audio.defects", name)
     if name in ("integrated_loudness", "normalise_loudness"):
-        return getattr(import_module("ssmttm.audio.loudness"), name)
-    return getattr(import_module("ssmttm.audio.io"), name)
+        return import_attribute("ssmttm.audio.loudness", name)
+    return import_attribute("ssmttm.audio.io", name)
