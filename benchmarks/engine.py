@@ -4,8 +4,9 @@
 
 TREE is a checkout of an older commit: its step and pipeline take turns with ours, in a process of their own. STORE is a
 built-in store that no embedded model was trained on (`python -m data_prep builtin --seed 71 ...`). All cases of a table
-take turns; times are medians and 10th percentiles. The share of the limit is the time of reading what a step must (its
-weights once, its state twice) in four streams, over the step's. Writes benchmarks/results/engine.json.
+take turns. Times are medians, 10th percentiles, and medians of the process's CPU time, which depend less on what else
+runs. The share of the limit is the time of reading what a step must (its weights once, its state twice) in 4 streams,
+over the step's. Writes benchmarks/results/engine.json.
 """
 
 import argparse
@@ -27,8 +28,10 @@ RESULTS = Path(__file__).parent / "results" / "engine.json"
 PROMPT = "a slow waltz in D minor on a music box"
 CLIP_SECONDS = 10.0
 LARGE = {"n_codebooks": 4, "codebook_size": 2048, "d_model": 1024, "n_layers": 24, "d_state": 128, "block": "mamba"}
-POSITIONS = (64, 1500)  # of a Transformer, whose step grows with the clip of 30 s
+POSITION = 750  # the middle of a clip of 30 s, as the step of a Transformer is linear in it
 Case = Callable[[], object]
+Seconds = tuple[float, float]  # of the clock, and of the process
+Times = dict[str, list[Seconds]]
 
 # Runs in a process with an older tree on its path; answers each line with seconds.
 OLD = """
@@ -45,7 +48,7 @@ folder = tempfile.mkdtemp()
 print("ready", flush=True)
 for line in sys.stdin:
     kind, name, prompt, seconds = line.rstrip("\\n").split("\\t")
-    begun = time.perf_counter()
+    begun = time.perf_counter(), time.process_time()
     if kind == "step":
         model, codes, state = steps[name]
         with torch.inference_mode():
@@ -53,7 +56,7 @@ for line in sys.stdin:
     else:
         output = pipes[name](prompt, float(seconds))
         audio.write(folder + "/clip.wav", output.audios[0], output.sample_rate)
-    print(time.perf_counter() - begun, flush=True)
+    print(time.perf_counter() - begun[0], time.process_time() - begun[1], flush=True)
 """
 
 
@@ -68,11 +71,12 @@ class OldTree:
         )  # fmt: skip
         self._read("ready")
 
-    def time(self, kind: str, name: str) -> float:
-        """Seconds of a step or of a clip."""
+    def time(self, kind: str, name: str) -> Seconds:
+        """Of a step or of a clip."""
         self.process.stdin.write(f"{kind}\t{name}\t{PROMPT}\t{CLIP_SECONDS}\n")
         self.process.stdin.flush()
-        return float(self._read())
+        wall, cpu = self._read().split()
+        return float(wall), float(cpu)
 
     def _read(self, expected: str | None = None) -> str:
         line = self.process.stdout.readline().strip()
@@ -81,9 +85,9 @@ class OldTree:
         return line
 
 
-def in_turn(cases: dict[str, Callable[[], float]], rounds: int, repeats: int) -> dict[str, list[float]]:
+def in_turn(cases: dict[str, Callable[[], Seconds]], rounds: int, repeats: int) -> Times:
     """Seconds of each case; each returns its own. The first round, and the first repeat of a turn, are warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: Times = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, case in cases.items():
             for repeat in range(repeats + 1):
@@ -93,11 +97,11 @@ def in_turn(cases: dict[str, Callable[[], float]], rounds: int, repeats: int) ->
     return times
 
 
-def timed(case: Case) -> Callable[[], float]:
-    def run() -> float:
-        begun = time.perf_counter()
+def timed(case: Case) -> Callable[[], Seconds]:
+    def run() -> Seconds:
+        begun = time.perf_counter(), time.process_time()
         case()
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
     return run
 
@@ -127,27 +131,27 @@ def reading_cases(sizes: dict[str, int]) -> dict[str, Case]:
     """Reading as many bytes as each engine's step."""
     from ssmttm.generation.engines.library import library
 
-    cases: dict[str, Case] = {}
-    for name, size in sizes.items():
-        buffer = np.ones(size // 4, np.float32)
-        cases[f"read {name}"] = lambda b=buffer: library().ssmttm_read(b.ctypes.data, b.size)
-    return cases
+    buffer = np.ones(max(sizes.values()) // 4, np.float32)
+    at = buffer.ctypes.data
+    return {f"read {name}": lambda n=size // 4: (buffer, library().ssmttm_read(at, n)) for name, size in sizes.items()}
 
 
-def summary(times: dict[str, list[float]], base: str | None, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Milliseconds; `speed` is the ratio of the medians, that of `base` over the case's."""
-    table = {}
+def summary(times: Times, base: str | None, sizes: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Milliseconds. speed: time of `base` over that of the case; share: of the limit by reading. Each by medians, by
+    10th percentiles and by CPU time."""
+    measures = {"median": lambda t: np.median(t, 0)[0], "p10": lambda t: np.percentile(t, 10, 0)[0],
+                "cpu": lambda t: np.median(t, 0)[1]}  # fmt: skip
+    table: dict[str, dict[str, float]] = {}
     for name, values in times.items():
-        median = float(np.median(values))
-        row = {"median_ms": 1e3 * median, "p10_ms": 1e3 * float(np.percentile(values, 10))}
-        if base is not None:
-            row["speed"] = float(np.median(times[base])) / median
-            row["speed_p10"] = float(np.percentile(times[base], 10) / np.percentile(values, 10))
+        row = table[name] = {}
+        for key, measure in measures.items():
+            row[f"{key}_ms"] = 1e3 * float(measure(values))
+            if base is not None:
+                row[f"speed_{key}"] = float(measure(times[base]) / measure(values))
+            if name in sizes:
+                row[f"share_{key}"] = float(measure(times[f"read {name}"]) / measure(values))
         if name in sizes:
-            reading = times[f"read {name}"]
-            row |= {"MB": sizes[name] / 1e6, "share_of_limit": float(np.median(reading)) / median}
-            row["share_p10"] = float(np.percentile(reading, 10) / np.percentile(values, 10))
-        table[name] = row
+            row["MB"] = sizes[name] / 1e6
     return table
 
 
@@ -204,15 +208,12 @@ def large_steps(rounds: int) -> dict[str, Any]:
     from ssmttm.models import TokenLM, TokenLMConfig
 
     model = TokenLM(TokenLMConfig(**LARGE)).eval()
-    cases, sizes = step_cases(model, 2, {"fused": ("fp32", "bf16", "int8"), "ort": ("fp32", "int8")})
+    cases, sizes = step_cases(model, 2, {"fused": ("fp32", "bf16", "int8"), "ort": ("int8",)})
     cases |= reading_cases(sizes)
     cases["transformers Mamba2"] = transformers_mamba2(1024, 48, 64)
-    for position in POSITIONS:
-        cases[f"transformers MusicGen, position {position}"] = transformers_musicgen(1024, 24, position)
-    times = in_turn({name: timed(case) for name, case in cases.items()}, rounds, 2)
-    musicgen = [times[f"transformers MusicGen, position {position}"] for position in POSITIONS]
-    times["transformers MusicGen, mean of a 30 s clip"] = list(np.mean(musicgen, axis=0))  # linear in the position
-    return summary(times, "transformers MusicGen, mean of a 30 s clip", sizes)
+    musicgen = f"transformers MusicGen, position {POSITION}"
+    cases[musicgen] = transformers_musicgen(1024, 24, POSITION)
+    return summary(in_turn({name: timed(case) for name, case in cases.items()}, rounds, 2), musicgen, sizes)
 
 
 @torch.inference_mode()
@@ -280,12 +281,12 @@ def main() -> None:
         load = os.getloadavg()[0]
         table = part()
         results[title] = {"load": [round(load, 2), round(os.getloadavg()[0], 2)], "cases": table}
+        results["environment"] = environment()
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\n{title}, load {load:.1f} to {os.getloadavg()[0]:.1f}")
         for name, row in table.items():
             cells = row if isinstance(row, dict) else {"": row}
             print(f"  {name:44}" + "  ".join(f"{key} {value:.4g}" for key, value in cells.items()), flush=True)
-    results["environment"] = environment()
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

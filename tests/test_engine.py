@@ -356,6 +356,21 @@ def test_model_that_is_not_in_the_library_runs_on_torch_with_the_reason():
         engines.build(model, "auto", "int8")
 
 
+@pytest.mark.parametrize("name", ["fused", "ort"])
+def test_model_with_wrapped_layers_or_hooks_runs_on_torch(name):
+    class Wrapped(torch.nn.Linear):
+        """Such as an adapter's."""
+
+    model = small_token_lm().eval()
+    model.blocks[0].sublayers[0].inner.in_proj.__class__ = Wrapped
+    with pytest.raises(UserError, match="a layer is a Wrapped"):
+        engines.build(model, name)
+    model = small_token_lm().eval()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="has hooks"):
+        engines.build(model, name)
+
+
 @pytest.mark.parametrize(("engine", "weights", "message"), [
     ("fast", "fp32", "unknown engine 'fast': choose from auto, fused, ort, torch"),
     ("auto", "int4", "unknown weights 'int4': choose from fp32, bf16, int8"),

@@ -7,12 +7,15 @@ conditions together: row i belongs to item i % B.
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssmttm.generation import filters
+from ssmttm.generation.engines.library import Unavailable
 from ssmttm.generation.request import Sampling
 from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState, TokenLM
+from ssmttm.ops.int8 import Int8Linear
+from ssmttm.ops.linear import Linear
 
 
 class Steps(ABC):
@@ -103,6 +106,20 @@ class Engine(ABC):
     def description(self) -> dict[str, str]:
         """For the metadata of what it generates."""
         return {"name": self.name, "weights": self.weights, "reason": self.reason}
+
+
+def check_parts(model: TokenLM, known: set[type]) -> None:
+    """Raises Unavailable unless mixers and MLPs are of the known kinds, and no layer does more than its kind says."""
+    for block in model.blocks:
+        for sublayer in block.sublayers:
+            if type(sublayer.inner) not in known:
+                raise Unavailable(f"it does not have {type(sublayer.inner).__name__}")
+    for name, module in model.named_modules():
+        layer = getattr(module, "weight", None) is not None and "proj" in name
+        if (isinstance(module, nn.Linear) or layer) and type(module) not in (nn.Linear, Linear, Int8Linear):
+            raise Unavailable(f"a layer is a {type(module).__name__} ({name})")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Unavailable(f"{name or 'the model'} has hooks")
 
 
 class AddedEmbeddings:

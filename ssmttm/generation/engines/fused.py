@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps
+from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps, check_parts
 from ssmttm.generation.engines.library import Unavailable, instruction_set, library
 from ssmttm.generation.request import Sampling
 from ssmttm.mixers import Attention, Mamba1, Mamba2
@@ -317,8 +317,4 @@ def _check(model: TokenLM) -> None:
         raise Unavailable(f"it runs on a CPU, the model is on {device}")
     if dtype != torch.float32:
         raise Unavailable(f"its activations are float32, the model is {dtype}")
-    known = (Mamba1, Mamba2, Attention, CrossAttention, MLP)
-    for block in model.blocks:
-        for sublayer in block.sublayers:
-            if type(sublayer.inner) not in known:
-                raise Unavailable(f"it does not have {type(sublayer.inner).__name__}")
+    check_parts(model, {Mamba1, Mamba2, Attention, CrossAttention, MLP})

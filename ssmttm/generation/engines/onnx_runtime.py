@@ -16,7 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
 from torch import Tensor, nn
 
-from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps
+from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps, check_parts
 from ssmttm.generation.engines.library import Unavailable
 from ssmttm.mixers import Mamba2
 from ssmttm.mixers.mamba2 import GatedRMSNorm
@@ -269,10 +269,7 @@ def _check(model: TokenLM, weights: str) -> None:
         raise Unavailable("it does not read bf16 weights")
     if c.norm != "rms" or c.conditioning != "prefix" or c.ngroups != 1:
         raise Unavailable("its graph has RMSNorm, a text prefix and one group only")
-    for block in model.blocks:
-        for sublayer in block.sublayers:
-            if type(sublayer.inner) not in (Mamba2, MLP):
-                raise Unavailable(f"its graph does not have {type(sublayer.inner).__name__}")
+    check_parts(model, {Mamba2, MLP})
     inputs = {module.in_features for module in model.blocks.modules() if isinstance(module, nn.Linear)}
     if weights == "int8" and any(size % BLOCK for size in inputs | {c.d_model}):
         raise Unavailable(f"int8 weights need layers whose width is a multiple of {BLOCK}")
