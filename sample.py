@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
     live = args.play or args.stream is not None
     out = None if live else OutputPath(args.out, len(prompts), args.format)
+    threads.use_threads_for_sampling()
     pipe = MusicPipeline.from_pretrained(
         args.checkpoint, codec=args.codec, text_encoder=args.text_encoder, second_stage=args.second_stage
     )

@@ -33,10 +33,14 @@ def use_threads(n: int) -> None:
         torch.set_num_threads(n)
 
 
-def use_threads_for_sampling(n_parameters: int) -> None:
-    """One thread for a small model, whose steps gain nothing from a second one. For a larger one torch's default."""
-    if n_parameters < _SMALL:
-        use_threads(1)
+def use_threads_for_sampling(n_parameters: int = 0) -> None:
+    """One thread for a small model, whose steps gain nothing from a second one, and to load any; else all cores."""
+    use_threads(1 if n_parameters < _SMALL else _processors())
+
+
+def _processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """How torch's threads are chosen and wait, and what the programs import."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -34,10 +35,10 @@ def test_number_of_threads_set_by_the_user_stays(two_threads, monkeypatch, name)
         patch.setenv(name, "2")
         threads.use_threads(1)
         assert torch.get_num_threads() == 2
-    threads.use_threads_for_sampling(10**9)
-    assert torch.get_num_threads() == 2, "a large model"
-    threads.use_threads_for_sampling(10**6)
+    threads.use_threads_for_sampling()
     assert torch.get_num_threads() == 1
+    threads.use_threads_for_sampling(10**9)
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0)), "a large model"
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
