@@ -139,7 +139,8 @@ def test_resume_with_another_optimiser_or_schedule_is_one_clear_line(codes_store
 def test_z_loss_is_the_squared_log_of_the_denominator(codes_store, tmp_path):
     logits, valid = torch.randn(2, 3, 4, 5), torch.rand(2, 3, 4) > 0.3
     expected = (logits.exp().sum(-1).log() ** 2 * valid).sum((0, 2))
-    torch.testing.assert_close(lm.z_losses(logits, valid), expected)
+    targets = torch.zeros(2, 3, 4, dtype=torch.int64)
+    torch.testing.assert_close(lm.token_losses(logits, targets, valid, 5, 0.0)[2], expected)
     run = loop.train(lm_config(codes_store, tmp_path / "run", *SMALL, "train.steps=1", "losses.z_loss=0.1"))
     row = metric_rows(run)[0]
     assert row["loss"] == pytest.approx(row["cross_entropy"] + 0.1 * row["z_loss"])

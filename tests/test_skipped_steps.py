@@ -1,6 +1,5 @@
 """A training keeps going: skipped steps, roll-backs, several ranks, a full disk, checkpoints in a thread, stalls."""
 
-import errno
 import json
 import math
 import threading
@@ -59,8 +58,8 @@ def check(skipping, loss, norm=1.0, **others):
 
 def test_value_that_is_not_finite_is_skipped_and_counted():
     skipping = SkipStep(CPU, sigma=None)
-    found = [check(skipping, loss, norm, discriminator_loss=other) for loss, norm, other in
-             [(1, 1, 1), (math.nan, 1, 1), (1, math.inf, 1), (1, 1, -math.inf), (1e30, 1, 1), (math.nan, 1, 1)]]  # fmt: skip
+    steps = [(1, 1, 1), (math.nan, 1, 1), (1, math.inf, 1), (1, 1, -math.inf), (1e30, 1, 1), (math.nan, 1, 1)]
+    found = [check(skipping, loss, norm, discriminator_loss=other) for loss, norm, other in steps]
     assert found == [0, 1, 1, 1, 0, 1]
     assert skipping.counts() == (4, 1)
 

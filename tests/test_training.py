@@ -311,7 +311,7 @@ def test_label_smoothing_gives_the_special_token_nothing():
     targets, valid = torch.randint(0, V, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
     for n_logits in (V, V + 1):
         logits = torch.randn(2, 3, 4, n_logits)
-        plain, smoothed = lm.token_losses(logits, targets.masked_fill(~valid, V), valid, V, eps)
+        plain, smoothed, _ = lm.token_losses(logits, targets.masked_fill(~valid, V), valid, V, eps)
         expected = F.one_hot(targets, n_logits) * (1 - eps)
         expected[..., :V] += eps / V
         losses = -(expected * logits.log_softmax(-1)).sum(-1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ssmttm import __version__, threads
-from ssmttm.cli import compress, evaluate, listen, sweep, web
+from ssmttm.cli import compress, evaluate, listen, slurm, sweep, web
 from ssmttm.cli.flags import parse_arguments, split_overrides
 from ssmttm.errors import UserError, run_cli
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_training(commands)
     _add_importers(commands)
     _add_deployment(commands)
-    for module in (compress, evaluate, sweep, listen, web):
+    for module in (compress, evaluate, sweep, slurm, listen, web):
         module.add_commands(commands)
     arguments = parse_arguments(parser, argv)
     with threads.spin_when_alone():

@@ -22,6 +22,7 @@ from ssmttm.mixers.base import (
 from ssmttm.ops.common import accumulation_dtype
 from ssmttm.ops.conv import causal_conv, causal_conv_step
 from ssmttm.ops.linear import Linear
+from ssmttm.ops.norm import GatedRMSNormFunction
 from ssmttm.ops.ssd import ssd, ssd_flops, ssd_step
 
 
@@ -42,6 +43,10 @@ class GatedRMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        trains_on_cpu = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains_on_cpu and self.groups == 1:
+            rows = x.flatten(0, -2), z.flatten(0, -2)  # [R, D]
+            return GatedRMSNormFunction.apply(*rows, self.weight, self.eps).view(x.shape)
         dtype = x.dtype
         if dtype in (torch.bfloat16, torch.float16):
             x, z = x.float(), z.float()

@@ -4,7 +4,7 @@ y[t] = act(bias + sum_k weight[:, k] * x[t - K + 1 + k]), where positions before
 or are zero. Shapes: B batch, T positions, C channels, K taps. The state is the last K - 1 inputs, [B, C, K - 1].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,8 @@ from ssmttm.ops import backend
 from ssmttm.ops.common import check_shapes, unsupported_dtype
 
 Activation = Literal["silu"] | None
+
+_BLOCK = 2**16  # elements of a block of positions: 256 KiB in float32
 
 
 def causal_conv_reference(
@@ -58,17 +60,22 @@ def causal_conv(
         y [B, T, C] in the dtype of `x`, and the K - 1 last inputs [B, C, K-1] (a view: copy to keep).
     """
     kernel = backend.cuda_kernel("causal_conv", x.device, _unsupported(x, weight) or _unaligned(x))
-    padded = torch.cat([_history(x, weight, initial_state), x], 1)  # [B, K-1+T, C]
+    history = _history(x, weight, initial_state)  # [B, K-1, C]
+    if kernel is None and lengths is None:
+        last = x[:, x.shape[1] - min(x.shape[1], history.shape[1]) :]
+        final_state = torch.cat([history[:, last.shape[1] :], last], 1).transpose(1, 2)  # [B, C, K-1]
+        return _ShiftedSum.apply(x, history, weight, bias, activation), final_state
+    padded = torch.cat([history, x], 1)  # [B, K-1+T, C]
     if lengths is None:
-        final_state = padded[:, x.shape[1] :].transpose(1, 2)  # [B, C, K-1]
+        final_state = padded[:, x.shape[1] :].transpose(1, 2)
     else:
-        last = lengths[:, None] + torch.arange(weight.shape[1] - 1, device=x.device)  # [B, K-1]
-        final_state = padded[torch.arange(len(x), device=x.device)[:, None], last].transpose(1, 2)
+        positions = lengths[:, None] + torch.arange(weight.shape[1] - 1, device=x.device)  # [B, K-1]
+        final_state = padded[torch.arange(len(x), device=x.device)[:, None], positions].transpose(1, 2)
     if kernel is not None:
         history, x = padded[:, : -x.shape[1]].transpose(1, 2), padded[:, -x.shape[1] :].transpose(1, 2)  # [B, C, T]
         bias = None if bias is None else bias.to(weight.dtype)
         return kernel(x, weight, bias, initial_states=history, activation=activation).transpose(1, 2), final_state
-    return _ShiftedSum.apply(padded, weight, bias, activation), final_state
+    return _ShiftedSum.apply(x, history, weight, bias, activation), final_state
 
 
 def causal_conv_step(
@@ -129,34 +136,75 @@ def _history(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
 
 
 class _ShiftedSum(torch.autograd.Function):
-    """The convolution as K shifted multiply-adds over [B, T, C].
+    """The convolution as K shifted multiply-adds: (x [B, T, C], history [B, K-1, C], weight [C, K], bias [C] or None,
+    activation) -> [B, T, C].
 
-    On a CPU this is about 2.5 times faster than `F.conv1d` with its two transposes, forward and backward.
+    On a CPU it runs over blocks of positions that fit into the cache, several times faster than `F.conv1d` with its two
+    transposes, forward and backward. What precedes the activation is computed again in the backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-        length = padded.shape[1] - weight.shape[1] + 1
-        taps, inputs = weight.t().contiguous(), padded.to(weight.dtype)  # [K, C], [B, K-1+T, C]
-        y = inputs[:, :length] * taps[0] if bias is None else torch.addcmul(bias, inputs[:, :length], taps[0])
-        for k in range(1, len(taps)):
-            y.addcmul_(inputs[:, k : k + length], taps[k])
-        y = y.to(padded.dtype)
-        ctx.save_for_backward(padded, taps, y if activation else None)
-        ctx.has_bias = bias is not None
-        return F.silu(y) if activation else y
+    def forward(
+        ctx: Any, x: Tensor, history: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
+    ) -> Tensor:
+        taps, y = weight.t().contiguous(), x.new_empty(x.shape)  # [K, C], [B, T, C]
+        for items, start, stop in _blocks(x):
+            before = _convolve(_window(x, history, items, start, stop, taps), taps, bias).to(x.dtype)
+            y[items, start:stop] = F.silu(before) if activation else before
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, history.clone(), taps, bias)  # a copy: the state may be updated in place
+        ctx.activation = activation
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        padded, taps, pre_activation = ctx.saved_tensors
-        if pre_activation is not None:
-            grad = torch.ops.aten.silu_backward(grad, pre_activation)
-        length, dtype = grad.shape[1], padded.dtype
-        grad, padded = grad.to(taps.dtype), padded.to(taps.dtype)
-        grad_padded, grad_taps = torch.zeros_like(padded), torch.empty_like(taps)
-        for k in range(len(taps)):
-            grad_padded[:, k : k + length].addcmul_(grad, taps[k])
-            grad_taps[k] = (grad * padded[:, k : k + length]).sum((0, 1))
-        grad_bias = grad.sum((0, 1)) if ctx.has_bias else None
-        return grad_padded.to(dtype), grad_taps.t(), grad_bias, None
+        x, history, taps, bias = ctx.saved_tensors
+        past = len(taps) - 1
+        grad_x, grad_history, grad_taps = x.new_empty(x.shape), torch.empty_like(history), torch.zeros_like(taps)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for items, start, stop in _blocks(x):
+            if start == 0:  # the gradient of history and x of these items
+                grad_inputs = taps.new_zeros(items.stop - items.start, past + x.shape[1], x.shape[2])
+            window = _window(x, history, items, start, stop, taps)  # [i, K-1+t, C]
+            block = grad[items, start:stop]
+            if ctx.activation:
+                block = torch.ops.aten.silu_backward(block, _convolve(window, taps, bias).to(x.dtype))
+            block = block.to(taps.dtype)
+            for k in range(len(taps)):
+                grad_inputs[:, start + k : stop + k].addcmul_(block, taps[k])
+                grad_taps[k] += (block * window[:, k : k + stop - start]).sum((0, 1))
+            if grad_bias is not None:
+                grad_bias += block.sum((0, 1))
+            if stop == x.shape[1]:
+                grad_history[items], grad_x[items] = grad_inputs[:, :past], grad_inputs[:, past:]
+        return grad_x, grad_history, grad_taps.t(), grad_bias, None
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Items of the batch and positions [start, stop) of x [B, T, C]: parts that fit into a CPU's cache, or all."""
+    batch, length, channels = x.shape
+    if x.device.type != "cpu":
+        yield slice(0, batch), 0, length
+        return
+    size = max(1, _BLOCK // channels)
+    for item in range(batch):
+        for start in range(0, length, size):
+            yield slice(item, item + 1), start, min(start + size, length)
+
+
+def _window(x: Tensor, history: Tensor, items: slice, start: int, stop: int, taps: Tensor) -> Tensor:
+    """The inputs of the outputs [start, stop), in the dtype of the weight: [i, K-1+t, C]."""
+    first = start - len(taps) + 1
+    if first >= 0:
+        return x[items, first:stop].to(taps.dtype)
+    return torch.cat([history[items, first:], x[items, :stop]], 1).to(taps.dtype)
+
+
+def _convolve(window: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """[i, K-1+t, C] -> [i, t, C]."""
+    length = window.shape[1] - len(taps) + 1
+    y = window[:, :length] * taps[0] if bias is None else torch.addcmul(bias, window[:, :length], taps[0])
+    for k in range(1, len(taps)):
+        y.addcmul_(window[:, k : k + length], taps[k])
+    return y

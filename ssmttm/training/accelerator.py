@@ -46,6 +46,7 @@ class Ranks:
             others = [torch.empty_like(result) for _ in range(1, self._world_size)]
             requests = [distributed.irecv(other, rank, self._group) for rank, other in enumerate(others, 1)]
             for rank, request in enumerate(requests, 1):
+                assert request is not None  # this rank is in the group
                 with self._watchdog.doing(f"waiting for rank {rank}"):
                     request.wait()
             result = torch.stack([result, *others]).amax(0)
@@ -60,7 +61,7 @@ def build_accelerator(precision: str) -> Accelerator:
     """The accelerator for `train.precision`: auto, fp32 or bf16. Raises UserError for one that is not supported."""
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"unknown train.precision={precision}: choose from auto, fp32, bf16")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     capable = _has_bf16(device)
     if precision == "bf16" and device.type != "cpu" and not capable:
         raise UserError(f"train.precision=bf16: this {device.type} device has no bf16, use fp32")

@@ -124,14 +124,14 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 def measured_peak(device: torch.device, precision: str) -> float:
     """FLOP/s of the fastest product of two square matrices, of at least eight and for at least half a second."""
-    dtype, size = torch.bfloat16 if precision == "bf16" else torch.float32, 8192 if device.type == "cuda" else 1024
+    dtype, size = torch.bfloat16 if precision == "bf16" else torch.float32, 1024 if device.type == "cpu" else 8192
     left = torch.ones(size, size, device=device, dtype=dtype)
     times: list[float] = []
     while len(times) < _PEAK_PRODUCTS or sum(times) < _PEAK_SECONDS:
         start = time.perf_counter()
         left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
 

@@ -1,8 +1,8 @@
 """Blocks of a model that save memory by recomputation in the backward, or time by compilation.
 
-With `full` a block keeps its input only (arXiv 1604.06174). With `selective` it also keeps the results of its matrix
-products, and of attention; norms, convolutions, gates and scans, which hold most of the memory and little of the time,
-are computed again. Gradients are those without recomputation.
+With `full` each sublayer of a block keeps its input only (arXiv 1604.06174). With `selective` it also keeps the results
+of its matrix products, and of attention; norms, convolutions, gates and scans, which hold most of the memory and little
+of the time, are computed again. Gradients are those without recomputation.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from ssmttm.errors import UserError
-from ssmttm.models.blocks import Block
-from ssmttm.models.denoiser_stack import DenoiserBlock
+from ssmttm.mixers import mamba1, mamba2, mamba3, s4d
+from ssmttm.models.blocks import Sublayer
+from ssmttm.models.denoiser_stack import AdaLNSublayer
 
 MODES = ("none", "selective", "full")
 
+# Their backward is written by hand: compiled blocks call them, and are not compiled into them.
+_OPERATIONS = (
+    (mamba1, "selective_scan"), (mamba1, "causal_conv"), (mamba2, "ssd"), (mamba2, "causal_conv"),
+    (mamba3, "mamba3"), (s4d, "s4d_outputs"),
+)  # fmt: skip
 _aten = torch.ops.aten
 _SAVED = {
     _aten.mm.default,
@@ -31,7 +42,7 @@ _SAVED = {
 
 
 def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
-    """Make the blocks of a module recompute or compile their forward, where it records gradients.
+    """Make the sublayers of a module's blocks recompute or compile their forward, where it records gradients.
 
     Raises:
         UserError: unknown `recompute`; the module has no blocks; compiled blocks cannot be recomputed selectively.
@@ -40,16 +51,19 @@ def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
         raise UserError(f"unknown train.recompute={recompute}: choose from {', '.join(MODES)}")
     if recompute == "none" and not compiled:
         return
-    blocks = [part for part in module.modules() if isinstance(part, Block | DenoiserBlock)]
-    if not blocks:
+    sublayers = [part for part in module.modules() if isinstance(part, Sublayer | AdaLNSublayer)]
+    if not sublayers:
         raise UserError(
-            f"train.recompute={recompute} and train.compile={str(compiled).lower()} act on the blocks of language models "
-            "and denoisers, this model has none: leave them out"
+            f"train.recompute={recompute} and train.compile={str(compiled).lower()} act on the blocks of language "
+            "models and denoisers, this model has none: leave them out"
         )
     if compiled and recompute == "selective":
         raise UserError("train.recompute=selective cannot see into compiled blocks: set train.compile=false, or full")
-    for block in blocks:
-        block.forward = _with_gradient(block.forward, recompute, compiled)
+    if compiled:
+        for mixer, operation in _OPERATIONS:
+            setattr(mixer, operation, torch.compiler.disable(getattr(mixer, operation)))
+    for sublayer in sublayers:
+        sublayer.forward = _with_gradient(sublayer.forward, recompute, compiled)  # type: ignore[method-assign]
 
 
 def _with_gradient(forward: Callable[..., Any], recompute: str, compiled: bool) -> Callable[..., Any]:
@@ -57,9 +71,9 @@ def _with_gradient(forward: Callable[..., Any], recompute: str, compiled: bool) 
     train = torch.compile(forward) if compiled else forward
     if recompute != "none":
         contexts = (
-            {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if recompute == "selective" else {}
+            partial(create_selective_checkpoint_contexts, _policy) if recompute == "selective" else noop_context_fn
         )
-        train = partial(checkpoint, train, use_reentrant=False, **contexts)
+        train = partial(checkpoint, train, use_reentrant=False, context_fn=contexts)
 
     def call(*args: Any, **options: Any) -> Any:
         return (train if torch.is_grad_enabled() else forward)(*args, **options)

@@ -19,12 +19,12 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def get_state() -> dict[str, Any]:
-    """All generator states as JSON; cuda is that of this process's device, or null."""
+    """All generator states as JSON; `device` is that of this process's accelerator, or null."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": _to_hex(torch.get_rng_state()),
-        "cuda": _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "device": _to_hex(torch.get_device_module().get_rng_state()) if torch.accelerator.is_available() else None,
         "numpy": [np.asarray(keys).tolist(), position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
@@ -33,8 +33,9 @@ def get_state() -> dict[str, Any]:
 def set_state(state: dict[str, Any]) -> None:
     """The inverse of `get_state`."""
     torch.set_rng_state(_from_hex(state["torch"]))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
+    of_device = state["device"] if "device" in state else state["cuda"]  # the name in older checkpoints
+    if of_device is not None and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(_from_hex(of_device))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]

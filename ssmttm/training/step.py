@@ -49,7 +49,7 @@ class TrainedModule:
         """Step the optimisers if there are gradients; where `skip`, a scalar on the device, is 1, nothing changes."""
         if self.has_gradients:
             for optimizer in self.optimizers.values():
-                optimizer.found_inf = skip  # as torch's GradScaler sets it for fused optimisers
+                optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch's GradScaler does
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 

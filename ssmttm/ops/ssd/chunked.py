@@ -3,7 +3,8 @@
 A sequence is cut into chunks of equal length q. Within a chunk the scan is a masked matrix product; between chunks only
 the state is carried (arXiv 2405.21060, section 6). Letters as in `ssmttm.ops.ssd`, and c chunks, r = H/G * P columns a
 group. The products that touch the state run over all r columns at once, in the layout in which x arrives, and C B^T is
-made once a group. The backward keeps the states between the chunks and recomputes the decays.
+made once a group. The backward computes the states between the chunks and the decays again. On a CPU it takes the heads
+in parts: with a large N these states have many times the size of x.
 
 The decay over (j, i] is exp(s_i - s_j), s the running sum of dt * A in a chunk. For j > i the difference is positive,
 and can be large: it is clamped before the exponential and masked after it, so neither value nor gradient overflows.
@@ -14,11 +15,14 @@ bfloat16 operands the two would not cancel.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_STATES = 2**23  # elements of the states between chunks that are in memory at a time, on a CPU
 
 
 class ChunkedSSD(torch.autograd.Function):
@@ -39,28 +43,113 @@ class ChunkedSSD(torch.autograd.Function):
         initial_state: Tensor | None,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        s = _Chunked(x, dt, A, B, C, chunk_size)
-        initial = None if initial_state is None else s.state_in(initial_state)
-        starts, final = _carry(s.B.mT @ s.chunk_inputs(), s.chunk_decay, initial)
-        y = s.by_position(s.C @ starts)  # [b, c, q, h, p]
-        y *= s.as_x(s.from_start)
-        y += s.positions_of(torch.bmm((s.decay() * s.scores()).flatten(0, 3), s.by_head(s.x, s.dt)))
-        if D is not None:
-            y.addcmul_(s.x, s.as_x(D))
-        ctx.save_for_backward(x, dt, A, B, C, D, starts)
-        ctx.chunk_size, ctx.has_initial = chunk_size, initial_state is not None
-        return s.join(y), s.state_out(final)
+        operands = x, dt, A, B, C, D, initial_state
+        parts = [_forward(*part.take(*operands), chunk_size) for part in _parts(x, B, chunk_size)]
+        if any(ctx.needs_input_grad):
+            initial_state = (
+                None if initial_state is None else initial_state.clone()
+            )  # the caller may update it in place
+            ctx.save_for_backward(*operands[:-1], initial_state)
+        ctx.chunk_size = chunk_size
+        return _cat([y for y, _ in parts], 2), _cat([state for _, state in parts], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, _, B, _, D, initial_state = operands = ctx.saved_tensors
+        grads = []
         with torch.autocast(grad_y.device.type, enabled=False):
-            return _backward(ctx, grad_y, grad_final)
+            for part in _parts(x, B, ctx.chunk_size):
+                own_grad = grad_y[:, :, part.heads], grad_final[:, part.heads]
+                grads.append(_backward(*part.take(*operands), ctx.chunk_size, *own_grad))
+        grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_initial = zip(*grads, strict=True)
+        shared = B.shape[2] == 1  # by the heads of all parts
+        return (
+            _cat(grad_x, 2),
+            _cat(grad_dt, 2),
+            _cat(grad_A, 0),
+            _sum(grad_B, B.dtype) if shared else _cat(grad_B, 2),
+            _sum(grad_C, B.dtype) if shared else _cat(grad_C, 2),
+            None if D is None else _cat(grad_D, 0),
+            None if initial_state is None else _cat(grad_initial, 1),
+            None,
+        )
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-    x, dt, A, B, C, D, starts = ctx.saved_tensors
-    s = _Chunked(x, dt, A, B, C, ctx.chunk_size)
+class _Part(NamedTuple):
+    """Some of the heads, and their groups."""
+
+    heads: slice
+    groups: slice
+
+    def take(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The operands of these heads."""
+        D = None if D is None else D[self.heads]
+        initial_state = None if initial_state is None else initial_state[:, self.heads]
+        B, C = B[:, :, self.groups], C[:, :, self.groups]
+        return x[:, :, self.heads], dt[:, :, self.heads], A[self.heads], B, C, D, initial_state
+
+
+def _parts(x: Tensor, B: Tensor, chunk_size: int) -> list[_Part]:
+    """The heads in parts whose states between chunks have at most `_STATES` elements, on a CPU; else one part."""
+    batch, length, heads, width = x.shape
+    groups, n = B.shape[2:]
+    unit = 1 if groups == 1 else heads // groups  # heads that cannot be separated
+    size = batch * math.ceil(length / chunk_size) * n * unit * width
+    units = max(1, _STATES // size) if x.device.type == "cpu" else heads
+    parts = []
+    for first in range(0, heads // unit, units):
+        last = min(first + units, heads // unit)
+        parts.append(_Part(slice(first * unit, last * unit), slice(None) if groups == 1 else slice(first, last)))
+    return parts
+
+
+def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), axis)
+
+
+def _sum(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Summed in float32, or float64."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.stack(list(tensors)).sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+
+
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    s = _Chunked(x, dt, A, B, C, chunk_size)
+    starts, final = _starts(s, initial)
+    y = s.by_position(s.C @ starts)  # [b, c, q, h, p]
+    y *= s.as_x(s.from_start)
+    y += s.positions_of(torch.bmm((s.decay() * s.scores()).flatten(0, 3), s.by_head(s.x, s.dt)))
+    if D is not None:
+        y.addcmul_(s.x, s.as_x(D))
+    return s.join(y), s.state_out(final)
+
+
+def _starts(s: "_Chunked", initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, [b, c, G, n, r], and the final one."""
+    return _carry(s.B.mT @ s.chunk_inputs(), s.chunk_decay, None if initial is None else s.state_in(initial))
+
+
+def _backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial: Tensor | None,
+    chunk_size: int,
+    grad_y: Tensor,
+    grad_final: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all operands but `chunk_size`. The states between chunks are computed again."""
+    s = _Chunked(x, dt, A, B, C, chunk_size)
+    starts, _ = _starts(s, initial)
     grad_y = s.split(grad_y)  # [b, c, q, h, p]
 
     # Between chunks: the gradient of the state at each chunk's end, carried from the last chunk to the first.
@@ -100,8 +189,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | No
         s.join(grad_B.transpose(2, 3)),
         s.join(grad_C.transpose(2, 3)),
         None if D is None else s.sum(grad_y * s.x, (0, 1, 2, 4)),
-        s.state_out(grad_initial) if ctx.has_initial else None,
-        None,
+        None if initial is None else s.state_out(grad_initial),
     )
 
 

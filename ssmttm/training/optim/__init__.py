@@ -56,19 +56,20 @@ class BlockMuon(torch.optim.Muon):
     found_inf: Tensor | None = None  # a scalar on the device; 1: `step` changes nothing, as in torch's fused AdamW
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step; does not wait for the device."""
+        skip = self.found_inf
+        if skip is None or skip.device.type == "cpu":
+            return None if skip is not None and skip else super().step(closure)
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.found_inf is not None and self.found_inf.device.type == "cpu" and self.found_inf:
-            return
         for parameter in parameters:
             self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         tensors = [*parameters, *(self.state[parameter]["momentum_buffer"] for parameter in parameters)]
-        on_device = self.found_inf is not None and self.found_inf.device.type != "cpu"
-        before = [tensor.clone() for tensor in tensors] if on_device else []
-        super().step()
-        for tensor, old in zip(tensors, before, strict=False):
-            tensor.copy_(torch.where(self.found_inf.bool(), old, tensor))
+        before = [tensor.clone() for tensor in tensors]
+        loss = super().step(closure)
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(skip.bool(), old, tensor))
+        return loss
 
     def _init_group(
         self,

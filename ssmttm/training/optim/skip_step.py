@@ -1,9 +1,9 @@
 """Steps without an update: those with a loss or gradient that is not finite, or is far above the recent ones.
 
-Everything is computed on the device, from losses that are summed over ranks and gradient norms that all ranks share. So
-all ranks skip the same steps, and the loop does not wait for the device. The outliers are those of OLMo-core's
-SkipStepOptimizer: more than `sigma` standard deviations above the mean of the last WINDOW steps, for the model's loss or
-gradient norm.
+Everything is computed on the device, from losses that are summed over ranks and gradient norms that all ranks share.
+So all ranks skip the same steps, and the loop does not wait for the device. The outliers are those of OLMo-core's
+SkipStepOptimizer: more than `sigma` standard deviations above the mean of the last WINDOW steps, for the model's loss
+or gradient norm.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,8 @@ class SkipStep:
         """
         skip = ~torch.stack(list(values.values())).isfinite().all()
         if self._sigma is not None:
-            skip = skip | self._is_outlier(torch.stack([values["loss"], values["grad_norm"]]).float(), ~skip)
+            observed = torch.stack([values["loss"], values["grad_norm"]]).float()
+            skip = skip | self._is_outlier(observed, ~skip, self._sigma)
         skipped = skip.float()
         total, in_a_row = self._counts.unbind()
         self._counts = torch.stack([total + skipped, (in_a_row + 1) * skipped])
@@ -64,14 +65,14 @@ class SkipStep:
         self._recent.copy_(torch.tensor(state["recent"]))
         self._seen.fill_(state["seen"])
 
-    def _is_outlier(self, values: Tensor, is_finite: Tensor) -> Tensor:
+    def _is_outlier(self, values: Tensor, is_finite: Tensor, sigma: float) -> Tensor:
         """Whether one of the values [2] is an outlier. Finite ones become recent ones, at most as high as the limit, so
         that the window follows a lasting change."""
         count = self._seen.clamp(max=WINDOW)  # [1]
         filled = torch.arange(WINDOW, device=values.device) < count  # [W]
         mean = (self._recent * filled).sum(1) / count.clamp(min=1)  # [2]
         variance = ((self._recent - mean[:, None]).square() * filled).sum(1) / (count - 1).clamp(min=1)
-        limit = torch.where(count < WINDOW // 2, torch.inf, mean + self._sigma * variance.sqrt())  # [2]
+        limit = torch.where(count < WINDOW // 2, torch.inf, mean + sigma * variance.sqrt())  # [2]
         slot = self._seen % WINDOW  # [1]
         kept = torch.where(is_finite, torch.minimum(values, limit), self._recent.gather(1, slot.expand(2, 1))[:, 0])
         self._recent.scatter_(1, slot.expand(2, 1), kept[:, None])

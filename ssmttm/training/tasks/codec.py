@@ -65,7 +65,7 @@ class CodecTask(Task):
         if config.codec_training.get("start"):
             self._grow(config.codec_training.start)
         self._flops_per_item = self.flops_per_item()
-        self._restart_metrics: dict[str, float] = {}
+        self._restart_metrics: dict[str, float | Tensor] = {}
         self._last_audio: Tensor | None = None
 
     def build(self, config: DictConfig) -> Codec:

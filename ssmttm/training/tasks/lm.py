@@ -11,7 +11,6 @@ import torch
 from einops import repeat
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssmttm.codecs import Codec
 from ssmttm.data.loader import Field
@@ -22,6 +21,7 @@ from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import TokenLM, build_model
 from ssmttm.models.controls import Controls
+from ssmttm.ops.cross_entropy import cross_entropy
 from ssmttm.patterns import Pattern, get_pattern
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
@@ -146,11 +146,11 @@ class LanguageModelTask(Task):
     def _code_losses(self, logits: Tensor, inputs: "LMBatch", denominators: Tensor) -> Losses:
         """`cross_entropy`, each `codebook_k` and, if it has a weight, `z_loss` of logits [b, K, S, V']."""
         smoothing = self.config.train.label_smoothing
-        plain, smoothed = token_losses(logits, inputs.targets, inputs.valid, self.codebook_size, smoothing)
+        plain, smoothed, z = token_losses(logits, inputs.targets, inputs.valid, self.codebook_size, smoothing)
         losses = {"cross_entropy": self._over_codebooks(smoothed, denominators)}
         losses |= {f"codebook_{k}": loss for k, loss in enumerate(plain / denominators[:-1])}
         if self.config.losses.get("z_loss"):  # the losses of a student have none
-            losses["z_loss"] = self._over_codebooks(z_losses(logits, inputs.valid), denominators)
+            losses["z_loss"] = self._over_codebooks(z, denominators)
         return losses
 
     def _over_codebooks(self, sums: Tensor, denominators: Tensor) -> Tensor:
@@ -204,8 +204,9 @@ def interleave(pattern: Pattern, codes: Tensor, frame_mask: Tensor, special_toke
 
 def token_losses(
     logits: Tensor, targets: Tensor, valid: Tensor, codebook_size: int, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy by codebook, summed over valid positions: without and with label smoothing, [K] each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses by codebook, summed over valid positions, [K] each: cross-entropy without and with label smoothing, and
+    the z-loss, the square of the log of the softmax's denominator (arXiv 2204.02311).
 
     Label smoothing (arXiv 1512.00567) is spread over the V codes; the special token gets none.
 
@@ -214,23 +215,12 @@ def token_losses(
         targets: int64 [b, K, S].
         valid: bool [b, K, S].
     """
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    codes = targets.masked_fill(~valid, 0)[..., None]
-    plain = -log_p.gather(-1, codes)[..., 0]  # [b, K, S]
-    smoothed = plain
-    if smoothing:
-        smoothed = (1 - smoothing) * plain - smoothing * log_p[..., :codebook_size].mean(-1)
-    return plain.masked_fill(~valid, 0).sum((0, 2)), smoothed.masked_fill(~valid, 0).sum((0, 2))
-
-
-def z_losses(logits: Tensor, valid: Tensor) -> Tensor:
-    """log(Z)^2 by codebook, summed over valid positions, [K]; Z is the softmax's denominator (arXiv 2204.02311).
-
-    Args:
-        logits: [b, K, S, V'].
-        valid: bool [b, K, S].
-    """
-    return logits.float().logsumexp(-1).square().masked_fill(~valid, 0).sum((0, 2))
+    by_position = logits.transpose(1, 2)  # [b, S, K, V'], contiguous
+    codes = targets.masked_fill(~valid, 0).transpose(1, 2)
+    rows = cross_entropy(by_position.flatten(0, 2), codes.flatten(), codebook_size if smoothing else 0)  # [b * S * K]
+    plain, mean, log_z = (row.view(codes.shape).transpose(1, 2).masked_fill(~valid, 0) for row in rows)  # [b, K, S]
+    smoothed = (1 - smoothing) * plain + smoothing * mean if smoothing else plain
+    return plain.sum((0, 2)), smoothed.sum((0, 2)), log_z.square().sum((0, 2))
 
 
 def _codebook_weights(weights: Sequence[float] | None, n_codebooks: int) -> Tensor:
