@@ -256,6 +256,52 @@ def test_sampler_keeps_known_frames_and_noises_them_in_between(objective, sample
         torch.testing.assert_close(noisy_input[..., :3].double(), wanted, rtol=0, atol=3e-4)
 
 
+@over_samplers
+def test_sampler_keeps_known_frames_at_both_ends(objective, sampler):
+    clean, noise, _ = draw_batch((2, 3, 8), 0, seed=6)
+    known, calls = torch.randn(2, 3, 5, generator=generators(1)[0]), []
+    before, after = known[..., :2], known[..., 2:]
+    given = SamplerSettings(objective, sampler, 4)
+    sampled = sample(exact_network(objective, clean, calls), given, noise, generators(2), before, after)
+    assert torch.equal(sampled[..., :2], before) and torch.equal(sampled[..., 5:], after)
+    torch.testing.assert_close(sampled[..., 2:5], clean[..., 2:5], rtol=0, atol=1e-5)
+    for noisy_input, time in calls if objective != "regression" else ():
+        signal, sigma = noise_scales(objective, time)
+        wanted = signal * after + sigma * noise[..., 5:]
+        torch.testing.assert_close(noisy_input[..., 5:].double(), wanted, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize(("objective", "sampler"), [pair for pair in ALL if pair[0] != "regression"])
+def test_strength_starts_from_noised_latents_and_makes_the_last_steps(objective, sampler):
+    clean, noise, _ = draw_batch((2, 3, 8), 0, seed=6)
+    start, calls = torch.randn(2, 3, 8, generator=generators(1)[0]), []
+    given = SamplerSettings(objective, sampler, 8)
+    network = exact_network(objective, clean, calls)
+    sampled = sample(network, given, noise, generators(2), start=start, strength=0.5)
+    torch.testing.assert_close(sampled, clean, rtol=0, atol=1e-5)
+    assert len(calls) == SamplerSettings(objective, sampler, 4).n_evaluations
+    noisy_input, time = calls[0]
+    whole = []
+    sample(exact_network(objective, clean, whole), given, noise, generators(2))
+    torch.testing.assert_close(time, whole[-len(calls)][1])
+    signal, sigma = noise_scales(objective, time)
+    torch.testing.assert_close(noisy_input.double(), signal * start + sigma * noise, rtol=0, atol=3e-4)
+    full = sample(optimal(objective), given, noise, generators(2), start=start)
+    assert torch.equal(full, sample(optimal(objective), given, noise, generators(2)))
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [(0.0, "strength must be in"), (1.1, "strength must be in"), (float("nan"), "strength"), (0.2, "none of 4 steps")],
+)
+def test_strength_out_of_range_is_an_error(strength, message):
+    noise = torch.zeros(1, 2, 3)
+    with pytest.raises(UserError, match=message):
+        sample(optimal("flow"), SamplerSettings("flow", None, 4), noise, [], start=noise, strength=strength)
+    with pytest.raises(UserError, match="objective regression has no steps"):
+        sample(optimal("flow"), SamplerSettings("regression"), noise, [], start=noise, strength=strength)
+
+
 def test_sampler_default_is_the_first_of_the_objective():
     assert [SamplerSettings(objective).name for objective in SAMPLERS] == ["dpm_solver", "euler", "direct"]
 

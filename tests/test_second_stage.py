@@ -138,10 +138,10 @@ def test_batched_generation_as_on_a_gpu_gives_the_same_latents(model, codec, mon
     all_inputs = inputs(controls=Controls(chroma, torch.tensor([80.0, torch.nan, 120.0])))
     known = second_stage.generate(coarse_codes, all_inputs)[..., :OVERLAP]
     spy.made.clear()
-    second_stage._generate_batch(coarse_codes, known, all_inputs)
+    second_stage._generate_batch(coarse_codes, (known, None, None), all_inputs, 1.0)
     for item in range(3):
         one = slice(item, item + 1)
-        second_stage._generate_batch(coarse_codes[one], known[one], all_inputs.select_rows(one))
+        second_stage._generate_batch(coarse_codes[one], (known[one], None, None), all_inputs.select_rows(one), 1.0)
     torch.testing.assert_close(spy.made[0], torch.cat(spy.made[1:]), rtol=0, atol=1e-4)
 
 

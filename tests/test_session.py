@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from small_pipelines import small_pipeline
 
 from ssmttm.errors import UserError
+from ssmttm.generation import pipeline
 from ssmttm.generation.engine import generate
 from ssmttm.generation.request import Sampling
 from ssmttm.generation.session import CONTEXT_SECONDS
@@ -63,7 +64,7 @@ def open_session(pipe, prompt="a slow waltz", **options):
 def test_session_of_a_duration_equals_a_call(pipes, kind):
     pipe = pipes[kind]
     whole = pipe("a slow waltz", duration=1.3, seeds=5, **ENGINE).audios[0]
-    for chunk_seconds in (0.04, 0.5):
+    for chunk_seconds in (0.04, 0.5) if kind == "one" else (0.2,):
         session = open_session(pipe, duration=1.3, chunk_seconds=chunk_seconds)
         streamed = torch.cat(list(session), -1)
         torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-5)
@@ -71,7 +72,7 @@ def test_session_of_a_duration_equals_a_call(pipes, kind):
     assert session.next_chunk() is None
 
 
-@pytest.mark.parametrize("kind", ["one", "flatten", "hybrid"])
+@pytest.mark.parametrize("kind", ["one", "flatten"])
 def test_endless_session_begins_like_a_call(pipes, kind):
     """But for the last codes of the call, which the pattern's padding follows."""
     pipe = pipes[kind]
@@ -183,7 +184,7 @@ def test_change_of_a_control_the_model_lacks_is_an_error(tmp_path):
 # --- snapshots, forks, saved states
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["one", "two", "hybrid", "adaln"])
 def test_snapshot_continues_exactly_and_forks_with_another_seed(pipes, kind):
     pipe = pipes[kind]
     session = open_session(pipe)
@@ -223,7 +224,7 @@ def test_forks_do_not_change_each_other(pipe):
 
 @pytest.mark.parametrize(
     ("kind", "moment"),
-    [("one", "start"), ("one", "middle"), *((k, "fading") for k in ("one", "flatten", "two", "hybrid", "cross"))],
+    [("one", "start"), ("one", "middle"), *((k, "fading") for k in ("one", "two", "hybrid"))],
 )
 def test_saved_state_continues_exactly(pipes, kind, moment, tmp_path):
     pipe = pipes[kind]
@@ -318,6 +319,17 @@ def test_memory_of_a_session_does_not_grow(pipe):
         sizes.append(size(session))
     # The uniforms of 256 positions are drawn together: compare the largest of two spans.
     assert max(sizes[55:]) <= 1.03 * max(sizes[20:55])
+
+
+def test_long_clips_are_decoded_in_parts(pipe, monkeypatch):
+    whole = pipe("a harp", duration=2.0, seeds=1, **ENGINE).audios
+    longest, real = [], pipe.codec.decode
+    monkeypatch.setattr(
+        pipe.codec, "decode", lambda codes, *start: longest.append(codes.shape[-1]) or real(codes, *start)
+    )
+    monkeypatch.setattr(pipeline, "_DECODED_SECONDS", 0.4)
+    torch.testing.assert_close(pipe("a harp", duration=2.0, seeds=1, **ENGINE).audios, whole, rtol=0, atol=1e-5)
+    assert len(longest) > 4 and max(longest) < 10 + sum(pipe.codec.context) + 1
 
 
 def test_session_that_is_not_read_does_nothing(pipe, monkeypatch):

@@ -59,6 +59,7 @@ from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import build_null_condition
 
 _log = logging.getLogger(__name__)
+_DECODED_SECONDS = 60.0  # of a clip at once
 _LOOP_CANDIDATES = 4
 _KNOWN_BARS_SECONDS = 3600.0  # of a stream without an end: after that a model of bar positions gets none
 
@@ -630,7 +631,11 @@ class MusicPipeline:
 
     @torch.inference_mode()
     def _decode(self, codes: Tensor) -> Tensor:
-        return self.codec.decode(codes).float().cpu()
+        """Audio of codes [1, K, T]. A long clip is decoded in parts, so that an hour needs no more memory than they."""
+        n_frames = math.ceil(_DECODED_SECONDS * self.codec.frame_rate)
+        if codes.shape[-1] <= n_frames or self.codec.context is None:
+            return self.codec.decode(codes).float().cpu()
+        return torch.cat([wav.float().cpu() for wav in self.codec.decode_stream(codes.split(n_frames, -1))], -1)
 
     def _n_samples(self, request: Request, clip: EncodedClip | None) -> tuple[int, int]:
         """Samples of each clip (of the clip that is continued, if there is no end), and those decoded before them."""

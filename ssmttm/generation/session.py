@@ -133,14 +133,15 @@ class StreamSession:
     def state(self) -> dict[str, Any]:
         """All that the next chunk depends on besides the models and the request, as plain values and tensors."""
         own = {name: getattr(self, name) for name in _SAVED}
-        decoder = {"buffer": self.decoder.buffer, "first": self.decoder.first}
+        decoder = {name: getattr(self.decoder, name) for name in ("buffer", "first", "start")}
         return own | {"decoder": decoder, "generator": self.generator.state()}
 
     def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
         """Take the `state` of a session of the same models and request; see `CodeSampler.restore`."""
         for name in _SAVED:
             setattr(self, name, state[name])
-        buffer, self.decoder.first = state["decoder"]["buffer"], state["decoder"]["first"]
+        buffer = state["decoder"]["buffer"]
+        self.decoder.first, self.decoder.start = state["decoder"]["first"], state["decoder"]["start"]
         self.decoder.buffer = None if buffer is None else buffer.to(self.generator.sampler.device)
         self.generator.restore(state["generator"], fill)
 

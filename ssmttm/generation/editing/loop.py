@@ -12,7 +12,7 @@ from ssmttm.errors import UserError
 
 REGION_SECONDS = 2.0  # at the end of the clip, generated again
 MIN_SECONDS = 2 * REGION_SECONDS
-_MIX_SECONDS = 0.03  # at the end of a clip that is no whole number of frames
+_MIX_SECONDS = 0.03
 
 
 def check_loop(duration: float | None, has_clip: bool) -> None:
@@ -34,13 +34,16 @@ def decode_loop(codec: Codec, codes: Tensor, n_samples: int) -> Tensor:
     """Decode codes [1, K, T] as a circle: [C, S], whose end leads into its start. If S is no whole number of frames,
     the last samples are mixed with those before the circle's start."""
     n_frames, hop = codes.shape[-1], codec.hop_length
+    n_mixed = round(_MIX_SECONDS * codec.sample_rate)
     before, after = codec.context or (n_frames, n_frames)
-    before, after = min(before, n_frames), min(after, n_frames)
-    wav = codec.decode(torch.cat([codes[..., n_frames - before :], codes, codes[..., :after]], -1))
-    circle = wav[0, :, before * hop : (before + n_frames) * hop].float().cpu()  # [C, T * hop]
+    before, after = min(before, n_frames), min(after + 1 + n_mixed // hop, n_frames)
+    wav = codec.decode(torch.cat([codes[..., n_frames - before :], codes, codes[..., :after]], -1))[0].float().cpu()
+    circle = wav[:, before * hop : (before + n_frames) * hop].clone()  # [C, T * hop]
+    fade_in = torch.linspace(0, 1, n_mixed)
+    # A codec may depend on the position in the clip: the start then differs a little from what follows the end.
+    end = (before + n_frames) * hop
+    circle[:, :n_mixed] = torch.lerp(wav[:, end : end + n_mixed], circle[:, :n_mixed], fade_in)
     cut = circle[:, :n_samples].clone()
     if n_samples < circle.shape[-1]:
-        n_mixed = min(round(_MIX_SECONDS * codec.sample_rate), n_samples)
-        weight = torch.linspace(0, 1, n_mixed)
-        cut[:, -n_mixed:] = torch.lerp(cut[:, -n_mixed:], circle[:, -n_mixed:], weight)
+        cut[:, -n_mixed:] = torch.lerp(cut[:, -n_mixed:], circle[:, -n_mixed:], fade_in)
     return cut
