@@ -14,7 +14,6 @@ instrument, a key and a tempo, and no style; what is measured of the clips that 
 import argparse
 import csv
 import json
-import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from data_prep.builtin.composition.compose import compose
 from data_prep.builtin.corpus import SAMPLE_RATE
 from data_prep.builtin.synth import render
 from data_prep.cli import main as prepare
-from ssmttm import MusicPipeline, audio, config
-from ssmttm.adapters import merge, read_adapter, unmerge
+from ssmttm import MusicPipeline, audio, checkpoint, config
+from ssmttm.adapters import merge, read_adapter
 from ssmttm.evaluation import frechet_distance, kernel_distance
 from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers, third
 from ssmttm.evaluation.embedders import load_embedder, mono_at
@@ -131,30 +130,36 @@ def main() -> None:
     store = options.out / "store"
     if not store.exists():
         prepare(["folder", "--root", str(options.out / "songs"), "--out", str(store), "--workers", "1"])
-    measure, rows = Measure(songs, others), []
+    measure, results = Measure(songs, others), options.out / "finetune.json"
+    rows = json.loads(results.read_text()) if results.exists() else []  # of a run that was stopped
 
     def record(model: str, seed: int, pipe: MusicPipeline, **extra: float) -> None:
         rows.append({"model": model, "seed": seed, **extra, **measure(pipe, seed)})
         print(json.dumps(rows[-1]), flush=True)
-        (options.out / "finetune.json").write_text(json.dumps(rows, indent=1) + "\n")
+        results.write_text(json.dumps(rows, indent=1) + "\n")
 
-    base = MusicPipeline.from_pretrained()
+    def is_missing(model: str, seed: int) -> bool:
+        return all((row["model"], row["seed"]) != (model, seed) for row in rows)
+
     for seed in range(options.seeds):
-        record("before", seed, base)
-    for seed, experiment in product(range(options.seeds), options.experiments):
-        begun = time.perf_counter()
+        if is_missing("before", seed):
+            record("before", seed, MusicPipeline.from_pretrained())
+    for experiment, seed in product(options.experiments, range(options.seeds)):
+        models = ["all weights"] if experiment == "finetune" else [f"adapter, strength {s}" for s in (1.0, 0.5)]
+        missing = [model for model in models if is_missing(model, seed)]
+        if not missing:
+            continue
         run = train(experiment, store, options.out / f"{experiment}-{seed}", seed, options.steps)
-        minutes = (time.perf_counter() - begun) / 60
+        minutes = checkpoint.read_state(checkpoint.find_model(run))["seconds"] / 60
         folder = export(run, options.out / f"{experiment}-{seed}-exported")
         if experiment == "finetune":
             record("all weights", seed, MusicPipeline.from_pretrained(folder), minutes=minutes)
             continue
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        for strength in (1.0, 0.5):
+        for model in missing:
             pipe = MusicPipeline.from_pretrained()
-            before = merge(pipe.model, [(read_adapter(folder), strength)])
-            record(f"adapter, strength {strength}", seed, pipe, minutes=minutes, megabytes=size)
-            unmerge(pipe.model, before)
+            merge(pipe.model, [(read_adapter(folder), float(model.rpartition(" ")[2]))])
+            record(model, seed, pipe, minutes=minutes, megabytes=size)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,8 +174,9 @@ def test_stacked_adapters_add_up_in_any_order(root, store, base, trained):
 
 
 def test_adapter_training_that_was_stopped_equals_an_unbroken_one(root, store, base, monkeypatch):
-    one, other = (settings(store, base, root / name, "train.steps=4") for name in ("unbroken", "stopped"))
-    loop.train(one)
+    """Also with recomputation, although no input of a frozen block has a gradient."""
+    loop.train(settings(store, base, root / "unbroken", "train.steps=4"))
+    other = settings(store, base, root / "stopped", "train.steps=4", "train.recompute=full")
     train_with_stops(other, LanguageModelTask, {2}, monkeypatch)
     assert_same_runs(run_contents(root / "unbroken"), run_contents(root / "stopped"))
 
@@ -260,6 +263,14 @@ def test_damaged_adapters_and_other_kinds_are_one_clear_line(trained, tmp_path):
     (cut / "adapter_card.json").write_text("[")
     with pytest.raises(UserError, match="cannot read "):
         read_adapter(cut)
+
+
+def test_commands_of_the_documentation_compose():
+    text = (Path(__file__).parent.parent / "docs/finetune.md").read_text()
+    commands = re.findall(r"^python train.py (.*)$", text, re.MULTILINE)
+    composed = [config.load(*command.split()) for command in commands]
+    assert [c.adapter.method for c in composed] == ["lora", None, "lora"] and all(c.model_from_init for c in composed)
+    assert [c.optim.lr for c in composed] == [2e-3, 2e-4, 2e-3] and composed[0].train.steps == 200
 
 
 def test_init_takes_the_name_of_a_shipped_model():
