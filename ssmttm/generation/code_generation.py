@@ -5,7 +5,7 @@ Shapes: B items, K codebooks, N coarse codebooks, t frames.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,23 @@ from ssmttm.generation.request import Request, Sampling
 from ssmttm.generation.second_stage import SecondStageInputs, SecondStageStream
 from ssmttm.models.controls import Controls
 from ssmttm.models.token_lm import LMState
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """Generated clips.
+
+    Attributes:
+        audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate).
+        sample_rate: in Hz.
+        codes: int64 [n, K, T] on the CPU.
+        metadata: the pipeline's metadata, with the diffusion steps of this call.
+    """
+
+    audios: Tensor
+    sample_rate: int
+    codes: Tensor
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,20 @@ from ssmttm.codecs import Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 from ssmttm.generation import loading
-from ssmttm.generation.code_generation import Change, CodeGenerator, second_stage_inputs
+from ssmttm.generation.code_generation import Change, CodeGenerator, PipelineOutput, second_stage_inputs
 from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
-from ssmttm.generation.editing.loop import check_loop, decode_loop, unrolled
-from ssmttm.generation.editing.repaint import (
-    Repainted,
-    fade_samples,
-    known_around,
-    mix_region,
-    region_frames,
-    repaint_codes,
-)
+from ssmttm.generation.editing.edits import audio_to_audio, close_loop, repaint
+from ssmttm.generation.editing.loop import check_loop, decode_loop
 from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.engines import Engine, EngineCache
 from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
 from ssmttm.generation.request import (
     MAX_DURATION,
-    MAX_SEED,
     Prompt,
     Request,
     Sampling,
     bars_duration,
     blend_weights,
-    check_seed,
 )
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageStream
 from ssmttm.generation.session import CONTEXT_SECONDS, FADE_SECONDS, Snapshot, StreamSession
@@ -60,25 +51,7 @@ from ssmttm.text.null_condition import build_null_condition
 
 _log = logging.getLogger(__name__)
 _DECODED_SECONDS = 60.0  # of a clip at once
-_LOOP_CANDIDATES = 4
 _KNOWN_BARS_SECONDS = 3600.0  # of a stream without an end: after that a model of bar positions gets none
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """Generated clips.
-
-    Attributes:
-        audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate).
-        sample_rate: in Hz.
-        codes: int64 [n, K, T] on the CPU.
-        metadata: the pipeline's metadata, with the diffusion steps of this call.
-    """
-
-    audios: Tensor
-    sample_rate: int
-    codes: Tensor
-    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class MusicPipeline:
@@ -257,7 +230,7 @@ class MusicPipeline:
             engine, weights: of the language model's steps, see `ssmttm.generation.engines.build`. "auto" takes the
                 fastest engine that can run the model; the metadata tell which and why.
         """
-        sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
+        sampling = self.sampling(temperature, top_k, top_p, guidance_scale, min_p)
         if bars is not None:
             duration, bpm, metre = self._bars(bars, bpm, metre)
         request = Request.create(
@@ -265,8 +238,8 @@ class MusicPipeline:
         )
         if loop:
             check_loop(duration, continue_from is not None)
-        clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
-        second_stage = self._check_request(request, diffusion_steps)
+        clip = None if continue_from is None else encode_clip(continue_from, self.encoding_codec())
+        second_stage = self.check_request(request, diffusion_steps)
         step_engine = self.engine(engine, weights)
         generator = self._generator(request, second_stage, clip, step_engine)
         n_clip_frames = generator.n_clip_frames
@@ -280,82 +253,17 @@ class MusicPipeline:
         # One item at a time, so that memory and rounding do not depend on the batch.
         n_samples, n_skipped = self._n_samples(request, clip)
         if loop:
-            codes = self._close_loop(request, codes, second_stage, step_engine)
+            codes = close_loop(self, generator.request, codes, second_stage, step_engine)
             audios = torch.stack([decode_loop(self.codec, item, n_samples) for item in codes.split(1)])
         else:
-            audios = torch.cat([self._decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
+            audios = torch.cat([self.decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
         metadata = self.metadata | {"engine": step_engine.description()}
         if second_stage is not None:
             metadata["second_stage"] = metadata.get("second_stage", {}) | {"steps": second_stage.settings.sampler.steps}
         return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
 
-    def repaint(
-        self, prompt: Prompt, clip: AudioInput, region: tuple[float, float], *, candidates: int = 4, seed: int = 0,
-        guidance_scale: float | None = None, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
-        min_p: float = 0.0, negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
-        diffusion_steps: int | None = None, engine: str = "auto", weights: str = "fp32",
-    ) -> PipelineOutput:  # fmt: skip
-        """Generate a region of a clip again. Outside it the samples are the clip's own, mono at `sample_rate`, but for
-        a short mix at its edges, within the codec's reach.
-
-        Args:
-            clip: as `continue_from` of a call.
-            region: start and stop in seconds.
-            candidates: how many are generated, with seeds `seed`, `seed` + 1, ...; the one is taken after which the
-                model predicts the rest of the clip best.
-            The others: as in a call.
-
-        Returns:
-            One clip; `metadata["repaint"]` has the region, the seed that was taken, and the score of every candidate.
-
-        Raises:
-            UserError: an argument is out of its range, or the region is not within the clip.
-        """
-        if candidates < 1:
-            raise UserError(f"candidates must be at least 1, got {candidates}")
-        sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
-        seeds = list(range(seed, seed + candidates))
-        for own in seeds:
-            check_seed(own)
-        request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
-        second_stage = self._check_request(request, diffusion_steps)
-        encoded = encode_clip(clip, self._encoding_codec())
-        hop = self.codec.hop_length
-        frames = region_frames(region, encoded, self.sample_rate, hop)
-        codes, found = self._regenerate(
-            request, encoded.codes, frames, seeds, second_stage, self.engine(engine, weights)
-        )
-        first, last = (frame * hop - encoded.n_padding for frame in frames)
-        decoded = self._decode(codes)[0, :, encoded.n_padding :]  # [C, S]
-        fade = fade_samples(self.codec.context, hop)
-        wav = mix_region(encoded.wav.expand(len(decoded), -1), decoded, max(0, first), last, fade)
-        about = {"region": list(region), "seed": seeds[found.best], "scores": found.scores}
-        return PipelineOutput(wav[None], self.sample_rate, codes.cpu(), self.metadata | {"repaint": about})
-
-    def audio_to_audio(
-        self, prompt: Prompt, clip: AudioInput, strength: float = 0.6, *, seed: int = 0,
-        negative_prompt: str | None = None, bpm: float | None = None, diffusion_steps: int | None = None,
-    ) -> PipelineOutput:  # fmt: skip
-        """Render a clip again with other words, in a two-stage model: its coarse codes stay, and the second stage
-        starts from the others with noise added.
-
-        Args:
-            strength: in (0, 1], how much of them is noise: near 0 the clip stays as it is, 1 keeps its coarse codes
-                only.
-            The others: as in a call.
-        """
-        request = Request.create(prompt, None, seed, Sampling(), bpm=bpm, negative_prompts=negative_prompt)
-        second_stage = self._check_request(request, diffusion_steps)
-        if second_stage is None:
-            raise UserError("this model has one stage: audio-to-audio is for two-stage models")
-        encoded = encode_clip(clip, self._encoding_codec())
-        n_frames = encoded.codes.shape[-1]
-        own = self.controls(request, 0, n_frames).supported_by(second_stage.model.config)
-        device = next(self.model.parameters()).device
-        inputs = second_stage_inputs(self.text_conditions(request), [seed], own, device)
-        codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength)
-        wav = self._decode(codes)[..., encoded.n_padding :]
-        return PipelineOutput(wav, self.sample_rate, codes.cpu(), self.metadata | {"strength": strength})
+    repaint = repaint
+    audio_to_audio = audio_to_audio
 
     def stream(
         self, prompt: Prompt, duration: float | None = 10.0, guidance_scale: float | None = None, seed: int = 0,
@@ -392,7 +300,7 @@ class MusicPipeline:
         """
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
-        sampling = self._sampling(temperature, top_k, top_p, guidance_scale, min_p)
+        sampling = self.sampling(temperature, top_k, top_p, guidance_scale, min_p)
         if bars is not None:
             duration, bpm, metre = self._bars(bars, bpm, metre)
         request = Request.create(
@@ -400,8 +308,8 @@ class MusicPipeline:
         )
         if duration is None and self.codec.context is None:
             raise UserError(f"the codec {self.codec.name} decodes whole clips only: give a duration")
-        clip = None if continue_from is None else encode_clip(continue_from, self._encoding_codec())
-        second_stage = self._check_request(request, diffusion_steps)
+        clip = None if continue_from is None else encode_clip(continue_from, self.encoding_codec())
+        second_stage = self.check_request(request, diffusion_steps)
         generator = self._generator(request, second_stage, clip, self.engine(engine, weights))
         chunk_frames = math.ceil(chunk_seconds * self.codec.frame_rate)
         n_samples, n_skipped = self._n_samples(request, clip)
@@ -450,7 +358,7 @@ class MusicPipeline:
 
     def restored_session(self, request: Request, content: dict[str, Any]) -> StreamSession:
         """The session of a saved state; see `ssmttm.generation.state`."""
-        second_stage = self._check_request(request, content["diffusion_steps"])
+        second_stage = self.check_request(request, content["diffusion_steps"])
         state = content["session"]
         generator = self._generator(request, second_stage, None, self.engine(*content["engine"]))
         session = StreamSession(self, generator, state["chunk_frames"], state["n_samples"])
@@ -528,13 +436,13 @@ class MusicPipeline:
         known = (bpm if self.supports("tempo") else None), (metre if self.supports("metre") else None)
         return duration, *known
 
-    def _sampling(
+    def sampling(
         self, temperature: float, top_k: int, top_p: float, guidance_scale: float | None, min_p: float
     ) -> Sampling:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return Sampling(temperature, top_k, top_p, scale, min_p)
 
-    def _check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
+    def check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
         """Check that the model supports the request's controls; the second stage with its number of steps. Raises
         UserError if no stage was trained with a control, a negative prompt has no guidance, or diffusion steps are
         given for a one-stage model."""
@@ -593,44 +501,14 @@ class MusicPipeline:
         generator = self._generator(request, second_stage, clip, engine)
         return StreamSession(self, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)
 
-    def _regenerate(
-        self, request: Request, codes: Tensor, frames: tuple[int, int], seeds: list[int],
-        second_stage: SecondStage | None, engine: Engine,
-    ) -> tuple[Tensor, Repainted]:  # fmt: skip
-        """Codes [1, K, T] with the frames (start, stop) generated again, once with each seed, and the choice of one."""
-        n_coarse = self.model.config.n_codebooks
-        coarse = codes[:, :n_coarse]
-        given = known_around(coarse, frames, self.pattern)
-        controls, conditions = self.controls(request, 0, codes.shape[-1]), self.text_conditions(request)
-        sampler = CodeSampler(
-            self.model, conditions, self.pattern, given.shape[-1], request.sampling, seeds[:1], given,
-            controls.supported_by(self.model.config), 0, engine,
-        )  # fmt: skip
-        found = repaint_codes(sampler, coarse, frames, seeds, self.codec.frame_rate)
-        codes = torch.cat([found.codes, codes[:, n_coarse:]], 1)
-        if second_stage is not None:
-            own = controls.supported_by(second_stage.model.config)
-            inputs = second_stage_inputs(conditions, [seeds[found.best]], own, sampler.device)
-            codes = second_stage.regenerate(codes, frames, inputs)
-        return codes, found
-
-    def _close_loop(self, request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine) -> Tensor:
-        """Codes [n, K, T] whose last frames lead into the first ones."""
-        closed = []
-        for own, alone in zip(codes.split(1), request.batches(1), strict=True):
-            both, frames = unrolled(own, self.codec.frame_rate)
-            seeds = [(alone.seeds[0] + 1 + number) % (MAX_SEED + 1) for number in range(_LOOP_CANDIDATES)]
-            closed.append(self._regenerate(alone, both, frames, seeds, second_stage, engine)[0][..., : own.shape[-1]])
-        return torch.cat(closed)
-
-    def _encoding_codec(self) -> Codec:
+    def encoding_codec(self) -> Codec:
         """The codec, or the teacher of one that only decodes."""
         if self._encoder is None:
             self._encoder = encoder_of(self.codec).to(next(self.model.parameters()).device)
         return self._encoder
 
     @torch.inference_mode()
-    def _decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """Audio of codes [1, K, T]. A long clip is decoded in parts, so that an hour needs no more memory than they."""
         n_frames = math.ceil(_DECODED_SECONDS * self.codec.frame_rate)
         if codes.shape[-1] <= n_frames or self.codec.context is None:

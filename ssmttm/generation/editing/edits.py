@@ -1,0 +1,135 @@
+"""A clip edited by a pipeline: a region generated again, audio-to-audio, the end of a loop.
+
+Shapes: n clips, K codebooks, T frames, C channels, S samples.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ssmttm.errors import UserError
+from ssmttm.generation.code_generation import PipelineOutput, second_stage_inputs
+from ssmttm.generation.editing.continuation import AudioInput, encode_clip
+from ssmttm.generation.editing.loop import unrolled
+from ssmttm.generation.editing.repaint import (
+    Repainted,
+    fade_samples,
+    known_around,
+    mix_region,
+    region_frames,
+    repaint_codes,
+)
+from ssmttm.generation.engine import CodeSampler
+from ssmttm.generation.engines import Engine
+from ssmttm.generation.request import MAX_SEED, Prompt, Request, Sampling, check_seed
+from ssmttm.generation.second_stage import SecondStage
+
+if TYPE_CHECKING:
+    from ssmttm.generation.pipeline import MusicPipeline
+
+_LOOP_CANDIDATES = 4
+
+
+def repaint(
+    pipeline: "MusicPipeline", prompt: Prompt, clip: AudioInput, region: tuple[float, float], *, candidates: int = 4,
+    seed: int = 0, guidance_scale: float | None = None, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
+    min_p: float = 0.0, negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
+    diffusion_steps: int | None = None, engine: str = "auto", weights: str = "fp32",
+) -> PipelineOutput:  # fmt: skip
+    """Generate a region of a clip again. Outside it the samples are the clip's own, mono at `sample_rate`, but for
+    a short mix at its edges, within the codec's reach.
+
+    Args:
+        clip: as `continue_from` of a call.
+        region: start and stop in seconds.
+        candidates: how many are generated, with seeds `seed`, `seed` + 1, ...; the one is taken after which the
+            model predicts the rest of the clip best.
+        The others: as in a call.
+
+    Returns:
+        One clip; `metadata["repaint"]` has the region, the seed that was taken, and the score of every candidate.
+
+    Raises:
+        UserError: an argument is out of its range, or the region is not within the clip.
+    """
+    if candidates < 1:
+        raise UserError(f"candidates must be at least 1, got {candidates}")
+    sampling = pipeline.sampling(temperature, top_k, top_p, guidance_scale, min_p)
+    seeds = list(range(seed, seed + candidates))
+    for own in seeds:
+        check_seed(own)
+    request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
+    second_stage = pipeline.check_request(request, diffusion_steps)
+    encoded = encode_clip(clip, pipeline.encoding_codec())
+    hop = pipeline.codec.hop_length
+    frames = region_frames(region, encoded, pipeline.sample_rate, hop)
+    codes, found = _regenerate(
+        pipeline, request, encoded.codes, frames, seeds, second_stage, pipeline.engine(engine, weights)
+    )
+    first, last = (frame * hop - encoded.n_padding for frame in frames)
+    decoded = pipeline.decode(codes)[0, :, encoded.n_padding :]  # [C, S]
+    fade = fade_samples(pipeline.codec.context, hop)
+    wav = mix_region(encoded.wav.expand(len(decoded), -1), decoded, max(0, first), last, fade)
+    about = {"region": list(region), "seed": seeds[found.best], "scores": found.scores}
+    return PipelineOutput(wav[None], pipeline.sample_rate, codes.cpu(), pipeline.metadata | {"repaint": about})
+
+
+def audio_to_audio(
+    pipeline: "MusicPipeline", prompt: Prompt, clip: AudioInput, strength: float = 0.6, *, seed: int = 0,
+    negative_prompt: str | None = None, bpm: float | None = None, diffusion_steps: int | None = None,
+) -> PipelineOutput:  # fmt: skip
+    """Render a clip again with other words, in a two-stage model: its coarse codes stay, and the second stage
+    starts from the others with noise added.
+
+    Args:
+        strength: in (0, 1], how much of them is noise: near 0 the clip stays as it is, 1 keeps its coarse codes
+            only.
+        The others: as in a call.
+    """
+    request = Request.create(prompt, None, seed, Sampling(), bpm=bpm, negative_prompts=negative_prompt)
+    second_stage = pipeline.check_request(request, diffusion_steps)
+    if second_stage is None:
+        raise UserError("this model has one stage: audio-to-audio is for two-stage models")
+    encoded = encode_clip(clip, pipeline.encoding_codec())
+    n_frames = encoded.codes.shape[-1]
+    own = pipeline.controls(request, 0, n_frames).supported_by(second_stage.model.config)
+    device = next(pipeline.model.parameters()).device
+    inputs = second_stage_inputs(pipeline.text_conditions(request), [seed], own, device)
+    codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength)
+    wav = pipeline.decode(codes)[..., encoded.n_padding :]
+    return PipelineOutput(wav, pipeline.sample_rate, codes.cpu(), pipeline.metadata | {"strength": strength})
+
+
+def close_loop(
+    pipeline: "MusicPipeline", request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine
+) -> Tensor:
+    """Codes [n, K, T] whose last frames lead into the first ones."""
+    closed = []
+    for own, alone in zip(codes.split(1), request.batches(1), strict=True):
+        both, frames = unrolled(own, pipeline.codec.frame_rate)
+        seeds = [(alone.seeds[0] + 1 + number) % (MAX_SEED + 1) for number in range(_LOOP_CANDIDATES)]
+        closed.append(_regenerate(pipeline, alone, both, frames, seeds, second_stage, engine)[0][..., : own.shape[-1]])
+    return torch.cat(closed)
+
+
+def _regenerate(
+    pipeline: "MusicPipeline", request: Request, codes: Tensor, frames: tuple[int, int], seeds: list[int],
+    second_stage: SecondStage | None, engine: Engine,
+) -> tuple[Tensor, Repainted]:  # fmt: skip
+    """Codes [1, K, T] with the frames (start, stop) generated again, once with each seed, and the choice of one."""
+    n_coarse = pipeline.model.config.n_codebooks
+    coarse = codes[:, :n_coarse]
+    given = known_around(coarse, frames, pipeline.pattern)
+    controls, conditions = pipeline.controls(request, 0, codes.shape[-1]), pipeline.text_conditions(request)
+    sampler = CodeSampler(
+        pipeline.model, conditions, pipeline.pattern, given.shape[-1], request.sampling, seeds[:1], given,
+        controls.supported_by(pipeline.model.config), 0, engine,
+    )  # fmt: skip
+    found = repaint_codes(sampler, coarse, frames, seeds, pipeline.codec.frame_rate)
+    codes = torch.cat([found.codes, codes[:, n_coarse:]], 1)
+    if second_stage is not None:
+        own = controls.supported_by(second_stage.model.config)
+        inputs = second_stage_inputs(conditions, [seeds[found.best]], own, sampler.device)
+        codes = second_stage.regenerate(codes, frames, inputs)
+    return codes, found
