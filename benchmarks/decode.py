@@ -1,6 +1,6 @@
 """One decoding step at two positions against other implementations, one thread, batch 2 (caption and null condition).
 
-    python benchmarks/decode.py --out benchmarks/results/decode
+    python -m benchmarks.decode --out benchmarks/results/decode
 
 Baselines of the same size: transformers' Mamba2ForCausalLM with its cache, and transformers' MusicGen decoder with its
 cache (`--width 1024 --layers 24` is MusicGen-small's). A case's ratio is its time over that of ssmttm's Mamba-2.
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from paired import paired, report, summary
 from transformers import Mamba2Config, Mamba2ForCausalLM, MusicgenDecoderConfig, MusicgenForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from benchmarks.paired import paired, report, summary
 from ssmttm.models import TokenLM, TokenLMConfig
 from ssmttm.text.condition import TextCondition
 
