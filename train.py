@@ -25,12 +25,14 @@ examples:
   python train.py experiment=tiny_stage2 data.store=STORE                  second stage: the others, by latent diffusion
   python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE   a small student of a large model
   python train.py experiment=tinyttm_codec data.store=STORE                a small decoder for the embedded codec
+  python train.py experiment=lora init=tiny_lm data.store=STORE            an adapter: one's own music (docs/finetune.md)
   the same command again                                                   resumes from the newest good checkpoint
 
 main keys (all keys by task: ssmttm/config/training.py; of the models: ssmttm/config/model.py):
   data.store=DIR            the store to train on, made by `python -m data_prep`
   data.batch_size=N         items per optimiser step, over all devices; train.micro_batch_size=N limits memory
   train.steps=N             optimiser steps; optim.lr=X learning rate; train.precision=auto|fp32|bf16
+  optim=adamw|muon          schedule=cosine|linear|wsd|constant; train.recompute=selective|full saves memory
   train.eval_every=N        validation; train.checkpoint_every=N checkpoints; train.sample_every=N audio samples
   run_dir=DIR               checkpoints, metrics.jsonl, tensorboard, samples
   resume=auto|none|FOLDER   resume the run, require an empty folder, or start from a checkpoint
