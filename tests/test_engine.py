@@ -10,6 +10,7 @@ from far_device import FAR, far_device
 from small_token_lms import VARIANTS, E, K, S, V, captions, randomised, small_token_lm
 
 from ssmttm import MusicPipeline
+from ssmttm.cli.main import main
 from ssmttm.errors import UserError
 from ssmttm.generation import engines
 from ssmttm.generation.engine import CodeSampler, TextConditions, draw_uniforms, generate
@@ -344,6 +345,14 @@ def test_onnx_runtime_goes_on_from_the_fused_engines_state():
 def test_auto_takes_the_fused_engine_and_says_so():
     engine = engines.build(small_token_lm().eval())
     assert engine.name == "fused" and "fastest" in engine.reason and instruction_set() in engine.reason
+
+
+def test_info_tells_which_engines_are_usable(capsys):
+    main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    usable = {line.split()[0]: line for line in lines[-3:]}
+    assert list(usable) == ["fused", "ort", "torch"]
+    assert "yes" in usable["fused"] and f"compiled for {instruction_set()}" in usable["fused"]
 
 
 def test_model_that_is_not_in_the_library_runs_on_torch_with_the_reason():
