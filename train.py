@@ -25,7 +25,7 @@ examples:
   python train.py experiment=tiny_stage2 data.store=STORE                  second stage: the others, by latent diffusion
   python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE   a small student of a large model
   python train.py experiment=tinyttm_codec data.store=STORE                a small decoder for the embedded codec
-  python train.py experiment=lora init=tiny_lm data.store=STORE            an adapter: one's own music (docs/finetune.md)
+  python train.py experiment=lora init=tiny_lm data.store=STORE            an adapter for one's own music
   the same command again                                                   resumes from the newest good checkpoint
 
 main keys (all keys by task: ssmttm/config/training.py; of the models: ssmttm/config/model.py):
