@@ -2,7 +2,7 @@
 
 Forward and backward of the paper's Prefix SiMBA (model=prefix_simba) with 6 of its 24 layers, one item of 2,588 frames,
 on the CPU, in the precision that a training chooses there. Each case is a process of its own, so that its peak is its
-own; the time is the median over steps and rounds. With --baseline DIR, a checkout of an earlier commit, ratios are to
+own; the times, of the clock and of the processor, are medians over steps and rounds. With --baseline DIR, a checkout of an earlier commit, ratios are to
 that. Writes benchmarks/results/training_memory.json.
 """
 
@@ -40,15 +40,16 @@ codes = torch.randint(model.config.codebook_size, (1, model.config.n_codebooks, 
 text = TextCondition.stack([torch.randn(16, model.config.text_dim)])
 def resident():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-start, times = resident(), []
+start, times, cpu_times = resident(), [], []
 for step in range(steps):
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
         logits = model(codes, text)
     F.cross_entropy(logits.float().flatten(0, 2), codes.flatten()).backward()
     times.append(time.perf_counter() - begun)
+    cpu_times.append(time.process_time() - cpu_begun)
     model.zero_grad(set_to_none=True)
-print(json.dumps({"peak_gib": resident(), "model_gib": start, "seconds": times[1:]}))
+print(json.dumps({"peak_gib": resident(), "model_gib": start, "seconds": times[1:], "cpu_seconds": cpu_times[1:]}))
 """
 
 
@@ -60,11 +61,12 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=4, help="of a process, the first is not timed (default: %(default)s)"
     )
+    parser.add_argument("--cases", nargs="+", default=MODES, help="(default: all)")
     parser.add_argument("--rounds", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
     args = parser.parse_args()
     cases = {"baseline": args.baseline} if args.baseline else {}
-    cases |= dict.fromkeys(MODES, ROOT)
+    cases |= dict.fromkeys(args.cases, ROOT)
     found: dict[str, list[dict]] = {name: [] for name in cases}
     for _ in range(args.rounds):
         for name, folder in cases.items():
@@ -77,8 +79,9 @@ def main() -> None:
     results = {name: summary(rounds) for name, rounds in found.items()}
     reference = results[next(iter(cases))]
     for name, row in results.items():
-        memory, seconds = row["peak_gib"] / reference["peak_gib"], row["seconds"] / reference["seconds"]
-        print(f"{name:10} {row['peak_gib']:6.2f} GiB  {memory:.2f} x   {row['seconds']:6.2f} s  {seconds:.2f} x")
+        peak, seconds, cpu = (row[key] / reference[key] for key in ("peak_gib", "seconds", "cpu_seconds"))
+        times = f"{row['seconds']:6.2f} s  {seconds:.2f} x   processor {row['cpu_seconds']:6.2f} s  {cpu:.2f} x"
+        print(f"{name:10} {row['peak_gib']:6.2f} GiB  {peak:.2f} x   {times}")
     OUT.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
     print(OUT)
 
@@ -91,6 +94,7 @@ def summary(rounds: list[dict]) -> dict[str, float]:
         "model_gib": max(one["model_gib"] for one in rounds),
         "seconds": float(np.median(seconds)),
         "p10_seconds": float(np.percentile(seconds, 10)),
+        "cpu_seconds": float(np.median([time for one in rounds for time in one["cpu_seconds"]])),
     }
 
 

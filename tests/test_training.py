@@ -210,6 +210,12 @@ def test_training_without_any_caption_warns(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_training_on_segments_that_are_all_too_short_warns(codes_store, tmp_path, capsys):
+    loop.train(lm_config(codes_store, tmp_path / "run", "train.steps=1", "data.frames=21"))
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "is shorter than data.frames=21" in warning and "data.frames=20" in warning
+
+
 def test_throughput_measures_its_peak_again_when_it_is_exceeded():
     measured = []
 

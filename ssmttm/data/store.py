@@ -134,6 +134,10 @@ class Store:
             raise UserError(f"{self.path} has no {split} segments ({counts}): prepare more data")
         return rows
 
+    def longest(self, split: str) -> int:
+        """The frames of the longest segment of a split."""
+        return int(self._frames[self.indices(split)].max())
+
     def ids(self, rows: np.ndarray) -> list[str]:
         """Segment ids of rows."""
         return self._ids.take(pa.array(rows)).to_pylist()

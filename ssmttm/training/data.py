@@ -66,6 +66,18 @@ def no_captions_warning(store: Store, name: str, batch: Mapping[str, Any]) -> st
             "prepare the store again with them")  # fmt: skip
 
 
+def short_segments_warning(store: Store, name: str, config: DictConfig) -> str | None:
+    """A warning if a training reads codes and every segment that it learns from is shorter than an item."""
+    frames = config.data.get("frames")
+    if frames is None or not store.info.get("codec"):
+        return None
+    longest = store.longest("train")
+    if longest >= frames:
+        return None
+    return (f"every training segment of {name} is shorter than data.frames={frames}, so each item is padded: set "
+            f"data.frames={longest}, the longest, or prepare longer segments")  # fmt: skip
+
+
 def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) -> Codec:
     """The codec of a store's codes, limited to `n_codebooks`. Raises UserError if the installed one is another."""
     check_complete(store, name)

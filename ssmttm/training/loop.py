@@ -26,7 +26,7 @@ from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
 from ssmttm.training.accelerator import Ranks, build_accelerator, peak_memory
 from ssmttm.training.checkpointer import CheckpointWriter, Progress, load_initial_weights, restore
-from ssmttm.training.data import no_captions_warning
+from ssmttm.training.data import no_captions_warning, short_segments_warning
 from ssmttm.training.ema import EMA
 from ssmttm.training.initial_model import with_model_of_init
 from ssmttm.training.metrics import MetricsLog, Throughput, measured_peak, peak_flops, progress_line, validation_line
@@ -126,7 +126,8 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
         devices = f"{world_size} x {accelerator.device.type} {precision}"
         print(f"device       {devices}, peak {peak / 1e12:.3g} TFLOP/s each ({peak_source})")
         print(f"run folder   {run_dir}{f', resumed from {resumed.name}' if resumed else ''}", flush=True)
-        for line in (warning, no_captions_warning(task.store, config.data.store, first[0])):
+        no_captions = no_captions_warning(task.store, config.data.store, first[0])
+        for line in (warning, no_captions, short_segments_warning(task.store, config.data.store, config)):
             if line:
                 print(f"warning: {line}", file=sys.stderr, flush=True)
     throughput = Throughput(peak * world_size, lambda: world_size * measured_peak(accelerator.device, precision))

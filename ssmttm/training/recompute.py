@@ -22,10 +22,12 @@ from ssmttm.errors import UserError
 from ssmttm.mixers import mamba1, mamba2, mamba3, s4d
 from ssmttm.models.blocks import Sublayer
 from ssmttm.models.denoiser_stack import AdaLNSublayer
+from ssmttm.ops.ssd import chunked
 
 MODES = ("none", "selective", "full")
 
-# Their backward is written by hand: compiled blocks call them, and are not compiled into them.
+# Their backward is written by hand: compiled sublayers call them, and are not compiled into them. The two halves of the
+# chunked SSD are compiled by themselves.
 _OPERATIONS = (
     (mamba1, "selective_scan"), (mamba1, "causal_conv"), (mamba2, "ssd"), (mamba2, "causal_conv"),
     (mamba3, "mamba3"), (s4d, "s4d_outputs"),
@@ -62,6 +64,8 @@ def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
     if compiled:
         for mixer, operation in _OPERATIONS:
             setattr(mixer, operation, torch.compiler.disable(getattr(mixer, operation)))
+        for name in ("_forward", "_backward"):
+            setattr(chunked, name, torch.compile(getattr(chunked, name), dynamic=False))
     for sublayer in sublayers:
         sublayer.forward = _with_gradient(sublayer.forward, recompute, compiled)  # type: ignore[method-assign]
 

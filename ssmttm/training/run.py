@@ -164,8 +164,9 @@ def _check_same_settings(config: DictConfig, folder: Path) -> None:
     old, new = _settings(checkpoint.read_config(folder)), _settings(config)
     if config.train.minutes is None:  # a run that was trained for a time may be continued by steps
         del new["train.minutes"]
-    defaults = flatten(load(f"task={config.task}"))  # of keys that are newer than the run
-    changed = [key for key in sorted(new) if old.get(key, defaults.get(key)) != new[key]]  # old: also of other tasks
+    if new.keys() - old.keys():  # keys that are newer than the run
+        old = flatten(load(f"task={config.task}")) | old
+    changed = [key for key in sorted(new) if old.get(key) != new[key]]  # the old one may have keys of other tasks
     if changed:
         listed = "; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed)
         raise UserError(f"the settings differ from {folder} ({listed}): restore them, or give another run_dir")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_STATES = 2**23  # elements of the states between chunks that are in memory at a time, on a CPU
+_STATES = 2**22  # elements of the states between chunks that are in memory at a time, on a CPU
 
 
 class ChunkedSSD(torch.autograd.Function):
@@ -259,6 +259,8 @@ class _Chunked:
     def by_head(self, tensor: Tensor, scale: Tensor | None = None) -> Tensor:
         """[b, c, q, h, p], scaled by [b, c, q, h] -> [bch, q, p], contiguous for the batched product."""
         tensor = tensor.transpose(2, 3)
+        if torch.compiler.is_compiling():  # the product and the copy become one
+            return (tensor if scale is None else tensor * self.as_x(scale).transpose(2, 3)).contiguous().flatten(0, 2)
         result = tensor.new_empty(tensor.shape)
         if scale is None:
             result.copy_(tensor)
