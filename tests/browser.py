@@ -30,7 +30,7 @@ class Browser:
         port_file = profile / "DevToolsActivePort"
         wait_for(lambda: port_file.exists() and "\n" in port_file.read_text(), 20, self.log.read_text)
         port, path = port_file.read_text().split()
-        self.socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None)
+        self.socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None).__enter__()  # until close
         self.numbers = itertools.count()
         self.events = []
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import soundfile
 from small_web import PROMPT, RATE, SinePipeline, wait_until
 from web_server import run_server
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from ssmttm import MusicPipeline
@@ -97,6 +99,27 @@ def test_a_client_that_does_not_read_stops_its_stream_not_the_others(running):
         assert sum(len(data) for data in received if isinstance(data, bytes)) == 2 * RATE * 2
         assert pipe.turns.count("deaf") == n_turns
     wait_until(lambda: service.scheduler.counts() == (0, 0))
+
+
+def test_a_server_that_stops_tells_its_clients_and_ends_at_once():
+    pipe = SinePipeline()
+    pipe.pace = 0.01
+    with run_server({"sine": pipe}) as (port, service):
+        stream = connect(f"ws://127.0.0.1:{port}/v1/stream", close_timeout=0.1).__enter__()
+        stream.send(json.dumps({"type": "start", "prompt": PROMPT, "lead": 0.5}))
+        connection = post(
+            port, json.dumps({"prompt": PROMPT, "duration": 600}).encode(), headers="Connection: close\r\n"
+        )
+        wait_until(lambda: service.scheduler.counts() == (2, 0))
+        start = time.monotonic()
+    assert time.monotonic() - start < 1.5
+    status, text = answer(connection)
+    assert status == 503 and json.loads(text)["error"] == "the server stops"
+    messages = []
+    with suppress(ConnectionClosed):
+        while True:
+            messages.append(stream.recv())
+    assert json.loads(messages[-1]) == {"type": "error", "message": "the server stops"}
 
 
 def test_a_flood_of_connections_is_answered(running):

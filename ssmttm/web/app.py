@@ -39,9 +39,9 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    422: {"description": "A value is not possible: {error}"},
-    429: {"description": "This address has too many generations under way: {error}"},
-    503: {"description": "The queue is full: {error}"},
+    422: {"description": "A value is not possible"},
+    429: {"description": "This address has too many generations under way"},
+    503: {"description": "The queue is full"},
 }
 
 
@@ -141,7 +141,7 @@ def create_app(
         headers = {"X-Sidecar": json.dumps(plan.sidecar), **_attachment(slug(body.prompt), body.format)}
         return Response(content, media_type=MEDIA_TYPES[body.format], headers=headers)
 
-    @app.post(CLIPS_PATH, responses={413: {"description": "The file is too large: {error}"}, 422: _ERRORS[422]})
+    @app.post(CLIPS_PATH, responses={413: {"description": "The file is too large"}, 422: _ERRORS[422]})
     async def upload_clip(file: UploadFile, model: str | None = None) -> dict[str, Any]:
         """Upload an audio file to go on from: its id is for `continue_from`."""
         sample_rate = service.pipelines[service.model_name(model)].sample_rate

@@ -22,8 +22,7 @@ class ClipGeneration:
     """A whole clip; see `ssmttm.web.scheduler.Generation`.
 
     Attributes:
-        audio: int16 [S, C], once all of it is generated; or UserError, or HTTPException
-            for a bug.
+        audio: int16 [S, C], once all of it is generated; or HTTPException.
     """
 
     def __init__(self, client: str, open_session: "Callable[[], StreamSession]") -> None:
@@ -52,11 +51,11 @@ class ClipGeneration:
     def queued(self, position: int) -> None:
         """Nothing: an HTTP answer has no place for it; GET /v1/status tells the length of the queue."""
 
-    def failed(self, message: str, is_bug: bool) -> None:
+    def failed(self, message: str, status: int) -> None:
         """Hand the error to the route."""
         from starlette.exceptions import HTTPException
 
-        self._settle(self.audio.set_exception, HTTPException(500, message) if is_bug else UserError(message))
+        self._settle(self.audio.set_exception, HTTPException(status, message))
 
     def _settle(self, settle: Callable[..., None], value: object) -> None:
         """Set the future in its own thread, unless its request is gone."""
@@ -165,7 +164,7 @@ class StreamGeneration:
             self._place = position
             self._post({"type": "queued", "position": position})
 
-    def failed(self, message: str, is_bug: bool) -> None:
+    def failed(self, message: str, status: int) -> None:
         """Tell the listener why the music ended."""
         self._post({"type": "error", "message": message})
 

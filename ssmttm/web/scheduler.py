@@ -46,8 +46,8 @@ class Generation(Protocol):
     def queued(self, position: int) -> None:
         """Told its place in the queue, from 1, at the start and whenever it changes."""
 
-    def failed(self, message: str, is_bug: bool) -> None:
-        """Told why it ended early, in one line."""
+    def failed(self, message: str, status: int) -> None:
+        """Told why it ended early, in one line, and the status of HTTP."""
 
 
 class Scheduler:
@@ -95,15 +95,20 @@ class Scheduler:
             return len(self._active), len(self._waiting)
 
     def close(self) -> None:
-        """End all generations and the thread, after the current turn."""
+        """End all generations, which are told so, and the thread, after the current turn."""
         with self._changed:
             self._closed = True
+            ended = [*self._active, *self._waiting]
             self._active.clear()
             self._waiting.clear()
             self._changed.notify()
+        for generation in ended:
+            generation.failed("the server stops", 503)
         self._thread.join()
 
     def _check_room(self, client: str) -> None:
+        if self._closed:
+            raise Busy(503, "the server stops")
         same = sum(other.client == client for other in (*self._active, *self._waiting))
         if same >= self._limits.per_client:
             raise Busy(429, f"{same} generations of this address are under way: wait until one has ended")
@@ -149,8 +154,8 @@ def _take_turn(generation: Generation) -> bool:
     try:
         return generation.turn()
     except UserError as error:
-        generation.failed(" ".join(str(error).split()), is_bug=False)
+        generation.failed(" ".join(str(error).split()), 422)
     except Exception:  # a bug must not stop the other listeners' music
         _logger.exception("a generation failed")
-        generation.failed("the server failed: its log says why", is_bug=True)
+        generation.failed("the server failed: its log says why", 500)
     return False

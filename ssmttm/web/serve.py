@@ -1,5 +1,6 @@
 """Bind the address, load the models, serve until interrupted."""
 
+import asyncio
 import errno
 import ipaddress
 import os
@@ -91,14 +92,19 @@ def _serve(
 
 
 def make_server(app: "FastAPI", limits: Limits) -> "uvicorn.Server":
-    """Uvicorn with our limits; silent but for errors."""
+    """Uvicorn with our limits; silent but for errors. When it stops, generations end first."""
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await asyncio.to_thread(app.state.service.close)
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app, log_level="error", access_log=False, lifespan="on", limit_concurrency=_MAX_CONNECTIONS,
         ws="websockets-sansio", ws_max_size=limits.body_bytes, timeout_graceful_shutdown=2, server_header=False,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def address_of(listening: socket.socket, host: str, token: str | None) -> str:
