@@ -52,6 +52,8 @@ def test_blocks_run_in_order(tmp_path, monkeypatch, capfdbinary):
     assert wav.shape == (1, 2 * rate) and wav.square().mean().sqrt() > 1e-3
     assert Path("live.pcm").read_bytes() == Path("live.wav").read_bytes()[44:]
     assert audio.read("longer.wav")[0].shape[-1] == 9 * rate and audio.read("loop.wav")[0].shape[-1] == 4 * rate
+    as_dict = names["out"].as_dicts()[0]
+    assert as_dict["audio"].shape == (1, 24_000) and as_dict["sampling_rate"] == 24_000
     assert names["same"].model.embedding.weight.element_size() == 2
 
 

@@ -162,6 +162,7 @@ def test_settings_out_of_range_change_nothing(pipe):
         ({"bpm": -1}, "bpm must be above 0"),
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"prompt": {"a": -1}}, "weights must be at least 0"),
+        ({"negative_prompt": "drums", "guidance_scale": 1.0}, "acts through guidance"),
     ]:
         with pytest.raises(UserError, match=message):
             session.change(**wrong)

@@ -113,7 +113,8 @@ def sample(
         first = _first_step(settings, strength) * scheduler.order
         timesteps, times = scheduler.timesteps[first:], times[first:]
         if start is not None and first:
-            scheduler.set_begin_index(first)
+            if hasattr(scheduler, "set_begin_index"):  # DDPM keeps no index
+                scheduler.set_begin_index(first)
             x = objective.add_noise(start.float(), x, times[:1].to(x.device).expand(batch))
         for timestep, value in zip(timesteps, times.tolist(), strict=True):
             time = torch.full((batch,), value, device=x.device)

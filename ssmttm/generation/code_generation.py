@@ -34,6 +34,11 @@ class PipelineOutput:
     codes: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The clips as transformers' text-to-audio pipeline returns them: `audio`, float32 [channels, S] in NumPy, and
+        `sampling_rate`."""
+        return [{"audio": wav.numpy(), "sampling_rate": self.sample_rate} for wav in self.audios]
+
 
 @dataclass(frozen=True)
 class Change:

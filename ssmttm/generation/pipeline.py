@@ -150,25 +150,23 @@ class MusicPipeline:
         adapter, model = read_adapter(folder), self._folders[0]
         check_base(adapter, self.metadata["model"]["weights_sha256"], model.name)
         adapters = [*self._adapters, (adapter, strength)]
-        strengths = self.unload_adapters()
+        unmerge(self.model, self._unadapted)
         try:
             self._unadapted = merge(self.model, adapters)
-            self._adapters = adapters
         except UserError:
-            self._unadapted = merge(self.model, strengths)
-            self._adapters = strengths
+            self._unadapted = merge(self.model, self._adapters)
             raise
+        self._adapters = adapters
         self.metadata["adapters"] = [
             {"name": own.name, "strength": value, "licence": own.card.get("licence"), "data": own.card.get("data")}
             for own, value in adapters
         ]
 
-    def unload_adapters(self) -> list[tuple[Adapter, float]]:
-        """Restore the weights without adapters. Returns those that there were, with their strengths."""
+    def unload_adapters(self) -> None:
+        """Restore the weights without adapters."""
         unmerge(self.model, self._unadapted)
-        removed, self._adapters, self._unadapted = self._adapters, [], {}
+        self._adapters, self._unadapted = [], {}
         self.metadata.pop("adapters", None)
-        return removed
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the model folder that this pipeline was loaded from, with its second stage, codec and text encoder if
@@ -423,7 +421,10 @@ class MusicPipeline:
         return any(getattr(config, key) for config in stages)
 
     def check_controls(self, request: Request) -> None:
-        """Raises UserError if no stage was trained with one of the request's controls."""
+        """Raises UserError if no stage was trained with one of the request's controls, or a negative prompt has no
+        guidance to act through."""
+        if any(request.negative_prompts) and request.sampling.guidance_scale == 1.0 and self.second_stage is None:
+            raise UserError("a negative prompt acts through guidance, which is 1 (none): give a guidance above 1")
         for name, key in (("bpm", "tempo"), ("melody", "chroma"), ("key", "key"), ("metre", "metre")):
             if getattr(request, name) is not None and not self.supports(key):
                 raise UserError(f"this model was not trained with {name} (model.{key}=true): leave it out")
@@ -444,11 +445,8 @@ class MusicPipeline:
 
     def check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
         """Check that the model supports the request's controls; the second stage with its number of steps. Raises
-        UserError if no stage was trained with a control, a negative prompt has no guidance, or diffusion steps are
-        given for a one-stage model."""
+        UserError as `check_controls`, or if diffusion steps are given for a one-stage model."""
         self.check_controls(request)
-        if any(request.negative_prompts) and request.sampling.guidance_scale == 1.0 and self.second_stage is None:
-            raise UserError("a negative prompt acts through guidance, which is 1 (none): give a guidance above 1")
         if request.melody is not None:  # the part that is followed
             used = request.melody
             if request.duration is not None:
