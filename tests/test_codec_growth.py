@@ -227,6 +227,9 @@ def test_fast_distances_agree_with_the_metric_and_see_notes():
     half = fast_distances(note[:, :5000] * 0.5, note[:, :5000], 24000)  # shorter than the longest window
     assert half["pitch"] == pytest.approx(0.5, abs=0.01) and half["notes"] == pytest.approx(0.5, abs=0.01)
     assert "notes" not in fast_distances(note[:, :1500], note[:, :1500], 24000)
+    struck = torch.cat([0.01 * note[:, :24000], note[:, :24000]], dim=1)
+    late = torch.cat([0.01 * note[:, :26000], note[:, :22000]], dim=1)
+    assert fast_distances(late, struck, 24000)["flux"] > 5 * fast_distances(0.7 * struck, struck, 24000)["flux"]
     quiet = fast_distances(torch.zeros_like(note), torch.zeros_like(note), 24000)
     assert quiet["pitch"] == 0 and quiet["notes"] == 0
 

@@ -25,6 +25,7 @@ SCALES = (Scale(4096, 320), Scale(2048, 160), Scale(1024, 80), Scale(512, 40), S
 FLOOR = 1e-5  # magnitudes are clamped to at least this
 PITCH_WINDOW, PITCH_LIMIT = 8192, 1500.0  # samples, Hz: where notes have their loudest partials
 NOTE_WINDOWS = (4096, 2048)
+FLUX_WINDOW = 1024  # the longest of `flux`
 
 
 def reconstruction_losses(
@@ -70,19 +71,22 @@ def fast_distances(
     cost of `spectral_distances`; computed in float32. Windows longer than S are left out.
 
     Returns:
-        Scalars: `mel` and `spectrum`, as in `spectral_distances`; `pitch`, the L1 distance of magnitudes below
+        Scalars: `mel` and `spectrum`, as in `spectral_distances`; `flux`, the L1 distance of the changes of log10 mel
+        magnitudes from frame to frame in short windows, for onsets; `pitch`, the L1 distance of magnitudes below
         PITCH_LIMIT in a window long enough to separate bass notes; `notes`, that of the magnitude in each semitone
         (`ssmttm.codecs.notes`). The last two are relative to the target's mean in the frame, so that quiet passages
         count as much as loud ones.
     """
     with torch.autocast(target.device.type, enabled=False):
         a, b = output.float(), target.float()
-        mel, spectrum, notes = [], [], []
+        mel, spectrum, notes, flux = [], [], [], []
         for window, n_mels in _fitting(scales, a.shape[-1]):
             bank = mel_filterbank(sample_rate, window, n_mels, device=a.device).T  # [F, M]
             magnitude_a, magnitude_b = (magnitudes(wav, window, window // 2) for wav in (a, b))  # [B, T, F]
             log_mel_a, log_mel_b = ((m @ bank).clamp_min(FLOOR).log10() for m in (magnitude_a, magnitude_b))
             mel.append(F.l1_loss(log_mel_a, log_mel_b))
+            if window <= FLUX_WINDOW:
+                flux.append(F.l1_loss(log_mel_a.diff(dim=1), log_mel_b.diff(dim=1)))
             loudness = magnitude_b.mean(dim=(1, 2)).clamp_min(1e-3)
             spectrum.append(((magnitude_a - magnitude_b).abs().mean(dim=(1, 2)) / loudness).mean())
             if window in NOTE_WINDOWS:
@@ -92,8 +96,8 @@ def fast_distances(
         window, bins = _low_band(PITCH_WINDOW, PITCH_LIMIT, sample_rate, a.shape[-1])
         magnitude_a, magnitude_b = (magnitudes(wav, window, window // 4, bins) for wav in (a, b))
         pitch = _relative((magnitude_a - magnitude_b).abs(), magnitude_b)
-    losses = {"mel": torch.stack(mel).mean(), "spectrum": torch.stack(spectrum).mean(), "pitch": pitch}
-    return losses | ({"notes": torch.stack(notes).mean()} if notes else {})
+    means = {"mel": mel, "spectrum": spectrum, "flux": flux, "notes": notes}
+    return {"pitch": pitch} | {name: torch.stack(values).mean() for name, values in means.items() if values}
 
 
 def _fitting(scales: tuple[Scale, ...], samples: int) -> list[Scale]:

@@ -110,6 +110,7 @@ class CodecLosses:
     spectrum: float = 1.0
     pitch: float = 2.0  # magnitudes of the low band in a long window, with codec_training.fast_losses
     notes: float = 4.0  # magnitude in each semitone, likewise
+    flux: float = 5.0  # change of magnitudes from frame to frame, likewise
     codebook: float = 1.0
     commitment: float = 0.25
     adversarial: float = 0.5
