@@ -176,6 +176,19 @@ def test_fused_draws_equal_torchs(sampling):
         assert torch.equal(FusedEngine(model).draw(logits, uniforms, sampling, guided), expected)
 
 
+@pytest.mark.parametrize("changes", [{}, {"layers": "attention", "positions": "rotary"}])
+def test_fused_and_torch_steps_may_take_turns_on_one_state(changes):
+    model = randomised(small_token_lm(**changes)).eval()
+    state = model.init_state(2)
+    codes = torch.randint(V, (2, K, 150), generator=torch.Generator().manual_seed(1))
+    model.prefill(codes[..., :1], captions(3, 5), state)
+    other = state.clone()
+    expected = steps_of(TorchEngine(model), other, codes, length=1)
+    fused_steps, torch_steps = FusedEngine(model).bind(state, 2), TorchEngine(model).bind(state, 2)
+    found = [(torch_steps if s // 40 % 2 else fused_steps).step(codes[..., s], NOTHING, s) for s in range(1, 150)]
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=3e-5)
+
+
 def test_code_without_an_embedding_is_an_error():
     model = small_token_lm().eval()
     state, codes = processed(model)

@@ -17,6 +17,7 @@ from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps, check
 from ssmttm.generation.engines.library import Unavailable, instruction_set, library
 from ssmttm.generation.request import Sampling
 from ssmttm.mixers import Attention, Mamba1, Mamba2
+from ssmttm.mixers.attention import AttentionState
 from ssmttm.models.blocks import MLP, Sublayer, SublayerState
 from ssmttm.models.controls import Controls
 from ssmttm.models.cross_attention import CrossAttention
@@ -111,7 +112,7 @@ class FusedEngine(Engine):
         return FusedSteps(self, state, n_items)
 
     def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool) -> Tensor:
-        logits, uniforms = logits.contiguous(), uniforms.contiguous()
+        logits, uniforms = logits.float().contiguous(), uniforms.double().contiguous()
         codes, settings = torch.empty(uniforms.shape, dtype=torch.long), self.draw_settings(sampling, guided)
         at = ctypes.addressof(settings), logits.data_ptr(), len(uniforms), uniforms.data_ptr(), codes.data_ptr()
         self.library.ssmttm_draw(*at)
@@ -227,8 +228,8 @@ class FusedSteps(Steps):
         self.sublayers = [sublayer for block in state.blocks for sublayer in block]
         self.states = (_State * len(self.sublayers))()
         self.structs = engine.pool.address, ctypes.addressof(engine.struct), ctypes.addressof(self.states)
-        for struct, sublayer in zip(self.states, self.sublayers, strict=True):
-            _point_to(struct, sublayer)
+        self.kept: list[list[Tensor]] = [[] for _ in self.sublayers]  # what the structures point to
+        self._reserve(0)
 
     @torch.inference_mode()
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
@@ -248,15 +249,16 @@ class FusedSteps(Steps):
         sampling: Sampling, guided: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         count = len(template)
-        if template.shape != uniforms.shape or template.shape[1:] != (self.n_items, self.shape[1]):
-            raise ValueError(f"got a template {list(template.shape)} and uniforms {list(uniforms.shape)}")
+        if not template.shape == uniforms.shape == (count, self.n_items, self.shape[1]) or logits.shape != self.shape:
+            shapes = [list(tensor.shape) for tensor in (template, uniforms, logits)]
+            raise ValueError(f"got a template, uniforms and logits of shapes {shapes} for {self.n_items} items")
         n_steps = count - (codes is None)
         self._reserve(n_steps)
         added = self._added(controls, index + count - n_steps, n_steps) if n_steps else None
         stride = 0 if added is None or len(added) == 1 else added[0].numel()
         found = torch.empty(template.shape, dtype=torch.long)
-        logits = logits.contiguous().clone()
-        template, uniforms = template.contiguous(), uniforms.contiguous()
+        logits = logits.float().contiguous().clone()
+        template, uniforms = template.contiguous(), uniforms.double().contiguous()
         codes = None if codes is None else codes.contiguous()
         at = [None if tensor is None else tensor.data_ptr() for tensor in (codes, added)]
         settings = self.engine.draw_settings(sampling, guided)
@@ -276,14 +278,21 @@ class FusedSteps(Steps):
         return None if self.added.is_empty else self.added.compute(controls, index, count, self.state)
 
     def _reserve(self, count: int) -> None:
-        """Make room for positions in the caches of attention; the library stores them and counts them in `lengths`."""
-        for struct, sublayer in zip(self.states, self.sublayers, strict=True):
-            cache = sublayer.inner
-            if hasattr(cache, "longest"):
-                cache.longest += count
-                if cache.longest > cache.keys.shape[1]:
-                    cache.reserve(cache.longest)
-                    _point_to(struct, sublayer)
+        """Make room for positions in the caches of attention, where the library stores them and counts them in
+        `lengths`; point to tensors that have taken the place of others."""
+        for number, sublayer in enumerate(self.sublayers):
+            if isinstance(sublayer.inner, AttentionState):
+                sublayer.inner.longest += count
+                sublayer.inner.reserve(sublayer.inner.longest)
+            kept, found = self.kept[number], _tensors(sublayer)
+            if len(kept) != len(found) or any(tensor is not known for tensor, known in zip(found, kept, strict=True)):
+                _point_to(self.states[number], sublayer)
+                self.kept[number] = _tensors(sublayer)
+
+
+def _tensors(state: SublayerState) -> list[Tensor]:
+    values = [state.adaln] if state.inner is None else [state.adaln, *vars(state.inner).values()]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _point_to(struct: _State, state: SublayerState) -> None:
@@ -296,7 +305,7 @@ def _point_to(struct: _State, state: SublayerState) -> None:
         past = inner.conv_state.transpose(1, 2).float().contiguous()  # [B, taps - 1, C]
         inner.conv_state, inner.ssm_state = past.transpose(1, 2), inner.ssm_state.contiguous()
         struct.first, struct.second = past.data_ptr(), inner.ssm_state.data_ptr()
-    elif hasattr(inner, "longest"):
+    elif isinstance(inner, AttentionState):
         inner.keys, inner.values = inner.keys.float().contiguous(), inner.values.float().contiguous()
         struct.first, struct.second, struct.slots = inner.keys.data_ptr(), inner.values.data_ptr(), inner.keys.shape[1]
         struct.lengths = inner.lengths.data_ptr()
