@@ -43,7 +43,8 @@ class NoteSpectrum(nn.Module):
     `window`, in samples, is a multiple of 2 * hop.
     """
 
-    bank: Tensor
+    bank: Tensor  # [F, N]
+    log_level: Tensor  # of a sine of amplitude 1 [N]
 
     def __init__(self, sample_rate: int, window: int, hop: int) -> None:
         super().__init__()

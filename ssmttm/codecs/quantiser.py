@@ -1,5 +1,7 @@
 """Factorised residual vector quantiser (DAC, arXiv 2306.06546, section 3.2) that re-seeds unused codes."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
@@ -98,10 +100,11 @@ class ResidualQuantiser(nn.Module):
         residual = z.flatten(0, 1)  # [n, D]
         for k in levels:
             mean, axes, _ = principal_axes(residual, self.codebooks.shape[2])  # axes [c, D]
-            self.project_in[k].weight.copy_(axes)
-            self.project_in[k].bias.copy_(-axes @ mean)
-            self.project_out[k].weight.copy_(axes.T)
-            self.project_out[k].bias.copy_(mean)
+            project_in, project_out = cast(nn.Linear, self.project_in[k]), cast(nn.Linear, self.project_out[k])
+            project_in.weight.copy_(axes)
+            project_in.bias.copy_(-axes @ mean)
+            project_out.weight.copy_(axes.T)
+            project_out.bias.copy_(mean)
             e = self.project_in[k](residual)  # [n, c]
             reseed(self.codebooks[k], torch.ones_like(self.usage[k], dtype=torch.bool), e)
             for _ in range(rounds):
@@ -119,14 +122,16 @@ class ResidualQuantiser(nn.Module):
         first `width` channels."""
         for n, k in enumerate(levels):
             self.codebooks[k] = other.codebooks[n]
+            project_in, project_out = cast(nn.Linear, self.project_in[k]), cast(nn.Linear, self.project_out[k])
+            their_in, their_out = cast(nn.Linear, other.project_in[n]), cast(nn.Linear, other.project_out[n])
             for ours, theirs in (
-                (self.project_in[k].weight.T, other.project_in[n].weight.T),
-                (self.project_out[k].weight, other.project_out[n].weight),
-                (self.project_out[k].bias, other.project_out[n].bias),
+                (project_in.weight.T, their_in.weight.T),
+                (project_out.weight, their_out.weight),
+                (project_out.bias, their_out.bias),
             ):
                 ours[:width] = theirs
                 ours[width:] = 0
-            self.project_in[k].bias.copy_(other.project_in[n].bias)
+            project_in.bias.copy_(their_in.bias)
 
     @torch.no_grad()
     def _seed(self, z: Tensor) -> None:
