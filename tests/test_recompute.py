@@ -65,7 +65,7 @@ def test_gradients_are_those_without_recomputation(name, mode):
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_blocks_have_the_same_gradients(mode, monkeypatch):
     """With torch's graphs, but without the code that would be generated from them, which takes minutes."""
-    halves = (chunked, "_forward"), (chunked, "_backward")
+    halves = (chunked, "_training_forward"), (chunked, "_backward")
     for owner, operation in (*recompute._OPERATIONS, *halves):
         monkeypatch.setattr(owner, operation, getattr(owner, operation))  # restored at the end
     compiled, calls = torch.compile, []

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from processes import train_in_two_processes
 from small_runs import metric_rows
 from small_stores import CODEBOOK_SIZE, N_CODEBOOKS, codec_config, lm_config, write_audio_store, write_codes_store
@@ -238,7 +237,8 @@ def test_throughput_measures_its_peak_again_when_it_is_exceeded():
 def test_optimizer_decays_matrices_only():
     model = build_model(config.load("model=debug").model)
     settings = config.load().optim
-    names = [{name for name in group["param_names"]} for group in build_optimizers(model, settings)["adamw"].param_groups]
+    groups = build_optimizers(model, settings)["adamw"].param_groups
+    names = [{name for name in group["param_names"]} for group in groups]
     not_decayed = names[1]
     assert names[0] | not_decayed == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -445,7 +445,7 @@ def test_init_starts_from_another_models_weights(codes_store, tmp_path):
     export(first, tmp_path / "model", half=False)
     average = checkpoint.load_weights(tmp_path / "model")
     second_config = lm_config(
-        codes_store, tmp_path / "second", "train.steps=2", "optim.lr=0", "schedule.min_lr=0", f"init={tmp_path / 'model'}"
+        codes_store, tmp_path / "second", "train.steps=2", "optim.lr=0", "schedule.min_lr=0", f"init={tmp_path}/model"
     )
     second = loop.train(second_config)
     assert all(torch.equal(value, average[name]) for name, value in weights(second).items())

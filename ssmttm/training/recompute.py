@@ -64,7 +64,7 @@ def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
     if compiled:
         for mixer, operation in _OPERATIONS:
             setattr(mixer, operation, torch.compiler.disable(getattr(mixer, operation)))
-        for name in ("_forward", "_backward"):
+        for name in ("_training_forward", "_backward"):
             setattr(chunked, name, torch.compile(getattr(chunked, name), dynamic=False))
     for sublayer in sublayers:
         sublayer.forward = _with_gradient(sublayer.forward, recompute, compiled)  # type: ignore[method-assign]

@@ -44,7 +44,8 @@ class ChunkedSSD(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         operands = x, dt, A, B, C, D, initial_state
-        parts = [_forward(*part.take(*operands), chunk_size) for part in _parts(x, B, chunk_size)]
+        forward = _training_forward if any(ctx.needs_input_grad) else _forward
+        parts = [forward(*part.take(*operands), chunk_size) for part in _parts(x, B, chunk_size)]
         if any(ctx.needs_input_grad):
             initial_state = (
                 None if initial_state is None else initial_state.clone()
@@ -191,6 +192,9 @@ def _backward(
         None if D is None else s.sum(grad_y * s.x, (0, 1, 2, 4)),
         None if initial is None else s.state_out(grad_initial),
     )
+
+
+_training_forward = _forward  # of a sequence with gradients; `ssmttm.training.recompute` may compile both halves
 
 
 def _carry(inputs: Tensor, decay: Tensor, initial: Tensor | None, backwards: bool = False) -> tuple[Tensor, Tensor]:
