@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_stores import codec_config, small_codec, write_audio_store, write_codes_store
 
+from data_prep.stages.encode import CodecOptions, Windows
 from ssmttm.codecs import TinyCodec, TinyCodecConfig, load_codec
 from ssmttm.codecs.discriminators import DiscriminatorOutput
 from ssmttm.codecs.losses import (
@@ -289,6 +290,12 @@ def test_codec_starts_from_a_smaller_codec_and_names_it(audio_store, tmp_path):
     assert set(metadata["licences"]) == {"CC-BY-4.0", "CC0-1.0"}
     with pytest.raises(UserError, match="set only one"):
         CodecTask(codec_config(audio_store, tmp_path / "run", *start, "init=somewhere"))
+
+
+def test_store_names_the_folder_of_its_codec(tmp_path):
+    small_codec(tmp_path / "codec")
+    metadata = CodecOptions(str(tmp_path / "codec"), Windows(), "cpu").metadata()
+    assert load_codec(metadata["name"]).fingerprint == metadata["fingerprint"]
 
 
 def test_codes_of_the_smaller_codec_are_refused(tmp_path):

@@ -51,7 +51,8 @@ class CodecOptions:
         codec = _load(self.name, "cpu")  # the GPU may be in another machine
         names = ("name", "fingerprint", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
         windows = {"seconds": self.windows.seconds, "margin_seconds": self.windows.margin_seconds, "dtype": "float32"}
-        return {name: getattr(codec, name) for name in names} | {"windows": windows}
+        metadata = {name: getattr(codec, name) for name in names} | {"windows": windows}
+        return metadata | ({"name": self.name} if Path(self.name).is_dir() else {})  # where training finds it again
 
     def exact_metadata(self) -> dict[str, Any]:
         """Everything that decides the codes."""
