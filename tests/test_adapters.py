@@ -23,6 +23,7 @@ from ssmttm.generation.loading import load_language_model, open_model_folder
 from ssmttm.models import build_model
 from ssmttm.ops.int8 import quantise
 from ssmttm.text.condition import TextCondition
+from ssmttm.training import adapters as training_adapters
 from ssmttm.training import loop
 from ssmttm.training.adapters import find_targets
 from ssmttm.training.checkpointer import load_initial_weights
@@ -263,6 +264,13 @@ def test_damaged_adapters_and_other_kinds_are_one_clear_line(trained, tmp_path):
     (cut / "adapter_card.json").write_text("[")
     with pytest.raises(UserError, match="cannot read "):
         read_adapter(cut)
+
+
+def test_adapter_without_peft_is_one_clear_line(store, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_adapters, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"adapter.method=lora needs peft: pip install ssmttm\[lora\]"):
+        loop.train(settings(store, base, tmp_path, "train.steps=1"))
+    loop.train(settings(store, base, tmp_path, "train.steps=1", experiment="finetune"))
 
 
 def test_commands_of_the_documentation_compose():
