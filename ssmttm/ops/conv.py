@@ -161,24 +161,26 @@ class _ShiftedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, history, taps, bias = ctx.saved_tensors
         past = len(taps) - 1
-        grad_x, grad_history, grad_taps = x.new_empty(x.shape), torch.empty_like(history), torch.zeros_like(taps)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_padded = x.new_empty(len(x), past + x.shape[1], x.shape[2])  # of history and x
+        grad_taps, grad_bias = torch.zeros_like(taps), None if bias is None else torch.zeros_like(bias)
+        overlap = taps.new_zeros(())  # of a block's gradient with the next block, which adds to it
         for items, start, stop in _blocks(x):
-            if start == 0:  # the gradient of history and x of these items
-                grad_inputs = taps.new_zeros(items.stop - items.start, past + x.shape[1], x.shape[2])
             window = _window(x, history, items, start, stop, taps)  # [i, K-1+t, C]
             block = grad[items, start:stop]
             if ctx.activation:
                 block = torch.ops.aten.silu_backward(block, _convolve(window, taps, bias).to(x.dtype))
             block = block.to(taps.dtype)
+            grad_window = torch.zeros_like(window)
+            if start > 0:
+                grad_window[:, :past] = overlap
             for k in range(len(taps)):
-                grad_inputs[:, start + k : stop + k].addcmul_(block, taps[k])
+                grad_window[:, k : k + stop - start].addcmul_(block, taps[k])
                 grad_taps[k] += (block * window[:, k : k + stop - start]).sum((0, 1))
             if grad_bias is not None:
                 grad_bias += block.sum((0, 1))
-            if stop == x.shape[1]:
-                grad_history[items], grad_x[items] = grad_inputs[:, :past], grad_inputs[:, past:]
-        return grad_x, grad_history, grad_taps.t(), grad_bias, None
+            grad_padded[items, start : stop + past] = grad_window
+            overlap = grad_window[:, stop - start :]
+        return grad_padded[:, past:], grad_padded[:, :past], grad_taps.t(), grad_bias, None
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, int, int]]:
