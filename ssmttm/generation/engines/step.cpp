@@ -30,8 +30,8 @@ constexpr int W = 4;
 constexpr int GROUP = W == 8 ? 2 : 4;  // rows of activations at a time: AVX2 has 16 registers, the others 32
 constexpr int STREAMS = 4;             // rows of a weight at a time
 // How many bytes ahead weights and Mamba-2 states are prefetched. Measured: with AVX-512 (Sapphire Rapids) 2 kB save a
-// tenth to a third of a float32 or bfloat16 product and a few hundredths of an int8 step; with AVX2 (Zen 3) 1 kB saves a
-// tenth of an int8 product, and costs a float32 one a third.
+// tenth to a third of a float32 or bfloat16 product and a few hundredths of an int8 step; with AVX2 (Zen 3) 1 kB saves
+// a tenth of an int8 product, and costs a float32 one a third.
 constexpr int AHEAD = W == 16 ? 2048 : 0, AHEAD_INT8 = W == 16 ? 2048 : W == 8 ? 1024 : 0;
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -39,11 +39,11 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef int16_t vs __attribute__((vector_size(W * 2)));
-typedef double vd __attribute__((vector_size(W * 4)));     // W / 2 doubles
+typedef double vd __attribute__((vector_size(W * 4)));  // W / 2 doubles
 typedef int64_t vl __attribute__((vector_size(W * 4)));
-typedef float vhalf __attribute__((vector_size(W * 2)));   // W / 2 floats
+typedef float vhalf __attribute__((vector_size(W * 2)));  // W / 2 floats
 
-// ---------------------------------------------------------------------------------------------------- the C structs
+// ---- the C structs ----
 enum Format { FP32, BF16, INT8 };
 enum Kind { MAMBA2, MAMBA1, ATTENTION, CROSS_ATTENTION, MLP };
 enum Norm { NONE, RMS, LAYER };
@@ -60,10 +60,11 @@ struct Sublayer {
   const float *conv_weight, *conv_bias, *dt_bias, *A, *D, *gate_norm;  // conv_weight [taps, C]
 };
 struct State {  // of a sublayer
-  float *first, *second;  // conv [R, taps - 1, C] and SSM state; or keys and values, [R, S, H, P], of a text [R, H, S, P]
-  const float* adaln;     // [R, 3, D] or null
-  int64_t* lengths;       // attention: valid slots of each row, [R]
-  const uint8_t* mask;    // cross-attention: valid tokens, [R, S]
+  float* first;   // the convolution's inputs, [R, taps - 1, C]; or keys, [R, S, H, P], of a text [R, H, S, P]
+  float* second;  // SSM state, [R, ...]; or values, as the keys
+  const float* adaln;   // [R, 3, D] or null
+  int64_t* lengths;     // attention: valid slots of each row, [R]
+  const uint8_t* mask;  // cross-attention: valid tokens, [R, S]
   int64_t slots;
 };
 struct Model {
@@ -78,14 +79,19 @@ struct Draw {  // settings of the draw; see ssmttm.generation.filters
   double top_p, min_p;
 };
 
-// ------------------------------------------------------------------------------------------------------------ vectors
-static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+// ---- vectors ----
+static inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 static inline vf splat(float x) { return x - vf{}; }
 static inline vf as_float(vi v) { return (vf)v; }
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 static inline vf smaller(vf a, vf b) { return a < b ? a : b; }
-template <class V> static inline auto sum_lanes(V v) {  // halves, quarters, ...: the same order for every use
+template <class V>
+static inline auto sum_lanes(V v) {  // halves, quarters, ...: the same order for every use
   constexpr int n = sizeof(V) / sizeof(v[0]);
   decltype(v[0] + v[0]) lanes[n];
   for (int i = 0; i < n; i++) lanes[i] = v[i];
@@ -184,7 +190,8 @@ static inline vf softplus(vf x) {  // log(1 + e^x), with the rounding of 1 + e t
   return larger(x, vf{}) + log1p;
 }
 // y[i] = f(i) for i < n, in whole vectors: the last one is computed in a buffer of its own.
-template <class F> static inline void map(float* y, int64_t n, const float* a, const float* b, F f) {
+template <class F>
+static inline void map(float* y, int64_t n, const float* a, const float* b, F f) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(y + i, f(load(a + i), load(b + i)));
   if (i == n) return;
@@ -217,7 +224,7 @@ static void add_scaled(float* y, const float* x, float a, int64_t n) {
   for (; i < n; i++) y[i] += x[i] * a;
 }
 
-// ----------------------------------------------------------------------------------------------------------- threads
+// ---- threads ----
 // Workers that sleep between jobs. A job is called once for each part, 0 to n - 1; part 0 runs in the caller.
 struct Pool {
   std::vector<std::thread> workers;
@@ -232,7 +239,10 @@ struct Pool {
     for (int part = 1; part < n; part++) workers.emplace_back([this, part] { work(part); });
   }
   ~Pool() {
-    { std::lock_guard<std::mutex> lock(mutex); closing = true; }
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      closing = true;
+    }
     begin.notify_all();
     for (auto& worker : workers) worker.join();
   }
@@ -254,7 +264,12 @@ struct Pool {
   void run(const std::function<void(int)>& function) {
     if (workers.empty()) return function(0);
     std::lock_guard<std::mutex> mine(turn);
-    { std::lock_guard<std::mutex> lock(mutex); job = &function; number++; running = (int)workers.size(); }
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      job = &function;
+      number++;
+      running = (int)workers.size();
+    }
     begin.notify_all();
     function(0);
     std::unique_lock<std::mutex> lock(mutex);
@@ -262,7 +277,7 @@ struct Pool {
   }
 };
 
-// -------------------------------------------------------------------------------------------------- matrix and vectors
+// ---- matrix and vectors ----
 struct Fp32 {
   typedef float weight;
   static inline vf at(const float* p) { return load(p); }
@@ -275,10 +290,16 @@ struct Bf16 {
     std::memcpy(&v, p, sizeof v);
     return (vf)(__builtin_convertvector(v, vu) << 16);
   }
-  static inline float one(uint16_t w) { const uint32_t bits = (uint32_t)w << 16; float f; std::memcpy(&f, &bits, 4); return f; }
+  static inline float one(uint16_t w) {
+    const uint32_t bits = (uint32_t)w << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
 };
 
-template <int S, class F> static inline void sum_streams(F acc, float* sums) {
+template <int S, class F>
+static inline void sum_streams(F acc, float* sums) {
   if (S == 4) {
     const vf all[4] = {acc(0), acc(1 % S), acc(2 % S), acc(3 % S)};
     totals(all, sums);
@@ -378,44 +399,57 @@ static inline void product_int8(const Linear& l, const int16_t* x, float* y, int
   }
 }
 template <int B, int S>
-static inline void products(const Linear& l, const float* x, const Quantised& q, int row, float* y, int64_t o, int64_t apart) {
-  if (l.format == FP32) product<Fp32, B, S>(l, x + row * l.in, y + row * l.out, o, apart);
-  else if (l.format == BF16) product<Bf16, B, S>(l, x + row * l.in, y + row * l.out, o, apart);
-  else product_int8<B, S>(l, q.x + row * l.stride, y + row * l.out, o, apart);
+static inline void products(const Linear& l, const float* x, const Quantised& q, int row, float* y, int64_t o,
+                            int64_t apart) {
+  if (l.format == FP32)
+    product<Fp32, B, S>(l, x + row * l.in, y + row * l.out, o, apart);
+  else if (l.format == BF16)
+    product<Bf16, B, S>(l, x + row * l.in, y + row * l.out, o, apart);
+  else
+    product_int8<B, S>(l, q.x + row * l.stride, y + row * l.out, o, apart);
 }
 template <int S>
-static void all_rows(const Linear& l, const float* x, const Quantised& q, int rows, float* y, int64_t o, int64_t apart) {
+static void all_rows(const Linear& l, const float* x, const Quantised& q, int rows, float* y, int64_t o,
+                     int64_t apart) {
   int row = 0;
   for (; row + GROUP <= rows; row += GROUP) products<GROUP, S>(l, x, q, row, y, o, apart);
   const int left = rows - row;
-  if (left == 1) products<1, S>(l, x, q, row, y, o, apart);
-  else if (left == 2) products<2, S>(l, x, q, row, y, o, apart);
-  else if (left == 3) products<3, S>(l, x, q, row, y, o, apart);
+  if (left == 1)
+    products<1, S>(l, x, q, row, y, o, apart);
+  else if (left == 2)
+    products<2, S>(l, x, q, row, y, o, apart);
+  else if (left == 3)
+    products<3, S>(l, x, q, row, y, o, apart);
 }
 
 struct Arena {  // scratch memory of a call, in a few blocks that are kept until its end
   std::vector<std::unique_ptr<char[]>> blocks;
   std::vector<int64_t> sizes;
-  size_t block = 0;
-  int64_t used = 0;
-  template <class T> T* get(int64_t n) {
+  struct Place {
+    size_t block;
+    int64_t used;
+  };
+  Place place = {0, 0};  // what is behind it is free
+  template <class T>
+  T* get(int64_t n) {
     const int64_t bytes = (n * sizeof(T) + 63) / 64 * 64;
-    while (block < blocks.size() && used + bytes > sizes[block]) block++, used = 0;
-    if (block == blocks.size()) {
+    while (place.block < blocks.size() && place.used + bytes > sizes[place.block]) place = {place.block + 1, 0};
+    if (place.block == blocks.size()) {
       sizes.push_back(std::max(bytes, (int64_t)1 << 20));
       blocks.emplace_back(new char[sizes.back() + 64]);
-      used = 0;
     }
-    const auto start = (reinterpret_cast<uintptr_t>(blocks[block].get()) + 63) & ~(uintptr_t)63;
-    used += bytes;
-    return reinterpret_cast<T*>(start + used - bytes);
+    const auto start = (reinterpret_cast<uintptr_t>(blocks[place.block].get()) + 63) & ~(uintptr_t)63;
+    place.used += bytes;
+    return reinterpret_cast<T*>(start + place.used - bytes);
   }
-  void clear() { block = 0, used = 0; }
 };
 static void quantise(const float* x, int64_t n, int64_t stride, int16_t* q, float* scale) {
   vf most = {};
   int64_t i = 0;
-  for (; i + W <= n; i += W) { const vf v = load(x + i); most = larger(most, larger(v, -v)); }
+  for (; i + W <= n; i += W) {
+    const vf v = load(x + i);
+    most = larger(most, larger(v, -v));
+  }
   float top = 1e-30f;
   for (int j = 0; j < W; j++) top = std::max(top, (float)most[j]);
   for (int64_t j = i; j < n; j++) top = std::max(top, std::fabs(x[j]));
@@ -443,8 +477,10 @@ static void linear(Pool& pool, Arena& arena, const Linear& l, const float* x, in
   const auto part = [&](int64_t first, int64_t last) {
     for (int64_t o = first; o < last; o++) all_rows<STREAMS>(l, x, q, rows, y, o, apart);
   };
-  if (pool.size() == 1 || l.out * l.in < 65536) part(0, apart);
-  else pool.run([&](int n) { part(apart * n / pool.size(), apart * (n + 1) / pool.size()); });
+  if (pool.size() == 1 || l.out * l.in < 65536)
+    part(0, apart);
+  else
+    pool.run([&](int n) { part(apart * n / pool.size(), apart * (n + 1) / pool.size()); });
   for (int64_t o = apart * STREAMS; o < l.out; o++) all_rows<1>(l, x, q, rows, y, o, 0);
   for (int row = 0; row < rows; row++) {
     float* out = y + row * l.out;
@@ -453,9 +489,12 @@ static void linear(Pool& pool, Arena& arena, const Linear& l, const float* x, in
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------ sublayers
+// ---- sublayers ----
 static void normalise(int64_t kind, const float* x, const float* weight, const float* bias, float* y, int64_t n) {
-  if (kind == NONE) { std::memcpy(y, x, n * sizeof(float)); return; }
+  if (kind == NONE) {
+    std::memcpy(y, x, n * sizeof(float));
+    return;
+  }
   if (kind == RMS) {
     const float scale = 1.f / std::sqrt(sum_squares(x, n) / n + 1e-5f);
     map(y, n, x, weight, [&](vf v, vf w) { return v * scale * w; });
@@ -490,7 +529,8 @@ static void convolve(const Sublayer& l, float* past, const float* x, float* y) {
 }
 // For S rows of a state [S, n]: state = decay * state + u * b, and y = the sum of state * c.
 template <int S>
-static inline void update_dot(float* state, const float* b, const float* c, float decay, const float* u, int64_t n, float* y) {
+static inline void update_dot(float* state, const float* b, const float* c, float decay, const float* u, int64_t n,
+                              float* y) {
   vf acc[S] = {};
   int64_t i = 0;
   for (; i + W <= n; i += W)
@@ -527,10 +567,12 @@ static void mamba2(const Sublayer& l, const float* u, float* conv, float* ssm, f
   }
   map(y, I, y, u, [](vf v, vf z) { return v * silu(z); });
   const int64_t width = I / l.groups;
-  for (int64_t g = 0; g < l.groups; g++) normalise(RMS, y + g * width, l.gate_norm + g * width, nullptr, y + g * width, width);
+  for (int64_t g = 0; g < l.groups; g++)
+    normalise(RMS, y + g * width, l.gate_norm + g * width, nullptr, y + g * width, width);
 }
 // One row of a Mamba-1 mixer's scan and gate: x [I], dt [I] before its bias, bc [B, C], z [I] -> y [I].
-static void mamba1(const Sublayer& l, const float* x, const float* dt, const float* bc, const float* z, float* ssm, float* t, float* y) {
+static void mamba1(const Sublayer& l, const float* x, const float* dt, const float* bc, const float* z, float* ssm,
+                   float* t, float* y) {
   const int64_t I = l.inner, N = l.d_state;
   map(t, I, dt, l.dt_bias, [](vf v, vf b) { return softplus(v + b); });
   for (int64_t i = 0; i < I; i++) {
@@ -545,7 +587,10 @@ static void mamba1(const Sublayer& l, const float* x, const float* dt, const flo
       acc += v * load(bc + N + n);
     }
     float sum = total(acc);
-    for (; n < N; n++) { state[n] = state[n] * std::exp(A[n] * t[i]) + bc[n] * u; sum += state[n] * bc[N + n]; }
+    for (; n < N; n++) {
+      state[n] = state[n] * std::exp(A[n] * t[i]) + bc[n] * u;
+      sum += state[n] * bc[N + n];
+    }
     y[i] = sum + l.D[i] * x[i];
   }
   map(y, I, y, z, [](vf v, vf g) { return v * silu(g); });
@@ -576,7 +621,8 @@ static void rotate(float* x, int64_t heads, int64_t P, int64_t position) {
   }
 }
 // One row of self-attention: q [H, P] and the cache [S, H, P] with n valid slots -> y [H, P]; scores [H, n].
-static void attend(const Sublayer& l, const float* q, const float* keys, const float* values, int64_t n, float* scores, float* y) {
+static void attend(const Sublayer& l, const float* q, const float* keys, const float* values, int64_t n, float* scores,
+                   float* y) {
   const int64_t H = l.heads, P = l.headdim;
   const float scale = 1.f / std::sqrt((float)P);
   for (int64_t s = 0; s < n; s++)
@@ -628,7 +674,8 @@ static void apply(Pool& pool, Arena& arena, const Sublayer& l, const State& stat
     linear(pool, arena, m[0], h, rows, xz);
     for (int r = 0; r < rows; r++) convolve(l, state.first + r * (l.taps - 1) * I, xz + r * 2 * I, x + r * I);
     linear(pool, arena, m[2], x, rows, operands);
-    for (int r = 0; r < rows; r++) std::memcpy(rank + r * l.dt_rank, operands + r * projected, l.dt_rank * sizeof(float));
+    for (int r = 0; r < rows; r++)
+      std::memcpy(rank + r * l.dt_rank, operands + r * projected, l.dt_rank * sizeof(float));
     linear(pool, arena, m[3], rank, rows, dt);
     for (int r = 0; r < rows; r++)
       mamba1(l, x + r * I, dt + r * I, operands + r * projected + l.dt_rank, xz + r * 2 * I + I,
@@ -659,24 +706,28 @@ static void apply(Pool& pool, Arena& arena, const Sublayer& l, const State& stat
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- the step
-// codes [R, K], added [R, D] or null (controls and positions, added to the embedding) -> logits [R, K * V']. Does nothing
-// and returns false if a code has no embedding.
+// ---- the step ----
+// codes [R, K], added [R, D] or null (controls and positions, added to the embedding) -> logits [R, K * V']. Does
+// nothing and returns false if a code has no embedding.
 static bool run_step(Pool& pool, Arena& arena, const Model& m, const State* states, const int64_t* codes,
                      const float* added, float* logits, int rows) {
   const int64_t D = m.d_model;
   for (int64_t i = 0; i < rows * m.n_codebooks; i++)
     if (codes[i] < 0 || codes[i] >= m.embedding_rows) return false;
-  arena.clear();
+  arena.place = {0, 0};
   auto *x = arena.get<float>(rows * D), *h = arena.get<float>(rows * D);
   for (int r = 0; r < rows; r++) {
     float* row = x + r * D;
-    if (added) std::memcpy(row, added + r * D, D * sizeof(float));
-    else std::memset(row, 0, D * sizeof(float));
+    if (added)
+      std::memcpy(row, added + r * D, D * sizeof(float));
+    else
+      std::memset(row, 0, D * sizeof(float));
     for (int64_t k = 0; k < m.n_codebooks; k++)
       add_scaled(row, m.embedding + (k * m.embedding_rows + codes[r * m.n_codebooks + k]) * D, 1.f, D);
   }
+  const Arena::Place behind = arena.place;
   for (int64_t j = 0; j < m.n_sublayers; j++) {
+    arena.place = behind;  // every sublayer uses the same memory
     const Sublayer& l = m.sublayers[j];
     const State& state = states[j];
     for (int r = 0; r < rows; r++) {
@@ -699,15 +750,22 @@ static bool run_step(Pool& pool, Arena& arena, const Model& m, const State* stat
   return true;
 }
 
-// ------------------------------------------------------------------------------------------------------------- the draw
+// ---- the draw ----
 // Bits of a float in an order that compares as the float does.
-static inline vi ordered(vf x) { const vi bits = (vi)x; return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+static inline vi ordered(vf x) {
+  const vi bits = (vi)x;
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
 static int64_t count_from(const int32_t* keys, int64_t n, int32_t threshold) {  // n is a multiple of W
   vi count = {};
-  for (int64_t i = 0; i < n; i += W) { vi v; std::memcpy(&v, keys + i, sizeof v); count -= v >= threshold; }
+  for (int64_t i = 0; i < n; i += W) {
+    vi v;
+    std::memcpy(&v, keys + i, sizeof v);
+    count -= v >= threshold;
+  }
   return sum_lanes(count);
 }
-// A threshold that the k largest of n keys reach, and those equal to the k-th. It is found bit by bit from the sign down.
+// A threshold that the k largest of n keys reach, and those equal to the k-th: found bit by bit from the sign down.
 static int32_t threshold_of(const int32_t* keys, int64_t n, int64_t k) {
   int64_t best = INT32_MIN;
   for (int bit = 31; bit >= 0; bit--) {
@@ -769,9 +827,10 @@ static void keep_nucleus(Candidates& c, double p, std::vector<std::pair<float, d
   for (size_t i = 0; i < order.size() && before / sum < p; i++) last = i, before += order[i].second;
   keep_from(c, order[last].first);
 }
-static void run_draw(Arena& arena, const Draw& d, const float* logits, int64_t items, const double* uniforms, int64_t* codes) {
+static void run_draw(Arena& arena, const Draw& d, const float* logits, int64_t items, const double* uniforms,
+                     int64_t* codes) {
   const int64_t V = d.codebook_size, padded = (V + W - 1) / W * W;
-  arena.clear();
+  arena.place = {0, 0};
   auto* values = arena.get<float>(padded);
   auto* keys = arena.get<int32_t>(padded);
   Candidates c = {arena.get<float>(padded + W), arena.get<double>(padded + W), arena.get<int64_t>(padded + W), 0};
@@ -782,8 +841,10 @@ static void run_draw(Arena& arena, const Draw& d, const float* logits, int64_t i
     if (d.guided) {  // null + scale * (conditional - null), as torch.lerp computes it
       const float* null = row + items * d.n_codebooks * d.n_logits;
       const float s = d.guidance_scale;
-      if (std::fabs(s) < 0.5f) map(values, V, row, null, [&](vf a, vf b) { return b + s * (a - b); });
-      else map(values, V, row, null, [&](vf a, vf b) { return a - (a - b) * (1.f - s); });
+      if (std::fabs(s) < 0.5f)
+        map(values, V, row, null, [&](vf a, vf b) { return b + s * (a - b); });
+      else
+        map(values, V, row, null, [&](vf a, vf b) { return a - (a - b) * (1.f - s); });
     } else {
       std::memcpy(values, row, V * sizeof(float));
     }
@@ -817,7 +878,7 @@ static void run_draw(Arena& arena, const Draw& d, const float* logits, int64_t i
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- C ABI
+// ---- C ABI ----
 extern "C" {
 int64_t ssmttm_size(int which) {  // of the structs, to compare with those of the caller
   const int64_t sizes[] = {sizeof(Linear), sizeof(Sublayer), sizeof(State), sizeof(Model), sizeof(Draw)};
@@ -826,23 +887,24 @@ int64_t ssmttm_size(int which) {  // of the structs, to compare with those of th
 void* ssmttm_open(int threads) { return new Pool(threads); }
 void ssmttm_close(void* pool) { delete (Pool*)pool; }
 // codes [R, K], added [R, D] or null -> logits [R, K, V']. Returns 0, or 1 if a code has no embedding.
-int ssmttm_step(void* pool, const Model* model, const State* states, const int64_t* codes, const float* added, float* logits, int rows) {
+int ssmttm_step(void* pool, const Model* model, const State* states, const int64_t* codes, const float* added,
+                float* logits, int rows) {
   Arena arena;
   return run_step(*(Pool*)pool, arena, *model, states, codes, added, logits, rows) ? 0 : 1;
 }
-// logits [R, K, V'], of which the first `items` rows are conditional and, if guided, the next `items` null; uniforms and
-// codes [items, K].
+// logits [R, K, V']: the first `items` rows are conditional and, if guided, the next `items` null; uniforms and codes
+// [items, K].
 void ssmttm_draw(const Draw* draw, const float* logits, int64_t items, const double* uniforms, int64_t* codes) {
   Arena arena;
   run_draw(arena, *draw, logits, items, uniforms, codes);
 }
-// n positions: a step on the codes before (last [items, K]; null: the first position's logits are given), then the draw.
+// n positions: a step on the codes before (last [items, K]; null: the first position's logits are given), then a draw.
 // added is null, or [R, D] of the first step, `stride` floats before that of the next; known [n, items, K] holds known
-// codes and -1. Row r belongs to item r % items. Writes codes [n, items, K] and leaves the last logits. Returns 0, or 1 if a code has no
-// embedding.
-int ssmttm_run(void* pool, const Model* model, const State* states, const Draw* draw, const int64_t* last, const float* added,
-                int64_t stride, const int64_t* known, const double* uniforms, int64_t n, int64_t items, int rows,
-                float* logits, int64_t* codes) {
+// codes and -1. Row r belongs to item r % items. Writes codes [n, items, K] and leaves the last logits. Returns 0, or 1
+// if a code has no embedding.
+int ssmttm_run(void* pool, const Model* model, const State* states, const Draw* draw, const int64_t* last,
+               const float* added, int64_t stride, const int64_t* known, const double* uniforms, int64_t n,
+               int64_t items, int rows, float* logits, int64_t* codes) {
   const int64_t K = model->n_codebooks, size = items * K;
   Arena arena;
   std::vector<int64_t> of_rows(rows * K);
