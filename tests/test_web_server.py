@@ -112,7 +112,7 @@ def test_a_server_that_stops_tells_its_clients_and_ends_at_once():
         )
         wait_until(lambda: service.scheduler.counts() == (2, 0))
         start = time.monotonic()
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
     status, text = answer(connection)
     assert status == 503 and json.loads(text)["error"] == "the server stops"
     messages = []

@@ -242,7 +242,7 @@ def test_a_client_that_sends_and_does_not_read_is_not_read_either(server):
             await asyncio.wait_for(live.Listener(deaf, server.service).serve(), 0.3)
         return deaf.n_read
 
-    assert 50 < asyncio.run(listen()) < 200
+    assert 1 < asyncio.run(listen()) < 200
 
 
 def test_errors_of_the_model_end_the_music_with_a_message(server):
