@@ -9,6 +9,7 @@ import torch
 from far_device import FAR, far_device
 from small_token_lms import VARIANTS, E, K, S, V, captions, randomised, small_token_lm
 
+from benchmarks import gpu
 from ssmttm import MusicPipeline
 from ssmttm.cli.main import main
 from ssmttm.errors import UserError
@@ -312,6 +313,13 @@ def test_captured_step_waits_for_nothing_from_the_host():
     steps = captured.CapturedSteps(TorchEngine(model), model.init_state(4, device=FAR), 2)
     with far_device(), torch.inference_mode():
         steps._advance(Sampling(top_k=3, top_p=0.9, min_p=0.1, temperature=0.8), True)
+
+
+def test_gpu_script_runs_on_a_cpu():
+    device = torch.device("cpu")
+    assert gpu.check(gpu.SIZES["debug"], device)["tokens_equal"]
+    times = gpu.step_times(gpu.SIZES["debug"], device, 1e9, 1)
+    assert len(times) == 12 and all(row["ms"] > 0 and row["share_of_limit"] > 0 for row in times.values())
 
 
 def test_model_with_self_attention_is_not_captured():
