@@ -1,6 +1,6 @@
 """Codecs on the same held-out music of the built-in composer: quality with all and fewer codebooks, time on one thread.
 
-    python benchmarks/codecs.py old=tiny new=exported/codec new@8=exported/codec --seed 999
+    python -m benchmarks.codecs old=tiny new=exported/codec new@8=exported/codec --seed 999
 
 NAME@K=CODEC uses the first K codebooks. Clip i is 10 s from the middle of piece i of the seed. Quality: means, and
 bootstrap 95 % intervals of the difference from the first codec, clip by clip. Time: whole clips in turn.
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from codec_students import QUALITY, compare
-from paired import environment, paired, summary
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.paired import environment, paired, summary
 from data_prep.builtin import compose
 from data_prep.builtin.synth import render
 from ssmttm.codecs import Codec, load_codec
 from ssmttm.codecs.metrics import codec_quality
 
 SECONDS = 10.0
+QUALITY = ("mel_distance", "chroma_similarity", "onset_f")
 
 
 def clips(seed: int, count: int, sample_rate: int) -> list[Tensor]:
@@ -35,6 +35,22 @@ def clips(seed: int, count: int, sample_rate: int) -> list[Tensor]:
         start = (len(wav) - length) // 2
         found.append(torch.from_numpy(wav[start : start + length]).float()[None, None])
     return found
+
+
+def compare(metrics: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, dict[str, object]]]:
+    """Means of the metrics of each clip, [n], and 95 % bootstrap intervals of the difference from the first codec."""
+    first, *others = metrics
+    rng = np.random.default_rng(0)
+    draws = rng.integers(len(metrics[first][QUALITY[0]]), size=(4000, len(metrics[first][QUALITY[0]])))
+    differences = {name: {key: metrics[name][key] - metrics[first][key] for key in QUALITY} for name in others}
+    intervals = {
+        f"{name} - {first}": {
+            key: np.percentile(values[draws].mean(1), (2.5, 97.5)).tolist() for key, values in d.items()
+        }
+        for name, d in differences.items()
+    }
+    means = {name: {key: float(rows[key].mean()) for key in QUALITY} for name, rows in metrics.items()}
+    return {"means": means, "differences_95": intervals}
 
 
 def main() -> None:
