@@ -174,7 +174,7 @@ def main() -> None:
     results = {task: measured(task, arguments.rounds) for task in TASKS}
     from benchmarks.paired import environment
 
-    document = {"environment": environment() | {"load": load}, "results": results}
+    document = {"environment": environment() | {"load": load, "rounds": arguments.rounds}, "results": results}
     OUT.write_text(json.dumps(document, indent=1) + "\n")
     print(OUT)
 

@@ -23,11 +23,12 @@ OUT = ROOT / "benchmarks" / "results" / "startup.json"
 SAMPLE, HELP, IMPORT = "sample.py, 5 s", "ssmttm --help", "import ssmttm"
 
 
-def commands(wav: Path) -> dict[str, list[str]]:
+def commands(tree: Path, wav: Path) -> dict[str, list[str]]:
     """Arguments of Python, to be run in a tree."""
+    command = "ssmttm.cli.main" if (tree / "ssmttm" / "cli").is_dir() else "ssmttm.cli"
     return {
         SAMPLE: ["sample.py", "a slow waltz in D minor on a music box", "--duration", "5", "--out", str(wav)],
-        HELP: ["-m", "ssmttm.cli.main", "--help"],
+        HELP: ["-m", command, "--help"],
         IMPORT: ["-c", "import ssmttm"],
     }
 
@@ -52,11 +53,11 @@ def main() -> None:
     times: dict[str, dict[str, list[tuple[float, float]]]] = {}
     load = [round(value, 2) for value in os.getloadavg()]  # that of other programs
     with tempfile.TemporaryDirectory() as folder:
-        for name, command in commands(Path(folder) / "clip.wav").items():
+        for name in (SAMPLE, HELP, IMPORT):
             times[name] = {tree: [] for tree in trees}
             for round_index in range(-1, arguments.rounds):
                 for tree, path in trees.items():
-                    seconds = timed(path, command)
+                    seconds = timed(path, commands(path, Path(folder) / "clip.wav")[name])
                     if round_index >= 0:
                         times[name][tree].append(seconds)
     results = {}
