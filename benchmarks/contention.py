@@ -65,7 +65,8 @@ class Worker:
 @contextlib.contextmanager
 def busy_processes(n: int) -> Iterator[None]:
     """So many processes that compute, one thread each."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: sum(range(1000))"]) for _ in range(n)]
+    code = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(100_000))"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(n)]
     try:
         yield
     finally:
