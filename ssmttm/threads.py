@@ -99,6 +99,12 @@ def _times() -> tuple[float, float, float]:
     return time.monotonic(), time.process_time(), waited_seconds()
 
 
+def _torch_threads() -> int:
+    """Threads that torch computes with; 0 until it is imported to its end."""
+    count: Any = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return count() if count else 0
+
+
 def _watch(stop: threading.Event) -> None:
     team: IdleTeam | None = None
     quiet = 0
@@ -111,8 +117,7 @@ def _watch(stop: threading.Event) -> None:
             quiet = 0
         elif computed > seconds:
             quiet += 1
-        torch: Any = sys.modules.get("torch")
-        if team is None and waited > _BUSY * seconds and torch is not None and torch.get_num_threads() > 1:
+        if team is None and waited > _BUSY * seconds and _torch_threads() > 1:
             team = IdleTeam()
         elif team is not None and quiet >= _QUIET_INTERVALS:
             team.free()

@@ -18,9 +18,11 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines() if line]
 TWO_STEPS = ["model.n_layers=1", "train.steps=2", "train.eval_every=0", "data.batch_size=2"]
 SMALLER = {
+    "--repaint": ["--repaint", "0.3:0.6"],
     "sample.py": ["--duration", "1"],
     "data_prep builtin": ["--hours", "0.03"],
     "experiment=tiny ": ["experiment=debug", "train.steps=2", "train.eval_every=0"],
+    "experiment=lora": ["train.steps=2", "train.eval_every=0", "train.sample_every=0", "data.batch_size=2"],
     "experiment=tiny_stage1": TWO_STEPS,
     "experiment=tiny_stage2": TWO_STEPS,
     "experiment=tinyttm_lm": TWO_STEPS,
@@ -40,7 +42,7 @@ SMALLER = {
     ],
 }  # fmt: skip
 ONLY_COMPOSED = ("accelerate launch", "experiment=paper")
-ELSEWHERE = ("make ", "ssmttm evaluate", "ssmttm onnx")  # in test_evaluation.py, test_onnx.py
+ELSEWHERE = ("make ", "ssmttm evaluate", "ssmttm onnx", "ssmttm web")  # in test_evaluation.py, test_onnx.py, test_web.py
 
 
 def small(command):
