@@ -6,11 +6,12 @@ of the time, are computed again. Gradients are those without recomputation.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -66,6 +67,9 @@ def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
             setattr(mixer, operation, torch.compiler.disable(getattr(mixer, operation)))
         for name in ("_training_forward", "_backward"):
             setattr(chunked, name, torch.compile(getattr(chunked, name), dynamic=False))
+    if recompute == "selective":
+        for mixer, operation in _OPERATIONS:
+            setattr(mixer, operation, _unseen(getattr(mixer, operation)))
     for sublayer in sublayers:
         sublayer.forward = _with_gradient(sublayer.forward, recompute, compiled)  # type: ignore[method-assign]
 
@@ -81,6 +85,17 @@ def _with_gradient(forward: Callable[..., Any], recompute: str, compiled: bool) 
 
     def call(*args: Any, **options: Any) -> Any:
         return (train if torch.is_grad_enabled() else forward)(*args, **options)
+
+    return call
+
+
+def _unseen(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation that is computed again as a whole: `_policy` is not asked for each of its many small steps."""
+
+    @wraps(operation)
+    def call(*args: Any, **options: Any) -> Any:
+        with _disable_current_modes():
+            return operation(*args, **options)
 
     return call
 
