@@ -67,8 +67,8 @@ def spectral_distances(
 def fast_distances(
     output: Tensor, target: Tensor, sample_rate: int, scales: tuple[Scale, ...] = SCALES
 ) -> dict[str, Tensor]:
-    """Distances of two waveforms [B, S] for training: of frames that lie inside and overlap by half, at a third of the
-    cost of `spectral_distances`; computed in float32. Windows longer than S are left out.
+    """Distances of two waveforms [B, S] for training: of frames that lie inside and overlap by half, at half the cost
+    of `spectral_distances`; computed in float32. Windows longer than S are left out.
 
     Returns:
         Scalars: `mel` and `spectrum`, as in `spectral_distances`; `flux`, the L1 distance of the changes of log10 mel

@@ -1,7 +1,7 @@
 """STFT magnitudes with a backward pass of their own: one inverse FFT of real length, and no padding at the ends.
 
 Autograd through `torch.stft` computes complex FFTs of the full length and scatters frames into the waveform; this takes
-half the time. Shapes: B items, S samples, T = (S - window) // hop + 1 frames, F bins.
+little more than half the time. Shapes: B items, S samples, T = (S - window) // hop + 1 frames, F bins.
 """
 
 from typing import Any
