@@ -2,8 +2,8 @@
 
 Forward and backward of the paper's Prefix SiMBA (model=prefix_simba) with 6 of its 24 layers, one item of 2,588 frames,
 on the CPU, in the precision that a training chooses there. Each case is a process of its own, so that its peak is its
-own; the times, of the clock and of the processor, are medians over steps and rounds. With --baseline DIR, a checkout of an earlier commit, ratios are to
-that. Writes benchmarks/results/training_memory.json.
+own; the times, of the clock and of the processor, are medians over steps and rounds. With --baseline DIR, a checkout of
+an earlier commit, ratios are to that. Writes benchmarks/results/training_memory.json.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 A step is forward, loss, backward, clipping, AdamW and the average of the weights, on a batch of experiment=tiny (8
 items of 200 frames of 8 codebooks), in the precision that a training chooses here. With --baseline DIR, a checkout of
-another commit, its code runs in a process of its own; the processes take turns, step by step, so that noise of the machine
-affects all equally. Writes benchmarks/results/training_speed.json.
+another commit, its code runs in a process of its own; the processes take turns, step by step, so that noise of the
+machine affects all equally. Writes benchmarks/results/training_speed.json.
 """
 
 import argparse

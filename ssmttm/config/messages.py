@@ -22,8 +22,10 @@ _TYPES: dict[Any, str] = {
 
 
 def check_overrides(overrides: Iterable[str], root: str) -> None:
-    """Raises UserError for an override of a renamed key, one without a key, and one that removes a key (but an axis of a
-    sweep's grid)."""
+    """Raises UserError for an override of a renamed key, one without a key, and one that removes a key.
+
+    An axis of a sweep's grid may be removed.
+    """
     for text in overrides:
         if text.startswith("~") and not text.startswith("~sweep.grid."):
             raise UserError(f"{text}: a key cannot be removed; set it to another value, such as null")

@@ -63,7 +63,7 @@ class TrainConfig:
     recompute: str = "none"  # none | selective | full: what the backward of a block computes again, to save memory
     compile: bool = False  # compile the blocks by torch.compile
     async_checkpoints: bool = True  # a thread writes them, while the training goes on
-    skip_outliers: float | None = None  # skip a step whose loss or gradient norm is so many standard deviations too high
+    skip_outliers: float | None = None  # skip a step whose loss or gradient norm is so many deviations too high
     skip_limit: int = 10  # skipped steps in a row after which the run is rolled back, or stops
     rollbacks: int = 0  # how often it is rolled back to its last checkpoint, without the batches since then
     rollback_lr: float = 0.5  # factor of the learning rates after each time
@@ -246,7 +246,7 @@ class TaskConfig:
     task: str = MISSING
     seed: int = 0
     run_dir: str = "runs/${task}"  # checkpoints, metrics.jsonl, tensorboard, samples
-    init: str | None = None  # start from the weights of a run, a model folder, a shipped model or a hub name; null: random
+    init: str | None = None  # start from the weights of a run, a folder, a shipped model or a hub name; null: random
     resume: str | None = "auto"  # auto: newest good checkpoint of run_dir | none: run_dir must be empty | a checkpoint
     data: DataConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)

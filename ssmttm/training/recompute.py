@@ -6,6 +6,8 @@ of the time, are computed again. Gradients are those without recomputation.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any
 
@@ -69,7 +71,7 @@ def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
             setattr(chunked, name, torch.compile(getattr(chunked, name), dynamic=False))
     if recompute == "selective":
         for mixer, operation in _OPERATIONS:
-            setattr(mixer, operation, _unseen(getattr(mixer, operation)))
+            setattr(mixer, operation, _whole(getattr(mixer, operation)))
     for sublayer in sublayers:
         sublayer.forward = _with_gradient(sublayer.forward, recompute, compiled)  # type: ignore[method-assign]
 
@@ -78,9 +80,7 @@ def _with_gradient(forward: Callable[..., Any], recompute: str, compiled: bool) 
     """`forward` as it is without gradients, else compiled or recomputed."""
     train = torch.compile(forward) if compiled else forward
     if recompute != "none":
-        contexts = (
-            partial(create_selective_checkpoint_contexts, _policy) if recompute == "selective" else noop_context_fn
-        )
+        contexts = _selective_contexts if recompute == "selective" else noop_context_fn
         train = partial(checkpoint, train, use_reentrant=False, context_fn=contexts)
 
     def call(*args: Any, **options: Any) -> Any:
@@ -89,12 +89,35 @@ def _with_gradient(forward: Callable[..., Any], recompute: str, compiled: bool) 
     return call
 
 
-def _unseen(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation that is computed again as a whole: `_policy` is not asked for each of its many small steps."""
+class _Selective:
+    """A context of selective recomputation, in which `_whole` operations are computed again as a whole."""
+
+    active: ContextVar[bool] = ContextVar("selective", default=False)
+
+    def __init__(self, context: AbstractContextManager[Any]) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+        self._token = self.active.set(True)
+
+    def __exit__(self, *error: Any) -> None:
+        self.active.reset(self._token)
+        self._context.__exit__(*error)
+
+
+def _selective_contexts() -> tuple[_Selective, _Selective]:
+    """Those of the forward and of the recomputation."""
+    first, again = create_selective_checkpoint_contexts(_policy)
+    return _Selective(first), _Selective(again)
+
+
+def _whole(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation whose many small steps are not seen by `_policy`, each of which would cost a call."""
 
     @wraps(operation)
     def call(*args: Any, **options: Any) -> Any:
-        with _disable_current_modes():
+        with _disable_current_modes() if _Selective.active.get() else nullcontext():
             return operation(*args, **options)
 
     return call

@@ -3,8 +3,9 @@
 A sequence is cut into chunks of equal length q. Within a chunk the scan is a masked matrix product; between chunks only
 the state is carried (arXiv 2405.21060, section 6). Letters as in `ssmttm.ops.ssd`, and c chunks, r = H/G * P columns a
 group. The products that touch the state run over all r columns at once, in the layout in which x arrives, and C B^T is
-made once a group. The backward computes the states between the chunks and the decays again. On a CPU it takes the heads
-in parts: with a large N these states have many times the size of x.
+made once a group. The backward computes the decays again. On a CPU the heads are taken in parts where the states
+between the chunks are large (with a large N they have many times the size of x); the backward then computes these
+again too.
 
 The decay over (j, i] is exp(s_i - s_j), s the running sum of dt * A in a chunk. For j > i the difference is positive,
 and can be large: it is clamped before the exponential and masked after it, so neither value nor gradient overflows.
@@ -47,22 +48,23 @@ class ChunkedSSD(torch.autograd.Function):
         forward = _training_forward if any(ctx.needs_input_grad) else _forward
         parts = [forward(*part.take(*operands), chunk_size) for part in _parts(x, B, chunk_size)]
         if any(ctx.needs_input_grad):
-            initial_state = (
-                None if initial_state is None else initial_state.clone()
-            )  # the caller may update it in place
-            ctx.save_for_backward(*operands[:-1], initial_state)
+            if initial_state is not None:
+                initial_state = initial_state.clone()  # the caller may update it in place
+            starts = parts[0][2] if len(parts) == 1 else None
+            ctx.save_for_backward(*operands[:-1], initial_state, starts)
         ctx.chunk_size = chunk_size
-        return _cat([y for y, _ in parts], 2), _cat([state for _, state in parts], 1)
+        return _cat([y for y, _, _ in parts], 2), _cat([state for _, state, _ in parts], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, _, B, _, D, initial_state = operands = ctx.saved_tensors
+        *operands, starts = ctx.saved_tensors
+        x, _, _, B, _, D, initial_state = operands
         grads = []
         with torch.autocast(grad_y.device.type, enabled=False):
             for part in _parts(x, B, ctx.chunk_size):
                 own_grad = grad_y[:, :, part.heads], grad_final[:, part.heads]
-                grads.append(_backward(*part.take(*operands), ctx.chunk_size, *own_grad))
+                grads.append(_backward(*part.take(*operands), starts, ctx.chunk_size, *own_grad))
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_initial = zip(*grads, strict=True)
         shared = B.shape[2] == 1  # by the heads of all parts
         return (
@@ -120,7 +122,8 @@ def _sum(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states before the chunks."""
     s = _Chunked(x, dt, A, B, C, chunk_size)
     starts, final = _starts(s, initial)
     y = s.by_position(s.C @ starts)  # [b, c, q, h, p]
@@ -128,7 +131,7 @@ def _forward(
     y += s.positions_of(torch.bmm((s.decay() * s.scores()).flatten(0, 3), s.by_head(s.x, s.dt)))
     if D is not None:
         y.addcmul_(s.x, s.as_x(D))
-    return s.join(y), s.state_out(final)
+    return s.join(y), s.state_out(final), starts
 
 
 def _starts(s: "_Chunked", initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,13 +147,15 @@ def _backward(
     C: Tensor,
     D: Tensor | None,
     initial: Tensor | None,
+    starts: Tensor | None,
     chunk_size: int,
     grad_y: Tensor,
     grad_final: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of all operands but `chunk_size`. The states between chunks are computed again."""
+    """The gradients of all operands but `chunk_size`. The states between chunks are computed again unless given."""
     s = _Chunked(x, dt, A, B, C, chunk_size)
-    starts, _ = _starts(s, initial)
+    if starts is None:
+        starts, _ = _starts(s, initial)
     grad_y = s.split(grad_y)  # [b, c, q, h, p]
 
     # Between chunks: the gradient of the state at each chunk's end, carried from the last chunk to the first.
