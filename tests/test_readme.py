@@ -42,7 +42,7 @@ SMALLER = {
     ],
 }  # fmt: skip
 ONLY_COMPOSED = ("accelerate launch", "experiment=paper")
-ELSEWHERE = ("make ", "ssmttm evaluate", "ssmttm onnx", "ssmttm web")  # in test_evaluation.py, test_onnx.py, test_web.py
+ELSEWHERE = ("make ", "ssmttm evaluate", "ssmttm onnx", "ssmttm web")  # in tests of their own
 
 
 def small(command):
