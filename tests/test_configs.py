@@ -156,6 +156,10 @@ def test_text_value_is_kept_as_given(name):
     assert config.load(f"run_dir={name}", "teacher=null", "task=distill").run_dir == name
 
 
+def test_the_last_value_of_a_key_counts():
+    assert config.load("run_dir=first", "run_dir=runs/last").run_dir == "runs/last"
+
+
 def test_composing_imports_no_torch():
     code = "import sys; from ssmttm import config; config.load('experiment=tiny'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -302,6 +302,7 @@ def test_scheduled_changes_outlive_a_saved_state(pipe, tmp_path):
         ([(1.0, {"prompt": ""})], "prompt 1 is empty"),
         ([(1.0, {"seed": 2})], "seed cannot change while the music plays: choose from prompt"),
         ([(1.0, {"key": "D minor"})], "not trained with key"),
+        ([(1.0, "drums")], "a schedule lists seconds and what changes there"),
     ],
 )
 def test_wrong_schedules_are_errors_of_one_line(pipe, schedule, message):

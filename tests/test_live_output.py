@@ -173,6 +173,7 @@ def test_command_continues_repaints_schedules_and_loops(command):
         (("--repaint", "2:1", "--continue", "x.wav"), "a region is two times in seconds such as 5:8, got 2:1"),
         (("--continue", "nowhere.wav"), "nowhere.wav"),
         (("--at", "soon", "techno"), "--at takes seconds and a prompt"),
+        (("--at", "2", " "), "the prompt of --at 2 is empty"),
         (("--at", "20", "techno"), "there is no second 20 in the music"),
         (("--bars", "4"), "a length in bars needs a tempo"),
         (("--key", "H minor"), "is no key"),

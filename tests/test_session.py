@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from small_pipelines import small_pipeline
 
 from ssmttm.errors import UserError
-from ssmttm.generation import pipeline
+from ssmttm.generation import pipeline, state
 from ssmttm.generation.engine import generate
 from ssmttm.generation.request import Sampling
 from ssmttm.generation.session import CONTEXT_SECONDS
@@ -162,6 +162,9 @@ def test_settings_out_of_range_change_nothing(pipe):
         ({"bpm": -1}, "bpm must be above 0"),
         ({"guidance_scale": float("nan")}, "guidance"),
         ({"prompt": {"a": -1}}, "weights must be at least 0"),
+        ({"prompt": {"a": 1e308, "b": 1e308}}, "not all 0 and finite"),
+        ({"prompt": 5}, "prompt 1 must be text"),
+        ({"negative_prompt": "drums", "guidance_scale": 0.5}, "0.5 .towards the negative prompt."),
         ({"negative_prompt": "drums", "guidance_scale": 1.0}, "acts through guidance"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -280,6 +283,9 @@ def test_state_of_another_model_is_refused_in_one_line(pipes, pipe, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="another pipeline"):
         pipes["two"].resume(session.snapshot())
+    with pytest.raises(UserError, match="another pipeline"):
+        pipes["two"].save_state(tmp_path / "unusable", session)
+    assert not (tmp_path / "unusable").exists()
 
 
 def test_damaged_states_are_refused_in_one_line(pipe, tmp_path):
@@ -288,8 +294,10 @@ def test_damaged_states_are_refused_in_one_line(pipe, tmp_path):
     (tmp_path / "cut").write_bytes(content[: len(content) // 2])
     (tmp_path / "text").write_text("not a state")
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    save_file({"x": torch.zeros(1)}, tmp_path / "header", {"format": state._FORMAT, "model": "{"})
     for name, message in [
-        ("cut", "damaged"), ("text", "damaged"), ("absent", "there is no state"), ("other", "no state saved by"),
+        ("cut", "damaged"), ("text", "damaged"), ("header", "damaged"), ("absent", "there is no state"),
+        ("other", "no state saved by"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message) as error:
             pipe.load_state(tmp_path / name)

@@ -82,8 +82,8 @@ def compose(root: str, overrides: Sequence[str]) -> DictConfig:
 
 def _keep_text(config: DictConfig, overrides: Sequence[str]) -> None:
     """Set text values as they were given, where Hydra reads them as numbers: run_dir=2024_01 is not 202401."""
-    for text in overrides:
-        key, _, given = text.lstrip("+").partition("=")
+    last = dict(text.lstrip("+").partition("=")[::2] for text in overrides)  # of a key that is given twice
+    for key, given in last.items():
         value = OmegaConf.select(config, key) if re.fullmatch(r"[\w.]+", key) else None
         if isinstance(value, str) and value != given and re.fullmatch(r"[\w.+-]+", given):
             OmegaConf.update(config, key, given)

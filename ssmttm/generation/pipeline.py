@@ -338,13 +338,15 @@ class MusicPipeline:
                 (of one prompt).
 
         Raises:
-            UserError: there is none, or it has ended.
+            UserError: there is none, it has ended, or it is of another pipeline.
         """
         if session is None:
             if self._last_session is None:
                 raise UserError("there is no state to save: open a session, or generate one clip")
             session = self._last_session()
         snapshot = session if isinstance(session, Snapshot) else session.snapshot()
+        if snapshot.session.pipeline is not self:
+            raise UserError("the session is of another pipeline: save its state there")
         if snapshot.session.finished:
             raise UserError("the stream has ended, so its state leads nowhere: save it before its end")
         return save_snapshot(path, snapshot, self)
@@ -423,8 +425,10 @@ class MusicPipeline:
     def check_controls(self, request: Request) -> None:
         """Raises UserError if no stage was trained with one of the request's controls, or a negative prompt has no
         guidance to act through."""
-        if any(request.negative_prompts) and request.sampling.guidance_scale == 1.0 and self.second_stage is None:
-            raise UserError("a negative prompt acts through guidance, which is 1 (none): give a guidance above 1")
+        scale = request.sampling.guidance_scale
+        if any(request.negative_prompts) and (scale < 1.0 or (scale == 1.0 and self.second_stage is None)):
+            found = "1 (none)" if scale == 1.0 else f"{scale:g} (towards the negative prompt)"
+            raise UserError(f"a negative prompt acts through guidance, which is {found}: give a guidance above 1")
         for name, key in (("bpm", "tempo"), ("melody", "chroma"), ("key", "key"), ("metre", "metre")):
             if getattr(request, name) is not None and not self.supports(key):
                 raise UserError(f"this model was not trained with {name} (model.{key}=true): leave it out")

@@ -167,8 +167,12 @@ def read_prompts(path: Path) -> list[str]:
 def sorted_schedule(
     schedule: Sequence[tuple[float, Mapping[str, Any]]],
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Changes in the order of their times."""
-    return sorted(((float(seconds), dict(changes)) for seconds, changes in schedule), key=itemgetter(0))
+    """Changes in the order of their times. Raises UserError if one is not a time and a mapping."""
+    try:
+        return sorted(((float(seconds), dict(changes)) for seconds, changes in schedule), key=itemgetter(0))
+    except (TypeError, ValueError) as error:
+        example = "[(10.0, {'prompt': 'driving techno'})]"
+        raise UserError(f"a schedule lists seconds and what changes there, such as {example}, got {schedule}") from error
 
 
 def bars_duration(bars: float, bpm: float | None, metre: str | None = None) -> float:
@@ -193,13 +197,15 @@ def parse_region(text: str) -> tuple[float, float]:
 
 
 def parse_schedule(words: Sequence[Sequence[str]]) -> list[tuple[float, dict[str, str]]]:
-    """The schedule of pairs of seconds and a prompt. Raises UserError if a time is no number."""
+    """The schedule of pairs of seconds and a prompt. Raises UserError if a time is no number, or a prompt is empty."""
     schedule = []
     for seconds, prompt in words:
         try:
             schedule.append((float(seconds), {"prompt": prompt}))
         except ValueError as error:
             raise UserError(f"--at takes seconds and a prompt, such as 10 'driving techno', got {seconds}") from error
+        if not prompt.strip():
+            raise UserError(f"the prompt of --at {seconds} is empty: describe the music, such as {_EXAMPLE}")
     return schedule
 
 
@@ -238,14 +244,16 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
     if not prompts:
         raise UserError(f"no prompt: describe the music, such as {_EXAMPLE}")
     for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str | Mapping):
+            raise UserError(f"prompt {number} must be text, or captions with their weights, got {prompt!r}")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not any(text.strip() for text in texts):
             raise UserError(f"prompt {number} is empty: describe the music, such as {_EXAMPLE}")
         for text in texts:
             _check_text(text, f"prompt {number}")
         weights = [] if isinstance(prompt, str) else list(prompt.values())
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or (weights and not sum(weights)):
-            raise UserError(f"prompt {number}: weights must be at least 0 and not all 0, got {weights}")
+        if weights and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+            raise UserError(f"prompt {number}: weights must be at least 0, not all 0 and finite, got {weights}")
 
 
 def _check_text(text: str, name: str) -> None:

@@ -59,8 +59,8 @@ def load_snapshot(path: str | Path, pipeline: "MusicPipeline") -> Snapshot:
         raise UserError(f"{path} is damaged, or no state saved by save_state: save it again") from error
     if header.get("format") != _FORMAT:
         raise UserError(f"{path} is no state saved by save_state of this version: save it again")
-    _check_model(path, json.loads(header["model"]), model_hashes(pipeline))
     try:
+        _check_model(path, json.loads(header["model"]), model_hashes(pipeline))
         content = _with_tensors(json.loads(header["state"]), "state", tensors)
         request = Request(**content["request"] | {"sampling": Sampling(**content["request"]["sampling"])})
         return Snapshot(pipeline.restored_session(request, content))
