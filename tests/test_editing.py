@@ -9,6 +9,7 @@ from ssmttm.errors import UserError
 from ssmttm.generation.editing.continuation import encode_clip
 from ssmttm.generation.editing.loop import decode_loop
 from ssmttm.generation.editing.repaint import known_around, mix_region, score_following
+from ssmttm.generation.request import MAX_SEED
 from ssmttm.models.controls import Controls
 
 ENGINE = {"engine": "torch"}
@@ -209,6 +210,16 @@ def test_region_may_reach_the_ends_of_the_clip(pipe, clip):
 # --- audio-to-audio
 
 
+def test_edits_tell_the_engine_and_the_diffusion_steps_that_made_them(pipes, clip):
+    out = pipes["two"].repaint(
+        "drums", clip, (1.0, 1.2), candidates=2, seed=MAX_SEED, diffusion_steps=1, engine="torch"
+    )
+    assert out.metadata["engine"]["name"] == "torch" and out.metadata["second_stage"]["steps"] == 1
+    assert out.metadata["repaint"]["seed"] in (MAX_SEED, 0)
+    out = pipes["two"].audio_to_audio("drums", clip, 1.0, diffusion_steps=1)
+    assert out.metadata["second_stage"]["steps"] == 1
+
+
 def test_audio_to_audio_keeps_the_coarse_codes_and_less_of_the_others_with_strength(pipes, clip):
     pipe = pipes["two"]
     codes = encode_clip(clip, pipe.codec).codes
@@ -302,7 +313,7 @@ def test_scheduled_changes_outlive_a_saved_state(pipe, tmp_path):
         ([(1.0, {"prompt": ""})], "prompt 1 is empty"),
         ([(1.0, {"seed": 2})], "seed cannot change while the music plays: choose from prompt"),
         ([(1.0, {"key": "D minor"})], "not trained with key"),
-        ([(1.0, "drums")], "a schedule lists seconds and what changes there"),
+        ([(1.0, "drums")], "a schedule lists seconds and what changes"),
     ],
 )
 def test_wrong_schedules_are_errors_of_one_line(pipe, schedule, message):

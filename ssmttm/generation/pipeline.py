@@ -255,10 +255,7 @@ class MusicPipeline:
             audios = torch.stack([decode_loop(self.codec, item, n_samples) for item in codes.split(1)])
         else:
             audios = torch.cat([self.decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
-        metadata = self.metadata | {"engine": step_engine.description()}
-        if second_stage is not None:
-            metadata["second_stage"] = metadata.get("second_stage", {}) | {"steps": second_stage.settings.sampler.steps}
-        return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
+        return PipelineOutput(audios, self.sample_rate, codes.cpu(), self.metadata_of_call(second_stage, step_engine))
 
     repaint = repaint
     audio_to_audio = audio_to_audio
@@ -322,6 +319,14 @@ class MusicPipeline:
         It is built once, and again if the model's weights have changed.
         """
         return self._engines.get(self.model, engine, weights)
+
+    def metadata_of_call(self, second_stage: SecondStage | None, engine: Engine | None = None) -> dict[str, Any]:
+        """The metadata with the engine (if it ran) and the diffusion steps of a call."""
+        metadata = self.metadata if engine is None else self.metadata | {"engine": engine.description()}
+        if second_stage is None:
+            return metadata
+        steps = {"steps": second_stage.settings.sampler.steps}
+        return metadata | {"second_stage": metadata.get("second_stage", {}) | steps}
 
     def resume(self, snapshot: Snapshot, seed: int | None = None) -> StreamSession:
         """Go on from a moment of a stream, at no cost of prefill: exactly as that stream did, or with another seed.

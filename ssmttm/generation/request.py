@@ -172,7 +172,7 @@ def sorted_schedule(
         return sorted(((float(seconds), dict(changes)) for seconds, changes in schedule), key=itemgetter(0))
     except (TypeError, ValueError) as error:
         example = "[(10.0, {'prompt': 'driving techno'})]"
-        raise UserError(f"a schedule lists seconds and what changes there, such as {example}, got {schedule}") from error
+        raise UserError(f"a schedule lists seconds and what changes, such as {example}, got {schedule}") from error
 
 
 def bars_duration(bars: float, bpm: float | None, metre: str | None = None) -> float:

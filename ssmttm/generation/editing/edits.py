@@ -22,7 +22,7 @@ from ssmttm.generation.editing.repaint import (
 )
 from ssmttm.generation.engine import CodeSampler
 from ssmttm.generation.engines import Engine
-from ssmttm.generation.request import MAX_SEED, Prompt, Request, Sampling, check_seed
+from ssmttm.generation.request import MAX_SEED, Prompt, Request, Sampling
 from ssmttm.generation.second_stage import SecondStage
 
 if TYPE_CHECKING:
@@ -56,23 +56,21 @@ def repaint(
     if candidates < 1:
         raise UserError(f"candidates must be at least 1, got {candidates}")
     sampling = pipeline.sampling(temperature, top_k, top_p, guidance_scale, min_p)
-    seeds = list(range(seed, seed + candidates))
-    for own in seeds:
-        check_seed(own)
     request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
+    seeds = _candidate_seeds(seed, candidates)
     second_stage = pipeline.check_request(request, diffusion_steps)
     encoded = encode_clip(clip, pipeline.encoding_codec())
     hop = pipeline.codec.hop_length
     frames = region_frames(region, encoded, pipeline.sample_rate, hop)
-    codes, found = _regenerate(
-        pipeline, request, encoded.codes, frames, seeds, second_stage, pipeline.engine(engine, weights)
-    )
+    step_engine = pipeline.engine(engine, weights)
+    codes, found = _regenerate(pipeline, request, encoded.codes, frames, seeds, second_stage, step_engine)
     first, last = (frame * hop - encoded.n_padding for frame in frames)
     decoded = pipeline.decode(codes)[0, :, encoded.n_padding :]  # [C, S]
     fade = fade_samples(pipeline.codec.context, hop)
     wav = mix_region(encoded.wav.expand(len(decoded), -1), decoded, max(0, first), last, fade)
     about = {"region": list(region), "seed": seeds[found.best], "scores": found.scores}
-    return PipelineOutput(wav[None], pipeline.sample_rate, codes.cpu(), pipeline.metadata | {"repaint": about})
+    metadata = pipeline.metadata_of_call(second_stage, step_engine) | {"repaint": about}
+    return PipelineOutput(wav[None], pipeline.sample_rate, codes.cpu(), metadata)
 
 
 def audio_to_audio(
@@ -98,7 +96,8 @@ def audio_to_audio(
     inputs = second_stage_inputs(pipeline.text_conditions(request), [seed], own, device)
     codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength)
     wav = pipeline.decode(codes)[..., encoded.n_padding :]
-    return PipelineOutput(wav, pipeline.sample_rate, codes.cpu(), pipeline.metadata | {"strength": strength})
+    metadata = pipeline.metadata_of_call(second_stage) | {"strength": strength}
+    return PipelineOutput(wav, pipeline.sample_rate, codes.cpu(), metadata)
 
 
 def close_loop(
@@ -108,9 +107,14 @@ def close_loop(
     closed = []
     for own, alone in zip(codes.split(1), request.batches(1), strict=True):
         both, frames = unrolled(own, pipeline.codec.frame_rate)
-        seeds = [(alone.seeds[0] + 1 + number) % (MAX_SEED + 1) for number in range(_LOOP_CANDIDATES)]
+        seeds = _candidate_seeds(alone.seeds[0] + 1, _LOOP_CANDIDATES)
         closed.append(_regenerate(pipeline, alone, both, frames, seeds, second_stage, engine)[0][..., : own.shape[-1]])
     return torch.cat(closed)
+
+
+def _candidate_seeds(first: int, n: int) -> list[int]:
+    """n seeds from `first` on, and from 0 after the greatest one."""
+    return [(first + number) % (MAX_SEED + 1) for number in range(n)]
 
 
 def _regenerate(
