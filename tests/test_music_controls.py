@@ -104,7 +104,8 @@ def test_controls_of_a_clip_begin_on_a_bar_line():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"bpm": 0}, "the tempo must be above 0 beats per minute, got 0"), ({"bpm": float("nan")}, "got nan"),
+    [({"bpm": 0}, "bpm must be above 0 and at most 1000 beats per minute, got 0"), ({"bpm": float("nan")}, "got nan"),
+     ({"bpm": 1e9, "metre": "3/4"}, "got 1000000000.0"),
      ({"key": "H dur"}, "'H dur' is no key"), ({"metre": "waltz"}, "'waltz' is no known metre")],
 )  # fmt: skip
 def test_values_that_are_no_controls_are_refused_with_one_line(given, message):

@@ -319,6 +319,7 @@ def test_slug_of_prompts():
         (["x", "--duration", "-3"], ["duration must be above 0", "got -3"]),
         (["x", "--duration", "nan"], ["duration must be above 0", "got nan"]),
         (["x", "--duration", "1e9"], ["at most 600 s", "--max-duration"]),
+        (["x", "--max-duration", "nan"], ["at most nan s"]),
         (["x", "--guidance", "-1"], ["guidance must be at least 0", "got -1"]),
         (["x", "--guidance", "nan"], ["guidance must be at least 0", "got nan"]),
         (["x", "--temperature", "0"], ["temperature must be above 0", "got 0"]),

@@ -11,6 +11,7 @@ KEYS = (*(f"{name} major" for name in _MAJOR_NAMES), *(f"{name} minor" for name 
 # Beats of a bar by metre, in the order of the classes. The beat is the one that a tempo counts: a dotted quarter in
 # 6/8, 9/8 and 12/8, an eighth in 7/8.
 METRES = {"2/4": 2, "3/4": 3, "4/4": 4, "5/4": 5, "6/8": 2, "7/8": 7, "9/8": 3, "12/8": 4}
+MAX_BPM = 1000.0
 
 _LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
 _MODES = {  # whether the third is minor
@@ -43,3 +44,9 @@ def parse_metre(text: str) -> int:
 def beats_of(metre: int) -> int:
     """Beats of a bar by the class of the metre."""
     return list(METRES.values())[metre]
+
+
+def check_bpm(bpm: float | None) -> None:
+    """Raises UserError if a given tempo is not above 0 and at most MAX_BPM beats per minute."""
+    if bpm is not None and not 0 < bpm <= MAX_BPM:
+        raise UserError(f"bpm must be above 0 and at most {MAX_BPM:g} beats per minute, got {bpm}")

@@ -8,7 +8,7 @@ from operator import index, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmttm.audio.notation import beats_of, parse_key, parse_metre
+from ssmttm.audio.notation import beats_of, check_bpm, parse_key, parse_metre
 from ssmttm.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class Request:
             raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts: give one per prompt, or one number")
         for seed in seeds:
             check_seed(seed)
-        if bpm is not None and not (math.isfinite(bpm) and bpm > 0):
-            raise UserError(f"bpm must be above 0 beats per minute, got {bpm}")
+        check_bpm(bpm)
         if melody is not None and (melody.ndim != 2 or not melody.numel() or not bool(melody.isfinite().all())):
             raise UserError(f"melody must be finite audio [channels, samples], got shape {list(melody.shape)}")
         if key is not None:
@@ -177,8 +176,9 @@ def sorted_schedule(
 
 def bars_duration(bars: float, bpm: float | None, metre: str | None = None) -> float:
     """Seconds of a number of bars, of 4 beats unless a metre is given. Raises UserError without a tempo."""
-    if bpm is None or not (math.isfinite(bpm) and bpm > 0):
-        raise UserError(f"a length in bars needs a tempo above 0 beats per minute (bpm), got {bpm}")
+    if bpm is None:
+        raise UserError("a length in bars needs a tempo: give bpm (--bpm), such as 120")
+    check_bpm(bpm)
     if not (math.isfinite(bars) and bars > 0):
         raise UserError(f"bars must be above 0, got {bars}")
     return bars * beats_of(parse_metre(metre or "4/4")) * 60 / bpm
@@ -235,7 +235,7 @@ def check_seed(seed: int) -> None:
 def _check_duration(duration: float, max_duration: float) -> None:
     if not (math.isfinite(duration) and duration > 0):
         raise UserError(f"duration must be above 0 seconds, got {duration}")
-    if duration > max_duration:
+    if not duration <= max_duration:
         limit = f"at most {max_duration:g} s (--max-duration, or the pipeline's max_duration)"
         raise UserError(f"duration must be {limit}, got {duration:g} s")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssmttm.audio.notation import KEYS, METRES, beats_of, parse_key, parse_metre
+from ssmttm.audio.notation import KEYS, METRES, beats_of, check_bpm, parse_key, parse_metre
 from ssmttm.errors import UserError
 from ssmttm.models.conditioning import SinusoidalEmbedding
 from ssmttm.ops.linear import Linear
@@ -127,12 +127,6 @@ class Controls:
     def _map_frames(self, function: Callable[[Tensor], Tensor]) -> "Controls":
         changed = {name: function(tensor) for name in _CHANNELS if (tensor := getattr(self, name)) is not None}
         return replace(self, **changed)
-
-
-def check_bpm(bpm: float | None) -> None:
-    """Raises UserError if a given tempo is not a positive number."""
-    if bpm is not None and not 0 < bpm < float("inf"):
-        raise UserError(f"the tempo must be above 0 beats per minute, got {bpm}")
 
 
 def bar_position(times: Tensor, lines: Tensor, beats: int) -> Tensor:
