@@ -187,6 +187,7 @@ def test_adapter_training_that_was_stopped_equals_an_unbroken_one(root, store, b
     [
         (["adapter.rank=0"], "adapter.rank must be at least 1, got 0"),
         (["adapter.alpha=0"], "adapter.alpha must be above 0"),
+        (["adapter.alpha=inf"], "adapter.alpha must be above 0 and finite, got inf"),
         (["adapter.dropout=1"], r"adapter.dropout must be in \[0, 1\)"),
         (["adapter.method=ia3"], "unknown adapter.method=ia3: choose from lora, dora"),
         (

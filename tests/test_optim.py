@@ -116,7 +116,8 @@ def test_wsd_is_stable_until_its_decay():
             "warm-up of 2 and a decay of 5 steps do",
         ),
         (["optim.kind=sgd"], "unknown optim.kind=sgd"),
-        (["schedule.kind=step"], "unknown schedule.kind=step"),
+        (["schedule.kind=step", "schedule.warmup_steps=100"], "unknown schedule.kind=step"),
+        (["schedule.kind=step", "schedule.warmup_steps=100", "train.minutes=0.001"], "unknown schedule.kind=step"),
         (["schedule=wsd", "schedule.decay_steps=0"], "schedule.decay_steps must be at least 1"),
     ],
 )
@@ -124,6 +125,12 @@ def test_unusable_optimiser_or_schedule_is_one_clear_line(codes_store, tmp_path,
     with pytest.raises(UserError, match=message) as caught:
         loop.train(lm_config(codes_store, tmp_path / "run", *SMALL, *overrides))
     assert "\n" not in str(caught.value)
+
+
+def test_timed_run_that_is_too_short_for_its_schedule_warns(codes_store, tmp_path, capsys):
+    timed = ("train.minutes=0.001", "schedule=wsd", "schedule.decay_steps=100000", "train.eval_every=0")
+    loop.train(lm_config(codes_store, tmp_path / "run", *SMALL, *timed))
+    assert "a decay of 100000 steps do not fit into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("override", "change"), [("optim=muon", "adamw -> muon"), ("schedule=wsd", "cosine -> wsd")])

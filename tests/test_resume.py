@@ -155,6 +155,8 @@ def test_longer_run_keeps_its_schedule_unless_it_is_stretched(codes_store, tmp_p
     assert warning.count("\n") == 1 and "replaces the schedule of 6 steps" in warning
     _, warning = train("stretched", "train.steps=10")
     assert "keeps the schedule of 9 steps" in warning
+    _, warning = train("stretched", "train.steps=3")
+    assert "the run has 10 steps already, train.steps=3 leaves nothing to do" in warning
 
 
 def test_run_stopped_before_the_end_of_its_schedule_equals_an_uninterrupted_run(codes_store, tmp_path, capsys):

@@ -352,6 +352,7 @@ def test_special_tokens_and_padding_are_not_valid_targets(name):
         (["data.store=null"], "data_prep builtin"),
         (["data.store=nowhere"], "nowhere"),
         (["train.steps=many"], "train.steps must be an integer, got many"),
+        (["train.minutes=inf"], "train.minutes must be a finite number"),
         (["data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
         (["train.codebook_weights=[1,1]"], "codebook_weights"),
         (["train.codebook_weights=[1,1,1,0]"], "codebook_weights"),

@@ -5,6 +5,7 @@ format and merges without peft.
 """
 
 import json
+import math
 import warnings
 from importlib.util import find_spec
 from typing import Any
@@ -27,8 +28,8 @@ def check_adapter(config: DictConfig) -> bool:
         raise UserError(f"unknown adapter.method={adapter.method}: choose from {', '.join(METHODS)}, or null for none")
     if adapter.rank < 1:
         raise UserError(f"adapter.rank must be at least 1, got {adapter.rank}")
-    if not adapter.alpha > 0:
-        raise UserError(f"adapter.alpha must be above 0, got {adapter.alpha}")
+    if not 0 < adapter.alpha < math.inf:
+        raise UserError(f"adapter.alpha must be above 0 and finite, got {adapter.alpha}")
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"adapter.dropout must be in [0, 1), got {adapter.dropout}")
     if adapter.targets is not None and not adapter.targets:

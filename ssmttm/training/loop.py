@@ -34,7 +34,7 @@ from ssmttm.training.monitoring.batches import Batches
 from ssmttm.training.monitoring.profiler import StepProfiler
 from ssmttm.training.monitoring.validation import evaluating, validate, validation_batches
 from ssmttm.training.monitoring.watchdog import Watchdog
-from ssmttm.training.optim.schedule import check_schedule, learning_rate
+from ssmttm.training.optim.schedule import check_schedule, learning_rate, misfit
 from ssmttm.training.optim.skip_step import SkipStep
 from ssmttm.training.recompute import set_up_blocks
 from ssmttm.training.run import RunLength, check_settings, resume_folder, run_summary, schedule_length
@@ -107,8 +107,7 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     for frozen in task.frozen:
         accelerator.prepare_model(frozen, evaluation_mode=True)  # in place
     progress.schedule_steps, warning = schedule_length(config, resumed)
-    if config.train.minutes is None:
-        check_schedule(config, progress.schedule_steps)
+    check_schedule(config, progress.schedule_steps if config.train.minutes is None else None)
     length = RunLength(config.train.steps, config.train.minutes, progress.step, progress.seconds, progress.timed_steps)
     skipping = SkipStep(accelerator.device, config.train.skip_outliers)
     if progress.skipping:
@@ -184,6 +183,8 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
                     progress.timed_steps = length.steps
                     if main:
                         print(f"steps        {length.steps:,} take {config.train.minutes:g} minutes", flush=True)
+                        if problem := misfit(config, progress.schedule_steps):
+                            print(f"warning: {problem}", file=sys.stderr, flush=True)
             steps = length.steps
 
             if (waits_for_device or log_is_due) and in_a_row >= skip_limit:

@@ -59,6 +59,8 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{key} must be in [0, 1], got {value}")
+    if config.train.minutes == math.inf:
+        raise UserError("train.minutes must be a finite number: for a run without an end set train.steps high")
     if config.train.profile is not None:
         parse_steps(config.train.profile)
     for name, values in config.data.items():
@@ -110,6 +112,8 @@ def schedule_length(config: DictConfig, resumed: Path | None) -> tuple[int, str 
         return wanted or steps, None
     state = checkpoint.read_state(resumed)
     stored = state.get("schedule_steps") or checkpoint.read_config(resumed).train.steps  # not in older checkpoints
+    if config.train.minutes is None and steps < state["step"]:
+        return stored, f"the run has {state['step']} steps already, train.steps={steps} leaves nothing to do"
     if wanted is not None and wanted != stored:
         before, after = (learning_rate(state["step"], length, config) for length in (stored, wanted))
         return wanted, (
@@ -191,7 +195,8 @@ def run_summary(
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in task.modules.items()}
     throughputs = [task.throughput(batch, start) for batch in micro]
     tokens, seconds, flops = (sum(values) * world_size for values in zip(*throughputs, strict=True))
-    steps, steps_per_epoch, remaining = length.steps, loader.steps_per_epoch, length.steps - start
+    steps, steps_per_epoch = max(start, length.steps), loader.steps_per_epoch
+    remaining = steps - start
     epochs = f"{steps / steps_per_epoch:.1f} epochs of {steps_per_epoch:,} steps"
     lines = [
         f"parameters   {', '.join(f'{name} {size / 1e6:.2f} M' for name, size in sizes.items())}",

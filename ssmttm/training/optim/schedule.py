@@ -22,14 +22,22 @@ def learning_rate(step: int, length: int, config: DictConfig, module_name: str =
     return peak * (lowest + (1 - lowest) * _height(schedule, length)(step))
 
 
-def check_schedule(config: DictConfig, length: int) -> None:
-    """Raises UserError for a schedule that `length` steps cannot hold."""
+def check_schedule(config: DictConfig, length: int | None) -> None:
+    """Raises UserError for a schedule that does not exist, or that `length` steps cannot hold (None: not known yet)."""
+    _height(config.schedule, length or 1)
+    if length is not None and (problem := misfit(config, length)):
+        raise UserError(problem)
+
+
+def misfit(config: DictConfig, length: int) -> str | None:
+    """What is wrong with a schedule that `length` steps cannot hold, and what to do."""
     schedule = config.schedule
-    if schedule.kind == "wsd" and schedule.warmup_steps + _decay_steps(schedule, length) > length:
-        raise UserError(
-            f"schedule=wsd: a warm-up of {schedule.warmup_steps} and a decay of {_decay_steps(schedule, length)} steps "
-            f"do not fit into {length}: set schedule.decay_steps or schedule.warmup_steps lower, or train longer"
-        )
+    if schedule.kind != "wsd" or schedule.warmup_steps + _decay_steps(schedule, length) <= length:
+        return None
+    return (
+        f"schedule=wsd: a warm-up of {schedule.warmup_steps} and a decay of {_decay_steps(schedule, length)} steps "
+        f"do not fit into {length}: set schedule.decay_steps or schedule.warmup_steps lower, or train longer"
+    )
 
 
 def _height(schedule: DictConfig, length: int) -> Callable[[int], float]:
