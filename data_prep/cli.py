@@ -111,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="STORE", help="the new store; default: add the codes to --root")
 
     command("status", "progress of a run")("store", type=Path, metavar="STORE", help="the --out of the run")
-    command("verify", "compare every file of a store with its recorded hash")("store", type=Path, metavar="STORE")
+    about = "Compare every file of a store with its recorded hash, and name the first that is missing or damaged."
+    add = command("verify", "compare every file of a store with its recorded hash", description=about)
+    add("store", type=Path, metavar="STORE", help="the folder of the store")
     add = command("report", "HTML report of a store: hours, licences, genres, rejections")
     add("store", type=Path, metavar="STORE")
     add("--out", type=Path, metavar="FILE", help="the page; default: STORE/report.html")

@@ -586,6 +586,8 @@ def test_exported_lm_has_the_averaged_weights_and_a_card(codes_store, tmp_path):
     )
     assert str(tmp_path) not in "".join((out / name).read_text() for name in ("card.json", "config.yaml"))
     assert checkpoint.find_model(out) == out
+    with pytest.raises(UserError, match="is an exported model already"):
+        export(out, tmp_path / "again")
 
 
 def test_exported_codec_loads_as_a_codec(audio_store, tmp_path):

@@ -235,7 +235,7 @@ def _blocks(path: Path, mono: bool) -> Iterator[tuple[np.ndarray, int]]:
             if file.format == "MP3" and frames is not None and frames.is_left_out(n_read):
                 raise UserError(f"{path} is damaged: only {n_read} of its {frames.samples} samples can be decoded")
     except sf.SoundFileError as error:
-        raise UserError(f"{path} cannot be read as audio ({_reason(error)})") from error
+        raise UserError(f"{path} cannot be read as audio ({_reason(error)}): convert it to FLAC or WAV") from error
 
 
 def _check_whole(path: Path) -> mpeg.MpegStream | None:

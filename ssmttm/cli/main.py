@@ -20,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ssmttm", description="Text-to-music models with state-space backbones.")
     parser.add_argument("--version", action="version", version=f"ssmttm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("info", help="device, kernels, and why each is used").set_defaults(run=run_info)
+    info = commands.add_parser(
+        "info", help="device, kernels, and why each is used",
+        description="Print the versions, the device, the kernel of each operation, the engines of sampling, and why.",
+    )  # fmt: skip
+    info.set_defaults(run=run_info)
     _add_training(commands)
     _add_importers(commands)
     _add_deployment(commands)
@@ -134,12 +138,12 @@ def run_info(arguments: argparse.Namespace) -> None:
     versions = [("ssmttm", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
     for name, value in [*versions, ("device", device), ("audio", torchaudio_adapter.describe())]:
         print(f"{name:15} {value}")
-    print("\noperation         on     runs as         because")
+    print("\noperation           on     runs as         because")
     for row in backend.describe():
-        print("{:17} {:6} {:15} {}".format(*row))
-    print("\nengine of steps   usable because (engine=auto takes the first that can run the model)")
+        print("{:19} {:6} {:15} {}".format(*row))
+    print("\nengine of steps     usable because (engine=auto takes the first that can run the model)")
     for engine in engines.describe():
-        print("{:17} {:6} {}".format(*engine))
+        print("{:19} {:6} {}".format(*engine))
 
 
 def run_size(arguments: argparse.Namespace) -> None:

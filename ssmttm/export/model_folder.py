@@ -12,7 +12,15 @@ from ssmttm.codecs import Codec, StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
 from ssmttm.generation import loading
 from ssmttm.licences import strictest
-from ssmttm.model_folder import SECOND_STAGE, TEXT_ENCODER, folder_to_write, to_half, write_card, write_model_folder
+from ssmttm.model_folder import (
+    SECOND_STAGE,
+    TEXT_ENCODER,
+    folder_to_write,
+    is_exported,
+    to_half,
+    write_card,
+    write_model_folder,
+)
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import student_from_description
 
@@ -34,6 +42,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool 
         merge: see above; only for a training with an adapter.
     """
     source, out = checkpoint.find_model(run_dir), Path(out)
+    if is_exported(source):
+        raise UserError(f"{run_dir} is an exported model already: use it as it is, or give a run folder")
     _check_no_second_stage(out)
     config, state = checkpoint.read_config(source), checkpoint.read_state(source)
     weights, adapter = checkpoint.load_weights(source), state["data"].get("adapter")
