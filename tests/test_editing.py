@@ -114,6 +114,8 @@ def test_clips_of_any_rate_channels_and_length_and_files(pipe, clip, tmp_path):
         (torch.full((1, 500), torch.nan), "NaN"),
         (torch.zeros(1, 500, dtype=torch.int16), "audio must be float"),
         (torch.zeros(1, 1, 500), "audio must be float"),
+        (torch.zeros(1, 500).numpy(), "use torch.from_numpy for an array"),
+        ((torch.zeros(1, 500), 0), "a tensor and its sample rate"),
         ("nowhere.wav", "nowhere.wav"),
     ],
 )

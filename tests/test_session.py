@@ -262,6 +262,9 @@ def test_save_state_takes_the_last_session_or_the_end_of_the_last_call(tmp_path)
     expected = pipe.codec.decode(codes)[0, :, 2 * pipe.sample_rate :]
     found = take(pipe.resume(pipe.load_state(path)), 1)
     torch.testing.assert_close(found, expected[:, : found.shape[-1]], rtol=0, atol=1e-5)
+    pipe("a slow waltz", duration=0.8, schedule=[(0.4, {"prompt": "loud drums"})], **ENGINE)
+    pipe.save_state(path)
+    assert pipe.resume(pipe.load_state(path)).request.prompts == ["loud drums"], "the words at the end of the call"
     pipe(["a", "b"], duration=0.2, **ENGINE)
     with pytest.raises(UserError, match="the last call made 2 clips"):
         pipe.save_state(path)

@@ -247,7 +247,7 @@ class MusicPipeline:
             if progress is not None and (len(chunks) > 1 or not n_clip_frames):
                 progress(chunk.shape[0] * chunk.shape[-1] / self.codec.frame_rate)
         codes = torch.cat(chunks, dim=-1)
-        self._last_session = lambda: self._session_after(request, codes, second_stage, step_engine)
+        self._last_session = lambda: self._session_after(generator.request, codes, second_stage, step_engine)
         # One item at a time, so that memory and rounding do not depend on the batch.
         n_samples, n_skipped = self._n_samples(request, clip)
         if loop:

@@ -33,11 +33,14 @@ class EncodedClip:
 
 
 def read_audio_input(source: AudioInput, sample_rate: int) -> Tensor:
-    """Mono audio [S] at a rate. Raises UserError if there is none, or it is silent, constant or out of scale."""
+    """Mono audio [S] at a rate. Raises UserError if there is none, it is silent, constant, out of scale, or no
+    AudioInput."""
     if isinstance(source, str | Path):
         wav, _ = audio.read_music(source, sample_rate)
         return wav[0]
-    wav, rate = source if isinstance(source, tuple) else (source, sample_rate)
+    wav, rate = source if isinstance(source, tuple) and len(source) == 2 else (source, sample_rate)
+    if not isinstance(wav, Tensor) or not isinstance(rate, int | float) or not rate > 0:
+        raise UserError("audio is a file, a tensor, or a tensor and its sample rate: use torch.from_numpy for an array")
     wav = wav.detach().cpu()
     wav = wav[None] if wav.ndim == 1 else wav
     if wav.ndim != 2 or not wav.is_floating_point():
