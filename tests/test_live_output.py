@@ -187,6 +187,7 @@ def test_command_continues_repaints_schedules_and_loops(command):
         (("--engine", "magic"), "unknown engine 'magic'"),
         (("--tempo", "90"), "the flag --tempo was renamed: write --bpm"),
         (("--adapter", "nowhere"), "loaded from a folder"),
+        (("--adapter", ".:much"), "the strength of --adapter .:much must be a number"),
     ],
 )
 def test_wrong_commands_are_errors_of_one_line(command, arguments, message):

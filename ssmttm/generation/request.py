@@ -210,11 +210,14 @@ def parse_schedule(words: Sequence[Sequence[str]]) -> list[tuple[float, dict[str
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """The folder and the strength of "DIR" or "DIR:STRENGTH"."""
+    """The folder and the strength of "DIR" or "DIR:STRENGTH". Raises UserError if the strength of a folder is no
+    number."""
     folder, colon, strength = text.rpartition(":")
     try:
         return (folder, float(strength)) if colon else (text, 1.0)
-    except ValueError:
+    except ValueError as error:
+        if Path(folder).is_dir() and not Path(text).exists():
+            raise UserError(f"the strength of --adapter {text} must be a number, as {folder}:0.5") from error
         return text, 1.0
 
 
