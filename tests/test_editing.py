@@ -307,6 +307,15 @@ def test_scheduled_changes_outlive_a_saved_state(pipe, tmp_path):
     assert restored.request.prompts == ["loud drums"] and restored.request.sampling.temperature == 0.3
 
 
+def test_schedule_of_a_continued_clip_outlives_a_saved_state(pipe, clip, tmp_path):
+    options = {"schedule": [(1.0, {"prompt": "loud drums"})], "continue_from": clip, "chunk_seconds": 0.4}
+    session = pipe.session("a harp", duration=2.0, seed=5, **options, **ENGINE)
+    session.next_chunk(), session.next_chunk()
+    restored = pipe.resume(pipe.load_state(pipe.save_state(tmp_path / "state", session)))
+    assert [change.frame for change in restored.generator.schedule] == [50 + 25]
+    assert torch.equal(torch.cat(list(session), -1), torch.cat(list(restored), -1))
+
+
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
