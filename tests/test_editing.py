@@ -307,6 +307,17 @@ def test_scheduled_changes_outlive_a_saved_state(pipe, tmp_path):
     assert restored.request.prompts == ["loud drums"] and restored.request.sampling.temperature == 0.3
 
 
+def test_scheduled_changes_keep_what_was_changed_by_hand(pipe):
+    schedule = [(1.0, {"temperature": 0.5}), (1.4, {"guidance_scale": 4.0})]
+    session = pipe.session("a harp", duration=2.0, seed=5, schedule=schedule, chunk_seconds=0.4, **ENGINE)
+    session.next_chunk()
+    session.change(prompt="loud drums", min_p=0.1)
+    list(session)
+    assert session.request.prompts == ["loud drums"]
+    sampling = session.request.sampling
+    assert (sampling.temperature, sampling.guidance_scale, sampling.min_p) == (0.5, 4.0, 0.1)
+
+
 def test_schedule_of_a_continued_clip_outlives_a_saved_state(pipe, clip, tmp_path):
     options = {"schedule": [(1.0, {"prompt": "loud drums"})], "continue_from": clip, "chunk_seconds": 0.4}
     session = pipe.session("a harp", duration=2.0, seed=5, **options, **ENGINE)

@@ -128,12 +128,12 @@ class CodeGenerator:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
-        """Take the `state` of a generator of the same models, conditions and settings; see `CodeSampler.restore`."""
+        """Take the `state` of a generator of the same models, conditions, settings and changes to come; see
+        `CodeSampler.restore`."""
         self.sampler.restore(state["sampler"], fill)
         if self.second_stage is not None:
             self.second_stage.restore(state["second_stage"])
         self._finished, self.n_clip_frames = state["finished"], state["n_clip_frames"]
-        self.schedule = self.schedule[len(self.schedule) - state["n_scheduled"] :]
         self._ready = [codes.to(self.sampler.device) for codes in state["ready"]]
 
     def clone(self, seeds: Sequence[int] | None = None) -> "CodeGenerator":

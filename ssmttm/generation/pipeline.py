@@ -366,8 +366,10 @@ class MusicPipeline:
         second_stage = self.check_request(request, content["diffusion_steps"])
         state = content["session"]
         generator = self._generator(request, second_stage, None, self.engine(*content["engine"]))
-        n_clip_frames, n_frames = state["generator"]["n_clip_frames"], state["generator"]["sampler"]["n_frames"]
-        generator.schedule = self._scheduled_changes(request, n_clip_frames, n_frames)
+        saved = state["generator"]
+        generator.schedule = self.scheduled_changes(
+            request, saved["n_clip_frames"], saved["sampler"]["n_frames"], saved["n_scheduled"]
+        )
         session = StreamSession(self, generator, state["chunk_frames"], state["n_samples"])
         session.restore(state, fill_state)
         generator.set_controls(self.controls(request, generator.n_clip_frames, generator.sampler.n_frames))
@@ -402,6 +404,18 @@ class MusicPipeline:
             self.controls(changed, n_clip_frames, n_frames) if new_controls else None,
             round(FADE_SECONDS * self.codec.frame_rate), frame,
         )  # fmt: skip
+
+    def scheduled_changes(
+        self, request: Request, n_clip_frames: int, n_frames: int | None, n_pending: int
+    ) -> list[Change]:
+        """The last `n_pending` changes of a request's schedule, which counts from the end of the clip before it. What
+        they do not name stays as it is in the request."""
+        schedule, current = [], request
+        for seconds, changes in request.schedule[len(request.schedule) - n_pending :]:
+            frame = n_clip_frames + round(seconds * self.codec.frame_rate)
+            schedule.append(self.change(current, changes, n_clip_frames, n_frames, frame))
+            current = schedule[-1].request
+        return schedule
 
     def controls(self, request: Request, n_clip_frames: int = 0, n_frames: int | None = None) -> Controls:
         """The request's controls for every item, by frame. A melody and the bars begin after the frames of a clip that
@@ -481,7 +495,7 @@ class MusicPipeline:
             n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.codec.hop_length)
         conditions = self.text_conditions(request)
         controls = self.controls(request, n_clip_frames, n_frames)
-        schedule = self._scheduled_changes(request, n_clip_frames, n_frames)
+        schedule = self.scheduled_changes(request, n_clip_frames, n_frames, len(request.schedule))
         coarse = None if clip_codes is None else clip_codes[:, : self.model.config.n_codebooks]
         sampler = CodeSampler(
             self.model, conditions, self.pattern, n_frames, request.sampling, request.seeds, coarse,
@@ -493,15 +507,6 @@ class MusicPipeline:
         inputs = second_stage_inputs(conditions, request.seeds, own, sampler.device)
         second = SecondStageStream(second_stage, inputs, clip_codes)
         return CodeGenerator(request, sampler, second, clip_codes, schedule)
-
-    def _scheduled_changes(self, request: Request, n_clip_frames: int, n_frames: int | None) -> list[Change]:
-        """The changes of a request's schedule, which counts from the end of the clip that is continued."""
-        schedule, current = [], request
-        for seconds, changes in request.schedule:
-            frame = n_clip_frames + round(seconds * self.codec.frame_rate)
-            schedule.append(self.change(current, changes, n_clip_frames, n_frames, frame))
-            current = schedule[-1].request
-        return schedule
 
     def _session_after(
         self, request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine

@@ -113,9 +113,10 @@ class StreamSession:
             raise UserError("the stream has ended: nothing is left to change; open another session")
         changes = {name: value for name, value in given.items() if value is not None}
         if changes:
-            generator = self.generator
-            n_frames = generator.sampler.n_frames
-            generator.change(self.pipeline.change(self.request, changes, generator.n_clip_frames, n_frames))
+            pipeline, generator = self.pipeline, self.generator
+            frames = generator.n_clip_frames, generator.sampler.n_frames
+            generator.change(pipeline.change(self.request, changes, *frames))
+            generator.schedule = pipeline.scheduled_changes(self.request, *frames, len(generator.schedule))
 
     def snapshot(self) -> Snapshot:
         """This moment, to come back to; costs a copy of the state."""
