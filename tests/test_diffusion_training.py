@@ -256,7 +256,7 @@ def test_micro_batches_give_loss_and_gradients_of_the_batch(task_of, objective):
         task = task_of(
             "data.caption_dropout=0.5", "diffusion.coarse_dropout=0.5", *CONTROLS, f"diffusion.objective={objective}"
         )
-        trained_modules = {"model": TrainedModule(task.model, task.config.optim, Accelerator(cpu=True))}
+        trained_modules = {"model": TrainedModule("model", task.model, task.config.optim, Accelerator(cpu=True))}
         micro = micro_batches(first_batch(task, 6), size)
         losses, throughput = gradients(task, trained_modules, micro, 0, Accelerator(cpu=True))
         found.append((losses["loss"], {name: p.grad for name, p in task.model.named_parameters()}, throughput[:2]))

@@ -66,6 +66,7 @@ def stft_magnitude(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor may be used in training later
 def mel_filterbank(
     sample_rate: int,
     n_fft: int,
@@ -121,6 +122,7 @@ def _mel_to_hz(mel: Tensor, scale: str) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor may be used in training later
 def _hann(n_fft: int, device: torch.device) -> Tensor:
     return torch.hann_window(n_fft, device=device)
 
@@ -166,6 +168,7 @@ def frame_chroma(wav: Tensor, sample_rate: int, n_frames: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a cached tensor may be used in training later
 def chroma_filterbank(sample_rate: int, n_fft: int) -> Tensor:
     """Gaussian pitch-class filters, weighted towards the octaves around C5 (librosa.filters.chroma with tuning 0).
 
@@ -222,6 +225,7 @@ def chroma_log_frequency(wav: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a cached tensor may be used in training later
 def _note_bank(first: int, last: int, n_fft: int) -> Tensor:
     """Gaussian filters on a log-frequency axis, three a semitone, for MIDI notes `first` to `last` (excluded).
 
@@ -244,6 +248,7 @@ def _decimate(wav: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
+@torch.inference_mode(False)  # a cached tensor may be used in training later
 def _low_pass_bank() -> Tensor:
     """The low-pass filter, shifted for each of _PARALLEL consecutive outputs: several filters at once are faster.
 

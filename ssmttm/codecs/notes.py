@@ -27,6 +27,7 @@ def frequencies(sample_rate: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a cached tensor may be used in training later
 def semitone_filterbank(sample_rate: int, n_fft: int, device: torch.device | None = None) -> Tensor:
     """Gaussian filters of unit peak centred on the notes, half a semitone wide or at least half a bin: float32
     [N, F]."""

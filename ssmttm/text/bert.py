@@ -69,7 +69,7 @@ class Bert(nn.Module):
         x = table["LayerNorm"](x + table["position_embeddings"](positions))  # [B, L, D]
         mask = attention_mask.bool()
         keys = None  # attention is faster without a mask; a traced graph must work with one
-        if torch.jit.is_tracing() or not bool(mask.all()):
+        if torch.compiler.is_exporting() or not bool(mask.all()):
             keys = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)  # [B, 1, L, L]
         for layer in self.encoder["layer"]:  # type: ignore[attr-defined]
             x = layer(x, keys)
