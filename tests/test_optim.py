@@ -116,6 +116,7 @@ def test_wsd_is_stable_until_its_decay():
             "warm-up of 2 and a decay of 5 steps do",
         ),
         (["optim.kind=sgd"], "unknown optim.kind=sgd"),
+        (["optim=muon", "optim.momentum=2"], r"optim.momentum must be in \[0, 1\), got 2.0"),
         (["schedule.kind=step", "schedule.warmup_steps=100"], "unknown schedule.kind=step"),
         (["schedule.kind=step", "schedule.warmup_steps=100", "train.minutes=0.001"], "unknown schedule.kind=step"),
         (["schedule=wsd", "schedule.decay_steps=0"], "schedule.decay_steps must be at least 1"),

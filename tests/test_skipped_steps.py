@@ -282,15 +282,18 @@ def test_stalled_rank_and_its_loader_are_named(codes_store, tmp_path, monkeypatc
     assert "rank 1 has been loading batch 3" in (tmp_path / "rank-1.txt").read_text()
 
 
-def test_profile_of_some_steps(codes_store, tmp_path):
-    settings = (*SETTINGS, "train.steps=3", "train.profile=2:2")
+@pytest.mark.parametrize(("steps", "n"), [("2:2", 1), ("2:9", 2)])  # the second one reaches beyond the training
+def test_profile_of_some_steps(codes_store, tmp_path, steps, n):
+    settings = (*SETTINGS, "train.steps=3", f"train.profile={steps}")
     folder = loop.train(lm_config(codes_store, tmp_path / "run", *settings)) / "profile"
     events = json.loads((folder / "trace-rank0.json").read_text())["traceEvents"]
-    steps = [event for event in events if event.get("name") == "Optimizer.step#AdamW.step"]
-    assert len(steps) == 1 and "aten::" in (folder / "summary-rank0.txt").read_text()
+    updates = [event for event in events if event.get("name") == "Optimizer.step#AdamW.step"]
+    assert len(updates) == n and "aten::" in (folder / "summary-rank0.txt").read_text()
     for wrong in ("3", "4:2", "0:1", "a:b"):
         with pytest.raises(UserError, match="first and last step to profile"):
             loop.train(lm_config(codes_store, tmp_path / "other", *settings, f"train.profile='{wrong}'"))
+    with pytest.raises(UserError, match=r"train\.profile=4:5 begins after the last step, 3"):
+        loop.train(lm_config(codes_store, tmp_path / "other", *settings, "train.profile=4:5"))
 
 
 # --- sizes that change -----------------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
         stop_requests() as requested,
         contextlib.closing(Batches(loader, watchdog, progress.step + progress.left_out)) as batches,
         contextlib.closing(CheckpointWriter(config, accelerator, resumed)) as writer,
+        contextlib.closing(profiler),
     ):
         stop = interrupt = False
         saved_step = progress.step if resumed else None

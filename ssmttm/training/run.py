@@ -32,7 +32,7 @@ MINIMUM_VALUES = {
     "train.checkpoint_every": 0, "train.skip_outliers": 1, "train.skip_limit": 1, "train.rollbacks": 0,
     "train.rollback_lr": 0, "train.stall_seconds": 0,
     "train.keep_checkpoints": 1, "train.sample_every": 0, "train.sample_seconds": 1e-3, "optim.lr": 0,
-    "optim.weight_decay": 0, "optim.eps": 0, "optim.clip": 0, "optim.momentum": 0, "optim.newton_schulz_steps": 1,
+    "optim.weight_decay": 0, "optim.eps": 0, "optim.clip": 0, "optim.newton_schulz_steps": 1,
     "schedule.min_lr": 0, "schedule.warmup_steps": 0, "schedule.length": 1, "schedule.decay_steps": 1,
     "diffusion.coarse_noise_aug": 0, "codec_training.adversarial_start": 0, "codec_training.restart_every": 1,
     "codec_training.restart_until": 0, "seed": 0,
@@ -62,11 +62,15 @@ def check_settings(config: DictConfig) -> None:
     if config.train.minutes == math.inf:
         raise UserError("train.minutes must be a finite number: for a run without an end set train.steps high")
     if config.train.profile is not None:
-        parse_steps(config.train.profile)
+        first, _ = parse_steps(config.train.profile)
+        if config.train.minutes is None and first > config.train.steps:
+            raise UserError(f"train.profile={config.train.profile} begins after the last step, {config.train.steps}")
     for name, values in config.data.items():
         for change in values if name.endswith("_schedule") else ():
             if len(change) != 2 or change[0] < 0 or change[1] < 1:
                 raise UserError(f"data.{name} must list steps and sizes, as [[500,32]], got {list(change)} in it")
+    if "momentum" in config.optim and not 0 <= config.optim.momentum < 1:
+        raise UserError(f"optim.momentum must be in [0, 1), got {config.optim.momentum}")
     betas = config.optim.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"optim.betas must be two numbers in [0, 1), got {list(betas)}")

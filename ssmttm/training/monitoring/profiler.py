@@ -37,8 +37,13 @@ class StepProfiler:
         self._profile.start()
 
     def after_step(self, step: int) -> None:
-        """Called after step `step`; the last one writes the files."""
-        if self._profile is None or step < self._last:
+        """Called after step `step`."""
+        if step >= self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write the files if steps are being profiled: after the last of them, or at an earlier end of the training."""
+        if self._profile is None:
             return
         self._profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
