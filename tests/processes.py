@@ -1,11 +1,13 @@
-"""A training in two processes on the CPU."""
+"""Programs and trainings in processes of their own, on the CPU."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -69,22 +71,55 @@ def run_ranks(count: int, train: Callable[[int], None], folder: Path) -> None:
     assert codes == [0] * count, "\n".join(outputs)
 
 
+def run_program(arguments: Sequence[str], folder: Path) -> tuple[int, str]:
+    """Run `python *arguments`, a script or -m and a module, in a folder. Forked from this process: no import is repeated.
+
+    Returns its exit code and its output.
+    """
+    output = folder / "output.txt"
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os._exit(_forked(partial(_run_main, list(arguments)), output))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, output.read_text()
+
+
+def _run_main(arguments: list[str]) -> None:
+    is_module = arguments[0] == "-m"
+    sys.argv = arguments[1:] if is_module else arguments
+    if is_module:
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
 def _run_rank(rank: int, count: int, port: int, train: Callable[[int], None], output: Path) -> int:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return _forked(partial(train, rank), output)
+
+
+def _forked(function: Callable[[], None], output: Path) -> int:
+    """Call a function in a forked process, with its output in a file. Returns the exit code."""
     with output.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
         try:
-            train(rank)
+            function()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:  # noqa: BLE001 - also of pytest.fail: the output is read by the parent
             traceback.print_exc()
             return 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
         return 0

@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
+from processes import run_program
 
 from ssmttm import audio, config
 
@@ -79,11 +78,10 @@ def test_readme_commands_run_in_order(folder):
         if program == "ssmttm":
             program, arguments = "python", ["-m", "ssmttm.cli.main", *arguments]
         assert program == "python", command
-        script = [str(ROOT / arguments[0])] if arguments[0].endswith(".py") else [arguments[0]]
-        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-        line = [sys.executable, *script, *arguments[1:]]
-        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        if arguments[0].endswith(".py"):
+            arguments[0] = str(ROOT / arguments[0])
+        code, output = run_program(arguments, folder)
+        assert code == 0, f"{command}\n{output[-2000:]}"
         ran += 1
     assert ran >= 5
     assert (folder / "runs" / "sweeps" / "backbones_tiny" / "report" / "report.html").is_file()
