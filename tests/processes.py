@@ -72,7 +72,7 @@ def run_ranks(count: int, train: Callable[[int], None], folder: Path) -> None:
 
 
 def run_program(arguments: Sequence[str], folder: Path) -> tuple[int, str]:
-    """Run `python *arguments`, a script or -m and a module, in a folder. Forked from this process: no import is repeated.
+    """Run `python *arguments`, a script or -m and a module, in a folder, forked: no import is repeated.
 
     Returns its exit code and its output.
     """
