@@ -295,14 +295,18 @@ def test_codec_configs_build(name):
     assert codec.sample_rate % 1000 in (0, 100) and codec.n_codebooks > 0
 
 
-def test_embedded_codec_quality_at_two_kbps():
-    codec = load_codec("tiny")
-    assert (codec.sample_rate, codec.frame_rate, codec.n_codebooks, codec.codebook_size) == (24000, 25.0, 8, 1024)
+@pytest.mark.parametrize(
+    ("name", "n_codebooks", "chroma", "onsets", "mel"), [("tiny", 8, 0.75, 0.7, 0.35), ("tiny_v2", 12, 0.93, 0.8, 0.24)]
+)
+def test_embedded_codec_quality(name, n_codebooks, chroma, onsets, mel):
+    codec = load_codec(name)
+    assert (codec.sample_rate, codec.frame_rate, codec.codebook_size) == (24000, 25.0, 1024)
+    assert codec.n_codebooks == n_codebooks
     assert codec.look_ahead_ms == 200 and not codec.training
     music = [render(compose(1234, index), 24000)[: 6 * 24000] for index in range(3)]
     metrics = codec_quality(codec, torch.from_numpy(np.stack(music)).float()[:, None])
-    assert metrics["kbps"] == 2.0
-    assert metrics["chroma_similarity"] > 0.75 and metrics["onset_f"] > 0.7 and metrics["mel_distance"] < 0.35
+    assert metrics["kbps"] == n_codebooks / 4
+    assert metrics["chroma_similarity"] > chroma and metrics["onset_f"] > onsets and metrics["mel_distance"] < mel
 
 
 # Parts

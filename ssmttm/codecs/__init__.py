@@ -13,7 +13,8 @@ from ssmttm.codecs.tiny import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError
 from ssmttm.hub import split_revision
 
-TINY_FOLDER = Path(__file__).parent.parent / "assets" / "tiny_codec"
+_ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = {"tiny": _ASSETS / "tiny_codec", "tiny_v2": _ASSETS / "tiny_codec_v2"}
 
 __all__ = [
     "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig", "build_codec",
@@ -25,8 +26,8 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
     """Load a codec in eval mode.
 
     Args:
-        name_or_path: "tiny" (embedded); a folder with config.json and model.safetensors, written by ssmttm (a student
-            only decodes) or by transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
+        name_or_path: "tiny" or "tiny_v2" (embedded); a folder with config.json and model.safetensors, written by ssmttm
+            (a student only decodes) or by transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
             "descript/dac_44khz".
         n_codebooks: keep only the first n codebooks.
         revision: branch, tag or commit of a hub name; `name` of the codec has the commit that was found.
@@ -78,10 +79,11 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
 
 def _load(name_or_path: str | Path, revision: str | None) -> Codec:
     name = str(name_or_path)
-    if name == "tiny":
-        if not (TINY_FOLDER / "model.safetensors").is_file():
-            raise UserError("the embedded codec `tiny` is missing from this installation: reinstall ssmttm")
-        return TinyCodec.load(TINY_FOLDER, "tiny")
+    if name in EMBEDDED:
+        folder = EMBEDDED[name]
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"the embedded codec `{name}` is missing from this installation: reinstall ssmttm")
+        return TinyCodec.load(folder, name)
     folder = Path(name)
     if folder.is_dir():
         model_type = _model_type(folder)
@@ -90,7 +92,9 @@ def _load(name_or_path: str | Path, revision: str | None) -> Codec:
         if model_type == codec.MODEL_TYPE:
             return StudentCodec.load(folder)
     elif split_revision(name)[0].count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; `tiny` is embedded")
+        raise UserError(
+            f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; embedded: {', '.join(EMBEDDED)}"
+        )
     from ssmttm.codecs import hf
 
     return hf.from_folder(folder) if folder.is_dir() else hf.from_hub(name, revision)

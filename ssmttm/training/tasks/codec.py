@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssmttm.codecs import TINY_FOLDER, Codec, CodecOutput, TinyCodec, build_codec, load_codec
+from ssmttm.codecs import EMBEDDED, Codec, CodecOutput, TinyCodec, build_codec, load_codec
 from ssmttm.codecs.discriminators import DiscriminatorOutput, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import (
     adversarial_losses,
@@ -98,7 +98,7 @@ class CodecTask(Task):
         metadata = super().metadata()
         if self.start is None:
             return metadata
-        folder = TINY_FOLDER if self.start["name"] == "tiny" else Path(self.start["name"])
+        folder = EMBEDDED.get(self.start["name"]) or Path(self.start["name"])
         return metadata | {"start": self.start, "licences": training_licences(folder) | metadata["licences"]}
 
     def flops_per_item(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ssmttm.codecs import TINY_FOLDER, Codec, CodecOutput, StudentCodec, load_codec
+from ssmttm.codecs import EMBEDDED, Codec, CodecOutput, StudentCodec, load_codec
 from ssmttm.codecs.students.codec import DECODERS
 from ssmttm.distill.codec.matching import StageProjections, matched_stages, traced_outputs
 from ssmttm.distill.codec.transfer import transfer_decoder
@@ -87,7 +87,7 @@ class CodecDistillTask(CodecTask):
         self.codec.check_codebooks(self.teacher)
         metadata, config = super().metadata(), self.codec.config
         codec = {"name": config.teacher, "fingerprint": config.fingerprint}
-        folder = TINY_FOLDER if self.config.teacher == "tiny" else Path(self.config.teacher)
+        folder = EMBEDDED.get(self.config.teacher) or Path(self.config.teacher)
         return metadata | {
             "codec": codec,
             "licences": training_licences(folder) | metadata["licences"],
