@@ -12,16 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _INTERVAL = 0.3  # seconds between two measurements
-_BUSY, _QUIET = 0.1, 0.03  # share of the time that threads wait for a processor, above and below which spinning changes
+_BUSY, _QUIET = 0.2, 0.1  # processors that others use, above and below which spinning changes
 _QUIET_INTERVALS = 10  # in a row, in which more than one thread computes, before the threads spin again
 _SMALL = 50_000_000  # parameters
+_STATISTICS = Path("/proc/stat")
 _SHARED = 1 << 18  # elements of a sum that torch shares among its threads
 
 
@@ -45,13 +46,13 @@ def _processors() -> int:
 
 @contextmanager
 def spin_when_alone() -> Iterator[None]:
-    """Inside, torch's threads spin only while they need not wait for a processor.
+    """Inside, torch's threads spin only while other processes leave them their processors.
 
     A second team of OpenMP threads, which sleeps, stops the spinning. It is formed and freed as needed. Nothing is done
-    if the user has set how threads wait, while torch uses one thread, or on a system that does not tell how long
-    threads wait.
+    if the user has set how threads wait, while torch uses one thread, or on a system that does not tell how busy its
+    processors are.
     """
-    if any(name in os.environ for name in _WAITING) or not Path("/proc/self/schedstat").exists():
+    if any(name in os.environ for name in _WAITING) or not _STATISTICS.exists():
         yield
         return
     stop = threading.Event()
@@ -85,18 +86,22 @@ class IdleTeam:
         self._free.wait()
 
 
-def waited_seconds() -> float:
-    """Seconds for which the present threads of this process were ready to run but had no processor."""
-    total = 0
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # a thread that has just ended
-            total += int((task / "schedstat").read_text().split()[1])
-    return total / 1e9
+def busy_seconds() -> float:
+    """Seconds for which the processors of this process were busy since the system's start, whoever used them."""
+    own = os.sched_getaffinity(0)
+    ticks = 0
+    for line in _STATISTICS.read_text().splitlines():
+        name, *values = line.split()
+        if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in own:
+            user, nice, system, _, _, irq, softirq, steal = map(int, values[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _times() -> tuple[float, float, float]:
-    """Seconds: of the clock, of computing by all threads, of threads that wait for a processor."""
-    return time.monotonic(), time.process_time(), waited_seconds()
+    """Seconds: of the clock, of this process's computing, of that of others on its processors."""
+    computed = time.process_time()
+    return time.monotonic(), computed, busy_seconds() - computed
 
 
 def _torch_threads() -> int:
@@ -111,13 +116,14 @@ def _watch(stop: threading.Event) -> None:
     before = _times()
     while not stop.wait(_INTERVAL):
         now = _times()
-        seconds, computed, waited = (b - a for a, b in zip(before, now, strict=True))
+        seconds, computed, others = (b - a for a, b in zip(before, now, strict=True))
         before = now
-        if waited > _QUIET * seconds:
+        spare = max(0, _processors() - _torch_threads())  # processors that torch leaves to others
+        if others > (spare + _QUIET) * seconds:
             quiet = 0
         elif computed > seconds:
             quiet += 1
-        if team is None and waited > _BUSY * seconds and _torch_threads() > 1:
+        if team is None and others > (spare + _BUSY) * seconds and _torch_threads() > 1:
             team = IdleTeam()
         elif team is not None and quiet >= _QUIET_INTERVALS:
             team.free()

@@ -48,13 +48,14 @@ def test_waiting_set_by_the_user_stays(two_threads, monkeypatch, name):
         assert "spin_when_alone" not in names()
 
 
-def test_threads_stop_spinning_while_they_wait_for_a_processor(two_threads, monkeypatch):
+def test_threads_stop_spinning_while_others_use_their_processors(two_threads, monkeypatch):
     """Measurements in turn: quiet; busy; quiet, once with an idle process in between; then the end."""
-    times, waited, computed = [(0.0, 0.0, 0.0)], 0.0, 0.0
+    monkeypatch.setattr(threads, "_processors", lambda: 2)
+    times, others, computed = [(0.0, 0.0, 0.0)], 0.0, 0.0
     measured = [(0.0, 2.0), (0.5, 1.0), *[(0.0, 2.0)] * 5, (0.0, 0.0), *[(0.0, 2.0)] * 4, (0.0, 2.0)]
-    for index, (waits, computes) in enumerate(measured):
-        waited, computed = waited + waits, computed + computes
-        times.append((index + 1.0, computed, waited))
+    for index, (used, computes) in enumerate(measured):
+        others, computed = others + used, computed + computes
+        times.append((index + 1.0, computed, others))
     seen, done, last = [], threading.Event(), times[-1]
 
     def next_times() -> tuple[float, float, float]:
@@ -80,6 +81,19 @@ def test_one_thread_needs_no_team(two_threads, monkeypatch):
         for _ in range(20):
             threading.Event().wait(0.002)
             assert "idle OpenMP team" not in names()
+
+
+def test_busy_seconds_count_what_other_processes_use():
+    """A process that computes for a second on the processor of this one, which sleeps."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(own)})
+    try:
+        before, used = threads.busy_seconds(), os.times().children_user
+        code = "import time\nwhile time.process_time() < 0.5: pass"
+        subprocess.run([sys.executable, "-S", "-c", code], check=True)
+        assert threads.busy_seconds() - before > 0.9 * (os.times().children_user - used) - 0.05
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 SPIN = """
