@@ -83,6 +83,7 @@ def test_one_thread_needs_no_team(two_threads, monkeypatch):
             assert "idle OpenMP team" not in names()
 
 
+@pytest.mark.skipif(not threads._STATISTICS.exists(), reason="no /proc/stat")
 def test_busy_seconds_count_what_other_processes_use():
     """A process that computes for a second on the processor of this one, which sleeps."""
     own = os.sched_getaffinity(0)
