@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _save(out: Any, output: Any, item: int, prompt: str, seed: int, options: dict[str, Any]) -> Path:
-    """Write a clip and its sidecar, which has the names of the files and leaves out what was not asked for."""
+    """Write a clip and its sidecar, which has the names of the files and leaves out what was not requested."""
     from ssmttm.generation.output import sidecar
 
     entries = {name: value for name, value in options.items() if value is not None and value is not False}

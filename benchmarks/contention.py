@@ -41,7 +41,7 @@ WAYS: dict[str, dict[str, str]] = {  # the environment of each way
 
 
 class Worker:
-    """A process that samples or trains when it is told to."""
+    """A process that samples or trains on request."""
 
     def __init__(self, task: str, way: str) -> None:
         rest = {name: value for name, value in os.environ.items() if name not in _OPENMP}

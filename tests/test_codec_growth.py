@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_stores import codec_config, small_codec, write_audio_store, write_codes_store
 
 from data_prep.stages.encode import CodecOptions, Windows
+from ssmttm.audio.features import mel_filterbank
 from ssmttm.codecs import TinyCodec, TinyCodecConfig, load_codec
 from ssmttm.codecs.discriminators import DiscriminatorOutput
 from ssmttm.codecs.losses import (
@@ -326,3 +327,15 @@ def test_validation_logs_chroma_and_onsets(audio_store, tmp_path):
     run = loop.train(codec_config(audio_store, tmp_path / "run", "train.steps=1", "train.eval_every=1"))
     text = (run / "metrics.jsonl").read_text()
     assert "valid/chroma_similarity" in text and "valid/onset_f" in text
+
+
+@pytest.mark.parametrize(
+    ("bank", "arguments"), [(semitone_filterbank, (7_919, 8_192)), (mel_filterbank, (7_919, 512, 20))]
+)
+def test_filter_bank_first_made_in_inference_mode_serves_a_training(bank, arguments):
+    with torch.inference_mode():
+        bank(*arguments)
+    weights = bank(*arguments)
+    x = torch.ones(weights.shape[-1], dtype=weights.dtype, requires_grad=True)
+    (weights @ x).sum().backward()
+    assert torch.isfinite(x.grad).all()

@@ -23,7 +23,7 @@ for task in $(seq "$last" -1 0); do
         SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task bash "$script" >> "$0.out" 2>&1 &
         pid=$!
         if [[ $script == *-cut.sbatch && ! -e signalled ]]; then
-            until compgen -G "by slurm/work/cut-*/.*.tmp" || ! kill -0 $pid; do sleep 0.01; done > /dev/null
+            until compgen -G "by slurm"/*/cut-*/.*.tmp || ! kill -0 $pid; do sleep 0.01; done > /dev/null
             kill -USR1 $pid
             touch signalled
         fi

@@ -130,6 +130,22 @@ def test_selective_recomputes_scans_but_no_matrix_product(monkeypatch):
     assert [found[mode][1] for mode in ("none", "selective", "full")] == [0, 2, 2]
 
 
+def test_scans_outside_of_selective_blocks_stay_visible():
+    """A counter of operations sees those of another model's scan after blocks of this one were set up."""
+    set_up_blocks(build("model=debug"), "selective", compiled=False)
+    seen = set()
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function)
+            return function(*args, **(kwargs or {}))
+
+    model = build("model=debug")
+    with torch.no_grad(), Seen():
+        loss_of(model)
+    assert torch.ops.aten.cumsum.default in seen, "of the decays"
+
+
 def test_blocks_without_gradients_stay_plain():
     model = build("model=debug")
     expected = loss_of(model).item()

@@ -97,6 +97,17 @@ def test_busy_seconds_count_what_other_processes_use():
         os.sched_setaffinity(0, own)
 
 
+def test_others_on_processors_that_torch_leaves_free_change_nothing(two_threads, monkeypatch):
+    times = iter([(float(second), 0.0, 0.5 * second) for second in range(1000)])
+    monkeypatch.setattr(threads, "_times", lambda: next(times, (1e9, 0.0, 0.5e9)))
+    monkeypatch.setattr(threads, "_INTERVAL", 0.001)
+    for processors, formed in ((4, False), (2, True)):
+        monkeypatch.setattr(threads, "_processors", lambda n=processors: n)
+        with threads.spin_when_alone():
+            threading.Event().wait(0.2)
+            assert ("idle OpenMP team" in names()) == formed
+
+
 SPIN = """
 import time
 import torch

@@ -30,7 +30,7 @@ class MuonConfig(AdamWConfig):
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate as a function of the step: a linear warm-up, then what the kind says."""
+    """The learning rate as a function of the step: a linear warm-up, then by its kind."""
 
     kind: str = "cosine"
     warmup_steps: int = 100

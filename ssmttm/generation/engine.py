@@ -102,7 +102,7 @@ class PositionBlock:
 
 
 class CodeSampler:
-    """Samples the codes of B items, as many frames as asked for. It holds all that the next frame depends on, in memory
+    """Samples the codes of B items, as many frames as requested. It holds all that the next frame depends on, in memory
     that does not grow: a clone goes on exactly as the original does.
 
     Attributes:

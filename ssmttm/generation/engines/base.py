@@ -81,7 +81,7 @@ class Engine(ABC):
     batched_prefill = False
 
     def __init__(self, model: TokenLM, weights: str = "fp32") -> None:
-        self.model, self.weights, self.reason = model, weights, "as asked for"
+        self.model, self.weights, self.reason = model, weights, "as requested"
 
     @abstractmethod
     def bind(self, state: LMState, n_items: int) -> Steps:
@@ -109,7 +109,7 @@ class Engine(ABC):
 
 
 def check_parts(model: TokenLM, known: set[type]) -> None:
-    """Raises Unavailable unless mixers and MLPs are of the known kinds, and no layer does more than its kind says."""
+    """Raises Unavailable unless mixers and MLPs are of the known kinds, and no layer does more than its kind states."""
     for block in model.blocks:
         for sublayer in block.sublayers:
             if type(sublayer.inner) not in known:

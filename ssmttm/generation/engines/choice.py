@@ -35,7 +35,7 @@ def build(
         exact: with torch on a CPU, a row has the same bits in any batch, for which rows are padded to a multiple of 4.
 
     Raises:
-        UserError: the engine that was asked for cannot run this model, or no engine can with these weights.
+        UserError: the requested engine cannot run this model, or no engine can with these weights.
     """
     check_names(engine, weights)
     makers: dict[str, Callable[[], Engine]] = {

@@ -278,7 +278,7 @@ class FusedSteps(Steps):
         return None if self.added.is_empty else self.added.compute(controls, index, count, self.state)
 
     def _reserve(self, count: int) -> None:
-        """Make room for positions in the caches of attention, where the library stores them and counts them in
+        """Make space for positions in the caches of attention, where the library stores them and counts them in
         `lengths`; point to tensors that have taken the place of others."""
         for number, sublayer in enumerate(self.sublayers):
             if isinstance(sublayer.inner, AttentionState):

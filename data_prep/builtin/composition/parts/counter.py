@@ -49,12 +49,12 @@ def answers(salt: str, bars: list[Bar], lead: list[Note], chords: list[Chord], k
     step = TICKS // 3 if metre.compound else TICKS // 2
     for note in lead:
         bar = bars[note.start // metre.bar]
-        room = (note.duration + 1 - TICKS // 2) // step
-        if "counter" not in bar.parts or room < 2:
+        free = (note.duration + 1 - TICKS // 2) // step
+        if "counter" not in bar.parts or free < 2:
             continue
         dice = Random(f"{salt} answer {bar.key} {note.start % metre.bar}")
         first = note.start + TICKS // 2 // step * step
-        count = min(room, dice.randint(2, 4))
+        count = min(free, dice.randint(2, 4))
         chord = chords[min((first + (count - 1) * step) // slot, len(chords) - 1)]
         goal = key.degree_near(_guide(chord, key, (who.low + who.high) // 2 + dice.randint(-3, 3), who))
         side = dice.choice((1, -1))

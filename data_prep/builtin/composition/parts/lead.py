@@ -51,21 +51,21 @@ def write_lead(rng: Random, plan: Plan, sections: list[Section], chords: list[Ch
 
 
 def add_pickups(rng: Random, plan: Plan, bars: list[Bar], part: list[Tone]) -> list[Tone]:
-    """Let some phrases begin with one to three notes before the bar line; a long note or a rest makes room."""
+    """Let some phrases begin with one to three notes before the bar line; there must be time for them."""
     voice, by_start = lead_voice(plan), {tone.start: tone for tone in part}
     length = TICKS // 3 if plan.metre.compound else TICKS // 2 if plan.bpm < 150 else TICKS
     count = rng.choice((1, 2, 2, 3) if length < TICKS else (1, 1, 2))
     rising = rng.choice((1, 1, -1))
     starts = [n * plan.metre.bar for n, bar in enumerate(bars) if n and bar.opens and n * plan.metre.bar in by_start]
     for start in starts if rng.random() < 0.7 else ():
-        room = start - count * length
+        first = start - count * length
         before = max((t for t in part if t.start < start), key=lambda t: t.start, default=None)
-        if before and before.start + before.duration > room:
-            if room - before.start < TICKS:
+        if before and before.start + before.duration > first:
+            if first - before.start < TICKS:
                 continue
-            part[part.index(before)] = Tone(before.start, room - before.start, before.degree)
+            part[part.index(before)] = Tone(before.start, first - before.start, before.degree)
         goal = by_start[start].degree
-        part += [Tone(room + i * length, length, voice.fold(goal - rising * (count - i))) for i in range(count)]
+        part += [Tone(first + i * length, length, voice.fold(goal - rising * (count - i))) for i in range(count)]
     return sorted(part, key=lambda tone: tone.start)
 
 
