@@ -1,7 +1,7 @@
 """The extra `audio`: resampling on a GPU by torchaudio, decoding of files that libsndfile does not read by torchcodec.
 
-A package that does not load is passed over, as a build for CUDA beside a torch for CPUs; `describe` tells it. torchcodec
-needs FFmpeg's shared libraries.
+A package that does not load is passed over, as a build for CUDA beside a torch for CPUs; `describe` reports it.
+torchcodec needs FFmpeg's shared libraries.
 
 Shapes: C channels, S samples.
 """
