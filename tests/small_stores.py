@@ -74,6 +74,7 @@ def write_codes_store(
             bars = [round(0.1 + 0.24 * n, 2) for n in range(3)]
             truth = {"bpm": 60 + 5 * i, "key": KEYS[i % 24], "metre": ("3/4", "6/8")[i // 2 % 2], "bars": bars}
             row |= {"audio": f"audio/{i}.wav", "truth": truth if i % 2 else {}}
+            row |= {"start": 0.5 * i, "track_duration": 0.5 * i + length / 25 + 1}
             (path / "audio").mkdir(exist_ok=True)
             tone = np.sin(2 * np.pi * (220 + 40 * i) * np.arange(length * HOP) / SAMPLE_RATE)
             sf.write(path / row["audio"], 0.5 * tone, SAMPLE_RATE)

@@ -26,9 +26,10 @@ from ssmttm.models.controls import BarPositionEmbedding, ClassEmbedding, Control
 from ssmttm.text.condition import TextCondition
 from ssmttm.training.tasks import lm
 
-ALL = {"chroma": True, "tempo": True, "key": True, "metre": True, "bar_position": True}
-TRAINED = ("model.tempo=true", "model.key=true", "model.metre=true", "model.bar_position=true")
-NEVER = tuple(f"data.{key}_dropout=0" for key in ("tempo", "key", "metre", "bar_position"))
+ALL = {"chroma": True, "tempo": True, "key": True, "metre": True, "bar_position": True, "timing": True}
+TRAINED = ("model.tempo=true", "model.key=true", "model.metre=true", "model.bar_position=true", "model.timing=true")
+DROPPED = ("tempo", "key", "metre", "bar_position", "timing")
+NEVER = ("data.caption_dropout=0", *(f"data.{key}_dropout=0" for key in DROPPED))
 
 
 # --- notation -------------------------------------------------------------------------------------------------------
@@ -205,20 +206,46 @@ def test_batch_has_the_key_the_metre_and_the_bar_position_of_its_crop(store, tmp
 
 
 def test_each_control_is_dropped_by_itself_and_by_the_item(store, tmp_path):
-    rates = {"tempo": 0.2, "key": 0.4, "metre": 0.6, "bar_position": 0.8}
-    task = make_task(store, tmp_path, *(f"data.{key}_dropout={rate}" for key, rate in rates.items()))
+    rates = {"tempo": 0.2, "key": 0.4, "metre": 0.6, "bar_position": 0.8, "timing": 0.5}
+    dropouts = (f"data.{key}_dropout={rate}" for key, rate in rates.items())
+    task = make_task(store, tmp_path, *dropouts, "data.caption_dropout=0")
     items = [Item(epoch, epoch, 1, "s1", 0, FRAMES) for epoch in range(1500)]
     batch = {"frame_mask": torch.ones(1500, FRAMES, dtype=torch.bool)}
 
     def absent(split, chosen=items):
         found = task.controls.field(split)(chosen, {"frame_mask": batch["frame_mask"][: len(chosen)]})
-        return torch.stack([found.bpm.isnan(), found.key < 0, found.metre < 0, found.bar_position[:, 0, 5].isnan()])
+        by_frame = (found.bar_position[:, 0, 5], found.timing[:, 0, 5], found.timing[:, 1, 5])
+        return torch.stack([found.bpm.isnan(), found.key < 0, found.metre < 0, *(value.isnan() for value in by_frame)])
 
     dropped = absent("train")
-    torch.testing.assert_close(dropped.float().mean(1), torch.tensor(list(rates.values())), atol=0.04, rtol=0)
+    expected = torch.tensor([*rates.values(), rates["timing"]])
+    torch.testing.assert_close(dropped.float().mean(1), expected, atol=0.04, rtol=0)
     assert torch.corrcoef(dropped.float()).fill_diagonal_(0).abs().max() < 0.1
     assert torch.equal(absent("train", items[700:900]), dropped[:, 700:900])
     assert not absent("valid").any()
+
+
+def test_all_controls_are_dropped_with_the_caption(store, tmp_path):
+    task = make_task(store, tmp_path, *NEVER[1:], "data.caption_dropout=0.5")
+    batch = task.loader("train", 64, 0, 1).batch(0)
+    controls, dropped = batch["controls"], torch.tensor([not caption for caption in batch["captions"]])
+    assert 20 < dropped.sum() < 44
+    assert controls.bpm[dropped].isnan().all() and (controls.key[dropped] < 0).all()
+    assert controls.bar_position[dropped].isnan().all() and controls.timing[dropped].isnan().all()
+    assert not controls.timing[~dropped][:, :, 0].isnan().any()
+
+
+def test_timing_counts_from_the_start_of_the_track_to_its_end(store, tmp_path):
+    task, opened = make_task(store, tmp_path, "data.frames=9", *NEVER), open_store(store)
+    rows = dict(zip(opened.manifest["id"].to_pylist(), range(len(opened)), strict=True))
+    batch = task.loader("train", 16, 0, 1).batch(1)
+    for index, name in enumerate(batch["ids"]):
+        start, rest = opened.timing()[rows[name]]
+        mask, found = batch["frame_mask"][index], batch["controls"].timing[index]
+        times = (int(batch["first"][index]) + torch.arange(9)) / 25
+        torch.testing.assert_close(found[:, mask], torch.stack([start + times, rest - times]).float()[:, mask])
+        assert found[:, ~mask].isnan().all()
+    assert len(set(opened.timing()[:, 0])) > 1
 
 
 def strip_columns(store, names):
@@ -248,9 +275,11 @@ def make_controls(length=S):
     g = torch.Generator().manual_seed(5)
     position = torch.rand(3, 2, length, generator=g)
     position[0, :, 4:7] = torch.nan
+    timing = 20 * torch.rand(3, 2, length, generator=g)
+    timing[1, 0], timing[2, 1, :3] = torch.nan, torch.nan
     return Controls(
         torch.rand(3, 12, length, generator=g), torch.tensor([90.0, torch.nan, 131.0]), torch.tensor([3, 20, -1]),
-        torch.tensor([-1, 2, 4]), position,
+        torch.tensor([-1, 2, 4]), position, timing,
     )  # fmt: skip
 
 
@@ -258,7 +287,8 @@ def changed(controls, field):
     """Another value for every item."""
     value = getattr(controls, field)
     given = {"chroma": lambda: value.roll(1, 1), "bpm": lambda: value.nan_to_num(100.0) * 1.3,
-             "bar_position": lambda: (value.nan_to_num(0.0) + 0.25) % 1}  # fmt: skip
+             "bar_position": lambda: (value.nan_to_num(0.0) + 0.25) % 1,
+             "timing": lambda: value.nan_to_num(0.0) + 1.0}  # fmt: skip
     other = given[field]() if field in given else (value + 1) % 8
     return Controls(**{**vars(controls), field: other})
 
@@ -273,7 +303,7 @@ def codes():
 
 
 @pytest.mark.parametrize("name", ["ours", "cross transformer", "adaln"])
-@pytest.mark.parametrize("field", ["bpm", "key", "metre", "bar_position"])
+@pytest.mark.parametrize("field", ["bpm", "key", "metre", "bar_position", "timing"])
 def test_each_control_changes_every_item(codes, name, field):
     model, text, controls = build(name), captions(4, 0, 7), make_controls()
     difference = model(codes, text, controls=controls) - model(codes, text, controls=changed(controls, field))
@@ -300,7 +330,7 @@ def test_forward_equals_prefill_and_steps_with_all_controls(codes, name):
     assert_equal(torch.stack(found, 2), expected[:, :, 8:])
 
 
-@pytest.mark.parametrize("field", ["key", "metre", "bar_position"])
+@pytest.mark.parametrize("field", ["key", "metre", "bar_position", "timing"])
 def test_denoiser_follows_each_control(field):
     model = randomised(denoiser(**ALL).eval())
     given, noisy = conditions(5, controls=make_controls(5)), torch.randn(3, model.config.noisy_channels, 5)

@@ -77,6 +77,8 @@ def _segment(piece: Piece, index: int, sound: np.ndarray, folder: Path) -> dict[
     return {
         **write_audio(folder / f"audio/{name}.flac", torch.from_numpy(sound), SAMPLE_RATE),
         "track": piece.id,
+        "start": start,
+        "track_duration": piece.duration,
         "loudness": measure(sound[None], SAMPLE_RATE).loudness,
         "truth": json.dumps(truth, ensure_ascii=False),
         "captions": write_captions(truth, name),

@@ -54,6 +54,11 @@ _DESCRIPTIONS = {
     "metre": "metre, such as 3/4",
     "bars": "times of the bar lines in seconds from the segment's start",
     "track": "the work that the segment was cut from",
+    "start": "where the segment starts in the track, in seconds",
+    "track_duration": "length of the track in seconds",
+    "width": "the side's fraction of the energy, 0 for equal channels",
+    "correlation": "of the two channels",
+    "balance": "level of the left channel over the right one in dB",
     "artist": "identity of the artist across data sets",
     "work": "identity of the recording across data sets",
 }

@@ -13,8 +13,8 @@ class BackboneConfig:
     """Keys of a config's `model` section that every kind of model has.
 
     layers: the name of a mixer, or a list of names that is repeated over the depth. n_heads: of attention and
-    cross-attention. text_norm: LayerNorm after the text projection. chroma, tempo, key, metre, bar_position: controls
-    that the model is built with.
+    cross-attention. text_norm: LayerNorm after the text projection. chroma, tempo, key, metre, bar_position, timing:
+    controls that the model is built with.
     """
 
     n_codebooks: int = 8
@@ -37,6 +37,7 @@ class BackboneConfig:
     key: bool = False
     metre: bool = False
     bar_position: bool = False
+    timing: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(n_codebooks=self.n_codebooks, text_dim=self.text_dim)
@@ -63,7 +64,8 @@ class TokenLMConfig(BackboneConfig):
     together, as in the paper's released code; "rotary", in attention layers. norm: "rms" or "layer". layer_scale:
     initial value of every sublayer's learnt scale; null: none. predict_special: the special token has a logit.
     init_std: standard deviation of embeddings and heads at initialisation, with residual projections scaled down by the
-    depth; null keeps PyTorch's defaults, as the paper's released code does.
+    depth; null keeps PyTorch's defaults, as the paper's released code does. predict_controls: a head that predicts
+    tempo, key and metre from the caption, where the model has them; see `ssmttm.models.control_predictor`.
     """
 
     codebook_size: int = 1024
@@ -77,6 +79,7 @@ class TokenLMConfig(BackboneConfig):
     final_norm: bool = True
     predict_special: bool = False
     init_std: float | None = 0.02
+    predict_controls: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +92,8 @@ class TokenLMConfig(BackboneConfig):
             raise UserError("model.positions=joint counts a text prefix: set conditioning=prefix or other positions")
         if self.positions == "rotary" and "attention" not in self.layer_names:
             raise UserError("model.positions=rotary acts in attention layers, and model.layers has none: set another")
+        if self.predict_controls and not (self.tempo or self.key or self.metre):
+            raise UserError("model.predict_controls=true predicts tempo, key or metre: set one of them to true")
         if self.tempo and self.d_model % 2:
             raise UserError(f"model.tempo=true needs an even model.d_model, got {self.d_model}")
 

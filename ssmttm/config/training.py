@@ -37,6 +37,7 @@ class CodesDataConfig(DataConfig):
     key_dropout: float = 0.3  # with model.key: dropout probability of the key
     metre_dropout: float = 0.3  # with model.metre: dropout probability of the metre
     bar_position_dropout: float = 0.3  # with model.bar_position: dropout probability of the bar position
+    timing_dropout: float = 0.3  # with model.timing: of the time since the start, and by itself of that until the end
     caption_swap: float = 0.0  # with controls: probability that a caption is another segment's, so that controls count
 
 
@@ -97,6 +98,7 @@ class LMLosses:
     cross_entropy: float = 1.0  # mean over codebooks
     z_loss: float = 0.0  # squared log of the softmax's denominator (arXiv 2204.02311), mean over codebooks
     tags: float = 0.0  # tag classification; 0: no tag head
+    controls: float = 0.1  # of tempo, key and metre given the caption, with model.predict_controls
 
 
 @dataclass

@@ -39,6 +39,10 @@ class Item(NamedTuple):
         """Whether a condition of the item is dropped, by hash(seed, epoch, id)."""
         return uniform(seed, self.choice_epoch, self.id, f"{condition}_dropout") < probability
 
+    def is_unconditional(self, seed: int, caption_dropout: float) -> bool:
+        """Whether the caption of the item is dropped, and all else that it is conditioned on."""
+        return mix(seed, self.choice_epoch, self.id, "dropout") < caption_dropout * 2.0**64
+
 
 Field = Callable[[Sequence[Item], Mapping[str, Any]], Any]  # the items and the other fields of a batch -> its new field
 
@@ -167,7 +171,7 @@ class CodesLoader(_Loader):
         return items
 
     def _caption(self, item: Item) -> str:
-        if mix(self.seed, item.choice_epoch, item.id, "dropout") < self.caption_dropout * 2.0**64:
+        if item.is_unconditional(self.seed, self.caption_dropout):
             return ""
         captions = self.store.captions(item.row if self._caption_row is None else self._caption_row(item))
         return captions[mix(self.seed, item.choice_epoch, item.id, "caption") % len(captions)]

@@ -59,6 +59,8 @@ SCHEMA = pa.schema(
         pa.field("metre", pa.string()),  # such as "3/4", or null
         pa.field("bars", pa.list_(pa.float64())),  # times of bar lines in seconds from the segment's start, or null
         pa.field("track", pa.string()),  # id of the source track
+        pa.field("start", pa.float64()),  # of the segment in the track, seconds; not in stores of earlier versions
+        pa.field("track_duration", pa.float64()),  # seconds; null where the whole track is not known
         pa.field("artist", pa.string()),  # the same across data sets, or empty
         pa.field("work", pa.string()),  # the recording, the same across data sets, or empty
         pa.field("evidence", pa.string()),  # where the licence is stated
@@ -254,6 +256,15 @@ class Store:
         """Raises UserError unless this codec made the codes."""
         known = self.info["codec"]
         if known is None:
+    def timing(self) -> np.ndarray:
+        """Where the segments are in their tracks, float64 [N, 2]: seconds from the track's start to the segment's, and
+        from there to the track's end; NaN where it is not known."""
+        found = np.full((len(self), 2), np.nan)
+        if "start" in self.manifest.column_names:
+            start, duration = (self.manifest[name].to_numpy() for name in ("start", "track_duration"))
+            found[:, 0], found[:, 1] = start, duration - start
+        return found
+
             raise UserError(_audio_only(self.path))
         if known["fingerprint"] != codec.fingerprint:
             raise UserError(

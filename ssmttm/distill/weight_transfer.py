@@ -120,7 +120,7 @@ def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str
     ours[:, :n_logits] = theirs[:, :n_logits][..., kept]
     student.embedding.weight.copy_(teacher.embedding.weight[:, kept])
     transferred = ["embedding.weight", "heads.weight"]
-    modules = ["text", "norm", "chroma", "bar_position", "key", "metre"]
+    modules = ["text", "norm", "chroma", "bar_position", "timing", "key", "metre"]
     if len(kept) == teacher.config.d_model:
         modules.append("tempo")  # its sinusoids depend on the width
     for name in modules:

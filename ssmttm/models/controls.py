@@ -1,5 +1,5 @@
-"""Optional music controls beside the text: per frame the melody's chroma and the position in the bar, per item the
-tempo, the key and the metre.
+"""Optional music controls beside the text: per frame the melody's chroma, the position in the bar and the time since
+the piece's start and until its end, per item the tempo, the key and the metre.
 
 A model is built for any of them (keys of its config). Where an item has none, a learnt null vector takes its place.
 Shapes: B items, T frames (positions in a TokenLM), W embedding width.
@@ -20,8 +20,12 @@ from ssmttm.ops.linear import Linear
 
 N_PITCH_CLASSES = 12
 # Fields of `Controls`, and the key of a model's config that says whether the model takes it.
-CONFIG_KEYS = {"chroma": "chroma", "bpm": "tempo", "key": "key", "metre": "metre", "bar_position": "bar_position"}
-_CHANNELS = {"chroma": N_PITCH_CLASSES, "bar_position": 2}  # of the fields with frames
+CONFIG_KEYS = {
+    "chroma": "chroma", "bpm": "tempo", "key": "key", "metre": "metre", "bar_position": "bar_position",
+    "timing": "timing",
+}  # fmt: skip
+_CHANNELS = {"chroma": N_PITCH_CLASSES, "bar_position": 2, "timing": 2}  # of the fields with frames
+_DECAYS = (0.5, 2.0, 8.0)  # seconds, of the features of `timing`
 
 
 class SupportsControls(Protocol):
@@ -32,6 +36,7 @@ class SupportsControls(Protocol):
     key: bool
     metre: bool
     bar_position: bool
+    timing: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Controls:
     bpm: [B], beats per minute; NaN where an item has none.
     key, metre: int64 [B], classes of `ssmttm.audio.notation`; -1 where an item has none.
     bar_position: [B, 2, T], the phase in the bar and in the beat, in [0, 1), 0 on a bar line; NaN where unknown.
+    timing: [B, 2, T], seconds since the start of the piece and until its end; NaN where unknown, each by itself.
     """
 
     chroma: Tensor | None = None
@@ -49,6 +55,7 @@ class Controls:
     key: Tensor | None = None
     metre: Tensor | None = None
     bar_position: Tensor | None = None
+    timing: Tensor | None = None
 
     @classmethod
     def create(
@@ -213,6 +220,38 @@ class TempoEmbedding(nn.Module):
         hundredths = 100 * bpm.nan_to_num(1.0).log2()  # hundredths of an octave
         return torch.where(bpm.isnan()[:, None], self.null, self.number(hundredths))
 
+class TimingEmbedding(nn.Module):
+    """A linear map of exp(-t / decay) of the seconds since the start and of those until the end, so that the middle of
+    a piece is the same however long it is; a learnt vector for each of the two where it is absent. What to condition on
+    is that of arXiv 2402.04825, section 3.2 (seconds_start and seconds_total)."""
+
+    decays: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.start, self.end = (Linear(len(_DECAYS), width) for _ in range(2))
+        self.null = nn.Parameter(torch.zeros(2, width))
+        self.register_buffer("decays", torch.tensor(_DECAYS), persistent=False)
+
+    def forward(self, timing: Tensor | None) -> Tensor:
+        """[B, 2, T] -> [B, T, W]; None -> [1, 1, W]."""
+        if timing is None:
+            return self.null.sum(0)[None, None]
+        absent = timing.isnan()[..., None]  # [B, 2, T, 1]
+        seconds = timing.nan_to_num(0.0).clamp(min=0)[..., None]  # [B, 2, T, 1]
+        near = torch.exp(-seconds / self.decays).to(self.start.weight.dtype)  # [B, 2, T, 3]
+        start = torch.where(absent[:, 0], self.null[0], self.start(near[:, 0]))  # [B, T, W]
+        return start + torch.where(absent[:, 1], self.null[1], self.end(near[:, 1]))
+
+    def flops(self, n_frames: int) -> int:
+        return 4 * n_frames * self.start.weight.numel()
+
+    def init_weights(self, std: float) -> None:
+        for linear in (self.start, self.end):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+
     def flops(self) -> int:
         return self.number.flops()
 
@@ -264,6 +303,7 @@ class ControlledModel(nn.Module):
             yield self.chroma(controls.chroma)
         if self.bar_position is not None:
             yield self.bar_position(controls.bar_position)
+    timing: TimingEmbedding | None
 
     def embed_items(self, controls: Controls) -> Iterator[Tensor]:
         """The embedding of each control of an item, [B, W], or [1, W] if no item has one."""
@@ -272,14 +312,18 @@ class ControlledModel(nn.Module):
         if self.key is not None:
             yield self.key(controls.key)
         if self.metre is not None:
+        self.timing = TimingEmbedding(frame_width) if config.timing else None
             yield self.metre(controls.metre)
 
     def control_flops(self, n_frames: int) -> int:
         """FLOPs of the embeddings of one item."""
-        of_frames = sum(part.flops(n_frames) for part in (self.chroma, self.bar_position) if part is not None)
+        by_frame = (self.chroma, self.bar_position, self.timing)
+        of_frames = sum(part.flops(n_frames) for part in by_frame if part is not None)
         return of_frames + sum(part.flops() for part in (self.tempo, self.key, self.metre) if part is not None)
 
+        if self.timing is not None:
+            yield self.timing(controls.timing)
     def init_control_embeddings(self, std: float) -> None:
-        for part in (self.chroma, self.tempo, self.key, self.metre, self.bar_position):
+        for part in (self.chroma, self.tempo, self.key, self.metre, self.bar_position, self.timing):
             if part is not None:
                 part.init_weights(std)

@@ -32,6 +32,7 @@ from ssmttm.models.blocks import (
     build_norm,
 )
 from ssmttm.models.conditioning import ProjectedText, TextProjection, prefix, sinusoids
+from ssmttm.models.control_predictor import ControlPredictor
 from ssmttm.models.controls import ControlledModel, Controls
 from ssmttm.models.cross_attention import CrossAttention
 from ssmttm.ops.linear import Linear
@@ -81,6 +82,7 @@ class TokenLM(ControlledModel):
         self.blocks = nn.ModuleList(self._block(index) for index in range(config.n_layers))
         self.norm = build_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
         self.heads = Linear(config.d_model, config.n_codebooks * self.n_logits, bias=False)  # row k * V' + code
+        self.control_predictor = ControlPredictor(config) if config.predict_controls else None
         if config.init_std is not None:
             self._init_weights(config.init_std)
 
@@ -90,7 +92,8 @@ class TokenLM(ControlledModel):
         text: TextCondition | None,
         return_hidden_states_of: Sequence[int] = (),
         controls: Controls | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        predict_controls: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]] | tuple[Tensor, list[Tensor], dict[str, Tensor]]:
         """Logits of every next position.
 
         Args:
@@ -98,17 +101,21 @@ class TokenLM(ControlledModel):
             text: B captions; None: no text.
             return_hidden_states_of: also return the hidden states after these blocks, counted from 1.
             controls: by position; None: no controls.
+            predict_controls: also return the logits of the control predictor; the captions are needed.
 
         Returns:
             logits [B, K, S, V']: [..., s, :] depends on codes and controls [..., : s + 1] and predicts the codes at
-            s + 1. A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of`, also a list of
-            [B, S, D].
+            s + 1. A view: `logits.transpose(1, 2)` is contiguous. With `return_hidden_states_of` or
+            `predict_controls`, also a list of [B, S, D]; with `predict_controls`, also what the predictor returns.
 
         Raises:
             UserError: the number of codebooks, the batch sizes, the text width or the controls do not fit.
         """
         *hidden_states, hidden = self._hidden(codes, text, None, controls, return_hidden_states_of)  # [B, S, D] each
         logits = self._logits(hidden).transpose(1, 2)
+        if predict_controls:
+            assert self.control_predictor is not None and text is not None
+            return logits, hidden_states, self.control_predictor(text)
         return (logits, hidden_states) if return_hidden_states_of else logits
 
     @torch.no_grad()

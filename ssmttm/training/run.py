@@ -41,8 +41,8 @@ _UNMEASURED_STEPS = 2  # of a process: the first ones allocate memory and choose
 _MEASURED_STEPS, _MEASURED_SHARE = 8, 0.1  # steps, and share of train.minutes, before a timed run's length is decided
 PROBABILITIES = (
     "data.caption_dropout", "data.tempo_dropout", "data.chroma_dropout", "data.key_dropout", "data.metre_dropout",
-    "data.bar_position_dropout", "data.caption_swap", "diffusion.coarse_dropout", "train.label_smoothing",
-    "train.ema_decay",
+    "data.bar_position_dropout", "data.timing_dropout", "data.caption_swap", "diffusion.coarse_dropout",
+    "train.label_smoothing", "train.ema_decay",
 )  # fmt: skip
 
 

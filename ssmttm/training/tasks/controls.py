@@ -1,4 +1,5 @@
-"""The field `controls` of a batch: melody (chroma), tempo, key, metre and bar position of its crops, some dropped."""
+"""The field `controls` of a batch: melody (chroma), tempo, key, metre, bar position and timing of its crops, some
+dropped."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -40,7 +41,8 @@ class StoreControls:
         self._tempi = torch.from_numpy(store.tempi()) if model.tempo else None
         self._keys = torch.from_numpy(store.keys()) if model.key else None
         self._metres = torch.from_numpy(store.metres()) if model.metre or model.bar_position else None
-        self._model, self._caption_swap = model, data.caption_swap
+        self._timing = torch.from_numpy(store.timing()) if model.timing else None  # [N, 2]
+        self._model, self._caption_swap, self._caption_dropout = model, data.caption_swap, data.caption_dropout
         self._check_stated()
         self._is_stated = torch.zeros(len(store), dtype=torch.bool)  # [N], whether an item has a tempo, key or metre
         for stated in (self._tempi, self._keys, self._metres):
@@ -74,7 +76,8 @@ class StoreControls:
     def load(self, items: Sequence[Item], batch: Mapping[str, Any], drop: bool) -> Controls:
         """The controls of crops, on the CPU: NaN where unknown, dropped, or after the end of a segment.
 
-        With `drop`, each control of an item is dropped independently, by hash(seed, epoch, id).
+        With `drop`, each control of an item is dropped independently, and all of them with its caption, as in
+        classifier-free guidance of several conditions (arXiv 2306.05284), by hash(seed, epoch, id).
         """
         rows = torch.tensor([item.row for item in items])
         bpm = key = metre = None
@@ -85,7 +88,16 @@ class StoreControls:
         if self._model.metre and self._metres is not None:
             metre = self._metres[rows].masked_fill(self._dropped(items, "metre", drop), -1)
         mask = batch["frame_mask"]
-        return Controls(self._chroma(items, mask, drop), bpm, key, metre, self._bar_position(items, mask, drop))
+        bar_position, timing = self._bar_position(items, mask, drop), self._timing_of(items, mask, drop)
+        return Controls(self._chroma(items, mask, drop), bpm, key, metre, bar_position, timing)
+
+    def stated(self, items: Sequence[Item], batch: Mapping[str, Any]) -> Controls:
+        """Tempo, key and metre as the items' segments state them; nothing where the caption is of another segment."""
+        rows, swapped = torch.tensor([item.row for item in items]), torch.tensor([*map(self._is_swapped, items)])
+        bpm = None if self._tempi is None else self._tempi[rows].masked_fill(swapped, torch.nan)
+        key = None if self._keys is None else self._keys[rows].masked_fill(swapped, -1)
+        metre = self._metres[rows].masked_fill(swapped, -1) if self._model.metre and self._metres is not None else None
+        return Controls(bpm=bpm, key=key, metre=metre)
 
     def _check_stated(self) -> None:
         missing = {
@@ -93,9 +105,15 @@ class StoreControls:
             "key": self._keys is not None and bool((self._keys < 0).all()),
             "metre": self._metres is not None and bool((self._metres < 0).all()),
             "bar_position": self._model.bar_position and not self._store.has_bars(),
+            "timing": self._timing is not None and bool(self._timing.isnan().all()),
         }
         path = self._store.path
         for key in (key for key, is_missing in missing.items() if is_missing and getattr(self._model, key)):
+            if key == "timing":
+                raise UserError(
+                    f"{path} does not state where its segments are in their tracks: set model.timing=false, or prepare "
+                    "it again from the audio"
+                )
             raise UserError(
                 f"no segment of {path} states its {_STATED[key]}: set model.{key}=false, or prepare data with a column "
                 f"{_STATED[key]}; a store of an earlier version gets it by `python -m data_prep pack --root {path} "
@@ -117,6 +135,17 @@ class StoreControls:
                 found[index] = bar_position(times, torch.from_numpy(self._store.bars(item.row)), beats_of(metre))
         return found.masked_fill(~frame_mask[:, None], torch.nan)
 
+    def _timing_of(self, items: Sequence[Item], frame_mask: Tensor, drop: bool) -> Tensor | None:
+        """[b, 2, T] of the crops; None if the model takes none."""
+        if self._timing is None:
+            return None
+        n_frames, rate = frame_mask.shape[1], self._store.info["codec"]["frame_rate"]
+        times = (torch.tensor([item.first for item in items])[:, None] + torch.arange(n_frames)) / rate  # [b, T]
+        segment = self._timing[torch.tensor([item.row for item in items])]  # [b, 2]
+        found = torch.stack([segment[:, :1] + times, segment[:, 1:] - times], 1).float()  # [b, 2, T]
+        dropped = torch.stack([self._dropped(items, "timing", drop, side) for side in ("start", "end")], 1)  # [b, 2]
+        return found.masked_fill(dropped[..., None] | ~frame_mask[:, None], torch.nan)
+
     def _chroma(self, items: Sequence[Item], frame_mask: Tensor, drop: bool) -> Tensor | None:
         """[b, 12, T] of the crops' audio; None if the model takes no chroma."""
         if self._codec is None:
@@ -131,10 +160,15 @@ class StoreControls:
         absent = dropped[:, None, None] | ~frame_mask[:, None]  # [b, 1, T]
         return frame_chroma(wav, self._codec.sample_rate, frames).masked_fill(absent, torch.nan)
 
-    def _dropped(self, items: Sequence[Item], condition: str, drop: bool) -> Tensor:
-        """Bool [b]."""
+    def _dropped(self, items: Sequence[Item], condition: str, drop: bool, part: str = "") -> Tensor:
+        """Whether a condition of each item, or a part of it, is dropped: bool [b]."""
         if not drop:
             return torch.zeros(len(items), dtype=torch.bool)
         probability = self._dropouts[condition]
-        dropped = [item.is_dropped(self._seed, condition, probability) and not self._is_swapped(item) for item in items]
-        return torch.tensor(dropped)
+
+        def is_dropped(item: Item) -> bool:
+            if item.is_unconditional(self._seed, self._caption_dropout):
+                return True
+            return item.is_dropped(self._seed, condition + part, probability) and not self._is_swapped(item)
+
+        return torch.tensor([is_dropped(item) for item in items])

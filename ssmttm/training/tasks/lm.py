@@ -20,6 +20,7 @@ from ssmttm.errors import UserError
 from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.models import TokenLM, build_model
+from ssmttm.models.control_predictor import prediction_losses
 from ssmttm.models.controls import Controls
 from ssmttm.ops.cross_entropy import cross_entropy
 from ssmttm.patterns import Pattern, get_pattern
@@ -100,6 +101,8 @@ class LanguageModelTask(Task):
         fields: dict[str, Field] = {"controls": self.controls.field(split)}
         if self.tags is not None:
             fields["tags"] = self.tags.targets
+        if self.model.control_predictor is not None:
+            fields["stated_controls"] = self.controls.stated
         caption_row = self.controls.caption_row(split)
         return codes_loader(self.store, self.config, split, batch_size, rank, world_size, fields, caption_row)
 
@@ -111,7 +114,8 @@ class LanguageModelTask(Task):
     def losses(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> dict[str, Losses]:
         """`cross_entropy`: weighted mean over codebooks, with label smoothing; `codebook_k`: without, of each codebook.
 
-        With a tag head also `tags`, and `tags_from_text`, the tag loss of the first position.
+        With a tag head also `tags`, and `tags_from_text`, the tag loss of the first position. With a control predictor
+        also `controls`, the sum of the cross-entropies `predict_bpm`, `predict_key` and `predict_metre`.
         """
         return {"model": self._losses(modules, batch, denominators)}
 
@@ -121,15 +125,24 @@ class LanguageModelTask(Task):
 
     def _losses(self, modules: Modules, batch: Batch, denominators: Tensor) -> Losses:
         inputs, text = self._prepare_batch(batch), self._text(batch)
-        if self.tags is None:
-            logits = modules["model"](inputs.codes, text, controls=inputs.controls)
-            return self._code_losses(logits, inputs, denominators)
-        logits, (hidden_states,) = modules["model"](
-            inputs.codes, text, return_hidden_states_of=[self.config.tag_head.block], controls=inputs.controls
+        blocks = [] if self.tags is None else [self.config.tag_head.block]
+        predicts = self.model.control_predictor is not None
+        output = modules["model"](
+            inputs.codes, text, return_hidden_states_of=blocks, controls=inputs.controls, predict_controls=predicts
         )
-        tag_logits = modules["tag_head"](hidden_states)  # [b, S, n]
-        from_text, mean = tag_losses(tag_logits, batch["tags"], inputs.valid.any(1))
-        losses = {"tags": (from_text + mean) / 2 / denominators[-1], "tags_from_text": from_text / denominators[-1]}
+        logits, hidden_states, predicted = unpack_output(output)
+        losses: Losses = {}
+        if self.tags is not None:
+            tag_logits = modules["tag_head"](hidden_states[0])  # [b, S, n]
+            from_text, mean = tag_losses(tag_logits, batch["tags"], inputs.valid.any(1))
+            losses |= {
+                "tags": (from_text + mean) / 2 / denominators[-1],
+                "tags_from_text": from_text / denominators[-1],
+            }
+        if predicts:
+            by_control = prediction_losses(predicted, batch["stated_controls"])
+            losses |= {f"predict_{name}": loss / denominators[-1] for name, loss in by_control.items()}
+            losses["controls"] = torch.stack(list(by_control.values())).sum() / denominators[-1]
         return losses | self._code_losses(logits, inputs, denominators)
 
     def _text(self, batch: Batch) -> TextCondition:
@@ -172,6 +185,13 @@ class LanguageModelTask(Task):
         prompts = list(self.config.train.prompts)
         out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
         return [Sample(f"{i}-{_file_name(prompt)}", out.audios[i], out.sample_rate) for i, prompt in enumerate(prompts)]
+
+
+def unpack_output(output: Any) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """What `TokenLM.forward` returns, with nothing in place of what was not requested."""
+    if isinstance(output, Tensor):
+        return output, [], {}
+    return output if len(output) == 3 else (*output, {})
 
 
 class LMBatch(NamedTuple):
