@@ -51,8 +51,8 @@ class Bound(TorchEngine):
         super().__init__(model, exact=False)
         self.kind, self.batched_prefill = kind, True
 
-    def bind(self, state: Any, n_items: int) -> Any:
-        return KINDS[self.kind](self, state, n_items)
+    def bind(self, state: Any, n_items: int, n_conditional: int | None = None) -> Any:
+        return KINDS[self.kind](self, state, n_items, n_conditional)
 
 
 def captions(n: int, width: int, device: torch.device, dtype: torch.dtype) -> TextCondition:

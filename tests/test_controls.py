@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ssmttm.audio.features import frame_chroma
 from ssmttm.data import open_store
 from ssmttm.data.loader import Item
+from ssmttm.distill.teacher import Teacher
 from ssmttm.errors import UserError
 from ssmttm.generation.engine import generate
 from ssmttm.generation.pipeline import MusicPipeline
@@ -81,9 +82,9 @@ def test_training_conditions_each_position_on_the_frame_it_predicts(name, tmp_pa
     batch, inputs = task.loader("train", 4, 0, 1).batch(0), {}
     reference = task.model.forward
 
-    def forward(codes, text, controls):
-        inputs.update(codes=codes, controls=controls)
-        return reference(codes, text, controls=controls)
+    def forward(codes, text, **options):
+        inputs.update(codes=codes, controls=options["controls"])
+        return reference(codes, text, **options)
 
     monkeypatch.setattr(task.model, "forward", forward)
     task.losses({"model": task.model}, batch, task.loss_denominators(batch), 0)
@@ -214,7 +215,7 @@ def test_generation_with_controls_is_independent_of_the_batch(name, guidance):
     assert not torch.equal(run([0, 1, 2], Controls()), together)
 
 
-def test_guidance_uses_the_controls_in_both_rows(monkeypatch):
+def test_guidance_uses_the_controls_in_the_conditional_row_only(monkeypatch):
     model, calls = build().float(), []
     step, prefill = model.step, model.prefill
     monkeypatch.setattr(model, "step", lambda c, s, w: calls.append(w) or step(c, s, w))
@@ -223,9 +224,19 @@ def test_guidance_uses_the_controls_in_both_rows(monkeypatch):
     generate(model, captions(3), captions(1), get_pattern("parallel", K), 8, Sampling(guidance_scale=2.0), [1],
              controls=controls)  # fmt: skip
     chroma = torch.cat([w.chroma[:2] for w in calls], -1)  # [caption and null, 12, 8]; steps have padding rows
-    for row in range(2):
-        torch.testing.assert_close(chroma[row], controls.chroma[0], equal_nan=True)
-        assert all(w.bpm[row] == 90 for w in calls)
+    torch.testing.assert_close(chroma[0], controls.chroma[0], equal_nan=True)
+    assert all(w.bpm[0] == 90 and w.bpm[1].isnan() for w in calls) and chroma[1].isnan().all()
+
+
+def test_guided_teacher_has_no_controls_in_its_null_pass(codes):
+    model, teacher = build(predict_special=True), object.__new__(Teacher)
+    teacher.model, teacher.guidance_scale, teacher.null_text = model, 0.0, captions(2)
+    text = captions(4, 0, 7)
+    null = captions(2, 2, 2)._replace(embeddings=teacher.null_text.embeddings.expand(3, -1, -1))
+    with torch.no_grad():
+        assert_equal(teacher(codes, text, make_controls())[0], model(codes, null)[..., :V])
+        teacher.guidance_scale = 1.0
+        assert_equal(teacher(codes, text, make_controls())[0], model(codes, text, controls=make_controls())[..., :V])
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -305,8 +316,12 @@ def test_controls_dropout_rates(tmp_path):
         return task.controls.field(split)(items, {"frame_mask": torch.ones(2000, 20, dtype=torch.bool)})
 
     found = dropped("train")
-    assert found.bpm.isnan().float().mean().item() == pytest.approx(0.25, abs=0.04)
-    assert found.chroma[:, 0, 0].isnan().float().mean().item() == pytest.approx(0.6, abs=0.04)
+    unconditional = torch.tensor([item.is_unconditional(0, 0.1) for item in items])  # their caption is dropped
+    assert found.bpm[unconditional].isnan().all() and found.chroma[unconditional].isnan().all()
+    assert unconditional.float().mean().item() == pytest.approx(0.1, abs=0.03)
+    conditional = ~unconditional
+    assert found.bpm[conditional].isnan().float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert found.chroma[conditional, 0, 0].isnan().float().mean().item() == pytest.approx(0.6, abs=0.04)
     assert not dropped("valid").bpm.isnan().any() and not dropped("valid").chroma.isnan().any()
 
 

@@ -370,8 +370,9 @@ def record_batch_sizes(model, monkeypatch):
 def test_guidance_equals_its_formula(model, monkeypatch, scale, coarse_guidance_scale, passes):
     given, (x, time) = full_conditions(), noisy(FRAMES)
     both = model(x, time, given)
-    coarse = model(x, time, given.with_text(nulls(3)))
-    none = model(x, time, replace(given, text=nulls(3), has_coarse=torch.zeros(3, dtype=torch.bool)))
+    without_text = replace(given, text=nulls(3), controls=Controls())
+    coarse = model(x, time, without_text)
+    none = model(x, time, replace(without_text, has_coarse=torch.zeros(3, dtype=torch.bool)))
     rows = record_batch_sizes(model, monkeypatch)
     found = guided_predictor(model, given, NULL, scale, coarse_guidance_scale)(x, time)
     assert rows == [3 * passes]
@@ -388,7 +389,8 @@ def test_guidance_null_condition_per_item(model):
     given, (x, time) = full_conditions(), noisy(FRAMES)
     each = captions(3, 1, 2, seed=6)
     found = guided_predictor(model, given, each, 2.5)(x, time)
-    wanted = 2.5 * model(x, time, given) - 1.5 * model(x, time, given.with_text(each))
+    without_text = replace(given, text=each, controls=Controls())
+    wanted = 2.5 * model(x, time, given) - 1.5 * model(x, time, without_text)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     shared = TextCondition(*(part[:1] for part in each))
     assert not torch.allclose(guided_predictor(model, given, shared, 2.5)(x, time)[1:], found[1:], atol=1e-3)

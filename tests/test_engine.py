@@ -21,7 +21,7 @@ from ssmttm.generation.engines.library import INSTRUCTION_SETS, Unavailable, ins
 from ssmttm.generation.engines.reference import TorchEngine
 from ssmttm.generation.request import Request, Sampling
 from ssmttm.models import TokenLM, TokenLMConfig
-from ssmttm.models.controls import Controls
+from ssmttm.models.controls import CONFIG_KEYS, Controls
 from ssmttm.ops.int8 import dequantise_rows, quantise, quantise_rows
 from ssmttm.patterns import get_pattern
 from ssmttm.text.condition import TextCondition
@@ -286,8 +286,8 @@ def test_int8_costs_little_on_the_embedded_model():
 class CapturedEngine(TorchEngine):
     """What runs on a GPU; on a CPU each replay calls the function."""
 
-    def bind(self, state, n_items):
-        return captured.CapturedSteps(self, state, n_items)
+    def bind(self, state, n_items, n_conditional=None):
+        return captured.CapturedSteps(self, state, n_items, n_conditional)
 
 
 @pytest.mark.parametrize("changes", [
@@ -320,6 +320,40 @@ def test_gpu_script_runs_on_a_cpu():
     assert gpu.check(gpu.SIZES["debug"], device)["tokens_equal"]
     times = gpu.step_times(gpu.SIZES["debug"], device, 1e9, 1)
     assert len(times) == 12 and all(row["ms"] > 0 and row["share_of_limit"] > 0 for row in times.values())
+
+
+ALL_CONTROLS = {key: True for key in CONFIG_KEYS.values()}
+
+
+def engine_of(name, model):
+    if name == "ort":
+        return pytest.importorskip("ssmttm.generation.engines.onnx_runtime").OrtEngine(model)
+    return {"torch": TorchEngine, "captured": CapturedEngine, "fused": FusedEngine}[name](model)
+
+
+@pytest.mark.parametrize("name", ["torch", "captured", "fused", "ort"])
+@pytest.mark.parametrize("n_prompts", [1, 2])
+def test_null_rows_have_no_controls(name, n_prompts, monkeypatch):
+    """Without the conditional rows (a guidance of 0), controls change nothing, in prefill and in steps."""
+    model = randomised(small_token_lm(**ALL_CONTROLS)).eval()
+    engine, pattern = engine_of(name, model), get_pattern("delay", n_codebooks=K)
+    weights = torch.tensor([[0.7, 0.2], [0.3, 0.8]]) if n_prompts == 2 else None
+    conditions = TextConditions([captions(3, 4), captions(5, 2)][:n_prompts], captions(2, 3), weights)
+    values = torch.rand(2, 16, 20, generator=torch.Generator().manual_seed(4))
+    controls = Controls(
+        values[:, :12], torch.tensor([60.0, 131.0]), torch.tensor([3, 20]), torch.tensor([2, 4]), values[:, 12:14],
+        10 * values[:, 14:],
+    )  # fmt: skip
+    prompt = torch.randint(V, (2, K, 6), generator=torch.Generator().manual_seed(5))
+
+    def run(guidance, given):
+        sampling = Sampling(guidance_scale=guidance, top_k=0)
+        sampler = CodeSampler(model, conditions, pattern, 20, sampling, [5, 6], prompt, given, engine=engine)
+        return sampler.next_frames(20)
+
+    assert torch.equal(run(0.0, controls), run(0.0, NOTHING))
+    different = (run(2.0, controls) != run(2.0, NOTHING)).flatten(1).any(1)
+    assert different.tolist() == [True, True]
 
 
 def test_model_with_self_attention_is_not_captured():

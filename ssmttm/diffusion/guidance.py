@@ -2,7 +2,8 @@
 
     prediction = none + coarse_guidance_scale (coarse - none) + guidance_scale (coarse and text - coarse)
 
-A dropped condition is replaced by its null: the empty caption, the learnt null vector of the coarse latents.
+A dropped condition is replaced by its null: the empty caption, the learnt null vectors of the coarse latents and of the
+controls, which are dropped with the text.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmttm.diffusion.samplers import Predict
+from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
 
@@ -27,12 +29,12 @@ def guided_predictor(
 
     Args:
         null_text: the null condition, one row (shared) or B rows.
-        guidance_scale: 1 is the conditional pass alone, 0 the pass without text.
+        guidance_scale: towards text and controls; 1 is the conditional pass alone, 0 the pass without them.
         coarse_guidance_scale: the same for the coarse codes.
     """
     batch = len(conditions.coarse_latents)
     null_text = TextCondition(*(tensor.expand(batch, *tensor.shape[1:]) for tensor in null_text))
-    without_text = conditions.with_text(null_text)
+    without_text = conditions.with_text(null_text).without_controls()
     weighted = [
         (conditions, guidance_scale),
         (without_text, coarse_guidance_scale - guidance_scale),
@@ -53,7 +55,8 @@ def guided_predictor(
 
 
 def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
-    """Conditions of n passes over the same B items as one batch of n * B; only text and coarse codes may differ."""
+    """Conditions of n passes over the same B items as one batch of n * B, which have the same controls or none of
+    them; only these, text and coarse codes may differ."""
     first, n = conditions[0], len(conditions)
     given = torch.ones(len(first.coarse_latents), dtype=torch.bool, device=first.coarse_latents.device)
     texts = [condition.text for condition in conditions]
@@ -67,6 +70,6 @@ def stack_conditions(conditions: Sequence[Conditions]) -> Conditions:
         text=TextCondition.stack([text.embeddings[i, text.mask[i]] for text in texts for i in range(len(text.mask))]),
         has_coarse=torch.cat([given if c.has_coarse is None else c.has_coarse for c in conditions]),
         coarse_noise_aug=repeat(first.coarse_noise_aug),
-        controls=first.controls.repeat(n),
+        controls=Controls.cat([condition.controls for condition in conditions]),
         mask=repeat(first.mask),
     )

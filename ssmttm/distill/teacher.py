@@ -18,7 +18,7 @@ NULL_CONDITIONS = ("empty_caption", "no_tokens")
 
 class Teacher:
     """A trained TokenLM: a run, a checkpoint, an exported or imported folder, or an embedded model. With a guidance
-    scale other than 1 its logits are guided, with `null_text`, one row, as the null condition."""
+    scale other than 1 its logits are guided, with `null_text`, one row, and no controls as the null condition."""
 
     def __init__(self, name: str, guidance_scale: float = 1.0, null_text: TextCondition | None = None) -> None:
         self.folder: ModelFolder = open_model_folder(name)
@@ -50,7 +50,7 @@ class Teacher:
             assert self.null_text is not None
             null = self.null_text.to(codes.device)
             null = TextCondition(*(part.expand(len(codes), *part.shape[1:]) for part in null))
-            unconditional = model(codes, null, controls=controls)[..., :size]
+            unconditional = model(codes, null)[..., :size]
         # last, so that hooks record the conditional pass
         output = model(codes, text, return_hidden_states_of, controls)
         logits, hidden_states = output if return_hidden_states_of else (output, [])

@@ -2,7 +2,7 @@
 
 Shapes: B items, R prompts of an item, K codebooks, T frames, S positions of the pattern's sequence, V codes per
 codebook. The model runs on R B rows, and B more with guidance: row r B + i is item i with its prompt r, row R B + i the
-same item with the null condition.
+same item with the null condition and no controls. So guidance is towards text and controls together.
 """
 
 import copy
@@ -125,8 +125,7 @@ class CodeSampler:
                 the same in any batch, bit for bit.
             prompt_codes: [B, K, P] with P <= T, frames to continue; they are returned first. Frames of -1 are sampled:
                 what follows them is then known, and the model's input, where it comes before their last codebooks.
-            controls: of B items, by frame; a melody may be shorter than T. They condition the null rows too: guidance
-                is towards the text.
+            controls: of B items, by frame; a melody may be shorter than T. Null rows have none.
             context_frames: frames that are kept for a later `change` of the conditions.
             engine: of the model's steps; None: torch.
 
@@ -257,7 +256,7 @@ class CodeSampler:
         for rows in state["rows"]:
             new = fill(self.model.init_state(rows["steps"]["batch_size"], device=to), rows["steps"])
             own = {name: rows[name] for name in ("n_prompts", "weights", "guided")}
-            steps = self.engine.bind(new, self._batch)
+            steps = self._bind(new, own["n_prompts"], own["guided"])
             self._rows.append(ConditionedRows(**own, logits=rows["logits"].to(to), steps=steps))
 
     def _positions_until(self, n_frames: int) -> int:
@@ -347,11 +346,17 @@ class CodeSampler:
             of_items = slice(first, first + size)
             part_codes = codes[of_items].repeat(n_conditions, 1, 1)  # condition by condition
             part_controls = controls.select_rows(of_items).repeat(n_conditions)
+            if guided:
+                is_null = torch.arange(n_conditions * size, device=device) >= len(conditions.texts) * size
+                part_controls = part_controls.drop(is_null)
             logits.append(model.prefill(part_codes, condition, part, part_controls).unflatten(0, (n_conditions, size)))
             state.write_rows(slice(first, n_rows, batch) if size == 1 else slice(0, n_rows), part)
         rows_of_items = torch.cat(logits, dim=1).flatten(0, 1)
-        steps = self.engine.bind(state, batch)
+        steps = self._bind(state, len(conditions.texts), guided)
         return ConditionedRows(len(conditions.texts), conditions.weights, guided, rows_of_items, steps)
+
+    def _bind(self, state: LMState, n_prompts: int, guided: bool) -> Steps:
+        return self.engine.bind(state, self._batch, n_prompts * self._batch if guided else None)
 
     def _context_codes(self) -> Tensor:
         """The start column, then the positions of the kept frames as the first positions of a clip: [B, K, n]."""

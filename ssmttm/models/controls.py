@@ -5,7 +5,7 @@ A model is built for any of them (keys of its config). Where an item has none, a
 Shapes: B items, T frames (positions in a TokenLM), W embedding width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -93,6 +93,21 @@ class Controls:
     def repeat(self, n: int) -> "Controls":
         """The batch n times: [n * B, ...]."""
         return self._map(lambda tensor: tensor.repeat(n, *[1] * (tensor.ndim - 1)))
+
+    @classmethod
+    def cat(cls, parts: Sequence["Controls"]) -> "Controls":
+        """Batches one after the other; all have the same fields."""
+        tensors = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        return cls(**{name: None if values[0] is None else torch.cat(values) for name, values in tensors.items()})
+
+    def drop(self, dropped: Tensor) -> "Controls":
+        """Controls without any of the items where `dropped`, bool [B], is True."""
+
+        def masked(tensor: Tensor) -> Tensor:
+            absent = torch.nan if tensor.is_floating_point() else -1
+            return tensor.masked_fill(dropped.view(-1, *[1] * (tensor.ndim - 1)), absent)
+
+        return self._map(masked)
 
     def to(self, device: torch.device | str) -> "Controls":
         return self._map(lambda tensor: tensor.to(device))
@@ -205,21 +220,6 @@ class BarPositionEmbedding(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
 
-class TempoEmbedding(nn.Module):
-    """A sinusoidal embedding of log tempo; a learnt vector where the tempo is absent."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.number = SinusoidalEmbedding(width)
-        self.null = nn.Parameter(torch.zeros(width))
-
-    def forward(self, bpm: Tensor | None) -> Tensor:
-        """[B] -> [B, W]; None -> [1, W]."""
-        if bpm is None:
-            return self.null[None]
-        hundredths = 100 * bpm.nan_to_num(1.0).log2()  # hundredths of an octave
-        return torch.where(bpm.isnan()[:, None], self.null, self.number(hundredths))
-
 class TimingEmbedding(nn.Module):
     """A linear map of exp(-t / decay) of the seconds since the start and of those until the end, so that the middle of
     a piece is the same however long it is; a learnt vector for each of the two where it is absent. What to condition on
@@ -251,6 +251,21 @@ class TimingEmbedding(nn.Module):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
+
+class TempoEmbedding(nn.Module):
+    """A sinusoidal embedding of log tempo; a learnt vector where the tempo is absent."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.number = SinusoidalEmbedding(width)
+        self.null = nn.Parameter(torch.zeros(width))
+
+    def forward(self, bpm: Tensor | None) -> Tensor:
+        """[B] -> [B, W]; None -> [1, W]."""
+        if bpm is None:
+            return self.null[None]
+        hundredths = 100 * bpm.nan_to_num(1.0).log2()  # hundredths of an octave
+        return torch.where(bpm.isnan()[:, None], self.null, self.number(hundredths))
 
     def flops(self) -> int:
         return self.number.flops()
@@ -288,6 +303,7 @@ class ControlledModel(nn.Module):
     key: ClassEmbedding | None
     metre: ClassEmbedding | None
     bar_position: BarPositionEmbedding | None
+    timing: TimingEmbedding | None
 
     def add_control_embeddings(self, config: SupportsControls, frame_width: int, item_width: int) -> None:
         """Build the embeddings: of per-frame controls with `frame_width`, of an item's with `item_width`."""
@@ -296,6 +312,7 @@ class ControlledModel(nn.Module):
         self.key = ClassEmbedding(len(KEYS), item_width) if config.key else None
         self.metre = ClassEmbedding(len(METRES), item_width) if config.metre else None
         self.bar_position = BarPositionEmbedding(frame_width) if config.bar_position else None
+        self.timing = TimingEmbedding(frame_width) if config.timing else None
 
     def embed_frames(self, controls: Controls) -> Iterator[Tensor]:
         """The embedding of each per-frame control, [B, T, W], or [1, 1, W] if no item has one."""
@@ -303,7 +320,8 @@ class ControlledModel(nn.Module):
             yield self.chroma(controls.chroma)
         if self.bar_position is not None:
             yield self.bar_position(controls.bar_position)
-    timing: TimingEmbedding | None
+        if self.timing is not None:
+            yield self.timing(controls.timing)
 
     def embed_items(self, controls: Controls) -> Iterator[Tensor]:
         """The embedding of each control of an item, [B, W], or [1, W] if no item has one."""
@@ -312,7 +330,6 @@ class ControlledModel(nn.Module):
         if self.key is not None:
             yield self.key(controls.key)
         if self.metre is not None:
-        self.timing = TimingEmbedding(frame_width) if config.timing else None
             yield self.metre(controls.metre)
 
     def control_flops(self, n_frames: int) -> int:
@@ -321,8 +338,6 @@ class ControlledModel(nn.Module):
         of_frames = sum(part.flops(n_frames) for part in by_frame if part is not None)
         return of_frames + sum(part.flops() for part in (self.tempo, self.key, self.metre) if part is not None)
 
-        if self.timing is not None:
-            yield self.timing(controls.timing)
     def init_control_embeddings(self, std: float) -> None:
         for part in (self.chroma, self.tempo, self.key, self.metre, self.bar_position, self.timing):
             if part is not None:

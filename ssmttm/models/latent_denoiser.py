@@ -38,6 +38,11 @@ class Conditions:
     def with_text(self, text: TextCondition) -> "Conditions":
         return replace(self, text=text)
 
+    def without_controls(self) -> "Conditions":
+        """Drop the controls of every item."""
+        dropped = torch.ones(len(self.coarse_latents), dtype=torch.bool, device=self.coarse_latents.device)
+        return replace(self, controls=self.controls.drop(dropped))
+
     def without_coarse(self) -> "Conditions":
         """Drop the coarse latents of every item."""
         latents = self.coarse_latents

@@ -1,7 +1,7 @@
 """What every engine has: a decoding step on an LMState's memory, and the draw of tokens.
 
 Shapes: B items, K codebooks, V' logits of a codebook, D model width. A state has as many rows as prompts and null
-conditions together: row i belongs to item i % B.
+conditions together: row i belongs to item i % B. Null rows have no controls.
 """
 
 from abc import ABC, abstractmethod
@@ -21,13 +21,21 @@ from ssmttm.ops.linear import Linear
 class Steps(ABC):
     """Decoding steps of `engine` on one state, which they update in place."""
 
-    def __init__(self, engine: "Engine", state: LMState, n_items: int) -> None:
-        self.engine, self.state, self.n_items = engine, state, n_items
-        self.item_of_row = torch.arange(state.batch_size, device=engine.model.embedding.weight.device) % n_items
+    def __init__(self, engine: "Engine", state: LMState, n_items: int, n_conditional: int | None = None) -> None:
+        """The first `n_conditional` rows have the controls of their items, the others none; None: all have."""
+        self.engine, self.state, self.n_items, self.n_conditional = engine, state, n_items, n_conditional
+        rows = torch.arange(state.batch_size, device=engine.model.embedding.weight.device)
+        self.item_of_row = rows % n_items
+        self.is_null = None if n_conditional is None else rows >= n_conditional  # [rows]
 
     def on(self, state: LMState) -> "Steps":
         """Steps of the same engine on another state of as many rows."""
-        return self.engine.bind(state, self.n_items)
+        return self.engine.bind(state, self.n_items, self.n_conditional)
+
+    def controls_of_rows(self, controls: Controls, positions: slice) -> Controls:
+        """Controls of B items and a block of positions -> those of all rows at some of the positions."""
+        rows = controls.select_frames(positions).select_rows(self.item_of_row)
+        return rows if self.is_null is None else rows.drop(self.is_null)
 
     @abstractmethod
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
@@ -84,8 +92,8 @@ class Engine(ABC):
         self.model, self.weights, self.reason = model, weights, "as requested"
 
     @abstractmethod
-    def bind(self, state: LMState, n_items: int) -> Steps:
-        """Steps from this state on."""
+    def bind(self, state: LMState, n_items: int, n_conditional: int | None = None) -> Steps:
+        """Steps from this state on; arguments as of `Steps`."""
 
     def n_rows(self, rows: int) -> int:
         """Rows that a state needs, so that no row's result depends on the others."""
@@ -125,19 +133,18 @@ def check_parts(model: TokenLM, known: set[type]) -> None:
 class AddedEmbeddings:
     """What a model adds to the embedded codes of a position: controls and position embeddings."""
 
-    def __init__(self, model: TokenLM, item_of_row: Tensor) -> None:
-        config = model.config
-        self.model, self.item_of_row = model, item_of_row
-        by_frame = config.chroma or config.bar_position
+    def __init__(self, model: TokenLM) -> None:
+        self.model, config = model, model.config
+        by_frame = config.chroma or config.bar_position or config.timing
         self.by_position = by_frame or config.positions in ("sinusoidal", "joint")
         self.is_empty = not (self.by_position or config.tempo or config.key or config.metre)
 
     @torch.inference_mode()
-    def compute(self, controls: Controls, index: int, count: int, state: LMState) -> Tensor:
-        """Embeddings of the state's next `count` positions, float32 [count, rows, D], or [1, rows, D] if they are the
-        same at all positions; `controls` and `index` as of `Steps.step`."""
-        length = count if self.by_position else 1
-        rows = controls.select_frames(slice(index, index + length)).select_rows(self.item_of_row)
-        positions = torch.arange(state.position, state.position + length, device=self.item_of_row.device)
-        added = self.model.added_embeddings(positions, len(self.item_of_row), state.n_text, rows)  # [rows, n, D]
+    def compute(self, steps: Steps, controls: Controls, index: int, count: int) -> Tensor:
+        """Embeddings of the next `count` positions of `steps`, float32 [count, rows, D], or [1, rows, D] if they are
+        the same at all positions; `controls` and `index` as of `Steps.step`."""
+        length, state = count if self.by_position else 1, steps.state
+        rows = steps.controls_of_rows(controls, slice(index, index + length))
+        positions = torch.arange(state.position, state.position + length, device=steps.item_of_row.device)
+        added = self.model.added_embeddings(positions, state.batch_size, state.n_text, rows)  # [rows, n, D]
         return added.transpose(0, 1).float().contiguous()

@@ -30,12 +30,12 @@ def can_capture(model: TokenLM) -> bool:
 class CapturedSteps(Steps):
     """Steps on one state. One graph is kept, of the last settings of the sampling."""
 
-    def __init__(self, engine: Engine, state: LMState, n_items: int) -> None:
-        super().__init__(engine, state, n_items)
+    def __init__(self, engine: Engine, state: LMState, n_items: int, n_conditional: int | None = None) -> None:
+        super().__init__(engine, state, n_items, n_conditional)
         model, device = engine.model, engine.model.embedding.weight.device
         rows, shape, self.added = state.batch_size, (n_items, model.config.n_codebooks), None
         dtype = model.embedding.weight.dtype
-        added = AddedEmbeddings(model, self.item_of_row)
+        added = AddedEmbeddings(model)
         if not added.is_empty:
             self.added = added
             self.vectors = torch.zeros(MAX_POSITIONS, rows, model.config.d_model, device=device, dtype=dtype)
@@ -50,7 +50,7 @@ class CapturedSteps(Steps):
 
     @torch.inference_mode()
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
-        controls = controls.select_frames(slice(index, index + 1)).select_rows(self.item_of_row)
+        controls = self.controls_of_rows(controls, slice(index, index + 1))
         return self.engine.model.step(codes[self.item_of_row], self.state, controls)
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class CapturedSteps(Steps):
                 uniforms[start : start + count],
             )
             if self.added is not None:
-                self.vectors[:count] = self.added.compute(controls, index + start, count, self.state)
+                self.vectors[:count] = self.added.compute(self, controls, index + start, count)
             self.codes.copy_(codes)
             self.index.zero_()
             for _ in range(count):

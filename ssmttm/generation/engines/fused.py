@@ -108,8 +108,8 @@ class FusedEngine(Engine):
             self.weights = "int8"
         self.reason = f"compiled for {isa or instruction_set()}, {threads} thread{'s' * (threads != 1)}"
 
-    def bind(self, state: LMState, n_items: int) -> "FusedSteps":
-        return FusedSteps(self, state, n_items)
+    def bind(self, state: LMState, n_items: int, n_conditional: int | None = None) -> "FusedSteps":
+        return FusedSteps(self, state, n_items, n_conditional)
 
     def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool) -> Tensor:
         logits, uniforms = logits.float().contiguous(), uniforms.double().contiguous()
@@ -219,10 +219,10 @@ class FusedSteps(Steps):
 
     engine: FusedEngine
 
-    def __init__(self, engine: FusedEngine, state: LMState, n_items: int) -> None:
-        super().__init__(engine, state, n_items)
+    def __init__(self, engine: FusedEngine, state: LMState, n_items: int, n_conditional: int | None = None) -> None:
+        super().__init__(engine, state, n_items, n_conditional)
         model, self.rows = engine.model, state.batch_size
-        self.added = AddedEmbeddings(model, self.item_of_row)
+        self.added = AddedEmbeddings(model)
         self.codes = torch.zeros(self.rows, model.config.n_codebooks, dtype=torch.long)
         self.shape = self.rows, model.config.n_codebooks, model.n_logits
         self.sublayers = [sublayer for block in state.blocks for sublayer in block]
@@ -275,7 +275,7 @@ class FusedSteps(Steps):
             raise IndexError(f"codes must be in [0, {self.engine.model.special_token_id}]")
 
     def _added(self, controls: Controls, index: int, count: int) -> Tensor | None:
-        return None if self.added.is_empty else self.added.compute(controls, index, count, self.state)
+        return None if self.added.is_empty else self.added.compute(self, controls, index, count)
 
     def _reserve(self, count: int) -> None:
         """Make space for positions in the caches of attention, where the library stores them and counts them in

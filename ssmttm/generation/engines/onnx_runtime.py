@@ -69,8 +69,8 @@ class OrtEngine(Engine):
         self.states, self.n_bytes = graph.states, graph.n_bytes
         self.reason = f"onnxruntime {ort.__version__}, 1 thread"
 
-    def bind(self, state: LMState, n_items: int) -> "OrtSteps":
-        return OrtSteps(self, state, n_items)
+    def bind(self, state: LMState, n_items: int, n_conditional: int | None = None) -> "OrtSteps":
+        return OrtSteps(self, state, n_items, n_conditional)
 
 
 class OrtSteps(Steps):
@@ -78,10 +78,10 @@ class OrtSteps(Steps):
 
     engine: OrtEngine
 
-    def __init__(self, engine: OrtEngine, state: LMState, n_items: int) -> None:
-        super().__init__(engine, state, n_items)
+    def __init__(self, engine: OrtEngine, state: LMState, n_items: int, n_conditional: int | None = None) -> None:
+        super().__init__(engine, state, n_items, n_conditional)
         model, rows = engine.model, state.batch_size
-        self.added = AddedEmbeddings(model, self.item_of_row)
+        self.added = AddedEmbeddings(model)
         self.codes = np.zeros((rows, model.config.n_codebooks), np.int64)
         self.embedded = np.zeros((rows, 1, model.config.d_model), np.float32)
         self.logits = np.zeros((rows, 1, model.config.n_codebooks * model.n_logits), np.float32)
@@ -106,7 +106,7 @@ class OrtSteps(Steps):
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
         self.codes[:] = codes[self.item_of_row].numpy()
         if not self.added.is_empty:
-            self.embedded[:, 0] = self.added.compute(controls, index, 1, self.state)[0].numpy()
+            self.embedded[:, 0] = self.added.compute(self, controls, index, 1)[0].numpy()
         self.engine.session.run_with_iobinding(self.binding)
         self.state.position += 1
         return torch.from_numpy(self.logits.copy()).view(self.shape)
@@ -128,7 +128,7 @@ class StepGraph:
         self.n_bytes = 0
         self._nodes: list[NodeProto] = []
         self._constants: list[TensorProto] = []
-        self._has_added = not AddedEmbeddings(model, torch.zeros(1).long()).is_empty
+        self._has_added = not AddedEmbeddings(model).is_empty
         self._trace()
 
     def build(self) -> bytes:

@@ -32,8 +32,9 @@ class TorchEngine(Engine):
         if not self.on_cpu:
             self.reason = "a CUDA graph" if self.captures else "step by step, since the cache of attention grows"
 
-    def bind(self, state: LMState, n_items: int) -> Steps:
-        return CapturedSteps(self, state, n_items) if self.captures else TorchSteps(self, state, n_items)
+    def bind(self, state: LMState, n_items: int, n_conditional: int | None = None) -> Steps:
+        kind = CapturedSteps if self.captures else TorchSteps
+        return kind(self, state, n_items, n_conditional)
 
     def n_rows(self, rows: int) -> int:
         return math.ceil(rows / ROWS) * ROWS if self.on_cpu and self.exact else rows
@@ -43,5 +44,5 @@ class TorchSteps(Steps):
     """Steps of a TokenLM."""
 
     def step(self, codes: Tensor, controls: Controls, index: int) -> Tensor:
-        controls = controls.select_frames(slice(index, index + 1)).select_rows(self.item_of_row)
+        controls = self.controls_of_rows(controls, slice(index, index + 1))
         return self.engine.model.step(codes[self.item_of_row], self.state, controls)
