@@ -241,6 +241,15 @@ class Store:
             return False
         return bool(pc.any(pc.greater(pc.list_value_length(self.manifest["bars"]), 1)).as_py())
 
+    def timing(self) -> np.ndarray:
+        """Where the segments are in their tracks, float64 [N, 2]: seconds from the track's start to the segment's, and
+        from there to the track's end; NaN where it is not known."""
+        found = np.full((len(self), 2), np.nan)
+        if "start" in self.manifest.column_names:
+            start, duration = (self.manifest[name].to_numpy() for name in ("start", "track_duration"))
+            found[:, 0], found[:, 1] = start, duration - start
+        return found
+
     def _classes(self, name: str, parse: Callable[[str], int]) -> np.ndarray:
         if name not in self.manifest.column_names:
             return np.full(len(self), -1)
@@ -256,15 +265,6 @@ class Store:
         """Raises UserError unless this codec made the codes."""
         known = self.info["codec"]
         if known is None:
-    def timing(self) -> np.ndarray:
-        """Where the segments are in their tracks, float64 [N, 2]: seconds from the track's start to the segment's, and
-        from there to the track's end; NaN where it is not known."""
-        found = np.full((len(self), 2), np.nan)
-        if "start" in self.manifest.column_names:
-            start, duration = (self.manifest[name].to_numpy() for name in ("start", "track_duration"))
-            found[:, 0], found[:, 1] = start, duration - start
-        return found
-
             raise UserError(_audio_only(self.path))
         if known["fingerprint"] != codec.fingerprint:
             raise UserError(
