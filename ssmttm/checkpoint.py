@@ -11,27 +11,33 @@ A checkpoint is a folder, written by `ssmttm.training.checkpointer`:
       state.json              step, samples_seen, fingerprints, versions, licences of the data, last validation
       COMPLETE                sha256 and size of every other file, written last
 
+A sharded training has a part of each safetensors file from every rank, model.rank-0-of-8.safetensors and so on: the
+rank's rows of each tensor, one after the other along the first axis. Tensors that are in the first part only are whole.
+`read_tensors` and `TensorFiles` join them, so every reader takes such a checkpoint.
+
 The folder is written under a temporary name, fsynced and renamed. A folder without COMPLETE, or whose files differ from
 it, is never loaded. Nothing is pickled.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssmttm import config as configs
 from ssmttm.errors import UserError
-from ssmttm.files import atomic_folder, file_entry
+from ssmttm.files import atomic_folder, file_entry, file_sha256
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -52,14 +58,31 @@ def save_checkpoint(
     """
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
-        for name, values in tensors.items():
-            _write_tensors(temporary / f"{name}.safetensors", values)
-        for name, value in documents.items():
-            (temporary / f"{name}.json").write_text(json.dumps(value, indent=1))
-        (temporary / "config.yaml").write_text(OmegaConf.to_yaml(config))
-        entries = {path.name: file_entry(path) for path in temporary.iterdir()}
-        (temporary / "COMPLETE").write_text(json.dumps(entries, indent=1))
+        complete(temporary, config, documents, write_tensors(temporary, tensors))
     return folder
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Write NAME.safetensors for each name; returns their entries of COMPLETE."""
+    paths = {name: folder / f"{name}.safetensors" for name in tensors}
+    for name, path in paths.items():
+        _write_tensors(path, tensors[name])
+    return {path.name: file_entry(path) for path in paths.values()}
+
+
+def complete(folder: Path, config: DictConfig, documents: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
+    """Write the other files of a checkpoint, COMPLETE last; `entries` are those of its tensors."""
+    for name, value in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=1))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    others = [*(f"{name}.json" for name in documents), "config.yaml"]
+    listed = {**entries, **{name: file_entry(folder / name) for name in others}}
+    (folder / "COMPLETE").write_text(json.dumps(listed, indent=1))
+
+
+def part_name(name: str, rank: int, world_size: int) -> str:
+    """The name of a rank's part of NAME, without the suffix."""
+    return f"{name}.rank-{rank}-of-{world_size}"
 
 
 def snapshot(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -140,15 +163,22 @@ def find_model(path: str | Path) -> Path:
         raise UserError(f"no model at {path}: give a run folder, a checkpoint or an exported model")
     if (path / "state.json").exists() or (path / "COMPLETE").exists():
         verify(path)
-    elif not (path / "model.safetensors").is_file():
+    elif not tensor_files(path, "model"):
         raise UserError(f"no model at {path} (it has no model.safetensors): give a run, a checkpoint or an export")
     return path
 
 
 def load_weights(folder: str | Path, ema: bool = True, module_name: str = "model") -> dict[str, Tensor]:
     """The state dict of a checkpoint or an exported folder; with `ema`, the averaged weights if there are any."""
-    averaged = Path(folder) / "ema.safetensors"
-    return read_tensors(folder, "ema" if ema and module_name == "model" and averaged.is_file() else module_name)
+    averaged = ema and module_name == "model" and tensor_files(folder, "ema")
+    return read_tensors(folder, "ema" if averaged else module_name)
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """The hash of the file with the weights that `load_weights` reads; of the hashes of its parts, if it has some."""
+    files = tensor_files(folder, "ema") or tensor_files(folder, "model")
+    hashes = [file_sha256(path) for path in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
@@ -170,14 +200,48 @@ def differences(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> st
     return f"{listed}; and {len(wrong) - 3} more" if len(wrong) > 3 else listed
 
 
+def tensor_files(folder: str | Path, name: str) -> list[Path]:
+    """NAME.safetensors of a checkpoint or an exported folder, or its parts by rank; none if there is no such file."""
+    whole = Path(folder) / f"{name}.safetensors"
+    if whole.is_file():
+        return [whole]
+    return sorted(Path(folder).glob(f"{name}.rank-*-of-*.safetensors"), key=lambda path: int(path.name.split("-")[1]))
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of NAME.safetensors, or of its parts joined along the first axis; each is read when it is asked for.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        paths = tensor_files(folder, name) or [Path(folder) / f"{name}.safetensors"]
+        try:
+            self._files = [safe_open(path, "pt") for path in paths]
+        except (OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"cannot read {paths[0]} ({reason}): it is missing or damaged, use another checkpoint"
+            ) from error
+        self._keys = [set(file.keys()) for file in self._files]
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [file.get_tensor(name) for file, keys in zip(self._files, self._keys, strict=True) if name in keys]
+        if not parts:
+            raise KeyError(name)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files[0].keys())
+
+    def __len__(self) -> int:
+        return len(self._keys[0])
+
+
 def read_tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors. Raises UserError if it is missing or cannot be read."""
-    path = Path(folder) / f"{name}.safetensors"
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read {path} ({reason}): it is missing or damaged, use another checkpoint") from error
+    """The tensors of NAME.safetensors, joined if it has parts. Raises UserError if it is missing or cannot be read."""
+    return dict(TensorFiles(folder, name))
 
 
 def read_document(folder: str | Path, name: str) -> Any:

@@ -27,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     try:
-        with _clear_errors(path):
+        with clear_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             fsync(temporary)
@@ -46,7 +46,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary, replaced = temporary_path(path), temporary_path(path)
     try:
-        with _clear_errors(path):
+        with clear_errors(path):
             temporary.mkdir(parents=True)
             yield temporary
             if path.exists():
@@ -70,7 +70,7 @@ def folder_update(folder: Path, last: Sequence[str]) -> Iterator[Path]:
     temporary = temporary_path(folder / "update")
     replaced = temporary / f".replaced.{uuid.uuid4().hex[:12]}"
     try:
-        with _clear_errors(folder):
+        with clear_errors(folder):
             for path in folder.glob(".update.*.tmp"):  # of killed processes
                 shutil.rmtree(path)
             temporary.mkdir()
@@ -187,7 +187,7 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
+def clear_errors(path: Path) -> Iterator[None]:
     """Turn the system's errors while writing `path` into errors for the user."""
     try:
         yield

@@ -49,7 +49,7 @@ class ModelFolder:
         name: as in the card; else the names of the run and the checkpoint.
         config: the training config.
         card: card.json of an exported folder, state.json of a checkpoint.
-        weights_file: the averaged weights if there are any.
+        weights_file: the averaged weights if there are any; of a sharded checkpoint the first part.
     """
 
     path: Path
@@ -57,6 +57,11 @@ class ModelFolder:
     config: DictConfig
     card: dict[str, Any]
     weights_file: Path
+
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of the weights; see `ssmttm.checkpoint.weights_sha256`."""
+        return checkpoint.weights_sha256(self.path)
 
     def provenance(self, kind: str) -> dict[str, Any]:
         """Name and fingerprint of the `codec` or `text` encoder of the training data; fingerprint of the `latents`
@@ -119,8 +124,8 @@ def open_model_folder(
         kind = KINDS.get(found, found)
         raise UserError(f"{path} holds {kind}, not {KINDS[task]}: give the folder of a run with task={task}")
     card = read_card(path)
-    averaged = path / "ema.safetensors"
-    weights_file = averaged if averaged.is_file() else path / "model.safetensors"
+    files = checkpoint.tensor_files(path, "ema") or checkpoint.tensor_files(path, "model")
+    weights_file = files[0] if files else path / "model.safetensors"
     run = f"{path.parent.parent.name}/" if path.parent.name == "checkpoints" else ""
     return ModelFolder(path, card.get("name") or f"{run}{path.name}", config, card, weights_file)
 

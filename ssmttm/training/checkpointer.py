@@ -1,9 +1,11 @@
 """Saving a training to a checkpoint, restoring it, and starting from the weights of another model."""
 
+import contextlib
 import copy
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -14,16 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ssmttm import adapters, checkpoint
 from ssmttm.errors import UserError
-from ssmttm.files import DiskFull, file_sha256
+from ssmttm.files import DiskFull, atomic_folder, clear_errors, fsync
 from ssmttm.generation.loading import find_folder
 from ssmttm.licences import strictest
 from ssmttm.model_folder import read_card
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
+from ssmttm.training.parallel.ranks import JointWork
+from ssmttm.training.parallel.sharding import local_part, sharded_as
 from ssmttm.training.run import settings_hash
 from ssmttm.training.step import TrainedModule
 
@@ -54,18 +59,24 @@ def step_folder(config: DictConfig, step: int) -> Path:
 class CheckpointWriter:
     """Writes checkpoints in a thread from a snapshot, so that the loop waits only for the snapshot. Every rank has one.
 
-    A checkpoint waits for the one before. When the disk is full, a line says so, the last good checkpoint stays, and
-    the training goes on; an error that is not the user's is raised at the next call.
+    The main process writes them alone or, of sharded modules, every rank its parts. A checkpoint waits for the one
+    before. When the disk is full, a line says so, the last good checkpoint stays, and the training goes on; an error
+    that is not the user's is raised at the next call.
 
     Args:
         saved: the checkpoint that the run starts from.
+        sharded: whether the modules are sharded.
 
     Attributes:
         saved: the last checkpoint that is written; main process only.
     """
 
-    def __init__(self, config: DictConfig, accelerator: Accelerator, saved: Path | None) -> None:
+    def __init__(self, config: DictConfig, accelerator: Accelerator, saved: Path | None, sharded: bool) -> None:
         self._config, self._accelerator, self.saved = config, accelerator, saved
+        self._main = accelerator.is_main_process
+        rank, world_size = (accelerator.process_index, accelerator.num_processes) if sharded else (0, 1)
+        self._ranks = JointWork(rank, world_size)
+        self._writes = self._main or sharded
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
@@ -78,7 +89,7 @@ class CheckpointWriter:
     ) -> None:
         """Take a snapshot and start to write it. Every rank must call it."""
         states = [json.loads(state) for state in gather_object([json.dumps(rng.get_state())])]
-        if not self._accelerator.is_main_process:
+        if not self._writes:
             return
         self.wait()
         optimizer, groups = flatten_optimizers(
@@ -99,7 +110,7 @@ class CheckpointWriter:
         }
         documents = {"optimizer": groups, "rng": states, "state": copy.deepcopy(state)}
         folder = step_folder(self._config, progress.step)
-        self._writing = self._executor.submit(self._write, folder, checkpoint.snapshot(tensors), documents)
+        self._writing = self._executor.submit(self._write, folder, checkpoint.snapshot(self._own(tensors)), documents)
         if not self._config.train.async_checkpoints:
             self.wait()
 
@@ -118,16 +129,55 @@ class CheckpointWriter:
         except DiskFull as error:
             if last:
                 raise
+            if not self._main:
+                return
             kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint was written yet"
             print(f"warning: {error}; {kept}; the training goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._executor.shutdown()
 
+    def _own(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """What this rank writes, by file name: its parts of sharded tensors and, as the main process, the others."""
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        if world_size == 1:
+            return tensors
+        return {
+            checkpoint.part_name(file, rank, world_size): {
+                name: local_part(value) for name, value in values.items() if self._main or isinstance(value, DTensor)
+            }
+            for file, values in tensors.items()
+        }
+
     def _write(self, folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> Path:
-        checkpoint.save_checkpoint(folder, config=self._config, tensors=tensors, documents=documents)
-        checkpoint.prune(self._config.run_dir, self._config.train.keep_checkpoints)
+        if self._ranks.world_size == 1:
+            checkpoint.save_checkpoint(folder, config=self._config, tensors=tensors, documents=documents)
+        else:
+            self._write_parts(folder, tensors, documents)
+        if self._main:
+            checkpoint.prune(self._config.run_dir, self._config.train.keep_checkpoints)
         return folder
+
+    def _write_parts(self, folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
+        """As `save_checkpoint`, by all ranks together: each writes and hashes its parts in a folder of the main
+        process, which then adds the other files and renames it."""
+        with contextlib.ExitStack() as stack:
+            temporary = self._ranks.on_first(lambda: stack.enter_context(atomic_folder(folder)))
+
+            def write_own() -> dict[str, Any]:
+                with clear_errors(folder):
+                    entries = checkpoint.write_tensors(temporary, tensors)
+                    for name in entries:
+                        fsync(temporary / name)
+                    return entries
+
+            entries = {name: entry for own in self._ranks.on_each(write_own) for name, entry in own.items()}
+
+            def publish() -> None:
+                checkpoint.complete(temporary, self._config, documents, entries)
+                stack.close()
+
+            self._ranks.on_first(publish)
 
 
 def restore(
@@ -142,14 +192,14 @@ def restore(
         )
     _check_same_teacher(folder, state["data"].get("teacher", {}), metadata.get("teacher", {}))
     optimizers = unflatten_optimizers(
-        checkpoint.read_tensors(folder, "optimizer"), checkpoint.read_document(folder, "optimizer")
+        checkpoint.TensorFiles(folder, "optimizer"), checkpoint.read_document(folder, "optimizer"), trained_modules
     )
     for name, module in trained_modules.items():
-        module.module.load_state_dict(checkpoint.load_weights(folder, ema=False, module_name=name))
+        module.load_weights(checkpoint.TensorFiles(folder, name))
     for name, optimizer in named_optimizers(trained_modules).items():
         optimizer.load_state_dict(optimizers[name])
     if ema is not None:
-        ema.load_state_dict(checkpoint.read_tensors(folder, "ema"))
+        ema.load_state_dict(checkpoint.TensorFiles(folder, "ema"))
     states = checkpoint.read_document(folder, "rng")
     if rank < len(states):
         rng.set_state(states[rank])
@@ -189,13 +239,11 @@ def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, 
             f"{codec['name']} ({codec['fingerprint']}): start from a model of the same codec"
         )
     checkpoint.load_into(module, adapters.without_adapter(checkpoint.load_weights(folder), card), folder)
-    averaged = folder / "ema.safetensors"
-    digest = file_sha256(averaged if averaged.is_file() else folder / "model.safetensors")
     licences = card["data"]["licences"] | card.get("init", {}).get("licences", {})
     return {
         "name": card.get("name", Path(model).name),
         "step": card["step"],
-        "weights_sha256": digest,
+        "weights_sha256": checkpoint.weights_sha256(folder),
         "licences": licences,
     }
 
@@ -224,13 +272,19 @@ def flatten_optimizers(optimizers: dict[str, dict[str, Any]]) -> tuple[dict[str,
     return tensors, groups
 
 
-def unflatten_optimizers(tensors: dict[str, Tensor], groups: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `flatten_optimizers`; tensors are copied, so that no optimiser updates a mapped file."""
+def unflatten_optimizers(
+    tensors: Mapping[str, Tensor], groups: dict[str, Any], trained_modules: dict[str, TrainedModule]
+) -> dict[str, dict[str, Any]]:
+    """The inverse of `flatten_optimizers`, from whole tensors; those of sharded parameters are sharded likewise."""
     states: dict[str, dict[str, Any]] = {name: {"state": {}, "param_groups": own} for name, own in groups.items()}
-    indices = {module_name: _parameter_indices(own) for module_name, own in groups.items()}
-    for key, value in tensors.items():
-        module_name, name, quantity = key.split("/")
-        states[module_name]["state"].setdefault(indices[module_name][name], {})[quantity] = value.clone()
+    indices = {optimizer: _parameter_indices(own) for optimizer, own in groups.items()}
+    parameters = {name: dict(module.module.named_parameters()) for name, module in trained_modules.items()}
+    for key in tensors:
+        optimizer, name, quantity = key.split("/")
+        parameter = parameters[optimizer.partition(".")[0]][name]
+        states[optimizer]["state"].setdefault(indices[optimizer][name], {})[quantity] = sharded_as(
+            tensors[key], parameter
+        )
     return states
 
 

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ssmttm.training.parallel.sharding import local_part, part_of
+
 
 class EMA:
     """`average = d * average + (1 - d) * weight` after every step, with d = min(decay, (1 + step) / (10 + step)).
 
     The ramp of d keeps early averages near the weights. Buffers are not averaged; `state_dict` is the
-    complete state dict of the module, with the averages.
+    complete state dict of the module, with the averages. Those of a sharded module are sharded likewise.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -22,8 +24,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Update the averages after optimiser step `step` (the first is 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [parameter.detach().float() for parameter in self.module.parameters()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        weights = [local_part(parameter.detach()).float() for parameter in self.module.parameters()]
+        torch._foreach_lerp_([local_part(average) for average in self.averages.values()], weights, 1 - decay)
 
     @torch.no_grad()
     def reset_rows(self, rows: Mapping[str, Tensor]) -> None:
@@ -35,9 +37,10 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         return self.module.state_dict() | self.averages
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """From whole tensors, also if the module is sharded."""
         for name, average in self.averages.items():
-            average.copy_(state[name])
+            local_part(average).copy_(part_of(state[name], average))
 
     @contextmanager
     @torch.no_grad()

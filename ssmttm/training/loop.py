@@ -24,7 +24,6 @@ from ssmttm.errors import Preempted, UserError
 from ssmttm.files import directory_lock
 from ssmttm.signals import INTERRUPT, stop_requests
 from ssmttm.training import rng
-from ssmttm.training.accelerator import Ranks, build_accelerator, peak_memory
 from ssmttm.training.checkpointer import CheckpointWriter, Progress, load_initial_weights, restore
 from ssmttm.training.data import no_captions_warning, short_segments_warning
 from ssmttm.training.ema import EMA
@@ -36,6 +35,9 @@ from ssmttm.training.monitoring.validation import evaluating, validate, validati
 from ssmttm.training.monitoring.watchdog import Watchdog
 from ssmttm.training.optim.schedule import check_schedule, learning_rate, misfit
 from ssmttm.training.optim.skip_step import SkipStep
+from ssmttm.training.parallel.accelerator import build_accelerator, peak_memory
+from ssmttm.training.parallel.ranks import Ranks
+from ssmttm.training.parallel.sharding import build_sharding
 from ssmttm.training.recompute import set_up_blocks
 from ssmttm.training.run import RunLength, check_settings, resume_folder, run_summary, schedule_length
 from ssmttm.training.step import (
@@ -92,8 +94,9 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     new = config.init and not resumed
     init = load_initial_weights(config.init, task.modules["model"], codec) if new else {}
     task.add_adapter()
+    sharding = build_sharding(config.task, task.modules, accelerator)
     trained_modules = {
-        name: TrainedModule(name, module, config.optim, accelerator) for name, module in task.modules.items()
+        name: TrainedModule(name, module, config.optim, accelerator, sharding) for name, module in task.modules.items()
     }
     ema = EMA(trained_modules["model"].module, config.train.ema_decay) if config.train.ema_decay else None
 
@@ -138,7 +141,7 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
     with (
         stop_requests() as requested,
         contextlib.closing(Batches(loader, watchdog, progress.step + progress.left_out)) as batches,
-        contextlib.closing(CheckpointWriter(config, accelerator, resumed)) as writer,
+        contextlib.closing(CheckpointWriter(config, accelerator, resumed, sharding is not None)) as writer,
         contextlib.closing(profiler),
     ):
         stop = interrupt = False
@@ -226,11 +229,12 @@ def _train(config: DictConfig, accelerator: Accelerator, watchdog: Watchdog) -> 
                     log.write(progress.step, progress.valid)
                     print(validation_line(progress.step, progress.valid), flush=True)
             if _due(progress.step, steps, config.train.sample_every):
-                if log:
-                    with torch.no_grad(), rng.isolated_rng(config.seed), evaluating(trained_modules, ema):
-                        for sample in task.samples(progress.step):
-                            log.write_audio(progress.step, *sample)
-                ranks.wait()
+                with evaluating(trained_modules, ema), trained_modules["model"].gathered():
+                    if log:
+                        with torch.no_grad(), rng.isolated_rng(config.seed):
+                            for sample in task.samples(progress.step):
+                                log.write_audio(progress.step, *sample)
+                    ranks.wait()
             writer.poll()
             if _due(progress.step, steps, config.train.checkpoint_every):
                 progress.skipping, saved_step = skipping.state(), progress.step

@@ -9,6 +9,7 @@ of ranks nor on that of micro-batches. DDP averages gradients over ranks, hence 
 import contextlib
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import reduce
 from typing import Any
 
@@ -17,23 +18,59 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ssmttm.errors import UserError
 from ssmttm.training.optim import build_optimizers
+from ssmttm.training.parallel.sharding import Sharding, local_part, part_of, whole
 from ssmttm.training.tasks.base import Batch, Losses, Task
 
 
 class TrainedModule:
     """A module on its device, its optimisers by kind and, after `wrap`, the wrapped module that the loop calls."""
 
-    def __init__(self, name: str, module: nn.Module, config: DictConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        config: DictConfig,
+        accelerator: Accelerator,
+        sharding: Sharding | None = None,
+    ) -> None:
         self.module = module.to(accelerator.device)
+        if sharding is not None:
+            sharding.shard(self.module)
         self.optimizers = build_optimizers(self.module, config, name)
         self.wrapped = self.module
-        self._accelerator = accelerator
+        self._accelerator, self._sharding = accelerator, sharding
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy a whole state dict into the module. Raises UserError if names or shapes are not those of the module."""
+        own = self.module.state_dict()
+        if own.keys() != weights.keys():
+            different = sorted(own.keys() ^ weights.keys())
+            raise UserError(f"the checkpoint is of another model: one of the two lacks {', '.join(different[:3])}")
+        for name, tensor in own.items():
+            value = weights[name]
+            if value.shape != tensor.shape:
+                shapes = f"{tuple(value.shape)}, {tuple(tensor.shape)} is expected"
+                raise UserError(f"the checkpoint is of another model: {name} is {shapes}")
+            local_part(tensor).copy_(part_of(value, tensor))
 
     def wrap(self) -> None:
-        """Add autocast and DDP, unless the module has nothing to train. Call it after loading the weights."""
+        """Add autocast and, unless the module is sharded, DDP. Nothing if it has nothing to train. Call it after
+        loading the weights."""
         if any(parameter.requires_grad for parameter in self.module.parameters()):
-            self.wrapped = self._accelerator.prepare_model(self.module)
+            is_sharded = self._sharding is not None
+            self.wrapped = self._accelerator.prepare_model(self.module, evaluation_mode=is_sharded)
+
+    def without_exchange(self) -> AbstractContextManager[None]:
+        """For all micro-batches of a step but the last: their gradients stay on this rank, to be exchanged once. Those
+        of sharded modules are exchanged each time, since a rank has no room for all."""
+        return self._accelerator.no_sync(self.wrapped) if self._sharding is None else contextlib.nullcontext()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Every rank holds all weights, so that one of them can use the module alone. All must enter and leave."""
+        return contextlib.nullcontext() if self._sharding is None else self._sharding.gathered(self.module)
 
     @property
     def has_gradients(self) -> bool:
@@ -76,8 +113,8 @@ def gradients(
         tokens, seconds, flops = tokens + batch_tokens, seconds + batch_seconds, flops + 3 * forward_flops
         with contextlib.ExitStack() as stack:
             if index < len(micro) - 1:  # ranks exchange gradients once per step
-                for module in wrapped.values():
-                    stack.enter_context(accelerator.no_sync(module))
+                for module in trained_modules.values():
+                    stack.enter_context(module.without_exchange())
             losses_by_module = task.losses(wrapped, to_device(batch, accelerator.device), denominators, step)
             for name, losses in losses_by_module.items():
                 total = total_loss(losses, task.loss_weights)
@@ -116,7 +153,7 @@ def clip_gradients(trained_modules: dict[str, TrainedModule], clip: float | None
     for name, module in trained_modules.items():
         if module.has_gradients:
             norm = nn.utils.clip_grad_norm_(module.module.parameters(), clip or math.inf)
-            norms["grad_norm" if name == "model" else f"{name}_grad_norm"] = norm
+            norms["grad_norm" if name == "model" else f"{name}_grad_norm"] = whole(norm)
     return norms
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ssmttm.training import rng
 from ssmttm.training.ema import EMA
+from ssmttm.training.parallel.sharding import reshard
 from ssmttm.training.step import (
     TrainedModule,
     accumulate,
@@ -51,8 +52,12 @@ def validate(
 
 @contextlib.contextmanager
 def evaluating(trained_modules: dict[str, TrainedModule], ema: EMA | None) -> Iterator[None]:
-    """Modules in eval mode, the model with its averaged weights."""
+    """Modules in eval mode, the model with its averaged weights. All ranks must enter and leave."""
     with ema.average_weights() if ema is not None else contextlib.nullcontext():
         for module in trained_modules.values():
             module.module.eval()
-        yield
+        try:
+            yield
+        finally:
+            for module in trained_modules.values():
+                reshard(module.module)

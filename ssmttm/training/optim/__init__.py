@@ -1,15 +1,17 @@
 """Optimisers: AdamW, and Muon for the matrices of a model with AdamW for the rest."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim._muon import muon
 
 from ssmttm.errors import UserError
 from ssmttm.mixers import Mixer
+from ssmttm.training.parallel.sharding import local_part, part_of, whole
 
 Named = list[tuple[str, nn.Parameter]]
 OUTPUT_LAYERS = ("heads", "output")  # of TokenLM and LatentDenoiser; their matrices are AdamW's, as embeddings
@@ -43,6 +45,8 @@ def build_optimizers(module: nn.Module, config: DictConfig, name: str = "model")
 class BlockMuon(torch.optim.Muon):
     """Muon that makes the update of each block of rows of a fused projection orthogonal by itself.
 
+    The update needs a whole matrix: sharded ones are gathered, one after the other, and every rank computes all of it.
+
     Args:
         params: matrices with their names.
         rows: the heights of the blocks by parameter; a parameter without an entry is one block.
@@ -57,36 +61,34 @@ class BlockMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; does not wait for the device."""
+        """One step; does not wait for the device. If the parameters are sharded, all ranks must call it."""
         skip = self.found_inf
-        if skip is None or skip.device.type == "cpu":
-            return None if skip is not None and skip else super().step(closure)
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in parameters:
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        tensors = [*parameters, *(self.state[parameter]["momentum_buffer"] for parameter in parameters)]
-        before = [tensor.clone() for tensor in tensors]
-        loss = super().step(closure)
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(torch.where(skip.bool(), old, tensor))
-        return loss
+        if skip is not None and skip.device.type == "cpu":
+            if skip:
+                return None
+            skip = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group, skip)
+        return None
 
-    def _init_group(
-        self,
-        group: MutableMapping[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        muon_momentum_bufs: list[Tensor],
-    ) -> bool:
-        """Views of the blocks, which `step` then updates in place."""
-        whole: tuple[list[Any], list[Tensor], list[Tensor]] = ([], [], [])
-        has_complex = super()._init_group(group, *whole)
-        for parameter, grad, momentum in zip(*whole, strict=True):
-            rows = list(self._rows.get(parameter, [len(parameter)]))
-            params_with_grad += parameter.split(rows)
-            grads += grad.split(rows)
-            muon_momentum_bufs += momentum.split(rows)
-        return has_complex
+    def _update(self, parameter: nn.Parameter, group: Mapping[str, Any], skip: Tensor | None) -> None:
+        """Update one matrix, block by block: in place, or in a copy if it is sharded or may have to stay as it is."""
+        assert parameter.grad is not None
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        grad, weights, moments = whole(parameter.grad), whole(parameter), whole(momentum)
+        if skip is not None and weights is parameter:
+            weights, moments = weights.clone(), moments.clone()
+        rows = list(self._rows.get(parameter, [len(parameter)]))
+        options = {key: value for key, value in group.items() if key in self.defaults}
+        blocks = (list(tensor.split(rows)) for tensor in (weights, grad, moments))
+        muon(*blocks, **options, has_complex=False)
+        if weights is parameter:
+            return
+        for tensor, updated in ((parameter, weights), (momentum, moments)):
+            local, new = local_part(tensor), part_of(updated, tensor)
+            local.copy_(new if skip is None else torch.where(skip.bool(), local, new))
 
 
 def fused_rows(module: nn.Module) -> dict[nn.Parameter, Sequence[int]]:

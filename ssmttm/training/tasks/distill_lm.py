@@ -26,7 +26,7 @@ from ssmttm.errors import UserError
 from ssmttm.models import TokenLM
 from ssmttm.models.controls import CONFIG_KEYS
 from ssmttm.text.condition import TextCondition
-from ssmttm.training.accelerator import build_accelerator
+from ssmttm.training.parallel.accelerator import build_accelerator
 from ssmttm.training.run import check_minimum
 from ssmttm.training.step import to_device
 from ssmttm.training.tasks.base import Batch, Losses
