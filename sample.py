@@ -41,7 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--adapter", action="append", default=[], metavar="DIR[:STRENGTH]",
         help="LoRA or DoRA of the model, at a strength (default: 1); several add up")  # fmt: skip
     add("--diffusion-steps", type=int, metavar="N", help="sampling steps of the second stage (default: the model's)")
-    add("--bpm", type=float, metavar="N", help="beats per minute, for a model trained with tempo")
+    add("--bpm", type=float, metavar="N", help="beats per minute, for a model trained with tempo; tempo, key and metre "
+        "that are not given are drawn from the prompt if the model predicts them")  # fmt: skip
     add("--key", metavar="KEY", help="such as 'D minor', for a model trained with key")
     add("--metre", metavar="METRE", help="such as 3/4, for a model trained with metre")
     add("--melody", type=Path, metavar="FILE", help="audio whose melody to follow, for a model trained with melody")
@@ -156,7 +157,7 @@ def _save(out: Any, output: Any, item: int, prompt: str, seed: int, options: dic
     entries |= {name: entries[name].name for name in ("continue_from", "clip") if name in entries}
     if not entries.get("schedule"):
         entries.pop("schedule", None)
-    content = sidecar(prompt, seed, entries | {"sample_rate": output.sample_rate}, output.metadata)
+    content = sidecar(prompt, seed, entries | {"sample_rate": output.sample_rate}, output.metadata_of(item))
     return out.save(prompt, output.audios[item], output.sample_rate, content)
 
 

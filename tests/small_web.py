@@ -16,7 +16,9 @@ ADDRESS = "http://127.0.0.1:8000"
 
 
 class SineSession:
-    """Chunks of a sine of 20 Hz per letter; a snapshot is a copy."""
+    """Chunks of a sine of 20 Hz per letter; a snapshot is a copy. `drawn_bpm`: whether the model draws a tempo."""
+
+    drawn_bpm = False
 
     def __init__(self, pipeline, prompt, seed, duration, chunk_seconds):
         self.pipeline, self.prompt, self.seed = pipeline, prompt, seed
@@ -44,6 +46,10 @@ class SineSession:
         if bpm is not None:
             raise UserError("this model was not trained with bpm: leave it out")
         self.prompt = prompt or self.prompt
+
+    @property
+    def controls(self):
+        return {"bpm": 10.0 * len(self.prompt), "drawn": ["bpm"]} if self.drawn_bpm else {}
 
     def snapshot(self):
         return copy.copy(self)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssmttm.generation import filters
+from ssmttm.generation.engines import filters
 
 
 def logits_of(*probabilities):

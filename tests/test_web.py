@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from small_web import ADDRESS, PROMPT, RATE, SinePipeline, pitch, wait_until
+from small_web import ADDRESS, PROMPT, RATE, SinePipeline, SineSession, pitch, wait_until
 from starlette.testclient import TestClient
 
 from ssmttm.errors import UserError
@@ -57,7 +57,13 @@ def test_generate_as_json(server):
     answer = server.post("/v1/generate", json=body).json()
     samples, _ = soundfile.read(io.BytesIO(base64.b64decode(answer["audio"])))
     assert len(samples) == RATE / 2 and answer["sidecar"]["prompt"] == "音楽"
-    assert 0 <= answer["sidecar"]["seed"] < 2**32
+    assert 0 <= answer["sidecar"]["seed"] < 2**32 and "controls" not in answer["sidecar"]
+
+
+def test_sidecar_of_a_clip_has_the_controls_that_were_drawn(server, monkeypatch):
+    monkeypatch.setattr(SineSession, "drawn_bpm", True)
+    answer = server.post("/v1/generate", json={"prompt": "a" * 9, "duration": 0.1, "response": "json"}).json()
+    assert answer["sidecar"]["controls"] == {"bpm": 90.0, "drawn": ["bpm"]}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import soundfile
-from small_web import ADDRESS, RATE, SinePipeline, pitch, wait_until
+from small_web import ADDRESS, RATE, SinePipeline, SineSession, pitch, wait_until
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -95,6 +95,19 @@ def test_a_stream_is_heard_to_its_end_and_can_be_downloaded(server):
         assert sidecar["prompt"] == LOW and sidecar["seed"] == 1 and sidecar["duration"] == pytest.approx(1.1)
         assert server.get(f"/v1/recordings/{started['recording']}.exe").status_code == 404
     assert server.get(f"/v1/recordings/{started['recording']}.wav").status_code == 404  # gone with its page
+
+
+def test_controls_that_were_drawn_are_told_and_told_again_with_new_words(server, monkeypatch):
+    monkeypatch.setattr(SineSession, "drawn_bpm", True)
+    with connect(server) as socket:
+        listener = Listener(socket)
+        listener.start(lead=0.3)
+        started = listener.until("started")
+        assert started["controls"] == {"bpm": 100.0, "drawn": ["bpm"]}
+        listener.send("change", prompt=HIGH)
+        assert listener.until("changed")["controls"]["bpm"] == 400.0
+        history = server.get(f"/v1/recordings/{started['recording']}.json").json()["history"]
+        assert [entry["controls"]["bpm"] for entry in history] == [100.0, 400.0]
 
 
 def test_words_change_while_it_plays_within_the_lead(server, pipe):

@@ -22,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser(
         "info", help="device, kernels, and why each is used",
-        description="Print the versions, the device, the kernel of each operation, the engines of sampling, and why.",
+        description="Print the versions, the device, the kernel of each operation, the engines of sampling, and why; "
+        "the music controls that a model takes.",
     )  # fmt: skip
+    info.add_argument("model", nargs="?", metavar="MODEL", help="run, checkpoint or exported folder, name, or hub id")
     info.set_defaults(run=run_info)
     _add_training(commands)
     _add_importers(commands)
@@ -132,6 +134,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 
     from ssmttm.audio import torchaudio_adapter
     from ssmttm.generation import engines
+    from ssmttm.generation.loading import describe_controls_of
     from ssmttm.ops import backend
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -144,6 +147,10 @@ def run_info(arguments: argparse.Namespace) -> None:
     print("\nengine of steps     usable because (engine=auto takes the first that can run the model)")
     for engine in engines.describe():
         print("{:19} {:6} {}".format(*engine))
+    if arguments.model is not None:
+        print(f"\ncontrol of {arguments.model}: taken by, where it is not given")
+        for control in describe_controls_of(arguments.model):
+            print("{:19} {:32} {}".format(*control))
 
 
 def run_size(arguments: argparse.Namespace) -> None:

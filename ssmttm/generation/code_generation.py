@@ -26,13 +26,21 @@ class PipelineOutput:
         audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate).
         sample_rate: in Hz.
         codes: int64 [n, K, T] on the CPU.
-        metadata: the pipeline's metadata, with the diffusion steps of this call.
+        metadata: the pipeline's metadata, with the engine and the diffusion steps of this call; `controls`, a list of
+            those of each clip, if the model draws them from the captions.
     """
 
     audios: Tensor
     sample_rate: int
     codes: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def metadata_of(self, item: int) -> dict[str, Any]:
+        """The metadata of one clip, for its sidecar."""
+        metadata = dict(self.metadata)
+        if "controls" in metadata:
+            metadata["controls"] = metadata["controls"][item]
+        return metadata
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The clips as transformers' text-to-audio pipeline returns them: `audio`, float32 [channels, S] in NumPy, and

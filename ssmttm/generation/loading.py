@@ -30,6 +30,7 @@ from ssmttm.model_folder import (
     write_card,
 )
 from ssmttm.models import LatentDenoiser, TokenLM, build_model
+from ssmttm.models.controls import CONFIG_KEYS
 from ssmttm.ops.int8 import quantise
 from ssmttm.text.encoders import TextEncoder
 
@@ -142,6 +143,29 @@ def open_second_stage_folder(first: ModelFolder, path: str | Path | None) -> Mod
             parts = [f"{part['name']} ({part['fingerprint']})" for part in (one, other)]
             raise UserError(f"both stages must come from one store, but were trained with {kind} {' and '.join(parts)}")
     return second
+
+
+def describe_controls_of(folder_or_hub_id: str | Path) -> list[tuple[str, str, str]]:
+    """Each music control of a model, the stages that take it, and where it comes from if the caller does not give it:
+    for `ssmttm info`."""
+    folder = open_model_folder(folder_or_hub_id)
+    second = open_second_stage_folder(folder, None)
+    stages = {"language model": folder.config.model}
+    if second is not None:
+        stages["second stage"] = second.config.model
+    drawn = bool(folder.config.model.get("predict_controls"))
+    rows = []
+    for key in CONFIG_KEYS.values():
+        takers = [name for name, config in stages.items() if config.get(key)]
+        absent = "a null vector"
+        if key == "timing":
+            absent = "known: a clip begins and ends like a piece"
+        elif key == "bar_position":
+            absent = "known from tempo and metre"
+        elif key != "chroma" and drawn and folder.config.model.get(key):
+            absent = "drawn from the caption"
+        rows.append((key, " and ".join(takers) or "nothing", absent if takers else ""))
+    return rows
 
 
 def load_language_model(folder: ModelFolder) -> TokenLM:

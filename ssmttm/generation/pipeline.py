@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssmttm import __version__
 from ssmttm.adapters import Adapter, check_base, merge, read_adapter, unmerge
 from ssmttm.audio.defects import check_music
-from ssmttm.audio.features import frame_chroma
 from ssmttm.codecs import Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256
 from ssmttm.generation import loading
 from ssmttm.generation.code_generation import Change, CodeGenerator, PipelineOutput, second_stage_inputs
 from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
@@ -29,8 +26,10 @@ from ssmttm.generation.editing.edits import audio_to_audio, close_loop, repaint
 from ssmttm.generation.editing.loop import check_loop, decode_loop
 from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.engines import Engine, EngineCache
+from ssmttm.generation.item_controls import build_controls, describe_controls, draw_controls
 from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
 from ssmttm.generation.request import (
+    CONTROLS,
     MAX_DURATION,
     Prompt,
     Request,
@@ -51,7 +50,6 @@ from ssmttm.text.null_condition import build_null_condition
 
 _log = logging.getLogger(__name__)
 _DECODED_SECONDS = 60.0  # of a clip at once
-_KNOWN_BARS_SECONDS = 3600.0  # of a stream without an end: after that a model of bar positions gets none
 
 
 class MusicPipeline:
@@ -211,7 +209,9 @@ class MusicPipeline:
                 same clip, alone or in a batch.
             temperature, top_k, top_p, min_p: see `ssmttm.generation.request.Sampling`.
             bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S] at
-                `sample_rate` whose chroma is followed. Each needs a stage that was trained with it.
+                `sample_rate` whose chroma is followed. Each needs a stage that was trained with it. A model with a
+                control predictor draws those of bpm, key and metre that are not given from each caption, unless a clip
+                is continued; `metadata["controls"]` of the output states them.
             bars: the duration in bars at `bpm`, of 4 beats unless there is a metre; takes the place of `duration`. With
                 a model that was not trained with tempo or metre these are for the length only, with a warning.
             schedule: seconds of the new music and what changes there for all clips, such as
@@ -239,8 +239,10 @@ class MusicPipeline:
         clip = None if continue_from is None else encode_clip(continue_from, self.encoding_codec())
         second_stage = self.check_request(request, diffusion_steps)
         step_engine = self.engine(engine, weights)
+        if loop:
+            request = replace(request, is_whole=False)
         generator = self._generator(request, second_stage, clip, step_engine)
-        n_clip_frames = generator.n_clip_frames
+        n_clip_frames, started = generator.n_clip_frames, generator.request
         chunks: list[Tensor] = []
         while (chunk := generator.next_codes(math.ceil(self.codec.frame_rate / 2))) is not None:
             chunks.append(chunk)
@@ -255,7 +257,8 @@ class MusicPipeline:
             audios = torch.stack([decode_loop(self.codec, item, n_samples) for item in codes.split(1)])
         else:
             audios = torch.cat([self.decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
-        return PipelineOutput(audios, self.sample_rate, codes.cpu(), self.metadata_of_call(second_stage, step_engine))
+        metadata = self.metadata_of_call(second_stage, step_engine, started)
+        return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
 
     repaint = repaint
     audio_to_audio = audio_to_audio
@@ -320,9 +323,14 @@ class MusicPipeline:
         """
         return self._engines.get(self.model, engine, weights)
 
-    def metadata_of_call(self, second_stage: SecondStage | None, engine: Engine | None = None) -> dict[str, Any]:
-        """The metadata with the engine (if it ran) and the diffusion steps of a call."""
+    def metadata_of_call(
+        self, second_stage: SecondStage | None, engine: Engine | None = None, request: Request | None = None
+    ) -> dict[str, Any]:
+        """The metadata with the engine (if it ran) and the diffusion steps of a call, and as `controls` a list of those
+        of each item, if some were drawn."""
         metadata = self.metadata if engine is None else self.metadata | {"engine": engine.description()}
+        if request is not None and (controls := describe_controls(request)):
+            metadata = metadata | {"controls": controls}
         if second_stage is None:
             return metadata
         steps = {"steps": second_stage.settings.sampler.steps}
@@ -365,7 +373,7 @@ class MusicPipeline:
         """The session of a saved state; see `ssmttm.generation.state`."""
         second_stage = self.check_request(request, content["diffusion_steps"])
         state = content["session"]
-        generator = self._generator(request, second_stage, None, self.engine(*content["engine"]))
+        generator = self._generator(request, second_stage, None, self.engine(*content["engine"]), draws=False)
         saved = state["generator"]
         generator.schedule = self.scheduled_changes(
             request, saved["n_clip_frames"], saved["sampler"]["n_frames"], saved["n_scheduled"]
@@ -398,9 +406,12 @@ class MusicPipeline:
         changed = request.changed(**changes)
         self.check_controls(changed)
         new_words = not changes.keys().isdisjoint({"prompt", "negative_prompt"})
-        new_controls = not changes.keys().isdisjoint({"bpm", "key", "metre"})
+        conditions = self.text_conditions(changed) if new_words else None
+        new_controls = not changes.keys().isdisjoint(CONTROLS)
+        if conditions is not None and "prompt" in changes and changed.drawn is not None:
+            changed, new_controls = self._draw_controls(changed, conditions), True
         return Change(
-            changed, self.text_conditions(changed) if new_words else None, changed.sampling,
+            changed, conditions, changed.sampling,
             self.controls(changed, n_clip_frames, n_frames) if new_controls else None,
             round(FADE_SECONDS * self.codec.frame_rate), frame,
         )  # fmt: skip
@@ -418,23 +429,13 @@ class MusicPipeline:
         return schedule
 
     def controls(self, request: Request, n_clip_frames: int = 0, n_frames: int | None = None) -> Controls:
-        """The request's controls for every item, by frame. A melody and the bars begin after the frames of a clip that
-        is continued; a melody longer than `n_frames` is cut, a shorter one ends early."""
-        device, n_items = next(self.model.parameters()).device, len(request.prompts)
-        frame_rate = self.codec.frame_rate
-        n_new = math.ceil(_KNOWN_BARS_SECONDS * frame_rate) if n_frames is None else n_frames - n_clip_frames
-        controls = Controls.create(n_items, n_new, frame_rate, request.bpm, request.key, request.metre, device)
-        bars, chroma = controls.bar_position, None
-        if bars is not None:
-            controls = replace(controls, bar_position=F.pad(bars, (n_clip_frames, 0), value=torch.nan))
-        if request.melody is not None:
-            melody_frames = math.ceil(request.melody.shape[-1] / self.codec.hop_length)
-            if n_frames is not None:
-                melody_frames = min(n_frames - n_clip_frames, melody_frames)
-            wav = request.melody.mean(0, keepdim=True)[:, : melody_frames * self.codec.hop_length].to(device)
-            chroma = frame_chroma(wav, self.sample_rate, melody_frames).expand(n_items, -1, -1)
-            chroma = F.pad(chroma, (n_clip_frames, 0), value=torch.nan)
-        return replace(controls, chroma=chroma)
+        """The request's controls for every item, by frame; see `build_controls`."""
+        return build_controls(request, self.codec, next(self.model.parameters()).device, n_clip_frames, n_frames)
+
+    def _draw_controls(self, request: Request, conditions: TextConditions) -> Request:
+        """The request with the controls that this model draws from the captions; of a blend, its heaviest one."""
+        predictor = self.model.control_predictor
+        return request if predictor is None else draw_controls(predictor, request, conditions.heaviest_text())
 
     def supports(self, key: str) -> bool:
         """Whether a stage was trained with a control, by its key in the model's config: tempo, chroma, key or metre."""
@@ -459,7 +460,7 @@ class MusicPipeline:
         duration = bars_duration(bars, bpm, metre)
         if not self.supports("tempo"):
             _log.warning("this model was not trained with tempo: bpm gives the length of %g bars only", bars)
-        known = (bpm if self.supports("tempo") else None), (metre if self.supports("metre") else None)
+        known = (bpm if self.supports("tempo") else None), ((metre or "4/4") if self.supports("metre") else None)
         return duration, *known
 
     def sampling(
@@ -484,9 +485,11 @@ class MusicPipeline:
         return self.second_stage.with_steps(diffusion_steps)
 
     def _generator(
-        self, request: Request, second_stage: SecondStage | None, clip: EncodedClip | None, engine: Engine
-    ) -> CodeGenerator:
-        """Both stages, ready to generate the request's clips after the clip that they continue."""
+        self, request: Request, second_stage: SecondStage | None, clip: EncodedClip | None, engine: Engine,
+        draws: bool = True,
+    ) -> CodeGenerator:  # fmt: skip
+        """Both stages, ready to generate the request's clips after the clip that they continue. With `draws`, controls
+        are drawn from the captions, unless there is a clip, which has a tempo and a key of its own."""
         n_items = len(request.prompts)
         clip_codes = None if clip is None else clip.codes.expand(n_items, -1, -1)
         n_clip_frames = 0 if clip_codes is None else clip_codes.shape[-1]
@@ -494,6 +497,8 @@ class MusicPipeline:
         if request.duration is not None:
             n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.codec.hop_length)
         conditions = self.text_conditions(request)
+        if draws and clip is None:
+            request = self._draw_controls(request, conditions)
         controls = self.controls(request, n_clip_frames, n_frames)
         schedule = self.scheduled_changes(request, n_clip_frames, n_frames, len(request.schedule))
         coarse = None if clip_codes is None else clip_codes[:, : self.model.config.n_codebooks]
@@ -545,7 +550,7 @@ def _metadata(
     second_stage: SecondStage | None,
 ) -> dict[str, Any]:  # fmt: skip
     metadata: dict[str, Any] = {
-        "model": {"name": folder.name, "weights_sha256": file_sha256(folder.weights_file)},
+        "model": {"name": folder.name, "weights_sha256": folder.weights_sha256},
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
         "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
         "training_data_licences": folder.licences, "software": f"ssmttm {__version__}",
@@ -556,7 +561,7 @@ def _metadata(
         settings = second_stage.settings
         metadata["training_data_licences"] = (folder.licences or {}) | (second_folder.licences or {})
         metadata["second_stage"] = {
-            "name": second_folder.name, "weights_sha256": file_sha256(second_folder.weights_file),
+            "name": second_folder.name, "weights_sha256": second_folder.weights_sha256,
             "sampler": settings.sampler.name, "steps": settings.sampler.steps,
             "guidance_scale": settings.guidance_scale, "coarse_guidance_scale": settings.coarse_guidance_scale,
         }  # fmt: skip

@@ -18,7 +18,8 @@ MAX_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits of a seed
 MAX_DURATION = 600.0  # seconds
 Prompt = str | Mapping[str, float]  # a caption, or captions and their weights in a blend
 _SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
-CHANGEABLE = ("prompt", "negative_prompt", *_SAMPLING, "bpm", "key", "metre")  # while the music plays
+CONTROLS = ("bpm", "key", "metre")
+CHANGEABLE = ("prompt", "negative_prompt", *_SAMPLING, *CONTROLS)  # while the music plays
 _EXAMPLE = "'a slow waltz in D minor on a music box'"
 
 
@@ -56,7 +57,9 @@ class Request:
 
     prompts: a caption, or captions with weights. negative_prompts: one per prompt; "" is the null condition.
     bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S]. Each is for models
-    trained with it, see `MusicPipeline`. schedule: seconds of new music, and what changes there.
+    trained with it, see `MusicPipeline`. schedule: seconds of new music, and what changes there. drawn: of every item,
+    those of bpm, key and metre that the model drew from its caption; None: this request has none drawn. is_whole: the
+    clips begin and end as pieces do, not as parts of one.
     """
 
     prompts: list[Prompt]
@@ -69,6 +72,8 @@ class Request:
     key: str | None = None
     metre: str | None = None
     schedule: Sequence[tuple[float, Mapping[str, Any]]] = ()
+    drawn: Sequence[Mapping[str, Any]] | None = None
+    is_whole: bool = True
 
     @classmethod
     def create(
@@ -125,20 +130,24 @@ class Request:
         if "negative_prompt" in changes:
             negatives = [changes["negative_prompt"]] * n_items
         sampling = replace(self.sampling, **{name: changes[name] for name in _SAMPLING if name in changes})
-        own = {"bpm": self.bpm, "key": self.key, "metre": self.metre}
-        controls = own | {name: changes[name] for name in own if name in changes}
+        controls = {name: changes.get(name, getattr(self, name)) for name in CONTROLS}
         request = Request.create(
             prompts, self.duration, self.seeds, sampling, math.inf, melody=self.melody, negative_prompts=negatives,
             **controls,
         )  # fmt: skip
-        return replace(request, schedule=self.schedule)
+        return replace(request, schedule=self.schedule, drawn=self.drawn, is_whole=self.is_whole)
+
+    def controls_of(self, item: int) -> dict[str, Any]:
+        """Those of bpm, key and metre that an item has: as given, else as drawn."""
+        given = {name: value for name in CONTROLS if (value := getattr(self, name)) is not None}
+        return given if self.drawn is None else {**self.drawn[item], **given}
 
     def batches(self, size: int) -> Iterator["Request"]:
         """The same request in batches of `size` prompts."""
         for first in range(0, len(self.prompts), size):
             rows = slice(first, first + size)
             parts = {name: getattr(self, name)[rows] for name in ("prompts", "seeds", "negative_prompts")}
-            yield replace(self, **parts)
+            yield replace(self, **parts, drawn=None if self.drawn is None else self.drawn[rows])
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssmttm.codecs.base import DecodeStream
 from ssmttm.errors import UserError
 from ssmttm.generation.code_generation import CodeGenerator
+from ssmttm.generation.item_controls import describe_controls
 from ssmttm.generation.request import Prompt, Request, check_seed
 from ssmttm.models.token_lm import LMState
 
@@ -65,6 +66,13 @@ class StreamSession:
     def request(self) -> Request:
         """The prompt and the settings as they are now."""
         return self.generator.request
+
+    @property
+    def controls(self) -> dict[str, Any]:
+        """Tempo, key and metre as they are now, and the names of those that were drawn from the caption; empty if the
+        model draws none."""
+        found = describe_controls(self.request)
+        return found[0] if found else {}
 
     @property
     def position(self) -> float:

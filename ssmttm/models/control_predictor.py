@@ -35,7 +35,7 @@ class ControlPredictor(nn.Module):
         """Logits of the classes of each control, [B, N] of `bpm`, [B, 24] of `key`, [B, 8] of `metre`."""
         tokens = text.embeddings.float().masked_fill(~text.mask[..., None], 0)  # [B, L, E]
         mean = tokens.sum(1) / text.mask.sum(1, keepdim=True).clamp(min=1)  # [B, E]
-        hidden = F.gelu(self.hidden(self.norm(mean)))
+        hidden = F.gelu(self.hidden(self.norm(mean.to(self.norm.weight.dtype))))
         return {name: head(hidden) for name, head in self.heads.items()}
 
     @torch.no_grad()

@@ -136,9 +136,10 @@ def create_app(
         if not generation.audio.done():
             return Response(status_code=499)  # nobody reads it
         content = await asyncio.to_thread(_encode, generation.audio.result(), plan.pipe.sample_rate, body.format)
+        sidecar = plan.sidecar | ({"controls": generation.controls} if generation.controls else {})
         if body.response == "json":
-            return JSONResponse({"audio": base64.b64encode(content).decode(), "sidecar": plan.sidecar})
-        headers = {"X-Sidecar": json.dumps(plan.sidecar), **_attachment(slug(body.prompt), body.format)}
+            return JSONResponse({"audio": base64.b64encode(content).decode(), "sidecar": sidecar})
+        headers = {"X-Sidecar": json.dumps(sidecar), **_attachment(slug(body.prompt), body.format)}
         return Response(content, media_type=MEDIA_TYPES[body.format], headers=headers)
 
     @app.post(CLIPS_PATH, responses={413: {"description": "The file is too large"}, 422: _ERRORS[422]})

@@ -23,6 +23,7 @@ class ClipGeneration:
 
     Attributes:
         audio: int16 [S, C], once all of it is generated; or HTTPException.
+        controls: that the model drew from the prompt, see `StreamSession.controls`.
     """
 
     def __init__(self, client: str, open_session: "Callable[[], StreamSession]") -> None:
@@ -31,6 +32,7 @@ class ClipGeneration:
         self._open = open_session
         self._session: StreamSession | None = None
         self._chunks: list[np.ndarray] = []
+        self.controls: dict[str, Any] = {}
 
     def ready(self) -> bool:
         """Always: the whole clip is wanted."""
@@ -40,6 +42,7 @@ class ClipGeneration:
         """Open the session, or generate a chunk."""
         if self._session is None:
             self._session = self._open()
+            self.controls = self._session.controls
             return True
         chunk = self._session.next_chunk()
         if chunk is not None:
@@ -138,7 +141,10 @@ class StreamGeneration:
             return False
         samples = to_int16(chunk)  # [S, C]
         if self._generated == 0:
-            self._post({"type": "started", "channels": samples.shape[1], "position": self._start})
+            drawn = _drawn_controls(self._session)
+            self._post({"type": "started", "channels": samples.shape[1], "position": self._start, **drawn})
+            if drawn:
+                self._recording.branch.history.append({"position": self._start, **drawn})
         was_full = self._recording.is_full
         self._recording.append(samples)
         self._generated += len(samples)
@@ -189,5 +195,11 @@ class StreamGeneration:
         except UserError as error:
             self._post({"type": "refused", "message": " ".join(str(error).split())})
             return
-        self._recording.branch.history.append({"position": self.position, **values})
-        self._post({"type": "changed", "position": self.position, **values})
+        about = {"position": self.position, **values, **_drawn_controls(session)}
+        self._recording.branch.history.append(about)
+        self._post({"type": "changed", **about})
+
+
+def _drawn_controls(session: "StreamSession") -> dict[str, Any]:
+    """As `controls`, tempo, key and metre of a model that draws them from the prompt."""
+    return {"controls": session.controls} if session.controls else {}

@@ -6,7 +6,8 @@ The client sends JSON messages (`ssmttm.web.schema.MESSAGES`). The server sends
 - {"type": "started", "epoch", "recording", "model", "seed", "sample_rate", "channels", "position"}: a part of the music
   begins at this time, after `start` and after `resume`; what follows belongs to it;
 - binary frames: 16-bit little-endian samples, interleaved;
-- {"type": "changed", "position", ...}: a change is heard from this time on;
+- {"type": "changed", "position", ...}: a change is heard from this time on; like `started`, it has `controls` if the
+  model draws tempo, key and metre from the prompt;
 - {"type": "moment", "moment": id, "position"}: a kept moment;
 - {"type": "recording_full", "position"}: later music is not kept for download;
 - {"type": "finished" | "stopped", "position"}: the end of the music;

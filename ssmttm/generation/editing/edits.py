@@ -3,6 +3,7 @@
 Shapes: n clips, K codebooks, T frames, C channels, S samples.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,7 @@ def repaint(
         raise UserError(f"candidates must be at least 1, got {candidates}")
     sampling = pipeline.sampling(temperature, top_k, top_p, guidance_scale, min_p)
     request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
+    request = replace(request, is_whole=False)
     seeds = _candidate_seeds(seed, candidates)
     second_stage = pipeline.check_request(request, diffusion_steps)
     encoded = encode_clip(clip, pipeline.encoding_codec())
@@ -86,6 +88,7 @@ def audio_to_audio(
         The others: as in a call.
     """
     request = Request.create(prompt, None, seed, Sampling(), bpm=bpm, negative_prompts=negative_prompt)
+    request = replace(request, is_whole=False)
     second_stage = pipeline.check_request(request, diffusion_steps)
     if second_stage is None:
         raise UserError("this model has one stage: audio-to-audio is for two-stage models")

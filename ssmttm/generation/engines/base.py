@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ssmttm.generation import filters
+from ssmttm.generation.engines import filters
 from ssmttm.generation.engines.library import Unavailable
 from ssmttm.generation.request import Sampling
 from ssmttm.models.controls import Controls
