@@ -27,7 +27,8 @@ MIN_SECONDS = 4.0  # seconds
 
 
 def tempo_class(bpm: float) -> str:
-    """slow (under 90), medium, or fast (over 130)."""
+    """slow (under 90), medium, or fast (over 130); of a measured tempo, that of the nearest whole number."""
+    bpm = round(bpm)
     return "slow" if bpm < SLOW_BELOW else "fast" if bpm > FAST_ABOVE else "medium"
 
 

@@ -15,7 +15,7 @@ from ssmttm.audio import features
 from ssmttm.errors import UserError
 from ssmttm.evaluation.metrics.bootstrap import mean_interval
 from ssmttm.evaluation.music import key, signal_stats, tempo
-from ssmttm.evaluation.music.repetition import repetition
+from ssmttm.evaluation.music.repetition import lag_similarity, repetition
 
 MIN_SECONDS = 0.5
 _NOT_AVERAGED = ("seconds", "sample_rate", "channels", "tonic", "mode")
@@ -32,6 +32,7 @@ class ClipMetrics:
     true_peak: float  # dBTP
     clipped: float  # fraction
     silent: float  # fraction
+    clicks: float  # per second
     dc_offset: float  # of full scale
     centroid: float  # Hz
     rolloff: float
@@ -47,6 +48,8 @@ class ClipMetrics:
     chroma_entropy: float  # bits
     repeated: float  # fraction
     longest_repeat: float  # seconds
+    bar_similarity: float  # -1 to 1
+    phrase_similarity: float
 
 
 def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
@@ -61,8 +64,8 @@ def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
     centroid, rolloff, bandwidth = signal_stats.brightness(signal_stats.spectrum(wav), sample_rate)
     mono = features.rms_normalise(audio.resample(audio.to_mono(wav), sample_rate, features.SAMPLE_RATE))  # [1, s]
     curve = tempo.envelope(features.onset_strength(mono)[0])
-    bpm, chroma = tempo.tempo(curve), features.chroma_log_frequency(mono)[0]
-    found_key, repeats = key.key(chroma), repetition(features.log_mel(mono)[0])
+    bpm, chroma, mel = tempo.tempo(curve), features.chroma_log_frequency(mono)[0], features.log_mel(mono)[0]
+    found_key, repeats, at_lags = key.key(chroma), repetition(mel), lag_similarity(mel, chroma)
     return ClipMetrics(
         seconds=seconds,
         sample_rate=sample_rate,
@@ -71,6 +74,7 @@ def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
         true_peak=signal_stats.true_peak(wav),
         clipped=signal_stats.clipped_fraction(wav),
         silent=signal_stats.silent_fraction(wav, sample_rate),
+        clicks=signal_stats.clicks(wav, sample_rate),
         dc_offset=signal_stats.dc_offset(wav),
         centroid=centroid,
         rolloff=rolloff,
@@ -86,6 +90,8 @@ def measure_clip(wav: Tensor, sample_rate: int) -> ClipMetrics:
         chroma_entropy=key.chroma_entropy(chroma),
         repeated=repeats.fraction,
         longest_repeat=repeats.longest,
+        bar_similarity=at_lags.bar,
+        phrase_similarity=at_lags.phrase,
     )
 
 
@@ -140,12 +146,15 @@ def sample_rate_notes(folders: Mapping[str, FolderMetrics]) -> list[str]:
     return [f"different sample rates ({listed}): centroid, roll-off and bandwidth are not comparable"]
 
 
-def measure_files(paths: Sequence[Path]) -> FolderMetrics:
-    """Metrics of audio files; files that are unreadable or hold no music are listed in the result."""
+def measure_files(paths: Sequence[Path], seconds: float | None = None) -> FolderMetrics:
+    """Metrics of audio files, of their first `seconds` if given: repetition and others depend on the length.
+
+    Files that are unreadable or hold no music are listed in the result.
+    """
     clips, unreadable = {}, {}
     for path in tqdm(paths, desc="music metrics", unit="clip"):
         try:
-            clips[str(path)] = measure_clip(*audio.read_music(path, mono=False))
+            clips[str(path)] = measure_clip(*audio.read_music(path, mono=False, seconds=seconds))
         except UserError as error:
             unreadable[str(path)] = str(error)
     if not clips:

@@ -71,12 +71,16 @@ def beat_variation(times: np.ndarray) -> float:
 
 
 def onset_density(curve: np.ndarray) -> float:
-    """Onsets per second: peaks above a tenth of the strongest, more than 30 ms apart."""
+    """Onsets per second (`onsets`)."""
+    return len(onsets(curve)) / (len(curve) / ONSET_RATE)
+
+
+def onsets(curve: np.ndarray) -> np.ndarray:
+    """Onset times in seconds: peaks above a tenth of the strongest, more than 30 ms apart."""
     reach = round(_MIN_GAP * ONSET_RATE)
     peaks = pick_peaks(torch.from_numpy(curve)[None], reach, max(_PROMINENCE * curve.max(), 1e-3))[0]
     frames = np.flatnonzero(peaks.numpy())
-    onsets = frames[np.insert(np.diff(frames) > reach, 0, True)] if len(frames) else frames
-    return len(onsets) / (len(curve) / ONSET_RATE)
+    return (frames[np.insert(np.diff(frames) > reach, 0, True)] if len(frames) else frames) / ONSET_RATE
 
 
 def _interpolate_peak(score: np.ndarray, peak: int, first: int) -> float:

@@ -1,6 +1,7 @@
 """`ssmttm evaluate`: run a protocol from its prompts to its metrics. Every stage resumes where it was stopped.
 
 OUT/audio/          generated clips, a wav and its metadata sidecar for each prompt
+OUT/codec/          built-in protocol: the prompts' own true music as the codec decodes it
 OUT/embeddings/     cached embeddings of all files
 OUT/metrics.json    all metrics with their fingerprints; written last
 OUT/report.md       the report; OUT/report.html is the same as a page
@@ -25,8 +26,10 @@ from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder
 from ssmttm.evaluation.metrics.compute import Clip, compute_metrics
 from ssmttm.evaluation.metrics.frechet import FEW_SAMPLES, negative_note
 from ssmttm.evaluation.metrics.metric import Metric, table
+from ssmttm.evaluation.music.comparison import comparison_table
 from ssmttm.evaluation.music.music_metrics import measure_files, sample_rate_notes
 from ssmttm.evaluation.protocol.balanced_prompts import Prompt, balanced_prompts
+from ssmttm.evaluation.protocol.decoded import decoded_files
 from ssmttm.evaluation.protocol.embed_files import readable
 from ssmttm.evaluation.protocol.generate import Decoding, generate
 from ssmttm.evaluation.protocol.prompt_lists import ListedPrompt, read_prompt_list
@@ -107,9 +110,12 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
                 music, references, embedder, protocol.seconds, true, out / "embeddings"
             )
     files = {"model": [clip.path for clip in clips], "reference": references} if settings.music_metrics else {}
+    if files and data.store is not None and pipeline is not None:
+        own = [clip.reference for clip in clips if clip.reference is not None]
+        files["codec"] = decoded_files(own, pipeline.codec, protocol.seconds, out / "codec")
     notes += [f"{of}: {note}" for of, found in (("model", metrics), ("reference", reference_metrics))
               for note in _negative_notes(found)]  # fmt: skip
-    music_metrics = {name: measure_files(paths) for name, paths in files.items() if paths}
+    music_metrics = {name: measure_files(paths, protocol.seconds) for name, paths in files.items() if paths}
     adherence = None
     if settings.adherence and data.store is not None and pipeline is not None:
         labelled = dict(zip((prompt.name for prompt in data.prompts), data.labelled, strict=True))
@@ -128,6 +134,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         "published": OmegaConf.to_container(protocol.published),
         "source_of_published": protocol.source_of_published,
         "music_metrics": {name: folder.document() for name, folder in music_metrics.items()},
+        "music_comparison": comparison_table("codec", music_metrics) if "codec" in music_metrics else [],
         "adherence": asdict(adherence) if adherence else None,
         "notes": [*notes, *sample_rate_notes(music_metrics)],
         "skipped": skipped,
@@ -194,6 +201,9 @@ def report_sections(document: Mapping[str, Any], adherence: AdherenceReport | No
             cells = [summary.get(name) for summary in summaries.values()]
             rows.append([name, *(f"{c['mean']:.4g} ({c['low']:.4g} to {c['high']:.4g})" if c else "" for c in cells)])
         sections.append(Section("Music metrics", rows=rows))
+    if comparison := document["music_comparison"]:
+        text = "Against true music of the prompts that the codec has decoded; distance in its standard deviations."
+        sections.append(Section("Music, not notes", text, comparison))
     settings = f"Settings: {json.dumps(document['metrics'][0]['fingerprint'], ensure_ascii=False)}"
     notes = [f"- {note}" for note in document["notes"]]
     return [*sections, Section("Notes", "\n".join([*notes, "", settings]).strip())]

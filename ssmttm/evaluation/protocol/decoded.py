@@ -1,0 +1,31 @@
+"""True music as a codec decodes it, written once: what a model of that codec can reach at best."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ssmttm import audio
+from ssmttm.codecs import Codec, encoder_of
+from ssmttm.evaluation.attributes.accuracy import reconstruct_with_codec
+from ssmttm.generation.output import read_sidecar, write_with_sidecar
+
+
+def decoded_files(paths: Sequence[Path], codec: Codec, seconds: float, folder: Path) -> list[Path]:
+    """Encode and decode the first `seconds` of each file; existing results of the same codec are kept.
+
+    Returns:
+        FOLDER/NAME.wav for each file, in their order, at the codec's rate; the sidecar names the codec.
+    """
+    written = []
+    encoder = None
+    for path in tqdm(paths, desc=f"decoding true music ({codec.name})", unit="clip"):
+        target = folder / f"{path.stem}.wav"
+        metadata = {"source": path.name, "seconds": seconds, "codec": codec.fingerprint}
+        if not (target.is_file() and read_sidecar(target) == metadata):
+            encoder = encoder or encoder_of(codec)
+            wav = audio.read(path, codec.sample_rate)[0][:, : round(seconds * codec.sample_rate)]
+            decoded = reconstruct_with_codec(codec, wav, codec.sample_rate, encoder)
+            write_with_sidecar(target, decoded.clamp(-1, 1), codec.sample_rate, metadata)
+        written.append(target)
+    return written
