@@ -140,7 +140,9 @@ def _file_options() -> argparse.ArgumentParser:
     add("--segment", type=float, default=30.0, metavar="SECONDS", help="segment length (default: %(default)s)")
     tails = "; ".join(f"{name}: {what}" for name, what in TAILS.items())
     add("--tail", default="keep", choices=list(TAILS), help=f"the end of a track. {tails} (default: %(default)s)")
-    add("--sample-rate", type=int, metavar="HZ", help="of the stored audio; default: the codec's, else 24000")
+    add("--channels", type=int, default=1, choices=(1, 2),
+        help="of the stored audio: 1 mixes down, 2 keeps stereo and doubles mono (default: %(default)s)")  # fmt: skip
+    add("--sample-rate", "--rate", type=int, metavar="HZ", help="of the stored audio; default: the codec's, else 24000")
     add = options.add_argument_group("quality").add_argument
     add("--max-silence", type=float, default=Filters.max_silence, metavar="FRACTION",
         help="of a segment's time (default: %(default)g)")  # fmt: skip

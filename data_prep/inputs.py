@@ -32,7 +32,8 @@ from data_prep.stages.select import DecontaminationSet, fingerprint_files, selec
 from data_prep.tables import REJECTED, REJECTED_FILE, write_rows
 from data_prep.track import Rejection, Track
 from ssmttm import audio
-from ssmttm.data.store import SCHEMA, audio_inside, open_store
+from ssmttm.audio.stereo import STEREO
+from ssmttm.data.store import STEREO_COLUMNS, audio_inside, manifest_schema, open_store
 from ssmttm.errors import UserError
 from ssmttm.files import config_hash, file_sha256
 
@@ -46,6 +47,7 @@ class InputSource(Protocol):
 
     stages: Stages
     sample_rate: int  # of the segments, in Hz
+    channels: int  # of the segments, 1 or 2
     seconds: float  # maximum length of a segment
 
     def metadata(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class TrackInput:
         policy: str = "research-nc",
         evaluation_sets: Sequence[EvaluationSet] = (),
     ) -> None:
-        self.sample_rate, self.seconds = cut.sample_rate, cut.segment
+        self.sample_rate, self.channels, self.seconds = cut.sample_rate, cut.channels, cut.segment
         self._name, self._root, self._tracks, self._cut = name, root.resolve(), tracks, cut
         self._licence, self._policy, self._evaluation_sets = licence, policy, evaluation_sets
 
@@ -138,7 +140,7 @@ class BuiltinInput:
         from data_prep.builtin import corpus
 
         self._corpus, self._hours, self._seed = corpus, hours, seed
-        self.sample_rate, self.seconds = corpus.SAMPLE_RATE, corpus.SEGMENT
+        self.sample_rate, self.channels, self.seconds = corpus.SAMPLE_RATE, 1, corpus.SEGMENT
 
     def metadata(self) -> dict[str, Any]:
         """Version of the composer, hours and seed."""
@@ -168,6 +170,7 @@ class StoreInput:
         if invalid is not None:
             raise UserError(f"{root} has a segment {invalid!r}, which is not a valid file name")
         self.sample_rate = audio.read_part(files[0], 0, 1)[1]
+        self.channels = STEREO if STEREO_COLUMNS[0].name in self._rows.column_names else 1
         self.seconds = max(self._rows["duration"].to_pylist())
 
     def metadata(self) -> dict[str, Any]:
@@ -179,10 +182,10 @@ class StoreInput:
         folder = stage_folder(run.root, "copy", {"root": str(self._root)})
         files = [self._root / REJECTED_CSV, self._root / DECONTAMINATION]
         reports = [file_sha256(file) for file in files if file.is_file()]
-        tasks = []
+        tasks, schema = [], manifest_schema(self.channels)
         for index, first in enumerate(range(0, len(self._rows), _ROWS_PER_SHARD)):
-            rows = [_without_codes(row) for row in self._rows.slice(first, _ROWS_PER_SHARD).to_pylist()]
-            make = partial(copy_shard, pa.Table.from_pylist(rows, SCHEMA), self._root if index == 0 else None)
+            rows = [_without_codes(row, schema) for row in self._rows.slice(first, _ROWS_PER_SHARD).to_pylist()]
+            make = partial(copy_shard, pa.Table.from_pylist(rows, schema), self._root if index == 0 else None)
             inputs = config_hash({"rows": rows, "reports": reports if index == 0 else []})
             tasks.append(ShardTask(folder / f"{index:05d}", inputs, make))
         results = run.run_stage("copy", tasks)
@@ -243,10 +246,11 @@ def _cut(arguments: argparse.Namespace) -> Cut:
         if not low <= value <= high:
             raise UserError(f"{option} must be in [{low:g}, {high:g}], got {value:g}")
     filters = Filters(
-        arguments.max_silence, arguments.max_clipped, arguments.min_bandwidth, dual_mono=not arguments.reject_dual_mono
-    )
+        arguments.max_silence, arguments.max_clipped, arguments.min_bandwidth,
+        dual_mono=not arguments.reject_dual_mono, out_of_phase=arguments.channels == STEREO,
+    )  # fmt: skip
     limits = Limits(max_seconds=arguments.max_hours * 3600, max_bytes=arguments.max_bytes)
-    return Cut(rate, arguments.segment, arguments.tail, filters, limits)
+    return Cut(rate, arguments.segment, arguments.tail, filters, limits, arguments.channels)
 
 
 def _codec_rate(codec: str) -> int:
@@ -257,8 +261,8 @@ def _codec_rate(codec: str) -> int:
     return load_codec(codec).sample_rate
 
 
-def _without_codes(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in SCHEMA.names} | {"shard": -1, "offset": 0, "frames": 0}
+def _without_codes(row: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    return {name: row.get(name) for name in schema.names} | {"shard": -1, "offset": 0, "frames": 0}
 
 
 def _fingerprint(run: Run, evaluation_sets: Sequence[EvaluationSet]) -> list[DecontaminationSet]:

@@ -95,7 +95,7 @@ def prepare(source: InputSource, options: ProcessingOptions, out: Path, run: Run
     shards = [result.outputs for result in run.done]
     inputs = config_hash({"config": config, "codec": codec, "text": text, "shards": shards})
     if (store := _packed_store(out, inputs)) is None:
-        store = pack(parts, out, config, codec, text, source.sample_rate)
+        store = pack(parts, out, config, codec, text, source.sample_rate, source.channels)
         write_text(out / WORK / PACKED, json.dumps({"inputs": inputs}) + "\n")
     return store
 
@@ -117,6 +117,8 @@ def processing_options(arguments: argparse.Namespace, source: InputSource) -> Pr
         text=None if arguments.text == "none" else TextOptions(arguments.text, device),
     )
     options.metadata()  # loads the models, so that errors come before anything is written
+    if options.codec is not None:
+        options.codec.check_channels(source.channels)
     return options
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.track import Rejection
+from ssmttm.data.store import STEREO_COLUMNS
 
 _TEXT, _TEXTS, _NUMBER = pa.string(), pa.list_(pa.string()), pa.float64()
 _TRACK_TEXTS = (
@@ -32,6 +33,13 @@ SEGMENTS = pa.schema(
         ("tags", _TEXTS),  # null: those of the track
     ]
 )
+
+
+def segments_schema(channels: int) -> pa.Schema:
+    """The columns of segments of 1 or 2 channels."""
+    return SEGMENTS if channels == 1 else pa.schema([*SEGMENTS, *STEREO_COLUMNS])
+
+
 REJECTED_FILE = "rejected.parquet"
 REJECTED = pa.schema([("item", _TEXT), ("stage", _TEXT), ("kind", _TEXT), ("reason", _TEXT)])
 

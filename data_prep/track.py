@@ -53,6 +53,7 @@ KINDS = {
     "short": "shorter than the shortest segment",
     "silent": "silent, wholly or for too large a part",
     "clipped": "too many samples at full scale",
+    "channels": "more channels than the store keeps, which no rule mixes down",
     "phase": "its channels cancel when mixed down",
     "dual-mono": "two channels that are the same",
     "bandwidth": "nothing above a frequency that is too low",

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.track import Rejected
 from ssmttm.audio.loudness import integrated_loudness
+from ssmttm.audio.stereo import CANCEL, DUAL_MONO
 
 Stereo = Literal["mono", "dual-mono", "stereo", "out-of-phase", "dead channel"]
 
@@ -17,8 +18,6 @@ _SILENCE = (0.05, 10 ** (-60 / 10))  # frame in seconds, mean square
 _FULL_SCALE = 0.9995  # runs of samples above it are clipped
 _FLAT = 2**-15  # of the peak: tolerance within a clipped run
 _RUN = 3  # length of the shortest clipped run
-_DUAL_MONO = 1e-5  # energy of side over mid
-_CANCEL = 0.2  # energy of mid over side
 _DEAD = 1e-6  # energy of the weakest over the strongest channel
 _FRAME = 0.2  # seconds per averaged spectrum
 _CHUNK = 32  # spectra computed at once
@@ -38,7 +37,7 @@ class Quality:
     clipped: float  # fraction of samples in runs of three or more at full scale, or at the channel's flat maximum
     stereo: Stereo
     bandwidth: float  # Hz, the highest frequency at which the average spectrum is within 80 dB of its peak
-    loudness: float  # LUFS of the mono mix, -inf for silence
+    loudness: float  # LUFS of the mono mix, or of the channels; -inf for silence
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,22 @@ class Filters:
     max_clipped: float = 0.02
     min_bandwidth: float = 4_500.0  # Hz; the default rejects audio that was once sampled at 8 kHz
     dual_mono: bool = True  # whether to accept such channels
-    out_of_phase: bool = False
+    out_of_phase: bool = False  # the same; for audio that stays stereo
 
 
-def measure(channels: np.ndarray, rate: int) -> Quality:
-    """Measure a segment, float32 [C, S], C and S at least 1, finite, at `rate` Hz."""
+def measure(channels: np.ndarray, rate: int, mixed: bool = True) -> Quality:
+    """Measure a segment, float32 [C, S], C and S at least 1, finite, at `rate` Hz.
+
+    Bandwidth and loudness are those of the mono mix if `mixed`, else those of the channels together.
+    """
     mono = channels.mean(axis=0)
+    heard = mono[None] if mixed else channels
     return Quality(
         silence=_silence(channels, rate),
         clipped=float(np.mean([_clipped(channel) for channel in channels])),
         stereo=_stereo(channels, mono),
-        bandwidth=_bandwidth(mono, rate),
-        loudness=integrated_loudness(mono, rate),
+        bandwidth=_bandwidth(heard, rate),
+        loudness=integrated_loudness(heard, rate),
     )
 
 
@@ -82,12 +85,14 @@ def check_quality(quality: Quality, filters: Filters) -> Rejected | None:
     return None
 
 
-def _bandwidth(mono: np.ndarray, rate: int) -> float:
-    """Highest frequency in Hz at which the average spectrum is above the floor; 0 for silence."""
+def _bandwidth(heard: np.ndarray, rate: int) -> float:
+    """Highest frequency in Hz at which the average spectrum of [C, S] is above the floor; 0 for silence."""
     from scipy.fft import rfft
 
-    length = min(2 * max(1, round(_FRAME * rate / 2)), len(mono))
-    frames = mono[: len(mono) // length * length].reshape(-1, length) * np.hanning(length + 2)[1:-1].astype(np.float32)
+    n_samples = heard.shape[1]
+    length = min(2 * max(1, round(_FRAME * rate / 2)), n_samples)
+    frames = heard[:, : n_samples // length * length].reshape(-1, length)
+    frames = frames * np.hanning(length + 2)[1:-1].astype(np.float32)
     power = np.zeros(length // 2 + 1)
     for first in range(0, len(frames), _CHUNK):
         spectrum = rfft(frames[first : first + _CHUNK], axis=1)
@@ -128,8 +133,8 @@ def _stereo(channels: np.ndarray, mono: np.ndarray) -> Stereo:
     each = np.einsum("cs,cs->c", channels, channels)
     mid = float(mono @ mono)
     side = float(each.mean()) - mid
-    if side <= _DUAL_MONO * mid:
+    if side <= DUAL_MONO * mid:
         return "dual-mono"
-    if mid < _CANCEL * side:
+    if mid < CANCEL * side:
         return "out-of-phase"
     return "dead channel" if each.min() <= _DEAD * each.max() else "stereo"

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from data_prep.reports.rejected import read_decontamination, read_rejected
 from data_prep.stages.captions.tag_words import CATEGORIES
-from ssmttm.data.store import SPLITS, Store
+from ssmttm.audio.stereo import CANCEL, MAX_BALANCE, STEREO, is_dual_mono
+from ssmttm.data.store import SPLITS, STEREO_COLUMNS, Store
 from ssmttm.errors import UserError
 from ssmttm.licences import POLICIES, tier
 from ssmttm.reports import charts
@@ -53,6 +54,7 @@ def write_report(store: Store, out: Path) -> Path:
         splits=_split_bars(table),
         durations=_histogram(table["duration"], "seconds"),
         loudness=_histogram(table["loudness"], "LUFS") if "loudness" in table.column_names else None,
+        stereo=_stereo(table) if store.channels == STEREO else None,
         captions=_captions(table),
         rejections=read_rejected(store.path / "rejected.csv"),
         evaluation_sets=evaluation_sets,
@@ -177,6 +179,31 @@ def _captions(table: pa.Table) -> dict[str, Any] | None:
     return {"counts": counts, "lengths": _histogram(words, "words", integer=True)}
 
 
+def _stereo(table: pa.Table) -> dict[str, Any]:
+    """Counts and medians of mid and side over the segments of a stereo store, and histograms."""
+    width, correlation, balance = (table[field.name].to_numpy() for field in STEREO_COLUMNS)  # [n] each
+    energy_of_mid = 1 - width
+    counts = {
+        "two equal channels (mono)": f"{np.sum([is_dual_mono(value) for value in width]):,}",
+        "channels that cancel in mono": f"{np.sum(energy_of_mid < CANCEL * width):,}",
+        "one silent channel": f"{np.sum(np.abs(balance) >= MAX_BALANCE):,}",
+        "median width": f"{np.median(width):.2g}",
+        "median level of side over mid": _decibels(np.median(width)),
+        "median correlation": f"{np.median(correlation):.2f}",
+    }
+    return {
+        "counts": counts,
+        "width": _histogram(table["width"], "side's fraction of the energy"),
+        "balance": _histogram(table["balance"], "dB"),
+    }
+
+
+def _decibels(width: float) -> str:
+    """The level of the side over the mid, at most 60 dB either way."""
+    side, mid = max(width, 1e-6), max(1 - width, 1e-6)
+    return f"{10 * np.log10(side / mid):.1f} dB"
+
+
 def _histogram(column: pa.ChunkedArray, unit: str, integer: bool = False) -> Chart | str | None:
     """A histogram of the finite values, a sentence if all are equal, None if there are none."""
     values = column.drop_null().to_numpy()
@@ -213,8 +240,9 @@ def _examples(store: Store, rows: Sequence[int], out: Path) -> list[dict[str, An
 def _settings(store: Store) -> dict[str, str]:
     info = store.info
     codec, text = info["codec"], info["text"]
+    kind = "stereo" if store.channels == STEREO else "mono"
     return {
-        "audio": f"{info['sample_rate']:,} Hz" if info.get("sample_rate") else "none",
+        "audio": f"{info['sample_rate']:,} Hz, {kind}" if info.get("sample_rate") else "none",
         "codec": f"{codec['name']} ({codec['fingerprint']})" if codec else "none",
         "text encoder": f"{text['name']} ({text['fingerprint']})" if text else "none",
         "config": info.get("config_hash", "unknown"),

@@ -1,4 +1,4 @@
-"""The stage `cut`: decode audio files to mono FLAC segments, with hashes and fingerprints for deduplication."""
+"""The stage `cut`: decode audio files to mono or stereo FLAC segments, with hashes and fingerprints."""
 
 import hashlib
 import json
@@ -20,6 +20,8 @@ from data_prep.stages.shard import Row, Shard
 from data_prep.track import Rejected, Rejection
 from ssmttm import audio
 from ssmttm.audio.fingerprint import Fingerprinter
+from ssmttm.audio.stereo import STEREO, mix_down, with_channels
+from ssmttm.errors import UserError
 from ssmttm.files import file_sha256
 
 TAILS = {
@@ -39,10 +41,14 @@ class Cut:
     tail: str = "keep"  # a key of TAILS
     filters: Filters = field(default_factory=Filters)
     limits: Limits = field(default_factory=Limits)
+    channels: int = 1  # of the segments, 1 or 2; one channel is the mean of a file's channels
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the segments, as JSON."""
-        return asdict(self)
+        settings = asdict(self)
+        if self.channels == 1:
+            del settings["channels"]  # as before there was a choice
+        return settings
 
     @property
     def min_seconds(self) -> float:
@@ -52,7 +58,8 @@ class Cut:
     @property
     def modifications(self) -> str:
         """The modifications of the works, for attribution."""
-        return f"mixed down to mono, resampled to {self.sample_rate} Hz, cut to segments of {self.segment:g} s"
+        mix = "mixed down to mono" if self.channels == 1 else "kept in stereo"
+        return f"{mix}, resampled to {self.sample_rate} Hz, cut to segments of {self.segment:g} s"
 
 
 def cut_shard(root: Path, plan: Path, index: int, cut: Cut, folder: Path) -> Counts:
@@ -74,17 +81,21 @@ def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path,
     rejected: list[Rejection] = []
     try:
         blocks = statistics.pass_through(decoder.blocks(path))
+        if cut.channels == STEREO:
+            blocks = _in_stereo(blocks)
         for index, (start, channels) in enumerate(split_segments(blocks, cut)):
-            quality = measure(channels, statistics.rate)
+            quality = measure(channels, statistics.rate, mixed=cut.channels == 1)
             rejection = check_quality(quality, cut.filters)
             if rejection is not None:
                 rejected.append(rejection.for_item(f"{track['id']} segment {index}"))
                 continue
-            mono = torch.from_numpy(channels.mean(axis=0))
-            wav = audio.resample(mono, statistics.rate, cut.sample_rate)  # [S]
+            if cut.channels == 1:
+                channels = channels.mean(axis=0)
+            wav = audio.resample(torch.from_numpy(channels), statistics.rate, cut.sample_rate)  # [S] or [2, S]
             columns = write_audio(folder / f"audio/{name}-{index:04d}.flac", wav, cut.sample_rate)
             truth = segment_truth(track["truth"], start / statistics.rate, columns["duration"])
-            segments.append({"track": track["id"], "loudness": quality.loudness, "truth": truth, **columns})
+            segments.append({"track": track["id"], "start": start / statistics.rate, "loudness": quality.loudness,
+                             "truth": truth, **columns})  # fmt: skip
         if not segments:
             raise _no_segments(rejected, cut)
         file_hash = _file_hash(path)
@@ -95,7 +106,7 @@ def _cut_track(track: Row, path: Path, decoder: Decoder, cut: Cut, folder: Path,
     shard.tracks.append(track)
     shard.recordings.append({"id": track["id"], "file_sha256": file_hash, **statistics.columns()})
     shard.fingerprints.append(statistics.fingerprint())
-    shard.segments += segments
+    shard.segments += [segment | {"track_duration": statistics.seconds} for segment in segments]
     shard.rejected += rejected
 
 
@@ -104,6 +115,15 @@ def _file_hash(path: Path) -> str:
         return file_sha256(path)
     except OSError as error:
         raise Rejected("missing", f"it disappeared while it was read ({error.strerror or error})") from error
+
+
+def _in_stereo(blocks: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks [C, s] as [2, s]: one channel is doubled. Raises Rejected for more than two."""
+    for block, rate in blocks:
+        try:
+            yield with_channels(block, STEREO, "it"), rate
+        except UserError as error:
+            raise Rejected("channels", str(error)) from error
 
 
 class _StreamStatistics:
@@ -122,11 +142,15 @@ class _StreamStatistics:
                 self.rate, self._fingerprinter = rate, Fingerprinter(rate)
             self._samples += block.shape[1]
             self._hash.update(block.T.tobytes())
-            self._fingerprinter.add(block.mean(axis=0))
+            self._fingerprinter.add(mix_down(block))
             yield block, rate
 
+    @property
+    def seconds(self) -> float:
+        return self._samples / self.rate
+
     def columns(self) -> Row:
-        return {"pcm_sha256": self._hash.hexdigest(), "seconds": self._samples / self.rate}
+        return {"pcm_sha256": self._hash.hexdigest(), "seconds": self.seconds}
 
     def fingerprint(self) -> np.ndarray:
         """uint32 [T]."""

@@ -1,10 +1,10 @@
 """The stage `codes`: encode the segments of a shard with a codec, in windows of one fixed shape.
 
 The rounding of a convolution, and so now and then a code, changes with the input's shape. So every call of the codec
-has the shape [batch, 1, samples]: shorter segments are padded with silence, longer ones are cut into overlapping
+has the shape [batch, C, samples]: shorter segments are padded with silence, longer ones are cut into overlapping
 windows of which only the frames inside the margins are kept. The codes do not depend on the other items of the batch.
 
-Shapes: K codebooks, T frames, S samples.
+Shapes: C channels of the codec, K codebooks, T frames, S samples.
 """
 
 import math
@@ -52,11 +52,17 @@ class CodecOptions:
         names = ("name", "fingerprint", "sample_rate", "frame_rate", "n_codebooks", "codebook_size")
         windows = {"seconds": self.windows.seconds, "margin_seconds": self.windows.margin_seconds, "dtype": "float32"}
         metadata = {name: getattr(codec, name) for name in names} | {"windows": windows}
+        metadata |= {} if codec.channels == 1 else {"channels": codec.channels}
         return metadata | ({"name": self.name} if Path(self.name).is_dir() else {})  # where training finds it again
 
     def exact_metadata(self) -> dict[str, Any]:
         """Everything that decides the codes."""
         return self.metadata() | {"batch": self.windows.batch, "device": self.device}
+
+    def check_channels(self, channels: int) -> None:
+        """Raise UserError unless the codec takes audio of so many channels."""
+        codec = _load(self.name, "cpu")
+        codec.check_channels(channels, f"--codec {self.name}")
 
     @property
     def codec(self) -> Codec:
@@ -75,7 +81,7 @@ class Window(NamedTuple):
 def encode_shard(options: CodecOptions, segments: Segments, folder: Path) -> Counts:
     """Write `codes` uint16 [K, T_total] and `offsets` [n + 1] of the segments, in the order of the rows."""
     rows, codec = segments.read(), options.codec
-    wavs = _prefetch(segments, rows, codec.sample_rate)
+    wavs = _prefetch(segments, rows, codec)
     encoded = list(encode_all(wavs, codec, options.windows, options.device))
     offsets = np.cumsum([0, *(codes.shape[1] for codes in encoded)], dtype=np.int64)
     codes = np.concatenate([np.empty((codec.n_codebooks, 0), np.uint16), *encoded], axis=1)
@@ -103,7 +109,7 @@ def encode_all(
     """Encode waveforms in order.
 
     Args:
-        wavs: float32 [1, S] at the codec's rate, S >= 1.
+        wavs: float32 [C, S] at the codec's rate, S >= 1.
 
     Yields:
         Codes of each, uint16 [K, ceil(S / hop_length)].
@@ -111,11 +117,11 @@ def encode_all(
     length = math.ceil(windows.seconds * codec.frame_rate)  # frames
     margin = min(math.ceil(windows.margin_seconds * codec.frame_rate), (length - 1) // 2)
     samples = length * codec.hop_length
-    batch: list[tuple[Tensor, Window, bool]] = []  # input [1, <= samples], window, last of its waveform
+    batch: list[tuple[Tensor, Window, bool]] = []  # input [C, <= samples], window, last of its waveform
     parts: list[np.ndarray] = []  # codes of the waveform so far
 
     def encode_batch() -> Iterator[np.ndarray]:
-        inputs = torch.zeros(windows.batch, 1, samples)
+        inputs = torch.zeros(windows.batch, len(batch[0][0]), samples)
         for index, (wav, _, _) in enumerate(batch):
             inputs[index, :, : wav.shape[1]] = wav
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -142,13 +148,13 @@ class _NoMoreRows(Exception):
     """Ends the prefetch thread."""
 
 
-def _prefetch(segments: Segments, rows: list[dict[str, Any]], rate: int) -> Iterator[Tensor]:
-    """The waveforms [1, S], read by a thread while the codec runs."""
+def _prefetch(segments: Segments, rows: list[dict[str, Any]], codec: Codec) -> Iterator[Tensor]:
+    """The waveforms [C, S], read by a thread while the codec runs."""
 
     def read(index: int) -> Tensor:
         if index == len(rows):
             raise _NoMoreRows
-        return audio.read(segments.audio / rows[index]["audio"], rate)[0]
+        return audio.read(segments.audio / rows[index]["audio"], codec.sample_rate, mono=codec.channels == 1)[0]
 
     with suppress(_NoMoreRows):
         yield from prefetch_batches(read, 0, 4)

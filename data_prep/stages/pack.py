@@ -19,6 +19,7 @@ from data_prep.stages.encode import CODES_FILE
 from data_prep.stages.segments import Segments
 from data_prep.status import WORK
 from data_prep.tables import REJECTED, REJECTED_FILE
+from ssmttm.audio.stereo import is_dual_mono
 from ssmttm.data.store import SPLITS, Store, text_name
 from ssmttm.data.tensorfile import map_tensors
 from ssmttm.data.text_table import merge_text_tables
@@ -45,6 +46,7 @@ def pack(
     codec: dict[str, Any] | None,
     text: dict[str, Any] | None,
     sample_rate: int,
+    channels: int = 1,
 ) -> Store:
     """Assemble a store; the files of an earlier run are replaced.
 
@@ -52,8 +54,9 @@ def pack(
         config: everything that decides the contents of the store.
         codec, text: metadata of codec and text encoder, for store.json.
         sample_rate: of the audio, in Hz.
+        channels: of the audio, 1 or 2.
     """
-    writer = StoreWriter(out, config, codec, sample_rate)
+    writer = StoreWriter(out, config, codec, sample_rate, channels=channels)
     kept: set[str] = set()
     for index, segments in enumerate(parts.segments):
         codes = None if parts.codes is None else _map_codes(parts.codes[index])
@@ -110,12 +113,22 @@ def summary(store: Store) -> str:
     codec, text = store.info["codec"], store.info["text"]
     with open(store.path / REJECTED_CSV, encoding="utf-8", newline="") as file:
         rejected = sum(1 for _ in csv.DictReader(file))
-    rejections = f"\n{rejected} rejected, see {store.path / REJECTED_CSV}" if rejected else ""
+    equal = dual_mono_segments(store)
+    of = f"{equal} of {len(store)} segments have two equal channels"
+    rejections = f"\n{of}: --reject-dual-mono leaves them out" if equal else ""
+    rejections += f"\n{rejected} rejected, see {store.path / REJECTED_CSV}" if rejected else ""
     return (
         f"{store.path}: {len(store)} segments, {sum(hours.values()):.2f} h ({splits}), "
         f"{_size(store.path) / 1e6:.1f} MB, "
         f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}{rejections}"
     )
+
+
+def dual_mono_segments(store: Store) -> int:
+    """The number of segments of a stereo store whose channels are the same: mono files, and mono in stereo."""
+    if store.channels == 1:
+        return 0
+    return sum(is_dual_mono(width) for width in store.manifest["width"].to_pylist())
 
 
 def _audio_name(segment: str) -> str:

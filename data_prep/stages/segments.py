@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data_prep.shard_task import ShardResult
 from ssmttm import audio
-from ssmttm.data.store import SCHEMA
+from ssmttm.audio.stereo import STEREO, stereo_statistics
+from ssmttm.data.store import STEREO_COLUMNS, manifest_schema
 
 ROWS_FILE = "rows.parquet"
 
@@ -34,24 +35,31 @@ class Segments:
 
 def write_segments(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows of a shard into its folder."""
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / ROWS_FILE)
+    schema = manifest_schema(channels_of(rows))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / ROWS_FILE)
+
+
+def channels_of(rows: Sequence[dict[str, Any]]) -> int:
+    """1 or 2: whether segments have the columns of stereo audio."""
+    return STEREO if any(row.get(STEREO_COLUMNS[0].name) is not None for row in rows) else 1
 
 
 def write_audio(path: Path, wav: Tensor, sample_rate: int) -> dict[str, Any]:
-    """Write a waveform [S] as 16-bit FLAC, scaled down if it exceeds full scale.
+    """Write a waveform, [S] or [2, S], as 16-bit FLAC, scaled down if it exceeds full scale.
 
     Returns:
-        The columns `id`, `duration`, `audio` and `content_hash` of the segment's row.
+        The columns `id`, `duration`, `audio` and `content_hash` of the segment's row; of stereo also STEREO_COLUMNS.
     """
     scaled = wav / max(1.0, float(wav.abs().max())) * 32768  # 16-bit input is unchanged
     pcm = scaled.round().clamp(-32768, 32767).to(torch.int16)
     audio.write(path, pcm, sample_rate)
-    return {
+    columns = {
         "id": path.stem,
-        "duration": len(pcm) / sample_rate,
+        "duration": pcm.shape[-1] / sample_rate,
         "audio": f"{path.parent.name}/{path.name}",
-        "content_hash": hashlib.sha256(pcm.numpy().astype("<i2").tobytes()).hexdigest(),
+        "content_hash": hashlib.sha256(pcm.numpy().T.astype("<i2").tobytes()).hexdigest(),  # interleaved
     }
+    return columns if pcm.dim() == 1 else columns | stereo_statistics(wav.numpy())._asdict()
 
 
 def with_results(segments: Sequence[Segments], results: Sequence[ShardResult], new_audio: bool) -> list[Segments]:

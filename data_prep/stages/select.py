@@ -23,6 +23,7 @@ from data_prep.stages.shard import FINGERPRINTS_FILE, write_fingerprints
 from data_prep.tables import write_rejected
 from data_prep.track import Rejected, Rejection
 from ssmttm.audio.fingerprint import Fingerprinter
+from ssmttm.audio.stereo import mix_down
 from ssmttm.data.tensorfile import concatenate_on_disk, map_tensors
 from ssmttm.files import config_hash
 
@@ -111,7 +112,7 @@ def _fingerprint(decoder: Decoder, file: Path) -> np.ndarray:
     fingerprinter = None
     for block, rate in decoder.blocks(file):
         fingerprinter = fingerprinter or Fingerprinter(rate)
-        fingerprinter.add(block.mean(axis=0))
+        fingerprinter.add(mix_down(block))
     return np.empty(0, np.uint32) if fingerprinter is None else fingerprinter.finish()
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.shard_task import Counts
-from data_prep.tables import RECORDINGS, SEGMENTS, TRACKS, write_rejected, write_rows
+from data_prep.stages.segments import channels_of
+from data_prep.tables import RECORDINGS, TRACKS, segments_schema, write_rejected, write_rows
 from data_prep.track import Rejection
 from ssmttm.data.tensorfile import write_tensors
 
@@ -34,7 +35,7 @@ class Shard:
         """Write the tables and the fingerprints."""
         write_rows(folder / "tracks.parquet", self.tracks, TRACKS)
         write_rows(folder / "recordings.parquet", self.recordings, RECORDINGS)
-        write_rows(folder / "segments.parquet", self.segments, SEGMENTS)
+        write_rows(folder / "segments.parquet", self.segments, segments_schema(channels_of(self.segments)))
         write_fingerprints(folder, self.fingerprints)
         write_rejected(folder, stage, self.rejected)
         return {

@@ -78,33 +78,36 @@ def read_segments(path: str | Path, sample_rate: int, seconds: float) -> Iterato
         yield torch.from_numpy(pending[None, first : first + length].copy())
 
 
-def read_crop(path: Path, samples: int, choice: int) -> tuple[np.ndarray, int]:
-    """Decode only one crop of a file of a store, mixed down to mono.
+def read_crop(path: Path, samples: int, choice: int, mono: bool = True) -> tuple[np.ndarray, int]:
+    """Decode only one crop of a file of a store, mixed down if `mono`.
 
     Args:
         samples: S; a shorter file is read completely.
         choice: any integer >= 0; the crop starts at `choice` modulo the number of possible starts.
 
     Returns:
-        float32 [<= S] and the file's sample rate.
+        float32 [<= S] if `mono`, else [C, <= S], and the file's sample rate.
     """
     if _is_of_unknown_length(path):
-        wav, rate = read(path)
+        wav, rate = read(path, mono=mono)
         length = min(samples, wav.shape[1])
         start = choice % (wav.shape[1] - length + 1)
-        return wav[0, start : start + length].numpy(), rate
+        crop = wav[:, start : start + length].numpy()
+        return (crop[0] if mono else crop), rate
     with _open(path) as file:
         length = min(samples, file.frames)
-        return _read_frames(path, file, choice % (file.frames - length + 1), length)
+        return _read_frames(path, file, choice % (file.frames - length + 1), length, mono)
 
 
-def read_part(path: Path, start: int, samples: int) -> tuple[np.ndarray, int]:
-    """Decode a file of a store from `start` on, mixed down to mono: float32 [<= samples], and its sample rate."""
+def read_part(path: Path, start: int, samples: int, mono: bool = True) -> tuple[np.ndarray, int]:
+    """Decode a file of a store from `start` on: float32 [<= samples], mixed down, if `mono`, else [C, <= samples]; and
+    its sample rate."""
     if _is_of_unknown_length(path):
-        wav, rate = read(path)
-        return wav[0, start : start + max(0, samples)].numpy(), rate
+        wav, rate = read(path, mono=mono)
+        part = wav[:, start : start + max(0, samples)].numpy()
+        return (part[0] if mono else part), rate
     with _open(path) as file:
-        return _read_frames(path, file, min(start, file.frames), max(0, min(samples, file.frames - start)))
+        return _read_frames(path, file, min(start, file.frames), max(0, min(samples, file.frames - start)), mono)
 
 
 def _is_of_unknown_length(path: Path) -> bool:
@@ -113,12 +116,12 @@ def _is_of_unknown_length(path: Path) -> bool:
         return file.format == "MP3" and not mpeg.states_its_length(opened.fileno())
 
 
-def _read_frames(path: Path, file: Any, start: int, length: int) -> tuple[np.ndarray, int]:
+def _read_frames(path: Path, file: Any, start: int, length: int, mono: bool) -> tuple[np.ndarray, int]:
     file.seek(start)
     frames = file.read(length, dtype="float32", always_2d=True)  # [s, channels]
     if len(frames) != length:
         raise UserError(f"{path} is truncated: restore it or prepare it again")
-    return frames.mean(axis=1), file.samplerate
+    return (frames.mean(axis=1) if mono else frames.T), file.samplerate
 
 
 @contextmanager

@@ -16,23 +16,25 @@ from ssmttm.errors import UserError
 class CodecOutput(NamedTuple):
     """Output of a codec's training forward."""
 
-    audio: Tensor  # [B, 1, S], of the input's length
+    audio: Tensor  # [B, C, S], of the input's length
     codes: Tensor  # int64 [B, K, T]
     losses: dict[str, Tensor]  # scalars `codebook` and `commitment` (DAC, arXiv 2306.06546, section 3.2)
 
 
 class Codec(nn.Module, ABC):
-    """A mono neural audio codec.
+    """A neural audio codec of C = `channels` audio channels, 1 or 2 (left, right).
 
     Its latents are its codebook vectors, concatenated over the codebooks (DAC's "projected latents", C = K times the
     codebook width). Unlike the sum over codebooks, they can be mapped back to the same codes.
 
     Attributes:
+        channels: C of the audio that it takes and returns.
         context: past and future frames that one decoded frame depends on; None if unbounded.
         similarity: how the nearest codebook entry is found.
     """
 
     name: str
+    channels: int = 1
     sample_rate: int
     hop_length: int
     n_codebooks: int
@@ -92,11 +94,11 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def _encode(self, wav: Tensor) -> Tensor:
-        """[B, 1, T * hop] -> codes [B, K, T]."""
+        """[B, C, T * hop] -> codes [B, K, T]."""
 
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, K, T] -> [B, 1, T * hop]."""
+        """Codes [B, K, T] -> [B, C, T * hop]."""
 
     def _decode_at(self, codes: Tensor, first: int) -> Tensor:
         """`_decode` of codes that begin at frame `first` of a stream, for codecs whose output depends on it."""
@@ -104,7 +106,7 @@ class Codec(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """wav float [B, 1, S] at `sample_rate`, S >= 1 -> codes int64 [B, K, T], T = ceil(S / hop_length).
+        """wav float [B, C, S] at `sample_rate`, S >= 1 -> codes int64 [B, K, T], T = ceil(S / hop_length).
 
         Autocast is disabled, so the codes are the same inside it.
 
@@ -117,7 +119,7 @@ class Codec(nn.Module, ABC):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, first: int = 0) -> Tensor:
-        """Codes [B, K, T] in [0, codebook_size) -> wav float [B, 1, T * hop_length]. Autocast is disabled.
+        """Codes [B, K, T] in [0, codebook_size) -> wav float [B, C, T * hop_length]. Autocast is disabled.
 
         Args:
             first: position of the first frame in a stream, on which the output of some codecs depends.
@@ -153,7 +155,7 @@ class Codec(nn.Module, ABC):
         return torch.stack(codes, dim=1)
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode chunks of codes [B, K, t >= 0] into audio [B, 1, s] whose concatenation equals `decode` of all codes.
+        """Decode chunks of codes [B, K, t >= 0] into audio [B, C, s] whose concatenation equals `decode` of all codes.
 
         A frame is yielded as soon as its look-ahead is available; a codec with unbounded `context` (None) yields all
         audio at the end.
@@ -166,19 +168,35 @@ class Codec(nn.Module, ABC):
             yield last
 
     def pad(self, wav: Tensor) -> Tensor:
-        """Pad the waveform with zeros to whole frames: [B, 1, S] -> [B, 1, ceil(S / hop) * hop]."""
+        """Pad the waveform with zeros to whole frames: [B, C, S] -> [B, C, ceil(S / hop) * hop]."""
         return F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
 
     def check_wav(self, wav: Tensor) -> None:
-        """Raise UserError unless the waveform is a finite float [B, 1, S], S >= 1."""
-        if wav.dim() != 3 or wav.shape[1] != 1 or wav.shape[-1] < 1:
+        """Raise UserError unless the waveform is a finite float [B, C, S], S >= 1."""
+        if wav.dim() != 3 or wav.shape[1] != self.channels or wav.shape[-1] < 1:
+            kind, advice = ("mono", "downmix it") if self.channels == 1 else ("stereo", "give it two channels")
             raise UserError(
-                f"codec {self.name} takes a mono waveform [batch, 1, samples], got {list(wav.shape)}: downmix it first"
+                f"codec {self.name} takes a {kind} waveform [batch, {self.channels}, samples], got {list(wav.shape)}: "
+                f"{advice} first"
             )
         if not wav.is_floating_point():
             raise UserError(f"codec {self.name} takes a float waveform in [-1, 1], got {wav.dtype}: convert it first")
         if not torch.isfinite(wav).all():
             raise UserError(f"codec {self.name}: the waveform contains NaN or infinite samples: fix or drop that audio")
+
+    def check_channels(self, channels: int, whose: str) -> None:
+        """Raise UserError if audio of another number of channels is to be encoded; `whose` is its name."""
+        if channels != self.channels:
+            raise UserError(f"{whose}: {self.channel_mismatch(channels)}")
+
+    def channel_mismatch(self, channels: int) -> str:
+        """Why this codec does not fit audio of another number of channels."""
+        if self.channels == 1:
+            return (
+                f"codec {self.name} is mono, and the audio has {channels} channels: use a stereo codec, such as "
+                f"tiny_v2_stereo or mid_side:NAME, or mono audio (--channels 1)"
+            )
+        return f"codec {self.name} is stereo, and the audio is mono: prepare it with --channels 2, or use a mono codec"
 
     def check_sample_rate(self, sample_rate: int) -> None:
         """Raise UserError if audio of another sample rate is to be encoded."""
@@ -208,21 +226,21 @@ class DecodeStream:
         self.start = 0  # position of the buffer in the stream
 
     def push(self, codes: Tensor) -> Tensor:
-        """Codes [B, K, t >= 0] -> the audio that is ready, [B, 1, s], s >= 0."""
+        """Codes [B, K, t >= 0] -> the audio that is ready, [B, C, s], s >= 0."""
         codec = self.codec
         codec._check_codes(codes)
         self.buffer = buffer = codes if self.buffer is None else torch.cat([self.buffer, codes], dim=-1)
         history, look_ahead = codec.context or (0, buffer.shape[-1])  # unbounded: nothing is ready before the end
         ready = buffer.shape[-1] - look_ahead
         if ready <= self.first:
-            return torch.zeros(len(codes), 1, 0, device=codes.device)
+            return torch.zeros(len(codes), codec.channels, 0, device=codes.device)
         wav = codec.decode(buffer, self.start)[..., self.first * codec.hop_length : ready * codec.hop_length]
         drop = max(0, ready - history)
         self.buffer, self.first, self.start = buffer[..., drop:], ready - drop, self.start + drop
         return wav
 
     def finish(self) -> Tensor | None:
-        """The rest of the audio, [B, 1, s]; None if there is none."""
+        """The rest of the audio, [B, C, s]; None if there is none."""
         buffer, self.buffer = self.buffer, None
         if buffer is None or buffer.shape[-1] <= self.first:
             return None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ssmttm import audio
-from ssmttm.data.audio_cache import AudioCache
+from ssmttm.data.audio_cache import AudioCache, store_channels
 from ssmttm.data.permutation import Permutation, mix, uniform
 from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.data.step_values import StepValues
@@ -178,7 +178,7 @@ class CodesLoader(_Loader):
 
 
 class AudioLoader(_Loader):
-    """Random mono crops of the store's audio files; only the crop is decoded.
+    """Random crops of the store's audio files, of its C channels; only the crop is decoded.
 
     Args:
         store: a store that keeps its audio.
@@ -205,20 +205,20 @@ class AudioLoader(_Loader):
         self.sample_rate: int = store.info["sample_rate"]
 
     def batch(self, n: int) -> dict[str, Any]:
-        """Batch n: audio float32 [b, 1, S], ids list[str]."""
+        """Batch n: audio float32 [b, C, S], ids list[str]."""
         sample = self.sample(n)
         ids = self.store.ids(np.array([row for _, row in sample]))
-        wav = np.zeros((len(sample), 1, self.samples), np.float32)  # [b, 1, S]
+        wav = np.zeros((len(sample), self.store.channels, self.samples), np.float32)  # [b, C, S]
         for item, ((epoch, row), segment_id) in enumerate(zip(sample, ids, strict=True)):
             crop = self._crop(row, mix(self.seed, epoch, segment_id, "crop"))
-            wav[item, 0, : len(crop)] = crop
+            wav[item, :, : crop.shape[1]] = crop
         return {"audio": torch.from_numpy(wav), "ids": ids}
 
     def _crop(self, row: int, choice: int) -> np.ndarray:
         if self.cache is not None:
             return self.cache.crop(row, self.samples, choice)
         path = self.store.audio_path(row)
-        crop, rate = audio.read_crop(path, self.samples, choice)
+        crop, rate = audio.read_crop(path, self.samples, choice, mono=False)
         if rate != self.sample_rate:
             raise UserError(f"{path} has {rate} Hz, the store {self.sample_rate} Hz: prepare the store again")
-        return crop
+        return store_channels(crop, self.store, path)  # [C, <= S]

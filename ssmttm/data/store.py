@@ -67,6 +67,16 @@ SCHEMA = pa.schema(
         pa.field("loudness", pa.float64()),  # LUFS
     ]
 )
+STEREO_COLUMNS = (  # of stereo stores; see `ssmttm.audio.stereo.StereoStatistics`
+    pa.field("width", pa.float64()),
+    pa.field("correlation", pa.float64()),
+    pa.field("balance", pa.float64()),  # dB
+)
+
+
+def manifest_schema(channels: int) -> pa.Schema:
+    """The columns of the manifest of a store with audio of 1 or 2 channels."""
+    return SCHEMA if channels == 1 else pa.schema([*SCHEMA, *STEREO_COLUMNS])
 
 
 class CodecLike(Protocol):
@@ -125,6 +135,11 @@ class Store:
 
     def __len__(self) -> int:
         return self.manifest.num_rows
+
+    @property
+    def channels(self) -> int:
+        """Channels of the audio files, 1 or 2; stores of earlier versions have one."""
+        return int(self.info.get("channels", 1))
 
     def indices(self, split: str) -> np.ndarray:
         """Rows of a split (train, valid or test), int64 [n]. Raises UserError if the split is empty."""

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ssmttm.config import flatten
 from ssmttm.data.annotations import annotation_columns
 from ssmttm.data.splits import SPLITS
-from ssmttm.data.store import FORMAT, SCHEMA, VERSION, Store, open_store, shard_name, text_name
+from ssmttm.data.store import FORMAT, VERSION, Store, manifest_schema, open_store, shard_name, text_name
 from ssmttm.data.tensorfile import write_tensors
 from ssmttm.errors import UserError
 from ssmttm.files import atomic_write, config_hash, file_entry, write_text
@@ -37,6 +37,7 @@ class StoreWriter:
         config: everything that determines the codes, as JSON.
         codec: name, fingerprint, sample_rate, frame_rate, n_codebooks, codebook_size; None for an audio-only store.
         sample_rate: Hz of the store's audio files.
+        channels: 1 or 2, of these.
         shard_segments: segments per shard.
     """
 
@@ -47,14 +48,16 @@ class StoreWriter:
         codec: dict[str, Any] | None = None,
         sample_rate: int | None = None,
         shard_segments: int = 2048,
+        channels: int = 1,
     ) -> None:
         self.path = Path(path)
         self._config, self._codec, self._sample_rate = config, codec, sample_rate
-        self._shard_segments = shard_segments
+        self._shard_segments, self._channels = shard_segments, channels
+        self._schema = manifest_schema(channels)
         check_same_config(self.path, config)
         (self.path / "store.json").unlink(missing_ok=True)
         self._spool = tempfile.TemporaryFile(dir=self.path)  # noqa: SIM115 - read by finish
-        self._batches = pa.ipc.new_stream(self._spool, SCHEMA)
+        self._batches = pa.ipc.new_stream(self._spool, self._schema)
         self._rows: list[dict[str, Any]] = []
         self._codes: list[np.ndarray] = []
         self._shards = 0
@@ -71,7 +74,7 @@ class StoreWriter:
             codes: [K, frames] integers; None for an audio-only store.
         """
         missing = [key for key in _REQUIRED if row.get(key) is None]
-        unknown = sorted(row.keys() - set(SCHEMA.names))
+        unknown = sorted(row.keys() - set(self._schema.names))
         if missing or unknown or row["split"] not in SPLITS:
             raise ValueError(f"bad manifest row: missing {missing}, unknown {unknown}, split {row.get('split')!r}")
         annotations = row.get("truth")
@@ -108,6 +111,7 @@ class StoreWriter:
             "codec": self._codec,
             "text": text,
             "sample_rate": self._sample_rate,
+            "channels": self._channels,
             "counts": {split: self._counts[split] for split in SPLITS},
             "hours": {split: round(self._seconds[split] / 3600, 4) for split in SPLITS},
             "licences": dict(sorted(self._licences.items())),
@@ -130,7 +134,7 @@ class StoreWriter:
                 row.update(shard=self._shards, offset=int(offsets[index]), frames=frames)
             self._shards += 1
         if self._rows:
-            self._batches.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+            self._batches.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows.clear()
         self._codes.clear()
 
@@ -142,7 +146,7 @@ class StoreWriter:
             with (
                 self._spool,
                 pa.ipc.open_stream(self._spool) as batches,
-                pq.ParquetWriter(temporary, SCHEMA) as manifest,
+                pq.ParquetWriter(temporary, self._schema) as manifest,
             ):
                 for batch in batches:
                     manifest.write_batch(batch)
