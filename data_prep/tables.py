@@ -24,6 +24,8 @@ SEGMENTS = pa.schema(
     [
         ("id", _TEXT),
         ("track", _TEXT),
+        ("start", _NUMBER),  # of the segment in the track, seconds
+        ("track_duration", _NUMBER),  # seconds
         ("duration", _NUMBER),  # seconds
         ("audio", _TEXT),  # file name in the shard's folder
         ("content_hash", _TEXT),  # sha256 of the 16-bit samples
