@@ -596,8 +596,10 @@ def test_dac_trains_like_tiny_codec():
 def test_hf_codec_rejects_unsupported_configs(tmp_path):
     with pytest.raises(UserError, match="sampling_rate"):
         build_codec({"kind": "dac"})
+    with pytest.raises(UserError, match="only mono and stereo"):
+        build_codec({"kind": "encodec", **HF_CODECS["encodec"], "audio_channels": 3})
     with pytest.raises(UserError, match="mono"):
-        build_codec({"kind": "encodec", **HF_CODECS["encodec"], "audio_channels": 2})
+        build_codec({"kind": "mimi", **HF_CODECS["mimi"], "audio_channels": 2})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="choose from dac"):
         load_codec(tmp_path)

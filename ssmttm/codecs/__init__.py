@@ -7,6 +7,7 @@ from typing import Any
 
 from ssmttm.codecs import tiny
 from ssmttm.codecs.base import Codec, CodecOutput
+from ssmttm.codecs.channelwise import CODINGS, ChannelwiseCodec
 from ssmttm.codecs.students import codec
 from ssmttm.codecs.students.codec import StudentCodec, StudentConfig
 from ssmttm.codecs.tiny import TinyCodec, TinyCodecConfig
@@ -17,8 +18,8 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"tiny": _ASSETS / "tiny_codec", "tiny_v2": _ASSETS / "tiny_codec_v2"}
 
 __all__ = [
-    "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig", "build_codec",
-    "encoder_of", "load_codec",
+    "ChannelwiseCodec", "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig",
+    "build_codec", "encoder_of", "load_codec",
 ]  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
     Args:
         name_or_path: "tiny" or "tiny_v2" (embedded); a folder with config.json and model.safetensors, written by ssmttm
             (a student only decodes) or by transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
-            "descript/dac_44khz".
+            "descript/dac_44khz". A mono codec after "left_right:" or "mid_side:" codes stereo (`ChannelwiseCodec`).
         n_codebooks: keep only the first n codebooks.
         revision: branch, tag or commit of a hub name; `name` of the codec has the commit that was found.
 
@@ -79,6 +80,11 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
 
 def _load(name_or_path: str | Path, revision: str | None) -> Codec:
     name = str(name_or_path)
+    coding, colon, mono_name = name.partition(":")
+    if colon and coding in CODINGS:
+        mono = _load(mono_name, revision)
+        found = mono_name if Path(mono_name).is_dir() else mono.name  # where training finds it again
+        return ChannelwiseCodec(mono, coding, f"{coding}:{found}").eval()
     if name in EMBEDDED:
         folder = EMBEDDED[name]
         if not (folder / "model.safetensors").is_file():

@@ -18,6 +18,9 @@ from ssmttm.codecs.quantiser import reseed, unused_entries
 from ssmttm.errors import UserError
 from ssmttm.hub import checkpoint_folder, with_commit
 
+_OVERLAP = 2  # frames of two chunks of EnCodec
+_LEVEL_RANGE = 102.4  # dB of EnCodec's levels
+
 
 class TransformersCodec(Codec):
     """Base of the three wrappers: the wrapped model is `model`, its weights are the codec's."""
@@ -86,7 +89,14 @@ class DacCodec(TransformersCodec):
 
 
 class EncodecCodec(TransformersCodec):
-    """A mono transformers EncodecModel (EnCodec, arXiv 2210.13438; MusicGen's codec).
+    """A transformers EncodecModel (EnCodec, arXiv 2210.13438; MusicGen's codec), mono or stereo.
+
+    The 48 kHz stereo model codes chunks of a second, each divided by its level (RMS). Two things differ from
+    transformers, so that codes are a plain [B, K, T] on a regular grid of frames:
+
+    - Chunks overlap by whole frames (_OVERLAP; the model's own 1 % of a chunk is 1.5 frames). A frame in two chunks is
+      kept once, as the later chunk codes it; decoded chunks are cross-faded as transformers does.
+    - The level of a chunk is codebook 0, repeated over its frames, in steps of 0.1 dB (102.4 dB over all entries).
 
     Its LSTM has unbounded context, so it does not stream (`context` is None).
     """
@@ -97,27 +107,83 @@ class EncodecCodec(TransformersCodec):
     def __init__(self, model: EncodecModel, name: str = "encodec") -> None:
         super().__init__()
         config = model.config
-        if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
-            raise UserError(f"codec {name}: stereo, chunked or normalising EnCodec is not supported: use a mono model")
         self.model, self.name = model, name
+        self.channels, self.normalises = config.audio_channels, config.normalize
+        if self.channels not in (1, 2):
+            raise UserError(f"codec {name} has {self.channels} channels: only mono and stereo are supported")
         self.sample_rate, self.hop_length = config.sampling_rate, math.prod(config.upsampling_ratios)
-        self.n_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
+        self.n_codebooks, self.codebook_size = config.num_quantizers + self.normalises, config.codebook_size
+        self.chunk = None if config.chunk_length is None else config.chunk_length // self.hop_length  # frames
+        if self.chunk is not None and self.chunk <= _OVERLAP:
+            raise UserError(f"codec {name}: chunks of {self.chunk} frames are too short")
 
     def decoder_stages(self) -> list[nn.Module]:
         return [layer for layer in self.model.decoder.layers if isinstance(layer, EncodecLSTM | EncodecResnetBlock)]
 
+    def keep_codebooks(self, n: int) -> Codec:
+        """As `Codec.keep_codebooks`; a codebook of levels comes first, and is not enough alone."""
+        if n <= self.normalises:
+            raise UserError(f"codec {self.name} codes levels first: n_codebooks must be at least 2, got {n}")
+        return super().keep_codebooks(n)
+
     def codebook_vectors(self) -> Tensor:
-        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])
+        books = torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers])  # [K, V, c]
+        if not self.normalises:
+            return books
+        ramp = torch.linspace(-1, 1, self.codebook_size, device=books.device).to(books.dtype)
+        return torch.cat([ramp[None, :, None].expand(1, -1, books.shape[2]), books])
 
     def _encode(self, wav: Tensor) -> Tensor:
-        residual, codes = self.model.encoder(wav), []
-        for layer in self.model.quantizer.layers[: self.n_codebooks]:
+        n_frames = wav.shape[-1] // self.hop_length
+        parts = []
+        for start, stop in self._chunks(n_frames):
+            kept = stop - start if stop == n_frames else stop - start - _OVERLAP
+            codes = self._encode_chunk(wav[..., start * self.hop_length : stop * self.hop_length])
+            parts.append(codes[..., :kept])
+        return torch.cat(parts, dim=-1)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        chunks = self._chunks(codes.shape[-1])
+        decoded = [self._decode_chunk(codes[..., start:stop]) for start, stop in chunks]
+        if len(chunks) == 1:
+            return decoded[0]
+        return self.model._linear_overlap_add(decoded, chunks[1][0] * self.hop_length)
+
+    def _chunks(self, n_frames: int) -> list[tuple[int, int]]:
+        """First frame and end of each chunk."""
+        if self.chunk is None or n_frames <= self.chunk:
+            return [(0, n_frames)]
+        stride = self.chunk - _OVERLAP
+        return [(start, min(start + self.chunk, n_frames)) for start in range(0, n_frames - _OVERLAP, stride)]
+
+    def _encode_chunk(self, wav: Tensor) -> Tensor:
+        """[B, C, t * hop] -> codes [B, K, t]."""
+        codes = []
+        if self.normalises:
+            level = wav.mean(1, keepdim=True).square().mean(-1, keepdim=True).sqrt() + 1e-8  # [B, 1, 1]
+            codes.append(self._level_code(level)[..., 0].expand(-1, wav.shape[-1] // self.hop_length))
+            wav = wav / level
+        residual = self.model.encoder(wav)
+        for layer in self.model.quantizer.layers[: self.n_codebooks - self.normalises]:
             codes.append(layer.encode(residual))
             residual = residual - layer.decode(codes[-1])
         return torch.stack(codes, dim=1)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        return self.model.decode(codes[None], [None]).audio_values
+    def _decode_chunk(self, codes: Tensor) -> Tensor:
+        """Codes [B, K, t] -> [B, C, t * hop]."""
+        if not self.normalises:
+            return self.model._decode_frame(codes)
+        own = codes[:, 0, : max(1, codes.shape[-1] - _OVERLAP)]  # the last frames may be of the next chunk
+        return self.model._decode_frame(codes[:, 1:], self._level(own.median(-1).values))
+
+    def _level_code(self, level: Tensor) -> Tensor:
+        """The code of a level: 0 for -102.4 dB, in steps so that the last one is just below 0 dB."""
+        steps = (1 + 20 * level.log10() / _LEVEL_RANGE) * self.codebook_size
+        return steps.round().long().clamp(0, self.codebook_size - 1)
+
+    def _level(self, code: Tensor) -> Tensor:
+        """The level of a code."""
+        return 10 ** ((code / self.codebook_size - 1) * _LEVEL_RANGE / 20)
 
 
 class MimiCodec(TransformersCodec):

@@ -47,6 +47,8 @@ def export_onnx(model: str | Path | None, out: str | Path) -> Path:
         raise UserError(f"{folder.name} has two stages: ONNX export supports one-stage models only")
     if folder.null_condition not in NULL_CONDITIONS:
         raise UserError(f"ONNX export does not support the null condition {folder.null_condition!r} of {folder.name}")
+    if pipe.codec.channels != 1:
+        raise UserError(f"{folder.name} has the stereo codec {pipe.codec.name}: ONNX export supports mono codecs only")
     step = StepGraph(pipe.model)
     graphs: dict[str, Graph] = {
         "text_encoder": EncoderGraph(pipe.text_encoder), "condition": ConditionGraph(pipe.model), "step": step,

@@ -57,6 +57,7 @@ class CodecTask(Task):
                 f"{config.data.store} holds audio at {self.store.info['sample_rate']} Hz and the codec works at "
                 f"{self.codec.sample_rate} Hz: prepare the store at that rate, or set codec.sample_rate"
             )
+        self.codec.check_channels(self.store.channels, str(config.data.store))
         self.start: dict[str, Any] | None = None  # the codec that this one grew from
         self.modules = {"model": self.codec}
         if self.adversarial_start is not None:
