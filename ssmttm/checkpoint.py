@@ -217,6 +217,9 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path, name: str) -> None:
         paths = tensor_files(folder, name) or [Path(folder) / f"{name}.safetensors"]
+        count = int(paths[0].name.split("-")[-1].split(".")[0]) if len(paths[0].suffixes) > 1 else 1
+        if len(paths) != count:
+            raise UserError(f"{folder} has {len(paths)} of its {count} parts of {name}: use another checkpoint")
         try:
             self._files = [safe_open(path, "pt") for path in paths]
         except (OSError, SafetensorError) as error:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ssmttm.errors import UserError
-from ssmttm.files import file_sha256
 from ssmttm.generation.loading import ModelFolder, load_language_model, open_model_folder
 from ssmttm.models import TokenLM
 from ssmttm.models.controls import Controls
@@ -34,7 +33,7 @@ class Teacher:
         if null_text is not None and self.folder.null_condition == "no_tokens":
             null_text = null_text._replace(mask=torch.zeros_like(null_text.mask))
         self.guidance_scale, self.null_text = guidance_scale, null_text
-        self.fingerprint = file_sha256(self.folder.weights_file)[:16]
+        self.fingerprint = self.folder.weights_sha256[:16]
 
     @torch.no_grad()
     def __call__(
@@ -70,7 +69,7 @@ class Teacher:
     def student_metadata(self, metadata: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
         """Metadata of a student's training data, with the teacher's entry, licences and null condition added."""
         entry = {
-            "name": self.folder.name, "weights_sha256": file_sha256(self.folder.weights_file),
+            "name": self.folder.name, "weights_sha256": self.folder.weights_sha256,
             "guidance_scale": self.guidance_scale, "distilled_guidance_scale": self.folder.distilled_guidance_scale,
         }  # fmt: skip
         licences = (self.folder.licences or {}) | metadata["licences"]

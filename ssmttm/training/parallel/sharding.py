@@ -17,36 +17,18 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ssmttm.errors import UserError
 
 TASKS = ("lm", "diffusion")  # whose modules are called by their forward only
-_REPLICATE = "or train with configs/accelerate/ddp8.yaml"
 
 
 class Sharding:
-    """How the modules of a training are sharded. All ranks must construct it together.
-
-    Args:
-        plugin: Accelerate's settings. Raises UserError for those that are not supported.
-    """
+    """How the modules of a training are sharded. All ranks must construct it together."""
 
     def __init__(self, plugin: FullyShardedDataParallelPlugin, accelerator: Accelerator) -> None:
-        if plugin.fsdp_version != 2:
-            raise UserError(f"fsdp_version={plugin.fsdp_version} is not supported: set fsdp_version: 2, {_REPLICATE}")
-        if plugin.activation_checkpointing:
-            raise UserError("fsdp_activation_checkpointing is not supported: set train.recompute=full instead")
-        if type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy":
-            raise UserError("fsdp_offload_params is not supported: set it to false")
-        if not plugin.transformer_cls_names_to_wrap:
-            raise UserError(
-                "no blocks to shard are named: set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and "
-                "fsdp_transformer_layer_cls_to_wrap: Block,DenoiserBlock"
-            )
-        if not hasattr(FSDPModule, "reset_iter_state"):
-            raise UserError(f"FSDP needs a newer torch than {torch.__version__}: install torch 2.13, {_REPLICATE}")
         self._names = plugin.transformer_cls_names_to_wrap
         self._reshard_after_forward: bool = plugin.reshard_after_forward
         self._mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -86,12 +68,29 @@ def build_sharding(task: str, modules: Mapping[str, nn.Module], accelerator: Acc
         return None
     if task not in TASKS:
         raise UserError(f"FSDP is for task={', '.join(TASKS)}, not for task={task}: use configs/accelerate/ddp8.yaml")
+    if (version := os.environ.get("FSDP_VERSION")) != "2":
+        raise UserError(f"fsdp_version={version} is not supported: set fsdp_version: 2")
     plugin = FullyShardedDataParallelPlugin()
-    sharding = Sharding(plugin, accelerator)
+    _check(plugin)
     names = plugin.transformer_cls_names_to_wrap
     if not any(type(part).__name__ in names for part in modules["model"].modules()):
         raise UserError(f"fsdp_transformer_layer_cls_to_wrap names no block of the model: {', '.join(names)}")
-    return sharding
+    return Sharding(plugin, accelerator)
+
+
+def _check(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises UserError for settings that are not supported."""
+    if plugin.activation_checkpointing:
+        raise UserError("fsdp_activation_checkpointing is not supported: set train.recompute=full instead")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("fsdp_offload_params is not supported: set it to false")
+    if not plugin.transformer_cls_names_to_wrap:
+        raise UserError(
+            "no blocks to shard are named: set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and "
+            "fsdp_transformer_layer_cls_to_wrap: Block,DenoiserBlock"
+        )
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(f"FSDP needs a newer torch than {torch.__version__}: install 2.13 or newer")
 
 
 def local_part(tensor: Tensor) -> Tensor:
