@@ -24,6 +24,9 @@ EXAMPLES = """examples:
   python sample.py "fast drum and bass" --duration 60 --stream - | ffplay -
 Each audio file has a sidecar of the same name (.json): prompt, seed, settings, model, licences of its training data."""
 
+# Of flags that some others have no use for: these refuse them if they are given.
+DEFAULTS = {"duration": 10.0, "max_duration": 600.0, "batch_size": 4, "out": "outputs"}
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -51,9 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repaint", metavar="A:B", help="generate these seconds of the --continue FILE again, and keep the rest")
     add("--codec", metavar="DIR", help="the model's codec, if not found by its name")
     add("--text-encoder", metavar="DIR", help="the model's text encoder, if not found by its name")
-    add("--duration", type=float, default=10.0, metavar="S", help="seconds of new music per clip (default: 10)")
+    add("--duration", type=float, metavar="S", help="seconds of new music per clip (default: 10)")
     add("--bars", type=float, metavar="N", help="the duration in bars at --bpm, of 4 beats unless there is a --metre")
-    add("--max-duration", type=float, default=600.0, metavar="S", help="longest duration accepted (default: 600)")
+    add("--max-duration", type=float, metavar="S", help="longest duration accepted (default: 600)")
     add("--loop", action="store_true", help="the end of a clip leads into its start")
     add("--seed", type=int, default=0, metavar="N", help="clip i, from 0, uses seed N + i (default: 0)")
     add("--guidance", type=float, help="classifier-free guidance scale; 1: none (default: the model's, mostly 3)")
@@ -63,11 +66,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--min-p", type=float, default=0.0, help="drop codes below this fraction of the most likely one (default: 0)")
     add("--engine", default="auto", help="of the language model's steps: auto, fused, ort or torch (default: auto)")
     add("--weights", default="fp32", help="format that the steps read: fp32, bf16 or int8 (default: fp32)")
-    add("--batch-size", type=int, default=4, metavar="N", help="clips generated together (default: 4)")
-    add("--format", default="wav", help="of files in a folder: wav, flac, ogg or mp3; of a stream: wav or pcm, 16-bit "
-        "samples without a header (default: wav)")  # fmt: skip
-    add("--out", default="outputs", metavar="PATH", help="a .wav, .flac, .ogg or .mp3 file, which is overwritten, or a "
-        "folder, where names come from the prompts and nothing is overwritten (default: outputs)")  # fmt: skip
+    add("--batch-size", type=int, metavar="N", help="clips generated together (default: 4)")
+    add("--format", help="of files in a folder: wav, flac, ogg or mp3; of a stream: wav or pcm, 16-bit samples without "
+        "a header (default: wav)")  # fmt: skip
+    add("--out", metavar="PATH", help="a .wav, .flac, .ogg or .mp3 file, which is overwritten, or a folder, where "
+        "names come from the prompts and nothing is overwritten (default: outputs)")  # fmt: skip
     add("--stream", metavar="-", help="write the audio to standard output (-) while it is generated")
     add("--play", action="store_true", help="play the audio while it is generated (needs the package sounddevice)")
     return parser.parse_args(argv)
@@ -90,8 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("batch_size", "diffusion_steps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    _check_combination(args, prompts)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    length = {"duration": args.duration}
     if args.bars is not None:
-        args.duration = bars_duration(args.bars, args.bpm, args.metre)
+        args.duration, length = bars_duration(args.bars, args.bpm, args.metre), {"bars": args.bars}
     guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
     sampling = Sampling(args.temperature, args.top_k, args.top_p, min_p=args.min_p, **guidance)
     request = Request.create(
@@ -99,7 +107,6 @@ def main(argv: list[str] | None = None) -> int:
         key=args.key, metre=args.metre, schedule=parse_schedule(args.at),
     )  # fmt: skip
     region = None if args.repaint is None else parse_region(args.repaint)
-    _check_combination(args, prompts)
 
     from ssmttm import MusicPipeline, audio
     from ssmttm.generation.output import OutputPath
@@ -118,12 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = {**asdict(sampling), "guidance_scale": pipe.guidance_scale, **guidance}
     settings |= {"engine": args.engine, "weights": args.weights}
     controls = {
-        "bpm": args.bpm, "key": args.key, "metre": args.metre, "bars": args.bars,
-        "diffusion_steps": args.diffusion_steps,
+        "bpm": args.bpm, "key": args.key, "metre": args.metre, "diffusion_steps": args.diffusion_steps,
     }  # fmt: skip
     options = settings | {name: value for name, value in controls.items() if value is not None}
     if region is None:
-        options |= {"duration": args.duration, "schedule": request.schedule, "continue_from": args.continue_from}
+        options |= {**length, "schedule": request.schedule, "continue_from": args.continue_from}
     melody = None if args.melody is None else audio.read_music(args.melody, pipe.sample_rate)[0]
     if live:
         return _play(args, pipe, request, options | {"melody": melody})
@@ -142,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
             speed = progress.throughput()
             more = {"negative_prompt": args.negative, "loop": args.loop, "melody": args.melody and args.melody.name}
+            more["duration"] = args.duration
             for item, (prompt, seed) in enumerate(zip(batch.prompts, batch.seeds, strict=True)):
                 path = _save(out, output, item, str(prompt), seed, options | more)
                 seconds = output.audios.shape[-1] / output.sample_rate
@@ -168,16 +175,18 @@ def _play(args: argparse.Namespace, pipe: "MusicPipeline", request: "Request", o
     if args.play:
         live.play(session, session.sample_rate, session.channels)
     else:
-        live.write_stream(sys.stdout.buffer, session, session.sample_rate, session.channels, args.format)
+        live.write_stream(sys.stdout.buffer, session, session.sample_rate, session.channels, args.format or "wav")
     return 0
 
 
 def _check_combination(args: argparse.Namespace, prompts: list[str]) -> None:
     """Raises UserError for flags that do not go together."""
     live = args.play or args.stream is not None
+    if args.bars is not None and args.duration is not None:
+        raise UserError("--bars and --duration are two lengths: give one of them")
     if args.stream not in (None, "-"):
         raise UserError(f"--stream takes - (standard output), got {args.stream}: write a file with --out")
-    if args.stream is not None and args.format not in ("wav", "pcm"):
+    if args.stream is not None and args.format not in (None, "wav", "pcm"):
         raise UserError(f"a stream is wav or pcm, got --format {args.format}")
     if args.play and args.stream is not None:
         raise UserError("--play and --stream are two ways out: give one of them")
@@ -189,8 +198,14 @@ def _check_combination(args: argparse.Namespace, prompts: list[str]) -> None:
         raise UserError("--repaint generates a part of a clip again: name it with --continue FILE")
     if args.repaint and (args.loop or args.at or args.melody or args.metre):
         raise UserError("--repaint goes with no --loop, --at, --melody or --metre: leave them out")
-    if args.repaint and args.bars:
-        raise UserError("--repaint keeps the length of the clip: leave out --bars")
+    if args.repaint and any(value is not None for value in (args.bars, args.duration, args.max_duration)):
+        raise UserError("--repaint keeps the length of the clip: leave out --duration, --bars and --max-duration")
+    if (live or args.repaint) and args.batch_size is not None:
+        raise UserError("--stream, --play and --repaint make one clip: leave out --batch-size")
+    if live and args.out is not None:
+        raise UserError(f"--out {args.out} and {'--play' if args.play else '--stream'} are two ways out: give one")
+    if args.play and args.format is not None:
+        raise UserError(f"--play writes no file: leave out --format {args.format}")
 
 
 if __name__ == "__main__":

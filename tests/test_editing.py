@@ -1,5 +1,7 @@
 """Music from music: continuation of a clip, a region generated again, audio-to-audio, loops, schedules, bars."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_pipelines import small_pipeline
@@ -348,9 +350,28 @@ def test_bars_give_the_duration(pipe, tmp_path, caplog):
     without = small_pipeline(tmp_path, tempo=False)
     assert without("a harp", bars=1, bpm=240.0, metre="3/4", **ENGINE).audios.shape[-1] == round(0.75 * RATE)
     assert "bpm gives the length of 1 bars only" in caplog.text
-    for wrong, message in [({"bars": 2}, "needs a tempo"), ({"bars": 0, "bpm": 90.0}, "bars must be above 0")]:
+    for wrong, message in [
+        ({"bars": 2}, "needs a tempo"), ({"bars": 0, "bpm": 90.0}, "bars must be above 0"),
+        ({"bars": 2, "bpm": 90.0, "duration": 10.0}, "bars and a duration are two lengths"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=message):
             pipe("a harp", **wrong)
+    assert torch.cat(list(pipe.stream("a harp", bars=1, bpm=240.0, **ENGINE)), -1).shape[-1] == RATE
+    with pytest.raises(UserError, match="bars and a duration are two lengths"):
+        pipe.stream("a harp", 10.0, bars=1, bpm=240.0)
+
+
+def test_options_without_an_effect_on_the_second_stage_are_refused(tmp_path, clip):
+    pipe = small_pipeline(tmp_path, two_stages=True)
+    stage = pipe.second_stage
+    stage.settings = replace(stage.settings, guidance_scale=1.0)
+    with pytest.raises(UserError, match="a negative prompt acts through guidance, which the second stage has none of"):
+        pipe.audio_to_audio("drums", clip, negative_prompt="noise")
+    with pytest.raises(UserError, match=r"a negative prompt acts through guidance, which is 1 \(none\)"):
+        pipe("drums", duration=0.2, guidance_scale=1.0, negative_prompts="noise")
+    stage.model.config = replace(stage.model.config, tempo=False)
+    with pytest.raises(UserError, match="second stage, which alone runs here, was not trained with bpm"):
+        pipe.audio_to_audio("drums", clip, bpm=90.0)
 
 
 def test_blend_and_negative_prompt(pipe):

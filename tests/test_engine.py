@@ -397,6 +397,13 @@ def test_onnx_runtime_goes_on_from_the_fused_engines_state():
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
+def test_bf16_weights_of_a_quantised_model_are_an_error():
+    model = quantise(small_token_lm(d_model=64, headdim=16).eval())
+    with pytest.raises(UserError, match="was quantised to int8, which all engines read: leave weights=bf16 out"):
+        engines.build(model, weights="bf16")
+    assert engines.build(model, weights="int8").weights == engines.build(model).weights == "int8"
+
+
 def test_auto_takes_the_fused_engine_and_says_so():
     engine = engines.build(small_token_lm().eval())
     assert engine.name == "fused" and "fastest" in engine.reason and instruction_set() in engine.reason

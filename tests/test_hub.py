@@ -87,6 +87,9 @@ def test_model_folder_of_a_revision(hub):
     assert open_model_folder("someone/model").path.name == NEW
     assert open_model_folder("someone/model", revision=OLD).path.name == OLD
     assert open_model_folder(f"someone/model@{OLD}").name == "tiny_lm"
+    for local in (None, "tiny_lm", ASSETS / "tiny_lm"):
+        with pytest.raises(UserError, match=r"revision=v1 is of a hub id, and .*tiny_lm is a local folder"):
+            open_model_folder(local, revision="v1")
 
 
 @pytest.mark.parametrize("load", [load_codec, load_text_encoder, open_model_folder])

@@ -185,6 +185,17 @@ def test_command_continues_repaints_schedules_and_loops(command):
         (("--stream", "-", "--play"), "two ways out"),
         (("--stream", "-", "--loop"), "need the whole clip"),
         (("--engine", "magic"), "unknown engine 'magic'"),
+        (("--bars", "4", "--bpm", "90", "--duration", "9"), "--bars and --duration are two lengths"),
+        (("--continue", "x.wav", "--repaint", "1:2", "--duration", "9"), "--repaint keeps the length of the clip"),
+        (("--continue", "x.wav", "--repaint", "1:2", "--bars", "2", "--bpm", "90"), "keeps the length of the clip"),
+        (("--continue", "x.wav", "--repaint", "1:2", "--max-duration", "9"), "keeps the length of the clip"),
+        (("--continue", "x.wav", "--repaint", "1:2", "--batch-size", "2"), "make one clip: leave out --batch-size"),
+        (("--stream", "-", "--batch-size", "2"), "make one clip: leave out --batch-size"),
+        (("--play", "--batch-size", "2"), "make one clip: leave out --batch-size"),
+        (("--stream", "-", "--out", "x.wav"), "--out x.wav and --stream are two ways out"),
+        (("--play", "--out", "x.wav"), "--out x.wav and --play are two ways out"),
+        (("--play", "--format", "wav"), "--play writes no file: leave out --format wav"),
+        (("--out", "x.wav", "--format", "mp3"), "--out x.wav and --format mp3 differ"),
         (("--tempo", "90"), "the flag --tempo was renamed: write --bpm"),
         (("--adapter", "nowhere"), "loaded from a folder"),
         (("--adapter", ".:much"), "the strength of --adapter .:much must be a number"),
@@ -316,6 +327,22 @@ def test_adapter_of_another_model_is_refused_in_one_line_and_changes_nothing(emb
         assert "\n" not in str(error.value)
     assert torch.equal(embedded.model.heads.weight, weight) and len(embedded.metadata["adapters"]) == 1
     embedded.unload_adapters()
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_open_stream_refuses_other_adapters_and_goes_on_when_they_are_gone(embedded, tmp_path, weights):
+    one = make_adapter(tmp_path / "one", embedded, 1)
+    session, expected = (embedded.session("a waltz", weights=weights, chunk_seconds=0.2) for _ in range(2))
+    assert torch.equal(session.next_chunk(), expected.next_chunk())
+    embedded.load_adapter(one)
+    with pytest.raises(UserError, match=r"the adapters, .* changed while this stream was open") as error:
+        session.next_chunk()
+    assert "\n" not in str(error.value)
+    other = embedded.session("a waltz", weights=weights)
+    embedded.unload_adapters()
+    with pytest.raises(UserError, match="changed while this stream was open"):
+        other.next_chunk()
+    assert torch.equal(session.next_chunk(), expected.next_chunk())
 
 
 def test_state_saved_with_an_adapter_is_refused_without_it(embedded, tmp_path):

@@ -307,6 +307,34 @@ def test_damaged_states_are_refused_in_one_line(pipe, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_state_with_a_changed_byte_is_damaged(pipe, tmp_path):
+    content = bytearray(pipe.save_state(tmp_path / "good", open_session(pipe)).read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    text = [content.index(word) for word in (b'"state":', b"temperature", b"sha256", b"waltz")]
+    for place in [*text, *torch.randint(len(content), (30,), generator=generator).tolist()]:
+        changed = content.copy()
+        changed[place] ^= 1
+        (tmp_path / "changed").write_bytes(changed)
+        with pytest.raises(UserError, match=r"is damaged|no state saved by") as error:
+            pipe.load_state(tmp_path / "changed")
+        assert "\n" not in str(error.value)
+
+
+def test_stream_does_not_go_on_with_other_weights(tmp_path):
+    pipe = small_pipeline(tmp_path)
+    session = open_session(pipe)
+    session.next_chunk()
+    moment = session.snapshot()
+    pipe.to(dtype=torch.float64)
+    for call in (session.next_chunk, lambda: session.change(top_k=3), lambda: pipe.resume(moment),
+                 lambda: pipe.save_state(tmp_path / "state", session)):  # fmt: skip
+        with pytest.raises(UserError, match="dtype or the device of the pipeline changed while this stream was open"):
+            call()
+    assert not (tmp_path / "state").exists()
+    pipe.to(dtype=torch.float32)
+    assert torch.equal(pipe.resume(moment).next_chunk(), session.next_chunk())
+
+
 # --- memory
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.request import Request, Sampling
@@ -23,9 +24,10 @@ class PipelineOutput:
     """Generated clips.
 
     Attributes:
-        audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate).
+        audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate); shorter clips end in zeros.
         sample_rate: in Hz.
-        codes: int64 [n, K, T] on the CPU.
+        codes: int64 [n, K, T] on the CPU; shorter clips end in -1.
+        lengths: samples of each clip.
         metadata: the pipeline's metadata, with the engine and the diffusion steps of this call; `controls`, a list of
             those of each clip, if the model draws them from the captions.
     """
@@ -34,6 +36,33 @@ class PipelineOutput:
     sample_rate: int
     codes: Tensor
     metadata: dict[str, Any] = field(default_factory=dict)
+    lengths: list[int] = field(kw_only=True)
+
+    @classmethod
+    def merge(cls, parts: Sequence[tuple[Sequence[int], "PipelineOutput"]]) -> "PipelineOutput":
+        """Clips of several outputs, each with its numbers, in the order of these."""
+        items = [item for numbers, _ in parts for item in numbers]
+        order = torch.tensor(items).argsort()
+        n_samples, n_frames = (max(sizes) for sizes in zip(*(part._sizes() for _, part in parts), strict=True))
+        audios = [F.pad(part.audios, (0, n_samples - part._sizes()[0])) for _, part in parts]
+        codes = [F.pad(part.codes, (0, n_frames - part._sizes()[1]), value=-1) for _, part in parts]
+        lengths = [length for _, part in parts for length in part.lengths]
+        first = parts[0][1]
+        metadata = dict(first.metadata)
+        if "controls" in metadata:
+            controls = [own for _, part in parts for own in part.metadata["controls"]]
+            metadata["controls"] = [controls[row] for row in order]
+        return cls(
+            torch.cat(audios)[order], first.sample_rate, torch.cat(codes)[order], metadata,
+            lengths=[lengths[row] for row in order],
+        )  # fmt: skip
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.audios.shape[-1], self.codes.shape[-1]
+
+    def clip(self, item: int) -> Tensor:
+        """The audio of one clip, as long as was requested: [channels, s]."""
+        return self.audios[item, :, : self.lengths[item]]
 
     def metadata_of(self, item: int) -> dict[str, Any]:
         """The metadata of one clip, for its sidecar."""
@@ -45,7 +74,8 @@ class PipelineOutput:
     def as_dicts(self) -> list[dict[str, Any]]:
         """The clips as transformers' text-to-audio pipeline returns them: `audio`, float32 [channels, S] in NumPy, and
         `sampling_rate`."""
-        return [{"audio": wav.numpy(), "sampling_rate": self.sample_rate} for wav in self.audios]
+        clips = (self.clip(item) for item in range(len(self.lengths)))
+        return [{"audio": wav.numpy(), "sampling_rate": self.sample_rate} for wav in clips]
 
 
 @dataclass(frozen=True)

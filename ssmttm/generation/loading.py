@@ -228,7 +228,18 @@ def check_stages(folder: ModelFolder, model: TokenLM, denoiser: LatentDenoiser) 
 
 
 def find_folder(folder_or_hub_id: str | Path | None, revision: str | None = None) -> Path:
-    """The local folder, or that of an embedded model; a hub id is downloaded."""
+    """The local folder, or that of an embedded model; a hub id is downloaded. Raises UserError if the hub does not give
+    it, or there is a revision of something else than a hub id."""
+    local = _local_folder(folder_or_hub_id)
+    if local is None:
+        return _download(str(folder_or_hub_id), revision)
+    if revision is not None:
+        raise UserError(f"revision={revision} is of a hub id, and {local} is a local folder: leave it out")
+    return local
+
+
+def _local_folder(folder_or_hub_id: str | Path | None) -> Path | None:
+    """The path that a name means without the hub; None for a hub id."""
     if folder_or_hub_id is None:
         return EMBEDDED
     path, name = Path(folder_or_hub_id), str(folder_or_hub_id)
@@ -236,9 +247,12 @@ def find_folder(folder_or_hub_id: str | Path | None, revision: str | None = None
         return ASSETS / name
     if path.exists() or isinstance(folder_or_hub_id, Path) or name.startswith((".", "/", "~")):
         return path
+    return None if split_revision(name, None)[0].count("/") == 1 else path
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder of a hub id, which may end in @ and a revision."""
     repository, revision = split_revision(name, revision)
-    if repository.count("/") != 1:
-        return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

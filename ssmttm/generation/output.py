@@ -22,9 +22,11 @@ MARK = "digitalSourceType"  # IPTC's term for the origin of a work; identifies o
 
 class OutputPath:
     """Where audio is written: one named file, which is overwritten, or a folder, where nothing is overwritten. Raises
-    UserError if the format is unknown, there are several prompts for one file, or the folder cannot be written."""
+    UserError if the format is unknown or not that of the file, there are several prompts for one file, or the folder
+    cannot be written."""
 
-    def __init__(self, out: str | Path, n_prompts: int, folder_format: str = "wav") -> None:
+    def __init__(self, out: str | Path, n_prompts: int, file_format: str | None = None) -> None:
+        """`file_format`: None is that of the file, wav in a folder."""
         path = Path(out)
         suffix = path.suffix.lower()
         is_folder = path.is_dir() or str(out).endswith(("/", os.sep)) or not suffix
@@ -34,9 +36,12 @@ class OutputPath:
             is_folder = True
         self.file = None if is_folder else path
         self.folder = path if is_folder else path.parent
-        self.suffix = f".{folder_format.lower().lstrip('.')}" if is_folder else suffix
+        wanted = None if file_format is None else f".{file_format.lower().lstrip('.')}"
+        self.suffix = (wanted or ".wav") if is_folder else suffix
         if self.suffix not in FORMATS:
             raise UserError(f"unknown audio format {self.suffix!r} ({out}): choose from {', '.join(FORMATS)}")
+        if wanted not in (None, self.suffix):
+            raise UserError(f"--out {out} and --format {file_format} differ: leave one of them out")
         if self.file is not None:
             _check_own_sidecar(sidecar_path(self.file))
         _check_writable(self.folder)

@@ -8,8 +8,9 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ from ssmttm.text.encoders import TextEncoder, load_text_encoder
 from ssmttm.text.null_condition import build_null_condition
 
 _log = logging.getLogger(__name__)
+CLIP_SECONDS = 10.0  # of a clip, by default
 _DECODED_SECONDS = 60.0  # of a clip at once
+_UNSET: Final[Any] = object()
 
 
 class MusicPipeline:
@@ -129,7 +132,8 @@ class MusicPipeline:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "MusicPipeline":
         """Move the models to a device, and the language model's weights to a dtype. Returns self.
 
-        Codec and denoiser stay in float32: a residual quantiser needs it. States saved before are of other weights.
+        Codec and denoiser stay in float32: a residual quantiser needs it. Streams that are open, and states saved
+        before, are of other weights.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"the weights cannot be {dtype}: choose float32, bfloat16 or float16")
@@ -142,7 +146,8 @@ class MusicPipeline:
 
     def load_adapter(self, folder: str | Path, strength: float = 1.0) -> None:
         """Add an adapter (LoRA or DoRA) to the language model's weights; several add up, see `ssmttm.adapters`. Raises
-        UserError if it is damaged, or was trained on another model."""
+        UserError if it is damaged, or was trained on another model. A stream that is open does not go on with other
+        adapters than its own."""
         if self._folders is None:
             raise UserError("adapters need a model that was loaded from a folder: use from_pretrained")
         adapter, model = read_adapter(folder), self._folders[0]
@@ -159,6 +164,11 @@ class MusicPipeline:
             {"name": own.name, "strength": value, "licence": own.card.get("licence"), "data": own.card.get("data")}
             for own, value in adapters
         ]
+
+    def weights_in_use(self) -> tuple[Any, ...]:
+        """What the weights are of besides the model: equal tuples mean equal weights."""
+        weight = self.model.embedding.weight
+        return weight.dtype, weight.device, *((id(adapter), strength) for adapter, strength in self._adapters)
 
     def unload_adapters(self) -> None:
         """Restore the weights without adapters."""
@@ -190,7 +200,8 @@ class MusicPipeline:
         return self.codec.sample_rate
 
     def __call__(
-        self, prompts: Prompt | Sequence[Prompt], duration: float = 10.0, guidance_scale: float | None = None,
+        self, prompts: Prompt | Sequence[Prompt], duration: float | Sequence[float] | None = None,
+        guidance_scale: float | None = None,
         seeds: int | Sequence[int] = 0, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
         bpm: float | None = None, melody: Tensor | None = None, diffusion_steps: int | None = None,
         progress: Callable[[float], None] | None = None, *, min_p: float = 0.0,
@@ -202,7 +213,8 @@ class MusicPipeline:
 
         Args:
             prompts: one or more captions. A mapping of captions to weights is a blend: their logits are averaged.
-            duration: of each clip, in seconds.
+            duration: of each clip, in seconds (default: 10), or one per prompt: the shorter clips end in zeros, and
+                `lengths` of the output tells their samples.
             guidance_scale: 1 samples without guidance, higher values follow the prompt more closely; None: the model's
                 default, 3, or 1 for a student with distilled guidance.
             seeds: one per prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the
@@ -212,7 +224,7 @@ class MusicPipeline:
                 `sample_rate` whose chroma is followed. Each needs a stage that was trained with it. A model with a
                 control predictor draws those of bpm, key and metre that are not given from each caption, unless a clip
                 is continued; `metadata["controls"]` of the output states them.
-            bars: the duration in bars at `bpm`, of 4 beats unless there is a metre; takes the place of `duration`. With
+            bars: the duration in bars at `bpm`, of 4 beats unless there is a metre, in place of `duration`. With
                 a model that was not trained with tempo or metre these are for the length only, with a warning.
             schedule: seconds of the new music and what changes there for all clips, such as
                 [(10.0, {"prompt": "driving techno", "guidance_scale": 4.0})]; see `StreamSession.change`.
@@ -230,17 +242,30 @@ class MusicPipeline:
         """
         sampling = self.sampling(temperature, top_k, top_p, guidance_scale, min_p)
         if bars is not None:
-            duration, bpm, metre = self._bars(bars, bpm, metre)
+            duration, bpm, metre = self._bars(bars, duration, bpm, metre)
         request = Request.create(
-            prompts, duration, seeds, sampling, self.max_duration, bpm, melody, negative_prompts, key, metre, schedule
-        )
+            prompts, CLIP_SECONDS if duration is None else duration, seeds, sampling, self.max_duration, bpm, melody,
+            negative_prompts, key, metre, schedule,
+        )  # fmt: skip
         if loop:
-            check_loop(duration, continue_from is not None)
+            check_loop(request.durations or [request.duration], continue_from is not None)
+            request = replace(request, is_whole=False)
         clip = None if continue_from is None else encode_clip(continue_from, self.encoding_codec())
         second_stage = self.check_request(request, diffusion_steps)
-        step_engine = self.engine(engine, weights)
-        if loop:
-            request = replace(request, is_whole=False)
+        parts = []
+        for items, part in request.by_duration():
+            parts.append((items, self._generate(part, second_stage, clip, loop, (engine, weights), progress)))
+        if len(parts) == 1:
+            return parts[0][1]
+        self._last_session = partial(_refuse_state, len(request.prompts))
+        return PipelineOutput.merge(parts)
+
+    def _generate(
+        self, request: Request, second_stage: SecondStage | None, clip: EncodedClip | None, loop: bool,
+        engine: tuple[str, str], progress: Callable[[float], None] | None,
+    ) -> PipelineOutput:  # fmt: skip
+        """The clips of a request of one duration, in one batch; arguments as of a call."""
+        step_engine = self.engine(*engine)
         generator = self._generator(request, second_stage, clip, step_engine)
         n_clip_frames, started = generator.n_clip_frames, generator.request
         chunks: list[Tensor] = []
@@ -249,7 +274,7 @@ class MusicPipeline:
             if progress is not None and (len(chunks) > 1 or not n_clip_frames):
                 progress(chunk.shape[0] * chunk.shape[-1] / self.codec.frame_rate)
         codes = torch.cat(chunks, dim=-1)
-        self._last_session = lambda: self._session_after(generator.request, codes, second_stage, step_engine)
+        self._last_session = lambda: self._session_after(generator.request, codes, second_stage, self.engine(*engine))
         # One item at a time, so that memory and rounding do not depend on the batch.
         n_samples, n_skipped = self._n_samples(request, clip)
         if loop:
@@ -258,21 +283,28 @@ class MusicPipeline:
         else:
             audios = torch.cat([self.decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
         metadata = self.metadata_of_call(second_stage, step_engine, started)
-        return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata)
+        lengths = [audios.shape[-1]] * len(audios)
+        return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata, lengths=lengths)
 
     repaint = repaint
     audio_to_audio = audio_to_audio
 
     def stream(
-        self, prompt: Prompt, duration: float | None = 10.0, guidance_scale: float | None = None, seed: int = 0,
+        self, prompt: Prompt, duration: float | None = _UNSET, guidance_scale: float | None = None, seed: int = 0,
         temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, bpm: float | None = None,
         melody: Tensor | None = None, diffusion_steps: int | None = None, chunk_seconds: float = 0.5, **options: Any,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Generate one clip and yield its audio while it is generated: the chunks of a `session` of these arguments.
 
+        Args:
+            duration: in seconds (default: 10, or that of `bars`); None: without an end.
+            The others: as in a session.
+
         Returns:
             An iterator of float32 [channels, s] chunks on the CPU; concatenated they are the audio of a call.
         """
+        if duration is _UNSET:
+            duration = None if options.get("bars") is not None else CLIP_SECONDS
         return iter(self.session(
             prompt, seed=seed, duration=duration, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k,
             top_p=top_p, bpm=bpm, melody=melody, diffusion_steps=diffusion_steps, chunk_seconds=chunk_seconds,
@@ -300,7 +332,7 @@ class MusicPipeline:
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
         sampling = self.sampling(temperature, top_k, top_p, guidance_scale, min_p)
         if bars is not None:
-            duration, bpm, metre = self._bars(bars, bpm, metre)
+            duration, bpm, metre = self._bars(bars, duration, bpm, metre)
         request = Request.create(
             prompt, duration, [seed], sampling, self.max_duration, bpm, melody, negative_prompt, key, metre, schedule
         )
@@ -341,6 +373,7 @@ class MusicPipeline:
         Raises UserError if it is of another pipeline."""
         if snapshot.session.pipeline is not self:
             raise UserError("the snapshot is of another pipeline: resume it there, or save and load its state")
+        snapshot.session.check_weights()
         return snapshot.session.clone(seed)
 
     def save_state(self, path: str | Path, session: StreamSession | Snapshot | None = None) -> Path:
@@ -362,6 +395,7 @@ class MusicPipeline:
             raise UserError("the session is of another pipeline: save its state there")
         if snapshot.session.finished:
             raise UserError("the stream has ended, so its state leads nowhere: save it before its end")
+        snapshot.session.check_weights()
         return save_snapshot(path, snapshot, self)
 
     def load_state(self, path: str | Path) -> Snapshot:
@@ -448,15 +482,21 @@ class MusicPipeline:
         """Raises UserError if no stage was trained with one of the request's controls, or a negative prompt has no
         guidance to act through."""
         scale = request.sampling.guidance_scale
-        if any(request.negative_prompts) and (scale < 1.0 or (scale == 1.0 and self.second_stage is None)):
+        in_second = self.second_stage is not None and self.second_stage.settings.guidance_scale > 1
+        if any(request.negative_prompts) and (scale < 1.0 or (scale == 1.0 and not in_second)):
             found = "1 (none)" if scale == 1.0 else f"{scale:g} (towards the negative prompt)"
             raise UserError(f"a negative prompt acts through guidance, which is {found}: give a guidance above 1")
         for name, key in (("bpm", "tempo"), ("melody", "chroma"), ("key", "key"), ("metre", "metre")):
             if getattr(request, name) is not None and not self.supports(key):
                 raise UserError(f"this model was not trained with {name} (model.{key}=true): leave it out")
 
-    def _bars(self, bars: float, bpm: float | None, metre: str | None) -> tuple[float, float | None, str | None]:
-        """The duration of a number of bars, and tempo and metre if the model was trained with them."""
+    def _bars(
+        self, bars: float, duration: Any, bpm: float | None, metre: str | None
+    ) -> tuple[float, float | None, str | None]:
+        """The duration of a number of bars, and tempo and metre if the model was trained with them. Raises UserError if
+        there is a duration too."""
+        if duration is not None:
+            raise UserError("bars and a duration are two lengths: give one of them")
         duration = bars_duration(bars, bpm, metre)
         if not self.supports("tempo"):
             _log.warning("this model was not trained with tempo: bpm gives the length of %g bars only", bars)
@@ -518,7 +558,7 @@ class MusicPipeline:
     ) -> StreamSession:
         """A session without an end that goes on from the end of a clip of these codes, [1, K, T]."""
         if len(codes) > 1:
-            raise UserError(f"the last call made {len(codes)} clips: a state is of one, so call with one prompt")
+            _refuse_state(len(codes))
         request = replace(request, duration=None, schedule=())
         n_samples = codes.shape[-1] * self.codec.hop_length
         clip = EncodedClip(codes, torch.zeros(1, n_samples), 0)  # of which only the codes are used
@@ -543,6 +583,10 @@ class MusicPipeline:
         """Samples of each clip (of the clip that is continued, if there is no end), and those decoded before them."""
         new = 0 if request.duration is None else max(1, round(request.duration * self.sample_rate))
         return (new, 0) if clip is None else (clip.n_samples + new, clip.n_padding)
+
+
+def _refuse_state(n_clips: int) -> NoReturn:
+    raise UserError(f"the last call made {n_clips} clips: a state is of one, so call with one prompt")
 
 
 def _metadata(

@@ -53,8 +53,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One clip per prompt, all of one duration in seconds (None: without an end), with one seed each.
+    """One clip per prompt, with one seed each.
 
+    duration: in seconds, of the longest; None: without an end. durations: one per prompt; None: all are the same.
     prompts: a caption, or captions with weights. negative_prompts: one per prompt; "" is the null condition.
     bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S]. Each is for models
     trained with it, see `MusicPipeline`. schedule: seconds of new music, and what changes there. drawn: of every item,
@@ -74,17 +75,18 @@ class Request:
     schedule: Sequence[tuple[float, Mapping[str, Any]]] = ()
     drawn: Sequence[Mapping[str, Any]] | None = None
     is_whole: bool = True
+    durations: Sequence[float] | None = None
 
     @classmethod
     def create(
-        cls, prompts: Prompt | Sequence[Prompt], duration: float | None, seeds: int | Iterable[int],
+        cls, prompts: Prompt | Sequence[Prompt], duration: float | Sequence[float] | None, seeds: int | Iterable[int],
         sampling: Sampling, max_duration: float = MAX_DURATION, bpm: float | None = None,
         melody: "Tensor | None" = None, negative_prompts: str | Sequence[str] | None = None, key: str | None = None,
         metre: str | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
     ) -> "Request":  # fmt: skip
         """Expand shorthand (one prompt as a string; one seed s for s, s + 1, ...; one negative prompt for all) and
-        check every value. Raises UserError if a prompt is empty or not text, a value is out of range, seeds or negative
-        prompts and prompts differ in number."""
+        check every value. Raises UserError if a prompt is empty or not text, a value is out of range, seeds, durations
+        or negative prompts and prompts differ in number."""
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         if isinstance(seeds, Iterable):
             seeds = [index(seed) for seed in seeds]
@@ -99,8 +101,13 @@ class Request:
             raise UserError(f"got {len(negatives)} negative prompts for {len(prompts)} prompts: give one per prompt")
         for text in negatives:
             _check_text(text, "the negative prompt")
-        if duration is not None:
-            _check_duration(duration, max_duration)
+        durations = list(duration) if isinstance(duration, Sequence) else None
+        if durations is not None and len(durations) != len(prompts):
+            raise UserError(f"got {len(durations)} durations for {len(prompts)} prompts: give one per prompt, or one")
+        every = durations or ([] if duration is None or isinstance(duration, Sequence) else [duration])
+        for seconds in every:
+            _check_duration(seconds, max_duration)
+        longest = max(every) if every else None
         if len(seeds) != len(prompts):
             raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts: give one per prompt, or one number")
         for seed in seeds:
@@ -112,9 +119,12 @@ class Request:
             parse_key(key)
         if metre is not None:
             parse_metre(metre)
-        request = cls(prompts, duration, seeds, sampling, negatives, bpm, melody, key, metre, sorted_schedule(schedule))
+        request = cls(
+            prompts, longest, seeds, sampling, negatives, bpm, melody, key, metre, sorted_schedule(schedule),
+            durations=durations,
+        )  # fmt: skip
         for seconds, changes in request.schedule:
-            if not (math.isfinite(seconds) and 0 <= seconds < (math.inf if duration is None else duration)):
+            if not (math.isfinite(seconds) and 0 <= seconds < min(every, default=math.inf)):
                 raise UserError(f"there is no second {seconds:g} in the music (--at, schedule): give one within it")
             request.changed(**changes)
         return request
@@ -142,12 +152,25 @@ class Request:
         given = {name: value for name in CONTROLS if (value := getattr(self, name)) is not None}
         return given if self.drawn is None else {**self.drawn[item], **given}
 
+    def select(self, items: Sequence[int]) -> "Request":
+        """The request of some of its items."""
+        names = ("prompts", "seeds", "negative_prompts", "drawn", "durations")
+        values = {name: value for name in names if (value := getattr(self, name)) is not None}
+        selected: dict[str, Any] = {name: [value[item] for item in items] for name, value in values.items()}
+        return replace(self, **selected)
+
     def batches(self, size: int) -> Iterator["Request"]:
         """The same request in batches of `size` prompts."""
-        for first in range(0, len(self.prompts), size):
-            rows = slice(first, first + size)
-            parts = {name: getattr(self, name)[rows] for name in ("prompts", "seeds", "negative_prompts")}
-            yield replace(self, **parts, drawn=None if self.drawn is None else self.drawn[rows])
+        n = len(self.prompts)
+        for first in range(0, n, size):
+            yield self.select(range(first, min(first + size, n)))
+
+    def by_duration(self) -> Iterator[tuple[list[int], "Request"]]:
+        """The items of each duration, and their request."""
+        durations: Sequence[float | None] = self.durations or [self.duration] * len(self.prompts)
+        for duration in dict.fromkeys(durations):
+            items = [item for item, own in enumerate(durations) if own == duration]
+            yield items, replace(self.select(items), duration=duration, durations=None)
 
 
 def read_prompts(path: Path) -> list[str]:

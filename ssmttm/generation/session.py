@@ -61,6 +61,7 @@ class StreamSession:
         self.chunk_frames, self.n_samples, self.n_skipped = chunk_frames, n_samples, n_skipped
         self.decoder = DecodeStream(pipeline.codec)
         self.finished = False
+        self._weights = pipeline.weights_in_use()
 
     @property
     def request(self) -> Request:
@@ -81,7 +82,8 @@ class StreamSession:
 
     def next_chunk(self) -> Tensor | None:
         """The next audio, float32 [C, s] on the CPU, or None after the end. Raises UserError if the model's output is
-        not finite."""
+        not finite, or as `check_weights`."""
+        self.check_weights()
         while not self.finished:
             codes = self.generator.next_codes(self.chunk_frames)
             if codes is None:
@@ -93,6 +95,15 @@ class StreamSession:
                 self.n_returned += chunk.shape[-1]
                 return chunk
         return None
+
+    def check_weights(self) -> None:
+        """Raises UserError if the pipeline has other adapters, or another dtype or device, than when this stream was
+        opened: its state is of those weights. It goes on once they are back."""
+        if self._weights != self.pipeline.weights_in_use():
+            raise UserError(
+                "the adapters, the dtype or the device of the pipeline changed while this stream was open: restore "
+                "them, or open another session"
+            )
 
     def __iter__(self) -> Iterator[Tensor]:
         while (chunk := self.next_chunk()) is not None:
@@ -110,8 +121,10 @@ class StreamSession:
         New words: the last seconds of codes are processed again with them, and they take over in a quarter of a second.
 
         Raises:
-            UserError: a value is out of its range, the model was not trained with a control, or the stream has ended.
+            UserError: a value is out of its range, the model was not trained with a control, the stream has ended, or
+                as `check_weights`.
         """
+        self.check_weights()
         given = {
             "prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale,
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "bpm": bpm, "key": key,

@@ -1,14 +1,17 @@
-"""A moment of a stream on disk: a safetensors file with all that the stream goes on from, and hashes of its model.
+"""A moment of a stream on disk: a safetensors file with all that the stream goes on from, hashes of its model, and a
+checksum of all this.
 
 Tensors are named by their place in a nested dict or list; everything else is JSON in the file's header.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +26,7 @@ from ssmttm.models.token_lm import LMState
 if TYPE_CHECKING:
     from ssmttm.generation.pipeline import MusicPipeline
 
-_FORMAT = "ssmttm state 1"
+_FORMAT = "ssmttm state 2"
 _TENSOR = "__tensor__"  # in place of a tensor in the JSON
 
 
@@ -42,6 +45,7 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, pipeline: "MusicPipeline
     tensors: dict[str, Tensor] = {}
     described = _without_tensors(content, "state", tensors)
     header = {"format": _FORMAT, "model": json.dumps(model_hashes(pipeline)), "state": json.dumps(described)}
+    header["sha256"] = _checksum(header, tensors)
     with atomic_write(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=header)
     return Path(path)
@@ -59,6 +63,8 @@ def load_snapshot(path: str | Path, pipeline: "MusicPipeline") -> Snapshot:
         raise UserError(f"{path} is damaged, or no state saved by save_state: save it again") from error
     if header.get("format") != _FORMAT:
         raise UserError(f"{path} is no state saved by save_state of this version: save it again")
+    if header.pop("sha256", None) != _checksum(header, tensors):
+        raise UserError(f"{path} is damaged: its content does not match its checksum; save it again")
     try:
         _check_model(path, json.loads(header["model"]), model_hashes(pipeline))
         content = _with_tensors(json.loads(header["state"]), "state", tensors)
@@ -85,6 +91,14 @@ def fill_state(state: LMState, values: Any) -> LMState:
     filled = _filled(state, values)
     assert isinstance(filled, LMState)
     return filled
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(header.items()))).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _filled(target: Any, values: Any) -> Any:

@@ -72,7 +72,7 @@ def repaint(
     wav = mix_region(encoded.wav.expand(len(decoded), -1), decoded, max(0, first), last, fade)
     about = {"region": list(region), "seed": seeds[found.best], "scores": found.scores}
     metadata = pipeline.metadata_of_call(second_stage, step_engine) | {"repaint": about}
-    return PipelineOutput(wav[None], pipeline.sample_rate, codes.cpu(), metadata)
+    return PipelineOutput(wav[None], pipeline.sample_rate, codes.cpu(), metadata, lengths=[wav.shape[-1]])
 
 
 def audio_to_audio(
@@ -92,6 +92,10 @@ def audio_to_audio(
     second_stage = pipeline.check_request(request, diffusion_steps)
     if second_stage is None:
         raise UserError("this model has one stage: audio-to-audio is for two-stage models")
+    if bpm is not None and not second_stage.model.config.tempo:
+        raise UserError("the second stage, which alone runs here, was not trained with bpm: leave it out")
+    if negative_prompt and second_stage.settings.guidance_scale <= 1:
+        raise UserError("a negative prompt acts through guidance, which the second stage has none of: leave it out")
     encoded = encode_clip(clip, pipeline.encoding_codec())
     n_frames = encoded.codes.shape[-1]
     own = pipeline.controls(request, 0, n_frames).supported_by(second_stage.model.config)
@@ -100,7 +104,7 @@ def audio_to_audio(
     codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength)
     wav = pipeline.decode(codes)[..., encoded.n_padding :]
     metadata = pipeline.metadata_of_call(second_stage) | {"strength": strength}
-    return PipelineOutput(wav, pipeline.sample_rate, codes.cpu(), metadata)
+    return PipelineOutput(wav, pipeline.sample_rate, codes.cpu(), metadata, lengths=[wav.shape[-1]])
 
 
 def close_loop(

@@ -4,6 +4,8 @@ it is decoded as a circle.
 Shapes: K codebooks, T frames, C channels, S samples.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,14 @@ MIN_SECONDS = 2 * REGION_SECONDS
 _MIX_SECONDS = 0.03
 
 
-def check_loop(duration: float | None, has_clip: bool) -> None:
-    """Raises UserError if a clip cannot be a loop."""
-    if duration is None or has_clip:
-        raise UserError("a loop begins and ends: give it a duration, and no clip to continue")
-    if duration < MIN_SECONDS:
-        raise UserError(f"a loop must be of at least {MIN_SECONDS:g} s, got {duration:g} s: give more seconds or bars")
+def check_loop(durations: Sequence[float | None], has_clip: bool) -> None:
+    """Raises UserError if clips cannot be loops."""
+    for duration in durations:
+        if duration is None or has_clip:
+            raise UserError("a loop begins and ends: give it a duration, and no clip to continue")
+        if duration < MIN_SECONDS:
+            found = f"got {duration:g} s: give more seconds or bars"
+            raise UserError(f"a loop must be of at least {MIN_SECONDS:g} s, {found}")
 
 
 def unrolled(codes: Tensor, frame_rate: float) -> tuple[Tensor, tuple[int, int]]:

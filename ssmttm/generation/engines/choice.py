@@ -38,6 +38,8 @@ def build(
         UserError: the requested engine cannot run this model, or no engine can with these weights.
     """
     check_names(engine, weights)
+    if weights == "bf16" and any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise UserError("this model was quantised to int8, which all engines read: leave weights=bf16 out")
     makers: dict[str, Callable[[], Engine]] = {
         "fused": lambda: _fused(model, weights, threads),
         "ort": lambda: _ort(model, weights),
