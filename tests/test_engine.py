@@ -387,6 +387,18 @@ def test_onnx_runtime_int8_steps_are_near_torchs(quantised):
     assert engine.weights == "int8" and 1e-4 < relative_error(steps_of(engine, state, codes), expected) < 0.08
 
 
+def test_onnx_runtime_int8_is_nearer_with_the_engines_blocks_than_with_larger_ones(monkeypatch):
+    onnx_runtime = pytest.importorskip("ssmttm.generation.engines.onnx_runtime")
+    model = randomised(small_token_lm(d_model=64, headdim=16, d_state=16)).eval()
+    state, codes = processed(model)
+    expected = steps_of(TorchEngine(model), state.clone(), codes)
+    errors = []
+    for block in (onnx_runtime.BLOCK, 2 * onnx_runtime.BLOCK):
+        monkeypatch.setattr(onnx_runtime, "BLOCK", block)
+        errors.append(relative_error(steps_of(onnx_runtime.OrtEngine(model, "int8"), state.clone(), codes), expected))
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_onnx_runtime_goes_on_from_the_fused_engines_state():
     onnx_runtime = pytest.importorskip("ssmttm.generation.engines.onnx_runtime")
     model = randomised(small_token_lm()).eval()
