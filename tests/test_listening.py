@@ -167,6 +167,14 @@ def test_find_systems_notes_second_clip_of_prompt(folders):
     assert len(skipped) == 1 and "second.wav: 0.wav has the same prompt" in skipped[0]
 
 
+def test_find_systems_takes_the_first_prompts(folders):
+    common, _ = find_systems(folders, 2)
+    assert list(common) == list(find_systems(folders)[0])[:2]
+    for number in (0, 4):
+        with pytest.raises(UserError, match=f"--prompts must be 1 to 3, .* got {number}"):
+            find_systems(folders, number)
+
+
 def test_find_systems_matches_by_file_name_without_sidecars(tmp_path):
     for system in "ab":
         write_clip(tmp_path / system / "waltz.wav", "", 300)

@@ -23,6 +23,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command.add_argument("--kind", default="both", help="mos, pairs or both (default: %(default)s)")
         command.add_argument("--seed", type=int, default=0, help="seed of the blind names")
     make.add_argument("--axes", nargs="+", default=None, metavar="AXIS", help="quality, musicality, adherence")
+    make.add_argument("--prompts", type=int, default=None, help="number of prompts (default: all in common)")
     make.add_argument("--listeners", type=int, default=24, help="number of different orders (default: %(default)s)")
     make.set_defaults(run=run_make)
     webmushra.set_defaults(run=run_webmushra)
@@ -43,8 +44,9 @@ def run_make(arguments: argparse.Namespace) -> None:
 
     axes = tuple(arguments.axes or AXES)
     written, notes = make_test(
-        systems_of(arguments.systems), arguments.out, arguments.kind, axes, arguments.listeners, arguments.seed
-    )
+        systems_of(arguments.systems), arguments.out, arguments.kind, axes, arguments.listeners, arguments.seed,
+        arguments.prompts,
+    )  # fmt: skip
     print("\n".join([*notes, *map(str, written)]))
     print(f"send {written[0]} to the listeners and keep {written[1]}; a link ending in ?p=3 is for listener 3")
 

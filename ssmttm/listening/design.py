@@ -28,8 +28,10 @@ def check_kind(kind: str) -> None:
         raise UserError(f"--kind must be one of {', '.join(KINDS)}, got {kind}")
 
 
-def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """Each system's clips by prompt, for the prompts that all systems have.
+def find_systems(
+    folders: dict[str, Path], n_prompts: int | None = None
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """Each system's clips by prompt, for the prompts that all systems have: all, or the first in alphabetical order.
 
     A clip's prompt is that of its metadata sidecar (FILE.json), or else its file name.
 
@@ -52,7 +54,9 @@ def find_systems(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Path]], 
     skipped = [f"{prompt}: only of {', '.join(clips)}" for prompt, clips in found.items() if len(clips) < len(folders)]
     if not common:
         raise UserError(f"{', '.join(folders)} have no prompt in common: generate all from the same prompts")
-    return common, [*skipped, *duplicates]
+    if n_prompts is not None and not 1 <= n_prompts <= len(common):
+        raise UserError(f"--prompts must be 1 to {len(common)}, the prompts that all systems have, got {n_prompts}")
+    return dict(list(common.items())[:n_prompts]), [*skipped, *duplicates]
 
 
 def williams(n: int) -> list[list[int]]:

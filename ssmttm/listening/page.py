@@ -24,12 +24,14 @@ def make_test(
     axes: tuple[str, ...] = AXES,
     listeners: int = 24,
     seed: int = 0,
+    n_prompts: int | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Write OUT/test.html for the listeners, and OUT/key.json with the systems of the clips.
 
     Args:
         kind: mos (ratings from 1 to 5), pairs (preferences) or both.
         listeners: number of different orders; listener n + 1 gets the first again.
+        n_prompts: prompts of the test; None: all that the systems have in common.
 
     Returns:
         The files, and notes on skipped clips and differences between systems.
@@ -39,7 +41,7 @@ def make_test(
         raise UserError(f"--listeners must be at least 1, got {listeners}")
     if unknown := [axis for axis in axes if axis not in AXES]:
         raise UserError(f"--axes must be among {', '.join(AXES)}, got {unknown[0]}")
-    found, skipped = find_systems(folders)
+    found, skipped = find_systems(folders, n_prompts)
     clips, formats, unreadable = _encode_all(found)
     usable = {prompt: systems for prompt, systems in found.items() if all(path in clips for path in systems.values())}
     if not usable:

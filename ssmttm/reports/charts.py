@@ -118,18 +118,19 @@ def histogram(values: np.ndarray, label: str, integer: bool = False) -> Chart:
         return _chart(figure, "svg", f"Histogram of {label}. {'; '.join(bins)}")
 
 
-def spectrogram(wav: Tensor, sample_rate: int) -> Chart:
-    """A spectrogram in decibel over seconds and, logarithmic, hertz. wav [S] or [1, S]."""
+def spectrogram(wav: Tensor, sample_rate: int, bars: Sequence[float] = ()) -> Chart:
+    """A spectrogram in decibel over seconds and, logarithmic, hertz; `bars` are seconds of lines. wav [S] or [1, S]."""
     times, frequencies, decibel = spectrum(wav, sample_rate)
     with style():
         figure = new_figure(4.6, 1.9)
         axes = figure.subplots()
         axes.pcolormesh(times, frequencies, decibel, cmap="magma", vmin=-_RANGE, vmax=0)
+        axes.vlines(bars, _LOWEST, frequencies[-1], colors="white", linewidth=0.7, alpha=0.8)
         axes.set(xlabel="seconds", ylabel="Hz", yscale="log")
         axes.set_yticks([100, 1000, 10_000], ["100", "1k", "10k"])
         axes.set_ylim(_LOWEST, frequencies[-1])
         axes.grid(False)
-        return _chart(figure, "png", "Spectrogram")
+        return _chart(figure, "png", f"Spectrogram with {len(bars)} bar lines" if len(bars) else "Spectrogram")
 
 
 def spectrum(wav: Tensor, sample_rate: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -60,9 +60,20 @@ def comparison_table(reference: str, sets: Mapping[str, FolderMetrics]) -> list[
         row = [metric, f"{_values(sets[reference], metric).mean():.4g}"]
         for name in others:
             one = found[name].get(metric)
-            row += [f"{one.mean:.4g}", f"{100 * one.relative:+.0f} %", f"{one.distance:.2f}"] if one else ["", "", ""]
+            row += [f"{one.mean:.4g}", _change(metric, one), _number(one.distance)] if one else ["", "", ""]
         rows.append(row)
     return rows
+
+
+def _change(metric: str, one: Difference) -> str:
+    """The difference of the means: of a level in LU, otherwise relative; empty where the reference's mean is 0."""
+    if metric == "loudness":
+        return f"{one.mean - one.reference:+.1f} LU"
+    return "" if np.isnan(one.relative) else f"{100 * one.relative:+.0f} %"
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f}"
 
 
 def _values(clips: FolderMetrics, name: str) -> np.ndarray:

@@ -64,6 +64,18 @@ def beats(curve: np.ndarray, bpm: float) -> np.ndarray:
     return np.array(path[::-1]) / ONSET_RATE
 
 
+def bar_lines(onsets: Tensor, bpm: float, beats_a_bar: int) -> np.ndarray:
+    """Estimated times of the bar lines in seconds: tracked beats, those on which the bass is strongest.
+
+    onsets [N, T]: of `features.onset_strength`, the bass first. The tempo and the beats of a bar are given.
+    """
+    times = beats(envelope(onsets), bpm)
+    frames = np.minimum((times * ONSET_RATE).astype(int), onsets.shape[-1] - 1)
+    bass = np.convolve(onsets[0].double().numpy(), np.ones(5), "same")[frames]
+    phases = [bass[phase::beats_a_bar].mean() for phase in range(min(beats_a_bar, len(times)))]
+    return times[int(np.argmax(phases)) :: beats_a_bar] if phases else times
+
+
 def beat_variation(times: np.ndarray) -> float:
     """Coefficient of variation of the intervals between beats: 0 for a metronome; NaN with fewer than three beats."""
     gaps = np.diff(times)

@@ -6,9 +6,10 @@ tempo or mode. (In the built-in corpus no accompaniment is of the lead's family,
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -61,31 +62,44 @@ def mentioned_attributes(caption: str, expected: dict[str, str]) -> set[str]:
     return found
 
 
-def balanced_prompts(store: Store, n: int, seed: int, split: str = "test") -> list[Prompt]:
-    """Choose n captions of a split that mention all three attributes, each class about equally often.
+def names_key(caption: str, annotations: Mapping[str, Any]) -> bool:
+    """Whether a caption names the tonic with its mode, as "in Bb minor" or "B-flat minor"."""
+    letter, accidental, mode = annotations["key"][0], annotations["key"][1:], annotations["mode"]
+    spelt = {"": "", "#": "(?:#|[ -]sharp)", "b": "(?:b|[ -]flat)"}[accidental]
+    named, alone = rf"(?<![\w-]){letter}{spelt} {mode}", rf"{mode} mode on {letter}{spelt}(?![\w#-]| sharp| flat)"
+    return bool(re.search(f"{named}|{alone}", caption))
 
-    A segment is used twice only when all segments are used.
+
+def balanced_prompts(store: Store, n: int, seed: int, split: str = "test", one_per_track: bool = False) -> list[Prompt]:
+    """Choose n captions of a split (or of `all`) that mention all three attributes, each class about equally often.
+
+    A segment, or with `one_per_track` a track, is used twice only when all are used.
     """
-    candidates = list(_candidates(store, store.indices(split)))
+    rows = np.arange(len(store)) if split == "all" else store.indices(split)
+    candidates = list(_candidates(store, rows))
     if len(candidates) < n:
         raise UserError(
             f"{store.path} has {len(candidates)} {split} captions that mention lead, tempo and mode, fewer than {n}: "
             "use fewer prompts, or prepare more hours of the built-in corpus"
         )
+    tracks = store.manifest["track"].to_pylist() if one_per_track else None
     order = np.random.default_rng(seed).permutation(len(candidates))
     remaining = [candidates[i] for i in order]
     counts: Counter[tuple[str, str]] = Counter()
-    used: Counter[int] = Counter()
+    used: Counter[Any] = Counter()
     chosen: list[Prompt] = []
 
+    def unit(prompt: Prompt) -> Any:
+        return prompt.row if tracks is None else tracks[prompt.row]
+
     def cost(prompt: Prompt) -> tuple[int, int]:
-        return used[prompt.row], sum(counts[name, prompt.expected[name]] * _SIZES[name] for name in ATTRIBUTES)
+        return used[unit(prompt)], sum(counts[name, prompt.expected[name]] * _SIZES[name] for name in ATTRIBUTES)
 
     for _ in tqdm(range(n), desc="choosing prompts", unit="prompt", leave=False):
         best = min(remaining, key=cost)
         remaining.remove(best)
         chosen.append(best)
-        used[best.row] += 1
+        used[unit(best)] += 1
         counts.update((name, best.expected[name]) for name in ATTRIBUTES)
     return chosen
 
