@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssmttm import MusicPipeline
-from ssmttm.generation.session import StreamSession
+from ssmttm.generation.streaming.session import StreamSession
 
 PROMPTS = ("a slow waltz in D minor on a music box", "fast energetic drum and bass", "a calm solo piano")
 

@@ -22,7 +22,7 @@ from ssmttm.compress.sizes import Component, comparison, components, total
 from ssmttm.errors import Preempted, UserError
 from ssmttm.export.model_folder import export
 from ssmttm.files import directory_lock
-from ssmttm.generation import pipeline
+from ssmttm.generation import pretrained
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.training import loop
 
@@ -42,7 +42,7 @@ class Encoder(WordEncoder):
 
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch):
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: Encoder())
+    monkeypatch.setattr(pretrained, "load_text_encoder", lambda name: Encoder())
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from small_stores import CODEBOOK_SIZE, lm_config, small_codec, write_codes_stor
 from small_word_encoder import WordEncoder
 from torch.distributions import Categorical, kl_divergence
 
-from ssmttm import checkpoint
+from ssmttm import MusicPipeline, checkpoint
 from ssmttm.distill.hidden_states import traced_mixers
 from ssmttm.errors import UserError
 from ssmttm.export.int8 import export_int8
 from ssmttm.export.model_folder import export
-from ssmttm.generation import pipeline
+from ssmttm.generation import pretrained
 from ssmttm.generation.loading import load_language_model, open_model_folder
 from ssmttm.models import TokenLM
 from ssmttm.models.controls import Controls
@@ -431,8 +431,8 @@ def test_export_is_a_language_model_that_names_its_teacher(config_of, tmp_path, 
     assert folder.guidance_scale == 1 and open_model_folder(None).guidance_scale == 3
     assert "teacher" not in OmegaConf.load(out / "config.yaml")  # a local path
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: WordEncoder())
-    pipe = pipeline.MusicPipeline.from_pretrained(out)
+    monkeypatch.setattr(pretrained, "load_text_encoder", lambda name: WordEncoder())
+    pipe = MusicPipeline.from_pretrained(out)
     assert pipe.guidance_scale == 1
     default, explicit = (pipe("a march", duration=0.5, **g).codes for g in ({}, {"guidance_scale": 1.0}))
     assert torch.equal(default, explicit)

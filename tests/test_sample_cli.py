@@ -21,7 +21,7 @@ from ssmttm import MusicPipeline, audio
 from ssmttm.checkpoint import save_checkpoint
 from ssmttm.codecs import TinyCodec, TinyCodecConfig
 from ssmttm.errors import UserError
-from ssmttm.generation import loading, pipeline
+from ssmttm.generation import loading, pretrained
 from ssmttm.generation.output import read_sidecar, slug
 from ssmttm.generation.progress import Progress
 from ssmttm.generation.request import MAX_SEED, read_prompts
@@ -63,7 +63,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def use_word_encoder(monkeypatch):
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: WordEncoder(**ENCODER, dim=MODEL["text_dim"]))
+    monkeypatch.setattr(pretrained, "load_text_encoder", lambda name: WordEncoder(**ENCODER, dim=MODEL["text_dim"]))
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def command(model_folder, tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def pipe(model_folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_text_encoder", lambda name: WordEncoder(**ENCODER, dim=MODEL["text_dim"]))
+        patch.setattr(pretrained, "load_text_encoder", lambda name: WordEncoder(**ENCODER, dim=MODEL["text_dim"]))
         return MusicPipeline.from_pretrained(model_folder)
 
 

@@ -22,7 +22,7 @@ from ssmttm.cli import main
 from ssmttm.diffusion.samplers import SamplerSettings
 from ssmttm.errors import UserError
 from ssmttm.export.model_folder import export, export_two_stages
-from ssmttm.generation import pipeline
+from ssmttm.generation import pretrained
 from ssmttm.generation import second_stage as second_stage_module
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models.controls import Controls
@@ -302,7 +302,7 @@ def test_chroma_of_melodies_of_any_length(samples):
 
 @pytest.fixture(autouse=True)
 def use_word_encoder(monkeypatch):
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda name: WordEncoder())
+    monkeypatch.setattr(pretrained, "load_text_encoder", lambda name: WordEncoder())
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def exported(folder, first_stage, second_stage_run):
 @pytest.fixture(scope="module")
 def pipe(exported):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_text_encoder", lambda name: WordEncoder())
+        patch.setattr(pretrained, "load_text_encoder", lambda name: WordEncoder())
         return MusicPipeline.from_pretrained(exported)
 
 

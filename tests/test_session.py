@@ -6,10 +6,11 @@ from safetensors.torch import save_file
 from small_pipelines import small_pipeline
 
 from ssmttm.errors import UserError
-from ssmttm.generation import pipeline, state
+from ssmttm.generation import pretrained
 from ssmttm.generation.engine import generate
 from ssmttm.generation.request import Sampling
-from ssmttm.generation.session import CONTEXT_SECONDS
+from ssmttm.generation.streaming import state
+from ssmttm.generation.streaming.session import CONTEXT_SECONDS
 
 ENGINE = {"engine": "torch"}  # the reference; the engines are compared with it elsewhere
 CHANGES = {
@@ -367,7 +368,7 @@ def test_long_clips_are_decoded_in_parts(pipe, monkeypatch):
     monkeypatch.setattr(
         pipe.codec, "decode", lambda codes, *start: longest.append(codes.shape[-1]) or real(codes, *start)
     )
-    monkeypatch.setattr(pipeline, "_DECODED_SECONDS", 0.4)
+    monkeypatch.setattr(pretrained, "_DECODED_SECONDS", 0.4)
     torch.testing.assert_close(pipe("a harp", duration=2.0, seeds=1, **ENGINE).audios, whole, rtol=0, atol=1e-5)
     assert len(longest) > 4 and max(longest) < 10 + sum(pipe.codec.context) + 1
 

@@ -5,7 +5,6 @@ Shapes: n prompts, S samples, K codebooks, T frames, t frames of a chunk.
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,189 +14,40 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import Tensor
 
-from ssmttm import __version__
-from ssmttm.adapters import Adapter, check_base, merge, read_adapter, unmerge
 from ssmttm.audio.defects import check_music
-from ssmttm.codecs import Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
-from ssmttm.generation import loading
 from ssmttm.generation.code_generation import Change, CodeGenerator, PipelineOutput, second_stage_inputs
 from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
 from ssmttm.generation.editing.edits import audio_to_audio, close_loop, repaint
 from ssmttm.generation.editing.loop import check_loop, decode_loop
 from ssmttm.generation.engine import CodeSampler, TextConditions
-from ssmttm.generation.engines import Engine, EngineCache
-from ssmttm.generation.item_controls import build_controls, describe_controls, draw_controls
-from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
+from ssmttm.generation.engines import Engine
+from ssmttm.generation.item_controls import build_controls, draw_controls
+from ssmttm.generation.pretrained import PipelineParts
 from ssmttm.generation.request import (
     CONTROLS,
-    MAX_DURATION,
+    MusicOptions,
     Prompt,
     Request,
     Sampling,
     bars_duration,
     blend_weights,
 )
-from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageStream
-from ssmttm.generation.session import CONTEXT_SECONDS, FADE_SECONDS, Snapshot, StreamSession
-from ssmttm.generation.state import fill_state, load_snapshot, save_snapshot
-from ssmttm.hub import commit_of, upload_folder
-from ssmttm.models.controls import Controls, SupportsControls
-from ssmttm.models.token_lm import TokenLM
-from ssmttm.patterns import Pattern, get_pattern
+from ssmttm.generation.second_stage import SecondStage, SecondStageStream
+from ssmttm.generation.streaming.session import CONTEXT_SECONDS, FADE_SECONDS, Snapshot, StreamSession
+from ssmttm.generation.streaming.state import fill_state, load_snapshot, save_snapshot
+from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
-from ssmttm.text.encoders import TextEncoder, load_text_encoder
-from ssmttm.text.null_condition import build_null_condition
 
 _log = logging.getLogger(__name__)
 CLIP_SECONDS = 10.0  # of a clip, by default
-_DECODED_SECONDS = 60.0  # of a clip at once
 _UNSET: Final[Any] = object()
 
 
-class MusicPipeline:
-    """A language model, its codec, its text encoder and, in a two-stage model, the second stage.
+class MusicPipeline(PipelineParts):
+    """Prompts in, audio out: clips, streams, saved states. See `PipelineParts` for its attributes."""
 
-    Attributes:
-        metadata: model and weights hash, codec, text encoder, licences of the training data, software: what goes into
-            the sidecar of each audio file.
-        second_stage: None for a one-stage model.
-        guidance_scale: the default of a call.
-        max_duration: longest clip that a call accepts, in seconds; may be raised.
-    """
-
-    def __init__(
-        self, model: TokenLM, codec: Codec, text_encoder: TextEncoder, pattern: Pattern,
-        metadata: dict[str, Any] | None = None, max_duration: float = MAX_DURATION,
-        null_condition: str = "empty_caption", second_stage: SecondStage | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
-    ) -> None:  # fmt: skip
-        self.model = model.eval()
-        self.codec = codec.eval()
-        self.text_encoder = text_encoder
-        self.pattern = pattern
-        self.metadata = metadata or {}
-        self.max_duration = max_duration
-        self.second_stage = second_stage
-        self.guidance_scale = guidance_scale
-        self._encode_caption = build_null_condition(null_condition, text_encoder)
-        self._engines = EngineCache()
-        self._folders: tuple[ModelFolder, ModelFolder | None] | None = None  # that it was loaded from
-        self._adapters: list[tuple[Adapter, float]] = []
-        self._unadapted: dict[str, Tensor] = {}  # weights before adapters were merged
-        self._encoder: Codec | None = None  # loaded when audio is first encoded
-        self._last_session: Callable[[], StreamSession] | None = None  # that `save_state` saves
-
-    @classmethod
-    def from_pretrained(
-        cls, folder_or_hub_id: str | Path | None = None, device: str | torch.device | None = None,
-        codec: str | Path | None = None, text_encoder: str | Path | None = None,
-        second_stage: str | Path | None = None, revision: str | None = None, dtype: torch.dtype | None = None,
-    ) -> "MusicPipeline":  # fmt: skip
-        """Load a model, with EMA weights if there are any, and the codec and text encoder that it was trained with.
-        Raises UserError if nothing is there, a file is damaged, or model, codec and text encoder do not belong
-        together.
-
-        Args:
-            folder_or_hub_id: an exported model, a checkpoint, a run folder (its newest good checkpoint), or the id of
-                an exported model on the Hugging Face hub. None: the embedded tiny model.
-            device: of the model and the codec; default a GPU if there is one.
-            codec, text_encoder: where to load these from, such as a folder, if not by the name in the model's card.
-                Their fingerprints must match.
-            second_stage: a run, a checkpoint or an exported denoiser, if it is not in the model's folder.
-            revision: branch, tag or commit of a hub id, which may also end in @ and the revision.
-            dtype: of the language model's weights, such as torch.bfloat16; None: float32, which the others always are.
-        """
-        folder = loading.open_model_folder(folder_or_hub_id, revision=revision)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = loading.load_language_model(folder)
-        second_folder = loading.open_second_stage_folder(folder, second_stage)
-        denoiser = None if second_folder is None else loading.load_denoiser(second_folder).to(device)
-        n_codebooks = (model if denoiser is None else denoiser).config.n_codebooks
-        loaded_codec = load_codec(codec or folder.source("codec"), n_codebooks).to(device)
-        loaded_encoder = load_text_encoder(text_encoder or folder.source("text"))
-        loading.check_fit(folder, model, loaded_codec, loaded_encoder, denoiser)
-        stage = None
-        if second_folder is not None and denoiser is not None:
-            stage = SecondStage(denoiser, loaded_codec, SecondStageConfig.from_config(second_folder.config))
-        pipeline = cls(
-            model.to(device), loaded_codec, loaded_encoder,
-            get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks),
-            _metadata(folder, loaded_codec, loaded_encoder, second_folder, stage),
-            null_condition=folder.null_condition, second_stage=stage, guidance_scale=folder.guidance_scale,
-        )  # fmt: skip
-        pipeline._folders = (folder, second_folder)
-        return pipeline if dtype is None else pipeline.to(dtype=dtype)
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "MusicPipeline":
-        """Move the models to a device, and the language model's weights to a dtype. Returns self.
-
-        Codec and denoiser stay in float32: a residual quantiser needs it. Streams that are open, and states saved
-        before, are of other weights.
-        """
-        if dtype is not None and not dtype.is_floating_point:
-            raise UserError(f"the weights cannot be {dtype}: choose float32, bfloat16 or float16")
-        self.model.to(device=device, dtype=dtype)
-        self.codec.to(device=device)
-        self._encoder = None
-        if self.second_stage is not None:
-            self.second_stage.model.to(device=device)
-        return self
-
-    def load_adapter(self, folder: str | Path, strength: float = 1.0) -> None:
-        """Add an adapter (LoRA or DoRA) to the language model's weights; several add up, see `ssmttm.adapters`. Raises
-        UserError if it is damaged, or was trained on another model. A stream that is open does not go on with other
-        adapters than its own."""
-        if self._folders is None:
-            raise UserError("adapters need a model that was loaded from a folder: use from_pretrained")
-        adapter, model = read_adapter(folder), self._folders[0]
-        check_base(adapter, self.metadata["model"]["weights_sha256"], model.name)
-        adapters = [*self._adapters, (adapter, strength)]
-        unmerge(self.model, self._unadapted)
-        try:
-            self._unadapted = merge(self.model, adapters)
-        except UserError:
-            self._unadapted = merge(self.model, self._adapters)
-            raise
-        self._adapters = adapters
-        self.metadata["adapters"] = [
-            {"name": own.name, "strength": value, "licence": own.card.get("licence"), "data": own.card.get("data")}
-            for own, value in adapters
-        ]
-
-    def weights_in_use(self) -> tuple[Any, ...]:
-        """What the weights are of besides the model: equal tuples mean equal weights."""
-        weight = self.model.embedding.weight
-        return weight.dtype, weight.device, *((id(adapter), strength) for adapter, strength in self._adapters)
-
-    def unload_adapters(self) -> None:
-        """Restore the weights without adapters."""
-        unmerge(self.model, self._unadapted)
-        self._adapters, self._unadapted = [], {}
-        self.metadata.pop("adapters", None)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the model folder that this pipeline was loaded from, with its second stage, codec and text encoder if
-        they are in it. Loaded adapters are merged into its weights. Raises UserError if it was loaded from a run, or
-        not from a folder."""
-        if self._folders is None:
-            raise UserError("only a pipeline that was loaded from a folder can be saved: use from_pretrained")
-        merged = self.model.state_dict() if self._adapters else None
-        loading.copy_model_folder(*self._folders, Path(folder), merged, self.metadata.get("adapters"))
-        return Path(folder)
-
-    def push_to_hub(
-        self, repo_id: str, private: bool = False, revision: str | None = None, message: str = "Upload of a model"
-    ) -> str:
-        """Upload the model folder to the Hugging Face hub, with the login of `hf auth login`. Returns the address of
-        the commit. Raises UserError as `save_pretrained`, or if the hub cannot be reached or refuses."""
-        with tempfile.TemporaryDirectory() as temporary:
-            return upload_folder(self.save_pretrained(Path(temporary) / "model"), repo_id, private, revision, message)
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the audio, in Hz."""
-        return self.codec.sample_rate
+    _last_session: Callable[[], StreamSession] | None = None  # that `save_state` saves
 
     def __call__(
         self, prompts: Prompt | Sequence[Prompt], duration: float | Sequence[float] | None = None,
@@ -209,7 +59,7 @@ class MusicPipeline:
         bars: float | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
         continue_from: AudioInput | None = None, loop: bool = False, engine: str = "auto", weights: str = "fp32",
     ) -> PipelineOutput:  # fmt: skip
-        """Generate one clip per prompt, all in one batch. Raises UserError if an argument is out of its range.
+        """Generate one clip per prompt, those of one duration in one batch. Raises UserError if one is out of range.
 
         Args:
             prompts: one or more captions. A mapping of captions to weights is a blend: their logits are averaged.
@@ -240,18 +90,15 @@ class MusicPipeline:
             engine, weights: of the language model's steps, see `ssmttm.generation.engines.build`. "auto" takes the
                 fastest engine that can run the model; the metadata tell which and why.
         """
-        sampling = self.sampling(temperature, top_k, top_p, guidance_scale, min_p)
-        if bars is not None:
-            duration, bpm, metre = self._bars(bars, duration, bpm, metre)
-        request = Request.create(
-            prompts, CLIP_SECONDS if duration is None else duration, seeds, sampling, self.max_duration, bpm, melody,
-            negative_prompts, key, metre, schedule,
+        options = MusicOptions(
+            duration=CLIP_SECONDS if duration is None and bars is None else duration, guidance_scale=guidance_scale,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, bpm=bpm, key=key, metre=metre, bars=bars,
+            melody=melody, schedule=schedule, diffusion_steps=diffusion_steps, continue_from=continue_from,
         )  # fmt: skip
+        request, second_stage, clip = self._prepare(prompts, seeds, negative_prompts, options)
         if loop:
             check_loop(request.durations or [request.duration], continue_from is not None)
             request = replace(request, is_whole=False)
-        clip = None if continue_from is None else encode_clip(continue_from, self.encoding_codec())
-        second_stage = self.check_request(request, diffusion_steps)
         parts = []
         for items, part in request.by_duration():
             parts.append((items, self._generate(part, second_stage, clip, loop, (engine, weights), progress)))
@@ -291,8 +138,7 @@ class MusicPipeline:
 
     def stream(
         self, prompt: Prompt, duration: float | None = _UNSET, guidance_scale: float | None = None, seed: int = 0,
-        temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, bpm: float | None = None,
-        melody: Tensor | None = None, diffusion_steps: int | None = None, chunk_seconds: float = 0.5, **options: Any,
+        **options: Any,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Generate one clip and yield its audio while it is generated: the chunks of a `session` of these arguments.
 
@@ -305,68 +151,51 @@ class MusicPipeline:
         """
         if duration is _UNSET:
             duration = None if options.get("bars") is not None else CLIP_SECONDS
-        return iter(self.session(
-            prompt, seed=seed, duration=duration, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k,
-            top_p=top_p, bpm=bpm, melody=melody, diffusion_steps=diffusion_steps, chunk_seconds=chunk_seconds,
-            **options,
-        ))  # fmt: skip
+        return iter(self.session(prompt, duration=duration, guidance_scale=guidance_scale, seed=seed, **options))
 
     def session(
-        self, prompt: Prompt, *, seed: int = 0, duration: float | None = None, guidance_scale: float | None = None,
-        temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0, min_p: float = 0.0,
-        negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
-        metre: str | None = None, bars: float | None = None, melody: Tensor | None = None,
-        schedule: Sequence[tuple[float, Mapping[str, Any]]] = (), diffusion_steps: int | None = None,
-        continue_from: AudioInput | None = None, chunk_seconds: float = 0.5,
-        engine: str = "auto", weights: str = "fp32",
+        self, prompt: Prompt, *, seed: int = 0, negative_prompt: str | None = None, chunk_seconds: float = 0.5,
+        engine: str = "auto", weights: str = "fp32", **options: Any,
     ) -> StreamSession:  # fmt: skip
         """Open a stream, which may be changed while it plays, copied and saved. Raises UserError if an argument is out
         of its range, or a stream without an end is asked of a codec or a pattern that cannot stream.
 
         Args:
-            duration: in seconds; None: without an end.
             chunk_seconds: audio sampled before each decoding; shorter chunks have less latency and cost more.
+            options: those of `MusicOptions`, as in a call; without a duration, and without bars, there is no end.
             The others: as in a call.
         """
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
-        sampling = self.sampling(temperature, top_k, top_p, guidance_scale, min_p)
-        if bars is not None:
-            duration, bpm, metre = self._bars(bars, duration, bpm, metre)
-        request = Request.create(
-            prompt, duration, [seed], sampling, self.max_duration, bpm, melody, negative_prompt, key, metre, schedule
-        )
-        if duration is None and self.codec.context is None:
+        request, second_stage, clip = self._prepare(prompt, [seed], negative_prompt, MusicOptions(**options))
+        if request.duration is None and self.codec.context is None:
             raise UserError(f"the codec {self.codec.name} decodes whole clips only: give a duration")
-        clip = None if continue_from is None else encode_clip(continue_from, self.encoding_codec())
-        second_stage = self.check_request(request, diffusion_steps)
         generator = self._generator(request, second_stage, clip, self.engine(engine, weights))
         chunk_frames = math.ceil(chunk_seconds * self.codec.frame_rate)
         n_samples, n_skipped = self._n_samples(request, clip)
-        n_total = None if duration is None else n_samples
+        n_total = None if request.duration is None else n_samples
         session = StreamSession(self, generator, chunk_frames, n_total, n_skipped)
         self._last_session = lambda: session
         return session
 
-    def engine(self, engine: str = "auto", weights: str = "fp32") -> Engine:
-        """The engine that runs the language model's steps; arguments and errors: `ssmttm.generation.engines.build`.
-
-        It is built once, and again if the model's weights have changed.
-        """
-        return self._engines.get(self.model, engine, weights)
-
-    def metadata_of_call(
-        self, second_stage: SecondStage | None, engine: Engine | None = None, request: Request | None = None
-    ) -> dict[str, Any]:
-        """The metadata with the engine (if it ran) and the diffusion steps of a call, and as `controls` a list of those
-        of each item, if some were drawn."""
-        metadata = self.metadata if engine is None else self.metadata | {"engine": engine.description()}
-        if request is not None and (controls := describe_controls(request)):
-            metadata = metadata | {"controls": controls}
-        if second_stage is None:
-            return metadata
-        steps = {"steps": second_stage.settings.sampler.steps}
-        return metadata | {"second_stage": metadata.get("second_stage", {}) | steps}
+    def _prepare(
+        self, prompts: Prompt | Sequence[Prompt], seeds: int | Sequence[int],
+        negative_prompts: str | Sequence[str] | None, options: MusicOptions,
+    ) -> tuple[Request, SecondStage | None, EncodedClip | None]:  # fmt: skip
+        """The checked request, the second stage with its number of steps, and the clip that is continued."""
+        duration, bpm, metre = options.duration, options.bpm, options.metre
+        if options.bars is not None:
+            duration, bpm, metre = self._bars(options.bars, duration, bpm, metre)
+        sampling = self.sampling(
+            options.temperature, options.top_k, options.top_p, options.guidance_scale, options.min_p
+        )
+        request = Request.create(
+            prompts, duration, seeds, sampling, self.max_duration, bpm, options.melody, negative_prompts, options.key,
+            metre, options.schedule,
+        )  # fmt: skip
+        second_stage = self.check_request(request, options.diffusion_steps)
+        source = options.continue_from
+        return request, second_stage, None if source is None else encode_clip(source, self.encoding_codec())
 
     def resume(self, snapshot: Snapshot, seed: int | None = None) -> StreamSession:
         """Go on from a moment of a stream, at no cost of prefill: exactly as that stream did, or with another seed.
@@ -404,7 +233,7 @@ class MusicPipeline:
         return load_snapshot(path, self)
 
     def restored_session(self, request: Request, content: dict[str, Any]) -> StreamSession:
-        """The session of a saved state; see `ssmttm.generation.state`."""
+        """The session of a saved state; see `ssmttm.generation.streaming.state`."""
         second_stage = self.check_request(request, content["diffusion_steps"])
         state = content["session"]
         generator = self._generator(request, second_stage, None, self.engine(*content["engine"]), draws=False)
@@ -470,13 +299,6 @@ class MusicPipeline:
         """The request with the controls that this model draws from the captions; of a blend, its heaviest one."""
         predictor = self.model.control_predictor
         return request if predictor is None else draw_controls(predictor, request, conditions.heaviest_text())
-
-    def supports(self, key: str) -> bool:
-        """Whether a stage was trained with a control, by its key in the model's config: tempo, chroma, key or metre."""
-        stages: list[SupportsControls] = [self.model.config]
-        if self.second_stage is not None:
-            stages.append(self.second_stage.model.config)
-        return any(getattr(config, key) for config in stages)
 
     def check_controls(self, request: Request) -> None:
         """Raises UserError if no stage was trained with one of the request's controls, or a negative prompt has no
@@ -565,20 +387,6 @@ class MusicPipeline:
         generator = self._generator(request, second_stage, clip, engine)
         return StreamSession(self, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)
 
-    def encoding_codec(self) -> Codec:
-        """The codec, or the teacher of one that only decodes."""
-        if self._encoder is None:
-            self._encoder = encoder_of(self.codec).to(next(self.model.parameters()).device)
-        return self._encoder
-
-    @torch.inference_mode()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Audio of codes [1, K, T]. A long clip is decoded in parts, so that an hour needs no more memory than they."""
-        n_frames = math.ceil(_DECODED_SECONDS * self.codec.frame_rate)
-        if codes.shape[-1] <= n_frames or self.codec.context is None:
-            return self.codec.decode(codes).float().cpu()
-        return torch.cat([wav.float().cpu() for wav in self.codec.decode_stream(codes.split(n_frames, -1))], -1)
-
     def _n_samples(self, request: Request, clip: EncodedClip | None) -> tuple[int, int]:
         """Samples of each clip (of the clip that is continued, if there is no end), and those decoded before them."""
         new = 0 if request.duration is None else max(1, round(request.duration * self.sample_rate))
@@ -587,26 +395,3 @@ class MusicPipeline:
 
 def _refuse_state(n_clips: int) -> NoReturn:
     raise UserError(f"the last call made {n_clips} clips: a state is of one, so call with one prompt")
-
-
-def _metadata(
-    folder: ModelFolder, codec: Codec, text_encoder: TextEncoder, second_folder: ModelFolder | None,
-    second_stage: SecondStage | None,
-) -> dict[str, Any]:  # fmt: skip
-    metadata: dict[str, Any] = {
-        "model": {"name": folder.name, "weights_sha256": folder.weights_sha256},
-        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
-        "text_encoder": {"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
-        "training_data_licences": folder.licences, "software": f"ssmttm {__version__}",
-    }  # fmt: skip
-    if commit := commit_of(folder.path):
-        metadata["model"]["revision"] = commit
-    if second_folder is not None and second_stage is not None:
-        settings = second_stage.settings
-        metadata["training_data_licences"] = (folder.licences or {}) | (second_folder.licences or {})
-        metadata["second_stage"] = {
-            "name": second_folder.name, "weights_sha256": second_folder.weights_sha256,
-            "sampler": settings.sampler.name, "steps": settings.sampler.steps,
-            "guidance_scale": settings.guidance_scale, "coarse_guidance_scale": settings.coarse_guidance_scale,
-        }  # fmt: skip
-    return metadata

@@ -14,6 +14,8 @@ from ssmttm.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ssmttm.generation.editing.continuation import AudioInput
+
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits of a seed
 MAX_DURATION = 600.0  # seconds
 Prompt = str | Mapping[str, float]  # a caption, or captions and their weights in a blend
@@ -49,6 +51,27 @@ class Sampling:
             raise UserError(f"min_p must be in [0, 1) (0 keeps all codes), got {self.min_p}")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise UserError(f"guidance must be at least 0 (1: no guidance, 3 is usual), got {self.guidance_scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MusicOptions:
+    """What calls and streams have in common besides prompts and seeds; see `MusicPipeline.__call__`. They are checked
+    when a `Request` is made of them."""
+
+    duration: float | Sequence[float] | None = None
+    guidance_scale: float | None = None
+    temperature: float = 1.0
+    top_k: int = 250
+    top_p: float = 1.0
+    min_p: float = 0.0
+    bpm: float | None = None
+    key: str | None = None
+    metre: str | None = None
+    bars: float | None = None
+    melody: "Tensor | None" = None
+    schedule: Sequence[tuple[float, Mapping[str, Any]]] = ()
+    diffusion_steps: int | None = None
+    continue_from: "AudioInput | None" = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ssmttm.errors import UserError
 from ssmttm.web.recording import Branch, Recording, to_int16
 
 if TYPE_CHECKING:
-    from ssmttm.generation.session import StreamSession
+    from ssmttm.generation.streaming.session import StreamSession
 
 _UNSENT_SECONDS = 1.0  # generated ahead of the network
 _MAX_COMMANDS = 16  # that wait for the next chunk

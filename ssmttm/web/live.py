@@ -34,7 +34,7 @@ from ssmttm.web.service import Plan, Service
 if TYPE_CHECKING:
     from fastapi import WebSocket
 
-    from ssmttm.generation.session import StreamSession
+    from ssmttm.generation.streaming.session import StreamSession
 
 _MAX_UNSENT = 100  # events
 

@@ -16,7 +16,7 @@ from ssmttm.web.schema import MusicRequest
 
 if TYPE_CHECKING:
     from ssmttm.generation.pipeline import MusicPipeline
-    from ssmttm.generation.session import StreamSession
+    from ssmttm.generation.streaming.session import StreamSession
 
 CHUNK_SECONDS = 0.25  # sampled in one turn
 

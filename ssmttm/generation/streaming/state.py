@@ -20,7 +20,7 @@ from ssmttm.codecs.base import weights_fingerprint
 from ssmttm.errors import UserError
 from ssmttm.files import atomic_write
 from ssmttm.generation.request import Request, Sampling
-from ssmttm.generation.session import Snapshot
+from ssmttm.generation.streaming.session import Snapshot
 from ssmttm.models.token_lm import LMState
 
 if TYPE_CHECKING:

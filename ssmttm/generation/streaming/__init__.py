@@ -1,0 +1,1 @@
+"""Streams in progress, and their states on disk."""
