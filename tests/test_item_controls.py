@@ -10,6 +10,7 @@ import sample
 from ssmttm import MusicPipeline
 from ssmttm.audio.notation import KEYS, METRES
 from ssmttm.cli.main import main
+from ssmttm.generation.editing import edits
 from ssmttm.generation.item_controls import build_controls, draw_controls
 from ssmttm.generation.request import Request, Sampling
 
@@ -201,6 +202,20 @@ def test_loops_and_repainted_regions_are_parts(pipe, monkeypatch):
     assert found[1].bpm.tolist() == pytest.approx([loop.metadata["controls"][0]["bpm"]])
     pipe.repaint("a harp", loop.audios[0], (0.2, 0.4), candidates=1, **ENGINE)
     assert found[2].timing is None
+
+
+def test_start_of_a_loop_comes_again_with_its_own_bars(pipe, monkeypatch):
+    found = []
+    real = edits.CodeSampler
+
+    def sampler(*inputs):
+        found.append(inputs[7])
+        return real(*inputs)
+
+    monkeypatch.setattr(edits, "CodeSampler", sampler)
+    pipe("a harp", duration=4.0, loop=True, bpm=100.0, metre="3/4", seeds=3, **ENGINE)  # 2.2 bars
+    bars = found[0].bar_position[0]
+    assert torch.equal(bars[:, 100:], bars[:, : bars.shape[-1] - 100]) and bars.shape[-1] > 101 and bars[0, 100] == 0
 
 
 # --- what is stated

@@ -25,6 +25,7 @@ from ssmttm.generation.engine import CodeSampler
 from ssmttm.generation.engines import Engine
 from ssmttm.generation.request import MAX_SEED, Prompt, Request, Sampling
 from ssmttm.generation.second_stage import SecondStage
+from ssmttm.models.controls import Controls
 
 if TYPE_CHECKING:
     from ssmttm.generation.pipeline import MusicPipeline
@@ -65,7 +66,8 @@ def repaint(
     hop = pipeline.codec.hop_length
     frames = region_frames(region, encoded, pipeline.sample_rate, hop)
     step_engine = pipeline.engine(engine, weights)
-    codes, found = _regenerate(pipeline, request, encoded.codes, frames, seeds, second_stage, step_engine)
+    controls = pipeline.controls(request, 0, encoded.codes.shape[-1])
+    codes, found = _regenerate(pipeline, request, encoded.codes, controls, frames, seeds, second_stage, step_engine)
     first, last = (frame * hop - encoded.n_padding for frame in frames)
     decoded = pipeline.decode(codes)[0, :, encoded.n_padding :]  # [C, S]
     fade = fade_samples(pipeline.codec.context, hop)
@@ -110,12 +112,15 @@ def audio_to_audio(
 def close_loop(
     pipeline: "MusicPipeline", request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine
 ) -> Tensor:
-    """Codes [n, K, T] whose last frames lead into the first ones."""
-    closed = []
+    """Codes [n, K, T] whose last frames lead into the first ones, which come again with their own controls."""
+    closed, n_frames = [], codes.shape[-1]
+    around = torch.arange(2 * n_frames, device=codes.device) % n_frames
     for own, alone in zip(codes.split(1), request.batches(1), strict=True):
         both, frames = unrolled(own, pipeline.codec.frame_rate)
+        controls = pipeline.controls(alone, 0, n_frames).gather_frames(around)
         seeds = _candidate_seeds(alone.seeds[0] + 1, _LOOP_CANDIDATES)
-        closed.append(_regenerate(pipeline, alone, both, frames, seeds, second_stage, engine)[0][..., : own.shape[-1]])
+        made, _ = _regenerate(pipeline, alone, both, controls, frames, seeds, second_stage, engine)
+        closed.append(made[..., :n_frames])
     return torch.cat(closed)
 
 
@@ -125,14 +130,15 @@ def _candidate_seeds(first: int, n: int) -> list[int]:
 
 
 def _regenerate(
-    pipeline: "MusicPipeline", request: Request, codes: Tensor, frames: tuple[int, int], seeds: list[int],
-    second_stage: SecondStage | None, engine: Engine,
+    pipeline: "MusicPipeline", request: Request, codes: Tensor, controls: Controls, frames: tuple[int, int],
+    seeds: list[int], second_stage: SecondStage | None, engine: Engine,
 ) -> tuple[Tensor, Repainted]:  # fmt: skip
-    """Codes [1, K, T] with the frames (start, stop) generated again, once with each seed, and the choice of one."""
+    """Codes [1, K, T] with the frames (start, stop) generated again, once with each seed, and the choice of one;
+    `controls` by frame."""
     n_coarse = pipeline.model.config.n_codebooks
     coarse = codes[:, :n_coarse]
     given = known_around(coarse, frames, pipeline.pattern)
-    controls, conditions = pipeline.controls(request, 0, codes.shape[-1]), pipeline.text_conditions(request)
+    conditions = pipeline.text_conditions(request)
     sampler = CodeSampler(
         pipeline.model, conditions, pipeline.pattern, given.shape[-1], request.sampling, seeds[:1], given,
         controls.supported_by(pipeline.model.config), 0, engine,
