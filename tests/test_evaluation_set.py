@@ -1,13 +1,14 @@
 """The evaluation of the embedded models: prompts and what they state, clips that are used again, tables."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from benchmarks import embedded_models, evaluation_set
+from benchmarks import embedded_models, evaluation_set, model_card
 from benchmarks.embedded_models import EXCERPTS, parse_model, spread, structure_table
 from benchmarks.evaluation_set import Prompt, caption_prompts, measure, paraphrase_prompts, right, true_clips
 from data_prep.builtin import compose, render, write_captions
@@ -19,6 +20,8 @@ from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers
 from ssmttm.evaluation.music import tempo
 from ssmttm.evaluation.music.structure import Structure
 from ssmttm.evaluation.protocol.balanced_prompts import names_key
+from ssmttm.export.card import complete_card, describe_card
+from ssmttm.model_folder import read_card
 from ssmttm.reports import charts
 from ssmttm.reports.page import render as render_page
 from ssmttm.reports.tables import Section
@@ -168,3 +171,34 @@ def test_errors_of_the_command_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", "measure", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     assert embedded_models.run_cli(embedded_models.main) == 2
     assert "none" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_figures_of_a_card_are_those_that_were_measured(tmp_path, capsys):
+    rate = {"rate": 0.875, "low": 0.8, "high": 0.9, "n": 200}
+    distances = {"fad": {"value": 150.0}, "kad": {"value": 1.5}}
+    systems = {name: {"right": {"family": rate}, "distances": distances} for name in ("true music", "codec", "new")}
+    systems["new"]["paraphrases"] = {"mode": rate | {"rate": 0.5, "n": 100}}
+    results = tmp_path / "measure.json"
+    results.write_text(json.dumps({"systems": systems, "prompts": 200, "seed": 0}))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    data = {"store": "builtin, seed 1", "hours": {"train": 2.0}, "licences": {"CC0-1.0": 360}}
+    (folder / "card.json").write_text(json.dumps({"name": "m", "step": 10, "data": data}))
+    words = [str(folder), "--recipe", "python train.py experiment=x", "--results", str(results), "--system", "new"]
+    model_card.main(words)
+    card = json.loads((folder / "card.json").read_text())
+    assert card["figures"]["lead's family"] == "87.5 % of 200" and card["step"] == 10 and card["licence"] == "CC0-1.0"
+    assert card["figures"]["mode, free-form prompts"] == "50.0 % of 100"
+    assert card["figures"]["KAD"] == "1.5 (true music 1.5, codec 1.5)"
+    assert "python train.py experiment=x" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no system old"):
+        model_card.main([*words[:-1], "old"])
+    with pytest.raises(UserError, match="recipe is empty"):
+        complete_card(folder, "CC0-1.0", [" "], {})
+
+
+@pytest.mark.parametrize("name", ["tiny_codec_v2"])
+def test_cards_of_embedded_assets_tell_licence_data_recipe_and_figures(name):
+    rows = dict(describe_card(read_card(Path(embedded_models.__file__).parents[1] / "ssmttm/assets" / name)))
+    assert rows["licence"] == "CC0-1.0" and "CC0-1.0" in rows["data"] and "h to train on" in rows["data"]
+    assert {"recipe", "training", "figure: command"} <= rows.keys()

@@ -127,14 +127,15 @@ def _call(module: str, function: str, *names: str) -> Callable[[argparse.Namespa
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    """Print versions, device, kernels and the reason for each choice."""
+    """Print versions, device, kernels and the reason for each choice; of a model its card and controls."""
     import platform
 
     import torch
 
     from ssmttm.audio import torchaudio_adapter
+    from ssmttm.export.card import describe_card
     from ssmttm.generation import engines
-    from ssmttm.generation.loading import describe_controls_of
+    from ssmttm.generation.loading import describe_controls_of, open_model_folder
     from ssmttm.ops import backend
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -148,6 +149,9 @@ def run_info(arguments: argparse.Namespace) -> None:
     for engine in engines.describe():
         print("{:19} {:6} {}".format(*engine))
     if arguments.model is not None:
+        print(f"\ncard of {arguments.model}")
+        for name, text in describe_card(open_model_folder(arguments.model).card):
+            print(f"{name:28} {text}")
         print(f"\ncontrol of {arguments.model}: taken by, where it is not given")
         for control in describe_controls_of(arguments.model):
             print("{:19} {:32} {}".format(*control))
