@@ -16,6 +16,7 @@ from data_prep.builtin.composition.score import Room
 from data_prep.builtin.corpus import render_shard, shard_tasks
 from data_prep.builtin.reverb import ROOMS, impulse_response, reverberate
 from ssmttm.audio import features, resample
+from ssmttm.audio.stereo import stereo_statistics
 from ssmttm.data.splits import split_by_hash
 from ssmttm.errors import UserError
 from ssmttm.evaluation.music.repetition import repetition
@@ -200,3 +201,13 @@ def test_pieces_repeat_themselves() -> None:
         mono = features.rms_normalise(resample(audio, RATE, features.SAMPLE_RATE))
         shares.append(repetition(features.log_mel(mono)[0]).fraction)
     assert np.mean(shares) > 0.06
+
+
+def test_stereo_render_is_panned_and_its_mid_is_the_mono_render() -> None:
+    piece = compose(5, 0)
+    wav, mono = synth.render_stereo(piece, 12_000), render(piece, 12_000)
+    assert wav.shape == (2, len(mono)) and np.abs(wav).max() <= 0.9
+    found = stereo_statistics(wav)
+    assert 0.02 < found.width < 0.4 and abs(found.balance) < 6
+    mid = wav.mean(axis=0)
+    assert mid @ mono / np.sqrt((mid @ mid) * (mono @ mono)) > 0.9

@@ -55,6 +55,17 @@ HF_CODECS = {
         "vector_quantization_hidden_dimension": 16, "num_hidden_layers": 2, "intermediate_size": 32,
         "num_attention_heads": 4, "num_key_value_heads": 4, "upsample_groups": 32, "sliding_window": 20,
     },
+    "xcodec": {
+        "codebook_size": 32, "target_bandwidths": [0.5],
+        "acoustic_model_config": {
+            "model_type": "dac", "encoder_hidden_size": 4, "decoder_hidden_size": 64, "hidden_size": 16,
+        },
+        "semantic_model_config": {
+            "model_type": "hubert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 16, "conv_dim": [8] * 7, "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        },
+    },
 }  # fmt: skip
 
 

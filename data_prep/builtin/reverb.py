@@ -43,8 +43,9 @@ def _diffuse(signal: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 @cache
-def impulse_response(room: str, sample_rate: int) -> np.ndarray:
-    """The room's impulse response without the direct sound: float32 [decay * sample_rate], of unit energy."""
+def impulse_response(room: str, sample_rate: int, right: bool = False) -> np.ndarray:
+    """The room's impulse response without the direct sound: float32 [decay * sample_rate], of unit energy. That of the
+    right channel sums the delay lines with other signs, so that it is unrelated to the other one."""
     shape = ROOMS[room]
     delays = [round(shape.size * factor * sample_rate) for factor in _SPREAD]
     length = round(shape.decay * sample_rate)
@@ -53,12 +54,12 @@ def impulse_response(room: str, sample_rate: int) -> np.ndarray:
     for line, delay in zip(lines, delays, strict=True):
         line[delay] = 1.0
     block, damping = min(delays), shape.damping
-    state = np.zeros((4, 1))
+    state, signs = np.zeros((4, 1)), (1, 1, -1, -1) if right else (1, -1, 1, -1)
     output = np.zeros(length)
     for start in range(0, length, block):
         stop = min(start + block, length)
         damped, state = lfilter([1 - damping], [1, -damping], lines[:, start:stop], axis=1, zi=state)
-        output[start:stop] = damped[0] - damped[1] + damped[2] - damped[3]
+        output[start:stop] = sum(sign * line for sign, line in zip(signs, damped, strict=True))
         mixed = _HADAMARD @ (damped * gains[:, None])
         for line, delay, entering in zip(lines, delays, mixed, strict=True):
             line[start + delay : stop + delay] += entering
@@ -69,6 +70,6 @@ def impulse_response(room: str, sample_rate: int) -> np.ndarray:
     return (response / np.sqrt(np.sum(response**2))).astype(np.float32)
 
 
-def reverberate(audio: np.ndarray, room: str, sample_rate: int) -> np.ndarray:
+def reverberate(audio: np.ndarray, room: str, sample_rate: int, right: bool = False) -> np.ndarray:
     """The reverberation alone of audio [S], as long as it."""
-    return oaconvolve(audio, impulse_response(room, sample_rate))[: len(audio)].astype(np.float32)
+    return oaconvolve(audio, impulse_response(room, sample_rate, right))[: len(audio)].astype(np.float32)

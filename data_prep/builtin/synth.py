@@ -18,6 +18,9 @@ _KNEE, _PEAK = 0.5, 0.89  # of full scale
 _FADE = 0.35  # seconds
 _RIDE, _RIDE_SECONDS = 5.0, 0.6  # dB that the accompaniment is raised where the lead rests, and how slowly
 _SENDS = {"lead": 0.8, "counter": 1.0, "chords": 1.0, "second": 1.2, "pad": 1.3, "bass": 0.15, "drums": 0.45}
+_PLACES = {  # in stereo, from -1 (left) to 1 (right)
+    "lead": 0.15, "counter": -0.6, "chords": 0.7, "second": -0.8, "pad": 0.5, "bass": 0.0, "drums": -0.15,
+}  # fmt: skip
 _RATIO, _THRESHOLD = 1.6, 1.0  # of the bus compressor; the threshold in RMS of the piece
 
 
@@ -26,8 +29,9 @@ def _soundfont() -> bytes:
     """The General MIDI soundfont TimGM6mb that the package pretty_midi carries."""
     spec = importlib.util.find_spec("pretty_midi")
     if spec is None or spec.origin is None:
-        raise UserError("the soundfont is missing: the package pretty_midi is not installed; "
-                        "run `pip install pretty_midi`")
+        raise UserError(
+            "the soundfont is missing: the package pretty_midi is not installed; run `pip install pretty_midi`"
+        )
     path = Path(spec.origin).parent / "TimGM6mb.sf2"
     if not path.is_file():
         raise UserError(f"the soundfont is missing: {path} does not exist; reinstall pretty_midi")
@@ -103,16 +107,16 @@ def swell(piece: Piece, sample_rate: int) -> np.ndarray:
 
 
 def compress(mix: np.ndarray, sample_rate: int) -> np.ndarray:
-    """A gentle compressor: passages louder than the piece on average come out up to a third quieter.
+    """A gentle compressor of [C, S] or [S]: passages louder than the piece on average come out up to a third quieter.
 
     The level is that of 0.2 s around each moment; the gain changes smoothly.
     """
-    frame = sample_rate // 10
-    padded = np.pad(np.square(mix, dtype=np.float64), (0, -len(mix) % frame))
+    frame, n_samples = sample_rate // 10, mix.shape[-1]
+    padded = np.pad(np.square(np.atleast_2d(mix), dtype=np.float64).mean(axis=0), (0, -n_samples % frame))
     power = padded.reshape(-1, frame).mean(axis=1)
     level = np.sqrt(np.convolve(np.pad(power, 1, mode="edge"), (0.25, 0.5, 0.25), "valid")) / max(_rms(mix), 1e-9)
     gain = np.maximum(level / _THRESHOLD, 1.0) ** (1 / _RATIO - 1)
-    return mix * np.interp(np.arange(len(mix)), (np.arange(len(gain)) + 0.5) * frame, gain).astype(np.float32)
+    return mix * np.interp(np.arange(n_samples), (np.arange(len(gain)) + 0.5) * frame, gain).astype(np.float32)
 
 
 def _limit(mix: np.ndarray) -> np.ndarray:
@@ -129,16 +133,41 @@ def render(piece: Piece, sample_rate: int = 24_000) -> np.ndarray:
 
     Raises UserError where the synthesiser or its soundfont is not installed.
     """
-    lead, rest, lead_send, rest_send = (np.zeros(round(piece.duration * sample_rate), np.float32) for _ in range(4))
+    return _mix(piece, sample_rate, 1)[0]
+
+
+def render_stereo(piece: Piece, sample_rate: int = 24_000) -> np.ndarray:
+    """The piece as `render` has it, with panned instruments and a room of two channels: float32 [2, S]."""
+    return _mix(piece, sample_rate, 2)
+
+
+def _gains(track: Track, piece: Piece, channels: int) -> np.ndarray:
+    """Gains of a track [C, 1]; two have the same energy at any place, and pieces are mirrored by turns."""
+    if channels == 1:
+        return np.ones((1, 1), np.float32)
+    place = _PLACES[track.role] * (1 if piece.id[-1] in "02468" else -1)
+    angle = (1 + place) * np.pi / 4
+    return np.sqrt(2) * np.array([[np.cos(angle)], [np.sin(angle)]], np.float32)
+
+
+def _mix(piece: Piece, sample_rate: int, channels: int) -> np.ndarray:
+    """[C, S]."""
+    shape = channels, round(piece.duration * sample_rate)
+    lead, rest, lead_send, rest_send = (np.zeros(shape, np.float32) for _ in range(4))
     for track in piece.tracks:
         audio = _render_track(track, piece, sample_rate)
         audio *= np.float32(10 ** (track.level / 20) / max(_loudness(audio, sample_rate), 1e-9))
+        placed = audio * _gains(track, piece, channels)
         leads = track.role == "lead"
-        (lead if leads else rest)[:] += audio
-        (lead_send if leads else rest_send)[:] += audio * np.float32(_SENDS[track.role])
-    balance = ride(lead, sample_rate) * np.float32(_rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20))
+        (lead if leads else rest)[:] += placed
+        (lead_send if leads else rest_send)[:] += placed * np.float32(_SENDS[track.role])
+    raised = ride(lead.mean(axis=0), sample_rate)
+    balance = raised * np.float32(_rms(lead) / max(_rms(rest), 1e-9) * 10 ** (-_LEAD_OVER_REST / 20))
     wet = np.float32(10 ** (piece.room.wet / 20))
-    mix = lead + rest * balance + wet * reverberate(lead_send + rest_send * balance, piece.room.name, sample_rate)
+    mix = lead + rest * balance
+    sent = (lead_send + rest_send * balance).mean(axis=0)
+    for channel, direct in enumerate(mix):
+        direct += wet * reverberate(sent, piece.room.name, sample_rate, right=channel == 1)
     fade = round(_FADE * sample_rate)
-    mix[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+    mix[:, -fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
     return _limit(compress(mix, sample_rate) * swell(piece, sample_rate))

@@ -1,4 +1,4 @@
-"""DAC, EnCodec and Mimi through transformers' classes, as `Codec`s."""
+"""DAC, EnCodec, Mimi and X-Codec through transformers' classes, as `Codec`s."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,17 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, DacConfig, DacModel, EncodecConfig, EncodecModel, MimiConfig, MimiModel
+from transformers import (
+    AutoConfig,
+    DacConfig,
+    DacModel,
+    EncodecConfig,
+    EncodecModel,
+    MimiConfig,
+    MimiModel,
+    XcodecConfig,
+    XcodecModel,
+)
 from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecResnetBlock
 
 from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
@@ -23,7 +33,7 @@ _LEVEL_RANGE = 102.4  # dB of EnCodec's levels
 
 
 class TransformersCodec(Codec):
-    """Base of the three wrappers: the wrapped model is `model`, its weights are the codec's."""
+    """Base of the wrappers: the wrapped model is `model`, its weights are the codec's."""
 
     model: nn.Module
 
@@ -216,15 +226,44 @@ class MimiCodec(TransformersCodec):
         return self.model.decode(codes).audio_values[..., : codes.shape[-1] * self.hop_length]
 
 
+class XcodecCodec(TransformersCodec):
+    """A transformers XcodecModel (X-Codec, arXiv 2408.17175), mono, whose codes also hold features of a HuBERT.
+
+    Its HuBERT has unbounded context, and its decoder is used on whole clips (`context` is None).
+    """
+
+    similarity = "euclidean"
+    context = None
+
+    def __init__(self, model: XcodecModel, name: str = "xcodec") -> None:
+        super().__init__()
+        config = model.config
+        self.model, self.name = model, name
+        self.sample_rate, self.hop_length = config.sample_rate, config.hop_length
+        self.n_codebooks, self.codebook_size = config.num_quantizers, config.codebook_size
+
+    def codebook_vectors(self) -> Tensor:
+        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.quantizers])
+
+    def _encode(self, wav: Tensor) -> Tensor:
+        return self.model.encode(wav).audio_codes
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        length = codes.shape[-1] * self.hop_length
+        wav = self.model.decode(codes).audio_values[..., :length]
+        return F.pad(wav, (0, length - wav.shape[-1]))
+
+
 CLASSES = {
     "dac": (DacCodec, DacModel, DacConfig),
     "encodec": (EncodecCodec, EncodecModel, EncodecConfig),
     "mimi": (MimiCodec, MimiModel, MimiConfig),
+    "xcodec": (XcodecCodec, XcodecModel, XcodecConfig),
 }
 
 
 def from_config(kind: str, fields: dict[str, object]) -> TransformersCodec:
-    """A codec with random weights: kind "dac", "encodec" or "mimi", fields of transformers' config class."""
+    """A codec with random weights: kind "dac", "encodec", "mimi" or "xcodec", fields of transformers' config class."""
     codec_class, model_class, config_class = CLASSES[kind]
     if kind == "dac" and not {"sampling_rate", "downsampling_ratios"} <= fields.keys():
         raise UserError("codec: kind dac needs sampling_rate and downsampling_ratios (transformers' defaults disagree)")
