@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssmttm import MusicPipeline, audio
+from ssmttm.generation.streaming.session import StreamSession
 
 browser_module = pytest.importorskip("browser", reason="the extra web is not installed")
 if browser_module.CHROMIUM is None:
@@ -98,6 +99,16 @@ def test_type_press_hear_change_and_come_back(open_page, server):
     page.click("#play")  # Stop
     page.wait("document.body.dataset.state === 'idle'")
     browser_module.wait_for(lambda: server[1].scheduler.counts() == (0, 0), 5, server[1].scheduler.counts)
+
+
+def test_page_shows_the_controls_that_the_model_drew(open_page, monkeypatch):
+    controls = {"bpm": 91.7, "key": "D minor", "metre": "3/4", "drawn": ["bpm", "key", "metre"]}
+    monkeypatch.setattr(StreamSession, "controls", property(lambda session: controls))
+    page = open_page()
+    page.evaluate("document.getElementById('bpm').disabled = false")  # as for a model with a tempo
+    page.click("#play")
+    page.wait("document.querySelector('output[for=bpm]').textContent === 'free: 92, D minor, 3/4'")
+    page.click("#play")  # Stop
 
 
 def test_pages_at_once_and_some_are_left_while_they_play(open_page, browser, server):

@@ -106,8 +106,9 @@ def test_controls_that_were_drawn_are_told_and_told_again_with_new_words(server,
         assert started["controls"] == {"bpm": 100.0, "drawn": ["bpm"]}
         listener.send("change", prompt=HIGH)
         assert listener.until("changed")["controls"]["bpm"] == 400.0
-        history = server.get(f"/v1/recordings/{started['recording']}.json").json()["history"]
-        assert [entry["controls"]["bpm"] for entry in history] == [100.0, 400.0]
+        sidecar = server.get(f"/v1/recordings/{started['recording']}.json").json()
+        assert sidecar["controls"]["bpm"] == 100.0
+        assert [entry["controls"]["bpm"] for entry in sidecar["history"]] == [400.0]
 
 
 def test_words_change_while_it_plays_within_the_lead(server, pipe):

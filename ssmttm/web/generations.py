@@ -143,8 +143,8 @@ class StreamGeneration:
         if self._generated == 0:
             drawn = _drawn_controls(self._session)
             self._post({"type": "started", "channels": samples.shape[1], "position": self._start, **drawn})
-            if drawn:
-                self._recording.branch.history.append({"position": self._start, **drawn})
+            if self._start == 0:
+                self._recording.describe(drawn)
         was_full = self._recording.is_full
         self._recording.append(samples)
         self._generated += len(samples)

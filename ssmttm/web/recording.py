@@ -46,6 +46,10 @@ class Recording:
         self._size = 0  # bytes
         self._file = tempfile.TemporaryFile(prefix="ssmttm-")  # noqa: SIM115  lives as long as this object
 
+    def describe(self, values: dict[str, Any]) -> None:
+        """Add to the metadata of the sidecar."""
+        self._metadata = {**self._metadata, **values}
+
     def append(self, samples: np.ndarray) -> None:
         """Add int16 samples [S, C] to the present branch, until there are `seconds` of all branches."""
         self._n_channels = samples.shape[1]

@@ -23,6 +23,7 @@ let heard = 0; // seconds of it
 let heardAt = 0; // when that was reported
 let seed = 0;
 let words = ""; // that the present music follows
+let drawn = ""; // controls that the model drew from the words, as they are shown
 let marks = []; // changes that are not heard yet: {position, prompt}
 let marked = false;
 let lastMessage = 0;
@@ -59,8 +60,15 @@ function sliderValue(id) {
 
 function showSlider(id) {
   const value = sliderValue(id);
-  const off = $(id).disabled ? "–" : "free";
+  const free = id === "bpm" && drawn ? `free: ${drawn}` : "free";
+  const off = $(id).disabled ? "–" : free;
   document.querySelector(`output[for="${id}"]`).textContent = value === null ? off : String(value);
+}
+
+// Show the tempo, key and metre that the model drew from the words, if it does.
+function showDrawn({ controls = {} }) {
+  drawn = [controls.bpm && Math.round(controls.bpm), controls.key, controls.metre].filter(Boolean).join(", ");
+  showSlider("bpm");
 }
 
 function model() {
@@ -139,6 +147,7 @@ function onMessage(message) {
       onStarted(message);
       break;
     case "changed":
+      showDrawn(message);
       if (message.prompt) {
         marks.push(message);
         words = message.prompt;
@@ -189,6 +198,7 @@ function onStarted(message) {
   seed = message.seed;
   setState("playing");
   showEdited();
+  showDrawn(message);
 }
 
 // What the audio thread has played, every 50 ms.
