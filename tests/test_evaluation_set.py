@@ -15,12 +15,14 @@ from data_prep.builtin import compose, render, write_captions
 from data_prep.builtin.composition.annotations import excerpt
 from ssmttm import audio
 from ssmttm.audio import features
+from ssmttm.codecs import load_codec
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes.classifiers import AttributeClassifiers
 from ssmttm.evaluation.music import tempo
 from ssmttm.evaluation.music.structure import Structure
 from ssmttm.evaluation.protocol.balanced_prompts import names_key
 from ssmttm.export.card import complete_card, describe_card
+from ssmttm.generation.output import read_sidecar, write_with_sidecar
 from ssmttm.model_folder import read_card
 from ssmttm.reports import charts
 from ssmttm.reports.page import render as render_page
@@ -118,6 +120,18 @@ def test_true_clips_have_the_prompt_in_the_sidecar(tmp_path):
         audio.read(path)[0].shape[-1] == 24_000
         and json.loads(path.with_suffix(".json").read_text())["prompt"] == "a waltz"
     )
+
+
+def test_decoded_clips_keep_the_prompt_and_are_written_once(tmp_path, monkeypatch):
+    wav = 0.1 * torch.sin(2 * torch.pi * 220 * torch.arange(48_000) / 24_000)[None]
+    write_with_sidecar(tmp_path / "true/0.wav", wav, 24_000, {"prompt": "a waltz"})
+    codec = load_codec("tiny")
+    (path,) = evaluation_set.decoded_clips([tmp_path / "true/0.wav"], codec, 1.0, tmp_path / "codec")
+    assert audio.read(path)[0].shape[-1] == 24_000 and read_sidecar(path)["prompt"] == "a waltz"
+    monkeypatch.setattr("ssmttm.evaluation.protocol.decoded.encoder_of", lambda codec: pytest.fail("decoded again"))
+    evaluation_set.decoded_clips([tmp_path / "true/0.wav"], codec, 1.0, tmp_path / "codec")
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
+        evaluation_set.decoded_clips([tmp_path / "true/0.wav"], codec, 2.0, tmp_path / "codec")
 
 
 def test_models_are_named_with_an_optional_guidance_scale():

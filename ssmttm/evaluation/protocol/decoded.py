@@ -15,13 +15,15 @@ def decoded_files(paths: Sequence[Path], codec: Codec, seconds: float, folder: P
     """Encode and decode the first `seconds` of each file; existing results of the same codec are kept.
 
     Returns:
-        FOLDER/NAME.wav for each file, in their order, at the codec's rate; the sidecar names the codec.
+        FOLDER/NAME.wav for each file, in their order, at the codec's rate; the sidecar names the codec, and the prompt
+        if the file's own sidecar does.
     """
     written = []
     encoder = None
     for path in tqdm(paths, desc=f"decoding true music ({codec.name})", unit="clip"):
         target = folder / f"{path.stem}.wav"
-        metadata = {"source": path.name, "seconds": seconds, "codec": codec.fingerprint}
+        metadata = {"file": target.name, "source": path.name, "seconds": seconds, "codec": codec.fingerprint}
+        metadata |= {"prompt": prompt} if (prompt := read_sidecar(path).get("prompt")) else {}
         if not (target.is_file() and read_sidecar(target) == metadata):
             encoder = encoder or encoder_of(codec)
             wav = audio.read(path, codec.sample_rate)[0][:, : round(seconds * codec.sample_rate)]
