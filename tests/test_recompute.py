@@ -5,11 +5,11 @@ import torch
 
 from ssmttm import config
 from ssmttm.errors import UserError
+from ssmttm.mixers import Mamba2
 from ssmttm.models import build_model
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.ops.ssd import chunked
 from ssmttm.text.condition import TextCondition
-from ssmttm.training import recompute
 from ssmttm.training.recompute import set_up_blocks
 
 SIZES = ("model.d_model=32", "model.headdim=8", "model.d_state=8", "model.n_heads=2", "model.n_layers=2")
@@ -65,9 +65,8 @@ def test_gradients_are_those_without_recomputation(name, mode):
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_blocks_have_the_same_gradients(mode, monkeypatch):
     """With torch's graphs, but without the code that would be generated from them, which takes minutes."""
-    halves = (chunked, "_training_forward"), (chunked, "_backward")
-    for owner, operation in (*recompute._OPERATIONS, *halves):
-        monkeypatch.setattr(owner, operation, getattr(owner, operation))  # restored at the end
+    for name in ("_training_forward", "_backward"):
+        monkeypatch.setattr(chunked, name, getattr(chunked, name))  # restored at the end
     compiled, calls = torch.compile, []
 
     def count(graph, inputs):
@@ -131,8 +130,12 @@ def test_selective_recomputes_scans_but_no_matrix_product(monkeypatch):
 
 
 def test_scans_outside_of_selective_blocks_stay_visible():
-    """A counter of operations sees those of another model's scan after blocks of this one were set up."""
-    set_up_blocks(build("model=debug"), "selective", compiled=False)
+    """A counter of operations sees those of another model's scan after blocks of this one were set up, which has
+    operations of its own."""
+    wrapped, other = build("model=debug"), build("model=debug")
+    set_up_blocks(wrapped, "selective", compiled=False)
+    one, two = (model.blocks[0].sublayers[0].inner.operations for model in (wrapped, other))
+    assert all(one[name] is not two[name] for name in two) and two is Mamba2.operations
     seen = set()
 
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):

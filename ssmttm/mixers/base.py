@@ -7,6 +7,7 @@ updated in place and carry no gradient.
 
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -37,7 +38,14 @@ class MixerState:
 
 
 class Mixer(nn.Module):
-    """Checks of the state and unpadding; a subclass has `_forward`, `_step`, `init_state` and `flops`."""
+    """Checks of the state and unpadding; a subclass has `_forward`, `_step`, `init_state` and `flops`.
+
+    Attributes:
+        operations: what `_forward` calls over the whole sequence, by name: `scan` and, if it has one, `conv`. Those of
+            one mixer may be replaced by others with the same results (`ssmttm.training.recompute`).
+    """
+
+    operations: Mapping[str, Callable[..., Any]] = {}
 
     def forward(self, x: Tensor, state: Any = None, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D].

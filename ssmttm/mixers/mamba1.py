@@ -35,6 +35,8 @@ class Mamba1(Mixer):
         UserError: a size is below 1.
     """
 
+    operations = {"conv": causal_conv, "scan": selective_scan}
+
     def __init__(
         self,
         d_model: int,
@@ -93,9 +95,10 @@ class Mamba1(Mixer):
     def _forward(self, x: Tensor, state: Mamba1State | None, lengths: Tensor | None) -> Tensor:
         x, z = self.in_proj(x).chunk(2, -1)  # [B, T, I]
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)
-        x, conv_state = causal_conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, "silu", lengths)
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        x, conv_state = self.operations["conv"](x, weight, bias, conv_state, "silu", lengths)
         dt, A, B, C, D = self._operands(x)
-        y, ssm_state = selective_scan(x, mask_padding(dt, lengths), A, B, C, D, ssm_state)
+        y, ssm_state = self.operations["scan"](x, mask_padding(dt, lengths), A, B, C, D, ssm_state)
         if state is not None:
             state.conv_state.copy_(conv_state.detach())
             state.ssm_state.copy_(ssm_state.detach())

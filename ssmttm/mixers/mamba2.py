@@ -62,6 +62,8 @@ class Mamba2(Mixer):
         UserError: `headdim` does not divide the inner width, or `ngroups` the number of heads; a size below 1.
     """
 
+    operations = {"conv": causal_conv, "scan": ssd}
+
     def __init__(
         self,
         d_model: int,
@@ -128,9 +130,10 @@ class Mamba2(Mixer):
     def _forward(self, x: Tensor, state: Mamba2State | None, lengths: Tensor | None) -> Tensor:
         z, xBC, dt = self._project(x)
         conv_state, ssm_state = (None, None) if state is None else (state.conv_state, state.ssm_state)
-        xBC, conv_state = causal_conv(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, conv_state, "silu", lengths)
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        xBC, conv_state = self.operations["conv"](xBC, weight, bias, conv_state, "silu", lengths)
         x, dt, A, B, C, D = self._operands(xBC, dt)
-        y, ssm_state = ssd(x, mask_padding(dt, lengths), A, B, C, D, ssm_state, self.chunk_size)
+        y, ssm_state = self.operations["scan"](x, mask_padding(dt, lengths), A, B, C, D, ssm_state, self.chunk_size)
         if state is not None:
             state.conv_state.copy_(conv_state.detach())
             state.ssm_state.copy_(ssm_state.detach())

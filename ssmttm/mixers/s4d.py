@@ -35,6 +35,8 @@ class S4D(Mixer):
         UserError: `d_state` is odd, `init` unknown, or a size below 1.
     """
 
+    operations = {"scan": s4d_outputs}
+
     def __init__(
         self,
         d_model: int,
@@ -82,7 +84,7 @@ class S4D(Mixer):
     def _forward(self, x: Tensor, state: S4DState | None, lengths: Tensor | None) -> Tensor:
         x = self.in_proj(x)  # [B, T, I]
         dt, A, C, D = self._system(torch.promote_types(x.dtype, torch.complex64))
-        y = s4d_outputs(x, dt, A, C, D, None if state is None else state.ssm_state.clone())
+        y = self.operations["scan"](x, dt, A, C, D, None if state is None else state.ssm_state.clone())
         if state is not None:
             with torch.no_grad():
                 state.ssm_state.copy_(s4d_final_state(x, dt, A, state.ssm_state, lengths))

@@ -22,19 +22,13 @@ from torch.utils.checkpoint import (
 )
 
 from ssmttm.errors import UserError
-from ssmttm.mixers import mamba1, mamba2, mamba3, s4d
+from ssmttm.mixers import Mixer
 from ssmttm.models.blocks import Sublayer
 from ssmttm.models.denoiser_stack import AdaLNSublayer
 from ssmttm.ops.ssd import chunked
 
 MODES = ("none", "selective", "full")
 
-# Their backward is written by hand: compiled sublayers call them, and are not compiled into them. The two halves of the
-# chunked SSD are compiled by themselves.
-_OPERATIONS = (
-    (mamba1, "selective_scan"), (mamba1, "causal_conv"), (mamba2, "ssd"), (mamba2, "causal_conv"),
-    (mamba3, "mamba3"), (s4d, "s4d_outputs"),
-)  # fmt: skip
 _aten = torch.ops.aten
 _SAVED = {
     _aten.mm.default,
@@ -48,6 +42,9 @@ _SAVED = {
 
 def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
     """Make the sublayers of a module's blocks recompute or compile their forward, where it records gradients.
+
+    The operations of the module's mixers have a backward that is written by hand: compiled sublayers call them as they
+    are. The two halves of the chunked SSD are compiled by themselves, for the whole process.
 
     Raises:
         UserError: unknown `recompute`; the module has no blocks; compiled blocks cannot be recomputed selectively.
@@ -65,15 +62,20 @@ def set_up_blocks(module: nn.Module, recompute: str, compiled: bool) -> None:
     if compiled and recompute == "selective":
         raise UserError("train.recompute=selective cannot see into compiled blocks: set train.compile=false, or full")
     if compiled:
-        for mixer, operation in _OPERATIONS:
-            setattr(mixer, operation, torch.compiler.disable(getattr(mixer, operation)))
+        _wrap_operations(module, torch.compiler.disable)
         for name in ("_training_forward", "_backward"):
             setattr(chunked, name, torch.compile(getattr(chunked, name), dynamic=False))
     if recompute == "selective":
-        for mixer, operation in _OPERATIONS:
-            setattr(mixer, operation, _whole(getattr(mixer, operation)))
+        _wrap_operations(module, _whole)
     for sublayer in sublayers:
         sublayer.forward = _with_gradient(sublayer.forward, recompute, compiled)  # type: ignore[method-assign]
+
+
+def _wrap_operations(module: nn.Module, wrap: Callable[..., Any]) -> None:
+    """Replace the operations of the mixers of this module only."""
+    for mixer in module.modules():
+        if isinstance(mixer, Mixer):
+            mixer.operations = {name: wrap(operation) for name, operation in mixer.operations.items()}
 
 
 def _with_gradient(forward: Callable[..., Any], recompute: str, compiled: bool) -> Callable[..., Any]:
