@@ -17,6 +17,7 @@ from data_prep.stages.segments import Segments, channels_of, write_audio, write_
 from data_prep.stages.vocals import detect_shard, remove_shard
 from ssmttm import audio
 from ssmttm.audio.stereo import mix_down, stereo_statistics, with_channels
+from ssmttm.codecs import load_codec
 from ssmttm.data import AudioLoader, Store, open_store
 from ssmttm.data.audio_cache import AudioCache
 from ssmttm.data.writer import StoreWriter
@@ -140,11 +141,28 @@ def test_pack_keeps_stereo_and_resumes(store, tmp_path):
 
 @pytest.mark.parametrize(("channels", "codec", "words"), [
     ("2", "tiny", "codec tiny is mono, and the audio has 2 channels: use a stereo codec"),
+    ("1", "tiny_v2_stereo", "codec tiny_v2_stereo is stereo, and the audio is mono: prepare it with --channels 2"),
 ])  # fmt: skip
 def test_codec_of_other_channels_is_refused_before_anything_is_written(music, tmp_path, channels, codec, words):
     with pytest.raises(UserError, match=words):
         prepare(music, tmp_path / "s", "--channels", channels, "--codec", codec)
     assert not (tmp_path / "s").exists()
+
+
+def test_stereo_codec_encodes_a_stereo_store_in_the_order_of_the_channels(music, tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "right.flac").write_bytes((music / "right.flac").read_bytes())
+    store = prepare(one, tmp_path / "s", "--channels", "2", "--codec", "tiny_v2_stereo")
+    assert store.info["codec"]["channels"] == 2 and store.info["sample_rate"] == 24_000
+    assert store.codes(0).shape == (16, SECONDS * 25)
+    codec = load_codec("tiny_v2_stereo")
+    store.require_codec(codec)
+    left, right = codec.decode(torch.from_numpy(store.codes(0).astype(np.int64))[None])[0]
+    assert 20 * np.log10(float(right.square().mean() / left.square().mean()) ** 0.5) > 20
+    original = audio.read(store.audio_path(0), mono=False)[0][1:]
+    alone = codec.mono.decode(codec.mono.encode(original[None]))
+    assert abs(10 * np.log10(float(right.square().mean() / alone.square().mean()))) < 0.5
 
 
 def test_mono_codec_refuses_to_encode_a_stereo_store(store, tmp_path):

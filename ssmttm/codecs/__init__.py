@@ -7,7 +7,9 @@ from typing import Any
 
 from ssmttm.codecs import tiny
 from ssmttm.codecs.base import Codec, CodecOutput
-from ssmttm.codecs.channelwise import CODINGS, ChannelwiseCodec
+from ssmttm.codecs.stereo import parametric
+from ssmttm.codecs.stereo.channelwise import CODINGS, ChannelwiseCodec
+from ssmttm.codecs.stereo.parametric import ParametricStereoCodec
 from ssmttm.codecs.students import codec
 from ssmttm.codecs.students.codec import StudentCodec, StudentConfig
 from ssmttm.codecs.tiny import TinyCodec, TinyCodecConfig
@@ -16,10 +18,11 @@ from ssmttm.hub import split_revision
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {"tiny": _ASSETS / "tiny_codec", "tiny_v2": _ASSETS / "tiny_codec_v2"}
+EMBEDDED_STEREO = {"tiny_v2_stereo": _ASSETS / "tiny_codec_v2_stereo"}
 
 __all__ = [
-    "ChannelwiseCodec", "Codec", "CodecOutput", "StudentCodec", "StudentConfig", "TinyCodec", "TinyCodecConfig",
-    "build_codec", "encoder_of", "load_codec",
+    "ChannelwiseCodec", "Codec", "CodecOutput", "ParametricStereoCodec", "StudentCodec", "StudentConfig", "TinyCodec",
+    "TinyCodecConfig", "build_codec", "encoder_of", "load_codec",
 ]  # fmt: skip
 
 
@@ -27,9 +30,10 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
     """Load a codec in eval mode.
 
     Args:
-        name_or_path: "tiny" or "tiny_v2" (embedded); a folder with config.json and model.safetensors, written by ssmttm
-            (a student only decodes) or by transformers' DacModel, EncodecModel or MimiModel; or a hub name such as
-            "descript/dac_44khz". A mono codec after "left_right:" or "mid_side:" codes stereo (`ChannelwiseCodec`).
+        name_or_path: "tiny", "tiny_v2" or, in stereo, "tiny_v2_stereo" (embedded); a folder with config.json and
+            model.safetensors, written by ssmttm (a student only decodes) or by transformers' DacModel, EncodecModel or
+            MimiModel; or a hub name such as "descript/dac_44khz". A mono codec after "left_right:" or "mid_side:" codes
+            stereo (`ChannelwiseCodec`).
         n_codebooks: keep only the first n codebooks.
         revision: branch, tag or commit of a hub name; `name` of the codec has the commit that was found.
 
@@ -58,7 +62,7 @@ def encoder_of(codec: Codec) -> Codec:
 
 
 def build_codec(config: Mapping[str, Any]) -> Codec:
-    """A codec with random weights from a config's `codec` section: `kind` (tiny, dac, encodec, mimi) and its fields.
+    """A codec with random weights from a config's `codec` section: `kind` (tiny or transformers') and its fields.
 
     Raises:
         UserError: unknown kind or field.
@@ -90,6 +94,8 @@ def _load(name_or_path: str | Path, revision: str | None) -> Codec:
         if not (folder / "model.safetensors").is_file():
             raise UserError(f"the embedded codec `{name}` is missing from this installation: reinstall ssmttm")
         return TinyCodec.load(folder, name)
+    if name in EMBEDDED_STEREO:
+        return _load_parametric(EMBEDDED_STEREO[name], name)
     folder = Path(name)
     if folder.is_dir():
         model_type = _model_type(folder)
@@ -97,18 +103,29 @@ def _load(name_or_path: str | Path, revision: str | None) -> Codec:
             return TinyCodec.load(folder)
         if model_type == codec.MODEL_TYPE:
             return StudentCodec.load(folder)
+        if model_type == parametric.MODEL_TYPE:
+            return _load_parametric(folder, None)
     elif split_revision(name)[0].count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; embedded: {', '.join(EMBEDDED)}"
-        )
+        known = ", ".join(EMBEDDED | EMBEDDED_STEREO)
+        raise UserError(f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; embedded: {known}")
     from ssmttm.codecs import hf
 
     return hf.from_folder(folder) if folder.is_dir() else hf.from_hub(name, revision)
 
 
+def _load_parametric(folder: Path, name: str | None) -> Codec:
+    mono = _load(str(_read_config(folder).get("mono")), None)
+    return ParametricStereoCodec.load(folder, mono, name)
+
+
 def _model_type(folder: Path) -> str | None:
+    return _read_config(folder).get("model_type")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type")
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        return config
     except FileNotFoundError as error:
         raise UserError(f"codec folder {folder} has no config.json") from error
     except json.JSONDecodeError as error:

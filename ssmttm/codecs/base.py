@@ -151,8 +151,15 @@ class Codec(nn.Module, ABC):
             raise UserError("the latents contain NaN or infinite values")
         vectors = latents.transpose(1, 2).float().chunk(len(books), dim=-1)
         with no_autocast(latents):
-            codes = [nearest(vector, book, self.similarity) for vector, book in zip(vectors, books, strict=True)]
+            codes = [
+                nearest(vector, book, self._similarity_of(k))
+                for k, (vector, book) in enumerate(zip(vectors, books, strict=True))
+            ]
         return torch.stack(codes, dim=1)
+
+    def _similarity_of(self, k: int) -> str:
+        """`similarity` of codebook k."""
+        return self.similarity
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode chunks of codes [B, K, t >= 0] into audio [B, C, s] whose concatenation equals `decode` of all codes.

@@ -1,6 +1,7 @@
 """Codec metrics: spectral distance, chroma similarity, onset F-measure, codebook usage."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch.nn import functional as F
 from ssmttm.audio.features import chroma_stft, onset_times, stft_magnitude
 from ssmttm.codecs.base import Codec
 from ssmttm.codecs.losses import spectral_distances
+from ssmttm.codecs.stereo.parametric import band_matrix
 
 ONSET_TOLERANCE = 0.05  # seconds, as in MIREX
+_STEREO_FRAME, _STEREO_BANDS = 0.04, 20  # seconds
 
 
 @torch.no_grad()
@@ -37,6 +40,86 @@ def codec_quality(codec: Codec, wav: Tensor, encoder: Codec | None = None) -> di
         "codebook_usage": usage.min().item(),
         "codebook_perplexity": perplexity.min().item(),
     }
+
+
+class StereoErrors(NamedTuple):
+    """How far the channels of decoded stereo audio are from those of the original, means over the batch.
+
+    Attributes:
+        level: error of the level difference of the channels in dB, in bands, differences being at most 30 dB.
+        phase: error of the phase between the channels in radians, in bands where they are related.
+        width: error of the side's fraction of the energy, in bands.
+        total_width: the same of the whole clip.
+        mel_distance: of the left and the right channel, log10 magnitudes.
+    """
+
+    level: float
+    phase: float
+    width: float
+    total_width: float
+    mel_distance: float
+
+
+@torch.no_grad()
+def stereo_errors(decoded: Tensor, original: Tensor, sample_rate: int) -> StereoErrors:
+    """Errors of decoded audio [B, 2, S]. Bands are those of `band_matrix`, frames of 40 ms, both weighted by the
+    original's amplitude."""
+    window = 2 * round(_STEREO_FRAME * sample_rate / 2)
+    bank = band_matrix(sample_rate, window, _STEREO_BANDS).to(original.device)
+    found, true = (_band_covariance(wav, window, bank) for wav in (decoded, original))
+    weight = (true.left + true.right).sqrt()  # [B, N, T]
+    weight = weight * (weight > 1e-3 * weight.amax())
+    related = weight * (true.product.abs() / (true.left * true.right).sqrt().clamp_min(1e-9))
+
+    def mean(error: Tensor, weights: Tensor) -> float:
+        return float((error * weights).sum() / weights.sum().clamp_min(1e-9))
+
+    phase = (found.product * true.product.conj()).angle().abs()
+    mel = spectral_distances(decoded.flatten(0, 1), original.flatten(0, 1), sample_rate)["mel"]
+    return StereoErrors(
+        mean((found.level - true.level).abs(), weight),
+        mean(phase, related),
+        mean((found.width - true.width).abs(), weight),
+        float((_total_width(decoded) - _total_width(original)).abs().mean()),
+        mel.item(),
+    )
+
+
+class _BandCovariance(NamedTuple):
+    """Energies of left and right, float, and their product, complex, [B, N, T] each."""
+
+    left: Tensor
+    right: Tensor
+    product: Tensor
+
+    @property
+    def level(self) -> Tensor:
+        floor = 1e-3 * (self.left + self.right) + 1e-9
+        return 10 * (self.left.maximum(floor) / self.right.maximum(floor)).log10()
+
+    @property
+    def width(self) -> Tensor:
+        total = self.left + self.right
+        return (total - 2 * self.product.real) / (2 * total + 1e-9)
+
+
+def _band_covariance(wav: Tensor, window: int, bank: Tensor) -> _BandCovariance:
+    spectrum = torch.stft(
+        wav.float().flatten(0, 1), window, window // 4, window=torch.hann_window(window, device=wav.device),
+        return_complex=True,
+    ).unflatten(0, (-1, 2))  # fmt: skip  # [B, 2, F, T]
+    left, right = spectrum.transpose(2, 3).unbind(1)  # [B, T, F] each
+    product = left * right.conj()
+    parts = left.abs().square(), right.abs().square(), product.real, product.imag
+    left_energy, right_energy, real, imaginary = (F.avg_pool1d((part @ bank).mT, 4, 1) for part in parts)
+    return _BandCovariance(left_energy, right_energy, torch.complex(real, imaginary))
+
+
+def _total_width(wav: Tensor) -> Tensor:
+    """The side's fraction of the energy of [B, 2, S]: [B]."""
+    left, right = wav.unbind(1)
+    energy = wav.square().sum((1, 2))
+    return (left - right).square().sum(-1) / (2 * energy).clamp_min(1e-9)
 
 
 def codebook_statistics(codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Codecs of two channels that are made from a mono codec."""
