@@ -235,6 +235,9 @@ class TensorFiles(Mapping[str, Tensor]):
             raise KeyError(name)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys[0]  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files[0].keys())
 

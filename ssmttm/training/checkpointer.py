@@ -140,10 +140,8 @@ class CheckpointWriter:
     def _own(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """What this rank writes, by file name: its parts of sharded tensors and, as the main process, the others."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        if world_size == 1:
-            return tensors
         return {
-            checkpoint.part_name(file, rank, world_size): {
+            file if world_size == 1 else checkpoint.part_name(file, rank, world_size): {
                 name: local_part(value) for name, value in values.items() if self._main or isinstance(value, DTensor)
             }
             for file, values in tensors.items()
