@@ -1,4 +1,4 @@
-"""Codecs behind one interface: the embedded tiny codec, DAC, EnCodec and Mimi."""
+"""Codecs behind one interface: the embedded tiny codecs, DAC, EnCodec, Mimi and X-Codec."""
 
 import json
 from collections.abc import Mapping, Sequence

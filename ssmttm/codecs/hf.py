@@ -153,6 +153,8 @@ class EncodecCodec(TransformersCodec):
         return torch.cat(parts, dim=-1)
 
     def _decode(self, codes: Tensor) -> Tensor:
+        if self.chunk is None:
+            return self._decode_chunk(codes)
         chunks = self._chunks(codes.shape[-1])
         decoded = [self._decode_chunk(codes[..., start:stop]) for start, stop in chunks]
         if len(chunks) == 1:
