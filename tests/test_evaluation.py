@@ -181,6 +181,15 @@ def test_train_attribute_classifiers_writes_classifiers_that_load(tmp_path, monk
     assert first.families == FAMILIES[:3] and first.card["trained_on"]["clips"] == 4
     assert first.card["held_out"]["true"]["n"] == first.card["held_out"]["reconstructed"]["n"] == 2
     assert len(list((tmp_path / "ssmttm-attribute-features").iterdir())) == 2, "features are cached"
+    recipe = "python -m ssmttm.cli.train_attribute_classifiers --store STORE --codec tiny --reconstructed 1 --steps 2"
+    assert first.card["recipe"] == f"{recipe} --batch 3" and first.card["licence"] == "CC0-1.0"
+    further = [*arguments, "--init", str(tmp_path / "out"), "--networks", "tempo", "--clips", "2", "--held-out", "1"]
+    train_attribute_classifiers.main([*further, "--out", str(tmp_path / "further")])
+    second = AttributeClassifiers.from_pretrained(tmp_path / "further")
+    same = {name: torch.equal(value, first.state_dict()[name]) for name, value in second.state_dict().items()}
+    assert all(equal for name, equal in same.items() if not name.startswith("tempo."))
+    assert not all(equal for name, equal in same.items() if name.startswith("tempo."))
+    assert second.card["held_out"]["true"]["n"] == 1 and second.card["trained_on"]["clips"] == 2
     train_attribute_classifiers.main([*arguments, "--out", str(tmp_path / "second")])
     assert AttributeClassifiers.from_pretrained(tmp_path / "second").fingerprint == first.fingerprint
 

@@ -220,6 +220,16 @@ def _tempo_target(bpm: Tensor, grid: Tensor) -> Tensor:
     return (-0.5 * (steps / _TARGET_DEVIATION).square()).softmax(-1)
 
 
+def _recipe(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """The command with the settings that differ from the defaults, without the folders of this machine."""
+    words = ["python -m ssmttm.cli.train_attribute_classifiers --store STORE"]
+    for name, value in vars(arguments).items():
+        if name not in ("store", "out") and value != parser.get_default(name):
+            values = " ".join(map(str, value)) if isinstance(value, list) else Path(str(value)).name
+            words.append(f"--{name.replace('_', '-')} {values}")
+    return " ".join(words)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and save the classifiers."""
     parser = argparse.ArgumentParser(prog="ssmttm.cli.train_attribute_classifiers", description=__doc__.splitlines()[0])
@@ -229,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=None, help="first clips of the split to train on (default: all)")
     parser.add_argument("--reconstructed", type=int, default=1600, help="reconstructed clips (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ASSETS, help="output folder (default: the shipped classifiers)")
+    parser.add_argument("--held-out", type=int, default=None, help="windows to measure on (default: all held out)")
     parser.add_argument("--init", default=None, help="a folder of classifiers to start from, or `shipped`")
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=32)
@@ -250,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps, batch, seed = arguments.steps, arguments.batch, arguments.seed
     classifiers = train(clips, len(parts[0].rows), annotations, steps, batch, seed, init, networks)
 
-    held_out = np.concatenate([store.indices("valid"), store.indices("test")])
+    held_out = np.concatenate([store.indices("test"), store.indices("valid")])[: arguments.held_out]
     report = accuracy(classifiers, store, held_out, codec)
     classifiers.card = {
         "window_seconds": WINDOW,
@@ -262,8 +273,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "steps": steps,
             "networks": networks,
             "init": init and init.fingerprint,
-            "licence": "CC0-1.0",
+            "hours": round(len(parts[0].rows) * CLIP / 3600, 2),
         },
+        "licence": "CC0-1.0",
+        "recipe": _recipe(parser, arguments),
         "codec": None if codec is None else {"name": codec.name, "fingerprint": codec.fingerprint},
         "seed": seed,
         "held_out": report,
