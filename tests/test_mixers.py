@@ -287,6 +287,7 @@ def test_mamba1_keeps_dt_and_decay_in_float32(operation, monkeypatch):
 
     original = getattr(mamba1, operation)
     monkeypatch.setattr(mamba1, operation, record)
+    mixer.operations = mixer.operations | {"scan": record}
     mixer(x) if operation == "selective_scan" else mixer.step(x[:, 0], mixer.init_state(3))
     [(dt, A)] = called
     assert dt.dtype == A.dtype == torch.float32

@@ -307,7 +307,7 @@ def test_mamba3_mixer_keeps_dt_decay_and_angles_in_float32(monkeypatch):
         given.extend(M.dtype for M in operands[:7])
         return mamba3(*operands)
 
-    monkeypatch.setattr("ssmttm.mixers.mamba3.mamba3", scan)
+    monkeypatch.setattr(Mamba3, "operations", {"scan": scan})
     Mamba3(16, d_state=8, headdim=8).bfloat16()(torch.randn(1, 5, 16, dtype=torch.bfloat16))
     assert given == [torch.bfloat16] + [torch.float32] * 6
 
