@@ -124,7 +124,8 @@ def guidance(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, 
         for scale in arguments.scales:
             second_stage.settings = replace(second_stage.settings, guidance_scale=scale, coarse_guidance_scale=scale)
             inputs = SecondStageInputs(text, null, list(range(len(music.prompts))))
-            codes = second_stage.generate(music.codes[:, :1], inputs)
+            n_coarse = second_stage.model.config.n_coarse_codebooks
+            codes = second_stage.generate(music.codes[:, :n_coarse], inputs)
             found.append({**run_info, "scale": scale, **music.metrics(codes)})
             cells = [f"{run_info['objective']}, {run_info['step']} steps", f"{scale:g}"]
             rows.append([*cells, *(f"{found[-1][k]:.3f}" for k in METRICS)])

@@ -19,6 +19,7 @@ from ssmttm.text.condition import TextCondition
 
 MIN_BPM, MAX_BPM, N_TEMPI = 30.0, 300.0, 96  # of the tempo classes, at equal ratios of 2.4 %
 _WIDTH = 256
+_TEMPERATURE = 0.5  # of the draws: what a caption states is kept, what it leaves open still varies
 
 
 class ControlPredictor(nn.Module):
@@ -49,7 +50,7 @@ class ControlPredictor(nn.Module):
         for column, name in enumerate(("bpm", "key", "metre")):
             if name not in self.heads:
                 continue
-            cumulative = logits[name].double().softmax(-1).cumsum(-1)  # [B, N]
+            cumulative = (logits[name].double() / _TEMPERATURE).softmax(-1).cumsum(-1)  # [B, N]
             bound = uniforms[:, column, None].double() * cumulative[:, -1:]
             classes = torch.searchsorted(cumulative, bound, right=True)[:, 0].clamp(max=cumulative.shape[-1] - 1)  # [B]
             drawn[name] = tempo_of_class(classes) if name == "bpm" else classes
