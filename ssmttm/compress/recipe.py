@@ -98,7 +98,7 @@ def check_settings(settings: DictConfig) -> Path:
     second = open_second_stage_folder(teacher, None)
     if second is not None and recipe.text is not None and not teacher.config.model.get("predict_controls"):
         raise UserError(
-            f"the second stage of {teacher.name} reads the text encoder's states, which a student of it keeps only for a "
-            "language model with model.predict_controls: set recipe.text=null"
+            f"the second stage of {teacher.name} reads the text encoder's states, which a student of it keeps only for "
+            "a language model with model.predict_controls: set recipe.text=null"
         )
     return out

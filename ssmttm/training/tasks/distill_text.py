@@ -1,8 +1,9 @@
 """Distillation of a language model's text encoder into a smaller one.
 
 First the student regresses the original encoder's token states after the language model's text projection; and the
-states themselves, where others read them, too: a control predictor or a second stage. From `text_student.joint_step` on both are trained: the language model, which now reads the student, on the store's codes and
-on its own logits with the original encoder.
+states themselves, where others read them, too: a control predictor or a second stage. From `text_student.joint_step` on
+both are trained: the language model, which now reads the student, on the store's codes and on its own logits with the
+original encoder.
 
 Shapes: b items of a micro-batch, L text tokens of the student, E text width, K codebooks, S positions.
 """

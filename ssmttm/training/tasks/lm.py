@@ -83,7 +83,8 @@ class LanguageModelTask(Task):
         self._text_encoder: TextEncoder | None = None
         if config.train.sample_every or self.model.config.chroma:
             self._codec = load_store_codec(self.store, config.data.store, self.n_codebooks)
-        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec, config.seed)
+        required = not config.get("model_from_init")
+        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec, config.seed, required)
         if config.train.sample_every:  # loaded now, so that a missing encoder stops the run at its start
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_fingerprint("text", self._text_encoder.fingerprint, self.store.info)
