@@ -4,7 +4,7 @@
     python -m benchmarks.two_stage compare STORE runs/sweeps/two_stage_tiny
     python -m benchmarks.two_stage samplers STORE runs/sweeps/denoisers_tiny
     python -m benchmarks.two_stage guidance STORE RUN [RUN ...]
-    python -m benchmarks.two_stage melody STORE tiny_two_stage
+    python -m benchmarks.two_stage melody STORE tiny_lm
     python -m benchmarks.two_stage length
 
 Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one, and the
