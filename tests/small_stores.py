@@ -126,9 +126,7 @@ def second_stage_config(store: Path, run_dir: Path, *overrides: str) -> DictConf
         "train.log_every=1", "train.precision=fp32", "train.eval_every=10", "train.eval_batches=2",
         "train.checkpoint_every=1000", "train.sample_seconds=1.5",
     )  # fmt: skip
-    return config.load(
-        "experiment=tiny_denoiser", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
-    )
+    return config.load("experiment=tiny_denoiser", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides)
 
 
 def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
