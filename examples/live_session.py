@@ -6,11 +6,12 @@ python examples/live_session.py
 import torch
 
 from ssmttm import MusicPipeline, audio
+from ssmttm.generation.streaming.session import StreamSession
 
 
-def play(session, seconds: float) -> torch.Tensor:
+def play(session: StreamSession, seconds: float) -> torch.Tensor:
     """The next chunks of a stream, at least so many seconds: [channels, samples]."""
-    end, parts = session.position + seconds, []
+    end, parts = session.position + seconds, list[torch.Tensor]()
     while session.position < end and (chunk := session.next_chunk()) is not None:
         parts.append(chunk)
     return torch.cat(parts, -1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ssmttm.codecs import EMBEDDED, Codec, load_codec
+from ssmttm.codecs import EMBEDDED, EMBEDDED_STEREO, Codec, load_codec
 from ssmttm.data.loader import CodesLoader, Field, Item
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
@@ -89,7 +89,7 @@ def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) ->
 def check_embedded_codec(store: Store, name: str) -> None:
     """Raises UserError if a store was encoded by an embedded codec of another version: a model of its codes could be
     trained, and not be sampled."""
-    if store.info["codec"]["name"] in EMBEDDED:
+    if store.info["codec"]["name"] in EMBEDDED | EMBEDDED_STEREO:
         load_store_codec(store, name)
 
 
