@@ -21,8 +21,8 @@ examples:
   python train.py experiment=debug data.store=STORE                        a test run of a few seconds
   python train.py experiment=tiny data.store=STORE train.steps=500         a small language model
   python train.py experiment=tiny_codec data.store=STORE                   the codec
-  python train.py experiment=tiny_stage1 data.store=STORE                  first of two stages: the first codebook
-  python train.py experiment=tiny_stage2 data.store=STORE                  second stage: the others, by latent diffusion
+  python train.py experiment=tiny_stage1 data.store=STORE                  first of two stages: four codebooks
+  python train.py experiment=tiny_stage2 data.store=STORE                  second stage: the other codebooks
   python train.py experiment=tinyttm_lm teacher=tiny_lm data.store=STORE   a small student of a large model
   python train.py experiment=tinyttm_codec data.store=STORE                a small decoder for the embedded codec
   python train.py experiment=lora init=tiny_lm data.store=STORE            an adapter for one's own music

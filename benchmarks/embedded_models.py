@@ -353,7 +353,7 @@ def main() -> None:
             "--prompts", type=int, default=n, help="prompts, each of another piece (default: %(default)s)"
         )
         command.add_argument("--seed", type=int, default=0, help="of the choice of prompts and of sampling")
-        command.add_argument("--codec", default="tiny_v2", help="of the row `codec` (default: %(default)s)")
+        command.add_argument("--codec", default="tiny", help="of the row `codec` (default: %(default)s)")
         command.set_defaults(run=run)
     for name in ("measure", "structure", "page"):
         added[name].add_argument("--models", nargs="+", default=[], metavar="NAME=MODEL", help="NAME=MODEL@GUIDANCE")

@@ -230,7 +230,7 @@ def cross_entropy(store: str, n_segments: int, n_frames: int) -> dict[str, Any]:
     kinds = [("fused", "fp32"), ("fused", "bf16"), ("fused", "int8"), ("ort", "int8")]
     losses: dict[str, list[float]] = {" ".join(kind): [] for kind in kinds}
     for row in rows:
-        codes = torch.from_numpy(data.codes(row)[:, :n_frames].astype(np.int64))[None]
+        codes = torch.from_numpy(data.codes(row)[: model.config.n_codebooks, :n_frames].astype(np.int64))[None]
         sequence = pipe.pattern.build(codes, special)[..., :n_frames]
         text = torch.from_numpy(np.array(data.text(data.captions(row)[0]), np.float32))
         state = model.init_state(1)

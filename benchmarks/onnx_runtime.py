@@ -23,7 +23,7 @@ ROWS, SECONDS, CAPTION = 2, 10, "a slow waltz in D minor on a music box"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny_lm")
+    parser.add_argument("--model", required=True, help="of one stage, such as a run of experiment=tiny")
     parser.add_argument("--folder", type=Path, help="its ONNX folder (default: exported to a temporary one)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx.json"))
     parser.add_argument("--rounds", type=int, default=41)

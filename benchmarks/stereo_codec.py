@@ -1,4 +1,4 @@
-"""The side of `tiny_v2_stereo`: fit its codebooks, and measure it beside mono and codecs of two waveforms.
+"""The side of `tiny_stereo`: fit its codebooks, and measure it beside mono and codecs of two waveforms.
 
 python -m benchmarks.stereo_codec fit FOLDER     # the shipped codebooks, from built-in pieces and drawn parameters
 python -m benchmarks.stereo_codec measure        # held-out pieces and planted channels
@@ -60,8 +60,8 @@ def drawn_parameters(n: int, n_bands: int, generator: torch.Generator) -> Stereo
 def fit(folder: Path, n_pieces: int, n_codebooks: int) -> None:
     """Fit the codebooks and write the codec."""
     torch.manual_seed(0)
-    mono = load_codec("tiny_v2")
-    codec = ParametricStereoCodec(ParametricStereoConfig("tiny_v2", mono.fingerprint, n_codebooks), mono, folder.name)
+    mono = load_codec("tiny")
+    codec = ParametricStereoCodec(ParametricStereoConfig("tiny", mono.fingerprint, n_codebooks), mono, folder.name)
     vectors = []
     for wav in pieces(FIT_SEED, n_pieces):
         left, right = wav.unbind(1)
@@ -76,7 +76,7 @@ def fit(folder: Path, n_pieces: int, n_codebooks: int) -> None:
 
 def decoders(stereo: Codec) -> dict[str, tuple[float, Callable[[Tensor], Tensor]]]:
     """Ways to code stereo: kbit/s, and the decoded audio [B, 2, S] of audio."""
-    mono = load_codec("tiny_v2")
+    mono = load_codec("tiny")
 
     def coded(wav: Tensor, n: int) -> Tensor:
         return mono._decode(mono._encode(wav)[:, :n])
@@ -130,7 +130,7 @@ def measure(stereo: Codec, n_clips: int) -> dict[str, dict[str, object]]:
 
 def speed(rounds: int) -> dict[str, float]:
     """Medians of the CPU time of stereo over mono, in turn: the stage `cut` of 48 kHz stereo FLAC, and 10 s of sampling
-    with a model of the embedded one's size and random weights (`tiny_v2` and `tiny_v2_stereo`)."""
+    with a model of the embedded one's size and random weights (`tiny` and `tiny_stereo`)."""
     ratios: dict[str, list[float]] = {"cut": [], "sampling": []}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -141,7 +141,7 @@ def speed(rounds: int) -> dict[str, float]:
         (root / "plan").mkdir()
         write_plan(tracks, root / "music", "CC0-1.0", "open", root / "plan")
         shards = range(len(planned_shards(root / "plan")))
-        pipes = [_random_pipeline(name) for name in ("tiny_v2", "tiny_v2_stereo")]
+        pipes = [_random_pipeline(name) for name in ("tiny", "tiny_stereo")]
         for number in range(rounds):
             taken: dict[str, list[float]] = {"cut": [], "sampling": []}
             for channels, pipe in zip((1, 2), pipes, strict=True):
@@ -183,7 +183,7 @@ def main() -> None:
     fitting.add_argument("--pieces", type=int, default=16)
     fitting.add_argument("--codebooks", type=int, default=4)
     measuring = commands.add_parser("measure")
-    measuring.add_argument("--codec", default="tiny_v2_stereo")
+    measuring.add_argument("--codec", default="tiny_stereo")
     measuring.add_argument("--clips", type=int, default=8)
     measuring.add_argument("--out", type=Path, default=Path("benchmarks/results/stereo_codec.json"))
     timing = commands.add_parser("speed")

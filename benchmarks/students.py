@@ -23,7 +23,8 @@ from scipy import stats
 from benchmarks.held_out import ATTRIBUTES, FRAMES, HeldOutMusic
 from benchmarks.paired import environment
 from ssmttm import MusicPipeline, audio, config
-from ssmttm.generation.loading import load_language_model, open_model_folder
+from ssmttm.generation.loading import EMBEDDED, load_language_model, open_model_folder
+from ssmttm.model_folder import SECOND_STAGE
 from ssmttm.reports.tables import markdown_table
 from ssmttm.training.tasks.lm import LanguageModelTask
 
@@ -45,9 +46,14 @@ def cross_entropy(model: str, store: str, batch_size: int = 8) -> float:
     return sum(task.validation(modules, batch, denominators, 0)["cross_entropy"].item() for batch in batches)
 
 
+def with_second_stage(model: str) -> MusicPipeline:
+    """A student with its teacher's second stage, or the teacher."""
+    return MusicPipeline.from_pretrained(model, "cpu", second_stage=EMBEDDED / SECOND_STAGE)
+
+
 def music_metrics(model: str, music: HeldOutMusic, seed: int) -> dict[str, float]:
     """Metrics of music for the captions, sampled with the model's default guidance."""
-    pipe = MusicPipeline.from_pretrained(model, "cpu")
+    pipe = with_second_stage(model)
     captions = [prompt.caption for prompt in music.prompts]
     seeds = [1_000 * seed + i for i in range(len(captions))]
     audios = [
@@ -59,7 +65,7 @@ def music_metrics(model: str, music: HeldOutMusic, seed: int) -> dict[str, float
 
 def cost(model: str) -> dict[str, float]:
     """Parameters, FLOPs per second of music, and the real-time factor from a prompt to an audio file."""
-    pipe = MusicPipeline.from_pretrained(model, "cpu")
+    pipe = with_second_stage(model)
     passes = 1 if pipe.guidance_scale == 1 else 2
     frames = round(CLIP_SECONDS * pipe.codec.frame_rate)
     times = []

@@ -4,7 +4,7 @@
     python -m benchmarks.two_stage compare STORE runs/sweeps/two_stage_tiny
     python -m benchmarks.two_stage samplers STORE runs/sweeps/denoisers_tiny
     python -m benchmarks.two_stage guidance STORE RUN [RUN ...]
-    python -m benchmarks.two_stage melody STORE tiny_two_stage
+    python -m benchmarks.two_stage melody STORE tiny_lm
     python -m benchmarks.two_stage length
 
 Each writes benchmarks/results/two_stage_WHAT.json and prints its table in Markdown. STORE is a built-in one, and the
@@ -174,11 +174,13 @@ def length(arguments: argparse.Namespace) -> tuple[list[list[str]], dict[str, An
     names = ("ssm", "dit", "unet")
     configs = {name: config.load("task=diffusion", f"model=tiny_denoiser_{name}").model for name in names}
     models = {name: build_model(model_config).eval() for name, model_config in configs.items()}
+    sizes = models["ssm"].config  # latent channels, those of all three
     rows = [["seconds of music", *(f"{name}, ms" for name in models)]]
     found: dict[str, dict[str, list[float]]] = {}
     for seconds in arguments.seconds:
         frames = 25 * seconds
-        inputs = torch.randn(1, 56, frames), torch.tensor([0.5]), Conditions(torch.randn(1, 8, frames), text)
+        noisy, coarse = (torch.randn(1, channels, frames) for channels in (sizes.noisy_channels, sizes.coarse_channels))
+        inputs = noisy, torch.tensor([0.5]), Conditions(coarse, text)
         with torch.inference_mode():
             cases = {name: partial(model, *inputs) for name, model in models.items()}
             times = paired(cases, arguments.rounds, f"{seconds} s")

@@ -126,9 +126,7 @@ def second_stage_config(store: Path, run_dir: Path, *overrides: str) -> DictConf
         "train.log_every=1", "train.precision=fp32", "train.eval_every=10", "train.eval_batches=2",
         "train.checkpoint_every=1000", "train.sample_seconds=1.5",
     )  # fmt: skip
-    return config.load(
-        "experiment=tiny_stage2", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
-    )
+    return config.load("experiment=tiny_denoiser", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides)
 
 
 def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
@@ -140,4 +138,4 @@ def codec_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
         "codec_training.adversarial_start=3", "codec_training.restart_every=2", "train.log_every=1",
         "train.eval_every=4", "train.eval_batches=1", "train.checkpoint_every=100", "train.sample_every=0",
     )  # fmt: skip
-    return config.load("experiment=tiny_codec", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides)
+    return config.load("experiment=tiny_codec_start", *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides)

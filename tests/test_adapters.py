@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_runs import assert_same_runs, run_contents, train_with_stops
-from small_stores import CODEBOOK_SIZE, FRAMES, N_CODEBOOKS, TEXT_DIM, lm_config, write_codes_store
+from small_stores import CODEBOOK_SIZE, FRAMES, N_CODEBOOKS, TEXT_DIM, lm_config, small_codec, write_codes_store
 
 from ssmttm import adapters, checkpoint, config
 from ssmttm.adapters import check_base, merge, read_adapter, unmerge
@@ -280,6 +280,17 @@ def test_commands_of_the_documentation_compose():
     composed = [config.load(*command.split()) for command in commands]
     assert [c.adapter.method for c in composed] == ["lora", None, "lora"] and all(c.model_from_init for c in composed)
     assert [c.optim.lr for c in composed] == [2e-3, 2e-4, 2e-3] and composed[0].train.steps == 200
+
+
+def test_adapter_leaves_the_control_predictor_as_it_is(root):
+    """Its layers have the names of targets."""
+    store = write_codes_store(root / "annotated", codec=small_codec(root / "codec"))
+    predicting = ("model.tempo=true", "model.predict_controls=true", "train.steps=1")
+    base = export(loop.train(lm_config(store, root / "predicting", *predicting)), root / "predicting_base", half=False)
+    run = loop.train(settings(store, base, root / "predicting_adapter", "train.steps=1"))
+    layers = adapters.split_layers(checkpoint.read_tensors(checkpoint.latest_good(run), "ema"), 1.0)[1]
+    assert "heads" in layers and not [name for name in layers if "control_predictor" in name]
+    assert "bpm" not in find_targets(load_base(base), None)
 
 
 def test_init_takes_the_name_of_a_shipped_model():

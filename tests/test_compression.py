@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from small_stores import TEXT_DIM, lm_config, small_codec, write_codes_store
+from small_stores import TEXT_DIM, lm_config, second_stage_config, small_codec, write_codes_store
 from small_word_encoder import WordEncoder
 from torch import nn
 
@@ -20,14 +22,16 @@ from ssmttm.compress import recipe
 from ssmttm.compress.assemble import assemble
 from ssmttm.compress.sizes import Component, comparison, components, total
 from ssmttm.errors import Preempted, UserError
-from ssmttm.export.model_folder import export
+from ssmttm.export.model_folder import export, export_two_stages
 from ssmttm.files import directory_lock
 from ssmttm.generation import pretrained
+from ssmttm.generation.loading import ASSETS, open_model_folder, open_second_stage_folder
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.training import loop
 
 BUDGET = 89.2e6  # arXiv 2406.17159
-LM = ("experiment=tinyttm_lm,model.d_model=16,model.n_layers=2,model.headdim=8,model.d_state=4,model.n_codebooks=4,"
+LM = ("experiment=tinyttm_lm,model=tiny,model.chroma=false,"
+      "model.d_model=16,model.n_layers=2,model.headdim=8,model.d_state=4,model.n_codebooks=4,"
       f"model.codebook_size=16,model.text_dim={TEXT_DIM},data.frames=20,train.steps=4,distill.guidance_scale=2,"
       "train.eval_every=0,train.checkpoint_every=2")  # fmt: skip
 CODEC = ("experiment=tinyttm_codec,codec_student.width=8,codec_student.blocks=[1,1],data.seconds=0.5,"
@@ -99,6 +103,43 @@ def test_recipe_produces_a_working_system(arguments, teacher, tmp_path, capsys):
     assert "codec decoder" in printed and "smaller" in (out / "sizes.md").read_text() and str(out) in printed
     with pytest.raises(UserError, match="not empty"):
         main(["compress", *command])
+
+
+def test_second_stage_of_the_teacher_is_kept(store, arguments, tmp_path):
+    """With the student codec, and with a language model whose first codebook it completes."""
+    first = loop.train(
+        lm_config(store, tmp_path / "first", "model.n_codebooks=1", "train.steps=2", "train.eval_every=0")
+    )
+    second = loop.train(second_stage_config(store, tmp_path / "second", "train.steps=2", "train.eval_every=0"))
+    whole = export_two_stages(first, second, tmp_path / "whole")
+    lm = LM.replace("model.n_codebooks=4", "model.n_codebooks=1").replace("model.n_layers=2", "model.n_layers=1")
+    command = arguments(lm=list_override(lm), codec=list_override(CODEC), int8="true")
+    command[1] = f"teacher={whole}"
+    assert main(["compress", *command]) == 0
+    out = tmp_path / "out"
+    pipe = MusicPipeline.from_pretrained(out, "cpu")
+    assert isinstance(pipe.model.heads, Int8Linear) and isinstance(pipe.codec, StudentCodec)
+    assert pipe("a march", duration=0.4).codes.shape[1] == 4
+    weights = [(folder / "second_stage" / "model.safetensors").read_bytes() for folder in (out, whole)]
+    assert weights[0] == weights[1]
+    assert "| second stage |" in (out / "sizes.md").read_text()
+    with pytest.raises(UserError, match=r"reads the text encoder's states.* set recipe\.text=null"):
+        command = arguments(text="['experiment=tinyttm_text']")
+        command[1] = f"teacher={whole}"
+        command[4] = f"out={tmp_path / 'again'}"
+        main(["compress", *command])
+
+
+def test_second_stage_reads_the_student_of_the_text_encoder(tmp_path):
+    """Its card names it, so that both stages fit."""
+    folder = Path(shutil.copytree(ASSETS / "tiny_lm", tmp_path / "lm"))
+    card = json.loads((folder / "card.json").read_text())
+    card["data"]["text"] = {"name": "./text_encoder", "fingerprint": "5" * 16}
+    (folder / "card.json").write_text(json.dumps(card))
+    shutil.rmtree(folder / "second_stage")
+    out = assemble(folder, None, tmp_path / "out", second_stage=ASSETS / "tiny_lm" / "second_stage")
+    second = open_second_stage_folder(open_model_folder(out), None)
+    assert second.provenance("text") == {"name": "../text_encoder", "fingerprint": "5" * 16}
 
 
 def test_finished_trainings_are_skipped(arguments, tmp_path):

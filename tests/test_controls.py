@@ -22,6 +22,7 @@ from ssmttm.models.controls import ChromaEmbedding, Controls, TempoEmbedding
 from ssmttm.patterns import get_pattern
 from ssmttm.training import loop
 from ssmttm.training.tasks import lm
+from ssmttm.training.tasks.controls import StoreControls
 
 PATTERNS = ("delay", "parallel", "flatten", "coarse_first")
 WITH_CONTROLS = ("model.chroma=true", "model.tempo=true")
@@ -257,6 +258,21 @@ def test_single_stage_pipeline_takes_supported_controls_only(supported, tmp_path
 
 
 # --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_controls_that_a_store_does_not_state_are_absent_when_a_model_is_trained_further(tmp_path):
+    """As from somebody's own songs: an error in a training from scratch."""
+    store = open_store(write_codes_store(tmp_path / "store"))  # random codes, no audio
+    model = TokenLMConfig(**dict.fromkeys(("chroma", "tempo", "key", "metre", "bar_position", "timing"), True))
+    data = lm_config(store.path, tmp_path / "run").data
+    codec = small_codec(tmp_path / "codec")
+    with pytest.raises(UserError, match=r"no segment .* states its bpm"):
+        StoreControls(store, model, data, codec, seed=0)
+    controls = StoreControls(store, model, data, codec, seed=0, required=False)
+    items = [Item(0, 0, row, str(row), 0, 5) for row in range(2)]
+    found = controls.load(items, {"frame_mask": torch.ones(2, 5, dtype=torch.bool)}, drop=True)
+    assert found.chroma is None and found.bpm.isnan().all() and found.timing.isnan().all()
+    assert (found.key == -1).all() and (found.metre == -1).all() and found.bar_position.isnan().all()
 
 
 def test_melody_is_learnt():

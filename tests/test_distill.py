@@ -194,6 +194,18 @@ def test_teacher_and_student_get_the_same_controls(kind, store, config_of, tmp_p
     assert not torch.allclose(with_controls, without, atol=1e-4)
 
 
+def test_student_has_its_teachers_control_predictor(store, config_of, tmp_path):
+    """Copied without the transfer of other weights, too, and not trained."""
+    overrides = ("model.tempo=true", "model.key=true", "model.predict_controls=true")
+    teacher = loop.train(lm_config(store, tmp_path / "predicting", *WIDE, *overrides, "train.steps=5"))
+    run = loop.train(config_of(*overrides, f"teacher={teacher}", "train.steps=3", "train.eval_every=0"))
+    models = [load_language_model(open_model_folder(folder)) for folder in (teacher, run)]
+    ours, theirs = (model.control_predictor.state_dict() for model in models)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    with pytest.raises(UserError, match="its teacher does not"):
+        DistillTask(config_of(*overrides))
+
+
 def test_kl_depends_on_temperature_divergence_and_skew(config_of):
     options = [(), ("distill.temperature=2",), ("distill.divergence=reverse",), ("distill.skew=0.3",)]
     found = [losses_of(DistillTask(config_of(*option)))["kl"].item() for option in options]

@@ -211,7 +211,7 @@ def test_figures_of_a_card_are_those_that_were_measured(tmp_path, capsys):
         complete_card(folder, "CC0-1.0", [" "], {})
 
 
-@pytest.mark.parametrize("name", ["tiny_codec_v2"])
+@pytest.mark.parametrize("name", ["tiny_codec"])
 def test_cards_of_embedded_assets_tell_licence_data_recipe_and_figures(name):
     rows = dict(describe_card(read_card(Path(embedded_models.__file__).parents[1] / "ssmttm/assets" / name)))
     assert rows["licence"] == "CC0-1.0" and "CC0-1.0" in rows["data"] and "h to train on" in rows["data"]

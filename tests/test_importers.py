@@ -219,7 +219,7 @@ def test_released_import_of_other_files_is_an_error(released, tmp_path):
 
 
 def test_released_import_needs_fitting_codec_and_text_encoder(released, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"2 codebooks of 16 .* codec tiny has 8 of 1024"):
+    with pytest.raises(UserError, match=r"2 codebooks of 16 .* codec tiny has 12 of 1024"):
         import_released(released / "simba.ckpt", tmp_path / "out", "tiny", released / "t5")
     with pytest.raises(UserError, match="text encoder minilm gives width 384"):
         import_released(released / "simba.ckpt", tmp_path / "out", released / "dac", "minilm")

@@ -230,7 +230,8 @@ def test_sidecars_state_the_controls_of_each_clip(pipe, tmp_path, monkeypatch):
 
 
 def test_info_states_the_controls_of_a_model(capsys):
-    main(["info", "tiny_two_stage"])
-    rows = capsys.readouterr().out.partition("control of tiny_two_stage")[2].splitlines()
-    assert rows[2].split("  ")[0] == "tempo" and rows[2].endswith("language model and second stage  a null vector")
-    assert rows[3].split() == ["key", "nothing"]
+    main(["info", "tiny_lm"])
+    rows = capsys.readouterr().out.partition("control of tiny_lm")[2].splitlines()
+    assert [row.split()[0] for row in rows[1:7]] == ["chroma", "tempo", "key", "metre", "bar_position", "timing"]
+    assert rows[1].endswith("  a null vector") and rows[2].endswith("  drawn from the caption")
+    assert all(" language model " in row and "second stage" not in row for row in rows[1:7])

@@ -28,7 +28,7 @@ def part(start: float, seconds: float = 2.0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def embedded() -> ParametricStereoCodec:
-    return load_codec("tiny_v2_stereo")
+    return load_codec("tiny_stereo")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_embedded_codec_is_the_mono_codec_with_its_codebooks_alone(embedded):
     wav = torch.stack([signal, 0.5 * signal])[None]
     codes = embedded.encode(wav)
     assert torch.equal(codes[:, :12], embedded.mono.encode(wav.mean(1, keepdim=True)))
-    mono = load_codec("tiny_v2_stereo", 12)
+    mono = load_codec("tiny_stereo", 12)
     decoded = mono.decode(mono.encode(wav))
     assert torch.equal(decoded[0, 0], decoded[0, 1])
     assert torch.equal(decoded[:, :1], embedded.mono.decode(codes[:, :12]))

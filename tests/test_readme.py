@@ -22,8 +22,8 @@ SMALLER = {
     "data_prep builtin": ["--hours", "0.03"],
     "experiment=tiny ": ["experiment=debug", "train.steps=2", "train.eval_every=0"],
     "experiment=lora": ["train.steps=2", "train.eval_every=0", "train.sample_every=0", "data.batch_size=2"],
-    "experiment=tiny_stage1": TWO_STEPS,
-    "experiment=tiny_stage2": TWO_STEPS,
+    "experiment=tiny_stage1": [*TWO_STEPS, "tag_head.block=1", "schedule.warmup_steps=1", "schedule.decay_steps=1"],
+    "experiment=tiny_stage2": [*TWO_STEPS, "schedule.warmup_steps=1", "schedule.decay_steps=1"],
     "experiment=tinyttm_lm": TWO_STEPS,
     "ssmttm compress": [
         "recipe.lm=['experiment=tinyttm_lm','model.n_layers=1','train.steps=2','train.eval_every=0','data.batch_size=2']",
@@ -32,6 +32,7 @@ SMALLER = {
     ],
     "experiment=tiny_codec": [
         "codec=debug", "codec.sample_rate=24000", "codec.hop_length=960", "codec.window=1920", "train.steps=2",
+        "schedule.warmup_steps=1", "schedule.decay_steps=1",
         "train.sample_every=0", "train.eval_every=0", "data.batch_size=2",
     ],
     "sweep=backbones_tiny": [

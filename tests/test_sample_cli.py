@@ -457,7 +457,7 @@ def test_process_exit_code_and_error_line(model_folder, tmp_path):
 
 @pytest.fixture
 def two_stage_copy(tmp_path):
-    return Path(shutil.copytree(loading.ASSETS / "tiny_two_stage", tmp_path / "old"))
+    return Path(shutil.copytree(loading.ASSETS / "tiny_lm", tmp_path / "old"))
 
 
 def test_old_second_stage_subfolder_names_the_new_one(command, two_stage_copy):
@@ -498,7 +498,7 @@ def test_old_tensor_name_names_the_new_one(command, copy, old, new):
     assert_user_error(command("x", "--checkpoint", copy), "old names", f"{old} is now {new}")
 
 
-@pytest.mark.parametrize("folder", ["tiny_lm", "tiny_two_stage", "tiny_two_stage/second_stage", "tinyttm_tiny"])
+@pytest.mark.parametrize("folder", ["tiny_lm", "tiny_lm/second_stage", "tinyttm_tiny", "tinyttm_tiny/second_stage"])
 def test_embedded_models_have_no_old_names(folder):
     path = loading.ASSETS / folder
     check_layout(path)

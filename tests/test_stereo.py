@@ -141,7 +141,7 @@ def test_pack_keeps_stereo_and_resumes(store, tmp_path):
 
 @pytest.mark.parametrize(("channels", "codec", "words"), [
     ("2", "tiny", "codec tiny is mono, and the audio has 2 channels: use a stereo codec"),
-    ("1", "tiny_v2_stereo", "codec tiny_v2_stereo is stereo, and the audio is mono: prepare it with --channels 2"),
+    ("1", "tiny_stereo", "codec tiny_stereo is stereo, and the audio is mono: prepare it with --channels 2"),
 ])  # fmt: skip
 def test_codec_of_other_channels_is_refused_before_anything_is_written(music, tmp_path, channels, codec, words):
     with pytest.raises(UserError, match=words):
@@ -153,10 +153,10 @@ def test_stereo_codec_encodes_a_stereo_store_in_the_order_of_the_channels(music,
     one = tmp_path / "one"
     one.mkdir()
     (one / "right.flac").write_bytes((music / "right.flac").read_bytes())
-    store = prepare(one, tmp_path / "s", "--channels", "2", "--codec", "tiny_v2_stereo")
+    store = prepare(one, tmp_path / "s", "--channels", "2", "--codec", "tiny_stereo")
     assert store.info["codec"]["channels"] == 2 and store.info["sample_rate"] == 24_000
     assert store.codes(0).shape == (16, SECONDS * 25)
-    codec = load_codec("tiny_v2_stereo")
+    codec = load_codec("tiny_stereo")
     store.require_codec(codec)
     left, right = codec.decode(torch.from_numpy(store.codes(0).astype(np.int64))[None])[0]
     assert 20 * np.log10(float(right.square().mean() / left.square().mean()) ** 0.5) > 20

@@ -317,6 +317,23 @@ def test_text_loss_is_relative_to_projected_mean_square(config_of):
     assert losses_of(task)["text"].item() == pytest.approx(errors.mean().item() / task._mean_square, rel=1e-3)
 
 
+def test_states_are_regressed_where_a_control_predictor_reads_them(root, store, config_of):
+    """An error that the projection does not see counts; the predictor is not trained."""
+    options = ("model.text_dim=16", "model.tempo=true", "model.predict_controls=true", "data.batch_size=4")
+    options += ("train.eval_every=0", "train.checkpoint_every=1000", "train.steps=1")
+    teacher = loop.train(lm_config(store, root / "predicting", *options))
+    for overrides, counts in (((), False), ((f"teacher={teacher}",), True)):
+        task = TextDistillTask(config_of(*overrides))
+        text = task.loader("train", 4, 0, 1).batch(0)["student_text"]
+        weight = task.teacher.model.text.linear.weight.detach()
+        weight[:, 0] = 0
+        changed = text.targets + torch.eye(16)[0]
+        assert (task._squared_error(changed, text) > 0.01) == counts
+        assert task._squared_error(text.targets, text) == 0
+    assert losses_of(task)["text"].item() < 1e-6  # of the original encoder
+    assert not any(parameter.requires_grad for parameter in task.model.control_predictor.parameters())
+
+
 @pytest.mark.parametrize("step", [0, 5])
 def test_losses_of_micro_batches_add_up(step, config_of):
     """Neither padding nor the split of a batch changes the losses."""

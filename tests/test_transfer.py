@@ -6,7 +6,12 @@ from small_token_lms import SMALL, VARIANTS, K, S, V, assert_equal, captions
 from torch.nn import functional as F
 
 from ssmttm.distill.layer_map import layer_map
-from ssmttm.distill.weight_transfer import attention_to_mamba2, channel_importance, transfer_weights
+from ssmttm.distill.weight_transfer import (
+    attention_to_mamba2,
+    channel_importance,
+    copy_control_predictor,
+    transfer_weights,
+)
 from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM, TokenLMConfig
@@ -162,6 +167,22 @@ def test_narrower_student_keeps_chroma_but_not_tempo_embedding():
     transferred = transfer_weights(teacher, student, None, "first")
     assert torch.equal(student.chroma.linear.weight, teacher.chroma.linear.weight[:16]) and "chroma.null" in transferred
     assert torch.equal(student.tempo.null, fresh.tempo.null) and not [name for name in transferred if "tempo" in name]
+
+
+def test_narrower_student_keeps_all_other_controls_and_the_predictor():
+    controls = dict.fromkeys(("chroma", "tempo", "key", "metre", "bar_position", "timing", "predict_controls"), True)
+    teacher, student = (build(seed, d_model=width, **controls) for seed, width in ((0, 24), (1, 16)))
+    transfer_weights(teacher, student, None, "first")
+    for name in ("key.classes.weight", "key.null", "metre.classes.weight", "bar_position.null", "timing.null"):
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name)[..., :16]), name
+    for name in ("timing.start.weight", "timing.end.bias", "chroma.linear.weight"):
+        assert torch.equal(student.get_parameter(name), teacher.get_parameter(name)[:16]), name
+    names = copy_control_predictor(teacher, student)
+    assert {"control_predictor.hidden.weight", "control_predictor.heads.bpm.bias"} <= set(names)
+    found, expected = (model.control_predictor(captions(2)) for model in (student, teacher))
+    assert all(torch.equal(found[name], expected[name]) for name in ("bpm", "key", "metre"))
+    with pytest.raises(UserError, match=r"predicts tempo and key and metre .* set model\.predict_controls=false"):
+        copy_control_predictor(build(0, d_model=24), student)
 
 
 def test_channel_importance_removes_its_hooks(codes):

@@ -109,7 +109,7 @@ def _add_deployment(commands: Commands) -> None:
     int8.set_defaults(run=_call("export.int8", "export_int8", "model", "out"))
     onnx = commands.add_parser(
         "onnx", help="write a model as ONNX graphs, for programs without torch",
-        epilog="example: ssmttm onnx tiny_lm exported/tiny-onnx",
+        epilog="example: ssmttm onnx runs/tiny exported/tiny-onnx",
     )  # fmt: skip
     onnx.set_defaults(run=_call("export.onnx", "export_onnx", "model", "out"))
     for command in (int8, onnx):

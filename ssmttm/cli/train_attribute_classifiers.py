@@ -1,6 +1,6 @@
 """Train the attribute classifiers on the built-in corpus and report their accuracy on held-out audio.
 
-    python -m ssmttm.cli.train_attribute_classifiers --store data/builtin --codec tiny_v2 --out DIR
+    python -m ssmttm.cli.train_attribute_classifiers --store data/builtin --codec tiny --out DIR
 
 The features of every clip are computed once and cached under the system's temporary folder. With a codec, half of the
 training clips are codec reconstructions, as generated music is: decoded from the store's codes if they are this

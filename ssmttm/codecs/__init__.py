@@ -17,8 +17,8 @@ from ssmttm.errors import UserError
 from ssmttm.hub import split_revision
 
 _ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = {"tiny": _ASSETS / "tiny_codec", "tiny_v2": _ASSETS / "tiny_codec_v2"}
-EMBEDDED_STEREO = {"tiny_v2_stereo": _ASSETS / "tiny_codec_v2_stereo"}
+EMBEDDED = {"tiny": _ASSETS / "tiny_codec"}
+EMBEDDED_STEREO = {"tiny_stereo": _ASSETS / "tiny_codec_stereo"}
 
 __all__ = [
     "ChannelwiseCodec", "Codec", "CodecOutput", "ParametricStereoCodec", "StudentCodec", "StudentConfig", "TinyCodec",
@@ -30,7 +30,7 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
     """Load a codec in eval mode.
 
     Args:
-        name_or_path: "tiny", "tiny_v2" or, in stereo, "tiny_v2_stereo" (embedded); a folder with config.json and
+        name_or_path: "tiny" or, in stereo, "tiny_stereo" (embedded); a folder with config.json and
             model.safetensors, written by ssmttm (a student only decodes) or by transformers' DacModel, EncodecModel or
             MimiModel; or a hub name such as "descript/dac_44khz". A mono codec after "left_right:" or "mid_side:" codes
             stereo (`ChannelwiseCodec`).

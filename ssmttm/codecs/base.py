@@ -201,7 +201,7 @@ class Codec(nn.Module, ABC):
         if self.channels == 1:
             return (
                 f"codec {self.name} is mono, and the audio has {channels} channels: use a stereo codec, such as "
-                f"tiny_v2_stereo or mid_side:NAME, or mono audio (--channels 1)"
+                f"tiny_stereo or mid_side:NAME, or mono audio (--channels 1)"
             )
         return f"codec {self.name} is stereo, and the audio is mono: prepare it with --channels 2, or use a mono codec"
 

@@ -15,7 +15,7 @@ from ssmttm.compress.assemble import assemble
 from ssmttm.compress.sizes import comparison, components
 from ssmttm.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 from ssmttm.files import directory_lock, write_text
-from ssmttm.generation.loading import open_model_folder
+from ssmttm.generation.loading import open_model_folder, open_second_stage_folder
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.launch.job import run_command, train_command
 from ssmttm.signals import INTERRUPT, stop_requests
@@ -36,8 +36,11 @@ def compress(settings: DictConfig) -> Path:
             print(f"\n{part}: train.py {' '.join(keys)}", flush=True)
             run_training([*train_command(settings.accelerate, port=0), *keys], part)
         runs = {part: Path(settings.work) / part for part in PARTS if settings.recipe[part] is not None}
-        language = runs.get("text") or runs.get("lm") or Path(open_model_folder(settings.teacher).path)
-        assemble(language, runs.get("codec"), out, int8=settings.recipe.int8)
+        original = open_model_folder(settings.teacher)
+        language = runs.get("text") or runs.get("lm") or original.path
+        second = open_second_stage_folder(original, None)
+        second_path = None if second is None else second.path
+        assemble(language, runs.get("codec"), out, settings.recipe.int8, second_path)
     teacher, student = (MusicPipeline.from_pretrained(folder, "cpu") for folder in (settings.teacher, out))
     write_text(out / "sizes.md", comparison(components(teacher), components(student)) + "\n")
     return out
@@ -91,5 +94,11 @@ def check_settings(settings: DictConfig) -> Path:
     out = Path(settings.out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: set out=DIR, a new folder")
-    open_model_folder(settings.teacher)
+    teacher = open_model_folder(settings.teacher)
+    second = open_second_stage_folder(teacher, None)
+    if second is not None and recipe.text is not None and not teacher.config.model.get("predict_controls"):
+        raise UserError(
+            f"the second stage of {teacher.name} reads the text encoder's states, which a student of it keeps only for "
+            "a language model with model.predict_controls: set recipe.text=null"
+        )
     return out

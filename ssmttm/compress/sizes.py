@@ -1,6 +1,7 @@
 """Size and cost of each part of a system, computed in the same way for teacher and student.
 
-Counted as in TinyTTM (arXiv 2406.17159): text encoder, language model and codec decoder, without the codec's encoder.
+Counted as in TinyTTM (arXiv 2406.17159): text encoder, language model and codec decoder, without the codec's encoder; a
+second stage beside them.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssmttm.codecs.students.cost import decoding_cost
 from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.generation.second_stage import SecondStage
 from ssmttm.models.token_lm import TokenLM
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.reports.tables import markdown_table
@@ -33,14 +35,16 @@ class Component(NamedTuple):
 
 
 def components(pipe: MusicPipeline) -> list[Component]:
-    """The parts of a pipeline; with guidance the language model runs on two rows, which share its weights."""
+    """The parts of a pipeline, with the second stage of a two-stage model at the end; with guidance the language model
+    runs on two rows, which share its weights."""
     with FlopCounterMode(display=False) as counter:
         text = pipe.text_encoder.encode([PROMPT])
     count, stored = _count_weights(pipe.text_encoder.model)
     encoder = Component("text encoder", count, stored, counter.get_total_flops() / SECONDS, stored / SECONDS)
     count, flops = decoding_cost(pipe.codec)
     decoder = Component("codec decoder", count, 4 * count, flops, 4 * count / SECONDS)
-    return [encoder, _language_model(pipe, text), decoder]
+    parts = [encoder, _language_model(pipe, text), decoder]
+    return parts if pipe.second_stage is None else [*parts, _second_stage(pipe.second_stage, text)]
 
 
 def comparison(teacher: Sequence[Component], student: Sequence[Component]) -> str:
@@ -69,6 +73,17 @@ def _language_model(pipe: MusicPipeline, text: TextCondition) -> Component:
     bytes_per_step = stored - embedding + 2 * rows * _state_bytes(model, text, positions // 2)
     flops = rows * model.flops(positions, text.mask.shape[1]) / SECONDS
     return Component("language model", count, stored, flops, bytes_per_step * positions / SECONDS)
+
+
+def _second_stage(stage: SecondStage, text: TextCondition) -> Component:
+    """Of full windows, whose known frames are computed again in each."""
+    settings, (count, stored) = stage.settings, _count_weights(stage.model)
+    scale, coarse_scale = settings.guidance_scale, settings.coarse_guidance_scale
+    passes = sum(map(bool, (scale, coarse_scale - scale, 1 - coarse_scale)))  # those of `guided_predictor`
+    windows = stage.codec.frame_rate / (settings.window - settings.overlap)  # a second
+    evaluations = windows * settings.sampler.n_evaluations
+    flops = evaluations * passes * stage.model.flops(settings.window, text.mask.shape[1])
+    return Component("second stage", count, stored, flops, evaluations * stored)
 
 
 def _state_bytes(model: TokenLM, text: TextCondition, positions: int) -> int:

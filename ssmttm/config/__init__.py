@@ -35,8 +35,11 @@ RENAMED_EXPERIMENTS = {
     "paper_two_stage_paint": "paper_stage2",
     "tiny_two_stage_sketch": "tiny_stage1",
     "tiny_two_stage_paint": "tiny_stage2",
-    "tiny_melody_sketch": "tiny_melody_stage1",
-    "tiny_melody_paint": "tiny_melody_stage2",
+    "tiny_melody_sketch": "tiny_stage1",
+    "tiny_melody_paint": "tiny_stage2",
+    "tiny_melody_stage1": "tiny_stage1",
+    "tiny_melody_stage2": "tiny_stage2",
+    "tiny_codec_v2": "tiny_codec",
 }
 
 

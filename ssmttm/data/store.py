@@ -272,6 +272,10 @@ class Store:
         classes = np.array([parse(text) for text in column.dictionary.to_pylist()] + [-1], np.int64)
         return classes[pc.fill_null(column.indices, len(classes) - 1).to_numpy()]
 
+    def has_audio(self) -> bool:
+        """Whether it keeps the audio of every segment."""
+        return self.manifest["audio"].null_count == 0
+
     def audio_path(self, row: int) -> Path:
         """The audio file of one segment. Raises UserError if the store keeps no audio."""
         return audio_inside(self.path, self.manifest["audio"][int(row)].as_py())

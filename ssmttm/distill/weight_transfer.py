@@ -20,6 +20,7 @@ from ssmttm.errors import UserError
 from ssmttm.mixers import Attention, Mamba2
 from ssmttm.models import TokenLM
 from ssmttm.models.blocks import MLP, CrossAttentionSublayer, MLPSublayer, Sublayer
+from ssmttm.models.controls import CONFIG_KEYS
 from ssmttm.text.condition import TextCondition
 
 
@@ -130,9 +131,27 @@ def _transfer_ends(teacher: TokenLM, student: TokenLM, kept: Tensor) -> list[str
         present = dict(own.named_parameters())
         for key, value in source.named_parameters():
             if key in present:
-                channels = value[:, kept] if key == "classes.weight" else value[kept]
+                channels = value[..., kept] if key in ("classes.weight", "null") else value[kept]
                 transferred.append(f"{name}.{_copy(own, key, channels)}")
     return transferred
+
+
+@torch.no_grad()
+def copy_control_predictor(teacher: TokenLM, student: TokenLM) -> list[str]:
+    """Give a student its teacher's control predictor, which reads the captions alone and so fits any width; returns the
+    names of the parameters that were set. Raises UserError if the student predicts a control that the teacher does not.
+    """
+    own, source = student.control_predictor, teacher.control_predictor
+    if own is None:
+        return []
+    missing = set(own.heads) - set(() if source is None else source.heads)
+    if source is None or missing:
+        names = " and ".join(CONFIG_KEYS[name] for name in own.heads if name in missing)
+        raise UserError(
+            f"the student predicts {names} from the caption, its teacher does not: set model.predict_controls=false"
+        )
+    weights = dict(source.named_parameters())
+    return [f"control_predictor.{_copy(own, name, weights[name])}" for name, _ in own.named_parameters()]
 
 
 def _transfer_sublayer(theirs: Sublayer, ours: Sublayer, kept: Tensor, energy: Tensor | None, source: str) -> list[str]:

@@ -112,8 +112,8 @@ def open_model_folder(
     folder_or_hub_id: str | Path | None, task: str = "lm", revision: str | None = None
 ) -> ModelFolder:
     """Find a model: an exported folder, a checkpoint, a run folder, the name of an embedded model (tiny_lm,
-    tiny_two_stage, tinyttm_tiny), or a hub id, at a revision; None is tiny_lm. Raises UserError if there is none, it is
-    damaged, or it was trained for another task."""
+    tinyttm_tiny), or a hub id, at a revision; None is tiny_lm. Raises UserError if there is none, it is damaged, or it
+    was trained for another task."""
     path = checkpoint.find_model(find_folder(folder_or_hub_id, revision))
     check_layout(path)
     config = checkpoint.read_config(path)
@@ -209,7 +209,10 @@ def check_fit(
         original = folder.provenance(kind)
         if original["fingerprint"] != part.fingerprint:
             expected = f"{kind} {original['name']!r} ({original['fingerprint']})"
-            raise UserError(f"{folder.name} was trained with {expected}, got {part.fingerprint}: restore the original")
+            raise UserError(
+                f"{folder.name} was trained with {expected}, got {part.fingerprint}: restore the original, or use a "
+                f"model that was trained with the present one"
+            )
     n_codebooks, config = codec.n_codebooks, model.config
     if denoiser is not None:
         check_stages(folder, model, denoiser)

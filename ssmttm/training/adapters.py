@@ -18,6 +18,7 @@ from ssmttm.ops.int8 import Int8Linear
 
 DEFAULT_TARGETS = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "heads")  # of them, those that a model has
 METHODS = ("lora", "dora")
+_PREDICTOR = "control_predictor"  # reads the captions alone and keeps its weights
 _NOT_CALLED = ("dt_proj",)  # Mamba-1 uses its weight directly
 
 
@@ -58,9 +59,10 @@ def add_adapter(model: nn.Module, adapter: DictConfig) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(model, adapter.targets)
+    has_predictor = getattr(model, _PREDICTOR, None) is not None  # its `heads` are a target by name only
     config = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, use_dora=adapter.method == "dora",
-        target_modules=targets,
+        target_modules=targets, exclude_modules=rf"{_PREDICTOR}(\..*)?" if has_predictor else None,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the model is not one of transformers
@@ -72,7 +74,10 @@ def add_adapter(model: nn.Module, adapter: DictConfig) -> dict[str, Any]:
 def find_targets(model: nn.Module, targets: list[str] | None) -> list[str]:
     """The targets as they are given, or the default ones that the model has. Raises UserError for one that names no
     linear layer, or one that cannot have an adapter."""
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Int8Linear)]
+    linear = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, Int8Linear) and not name.startswith(_PREDICTOR)
+    ]  # fmt: skip
     ends = sorted({name.rpartition(".")[2] for name in linear} - set(_NOT_CALLED))
     if targets is None:
         return [target for target in DEFAULT_TARGETS if target in ends]

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ssmttm.codecs import Codec, load_codec
+from ssmttm.codecs import EMBEDDED, EMBEDDED_STEREO, Codec, load_codec
 from ssmttm.data.loader import CodesLoader, Field, Item
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
@@ -82,8 +82,15 @@ def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) ->
     """The codec of a store's codes, limited to `n_codebooks`. Raises UserError if the installed one is another."""
     check_complete(store, name)
     codec = load_codec(store.info["codec"]["name"], n_codebooks)
-    check_fingerprint("codec", codec.fingerprint, store.info)
+    store.require_codec(codec)
     return codec
+
+
+def check_embedded_codec(store: Store, name: str) -> None:
+    """Raises UserError if a store was encoded by an embedded codec of another version: a model of its codes could be
+    trained, and not be sampled."""
+    if store.info["codec"]["name"] in EMBEDDED | EMBEDDED_STEREO:
+        load_store_codec(store, name)
 
 
 def check_fingerprint(kind: str, fingerprint: str, info: dict[str, Any]) -> None:

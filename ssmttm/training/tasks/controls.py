@@ -30,12 +30,16 @@ class StoreControls:
         data: `tempo_dropout`, `chroma_dropout` and so on.
         codec: the codec of the store's codes, at the sample rate of its audio; needed for chroma only.
         seed: for the dropout.
+        required: a control that the model takes must be in the store; else, as for a model that is trained further, it
+            is absent from all items.
 
     Raises:
-        UserError: no segment states a control that the model takes.
+        UserError: no segment states a required control.
     """
 
-    def __init__(self, store: Store, model: SupportsControls, data: Any, codec: Codec | None, seed: int) -> None:
+    def __init__(
+        self, store: Store, model: SupportsControls, data: Any, codec: Codec | None, seed: int, required: bool = True
+    ) -> None:
         self._store, self._codec, self._seed = store, codec if model.chroma else None, seed
         self._dropouts = {key: data[f"{key}_dropout"] for key in CONFIG_KEYS.values()}
         self._tempi = torch.from_numpy(store.tempi()) if model.tempo else None
@@ -43,14 +47,17 @@ class StoreControls:
         self._metres = torch.from_numpy(store.metres()) if model.metre or model.bar_position else None
         self._timing = torch.from_numpy(store.timing()) if model.timing else None  # [N, 2]
         self._model, self._caption_swap, self._caption_dropout = model, data.caption_swap, data.caption_dropout
-        self._check_stated()
+        if required:
+            self._check_stated()
         self._is_stated = torch.zeros(len(store), dtype=torch.bool)  # [N], whether an item has a tempo, key or metre
         for stated in (self._tempi, self._keys, self._metres):
             if stated is not None:
                 self._is_stated |= stated.nan_to_num(-1) >= 0
         if model.chroma:
             assert codec is not None
-            if store.info["sample_rate"] != codec.sample_rate:
+            if not required and (store.info["sample_rate"] != codec.sample_rate or not store.has_audio()):
+                self._codec = None
+            elif store.info["sample_rate"] != codec.sample_rate:
                 raise UserError(f"{store.path} keeps audio at {store.info['sample_rate']} Hz, its codec works at "
                                 f"{codec.sample_rate} Hz: set model.chroma=false")  # fmt: skip
 

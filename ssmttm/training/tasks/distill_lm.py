@@ -20,7 +20,7 @@ from ssmttm.distill.layer_map import layer_map
 from ssmttm.distill.losses import SoftTarget, check_temperature, divergence_sums, soft_target
 from ssmttm.distill.teacher import Teacher
 from ssmttm.distill.teacher_cache import TeacherLogitCache, write_cache
-from ssmttm.distill.weight_transfer import channel_importance, transfer_weights
+from ssmttm.distill.weight_transfer import channel_importance, copy_control_predictor, transfer_weights
 from ssmttm.distill.weighting import LossWeighting
 from ssmttm.errors import UserError
 from ssmttm.models import TokenLM
@@ -73,6 +73,9 @@ class DistillTask(LanguageModelTask):
         self.needs_teacher = bool(config.losses.kl or config.losses.hidden)
         self._observed_sizes: Tensor | None = None
         self.transferred = self._transfer_weights()
+        self.transferred += copy_control_predictor(self.teacher.model, self.model)
+        if self.model.control_predictor is not None:
+            self.model.control_predictor.requires_grad_(False)  # the teacher's, which this training leaves as it is
 
     def losses(
         self, modules: Mapping[str, nn.Module], batch: Batch, denominators: Tensor, step: int

@@ -1,8 +1,9 @@
 """Distillation of a language model's text encoder into a smaller one.
 
-First the student regresses the original encoder's token states after the language model's text projection. From
-`text_student.joint_step` on both are trained: the language model, which now reads the student, on the store's codes and
-on its own logits with the original encoder.
+First the student regresses the original encoder's token states after the language model's text projection; and the
+states themselves, where others read them, too: a control predictor or a second stage. From `text_student.joint_step` on
+both are trained: the language model, which now reads the student, on the store's codes and on its own logits with the
+original encoder.
 
 Shapes: b items of a micro-batch, L text tokens of the student, E text width, K codebooks, S positions.
 """
@@ -24,6 +25,7 @@ from ssmttm.distill.losses import divergence_sums, soft_target
 from ssmttm.distill.teacher import Teacher
 from ssmttm.distill.text_alignment import TokenizedCaption, alignment_matrix, tokenize
 from ssmttm.errors import UserError
+from ssmttm.generation import loading
 from ssmttm.models import TokenLM
 from ssmttm.text.condition import TextCondition
 from ssmttm.text.encoders import TextEncoder, load_text_encoder
@@ -75,7 +77,13 @@ class TextDistillTask(LanguageModelTask):
         self.encoder, self.tokenizer = self._build_student(source)
         self.modules = {"model": self.encoder, "lm": self.model}
         self.joint_step: int | None = settings.joint_step
+        self._state_scale = 0.0  # of the states themselves beside the projected ones; 0: only the projection is read
         self._mean_square = self._projected_mean_square()
+        if self.model.control_predictor is not None or loading.open_second_stage_folder(folder, None) is not None:
+            self._state_scale = (self._mean_square / self._state_mean_square()) ** 0.5
+            self._mean_square *= 2
+        if self.model.control_predictor is not None:
+            self.model.control_predictor.requires_grad_(False)  # it reads what the regression keeps
 
     def loader(self, split: str, batch_size: int | StepValues, rank: int, world_size: int) -> "CaptionLoader":
         codes = super().loader(split, batch_size, rank, world_size)
@@ -138,8 +146,13 @@ class TextDistillTask(LanguageModelTask):
         return (self._project(states, text.mask) - self._project(text.targets, text.mask)).square().sum()
 
     def _project(self, states: Tensor, mask: Tensor) -> Tensor:
-        """The text projection of the teacher's language model, 0 at padding: [b, L, E] -> [b, L, D]."""
-        return self.teacher.model.text(TextCondition(states, mask)).tokens
+        """What is regressed, 0 at padding: the text projection of the teacher's language model, [b, L, E] -> [b, L, D],
+        and the states, if others read them, with as much weight: [b, L, D + E]."""
+        projected = self.teacher.model.text(TextCondition(states, mask)).tokens  # [b, L, D]
+        if not self._state_scale:
+            return projected
+        kept = states.masked_fill(~mask[..., None], 0)
+        return torch.cat([projected, self._state_scale * kept.to(projected.dtype)], -1)
 
     def _lm_losses(self, lm: nn.Module, states: Tensor, batch: Batch, denominators: Tensor) -> Losses:
         inputs = self._prepare_batch(batch)
@@ -167,11 +180,20 @@ class TextDistillTask(LanguageModelTask):
 
     @torch.no_grad()
     def _projected_mean_square(self) -> float:
-        """Mean square of the projected text over valid tokens of the first batches."""
-        loader = self.loader("train", self.config.data.batch_size, 0, 1)
-        batches = [loader.batch(n)["text"] for n in range(_CALIBRATION_BATCHES)]
+        """Square of the norm of the projected text, mean over valid tokens of the first batches."""
+        batches = self._calibration_text()
         total = sum(self._project(*text).square().sum().item() for text in batches)
         return total / sum(text.mask.sum().item() for text in batches)
+
+    def _state_mean_square(self) -> float:
+        """As `_projected_mean_square`, of the states themselves."""
+        batches = self._calibration_text()
+        total = sum(text.embeddings.masked_fill(~text.mask[..., None], 0).square().sum().item() for text in batches)
+        return total / sum(text.mask.sum().item() for text in batches)
+
+    def _calibration_text(self) -> list[TextCondition]:
+        loader = self.loader("train", self.config.data.batch_size, 0, 1)
+        return [loader.batch(n)["text"] for n in range(_CALIBRATION_BATCHES)]
 
 
 class StudentText(NamedTuple):

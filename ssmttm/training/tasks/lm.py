@@ -30,6 +30,7 @@ from ssmttm.text.null_condition import apply_null_condition
 from ssmttm.training.adapters import add_adapter, check_adapter
 from ssmttm.training.data import (
     check_complete,
+    check_embedded_codec,
     check_fingerprint,
     check_model_kind,
     check_text_encoder,
@@ -58,6 +59,7 @@ class LanguageModelTask(Task):
         self.config, self.loss_weights = config, config.losses
         self.store = open_store(config.data.store)
         check_complete(self.store, config.data.store)
+        check_embedded_codec(self.store, config.data.store)
         if config.get("model_from_init"):
             initial = open_initial_model(config)
             check_store(initial, config.data.store, self.store.info)
@@ -81,7 +83,8 @@ class LanguageModelTask(Task):
         self._text_encoder: TextEncoder | None = None
         if config.train.sample_every or self.model.config.chroma:
             self._codec = load_store_codec(self.store, config.data.store, self.n_codebooks)
-        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec, config.seed)
+        required = not config.get("model_from_init")
+        self.controls = StoreControls(self.store, self.model.config, config.data, self._codec, config.seed, required)
         if config.train.sample_every:  # loaded now, so that a missing encoder stops the run at its start
             self._text_encoder = load_text_encoder(self.store.info["text"]["name"])
             check_fingerprint("text", self._text_encoder.fingerprint, self.store.info)
