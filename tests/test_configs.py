@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from omegaconf.errors import ConfigAttributeError
 from ssmttm import config
 from ssmttm.errors import UserError, run_cli
 from ssmttm.models import build_model
+from ssmttm.models.control_predictor import prediction_losses
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions
 from ssmttm.text.condition import TextCondition
+from ssmttm.training.tasks.lm import unpack_output
 
 
 @pytest.mark.parametrize("experiment", config.names("experiment"))
@@ -55,11 +58,15 @@ def test_model_config_takes_a_training_step(name):
     codes = torch.randint(model.config.codebook_size, (2, model.config.n_codebooks, 9))
     text = TextCondition.stack([torch.randn(n, model.config.text_dim) for n in (3, 5)])
     controls = Controls.create(2, 9, 25.0, bpm=120, key="D minor", metre="3/4")
+    controls = replace(controls, timing=torch.tensor([[[1.0] * 9, [2.0] * 9], [[torch.nan] * 9] * 2]))
+    predicts = model.control_predictor is not None
     optimizer = torch.optim.SGD(model.eval().parameters(), 0.1)
 
     def loss():
-        logits = model(codes, text, controls=controls.supported_by(model.config)).flatten(0, 2)
-        return torch.nn.functional.cross_entropy(logits, codes.flatten())
+        given = controls.supported_by(model.config)
+        logits, _, predicted = unpack_output(model(codes, text, controls=given, predict_controls=predicts))
+        losses = prediction_losses(predicted, controls).values()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten()) + sum(losses)
 
     before = loss()
     before.backward()
