@@ -37,17 +37,16 @@ def test_embedded_models_take_long_prompts_emoji_and_any_script(pipe, caplog):
 
 def test_embedded_models_have_metadata(pipe):
     assert len(pipe.metadata["model"]["weights_sha256"]) == 64
-    parts = [pipe.metadata[part]["name"] for part in ("codec", "text_encoder")]
-    assert parts == (["tiny", "minilm"] if pipe.guidance_scale == 3 else ["codec", "text_encoder"])
+    assert [pipe.metadata[part]["name"] for part in ("codec", "text_encoder")] == ["tiny", "minilm"]
     assert set(pipe.metadata["training_data_licences"]) == {"CC0-1.0"}
 
 
 def test_embedded_student_is_smaller_than_its_teacher():
     teacher, student = (components(MusicPipeline.from_pretrained(name)) for name in ("tiny_lm", "tinyttm_tiny"))
     assert [part.name for part in teacher] == ["text encoder", "language model", "codec decoder", "second stage"]
-    for old, new in zip(teacher[:3], student[:3], strict=True):
-        assert new.parameters < old.parameters / 2 and new.flops < old.flops / 4 and new.read < old.read / 4
-    assert total(student).parameters < total(teacher).parameters / 4 and student[3].parameters == teacher[3].parameters
+    old, new = teacher[1], student[1]  # the language model; the other parts are the teacher's
+    assert new.parameters < 0.6 * old.parameters and new.flops < old.flops / 3 and new.read < old.read / 3
+    assert [part.parameters for part in student[2:]] == [part.parameters for part in teacher[2:]]
 
 
 def test_embedded_models_generate_all_codebooks_in_windows(pipe):

@@ -17,7 +17,6 @@ import torch
 
 from ssmttm import MusicPipeline
 from ssmttm.codecs import build_codec, load_codec
-from ssmttm.generation.loading import ASSETS
 from ssmttm.models.latent_denoiser import Conditions
 
 FILE = Path(__file__).with_name("fixed_outputs.json")
@@ -25,7 +24,6 @@ PROMPTS = ["a slow waltz in D minor on a music box", "fast energetic drum and ba
 MODELS = ("tiny_lm", "tinyttm_tiny")
 CODECS = {
     "tiny": "tiny",
-    "tinyttm_tiny": str(ASSETS / "tinyttm_tiny" / "codec"),
     "dac": {"kind": "dac", "sampling_rate": 16000, "encoder_hidden_size": 8, "downsampling_ratios": [4],
             "upsampling_ratios": [4], "decoder_hidden_size": 16, "n_codebooks": 3, "codebook_size": 32,
             "codebook_dim": 4, "hidden_size": 32},

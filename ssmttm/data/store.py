@@ -83,7 +83,9 @@ class CodecLike(Protocol):
     """The attributes of a codec that the store needs."""
 
     name: str
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class TagTable(NamedTuple):
