@@ -5,7 +5,7 @@ import torch
 
 from ssmttm import MusicPipeline
 from ssmttm.codecs.metrics import chroma_similarity
-from ssmttm.compress.sizes import components, total
+from ssmttm.compress.sizes import components
 
 
 @pytest.fixture(scope="module", params=[None, "tinyttm_tiny"])
