@@ -99,7 +99,7 @@ def test_wrong_overrides_of_a_command_are_one_clear_line(command, message, capsy
     assert message in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [["evaluate", "store=S", "--guidence", "7"], ["info", "x"]])
+@pytest.mark.parametrize("command", [["evaluate", "store=S", "--guidence", "7"], ["info", "x", "y"]])
 def test_unknown_option_is_an_error(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main(command)

@@ -64,7 +64,7 @@ def settings(root, codes_store, audio_store):
     """A config of each task in which every option is in use."""
     text = ("model.text_dim=16", "data.text_encoder=bert")
     teacher = loop.train(lm_config(codes_store, root / "teacher", *text, *TWO_STEPS))
-    tags = ("losses.tags=1", "tag_head.block=1")
+    tags = ("losses.tags=1", "tag_head.block=1", "model.tempo=true", "model.predict_controls=true")
     paths = (f"data.store={codes_store}", f"teacher={teacher}", "text_student.joint_step=1", "data.frames=20")
     return {
         "lm": lm_config(codes_store, root / "lm", *text, *TWO_STEPS, *tags),

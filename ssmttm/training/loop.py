@@ -152,6 +152,7 @@ class Training:
         done = (progress.step, progress.seconds, progress.timed_steps)
         self.length = RunLength(config.train.steps, config.train.minutes, *done)
         self.skipping = SkipStep(self.accelerator.device, config.train.skip_outliers)
+        self.rollbacks, self.rollback_lr = config.train.rollbacks, config.train.rollback_lr
         if progress.skipping:
             self.skipping.load(progress.skipping)
 
@@ -290,11 +291,11 @@ class Training:
     def _roll_back(self, step: Step) -> None:
         """After too many skipped steps: go back to the last checkpoint, with a lower rate and without the batches since
         then. Raises UserError if there is none, or it was done too often."""
-        train, failed = self.config.train, self.progress
+        failed = self.progress
         self.writer.wait()
         saved: Path | None = broadcast_object_list([self.writer.saved])[0]
         problem = _describe_skips(failed.step, step)
-        if saved is None or failed.rollbacks >= train.rollbacks:
+        if saved is None or failed.rollbacks >= self.rollbacks:
             raise UserError(f"{problem}; {_advice(saved)}")
         progress = self._restore(saved)
         self.progress = replace(
@@ -303,7 +304,7 @@ class Training:
             timed_steps=failed.timed_steps,
             rollbacks=failed.rollbacks + 1,
             left_out=failed.left_out + failed.step - progress.step,
-            lr_factor=failed.lr_factor * train.rollback_lr,
+            lr_factor=failed.lr_factor * self.rollback_lr,
         )
         self.skipping.start_again()
         self.batches.go_to(self.progress.step + self.progress.left_out)

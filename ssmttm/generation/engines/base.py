@@ -142,9 +142,14 @@ class AddedEmbeddings:
     @torch.inference_mode()
     def compute(self, steps: Steps, controls: Controls, index: int, count: int) -> Tensor:
         """Embeddings of the next `count` positions of `steps`, float32 [count, rows, D], or [1, rows, D] if they are
-        the same at all positions; `controls` and `index` as of `Steps.step`."""
+        the same at all positions; `controls` and `index` as of `Steps.step`. Row by row: the rounding of a linear layer
+        depends on the number of rows."""
         length, state = count if self.by_position else 1, steps.state
         rows = steps.controls_of_rows(controls, slice(index, index + length))
         positions = torch.arange(state.position, state.position + length, device=steps.item_of_row.device)
-        added = self.model.added_embeddings(positions, state.batch_size, state.n_text, rows)  # [rows, n, D]
+        n_text = [None] * state.batch_size if state.n_text is None else state.n_text.split(1)
+        added = torch.cat([
+            self.model.added_embeddings(positions, 1, n_text[row], rows.select_rows(slice(row, row + 1)))
+            for row in range(state.batch_size)
+        ])  # [rows, n, D]  # fmt: skip
         return added.transpose(0, 1).float().contiguous()
