@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _run("-m", "data_prep", "builtin", "--hours", str(arguments.hours), "--seed", "7", "--out", str(store))
     _print_stage(2, f"train a small language model on it from scratch, for about {arguments.minutes:g} minutes")
     length = f"train.minutes={arguments.minutes}"
-    _run("train.py", "experiment=tiny", f"data.store={store}", f"run_dir={run}", length)
+    smaller = ("model.n_codebooks=4", "model.d_model=192", "model.n_layers=6", "optim=muon", "optim.lr=4.0e-3")
+    _run("train.py", "experiment=tiny", *smaller, f"data.store={store}", f"run_dir={run}", length)
     _print_stage(3, "sample it and the embedded model with the same prompts and seeds")
     pipelines = {
         "trained in this demo": MusicPipeline.from_pretrained(run),
