@@ -209,7 +209,7 @@ def tensor_files(folder: str | Path, name: str) -> list[Path]:
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of NAME.safetensors, or of its parts joined along the first axis; each is read when it is asked for.
+    """The tensors of NAME.safetensors, or of its parts joined along the first axis; each is read when it is used.
 
     Raises:
         UserError: a file is missing or cannot be read.

@@ -64,7 +64,7 @@ class MusicPipeline(PipelineParts):
         Args:
             prompts: one or more captions. A mapping of captions to weights is a blend: their logits are averaged.
             duration: of each clip, in seconds (default: 10), or one per prompt: the shorter clips end in zeros, and
-                `lengths` of the output tells their samples.
+                `lengths` of the output has their samples.
             guidance_scale: 1 samples without guidance, higher values follow the prompt more closely; None: the model's
                 default, 3, or 1 for a student with distilled guidance.
             seeds: one per prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the

@@ -1,4 +1,4 @@
-"""What a caption says about tempo, key and metre: distributions from which controls are drawn where none is given.
+"""Tempo, key and metre given the caption: distributions from which controls are drawn where none is given.
 
 A caption such as "a slow waltz" leaves the tempo open, and a model that is conditioned on the tempo and the position in
 the bar is better at keeping them than at guessing them. So they are planned before the music, as the language model

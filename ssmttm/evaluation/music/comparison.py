@@ -18,7 +18,7 @@ MUSICAL = (
     "silent",
     "clicks",
     "loudness",
-)  # metrics that tell music from notes, and the loudness
+)  # metrics that separate music from single notes, and the loudness
 
 
 @dataclass(frozen=True)

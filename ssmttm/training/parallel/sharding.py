@@ -59,7 +59,7 @@ class Sharding:
 
 
 def build_sharding(task: str, modules: Mapping[str, nn.Module], accelerator: Accelerator) -> Sharding | None:
-    """The sharding that the launcher asks for; None if it asks for none, or there is only one process on a CPU.
+    """The sharding that the launcher requests; None if it requests none, or there is only one process on a CPU.
 
     Raises:
         UserError: the task cannot be sharded, or its model has no such blocks; settings that are not supported.
