@@ -106,6 +106,22 @@ def test_fused_steps_of_other_instruction_sets_equal_torchs(isa, monkeypatch):
     assert relative_error(steps_of(FusedEngine(model, "int8", isa=isa), state, codes), expected) < 0.05
 
 
+def test_tuning_for_a_processor_changes_no_bit(monkeypatch):
+    monkeypatch.setattr(library, "FLAGS", tuple(flag.replace("-O3", "-O1") for flag in library.FLAGS))
+    monkeypatch.setattr(fused, "library", library.library.__wrapped__)
+    model = randomised(small_token_lm(n_layers=2)).eval()
+    state, codes = processed(model)
+    found = []
+    for tuning in ((), ("-DAMD",)):
+        monkeypatch.setattr(library, "TUNING", {library._processor("vendor_id"): tuning})
+        states = state.clone(), state.clone()
+        logits = [
+            steps_of(FusedEngine(model, name), own, codes) for name, own in zip(("fp32", "int8"), states, strict=True)
+        ]
+        found.append([*logits, *tensors(states[0]), *tensors(states[1])])
+    assert all(map(torch.equal, *found))
+
+
 def rounded(model, weights):
     """A copy whose linear layers but the text's have weights rounded to a format, in float32."""
     other = small_token_lm(**WIDE).eval()

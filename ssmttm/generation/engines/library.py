@@ -1,6 +1,6 @@
 """The compiled library of the fused step: built at first use with the compiler at hand, and kept in a cache folder.
 
-The instruction set is that of the processor at hand; its flags and the source are part of the file's name, so that
+The instruction set is that of the processor at hand; all flags and the source are part of the file's name, so that
 machines that share a home folder do not share a library that one of them cannot run.
 """
 
@@ -26,6 +26,7 @@ INSTRUCTION_SETS = {  # best first: the processor's features that each needs, an
     "avx2": ({"avx2", "fma"}, AVX2),
     "baseline": (set(), ()),  # SSE2 on x86, NEON on Arm
 }
+TUNING = {"AuthenticAMD": ("-DAMD",)}  # by the processor's maker: how the memory is read, see step.cpp
 BUILD_SECONDS = 300
 
 
@@ -71,7 +72,7 @@ def _build(name: str) -> Path:
     """The path of the library, compiled if it is not there. Builds of several processes do not disturb each other: each
     compiles into a file of its own and renames it."""
     compiler = _compiler()
-    flags = (*FLAGS, *INSTRUCTION_SETS[name][1])
+    flags = (*FLAGS, *INSTRUCTION_SETS[name][1], *TUNING.get(_processor("vendor_id"), ()))
     digest = hashlib.sha256(" ".join((platform.machine(), *flags)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     try:
         path = cache_folder() / f"step-{name}-{digest}.so"
@@ -98,8 +99,13 @@ def _compiler() -> str | None:
 
 def _features() -> set[str]:
     """The processor's features as Linux names them; none elsewhere, where the baseline is used."""
+    return set(_processor("flags").split())
+
+
+def _processor(field: str) -> str:
+    """What Linux tells of the first processor; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
