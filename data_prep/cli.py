@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("builtin", about, "--hours H --out STORE", parents=[processing, execution])
     add("--hours", type=float, required=True, metavar="H", help="minimum hours of audio")
     add("--seed", type=int, default=0, metavar="S", help="(default: %(default)s)")
+    add("--channels", type=int, default=1, choices=(1, 2), help="2: stereo, as its parts are panned (default: 1)")
     add("--out", type=Path, required=True, metavar="STORE", help="the store")
 
     about = "encode or caption an existing store again"

@@ -132,24 +132,25 @@ class ArchiveInput(TrackInput):
 
 
 class BuiltinInput:
-    """Music of the built-in composer: at least `hours`; another `seed` gives other music."""
+    """Music of the built-in composer: at least `hours`, of 1 or 2 channels; another `seed` gives other music."""
 
     stages: Stages = (("render", True), ("select", False))
 
-    def __init__(self, hours: float, seed: int) -> None:
+    def __init__(self, hours: float, seed: int, channels: int = 1) -> None:
         from data_prep.builtin import corpus
 
         self._corpus, self._hours, self._seed = corpus, hours, seed
-        self.sample_rate, self.channels, self.seconds = corpus.SAMPLE_RATE, 1, corpus.SEGMENT
+        self.sample_rate, self.channels, self.seconds = corpus.SAMPLE_RATE, channels, corpus.SEGMENT
 
     def metadata(self) -> dict[str, Any]:
-        """Version of the composer, hours and seed."""
+        """Version of the composer, hours, seed and, of stereo, channels."""
         version = self._corpus.VERSION
-        return {"source": {"name": "builtin", "version": version, "hours": self._hours, "seed": self._seed}}
+        source = {"name": "builtin", "version": version, "hours": self._hours, "seed": self._seed}
+        return {"source": source if self.channels == 1 else source | {"channels": self.channels}}
 
     def segments(self, run: Run) -> list[Segments]:
         """As `InputSource.segments`."""
-        rendered = run.run_stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed))
+        rendered = run.run_stage("render", self._corpus.shard_tasks(run.root, self._hours, self._seed, self.channels))
         return _select(run, rendered, [], f"{self.seconds:g} s segment")
 
 
@@ -208,7 +209,7 @@ def input_source(arguments: argparse.Namespace) -> InputSource:
     if arguments.command == "builtin":
         if not (math.isfinite(arguments.hours) and arguments.hours > 0):
             raise UserError(f"--hours must be above 0, got {arguments.hours:g}")
-        return BuiltinInput(arguments.hours, arguments.seed)
+        return BuiltinInput(arguments.hours, arguments.seed, arguments.channels)
     root, out = arguments.root, arguments.out
     if arguments.command == "pack":
         in_place = out is None or out.resolve() == root.resolve()

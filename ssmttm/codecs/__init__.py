@@ -1,4 +1,4 @@
-"""Codecs behind one interface: the embedded tiny codecs, DAC, EnCodec, Mimi and X-Codec."""
+"""Codecs behind one interface: the embedded tiny codecs, DAC, EnCodec, Mimi and X-Codec; VAEs are beside them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmttm.codecs import tiny
+from ssmttm.codecs.autoencoder import Autoencoder
 from ssmttm.codecs.base import Codec, CodecOutput
 from ssmttm.codecs.stereo import parametric
 from ssmttm.codecs.stereo.channelwise import CODINGS, ChannelwiseCodec
@@ -21,8 +22,8 @@ EMBEDDED = {"tiny": _ASSETS / "tiny_codec"}
 EMBEDDED_STEREO = {"tiny_stereo": _ASSETS / "tiny_codec_stereo"}
 
 __all__ = [
-    "ChannelwiseCodec", "Codec", "CodecOutput", "ParametricStereoCodec", "StudentCodec", "StudentConfig", "TinyCodec",
-    "TinyCodecConfig", "build_codec", "encoder_of", "load_codec",
+    "Autoencoder", "ChannelwiseCodec", "Codec", "CodecOutput", "ParametricStereoCodec", "StudentCodec", "StudentConfig",
+    "TinyCodec", "TinyCodecConfig", "build_codec", "encoder_of", "load_codec",
 ]  # fmt: skip
 
 
@@ -61,8 +62,9 @@ def encoder_of(codec: Codec) -> Codec:
     return encoder
 
 
-def build_codec(config: Mapping[str, Any]) -> Codec:
-    """A codec with random weights from a config's `codec` section: `kind` (tiny or transformers') and its fields.
+def build_codec(config: Mapping[str, Any]) -> Autoencoder:
+    """A codec with random weights from a config's `codec` section: `kind` (tiny, transformers', or the VAE oobleck) and
+    its fields.
 
     Raises:
         UserError: unknown kind or field.
@@ -73,13 +75,17 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
     try:
         if kind == "tiny":
             return TinyCodec(TinyCodecConfig(**fields))
+        if kind == "oobleck":
+            from ssmttm.codecs import vae  # diffusers is slow to import
+
+            return vae.from_config(fields)
         from ssmttm.codecs import hf  # transformers' models are slow to import
 
         if kind in hf.CLASSES:
             return hf.from_config(kind, fields)
     except TypeError as error:
         raise UserError(f"codec kind {kind}: {error}") from error
-    raise UserError(f"unknown codec kind {kind!r}: choose from tiny, {', '.join(hf.CLASSES)}")
+    raise UserError(f"unknown codec kind {kind!r}: choose from tiny, oobleck, {', '.join(hf.CLASSES)}")
 
 
 def _load(name_or_path: str | Path, revision: str | None) -> Codec:
@@ -105,6 +111,8 @@ def _load(name_or_path: str | Path, revision: str | None) -> Codec:
             return StudentCodec.load(folder)
         if model_type == parametric.MODEL_TYPE:
             return _load_parametric(folder, None)
+        if model_type is None and "_class_name" in _read_config(folder):
+            raise UserError(f"{folder} is a VAE, whose latents are continuous, no codec: use load_vae, or --latents")
     elif split_revision(name)[0].count("/") != 1 or name.startswith((".", "/", "~")):
         known = ", ".join(EMBEDDED | EMBEDDED_STEREO)
         raise UserError(f"codec {name}: no such folder, nor a hub name such as descript/dac_44khz; embedded: {known}")

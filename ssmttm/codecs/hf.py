@@ -1,7 +1,6 @@
 """DAC, EnCodec, Mimi and X-Codec through transformers' classes, as `Codec`s."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecRes
 
 from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
 from ssmttm.codecs.quantiser import reseed, unused_entries
+from ssmttm.codecs.receptive_field import upsampling_context
 from ssmttm.errors import UserError
 from ssmttm.hub import checkpoint_folder, with_commit
 
@@ -53,7 +53,7 @@ class DacCodec(TransformersCodec):
         self.model, self.name = model, name
         self.sample_rate, self.hop_length = config.sampling_rate, math.prod(config.downsampling_ratios)
         self.n_codebooks, self.codebook_size = config.n_codebooks, config.codebook_size
-        self.context = _dac_context(config.upsampling_ratios)
+        self.context = upsampling_context(config.upsampling_ratios)
         self.register_buffer("usage", torch.zeros(config.n_codebooks, config.codebook_size, dtype=torch.int64))
 
     def forward(self, wav: Tensor) -> CodecOutput:
@@ -300,15 +300,3 @@ def _load(folder: Path, name: str) -> TransformersCodec:
             f"codec {name} cannot be loaded ({reason}): give a folder with config.json and model.safetensors, or use "
             "the embedded codec `tiny`"
         ) from error
-
-
-def _dac_context(upsampling_ratios: Sequence[int]) -> tuple[int, int]:
-    """Receptive field of DAC's decoder in frames per side: a kernel of 7 at both ends, and in each block a transposed
-    convolution (one input sample) and three residual units of kernel 7 and dilations 1, 3, 9 (39 samples)."""
-    reach, rate = 3.0, 1
-    for ratio in upsampling_ratios:
-        reach += 1 / rate
-        rate *= ratio
-        reach += 39 / rate
-    frames = math.ceil(reach + 3 / rate)
-    return frames, frames

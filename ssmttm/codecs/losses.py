@@ -34,13 +34,24 @@ def reconstruction_losses(
     """All losses of a codec except the adversarial terms.
 
     Args:
-        wav: the encoded audio, [B, 1, S].
+        wav: the encoded audio, [B, C, S]; of stereo, `heard_signals` are compared.
         scales: STFT resolutions; those longer than S are skipped.
 
     Returns:
-        Scalars: `mel` and `spectrum` of `spectral_distances`, and the quantiser's `codebook` and `commitment`.
+        Scalars: `mel` and `spectrum` of `spectral_distances`, and the quantiser's `codebook` and `commitment`, or a
+        VAE's `kl`.
     """
-    return {**spectral_distances(output.audio[:, 0], wav[:, 0], sample_rate, scales), **output.losses}
+    signals = heard_signals(output.audio), heard_signals(wav)
+    return {**spectral_distances(*signals, sample_rate, scales), **output.losses}
+
+
+def heard_signals(wav: Tensor) -> Tensor:
+    """The signals [B', S] of audio [B, C, S] whose spectra are compared: the one channel of mono; of stereo left,
+    right, mid and side, (left + right) / 2 and (left - right) / 2, as the phase between the channels is in these."""
+    if wav.shape[1] == 1:
+        return wav[:, 0]
+    left, right = wav.unbind(1)
+    return torch.cat([left, right, (left + right) / 2, (left - right) / 2])
 
 
 def spectral_distances(

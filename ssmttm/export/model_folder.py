@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmttm import checkpoint
 from ssmttm.adapters import adapter_tensors, without_adapter, write_adapter
-from ssmttm.codecs import Codec, StudentCodec, StudentConfig, build_codec
+from ssmttm.codecs import Autoencoder, StudentCodec, StudentConfig, build_codec
 from ssmttm.errors import UserError
 from ssmttm.generation import loading
 from ssmttm.licences import strictest
@@ -93,7 +93,7 @@ def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: st
 
 def _load_codec(config: DictConfig, state: dict[str, Any], weights: dict[str, Tensor]) -> Any:
     if config.task == "codec":
-        codec: Codec = build_codec(config.codec)
+        codec: Autoencoder = build_codec(config.codec)
     else:
         codec = StudentCodec(StudentConfig(**state["data"]["student"]))
     codec.load_state_dict(weights)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ssmttm.codecs.base import DecodeStream
+from ssmttm.codecs.autoencoder import DecodeStream
 from ssmttm.errors import UserError
 from ssmttm.generation.code_generation import CodeGenerator
 from ssmttm.generation.item_controls import describe_controls

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssmttm.codecs.base import weights_fingerprint
+from ssmttm.codecs.autoencoder import weights_fingerprint
 from ssmttm.errors import UserError
 from ssmttm.files import atomic_write
 from ssmttm.generation.request import Request, Sampling

@@ -4,7 +4,7 @@ Codec and discriminator are updated in the same step from the same forward. The 
 reconstructed audio in one call; the codec's adversarial loss uses the discriminator with its weights frozen. So the
 gradients of each loss reach one module only, and DDP sees one forward per module and micro-batch.
 
-Shapes: b items of a micro-batch, S samples, K codebooks, T frames.
+Shapes: b items of a micro-batch, C audio channels, S samples, K codebooks, T frames.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ssmttm.codecs import EMBEDDED, Codec, CodecOutput, TinyCodec, build_codec, load_codec
+from ssmttm.codecs import EMBEDDED, Autoencoder, Codec, CodecOutput, TinyCodec, build_codec, load_codec
 from ssmttm.codecs.discriminators import DiscriminatorOutput, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import (
     adversarial_losses,
     discriminator_accuracy,
     discriminator_loss,
     fast_distances,
+    heard_signals,
     reconstruction_losses,
 )
 from ssmttm.codecs.metrics import chroma_similarity, onset_f_measure
@@ -39,7 +40,7 @@ _START_ITEMS = 256  # crops that further codebooks are fitted to
 
 
 class CodecTask(Task):
-    """Trains a codec to reconstruct crops of a store's audio, which must have the codec's sample rate.
+    """Trains a codec or a VAE to reconstruct crops of a store's audio, which must have its sample rate and channels.
 
     Args:
         config: `codec`, `codec_training`, `data` (store, seconds), `losses`, `seed`.
@@ -69,17 +70,17 @@ class CodecTask(Task):
         self._restart_metrics: dict[str, float | Tensor] = {}
         self._last_audio: Tensor | None = None
 
-    def build(self, config: DictConfig) -> Codec:
+    def build(self, config: DictConfig) -> Autoencoder:
         """The codec to train."""
         return build_codec(config.codec)
 
     @property
-    def encoder(self) -> Codec:
+    def encoder(self) -> Autoencoder:
         """The codec that encodes the samples."""
         return self.codec
 
     def reconstruct(self, model: nn.Module, wav: Tensor) -> CodecOutput:
-        """The output of the wrapped codec for a waveform [b, 1, S]."""
+        """The output of the wrapped codec for a waveform [b, C, S]."""
         return model(wav)
 
     def _grow(self, name: str) -> None:
@@ -105,7 +106,7 @@ class CodecTask(Task):
     def flops_per_item(self) -> float:
         """Forward FLOPs of one item."""
         training = self.codec.training
-        flops = count_flops(lambda: self.codec.eval()(torch.zeros(1, 1, self.samples_per_item)))
+        flops = count_flops(lambda: self.codec.eval()(torch.zeros(1, self.codec.channels, self.samples_per_item)))
         self.codec.train(training)
         return flops
 
@@ -125,12 +126,12 @@ class CodecTask(Task):
         self, output: CodecOutput, modules: Modules, batch: Batch, denominators: Tensor, step: int
     ) -> dict[str, Losses]:
         """`losses` for an output of the codec."""
-        wav = batch["audio"]  # [b, 1, S]
+        wav = batch["audio"]  # [b, C, S]
         fraction = len(wav) / denominators[0]  # of the global batch
         losses = {"model": self.reconstruction(output, wav)}
         if self.adversarial_start is not None and step >= self.adversarial_start:
             items = slice(self.config.codec_training.adversarial_items)
-            judged, original = output.audio[items], wav[items]  # [b', 1, S]
+            judged, original = (audio[items].flatten(0, 1)[:, None] for audio in (output.audio, wav))  # [b' * C, 1, S]
             real, fake = _halves(modules["discriminator"](torch.cat([original, judged.detach()])))
             losses["discriminator"] = {
                 "discriminator": discriminator_loss(real, fake),
@@ -143,22 +144,23 @@ class CodecTask(Task):
 
     def validation(self, modules: Modules, batch: Batch, denominators: Tensor, step: int) -> Losses:
         output = self.reconstruct(modules["model"], batch["audio"])
-        decoded, wav, rate = output.audio[:, 0].float(), batch["audio"][:, 0], self.codec.sample_rate  # [b, S]
+        decoded, wav, rate = output.audio.float().mean(1), batch["audio"].mean(1), self.codec.sample_rate  # [b, S]
         losses = self.reconstruction(output, batch["audio"])
         losses["chroma_similarity"] = chroma_similarity(decoded, wav, rate).mean()
         losses["onset_f"] = onset_f_measure(decoded, wav, rate).mean()
         return {name: len(batch["ids"]) / denominators[0] * loss for name, loss in losses.items()}
 
     def reconstruction(self, output: CodecOutput, wav: Tensor) -> Losses:
-        """The losses of an output of the codec for the encoded audio [b, 1, S], except the adversarial ones."""
+        """The losses of an output of the codec for the encoded audio [b, C, S], except the adversarial ones."""
         if self.fast_losses:
-            return fast_distances(output.audio[:, 0], wav[:, 0], self.codec.sample_rate) | output.losses
+            signals = heard_signals(output.audio), heard_signals(wav)
+            return fast_distances(*signals, self.codec.sample_rate) | output.losses
         return reconstruction_losses(output, wav, self.codec.sample_rate)
 
     def restart_codes(self, step: int) -> dict[str, Tensor]:
-        """Every `restart_every` steps until `restart_until`."""
+        """Every `restart_every` steps until `restart_until`; a VAE has no codes."""
         every, until = self.config.codec_training.restart_every, self.config.codec_training.restart_until
-        if (step + 1) % every or step >= until:
+        if (step + 1) % every or step >= until or not isinstance(self.codec, Codec):
             return {}
         restarted = cast(Any, self.codec).restart_unused_codes(self._last_audio)
         self._restart_metrics = {"codes_restarted": float(sum(int(mask.sum()) for mask in restarted.values()))}
@@ -169,7 +171,8 @@ class CodecTask(Task):
 
     def throughput(self, batch: Batch, step: int) -> tuple[float, float, float]:
         items, seconds = len(batch["ids"]), self.samples_per_item / self.codec.sample_rate
-        tokens = items * seconds * self.codec.frame_rate * self.codec.n_codebooks
+        frames = items * seconds * self.codec.frame_rate
+        tokens = frames * (self.codec.n_codebooks if isinstance(self.codec, Codec) else 1)  # of a VAE, latent frames
         return tokens, items * seconds, items * self._flops_per_item
 
     def samples(self, step: int) -> list[Sample]:
