@@ -48,8 +48,10 @@ def run_local(
             training = TrainingJob(folder, job, settings, slot)
 
             def show_step() -> None:
-                steps[job.name] = training.step()
-                bar.set_postfix(steps)
+                step = training.step()
+                if step != steps.get(job.name):  # redrawn at every call, the bar would fill a log
+                    steps[job.name] = step
+                    bar.set_postfix(steps)
 
             return training.run(stopping, show_step)
 
