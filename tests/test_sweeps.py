@@ -350,8 +350,10 @@ def test_two_sweeps_in_one_folder_are_rejected(tmp_path, start, fake):
     process, folder = start(), SweepFolder(tmp_path / "sweep")
     while not lines(folder, "0.001-seed0"):
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # it would otherwise end before a slow machine has composed the second sweep
     with pytest.raises(UserError, match="another sweep"):
         run_sweep(settings(tmp_path, RATES))
+    process.send_signal(signal.SIGCONT)
     process.terminate()
     assert process.wait() == 75
 
