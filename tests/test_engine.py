@@ -91,6 +91,20 @@ def test_fused_steps_add_controls_and_positions():
     assert not torch.allclose(found[:, 0], expected[:, 0], atol=1e-3)
 
 
+def test_changed_controls_are_embedded_anew():
+    model = randomised(small_token_lm(chroma=True, tempo=True, key=True)).eval()
+    steps = FusedEngine(model).bind(model.init_state(4), 2, n_conditional=2)
+    for bpm in (torch.tensor([90.0, 100.0]), torch.tensor([90.0, 120.0]), None):
+        controls = Controls(torch.rand(2, 12, S), bpm, torch.tensor([3, -1]))
+        found = steps.added.compute(steps, controls, 2, 3)  # [n, rows, D]
+        rows = steps.controls_of_rows(controls, slice(2, 5))
+        expected = model.embed_frames(rows), model.embed_items(rows)
+        expected = sum(expected[0]) + sum(embedding[:, None] for embedding in expected[1])
+        torch.testing.assert_close(found, expected.transpose(0, 1), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="takes bpm of shape"):
+        steps.added.compute(steps, Controls(bpm=torch.ones(3)), 0, 1)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_fused_steps_of_other_instruction_sets_equal_torchs(isa, monkeypatch):
     """Compiled with little optimisation, which is quicker; the processor's own is that of the other tests."""

@@ -349,7 +349,9 @@ class CodeSampler:
             if guided:
                 is_null = torch.arange(n_conditions * size, device=device) >= len(conditions.texts) * size
                 part_controls = part_controls.drop(is_null)
-            logits.append(model.prefill(part_codes, condition, part, part_controls).unflatten(0, (n_conditions, size)))
+            with self.engine.prefill_context():
+                last = model.prefill(part_codes, condition, part, part_controls)
+            logits.append(last.unflatten(0, (n_conditions, size)))
             state.write_rows(slice(first, n_rows, batch) if size == 1 else slice(0, n_rows), part)
         rows_of_items = torch.cat(logits, dim=1).flatten(0, 1)
         steps = self._bind(state, len(conditions.texts), guided)

@@ -19,6 +19,7 @@ from ssmttm.codecs import Codec
 from ssmttm.diffusion.guidance import guided_predictor
 from ssmttm.diffusion.samplers import SamplerSettings, sample
 from ssmttm.errors import UserError
+from ssmttm.generation.engines.sequences import compiled_sequences
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
@@ -176,7 +177,8 @@ class SecondStage:
         predict = guided_predictor(self.model, conditions, inputs.null_text, *scales)
         known, after, original = (None if codes is None else self._fine_latents(codes) for codes in given)
         noise = noise.to(coarse_codes.device)
-        sampled = sample(predict, self.settings.sampler, noise, generators, known, after, original, strength)
+        with compiled_sequences(coarse_codes.device):
+            sampled = sample(predict, self.settings.sampler, noise, generators, known, after, original, strength)
         if not bool(sampled.isfinite().all()):
             raise UserError("the denoiser's output is not finite (damaged or diverged): try an earlier checkpoint")
         sampled = self.model.denormalise(sampled, first=n_coarse)  # [B, C, T]

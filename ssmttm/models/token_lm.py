@@ -134,7 +134,7 @@ class TokenLM(ControlledModel):
         check_state(state.batch_size, len(codes))
         x = F.embedding_bag(codes + self.offsets, self.embedding.weight, mode="sum")  # [B, D]
         x = self._add_controls(x[:, None], controls)[:, 0]
-        x = self._add_positions(x, torch.full((1,), state.position, device=x.device), state.n_text)
+        x = self.add_positions(x, torch.full((1,), state.position, device=x.device), state.n_text)
         logits = self.step_embedded(x, state)
         state.position += 1
         return logits
@@ -155,12 +155,6 @@ class TokenLM(ControlledModel):
         device = device or self.embedding.weight.device
         joint = self.config.positions == "joint"
         return LMState(blocks, batch_size, 0, torch.zeros(batch_size, 1, device=device).long() if joint else None)
-
-    def added_embeddings(self, positions: Tensor, n_rows: int, n_text: Tensor | None, controls: Controls) -> Tensor:
-        """What is added to the embedded codes of the audio positions [S]: controls and position embeddings,
-        [n_rows, S, D]. n_text and `controls` as of an LMState and a step."""
-        x = self.embedding.weight.new_zeros(n_rows, len(positions), self.config.d_model)
-        return self._add_positions(self._add_controls(x, controls), positions, n_text)
 
     def flops(self, n_frames: int, n_text_tokens: int) -> int:
         """Forward FLOPs of a sequence of `n_frames` positions and `n_text_tokens` text tokens."""
@@ -189,7 +183,7 @@ class TokenLM(ControlledModel):
         n_text = None if state is None else state.n_text
         if projected is not None and self.config.positions == "joint":
             n_text = (n_text if n_text is not None else 0) + projected.mask.sum(1, keepdim=True)  # [B, 1]
-        x = self._add_positions(x, torch.arange(start, start + length, device=x.device), n_text)
+        x = self.add_positions(x, torch.arange(start, start + length, device=x.device), n_text)
         mask = audio = None
         if projected is not None and self.config.conditioning == "prefix":
             x, mask, audio = prefix(self._embed_prefix(projected, start), x)
@@ -217,7 +211,7 @@ class TokenLM(ControlledModel):
             x = x + embedding[:, None]
         return x
 
-    def _add_positions(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
+    def add_positions(self, x: Tensor, positions: Tensor, n_text: Tensor | None) -> Tensor:
         """Add embeddings of the audio positions [S] to x [B, S, D] or, in a step, [B, D]."""
         if self.config.positions not in ("sinusoidal", "joint"):
             return x

@@ -3,11 +3,13 @@
 Every operation has a portable PyTorch path; some have a CUDA kernel from mamba_ssm or causal_conv1d too. The choice is
 made per call, from the device of the tensors and from what the kernel takes (mamba_ssm 2.3, causal_conv1d 1.7), and no
 kernel package is imported before it is needed for a CUDA tensor.
-`use("portable")` or `use("cuda")` overrides the choice in a `with` block, `set_backend` permanently.
+`use("portable")` or `use("cuda")` overrides the choice in a `with` block, `set_backend` permanently. On a CPU a caller
+may provide kernels for inference, in a `with` block of `cpu_kernels`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -54,6 +56,7 @@ KERNELS: dict[str, Kernel] = {
 IMPORT_ERRORS = (ImportError, AttributeError, OSError, ValueError, TypeError, RuntimeError, LookupError)
 
 _chosen: Backend = "auto"
+_cpu_kernels: ContextVar[Mapping[str, Callable[..., Any]] | None] = ContextVar("cpu_kernels", default=None)
 
 
 def set_backend(name: Backend) -> None:
@@ -103,6 +106,27 @@ def cuda_kernel(operation: str, device: torch.device, unsupported: str = "") -> 
         kernel = KERNELS[operation]
         raise UserError(f"backend 'cuda' needs {kernel.package} for {operation}, but {problem}: {INSTALL}")
     return function
+
+
+@contextmanager
+def cpu_kernels(kernels: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Use kernels for "causal_conv" and "ssd" in a `with` block, in this thread; see `ssmttm.generation.engines`."""
+    token = _cpu_kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _cpu_kernels.reset(token)
+
+
+def cpu_kernel(operation: str, *operands: torch.Tensor | None) -> Callable[..., Any] | None:
+    """The kernel for `operation` that the caller provides, or None. It takes float32 on a CPU, and no gradient."""
+    kernels = _cpu_kernels.get()
+    if kernels is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    for tensor in operands:
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            return None
+    return kernels.get(operation)
 
 
 def describe() -> list[Row]:

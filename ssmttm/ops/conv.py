@@ -61,6 +61,10 @@ def causal_conv(
     """
     kernel = backend.cuda_kernel("causal_conv", x.device, _unsupported(x, weight) or _unaligned(x))
     history = _history(x, weight, initial_state)  # [B, K-1, C]
+    cpu_kernel = backend.cpu_kernel("causal_conv", x, weight, bias, history) if activation else None
+    if cpu_kernel is not None and lengths is None:
+        past = history.clone(memory_format=torch.contiguous_format)
+        return cpu_kernel(x, weight, bias, past), past.transpose(1, 2)
     if kernel is None and lengths is None:
         last = x[:, x.shape[1] - min(x.shape[1], history.shape[1]) :]
         final_state = torch.cat([history[:, last.shape[1] :], last], 1).transpose(1, 2)  # [B, C, K-1]
@@ -75,6 +79,8 @@ def causal_conv(
         history, x = padded[:, : -x.shape[1]].transpose(1, 2), padded[:, -x.shape[1] :].transpose(1, 2)  # [B, C, T]
         bias = None if bias is None else bias.to(weight.dtype)
         return kernel(x, weight, bias, initial_states=history, activation=activation).transpose(1, 2), final_state
+    if cpu_kernel is not None:
+        return cpu_kernel(x, weight, bias, history.clone(memory_format=torch.contiguous_format)), final_state
     return _ShiftedSum.apply(x, history, weight, bias, activation), final_state
 
 

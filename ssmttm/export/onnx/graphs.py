@@ -109,7 +109,7 @@ class StepGraph(Graph):
         if "prefix" in tensors:
             x = torch.where(tensors["is_prefix"][:, None], tensors["prefix"], x)
         if POSITION in tensors:
-            x = model._add_positions(x, tensors[POSITION], None)
+            x = model.add_positions(x, tensors[POSITION], None)
         for block, states in zip(model.blocks, blocks, strict=True):
             x = block.step(x, states)
         next_states = named_tensors(blocks)

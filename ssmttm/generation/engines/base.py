@@ -5,6 +5,7 @@ conditions together: row i belongs to item i % B. Null rows have no controls.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,10 @@ class Engine(ABC):
     def bind(self, state: LMState, n_items: int, n_conditional: int | None = None) -> Steps:
         """Steps from this state on; arguments as of `Steps`."""
 
+    def prefill_context(self) -> AbstractContextManager[None]:
+        """The context of the model's prefill."""
+        return nullcontext()
+
     def n_rows(self, rows: int) -> int:
         """Rows that a state needs, so that no row's result depends on the others."""
         return rows
@@ -131,13 +136,16 @@ def check_parts(model: TokenLM, known: set[type]) -> None:
 
 
 class AddedEmbeddings:
-    """What a model adds to the embedded codes of a position: controls and position embeddings."""
+    """What a model adds to the embedded codes of a position: controls and position embeddings. Those of an item's
+    tempo, key and metre, and those of a row without controls, are computed once."""
 
     def __init__(self, model: TokenLM) -> None:
         self.model, config = model, model.config
         by_frame = config.chroma or config.bar_position or config.timing
         self.by_position = by_frame or config.positions in ("sinusoidal", "joint")
         self.is_empty = not (self.by_position or config.tempo or config.key or config.metre)
+        self._known: tuple[Controls, list[list[Tensor]]] = Controls(), []  # of whole items: controls, embeddings
+        self._null: Tensor | None = None  # [1, 1, D]
 
     @torch.inference_mode()
     def compute(self, steps: Steps, controls: Controls, index: int, count: int) -> Tensor:
@@ -145,11 +153,39 @@ class AddedEmbeddings:
         the same at all positions; `controls` and `index` as of `Steps.step`. Row by row: the rounding of a linear layer
         depends on the number of rows."""
         length, state = count if self.by_position else 1, steps.state
-        rows = steps.controls_of_rows(controls, slice(index, index + length))
+        controls = controls.select_frames(slice(index, index + length))
+        controls.check(self.model.config, "language model", steps.n_items, length)
         positions = torch.arange(state.position, state.position + length, device=steps.item_of_row.device)
         n_text = [None] * state.batch_size if state.n_text is None else state.n_text.split(1)
-        added = torch.cat([
-            self.model.added_embeddings(positions, 1, n_text[row], rows.select_rows(slice(row, row + 1)))
-            for row in range(state.batch_size)
-        ])  # [rows, n, D]  # fmt: skip
-        return added.transpose(0, 1).float().contiguous()
+        if all(value is None for value in vars(controls).values()):
+            of_items = [self._without_controls()] * steps.n_items
+        else:
+            of_items = [self._of_item(controls, item) for item in range(steps.n_items)]  # [1, n, D]
+        rows = []
+        for row in range(state.batch_size):
+            is_null = steps.n_conditional is not None and row >= steps.n_conditional
+            x = self._without_controls() if is_null else of_items[row % steps.n_items]
+            rows.append(self.model.add_positions(x.expand(1, length, -1), positions, n_text[row]))
+        return torch.cat(rows).transpose(0, 1).float().contiguous()
+
+    def _of_item(self, controls: Controls, item: int) -> Tensor:
+        """[1, n, D]."""
+        own = controls.select_rows(slice(item, item + 1))
+        x = self.model.embedding.weight.new_zeros(1, 1, self.model.config.d_model)
+        for embedding in self.model.embed_frames(own):
+            x = x + embedding
+        known, found = self._known
+        if any(getattr(known, name) is not getattr(controls, name) for name in ("bpm", "key", "metre")):
+            known, found = self._known = controls, []
+        while len(found) <= item:
+            next_item = controls.select_rows(slice(len(found), len(found) + 1))
+            found.append([embedding[:, None] for embedding in self.model.embed_items(next_item)])  # of [1, 1, D]
+        for embedding in found[item]:
+            x = x + embedding
+        return x
+
+    def _without_controls(self) -> Tensor:
+        """[1, 1, D]."""
+        if self._null is None:
+            self._null = self._of_item(Controls(), 0)
+        return self._null

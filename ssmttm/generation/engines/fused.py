@@ -7,6 +7,7 @@ Shapes: O outputs, I inputs, B items, K codebooks, V' logits of a codebook, D mo
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps, check_parts
 from ssmttm.generation.engines.library import Unavailable, instruction_set, library
+from ssmttm.generation.engines.sequences import compiled_sequences
 from ssmttm.generation.request import Sampling
 from ssmttm.mixers import Attention, Mamba1, Mamba2
 from ssmttm.mixers.attention import AttentionState
@@ -110,6 +112,9 @@ class FusedEngine(Engine):
 
     def bind(self, state: LMState, n_items: int, n_conditional: int | None = None) -> "FusedSteps":
         return FusedSteps(self, state, n_items, n_conditional)
+
+    def prefill_context(self) -> AbstractContextManager[None]:
+        return compiled_sequences(self.model.embedding.weight.device)
 
     def draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling, guided: bool) -> Tensor:
         logits, uniforms = logits.float().contiguous(), uniforms.double().contiguous()

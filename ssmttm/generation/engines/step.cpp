@@ -1,4 +1,5 @@
-// One decoding step of a TokenLM in one call, and the draw of its tokens. Plain C ABI; fused.py fills the structs.
+// One decoding step of a TokenLM in one call, and the draw of its tokens; a mixer's convolution and scan over many
+// positions. Plain C ABI; fused.py fills the structs.
 //
 // Vectors are GCC's and Clang's vector extension, W floats wide by the instruction set this file is compiled for; only
 // the int8 product has code of its own for each. Every output is summed in an order that does not depend on the batch
@@ -32,9 +33,9 @@ constexpr int STREAMS = 4;             // rows of a weight at a time
 // How many bytes ahead weights and Mamba-2 states are prefetched, and whether these are read row after row rather than
 // four rows at a time; no result depends on it. Measured with 48 Mamba-2 mixers of d 1,024, in turn. Sapphire Rapids,
 // AVX-512: 2 kB save a tenth to a third of a float32 or bfloat16 product and a few hundredths of an int8 step. Zen 3,
-// AVX2: 1 kB saves a tenth of an int8 product and costs a float32 one a third. Zen 4 with either: 2 kB cost a float32
-// step a sixth; 256 bytes past the nearer cache save a tenth of a float32 step and a fifth of a bfloat16 one; states
-// row after row are updated at twice the rate, and a prefetch adds nothing to that.
+// AVX2: 1 kB saves a tenth of an int8 product and costs a float32 one a third. Zen 4: 2 kB cost a float32 step a sixth;
+// 256 bytes past the nearer cache save 3 to 13 % of a step with AVX-512 and 7 to 8 % with AVX2; states row after row are
+// updated at twice the rate, and a prefetch adds nothing to that.
 #if defined(AMD)
 constexpr int AHEAD = W > 4 ? 256 : 0, AHEAD_INT8 = AHEAD, AHEAD_STATE = 0, LOCALITY = 0;
 constexpr bool STATE_BY_ROW = true;
@@ -538,7 +539,7 @@ static void convolve(const Sublayer& l, float* past, const float* x, float* y) {
   if (last > 0) std::memcpy(past + (last - 1) * C, x, C * sizeof(float));
 }
 // For S rows of a state [S, n]: state = decay * state + u * b, and y = the sum of state * c.
-template <int S>
+template <int S, bool BY_ROW = STATE_BY_ROW>
 static inline void update_dot(float* state, const float* b, const float* c, float decay, const float* u, int64_t n,
                               float* y) {
   vf acc[S] = {};
@@ -549,7 +550,7 @@ static inline void update_dot(float* state, const float* b, const float* c, floa
     store(state + s * n + i, v);
     acc[s] += v * load(c + i);
   };
-  if (STATE_BY_ROW) {
+  if (BY_ROW) {
     for (int s = 0; s < S; s++)
       for (int64_t i = 0; i < whole; i += W) update(s, i);
   } else {
@@ -562,6 +563,28 @@ static inline void update_dot(float* state, const float* b, const float* c, floa
       state[s * n + i] = state[s * n + i] * decay + b[i] * u[s];
       y[s] += state[s * n + i] * c[i];
     }
+}
+// The scan of Mamba-2 over T positions of one row and head: x [T, P], dt [T], B and C [T, N], whose positions lie apart
+// by the strides, and state [P, N] -> y [T, P]. A head's state stays in the nearest cache.
+struct Scan {
+  int64_t length, heads, headdim, groups, d_state;
+  int64_t x_stride, bc_stride;  // from position to position
+};
+static void scan_head(const Scan& l, const float* x, const float* dt, float A, const float* B, const float* C, float D,
+                      float* state, float* y) {
+  const int64_t P = l.headdim, N = l.d_state;
+  for (int64_t t = 0; t < l.length; t++) {
+    const float step = dt[t * l.heads], decay = std::exp(step * A);
+    float u[4];
+    int64_t p = 0;
+    for (; p + 4 <= P; p += 4) {
+      for (int s = 0; s < 4; s++) u[s] = step * x[p + s];
+      update_dot<4, false>(state + p * N, B, C, decay, u, N, y + p);
+    }
+    for (; p < P; p++) u[0] = step * x[p], update_dot<1>(state + p * N, B, C, decay, u, N, y + p);
+    add_scaled(y, x, D, P);
+    x += l.x_stride, B += l.bc_stride, C += l.bc_stride, y += l.heads * P;
+  }
 }
 // One row of a Mamba-2 mixer between its projections: u [z, x, B, C, dt] -> y [I].
 static void mamba2(const Sublayer& l, const float* u, float* conv, float* ssm, float* xBC, float* dt, float* y) {
@@ -937,6 +960,29 @@ int ssmttm_run(void* pool, const Model* model, const State* states, const Draw* 
     last = found;
   }
   return 0;
+}
+// The causal convolution of T positions with SiLU: x [R, T, C] with the given strides, weight [taps, C], bias [C] or null
+// and past [R, taps - 1, C], which takes in the last inputs -> y [R, T, C].
+void ssmttm_convolve(const float* weight, const float* bias, int64_t taps, int64_t channels, float* past,
+                     const float* x, int64_t row_stride, int64_t stride, int64_t rows, int64_t length, float* y) {
+  Sublayer l = {};
+  l.conv_weight = weight, l.conv_bias = bias, l.taps = taps, l.channels = channels;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t t = 0; t < length; t++)
+      convolve(l, past + r * (taps - 1) * channels, x + r * row_stride + t * stride, y + (r * length + t) * channels);
+}
+// The scan of Mamba-2: x [R, T, H, P], dt [R, T, H], B and C [R, T, G, N], D [H] or null, and state [R, H, P, N], which
+// takes the final one -> y [R, T, H, P]. Positions of x, B and C lie apart by the strides of `scan`, rows T times that.
+void ssmttm_scan(const Scan* scan, const float* x, const float* dt, const float* A, const float* B, const float* C,
+                 const float* D, float* state, int64_t rows, float* y) {
+  const Scan& l = *scan;
+  const int64_t T = l.length, H = l.heads, P = l.headdim, N = l.d_state;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t h = 0; h < H; h++) {
+      const int64_t bc = r * T * l.bc_stride + h / (H / l.groups) * N;
+      scan_head(l, x + r * T * l.x_stride + h * P, dt + r * T * H + h, A[h], B + bc, C + bc, D ? D[h] : 0.f,
+                state + (r * H + h) * P * N, y + (r * T * H + h) * P);
+    }
 }
 float ssmttm_read(const float* p, int64_t n) {  // reads n floats in four streams: the limit that a step is measured by
   vf acc[4][2] = {};

@@ -46,6 +46,9 @@ def ssd(
     kernel = backend.cuda_kernel("ssd", x.device, unsupported_dtype(x))
     if kernel is not None:
         return _cuda_scan(kernel, x, dt, A, B, C, D, initial_state, chunk_size)
+    cpu_kernel = backend.cpu_kernel("ssd", x, dt, A, B, C, D, initial_state)
+    if cpu_kernel is not None:
+        return cpu_kernel(x, dt, A, B, C, D, initial_state)
     dtype = accumulation_dtype(x)
     dt, A, B, C = dt.to(dtype), A.to(dtype), B.to(x.dtype), C.to(x.dtype)
     D = None if D is None else D.to(dtype)
