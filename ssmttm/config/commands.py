@@ -32,10 +32,14 @@ class ProtocolConfig:
     keep: dict[str, Any] = field(default_factory=dict)  # table: only rows with these values
     # table: templates of a prompt's own reference under `references`; []: all audio there, as one set
     audio: list[str] = field(default_factory=lambda: ["{name}"])
+    concepts: str | None = None  # table: the column of a prompt's concepts, a list or separated by commas
     embedders: list[str] = field(default_factory=lambda: ["tiny", "log_mel"])
     weights: EmbedderWeights = field(default_factory=EmbedderWeights)
+    judge: str | None = None  # folder or hub name of a Qwen2-Audio that is asked for the concepts; null: no ccs
     published: dict[str, dict[str, float]] = field(default_factory=dict)  # results by system, not measured here
     source_of_published: str | None = None
+    # by embedder: sha256 of the file of weights that the published results were measured with; others give a note
+    published_weights: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

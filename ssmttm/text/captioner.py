@@ -1,4 +1,5 @@
-"""Music captioning with an audio language model: Qwen2-Audio (arXiv 2407.10759) through transformers.
+"""An audio language model that captions music and answers questions about it: Qwen2-Audio (arXiv 2407.10759) through
+transformers.
 
 Shapes: S samples.
 """
@@ -24,7 +25,7 @@ _FILES = ("*.json", "merges.txt", "chat_template*", "model*.safetensors")
 
 
 class AudioCaptioner:
-    """Captions audio by greedy decoding, so that the same audio gives the same caption.
+    """Captions audio, or answers questions about it, by greedy decoding, so that the same audio gives the same text.
 
     `weights` is a transformers folder with safetensors, or a hub name. On a CPU the model runs in float32, else in the
     precision of the weights. Captions longer than `max_new_tokens` are cut after their last full sentence. Input audio
@@ -47,10 +48,7 @@ class AudioCaptioner:
         self.model = model.to(device).eval().requires_grad_(False)
         self.sample_rate = int(self.processor.feature_extractor.sampling_rate)
         self.seconds = float(self.processor.feature_extractor.chunk_length)
-        content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": prompt}]
-        self._prompt: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        self.prompt = prompt
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,15 +61,29 @@ class AudioCaptioner:
         Args:
             wavs: float32 [S] each, S >= 1, at `sample_rate`; read one batch at a time.
         """
-        remaining = iter(wavs)
-        while clips := list(islice(remaining, self.batch)):
-            yield from self._generate(clips)
+        yield from self.answers((wav, self.prompt) for wav in wavs)
+
+    def answers(self, questions: Iterable[tuple[Tensor, str]]) -> Iterator[str]:
+        """The answer to each question about a clip, in order; empty if the model generates nothing.
+
+        Args:
+            questions: clips as in `captions`, each with a question or instruction; read one batch at a time.
+        """
+        remaining = iter(questions)
+        while batch := list(islice(remaining, self.batch)):
+            yield from self._generate(batch)
+
+    def _chat(self, text: str) -> str:
+        """A user's message of one clip and a text, as the model expects it."""
+        content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": text}]
+        message = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
 
     @torch.inference_mode()
-    def _generate(self, clips: list[Tensor]) -> list[str]:
+    def _generate(self, batch: list[tuple[Tensor, str]]) -> list[str]:
         inputs = self.processor(
-            text=[self._prompt] * len(clips),
-            audio=[clip.cpu().numpy() for clip in clips],
+            text=[self._chat(text) for _, text in batch],
+            audio=[clip.cpu().numpy() for clip, _ in batch],
             sampling_rate=self.sample_rate,
             padding=True,
             return_tensors="pt",

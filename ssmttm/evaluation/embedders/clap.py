@@ -1,6 +1,7 @@
 """CLAP through transformers: the embedder of FAD and of the CLAP score in most published results."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmttm.evaluation.embedders.base import windows
+from ssmttm.evaluation.embedders.laion_clap import load_laion_clap
 from ssmttm.evaluation.embedders.weights import checkpoint_fingerprint, load_pretrained
 
 
 class ClapEmbedder:
-    """CLAP (arXiv 2211.06687): audio and captions in one space.
+    """CLAP (arXiv 2211.06687): audio and captions in one space; a folder or hub name of transformers' format, or a file
+    of LAION.
 
     A window is exactly the clip that the checkpoint takes, so nothing is padded or cropped. A checkpoint with feature
     fusion gets no window as "longer" than that; transformers would draw one of each batch at random.
@@ -24,8 +27,12 @@ class ClapEmbedder:
         from transformers import ClapModel, ClapProcessor
 
         source = weights or "laion/larger_clap_music"
-        self.processor = load_pretrained(ClapProcessor.from_pretrained, source)
-        self.model = load_pretrained(ClapModel.from_pretrained, source).to(device).eval()
+        if Path(source).is_file():
+            model, self.processor = load_laion_clap(Path(source))
+        else:
+            self.processor = load_pretrained(ClapProcessor.from_pretrained, source)
+            model = load_pretrained(ClapModel.from_pretrained, source)
+        self.model = model.to(device).eval()
         extractor = self.processor.feature_extractor
         self.sample_rate = int(extractor.sampling_rate)
         self.seconds = float(extractor.nb_max_samples / extractor.sampling_rate)

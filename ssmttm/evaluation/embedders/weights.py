@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def load_weights(module: nn.Module, weights: str | None, name: str, ignore: tupl
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             tensors = tensors.get("model", tensors)
         module.load_state_dict({key: value for key, value in tensors.items() if not key.startswith(ignore)})
-    except (SafetensorError, RuntimeError, AttributeError, ValueError, EOFError) as error:
+    except (SafetensorError, RuntimeError, AttributeError, ValueError, EOFError, UnpicklingError) as error:
         raise UserError(f"{path} does not contain the weights of {name}: {str(error).splitlines()[0]}") from error
     return file_sha256(path)[:16]
 

@@ -29,11 +29,12 @@ Measured = tuple[str, Interval, Direction]
 
 @dataclass(frozen=True)
 class Clip:
-    """An audio file to evaluate, its caption, and the reference audio of that caption, if available."""
+    """An audio file to evaluate, its caption, and the caption's reference audio and concepts, if there are any."""
 
     path: Path
     caption: str
     reference: Path | None = None
+    concepts: tuple[str, ...] = ()
 
 
 def compute_metrics(
@@ -61,7 +62,7 @@ def compute_metrics(
         "window_seconds": embedder.seconds,
         "clip_seconds": seconds,
         "n": len(clips),
-        "prompts": _hash(sorted(clip.caption for clip in clips)),
+        "prompts": text_hash(sorted(clip.caption for clip in clips)),
         **decoding,
     }
     metrics: list[Metric] = []
@@ -109,5 +110,6 @@ def _mean(values: Tensor) -> Interval:
     return interval
 
 
-def _hash(texts: Sequence[str]) -> str:
+def text_hash(texts: Sequence[str]) -> str:
+    """16 hex digits over some texts, in their order."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

@@ -48,7 +48,7 @@ def embed_clips(embedder: Embedder, paths: Sequence[Path], seconds: float, cache
     file = cache / f"{embedder.name}-{embedder.fingerprint}-{seconds:g}.safetensors"
     tensors, unsaved, found = _read_cache(file), 0, []
     for path in tqdm(paths, desc=f"embedding ({embedder.name})", unit="clip"):
-        key = _content(path)
+        key = content_hash(path)
         if f"{key}.joint" not in tensors:
             embeddings = _embed_clip(embedder, path, seconds)
             tensors |= {f"{key}.{name}": value.contiguous() for name, value in embeddings._asdict().items()}
@@ -64,10 +64,10 @@ def embed_clips(embedder: Embedder, paths: Sequence[Path], seconds: float, cache
 
 def set_hash(paths: Sequence[Path]) -> str:
     """16 hex digits over the contents of a set of files; order and names do not matter."""
-    return hashlib.sha256("".join(sorted(map(_content, paths))).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(sorted(map(content_hash, paths))).encode()).hexdigest()[:16]
 
 
-def _content(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """The file's sha256, computed again only if the file changes."""
     status = path.stat()
     return _sha256(path, status.st_size, status.st_mtime_ns)

@@ -2,18 +2,21 @@
 
 OUT/audio/          generated clips, a wav and its metadata sidecar for each prompt
 OUT/codec/          built-in protocol: the prompts' own true music as the codec decodes it
-OUT/embeddings/     cached embeddings of all files
-OUT/metrics.json    all metrics with their fingerprints; written last
+OUT/embeddings/     cached embeddings of all files, and answers about concepts
+OUT/metrics.json    all metrics with their fingerprints, and the seconds that each stage of this run took; written last
 OUT/report.md       the report; OUT/report.html is the same as a page
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ssmttm import config as configs
@@ -29,15 +32,17 @@ from ssmttm.evaluation.metrics.metric import Metric, table
 from ssmttm.evaluation.music.comparison import comparison_table
 from ssmttm.evaluation.music.music_metrics import measure_files, sample_rate_notes
 from ssmttm.evaluation.protocol.balanced_prompts import Prompt, balanced_prompts
+from ssmttm.evaluation.protocol.concept_coverage import ANSWER_TOKENS, concept_coverage
 from ssmttm.evaluation.protocol.decoded import decoded_files
-from ssmttm.evaluation.protocol.embed_files import readable
+from ssmttm.evaluation.protocol.embed_files import embed_clips, readable
 from ssmttm.evaluation.protocol.generate import Decoding, generate
 from ssmttm.evaluation.protocol.prompt_lists import ListedPrompt, read_prompt_list
-from ssmttm.files import write_text
+from ssmttm.files import file_sha256, write_text
 from ssmttm.generation.output import read_sidecar, slug
 from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.reports.page import write_page
 from ssmttm.reports.tables import Section, markdown_report
+from ssmttm.text.captioner import AudioCaptioner, captioner_folder
 
 MIN_CLIPS = 20  # clips for any metric
 _LISTED = 5  # names of each kind in a note
@@ -65,10 +70,17 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         The content of metrics.json.
     """
     protocol, out = settings.eval, Path(settings.out)
+    seconds: dict[str, float] = {}
     data = _protocol_data(settings)
-    embedders = [load_embedder(name, protocol.weights[name]) for name in protocol.embedders]
+    if protocol.judge is not None:
+        captioner_folder(protocol.judge)  # raises UserError now rather than once the clips are generated
+        if not any(prompt.concepts for prompt in data.prompts):
+            raise UserError("eval.judge needs prompts with concepts: set eval.concepts, their column in the table")
+    with _timed(seconds, "loading"):
+        embedders = [load_embedder(name, protocol.weights[name]) for name in protocol.embedders]
     paired = [prompt.reference for prompt in data.prompts if prompt.reference is not None]
-    usable, rejected = readable(list(dict.fromkeys([*data.references, *paired])), protocol.seconds)
+    with _timed(seconds, "checking files"):
+        usable, rejected = readable(list(dict.fromkeys([*data.references, *paired])), protocol.seconds)
     references = [path for path in data.references if str(path) not in rejected]
     if data.references and not references:
         first = next(iter(rejected.values()))
@@ -80,13 +92,16 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         paths, unmatched = match_audio(Path(settings.audio), data.prompts)
         model, decoding = str(settings.audio), _common_settings(list(paths.values()))
     else:
-        pipeline = MusicPipeline.from_pretrained(settings.checkpoint, second_stage=settings.second_stage)
+        with _timed(seconds, "loading"):
+            pipeline = MusicPipeline.from_pretrained(settings.checkpoint, second_stage=settings.second_stage)
         sampling = _decoding(settings, pipeline)
         named = [(prompt.name, prompt.caption) for prompt in data.prompts]
-        generated = generate(pipeline, named, sampling, out / "audio", settings.batch)
+        with _timed(seconds, "generating"):
+            generated = generate(pipeline, named, sampling, out / "audio", settings.batch)
         paths, unmatched = dict(zip((name for name, _ in named), generated, strict=True)), []
         model, decoding = pipeline.metadata["model"], {**sampling.settings(), "seed": settings.seed}
-    _, bad = readable(list(paths.values()), protocol.seconds)
+    with _timed(seconds, "checking files"):
+        _, bad = readable(list(paths.values()), protocol.seconds)
     skipped = {**bad, **rejected}
     readable_paths = {name: path for name, path in paths.items() if str(path) not in bad}
     clips = _clips(data, readable_paths, set(usable))
@@ -94,28 +109,41 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         reason = f"; the first skipped: {next(iter(bad.values()))}" if bad else ""
         got = f"got {len(clips)} of {len(data.prompts)} prompts"
         raise UserError(f"at least {MIN_CLIPS} clips are needed, {got}{reason}")
-    notes = _notes(data, paths, unmatched, skipped)
+    notes = [*_notes(data, paths, unmatched, skipped), *_weights_notes(protocol)]
     if references and min(len(clips), len(references)) < FEW_SAMPLES:
         numbers = f"{len(clips)} clips and {len(references)} references"
         notes.append(f"{numbers} are few: fad is biased upwards; compare it only at equal numbers")
     if settings.audio and settings.adherence and data.store is not None:
         notes.append("prompt adherence is measured only on clips generated here, not on existing audio")
     metrics, reference_metrics = [], []
+    music = [Clip(clip.reference, clip.caption, concepts=clip.concepts) for clip in clips if clip.reference is not None]
+    sets = [(metrics, clips, decoding)]
+    if len(music) == len(clips):
+        sets.append((reference_metrics, music, {"decoding": "none"}))
     for embedder in embedders:
-        metrics += compute_metrics(clips, references, embedder, protocol.seconds, decoding, out / "embeddings")
-        music = [Clip(clip.reference, clip.caption) for clip in clips if clip.reference is not None]
-        if len(music) == len(clips):
-            true = {"decoding": "none"}
-            reference_metrics += compute_metrics(
-                music, references, embedder, protocol.seconds, true, out / "embeddings"
-            )
+        with _timed(seconds, "embedding"):
+            for files_of_one in ([clip.path for clip in clips], references, [clip.path for clip in music]):
+                if files_of_one:
+                    embed_clips(embedder, files_of_one, protocol.seconds, out / "embeddings")
+        with _timed(seconds, "metrics"):
+            for found, of, how in sets:
+                found += compute_metrics(of, references, embedder, protocol.seconds, how, out / "embeddings")
+    if protocol.judge is not None:
+        with _timed(seconds, "judging concepts"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            judge = AudioCaptioner(protocol.judge, device, max_new_tokens=ANSWER_TOKENS)
+            for found, of, how in sets:
+                metric, found_notes = concept_coverage(of, judge, protocol.seconds, how, out / "embeddings")
+                found.append(metric)
+                notes += found_notes
     files = {"model": [clip.path for clip in clips], "reference": references} if settings.music_metrics else {}
     if files and data.store is not None and pipeline is not None:
         own = [clip.reference for clip in clips if clip.reference is not None]
         files["codec"] = decoded_files(own, pipeline.codec, protocol.seconds, out / "codec")
     notes += [f"{of}: {note}" for of, found in (("model", metrics), ("reference", reference_metrics))
               for note in _negative_notes(found)]  # fmt: skip
-    music_metrics = {name: measure_files(paths, protocol.seconds) for name, paths in files.items() if paths}
+    with _timed(seconds, "music metrics"):
+        music_metrics = {name: measure_files(paths, protocol.seconds) for name, paths in files.items() if paths}
     adherence = None
     if settings.adherence and data.store is not None and pipeline is not None:
         labelled = dict(zip((prompt.name for prompt in data.prompts), data.labelled, strict=True))
@@ -138,6 +166,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         "adherence": asdict(adherence) if adherence else None,
         "notes": [*notes, *sample_rate_notes(music_metrics)],
         "skipped": skipped,
+        "seconds": seconds,
     }
     sections = report_sections(document, adherence)
     write_text(out / "report.md", markdown_report(protocol.name, sections))
@@ -218,9 +247,11 @@ def _protocol_data(settings: DictConfig) -> ProtocolData:
         raise UserError(f"no protocol selected: set eval=NAME, one of {', '.join(configs.names('eval'))}")
     if settings.prompts is None:
         raise UserError(f"eval={protocol.name} needs prompts=FILE, the benchmark's table of captions")
+    concepts = protocol.concepts if protocol.judge is not None else None
     prompts = read_prompt_list(
-        settings.prompts, protocol.name_of, protocol.caption, protocol.keep, settings.references, list(protocol.audio)
-    )
+        settings.prompts, protocol.name_of, protocol.caption, protocol.keep, settings.references,
+        list(protocol.audio), concepts,
+    )  # fmt: skip
     if n and n < len(prompts):
         chosen = np.random.default_rng(settings.seed).permutation(len(prompts))[:n]
         prompts = [prompts[i] for i in sorted(chosen)]
@@ -272,7 +303,7 @@ def _decoding(settings: DictConfig, pipeline: MusicPipeline) -> Decoding:
 
 def _clips(data: ProtocolData, paths: Mapping[str, Path], references: set[Path]) -> list[Clip]:
     return [
-        Clip(paths[p.name], p.caption, p.reference if p.reference in references else None)
+        Clip(paths[p.name], p.caption, p.reference if p.reference in references else None, p.concepts)
         for p in data.prompts
         if p.name in paths
     ]
@@ -287,6 +318,24 @@ def _common_settings(paths: Sequence[Path]) -> dict[str, Any]:
         same = all(sidecar.get(name) == first for sidecar in sidecars)
         common[name] = sidecars[0].get(name, "unknown") if same else "mixed"
     return common
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of a block to `seconds[stage]`."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _weights_notes(protocol: DictConfig) -> list[str]:
+    """A note on each embedder that has other weights than the published results were measured with."""
+    notes = []
+    for name, published in protocol.published_weights.items():
+        given = Path(protocol.weights[name] or "")
+        if not (given.is_file() and file_sha256(given) == published):
+            notes.append(f"the published results have other weights of {name} (sha256 {published[:16]}...)")
+    return notes
 
 
 def _negative_notes(metrics: Sequence[Metric]) -> list[str]:

@@ -17,11 +17,12 @@ from ssmttm.generation.output import slug
 
 @dataclass(frozen=True)
 class ListedPrompt:
-    """A caption with a unique file name (without extension) and, if available, its reference audio."""
+    """A caption with a unique file name (without extension) and, if available, its reference audio and concepts."""
 
     name: str
     caption: str
     reference: Path | None = None
+    concepts: tuple[str, ...] = ()
 
 
 def read_prompt_list(
@@ -31,6 +32,7 @@ def read_prompt_list(
     keep: Mapping[str, Any] | None = None,
     references: str | Path | None = None,
     audio: Sequence[str] = ("{name}",),
+    concepts: str | None = None,
 ) -> list[ListedPrompt]:
     """Read a benchmark's table.
 
@@ -41,6 +43,7 @@ def read_prompt_list(
         references: folder of the reference audio.
         audio: templates of a reference's path in that folder without extension, from the columns, {name}, and
             {COLUMN_stem}, a column's value without extension.
+        concepts: the column of the concepts that a caption asks for: a list, or text with commas between them.
     """
     path = Path(table)
     rows = _rows(path)
@@ -52,7 +55,8 @@ def read_prompt_list(
         for row in kept:
             text, stem = str(row[caption] or "").strip(), slug(name.format(**row), longest=120)
             if text:
-                prompts.setdefault(stem, ListedPrompt(stem, text, _reference(references, audio, row, stem)))
+                asked = () if concepts is None else _concepts(row[concepts])
+                prompts.setdefault(stem, ListedPrompt(stem, text, _reference(references, audio, row, stem), asked))
     except KeyError as error:
         raise UserError(f"{path} has no column {error}; its columns: {', '.join(rows[0])}") from error
     if not prompts:
@@ -76,6 +80,12 @@ def _reference(folder: str | Path | None, templates: Sequence[str], row: Mapping
     stems = [template.format(**{**row, **bare, "name": name}) for template in templates]
     paths = [find_audio(Path(folder), stem) for stem in stems]
     return next((path for path in paths if path), None)
+
+
+def _concepts(value: Any) -> tuple[str, ...]:
+    """The concepts of a cell, each once."""
+    words = value if isinstance(value, list) else str(value or "").split(",")
+    return tuple(dict.fromkeys(stripped for word in words if (stripped := str(word).strip())))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
