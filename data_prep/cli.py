@@ -143,7 +143,8 @@ def _file_options() -> argparse.ArgumentParser:
     add("--tail", default="keep", choices=list(TAILS), help=f"the end of a track. {tails} (default: %(default)s)")
     add("--channels", type=int, default=1, choices=(1, 2),
         help="of the stored audio: 1 mixes down, 2 keeps stereo and doubles mono (default: %(default)s)")  # fmt: skip
-    add("--sample-rate", "--rate", type=int, metavar="HZ", help="of the stored audio; default: the codec's, else 24000")
+    add("--sample-rate", "--rate", type=int, metavar="HZ",
+        help="of the stored audio; default: that of --latents, else of --codec, else 24000")  # fmt: skip
     add = options.add_argument_group("quality").add_argument
     add("--max-silence", type=float, default=Filters.max_silence, metavar="FRACTION",
         help="of a segment's time (default: %(default)g)")  # fmt: skip
@@ -173,6 +174,7 @@ def _processing_options() -> argparse.ArgumentParser:
     add("--rephrase", metavar="MODULE:FUNCTION", help="your function: a list of captions -> paraphrases of each")
     add = options.add_argument_group("encoders").add_argument
     add("--codec", default="tiny", help="tiny (embedded), folder or hub name of a codec, or none: audio only")
+    add("--latents", metavar="VAE", help="folder or hub name of an AutoencoderOobleck, whose latents are stored too")
     add("--text", default="minilm", help="minilm (embedded), name or folder of a T5, or none")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"),
         help="of the models (auto: the GPU if there is one; with Slurm, if --sbatch-device requests one)")  # fmt: skip

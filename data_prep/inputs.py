@@ -234,7 +234,7 @@ def input_source(arguments: argparse.Namespace) -> InputSource:
 
 
 def _cut(arguments: argparse.Namespace) -> Cut:
-    rate = arguments.sample_rate or _codec_rate(arguments.codec)
+    rate = arguments.sample_rate or _encoder_rate(arguments.codec, arguments.latents)
     for option, value, low, high in (
         ("--segment", arguments.segment, 1.0, 3600.0),
         ("--sample-rate", rate, 1_000, 192_000),
@@ -254,7 +254,11 @@ def _cut(arguments: argparse.Namespace) -> Cut:
     return Cut(rate, arguments.segment, arguments.tail, filters, limits, arguments.channels)
 
 
-def _codec_rate(codec: str) -> int:
+def _encoder_rate(codec: str, vae: str | None) -> int:
+    if vae is not None:
+        from ssmttm.codecs.vae import load_vae
+
+        return load_vae(vae).sample_rate
     if codec == "none":
         return 24_000
     from ssmttm.codecs import load_codec

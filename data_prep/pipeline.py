@@ -4,7 +4,7 @@ import argparse
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from data_prep.shard_task import DONE, Counts, ShardResult, ShardTask, stage_fol
 from data_prep.stages.captions.stage import CaptionOptions, caption_shard
 from data_prep.stages.embed import TextOptions, embed_shard
 from data_prep.stages.encode import CodecOptions, Windows, encode_shard
+from data_prep.stages.latents import LatentOptions, latents_shard
 from data_prep.stages.pack import REJECTED_CSV, Parts, pack, write_rejected_csv
 from data_prep.stages.segments import Segments, with_results
 from data_prep.stages.vocals import detect_shard, remove_shard
@@ -31,6 +32,7 @@ PACKED = "packed.json"
 ShardFunction = Callable[..., Counts]
 _MAX_WINDOW_SECONDS = 30.0  # of the codec
 _BATCH_SIZES = {"cpu": Windows.batch, "cuda": 16}  # windows per batch
+_LATENT_BATCH_SIZES = {"cpu": 1, "cuda": 4}  # of a VAE, which has layers at the sample rate
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ProcessingOptions:
     vocals: VocalDetection | VocalRemoval | None = None  # None keeps vocals
     captions: CaptionOptions | None = None  # None keeps those of the source
     codec: CodecOptions | None = None  # None for a store without codes
+    latents: LatentOptions | None = None  # None for a store without latents of a VAE
     text: TextOptions | None = None  # None for a store without caption embeddings
 
     def metadata(self) -> dict[str, Any]:
@@ -48,13 +51,14 @@ class ProcessingOptions:
             "vocals": self.vocals and {"how": type(self.vocals).__name__, **self.vocals.metadata()},
             "captions": self.captions and self.captions.metadata(),
             "codec": self.codec and self.codec.metadata(),
-        }
+        } | ({} if self.latents is None else {"latents": self.latents.metadata()})
 
 
 def stage_list(source: InputSource, options: ProcessingOptions) -> list[tuple[str, bool, bool]]:
     """The stages of a run in order: name, has many shards, runs a model."""
     first = [(name, many, False) for name, many in source.stages]
-    models = {"vocals": options.vocals, "captions": options.captions, "codes": options.codec, "text": options.text}
+    models = {"vocals": options.vocals, "captions": options.captions, "codes": options.codec,
+              "latents": options.latents, "text": options.text}  # fmt: skip
     requested = [(name, True, True) for name, option in models.items() if option is not None]
     return [*first, *requested, ("pack", False, False)]
 
@@ -80,22 +84,26 @@ def prepare(source: InputSource, options: ProcessingOptions, out: Path, run: Run
         segments = with_results(segments, results, new_audio=False)
     if not any(pq.read_metadata(part.rows).num_rows for part in segments):
         raise _all_rejected(out, run)
-    codec = text = codes = texts = None
+    codec = vae = text = codes = latents = texts = None
     if options.codec is not None:
         codec = options.codec.exact_metadata()
         make = partial(encode_shard, options.codec)
         codes = _folders(_run_model(run, "codes", codec, segments, make, options.codec.device))
+    if options.latents is not None:
+        vae = options.latents.exact_metadata()
+        make = partial(latents_shard, options.latents)
+        latents = _folders(_run_model(run, "latents", vae, segments, make, options.latents.device))
     if options.text is not None:
         text = options.text.metadata()
         make = partial(embed_shard, options.text)
         texts = _folders(_run_model(run, "text", text, segments, make, options.text.device))
     if run.task_slice is not None and run.task_slice.index > 0:
         raise Finished(f"stage {run.task_slice.stage} is done by task 0")
-    parts = Parts(segments, codes, texts, _folders(run.done))
+    parts = Parts(segments, codes, latents, texts, _folders(run.done))
     shards = [result.outputs for result in run.done]
     inputs = config_hash({"config": config, "codec": codec, "text": text, "shards": shards})
     if (store := _packed_store(out, inputs)) is None:
-        store = pack(parts, out, config, codec, text, source.sample_rate, source.channels)
+        store = pack(parts, out, config, codec, vae, text, source.sample_rate, source.channels)
         write_text(out / WORK / PACKED, json.dumps({"inputs": inputs}) + "\n")
     return store
 
@@ -110,15 +118,19 @@ def processing_options(arguments: argparse.Namespace, source: InputSource) -> Pr
     """The options of a command line. Raises UserError for a device or a model that is not available."""
     device = device_of(arguments)
     windows = Windows(seconds=min(source.seconds, _MAX_WINDOW_SECONDS), batch=_BATCH_SIZES[device])
+    codec = None if arguments.codec == "none" else CodecOptions(arguments.codec, windows, device)
     options = ProcessingOptions(
         vocals=_vocals(arguments, device),
         captions=_captions(arguments, device),
-        codec=None if arguments.codec == "none" else CodecOptions(arguments.codec, windows, device),
+        codec=codec,
+        latents=_latents(arguments, codec, windows, device, source.sample_rate),
         text=None if arguments.text == "none" else TextOptions(arguments.text, device),
     )
     options.metadata()  # loads the models, so that errors come before anything is written
     if options.codec is not None:
         options.codec.check_channels(source.channels)
+    if options.latents is not None:
+        options.latents.check_channels(source.channels)
     return options
 
 
@@ -133,6 +145,17 @@ def device_of(arguments: argparse.Namespace) -> str:
     if arguments.device == "cuda" and arguments.executor == "processes" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available")
     return arguments.device
+
+
+def _latents(
+    arguments: argparse.Namespace, codec: CodecOptions | None, windows: Windows, device: str, sample_rate: int
+) -> LatentOptions | None:
+    if arguments.latents is None:
+        return None
+    if codec is None:
+        raise UserError("--latents are stored beside codes: give a --codec too")
+    own = replace(windows, batch=_LATENT_BATCH_SIZES[device])
+    return LatentOptions(arguments.latents, own, device, codec, sample_rate)
 
 
 def _vocals(arguments: argparse.Namespace, device: str) -> VocalDetection | VocalRemoval | None:

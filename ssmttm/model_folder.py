@@ -4,6 +4,7 @@ config.yaml         the training config; of a codec config.json, with its `model
 model.safetensors   weights
 card.json           training data and its licences, codec, text encoder, metrics
 codec/, text_encoder/, second_stage/    optional parts; the card refers to them as ./codec and ./text_encoder
+vae/                of a second stage, the VAE whose latents it generates
 """
 
 import json
@@ -24,7 +25,7 @@ from ssmttm.errors import UserError
 from ssmttm.files import atomic_folder, atomic_write, folder_update, write_text
 
 _READ_FIRST = ("card.json", "config.json", "config.yaml")  # without which a folder is no model
-CODEC, TEXT_ENCODER, SECOND_STAGE = "codec", "text_encoder", "second_stage"  # subfolders
+CODEC, TEXT_ENCODER, SECOND_STAGE, VAE = "codec", "text_encoder", "second_stage", "vae"  # subfolders
 
 RENAMED_CARD_KEYS = {"reading": "null_condition", "guidance_within": "distilled_guidance_scale"}
 RENAMED_SUBFOLDERS = {"painter": SECOND_STAGE}

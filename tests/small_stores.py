@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from ssmttm import config
 from ssmttm.audio.notation import KEYS
 from ssmttm.codecs import Codec, TinyCodec, TinyCodecConfig
+from ssmttm.codecs.vae import OobleckVAE
 from ssmttm.data.store import Store, text_name
 from ssmttm.data.text_table import write_text_table
 from ssmttm.data.writer import StoreWriter
@@ -49,6 +50,7 @@ def write_codes_store(
     codec: Codec | None = None,
     captions: Sequence[str] = CAPTIONS,
     text_folder: Path | None = None,
+    vae: OobleckVAE | None = None,
 ) -> Path:
     """Codes [4, 14..20] in which each codebook repeats the one before, so that a model can learn them.
 
@@ -56,13 +58,17 @@ def write_codes_store(
         codec: the store's codec; every segment then has a tone as its audio, and every other one a tempo, a key, a
             metre and bar lines.
         text_folder: the store's text encoder; without one, the embeddings are random.
+        vae: whose latents the store has, random ones that repeat the codes.
     """
     rng = np.random.default_rng(seed)
     codec_info = {
         "name": codec.name if codec else "fake", "fingerprint": codec.fingerprint if codec else "0" * 16,
         "sample_rate": SAMPLE_RATE, "frame_rate": 25.0, "n_codebooks": N_CODEBOOKS, "codebook_size": CODEBOOK_SIZE,
     }  # fmt: skip
-    writer = StoreWriter(path, {"seed": seed}, codec=codec_info, sample_rate=SAMPLE_RATE)
+    names = ("name", "fingerprint", "sample_rate", "frame_rate", "latent_channels")
+    r = 0 if vae is None else round(vae.frame_rate / 25)
+    latents_info = None if vae is None else {name: getattr(vae, name) for name in names} | {"frames_per_code": r}
+    writer = StoreWriter(path, {"seed": seed}, codec=codec_info, sample_rate=SAMPLE_RATE, latents=latents_info)
     for i in range(segments):
         length = int(rng.integers(FRAMES - 6, FRAMES + 1))
         codes = np.repeat(rng.integers(0, CODEBOOK_SIZE, (1, length)), N_CODEBOOKS, axis=0)
@@ -78,7 +84,11 @@ def write_codes_store(
             (path / "audio").mkdir(exist_ok=True)
             tone = np.sin(2 * np.pi * (220 + 40 * i) * np.arange(length * HOP) / SAMPLE_RATE)
             sf.write(path / row["audio"], 0.5 * tone, SAMPLE_RATE)
-        writer.add(row, codes)
+        latents = None
+        if vae is not None:
+            slopes = np.arange(1, vae.latent_channels + 1)[:, None]
+            latents = slopes + slopes * codes[0].repeat(r) / CODEBOOK_SIZE
+        writer.add(row, codes, latents)
     if text_folder is None:
         text = {"name": "fake", "fingerprint": TEXT_FINGERPRINT, "dim": TEXT_DIM}
         embeddings = {text: rng.standard_normal((1 + len(text) % 3, TEXT_DIM)) for text in ["", *captions]}

@@ -1,4 +1,4 @@
-"""The stage `codes`: encode the segments of a shard with a codec, in windows of one fixed shape.
+"""The stage `codes`: encode the segments of a shard with a codec (or a VAE), in windows of one fixed shape.
 
 The rounding of a convolution, and so now and then a code, changes with the input's shape. So every call of the codec
 has the shape [batch, C, samples]: shorter segments are padded with silence, longer ones are cut into overlapping
@@ -22,6 +22,7 @@ from torch import Tensor
 from data_prep.shard_task import Counts
 from data_prep.stages.segments import Segments
 from ssmttm import audio
+from ssmttm.codecs.autoencoder import Autoencoder
 from ssmttm.codecs.base import Codec
 from ssmttm.data.prefetch import prefetch_batches
 from ssmttm.data.tensorfile import write_tensors
@@ -81,8 +82,8 @@ class Window(NamedTuple):
 def encode_shard(options: CodecOptions, segments: Segments, folder: Path) -> Counts:
     """Write `codes` uint16 [K, T_total] and `offsets` [n + 1] of the segments, in the order of the rows."""
     rows, codec = segments.read(), options.codec
-    wavs = _prefetch(segments, rows, codec)
-    encoded = list(encode_all(wavs, codec, options.windows, options.device))
+    wavs = read_audio(segments, rows, codec)
+    encoded = [codes.astype(np.uint16) for codes in encode_all(wavs, codec, options.windows, options.device)]
     offsets = np.cumsum([0, *(codes.shape[1] for codes in encoded)], dtype=np.int64)
     codes = np.concatenate([np.empty((codec.n_codebooks, 0), np.uint16), *encoded], axis=1)
     write_tensors(folder / CODES_FILE, {"codes": codes, "offsets": offsets})
@@ -104,7 +105,7 @@ def plan_windows(n_frames: int, window: int, margin: int) -> list[Window]:
 
 @torch.no_grad()
 def encode_all(
-    wavs: Iterable[Tensor], codec: Codec, windows: Windows, device: torch.device | str = "cpu"
+    wavs: Iterable[Tensor], codec: Autoencoder, windows: Windows, device: torch.device | str = "cpu"
 ) -> Iterator[np.ndarray]:
     """Encode waveforms in order.
 
@@ -112,7 +113,7 @@ def encode_all(
         wavs: float32 [C, S] at the codec's rate, S >= 1.
 
     Yields:
-        Codes of each, uint16 [K, ceil(S / hop_length)].
+        Codes of each, int64 [K, ceil(S / hop_length)], or a VAE's latents, float32 [c, ceil(S / hop_length)].
     """
     length = math.ceil(windows.seconds * codec.frame_rate)  # frames
     margin = min(math.ceil(windows.margin_seconds * codec.frame_rate), (length - 1) // 2)
@@ -125,7 +126,7 @@ def encode_all(
         for index, (wav, _, _) in enumerate(batch):
             inputs[index, :, : wav.shape[1]] = wav
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            codes = codec.encode(inputs.to(device)).to("cpu").numpy().astype(np.uint16)  # [batch, K, length]
+            codes = codec.encode(inputs.to(device)).to("cpu").numpy()  # [batch, K, length]
         for index, (_, window, is_last) in enumerate(batch):
             parts.append(codes[index, :, window.first : window.end])
             if is_last:
@@ -148,8 +149,8 @@ class _NoMoreRows(Exception):
     """Ends the prefetch thread."""
 
 
-def _prefetch(segments: Segments, rows: list[dict[str, Any]], codec: Codec) -> Iterator[Tensor]:
-    """The waveforms [C, S], read by a thread while the codec runs."""
+def read_audio(segments: Segments, rows: list[dict[str, Any]], codec: Autoencoder) -> Iterator[Tensor]:
+    """The waveforms [C, S] at the codec's rate, read by a thread while the codec runs."""
 
     def read(index: int) -> Tensor:
         if index == len(rows):

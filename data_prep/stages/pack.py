@@ -16,6 +16,7 @@ from data_prep.reports.attribution import write_attribution
 from data_prep.reports.croissant import write_croissant
 from data_prep.stages.embed import TEXT_FILE
 from data_prep.stages.encode import CODES_FILE
+from data_prep.stages.latents import LATENTS_FILE
 from data_prep.stages.segments import Segments
 from data_prep.status import WORK
 from data_prep.tables import REJECTED, REJECTED_FILE
@@ -35,6 +36,7 @@ class Parts:
 
     segments: Sequence[Segments]
     codes: Sequence[Path] | None  # folders
+    latents: Sequence[Path] | None  # folders
     texts: Sequence[Path] | None  # folders of the caption embeddings
     folders: Sequence[Path]  # of all stages; some hold rejections or a decontamination report
 
@@ -44,6 +46,7 @@ def pack(
     out: Path,
     config: dict[str, Any],
     codec: dict[str, Any] | None,
+    latents: dict[str, Any] | None,
     text: dict[str, Any] | None,
     sample_rate: int,
     channels: int = 1,
@@ -52,19 +55,21 @@ def pack(
 
     Args:
         config: everything that decides the contents of the store.
-        codec, text: metadata of codec and text encoder, for store.json.
+        codec, latents, text: metadata of codec, VAE and text encoder, for store.json.
         sample_rate: of the audio, in Hz.
         channels: of the audio, 1 or 2.
     """
-    writer = StoreWriter(out, config, codec, sample_rate, channels=channels)
+    writer = StoreWriter(out, config, codec, sample_rate, channels=channels, latents=latents)
     kept: set[str] = set()
     for index, segments in enumerate(parts.segments):
-        codes = None if parts.codes is None else _map_codes(parts.codes[index])
+        codes = None if parts.codes is None else _map_segments(parts.codes[index] / CODES_FILE, "codes")
+        own = None if parts.latents is None else _map_segments(parts.latents[index] / LATENTS_FILE, "latents")
         for number, row in enumerate(segments.read()):
             name = _audio_name(row["id"])
             link_or_copy(segments.audio / row["audio"], out / name)
             kept.add(name)
-            writer.add(row | {"audio": name}, None if codes is None else codes[number])
+            encoded = [None if segments_of is None else segments_of[number] for segments_of in (codes, own)]
+            writer.add(row | {"audio": name}, *encoded)
     if parts.texts is not None and text is not None:
         merge_text_tables(out / text_name(text["name"]), [folder / TEXT_FILE for folder in parts.texts])
     write_rejected_csv(out / REJECTED_CSV, parts.folders)
@@ -110,7 +115,8 @@ def summary(store: Store) -> str:
     """A line with segments, hours by split and size, and a line with the number of rejections if there are any."""
     counts, hours = store.info["counts"], store.info["hours"]
     splits = ", ".join(f"{split} {counts[split]} / {hours[split]:.2f} h" for split in SPLITS)
-    codec, text = store.info["codec"], store.info["text"]
+    codec, vae, text = store.info["codec"], store.info.get("latents"), store.info["text"]
+    latents = f"latents of {vae['name']}, " if vae else ""
     with open(store.path / REJECTED_CSV, encoding="utf-8", newline="") as file:
         rejected = sum(1 for _ in csv.DictReader(file))
     equal = dual_mono_segments(store)
@@ -120,7 +126,7 @@ def summary(store: Store) -> str:
     return (
         f"{store.path}: {len(store)} segments, {sum(hours.values()):.2f} h ({splits}), "
         f"{_size(store.path) / 1e6:.1f} MB, "
-        f"codec {codec['name'] if codec else 'none'}, text {text['name'] if text else 'none'}{rejections}"
+        f"codec {codec['name'] if codec else 'none'}, {latents}text {text['name'] if text else 'none'}{rejections}"
     )
 
 
@@ -146,11 +152,11 @@ def _size(store: Path) -> int:
     return size
 
 
-def _map_codes(folder: Path) -> list[Any]:
-    """Codes uint16 [K, T] of each segment of a shard, memory-mapped."""
-    tensors = map_tensors(folder / CODES_FILE)
+def _map_segments(file: Path, name: str) -> list[Any]:
+    """The part of a shard's tensor [K, T] that is of each segment, memory-mapped."""
+    tensors = map_tensors(file)
     offsets = tensors["offsets"].tolist()
-    return [tensors["codes"][:, first:end] for first, end in pairwise(offsets)]
+    return [tensors[name][:, first:end] for first, end in pairwise(offsets)]
 
 
 def _remove_others(folder: Path, kept: set[str]) -> None:

@@ -102,10 +102,12 @@ class TokenLMConfig(BackboneConfig):
 class LatentDenoiserConfig(BackboneConfig):
     """Keys of a config's `model` section, besides those of `BackboneConfig`.
 
-    n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many codebooks are given. network: "stack" (blocks
-    of bidirectional mixers) or "unet". time_dim: width of the timestep embedding, which also holds the noise level of
-    the coarse latents, the mean text token, tempo, key and metre. unet_mults: width of each level of the U-Net, each at
-    half the frame rate of the one before, as a multiple of d_model. unet_blocks: residual blocks per level.
+    n_codebooks, codebook_dim: of the codec. n_coarse_codebooks: how many codebooks are given. vae_channels: channels of
+    the latents of a VAE, which are generated in place of the other codebooks, so that n_codebooks are the coarse ones
+    alone; 0: codebooks. vae_frames: of these latents, per code frame. network: "stack" (blocks of bidirectional mixers)
+    or "unet". time_dim: width of the timestep embedding, which also holds the noise level of the coarse latents, the
+    mean text token, tempo, key and metre. unet_mults: width of each level of the U-Net, each at half the frame rate of
+    the one before, as a multiple of d_model. unet_blocks: residual blocks per level.
     """
 
     d_model: int = 192
@@ -113,6 +115,8 @@ class LatentDenoiserConfig(BackboneConfig):
     n_heads: int = 6
     codebook_dim: int = 8
     n_coarse_codebooks: int = 1
+    vae_channels: int = 0
+    vae_frames: int = 1
     network: str = "stack"
     time_dim: int = 128
     unet_mults: list[int] = field(default_factory=lambda: [1, 1, 2])
@@ -120,8 +124,15 @@ class LatentDenoiserConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sizes(codebook_dim=self.codebook_dim, n_layers=self.n_layers)
-        if not 1 <= self.n_coarse_codebooks < self.n_codebooks:
+        check_sizes(codebook_dim=self.codebook_dim, n_layers=self.n_layers, vae_frames=self.vae_frames)
+        if self.vae_channels < 0:
+            raise UserError(f"model.vae_channels must be at least 0 (0: no VAE), got {self.vae_channels}")
+        if self.vae_channels and self.n_coarse_codebooks != self.n_codebooks:
+            raise UserError(
+                "with model.vae_channels all codebooks of the model are coarse ones: set model.n_codebooks="
+                f"{self.n_coarse_codebooks}, as model.n_coarse_codebooks"
+            )
+        if not self.vae_channels and not 1 <= self.n_coarse_codebooks < self.n_codebooks:
             raise UserError(
                 f"model.n_coarse_codebooks must be at least 1 and below n_codebooks={self.n_codebooks}, "
                 f"got {self.n_coarse_codebooks}"
@@ -140,7 +151,14 @@ class LatentDenoiserConfig(BackboneConfig):
     @property
     def noisy_channels(self) -> int:
         """C."""
-        return (self.n_codebooks - self.n_coarse_codebooks) * self.codebook_dim
+        codebooks = self.n_codebooks - self.n_coarse_codebooks
+        return codebooks * self.codebook_dim + self.vae_channels * self.vae_frames
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Channels with a mean and a standard deviation of their own: of each codebook, then of each channel of the
+        VAE, in its patches."""
+        return [self.codebook_dim] * self.n_codebooks + [self.vae_frames] * self.vae_channels
 
 
 def _check_choice(key: str, value: str, *choices: str) -> None:

@@ -177,6 +177,28 @@ class CodesLoader(_Loader):
         return captions[mix(self.seed, item.choice_epoch, item.id, "caption") % len(captions)]
 
 
+class LatentCrops:
+    """The field `latents` of a `CodesLoader`'s batches: a VAE's latents of the crops, aligned to their codes, float32
+    [b, c, T * r]; 0 where `frame_mask` is False. Raises UserError if one is not finite."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.per_frame = store, int(store.vae_info["frames_per_code"])  # r
+        self.channels: int = store.vae_info["latent_channels"]
+
+    def __call__(self, items: Sequence[Item], batch: Mapping[str, Any]) -> torch.Tensor:
+        frames, r = batch["codes"].shape[-1], self.per_frame
+        crops = np.zeros((len(items), self.channels, frames * r), np.float32)  # [b, c, T * r]
+        for crop, item in zip(crops, items, strict=True):
+            segment = self.store.latents(item.row)  # [c, frames * r]
+            crop[:, : item.length * r] = segment[:, item.first * r : (item.first + item.length) * r]
+            if not np.isfinite(crop).all():
+                raise UserError(
+                    f"{self.store.path}: the latents of segment {item.id} contain NaN or infinite values: encode the "
+                    "store again"
+                )
+        return torch.from_numpy(crops)
+
+
 class AudioLoader(_Loader):
     """Random crops of the store's audio files, of its C channels; only the crop is decoded.
 

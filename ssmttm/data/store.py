@@ -2,11 +2,13 @@
 
     manifest.parquet            one row per segment (SCHEMA)
     audio/*.flac                the audio of the segments, if the store keeps it
-    shards/00000.safetensors    `codes` uint16 [K, T_total], `offsets` int64 [n+1]
+    shards/00000.safetensors    `codes` uint16 [K, T_total], `offsets` int64 [n+1]; with latents of a VAE `latents`
+                                float16 [c, T_total * r]
     text/ENCODER.safetensors    `hashes` uint8 [n, 16] sorted, `offsets` int64 [n+1], `embeddings` float16 [tokens, E]
     store.json                  codec, text encoder, counts, sizes and sha256 of the files; written last
 
-Shapes: K codebooks, T frames, L text tokens, E embedding width. Nothing is pickled.
+Shapes: K codebooks, T frames, c latent channels, r latent frames per code frame, L text tokens, E embedding width.
+Nothing is pickled.
 """
 
 import hashlib
@@ -132,7 +134,7 @@ class Store:
         self._shard = self.manifest["shard"].to_numpy()
         self._offset = self.manifest["offset"].to_numpy()
         self._frames = self.manifest["frames"].to_numpy()
-        self._codes: dict[int, np.ndarray] = {}
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
         self._text: TextTable | None = None
 
     def __len__(self) -> int:
@@ -163,15 +165,35 @@ class Store:
 
     def codes(self, row: int) -> np.ndarray:
         """The codes of one segment, uint16 [K, frames], a view of the memory-mapped shard."""
+        return self._view(row, "codes", 1)
+
+    def latents(self, row: int) -> np.ndarray:
+        """The VAE's latents of one segment, float16 [c, frames * r], a view of the memory-mapped shard. Raises
+        UserError if there are none."""
+        return self._view(row, "latents", self.vae_info["frames_per_code"])
+
+    @property
+    def vae_info(self) -> dict[str, Any]:
+        """Name, fingerprint, rates and sizes of the VAE of the latents. Raises UserError if there are none."""
+        info: dict[str, Any] | None = self.info.get("latents")
+        if info is None:
+            raise UserError(
+                f"{self.path} holds no latents of a VAE: encode it with `python -m data_prep pack --root {self.path} "
+                "--out NEW --latents VAE`"
+            )
+        return info
+
+    def _view(self, row: int, name: str, per_frame: int) -> np.ndarray:
+        """The part of a tensor of the shards, with `per_frame` columns per frame, that is of one segment."""
         shard = int(self._shard[row])
         if shard < 0:
             raise UserError(_audio_only(self.path))
-        if shard not in self._codes:
-            if len(self._codes) >= _OPEN_SHARDS:
-                self._codes.clear()  # each memory map uses a file descriptor
-            self._codes[shard] = map_tensors(self.path / shard_name(shard))["codes"]
+        if shard not in self._shards:
+            if len(self._shards) >= _OPEN_SHARDS:
+                self._shards.clear()  # each memory map uses a file descriptor
+            self._shards[shard] = map_tensors(self.path / shard_name(shard))
         offset = int(self._offset[row])
-        return self._codes[shard][:, offset : offset + int(self._frames[row])]
+        return self._shards[shard][name][:, offset * per_frame : (offset + int(self._frames[row])) * per_frame]
 
     def captions(self, row: int) -> list[str]:
         """The captions of one segment; [""] for a segment without captions."""
@@ -292,6 +314,15 @@ class Store:
                 f"{self.path} was encoded by codec {known['name']!r} ({known['fingerprint']}), but the codec in use is "
                 f"{codec.name!r} ({codec.fingerprint}): use that codec, or encode the store again with "
                 f"`python -m data_prep pack --root {self.path} --out NEW --codec {codec.name}`"
+            )
+
+    def require_vae(self, vae: CodecLike) -> None:
+        """Raises UserError unless this VAE made the latents."""
+        known = self.vae_info
+        if known["fingerprint"] != vae.fingerprint:
+            raise UserError(
+                f"{self.path} holds latents of VAE {known['name']!r} ({known['fingerprint']}), but the VAE in use is "
+                f"{vae.name!r} ({vae.fingerprint}): use that VAE, or encode the store again with `--latents {vae.name}`"
             )
 
     def verify(self) -> None:

@@ -36,6 +36,8 @@ class StoreWriter:
         path: the store's folder.
         config: everything that determines the codes, as JSON.
         codec: name, fingerprint, sample_rate, frame_rate, n_codebooks, codebook_size; None for an audio-only store.
+        latents: name, fingerprint, sample_rate, frame_rate, latent_channels, frames_per_code of a VAE; None for a
+            store without its latents.
         sample_rate: Hz of the store's audio files.
         channels: 1 or 2, of these.
         shard_segments: segments per shard.
@@ -49,8 +51,10 @@ class StoreWriter:
         sample_rate: int | None = None,
         shard_segments: int = 2048,
         channels: int = 1,
+        latents: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._vae = latents
         self._config, self._codec, self._sample_rate = config, codec, sample_rate
         self._shard_segments, self._channels = shard_segments, channels
         self._schema = manifest_schema(channels)
@@ -60,18 +64,23 @@ class StoreWriter:
         self._batches = pa.ipc.new_stream(self._spool, self._schema)
         self._rows: list[dict[str, Any]] = []
         self._codes: list[np.ndarray] = []
+        self._latents: list[np.ndarray] = []
         self._shards = 0
         self._counts: Counter[str] = Counter()
         self._seconds: Counter[str] = Counter()
         self._licences: Counter[str] = Counter()
 
-    def add(self, row: dict[str, Any], codes: np.ndarray | None = None) -> None:
+    def add(self, row: dict[str, Any], codes: np.ndarray | None = None, latents: np.ndarray | None = None) -> None:
         """Add one segment.
 
         Args:
             row: the manifest's columns; `id`, `split`, `licence` and `duration` are required. The size and the hash of
                 the file `audio` are added, if it is in the store already, and key, metre and bars from `truth`.
             codes: [K, frames] integers; None for an audio-only store.
+            latents: [c, frames * frames_per_code] floats; None for a store without.
+
+        Raises:
+            UserError: an annotation cannot be used, or the latents are not finite in float16.
         """
         missing = [key for key in _REQUIRED if row.get(key) is None]
         unknown = sorted(row.keys() - set(self._schema.names))
@@ -89,6 +98,8 @@ class StoreWriter:
             if codes is None or codes.shape[0] != self._codec["n_codebooks"]:
                 raise ValueError(f"segment {row['id']} needs codes [{self._codec['n_codebooks']}, frames]")
             self._codes.append(codes.astype(np.uint16))
+        if self._vae is not None:
+            self._latents.append(self._checked_latents(row["id"], self._codes[-1].shape[1], latents))
         audio = self.path / (row.get("audio") or "")
         entry = file_entry(audio) if audio.is_file() else {}
         hashes = {"audio_bytes": entry.get("bytes"), "audio_sha256": entry.get("sha256")}
@@ -112,6 +123,7 @@ class StoreWriter:
             "text": text,
             "sample_rate": self._sample_rate,
             "channels": self._channels,
+            **({} if self._vae is None else {"latents": self._vae}),
             "counts": {split: self._counts[split] for split in SPLITS},
             "hours": {split: round(self._seconds[split] / 3600, 4) for split in SPLITS},
             "licences": dict(sorted(self._licences.items())),
@@ -128,6 +140,8 @@ class StoreWriter:
         if self._codes:
             offsets = np.cumsum([0, *(codes.shape[1] for codes in self._codes)], dtype=np.int64)  # [n+1]
             tensors = {"codes": np.concatenate(self._codes, axis=1), "offsets": offsets}  # codes [K, T_total]
+            if self._latents:
+                tensors["latents"] = np.concatenate(self._latents, axis=1)  # [c, T_total * frames_per_code]
             write_tensors(self.path / shard_name(self._shards), tensors)
             for index, row in enumerate(self._rows):
                 frames = int(offsets[index + 1] - offsets[index])
@@ -137,6 +151,19 @@ class StoreWriter:
             self._batches.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._rows.clear()
         self._codes.clear()
+        self._latents.clear()
+
+    def _checked_latents(self, segment: str, frames: int, latents: np.ndarray | None) -> np.ndarray:
+        """As float16."""
+        assert self._vae is not None
+        shape = self._vae["latent_channels"], frames * self._vae["frames_per_code"]
+        if latents is None or latents.shape != shape:
+            raise ValueError(f"segment {segment} needs latents {list(shape)}")
+        with np.errstate(over="ignore"):
+            half = latents.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise UserError(f"segment {segment}: its latents are NaN or beyond float16: drop that audio")
+        return half
 
     def _write_manifest(self) -> None:
         self._batches.close()

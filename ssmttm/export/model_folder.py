@@ -15,6 +15,7 @@ from ssmttm.licences import strictest
 from ssmttm.model_folder import (
     SECOND_STAGE,
     TEXT_ENCODER,
+    VAE,
     folder_to_write,
     is_exported,
     to_half,
@@ -31,7 +32,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool 
 
     A training with an adapter is written as an adapter folder (`ssmttm.adapters`) or, with `merge`, as a whole model.
 
-    A language model or a denoiser: config.yaml, model.safetensors (averaged weights if there are any) and card.json. A
+    A language model or a denoiser: config.yaml, model.safetensors (averaged weights if there are any) and card.json;
+    of a denoiser of a VAE's latents also that VAE, in the subfolder `vae`. A
     codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
     student: its language model, with the student in the subfolder `text_encoder`.
 
@@ -62,6 +64,8 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool 
         elif config.task == "distill_text":
             card |= _write_text_student(source, folder, card["data"], half)
         else:
+            if "vae" in card["data"]:
+                card["data"] |= {"vae": _write_vae(card["data"]["vae"], folder)}
             write_model_folder(folder, to_half(weights) if half else weights, _shared_config(config, state))
         write_card(folder, card)
     return out
@@ -146,6 +150,21 @@ def _write_text_student(source: Path, folder: Path, data: dict[str, Any], half: 
     text = {"name": f"./{TEXT_ENCODER}", "fingerprint": load_text_encoder(folder / TEXT_ENCODER).fingerprint}
     data = {key: value for key, value in data.items() if key != "blueprint"} | {"text": data["text"] | text}
     return {"parameters": sum(value.numel() for value in weights.values()), "data": data}
+
+
+def _write_vae(vae: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the VAE of a denoiser into its folder, in float32. Returns its entry of the card. Raises UserError if it is
+    not the one that the denoiser was trained with."""
+    from ssmttm.codecs.vae import load_vae
+
+    loaded = load_vae(vae["name"])
+    if loaded.fingerprint != vae["fingerprint"]:
+        raise UserError(
+            f"the denoiser was trained with the latents of VAE {vae['name']!r} ({vae['fingerprint']}), which is now "
+            f"{loaded.fingerprint}: restore the original"
+        )
+    loaded.save(folder / VAE)
+    return {"name": f"./{VAE}", "fingerprint": loaded.fingerprint}
 
 
 def _check_no_second_stage(out: Path) -> None:

@@ -26,7 +26,8 @@ class PipelineOutput:
     Attributes:
         audios: float32 [n, channels, S] on the CPU, S = round(duration * sample_rate); shorter clips end in zeros.
         sample_rate: in Hz.
-        codes: int64 [n, K, T] on the CPU; shorter clips end in -1.
+        codes: int64 [n, K, T] on the CPU, or, if the second stage generates a VAE's latents, patches of these, float
+            [n, C, T]; shorter clips end in -1.
         lengths: samples of each clip.
         metadata: the pipeline's metadata, with the engine and the diffusion steps of this call; `controls`, a list of
             those of each clip, if the model draws them from the captions.

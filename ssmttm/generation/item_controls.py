@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ssmttm.audio.features import frame_chroma
 from ssmttm.audio.notation import KEYS, METRES
-from ssmttm.codecs import Codec
+from ssmttm.codecs import Autoencoder
 from ssmttm.generation.request import Request
 from ssmttm.models.control_predictor import ControlPredictor
 from ssmttm.models.controls import Controls
@@ -66,7 +66,7 @@ def describe_controls(request: Request) -> list[dict[str, Any]]:
 
 
 def build_controls(
-    request: Request, codec: Codec, device: torch.device, n_clip_frames: int = 0, n_frames: int | None = None
+    request: Request, codec: Autoencoder, device: torch.device, n_clip_frames: int = 0, n_frames: int | None = None
 ) -> Controls:
     """The request's controls for every item, by frame.
 
@@ -97,7 +97,9 @@ def _timing(duration: float | None, n_clip_frames: int, n_frames: int, rate: flo
     return torch.stack([start, (end - start).clamp(min=0)]).float()
 
 
-def _melody(melody: Tensor, codec: Codec, n_clip_frames: int, n_frames: int | None, device: torch.device) -> Tensor:
+def _melody(
+    melody: Tensor, codec: Autoencoder, n_clip_frames: int, n_frames: int | None, device: torch.device
+) -> Tensor:
     """The chroma of audio [channels, S] after a clip, NaN in the clip: [1, 12, T]."""
     length = math.ceil(melody.shape[-1] / codec.hop_length)
     if n_frames is not None:

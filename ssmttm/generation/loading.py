@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -21,6 +21,7 @@ from ssmttm.model_folder import (
     CODEC,
     SECOND_STAGE,
     TEXT_ENCODER,
+    VAE,
     check_layout,
     check_tensor_names,
     folder_to_write,
@@ -33,6 +34,9 @@ from ssmttm.models import LatentDenoiser, TokenLM, build_model
 from ssmttm.models.controls import CONFIG_KEYS
 from ssmttm.ops.int8 import quantise
 from ssmttm.text.encoders import TextEncoder
+
+if TYPE_CHECKING:
+    from ssmttm.codecs.vae import PatchedVAE
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ASSETS / "tiny_lm"
@@ -186,6 +190,28 @@ def load_denoiser(folder: ModelFolder) -> LatentDenoiser:
     return model
 
 
+def load_vae_of(
+    folder: ModelFolder, denoiser: LatentDenoiser, codec: Codec, device: torch.device
+) -> "PatchedVAE | None":
+    """The VAE whose latents a denoiser generates, by patches of a code frame; None if it generates codes. Raises
+    UserError if it is not the one that it was trained with, or its frame rate does not fit the codec's."""
+    config = denoiser.config
+    if not config.vae_channels:
+        return None
+    from ssmttm.codecs.vae import PatchedVAE, frames_per_code, load_vae  # diffusers is slow to import
+
+    original, vae = folder.provenance("vae"), load_vae(folder.source("vae"))
+    if original["fingerprint"] != vae.fingerprint:
+        raise UserError(
+            f"{folder.name} was trained with the latents of VAE {original['name']!r} ({original['fingerprint']}), got "
+            f"{vae.fingerprint}: restore the original"
+        )
+    ratio = frames_per_code(vae.frame_rate, codec.frame_rate, vae.name, codec.name)
+    if (vae.latent_channels, ratio) != (config.vae_channels, config.vae_frames):
+        raise UserError(f"{folder.path} mixes two models: the latents of its VAE are not those of its denoiser")
+    return PatchedVAE(vae, ratio).to(device)
+
+
 def _load_model(folder: ModelFolder) -> nn.Module:
     with EmptyWeights():
         model = build_model(folder.config.model)
@@ -289,7 +315,7 @@ def copy_model_folder(
             _copy(folder.path / part, target / part)
         if second is not None:
             (target / SECOND_STAGE).mkdir()
-            for part in ("config.yaml", "model.safetensors", "card.json"):
+            for part in ("config.yaml", "model.safetensors", "card.json", VAE):
                 _copy(second.path / part, target / SECOND_STAGE / part)
         if merged is not None:
             half = any(value.dtype == torch.float16 for value in checkpoint.load_weights(folder.path).values())

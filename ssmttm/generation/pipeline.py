@@ -97,6 +97,7 @@ class MusicPipeline(PipelineParts):
         )  # fmt: skip
         request, second_stage, clip = self._prepare(prompts, seeds, negative_prompts, options)
         if loop:
+            self.check_codes()
             check_loop(request.durations or [request.duration], continue_from is not None)
             request = replace(request, is_whole=False)
         parts = []
@@ -168,8 +169,8 @@ class MusicPipeline(PipelineParts):
         if not (math.isfinite(chunk_seconds) and chunk_seconds > 0):
             raise UserError(f"chunk_seconds must be above 0, got {chunk_seconds}")
         request, second_stage, clip = self._prepare(prompt, [seed], negative_prompt, MusicOptions(**options))
-        if request.duration is None and self.codec.context is None:
-            raise UserError(f"the codec {self.codec.name} decodes whole clips only: give a duration")
+        if request.duration is None and self.decoder.context is None:
+            raise UserError(f"the {self.decoder.title} decodes whole clips only: give a duration")
         generator = self._generator(request, second_stage, clip, self.engine(engine, weights))
         chunk_frames = math.ceil(chunk_seconds * self.codec.frame_rate)
         n_samples, n_skipped = self._n_samples(request, clip)
@@ -293,7 +294,7 @@ class MusicPipeline(PipelineParts):
 
     def controls(self, request: Request, n_clip_frames: int = 0, n_frames: int | None = None) -> Controls:
         """The request's controls for every item, by frame; see `build_controls`."""
-        return build_controls(request, self.codec, next(self.model.parameters()).device, n_clip_frames, n_frames)
+        return build_controls(request, self.decoder, next(self.model.parameters()).device, n_clip_frames, n_frames)
 
     def _draw_controls(self, request: Request, conditions: TextConditions) -> Request:
         """The request with the controls that this model draws from the captions; of a blend, its heaviest one."""
@@ -357,7 +358,7 @@ class MusicPipeline(PipelineParts):
         n_clip_frames = 0 if clip_codes is None else clip_codes.shape[-1]
         n_frames = None
         if request.duration is not None:
-            n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.codec.hop_length)
+            n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.decoder.hop_length)
         conditions = self.text_conditions(request)
         if draws and clip is None:
             request = self._draw_controls(request, conditions)
@@ -382,6 +383,7 @@ class MusicPipeline(PipelineParts):
         if len(codes) > 1:
             _refuse_state(len(codes))
         request = replace(request, duration=None, schedule=())
+        self.check_codes()
         n_samples = codes.shape[-1] * self.codec.hop_length
         clip = EncodedClip(codes, torch.zeros(1, n_samples), 0)  # of which only the codes are used
         generator = self._generator(request, second_stage, clip, engine)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssmttm import __version__
 from ssmttm.adapters import Adapter, check_base, merge, read_adapter, unmerge
-from ssmttm.codecs import Codec, encoder_of, load_codec
+from ssmttm.codecs import Autoencoder, Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
 from ssmttm.generation import loading
 from ssmttm.generation.engines import Engine, EngineCache
@@ -95,7 +95,8 @@ class PipelineParts:
         loading.check_fit(folder, model, loaded_codec, loaded_encoder, denoiser)
         stage = None
         if second_folder is not None and denoiser is not None:
-            stage = SecondStage(denoiser, loaded_codec, SecondStageConfig.from_config(second_folder.config))
+            vae = loading.load_vae_of(second_folder, denoiser, loaded_codec, device)
+            stage = SecondStage(denoiser, loaded_codec, SecondStageConfig.from_config(second_folder.config), vae)
         pipeline = cls(
             model.to(device), loaded_codec, loaded_encoder,
             get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks),
@@ -118,6 +119,7 @@ class PipelineParts:
         self._encoder = None
         if self.second_stage is not None:
             self.second_stage.model.to(device=device)
+            self.decoder.to(device=device)
         return self
 
     def load_adapter(self, folder: str | Path, strength: float = 1.0) -> None:
@@ -171,9 +173,15 @@ class PipelineParts:
             return upload_folder(self.save_pretrained(Path(temporary) / "model"), repo_id, private, revision, message)
 
     @property
+    def decoder(self) -> Autoencoder:
+        """What decodes the frames that the last stage generates: the codec, or a VAE by patches, whose frame rate is
+        the codec's."""
+        return self.codec if self.second_stage is None else self.second_stage.decoder
+
+    @property
     def sample_rate(self) -> int:
         """Of the audio, in Hz."""
-        return self.codec.sample_rate
+        return self.decoder.sample_rate
 
     def engine(self, engine: str = "auto", weights: str = "fp32") -> Engine:
         """The engine that runs the language model's steps; arguments and errors: `ssmttm.generation.engines.build`.
@@ -203,18 +211,29 @@ class PipelineParts:
         return any(getattr(config, key) for config in stages)
 
     def encoding_codec(self) -> Codec:
-        """The codec, or the teacher of one that only decodes."""
+        """The codec, or the teacher of one that only decodes. Raises UserError as `check_codes`."""
+        self.check_codes()
         if self._encoder is None:
             self._encoder = encoder_of(self.codec).to(next(self.model.parameters()).device)
         return self._encoder
 
+    def check_codes(self) -> None:
+        """Raises UserError if what is generated are a VAE's latents: clips to be continued or changed are codes."""
+        if self.decoder is not self.codec:
+            raise UserError(
+                f"this model generates latents of the VAE {self.decoder.name}: it makes clips and streams, but cannot "
+                "continue, repaint or loop clips"
+            )
+
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """Audio of codes [1, K, T]. A long clip is decoded in parts, so that an hour needs no more memory than they."""
-        n_frames = math.ceil(_DECODED_SECONDS * self.codec.frame_rate)
-        if codes.shape[-1] <= n_frames or self.codec.context is None:
-            return self.codec.decode(codes).float().cpu()
-        return torch.cat([wav.float().cpu() for wav in self.codec.decode_stream(codes.split(n_frames, -1))], -1)
+        """Audio of codes [1, K, T], or of a VAE's patches. A long clip is decoded in parts, so that an hour needs no
+        more memory than they."""
+        decoder = self.decoder
+        n_frames = math.ceil(_DECODED_SECONDS * decoder.frame_rate)
+        if codes.shape[-1] <= n_frames or decoder.context is None:
+            return decoder.decode(codes).float().cpu()
+        return torch.cat([wav.float().cpu() for wav in decoder.decode_stream(codes.split(n_frames, -1))], -1)
 
 
 def _metadata(
@@ -237,4 +256,6 @@ def _metadata(
             "sampler": settings.sampler.name, "steps": settings.sampler.steps,
             "guidance_scale": settings.guidance_scale, "coarse_guidance_scale": settings.coarse_guidance_scale,
         }  # fmt: skip
+        if (vae := second_stage.vae) is not None:
+            metadata["vae"] = {"name": vae.name, "fingerprint": vae.fingerprint}
     return metadata

@@ -2,6 +2,8 @@
 
 Consecutive windows overlap: the shared frames are known to the sampler at every step, so that windows join without a
 seam. A window needs its own frames only, so the second stage runs while the first one still generates.
+
+A denoiser of a VAE's latents gives patches of these, float [B, C, T], wherever "codes" are said to be generated here.
 Shapes: B items, N coarse codebooks, K codebooks, T frames, t frames of a chunk, C sampled latent channels.
 """
 
@@ -9,13 +11,13 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssmttm.codecs import Codec
+from ssmttm.codecs import Autoencoder, Codec
 from ssmttm.diffusion.guidance import guided_predictor
 from ssmttm.diffusion.samplers import SamplerSettings, sample
 from ssmttm.errors import UserError
@@ -23,6 +25,9 @@ from ssmttm.generation.engines.sequences import compiled_sequences
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
 from ssmttm.text.condition import TextCondition
+
+if TYPE_CHECKING:
+    from ssmttm.codecs.vae import PatchedVAE
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,22 @@ class SecondStageInputs:
 
 
 class SecondStage:
-    """A denoiser with its codec and sampling settings."""
+    """A denoiser with its codec, the VAE whose latents it generates, if it does, and sampling settings."""
 
-    def __init__(self, model: LatentDenoiser, codec: Codec, settings: SecondStageConfig) -> None:
-        self.model, self.codec, self.settings = model, codec, settings
+    def __init__(
+        self, model: LatentDenoiser, codec: Codec, settings: SecondStageConfig, vae: "PatchedVAE | None" = None
+    ) -> None:
+        self.model, self.codec, self.settings, self.vae = model, codec, settings, vae
+
+    @property
+    def decoder(self) -> Autoencoder:
+        """What decodes the frames that are generated."""
+        return self.codec if self.vae is None else self.vae
 
     def with_steps(self, steps: int) -> "SecondStage":
         """The same with another number of sampling steps. Raises UserError if the number is out of range."""
         sampler = replace(self.settings.sampler, steps=steps)
-        return SecondStage(self.model, self.codec, replace(self.settings, sampler=sampler))
+        return SecondStage(self.model, self.codec, replace(self.settings, sampler=sampler), self.vae)
 
     def generate(self, coarse_codes: Tensor, inputs: SecondStageInputs) -> Tensor:
         """Coarse codes [B, N, T] -> all codes, int64 [B, K, T]; the first N codebooks are the coarse codes. Raises
@@ -182,12 +194,16 @@ class SecondStage:
         if not bool(sampled.isfinite().all()):
             raise UserError("the denoiser's output is not finite (damaged or diverged): try an earlier checkpoint")
         sampled = self.model.denormalise(sampled, first=n_coarse)  # [B, C, T]
+        if self.vae is not None:
+            return sampled
         codes = self.codec.from_latents(torch.cat([coarse_latents, sampled], 1))
         return torch.cat([coarse_codes, codes[:, n_coarse:]], 1)
 
     def _fine_latents(self, codes: Tensor) -> Tensor:
-        """Normalised latents [B, C, T] of the codebooks that the denoiser generates, of codes [B, K, T]."""
+        """Normalised latents [B, C, T] that the denoiser generates: of codes [B, K, T], or of a VAE's patches."""
         config = self.model.config
+        if self.vae is not None:
+            return self.model.normalise(codes, first=config.n_coarse_codebooks)
         latents = self.codec.to_latents(codes)[:, config.coarse_channels :]
         return self.model.normalise(latents, first=config.n_coarse_codebooks)
 

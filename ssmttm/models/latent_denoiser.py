@@ -1,11 +1,17 @@
-"""LatentDenoiser: the second stage. It predicts the latents of the remaining codebooks from those of the first ones.
+"""LatentDenoiser: the second stage. It predicts the latents of the remaining codebooks, or those of a VAE, from the
+latents of the first codebooks.
 
 The latents of a codec are its codebook vectors, one group of channels per codebook (`Codec.to_latents`), normalised by
 each codebook's mean and standard deviation. The first `n_coarse_codebooks` groups are given: the coarse codes that a
 TokenLM predicts. The network denoises the others, as DiscoDiff's second network does (IEEE 10888056).
 `ssmttm.diffusion` defines the noise and the prediction target.
-Shapes: B batch, K codebooks, c channels per codebook, S = n_coarse_codebooks * c, C = (K - n_coarse_codebooks) * c,
-T frames, L text tokens, D model width, E width of the timestep embedding.
+
+With `vae_channels` it denoises the continuous latents of a VAE in place of other codebooks, each channel normalised by
+its own mean and standard deviation. Where there are several in a code frame, they are its patch: [c, T * r] is read as
+[c * r, T], so that the network works at the frame rate of the codes.
+Shapes: B batch, K codebooks, c channels per codebook, S = n_coarse_codebooks * c, C = (K - n_coarse_codebooks) * c, or
+of a VAE vae_channels * vae_frames, G = K + vae_channels groups, T frames, L text tokens, D model width, E width of the
+timestep embedding.
 """
 
 from dataclasses import dataclass, field, replace
@@ -54,12 +60,15 @@ class LatentDenoiser(ControlledModel):
 
     latent_mean: Tensor
     latent_std: Tensor
+    channel_groups: Tensor
 
     def __init__(self, config: LatentDenoiserConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.register_buffer("latent_mean", torch.full((c.n_codebooks,), torch.nan))
-        self.register_buffer("latent_std", torch.full((c.n_codebooks,), torch.nan))
+        self.register_buffer("latent_mean", torch.full((len(c.group_sizes),), torch.nan))
+        self.register_buffer("latent_std", torch.full((len(c.group_sizes),), torch.nan))
+        groups = torch.arange(len(c.group_sizes)).repeat_interleave(torch.tensor(c.group_sizes))
+        self.register_buffer("channel_groups", groups, persistent=False)  # [S + C]
         self.input = nn.Linear(c.noisy_channels + c.coarse_channels, c.d_model)
         self.null_coarse = nn.Parameter(torch.zeros(c.coarse_channels))
         self.text = TextProjection(c.text_dim, c.d_model, c.text_norm)
@@ -95,12 +104,13 @@ class LatentDenoiser(ControlledModel):
         return self.output(self.norm(x)).transpose(1, 2)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set the mean and standard deviation of each codebook's latents, [K] each."""
+        """Set the mean and standard deviation of each codebook's latents and of each channel of a VAE, [G] each."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
     def normalise(self, latents: Tensor, first: int = 0) -> Tensor:
-        """Scale latents [B, n * c, T] of the codebooks from `first` on to mean 0 and standard deviation 1."""
+        """Scale latents [B, n * c, T] of the codebooks from `first` on, and patches of a VAE's after those of all
+        codebooks, to mean 0 and standard deviation 1."""
         mean, std = self._statistics(latents, first)
         return (latents - mean) / std
 
@@ -132,10 +142,9 @@ class LatentDenoiser(ControlledModel):
 
     def _statistics(self, latents: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by channel, [n * c, 1] each."""
-        width = self.config.codebook_dim
-        codebooks = slice(first, first + latents.shape[1] // width)
-        mean = self.latent_mean[codebooks].repeat_interleave(width)[:, None].to(latents.dtype)
-        std = self.latent_std[codebooks].repeat_interleave(width)[:, None].to(latents.dtype)
+        start = sum(self.config.group_sizes[:first])
+        groups = self.channel_groups[start : start + latents.shape[1]]
+        mean, std = (values[groups][:, None].to(latents.dtype) for values in (self.latent_mean, self.latent_std))
         return mean, std
 
     def _check(self, noisy: Tensor, conditions: Conditions) -> None:

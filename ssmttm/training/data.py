@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -11,6 +11,9 @@ from ssmttm.data.loader import CodesLoader, Field, Item
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
+
+if TYPE_CHECKING:
+    from ssmttm.codecs.vae import OobleckVAE
 
 
 def store_metadata(store: Store, name: str) -> dict[str, Any]:
@@ -84,6 +87,15 @@ def load_store_codec(store: Store, name: str, n_codebooks: int | None = None) ->
     codec = load_codec(store.info["codec"]["name"], n_codebooks)
     store.require_codec(codec)
     return codec
+
+
+def load_store_vae(store: Store) -> "OobleckVAE":
+    """The VAE of a store's latents. Raises UserError if the store has none, or the installed VAE is another."""
+    from ssmttm.codecs.vae import load_vae
+
+    vae = load_vae(store.vae_info["name"])
+    store.require_vae(vae)
+    return vae
 
 
 def check_embedded_codec(store: Store, name: str) -> None:

@@ -56,10 +56,10 @@ class StreamSession:
         """`n_samples`: of the whole clip, None without an end; `n_skipped`: of its first samples, not returned."""
         self.pipeline, self.generator = pipeline, generator
         self.sample_rate: int = pipeline.sample_rate
-        self.channels = pipeline.codec.channels
+        self.channels = pipeline.decoder.channels
         self.n_returned = 0  # samples
         self.chunk_frames, self.n_samples, self.n_skipped = chunk_frames, n_samples, n_skipped
-        self.decoder = DecodeStream(pipeline.codec)
+        self.decoder = DecodeStream(pipeline.decoder)
         self.finished = False
         self._weights = pipeline.weights_in_use()
 

@@ -82,6 +82,8 @@ def model_hashes(pipeline: "MusicPipeline") -> dict[str, str]:
     }  # fmt: skip
     if pipeline.second_stage is not None:
         hashes["second stage"] = weights_fingerprint(pipeline.second_stage.model.state_dict())
+        if pipeline.second_stage.vae is not None:
+            hashes["VAE"] = pipeline.second_stage.vae.fingerprint
     return hashes
 
 
