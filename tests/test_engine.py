@@ -101,6 +101,7 @@ def test_changed_controls_are_embedded_anew():
         expected = model.embed_frames(rows), model.embed_items(rows)
         expected = sum(expected[0]) + sum(embedding[:, None] for embedding in expected[1])
         torch.testing.assert_close(found, expected.transpose(0, 1), rtol=0, atol=1e-5)
+        assert torch.equal(steps.added.compute(steps, controls, 3, 2), found[1:])
     with pytest.raises(UserError, match="takes bpm of shape"):
         steps.added.compute(steps, Controls(bpm=torch.ones(3)), 0, 1)
 

@@ -24,7 +24,7 @@ CONFIG_KEYS = {
     "chroma": "chroma", "bpm": "tempo", "key": "key", "metre": "metre", "bar_position": "bar_position",
     "timing": "timing",
 }  # fmt: skip
-_CHANNELS = {"chroma": N_PITCH_CLASSES, "bar_position": 2, "timing": 2}  # of the fields with frames
+FRAME_CHANNELS = {"chroma": N_PITCH_CLASSES, "bar_position": 2, "timing": 2}  # of the fields with frames
 _DECAYS = (0.5, 2.0, 8.0)  # seconds, of the features of `timing`
 
 
@@ -136,7 +136,7 @@ class Controls:
             value = getattr(self, field)
             if value is None:
                 continue
-            shape = (batch, _CHANNELS[field], length) if field in _CHANNELS else (batch,)
+            shape = (batch, FRAME_CHANNELS[field], length) if field in FRAME_CHANNELS else (batch,)
             if not getattr(config, key):
                 raise UserError(f"this {name} was not trained with {key}: leave it out, or set model.{key}=true")
             if tuple(value.shape) != shape:
@@ -147,7 +147,7 @@ class Controls:
         return Controls(**{name: None if tensor is None else function(tensor) for name, tensor in found.items()})
 
     def _map_frames(self, function: Callable[[Tensor], Tensor]) -> "Controls":
-        changed = {name: function(tensor) for name in _CHANNELS if (tensor := getattr(self, name)) is not None}
+        changed = {name: function(tensor) for name in FRAME_CHANNELS if (tensor := getattr(self, name)) is not None}
         return replace(self, **changed)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssmttm.generation.engines import filters
 from ssmttm.generation.engines.library import Unavailable
 from ssmttm.generation.request import Sampling
-from ssmttm.models.controls import Controls
+from ssmttm.models.controls import FRAME_CHANNELS, Controls
 from ssmttm.models.token_lm import LMState, TokenLM
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.ops.linear import Linear
@@ -146,16 +146,30 @@ class AddedEmbeddings:
         self.is_empty = not (self.by_position or config.tempo or config.key or config.metre)
         self._known: tuple[Controls, list[list[Tensor]]] = Controls(), []  # of whole items: controls, embeddings
         self._null: Tensor | None = None  # [1, 1, D]
+        # The last block's controls, its first index, the position of index 0, and its embeddings [n, rows, D].
+        self._block: tuple[Controls | None, int, int, Tensor] = None, 0, 0, torch.empty(0)
 
     @torch.inference_mode()
     def compute(self, steps: Steps, controls: Controls, index: int, count: int) -> Tensor:
         """Embeddings of the next `count` positions of `steps`, float32 [count, rows, D], or [1, rows, D] if they are
-        the same at all positions; `controls` and `index` as of `Steps.step`. Row by row: the rounding of a linear layer
-        depends on the number of rows."""
-        length, state = count if self.by_position else 1, steps.state
-        controls = controls.select_frames(slice(index, index + length))
+        the same at all positions; `controls` and `index` as of `Steps.step`. Those of the whole block are kept."""
+        length, before = (count, steps.state.position - index) if self.by_position else (1, 0)
+        first = index if self.by_position else 0
+        known, start, shift, found = self._block
+        if known is not controls or shift != before or not start <= first <= start + len(found) - length:
+            frames = [value.shape[-1] for name in FRAME_CHANNELS if (value := getattr(controls, name)) is not None]
+            stop = max([first + length, *frames]) if self.by_position else 1
+            found, start = self._embed(steps, controls, slice(first, stop), before), first
+            self._block = controls, start, before, found
+        return found[first - start : first - start + length]
+
+    def _embed(self, steps: Steps, controls: Controls, block: slice, before: int) -> Tensor:
+        """Embeddings of positions of a block, of which the first is position `before` of the state: [n, rows, D]. Row
+        by row: the rounding of a linear layer depends on the number of rows."""
+        length, state = block.stop - block.start, steps.state
+        controls = controls.select_frames(block)
         controls.check(self.model.config, "language model", steps.n_items, length)
-        positions = torch.arange(state.position, state.position + length, device=steps.item_of_row.device)
+        positions = torch.arange(block.start + before, block.stop + before, device=steps.item_of_row.device)
         n_text = [None] * state.batch_size if state.n_text is None else state.n_text.split(1)
         if all(value is None for value in vars(controls).values()):
             of_items = [self._without_controls()] * steps.n_items

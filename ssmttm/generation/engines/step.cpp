@@ -2,8 +2,8 @@
 // positions. Plain C ABI; fused.py fills the structs.
 //
 // Vectors are GCC's and Clang's vector extension, W floats wide by the instruction set this file is compiled for; only
-// the int8 product has code of its own for each. Every output is summed in an order that does not depend on the batch
-// or on the number of threads, so that a row has the same bits alone and in company.
+// the int8 product and the reading of bfloat16 have code of their own for each. Every output is summed in an order that
+// does not depend on the batch or on the number of threads, so that a row has the same bits alone and in company.
 // Shapes: R rows, K codebooks, D model width, C channels, H heads, P head width, N state, S slots, V codes.
 #include <algorithm>
 #include <cmath>
@@ -297,9 +297,15 @@ struct Fp32 {
 struct Bf16 {
   typedef uint16_t weight;
   static inline vf at(const uint16_t* p) {
+#if defined(__AVX512BW__)  // GCC widens in halves
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
     vh v;
     std::memcpy(&v, p, sizeof v);
     return (vf)(__builtin_convertvector(v, vu) << 16);
+#endif
   }
   static inline float one(uint16_t w) {
     const uint32_t bits = (uint32_t)w << 16;
