@@ -1,11 +1,11 @@
-"""Codecs behind one interface: the embedded tiny codecs, DAC, EnCodec, Mimi and X-Codec; VAEs are beside them."""
+"""Codecs behind one interface: the embedded tiny codecs, DAC, EnCodec, Mimi, X-Codec and SNAC; VAEs are beside them."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssmttm.codecs import tiny
+from ssmttm.codecs import snac, tiny
 from ssmttm.codecs.autoencoder import Autoencoder
 from ssmttm.codecs.base import Codec, CodecOutput
 from ssmttm.codecs.stereo import parametric
@@ -33,8 +33,8 @@ def load_codec(name_or_path: str | Path = "tiny", n_codebooks: int | None = None
     Args:
         name_or_path: "tiny" or, in stereo, "tiny_stereo" (embedded); a folder with config.json and
             model.safetensors, written by ssmttm (a student only decodes) or by transformers' DacModel, EncodecModel or
-            MimiModel; or a hub name such as "descript/dac_44khz". A mono codec after "left_right:" or "mid_side:" codes
-            stereo (`ChannelwiseCodec`).
+            MimiModel; or a hub name such as "descript/dac_44khz". A SNAC is a folder or hub name after "snac:". A mono
+            codec after "left_right:" or "mid_side:" codes stereo (`ChannelwiseCodec`).
         n_codebooks: keep only the first n codebooks.
         revision: branch, tag or commit of a hub name; `name` of the codec has the commit that was found.
 
@@ -95,6 +95,8 @@ def _load(name_or_path: str | Path, revision: str | None) -> Codec:
         mono = _load(mono_name, revision)
         found = mono_name if Path(mono_name).is_dir() else mono.name  # where training finds it again
         return ChannelwiseCodec(mono, coding, f"{coding}:{found}").eval()
+    if colon and coding == snac.PREFIX:
+        return snac.load_snac(mono_name, revision)
     if name in EMBEDDED:
         folder = EMBEDDED[name]
         if not (folder / "model.safetensors").is_file():
