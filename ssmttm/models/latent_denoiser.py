@@ -67,8 +67,8 @@ class LatentDenoiser(ControlledModel):
         self.config = c = config
         self.register_buffer("latent_mean", torch.full((len(c.group_sizes),), torch.nan))
         self.register_buffer("latent_std", torch.full((len(c.group_sizes),), torch.nan))
-        groups = torch.arange(len(c.group_sizes)).repeat_interleave(torch.tensor(c.group_sizes))
-        self.register_buffer("channel_groups", groups, persistent=False)  # [S + C]
+        groups = [group for group, size in enumerate(c.group_sizes) for _ in range(size)]
+        self.register_buffer("channel_groups", torch.tensor(groups), persistent=False)  # [S + C]
         self.input = nn.Linear(c.noisy_channels + c.coarse_channels, c.d_model)
         self.null_coarse = nn.Parameter(torch.zeros(c.coarse_channels))
         self.text = TextProjection(c.text_dim, c.d_model, c.text_norm)
