@@ -17,6 +17,9 @@ class EmbedderWeights:
     ast: str | None = None
     panns: str | None = None
     vggish: str | None = None
+    passt: str | None = None
+    muq_mulan: str | None = None
+    audiobox: str | None = None
 
 
 @dataclass

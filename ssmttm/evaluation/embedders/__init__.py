@@ -16,6 +16,9 @@ EMBEDDERS = {
     "ast": ("ast", "AstEmbedder"),
     "panns": ("panns", "PannsEmbedder"),
     "vggish": ("vggish", "VggishEmbedder"),
+    "passt": ("packages.passt", "PasstEmbedder"),
+    "muq_mulan": ("packages.muq_mulan", "MuqMulanEmbedder"),
+    "audiobox": ("packages.audiobox", "AudioboxEmbedder"),
 }
 _WITHOUT_WEIGHTS = ("log_mel",)
 

@@ -39,6 +39,13 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
+class Scorer(Protocol):
+    """An embedder whose D values are scores of their own, not a place in a space: only their means are reported."""
+
+    axes: Sequence[str]  # the names of the scores; higher is better
+
+
+@runtime_checkable
 class JointEmbedder(Protocol):
     """An embedder of clips and captions in one joint space of width E, compared by cosine similarity."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -35,6 +36,17 @@ def load_weights(module: nn.Module, weights: str | None, name: str, ignore: tupl
     return file_sha256(path)[:16]
 
 
+def import_package(embedder: str, package: str, module: str) -> Any:
+    """A module of a package that only one embedder needs. Raises UserError if it is not installed or does not load."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(module)
+    except (ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"embedder {embedder} needs the package {package} ({reason}): pip install {package}") from error
+
+
 def load_pretrained(from_pretrained: Callable[..., Any], source: str) -> Any:
     """A model or processor of transformers, from a folder or a hub name with or without a revision."""
     name, revision = (source, None) if Path(source).is_dir() else split_revision(source)
@@ -49,9 +61,14 @@ def load_pretrained(from_pretrained: Callable[..., Any], source: str) -> Any:
 
 def checkpoint_fingerprint(model: nn.Module, extractor: Any, settings: Mapping[str, Any]) -> str:
     """16 hex digits over the weights, the settings of the feature extractor and those of the embedder."""
+    values = {key: value for key, value in extractor.to_dict().items() if isinstance(value, int | float | str)}
+    return model_fingerprint(model, {**values, **settings})
+
+
+def model_fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """16 hex digits over the weights and the settings."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.contiguous().cpu().float().numpy().tobytes())
-    values = {key: value for key, value in extractor.to_dict().items() if isinstance(value, int | float | str)}
-    return fingerprint(digest.hexdigest(), {**values, **settings})
+    return fingerprint(digest.hexdigest(), settings)

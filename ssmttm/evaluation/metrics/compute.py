@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder
+from ssmttm.evaluation.embedders.base import Classifier, Embedder, JointEmbedder, Scorer
 from ssmttm.evaluation.metrics.bootstrap import Interval, bootstrap
 from ssmttm.evaluation.metrics.clap_score import clap_score
 from ssmttm.evaluation.metrics.frechet import (
@@ -48,8 +48,9 @@ def compute_metrics(
     """All metrics of one embedder.
 
     fad, fad_infinity, kad, mad, precision, recall and coverage against the references; kl against each clip's own
-    reference, if every clip has one and the embedder classifies; clap, if it embeds captions. The first `seconds` of
-    each file are used; `decoding`, the sampling settings of the clips, is part of the fingerprint.
+    reference, if every clip has one and the embedder classifies; clap, if it embeds captions. Of a Scorer only the mean
+    of each score. The first `seconds` of each file are used; `decoding`, the sampling settings of the clips, is part of
+    the fingerprint.
     """
     embeddings = embed_clips(embedder, [clip.path for clip in clips], seconds, cache)
     fingerprint = {
@@ -72,6 +73,10 @@ def compute_metrics(
         against = {"n_reference": len(reference), "reference": set_hash(reference)} if reference else {}
         metrics.append(Metric(f"{name}_{embedder.name}", *interval, better, {**fingerprint, **against}))
 
+    if isinstance(embedder, Scorer):
+        for axis, scores in zip(embedder.axes, embeddings.vectors.mean(1).T, strict=True):  # D x [n]
+            add((axis, _mean(scores), "higher"))
+        return metrics
     if references:
         for measured in set_distances(embeddings, embed_clips(embedder, references, seconds, cache)):
             add(measured, references)

@@ -25,7 +25,7 @@ from ssmttm.data.store import Store, open_store
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes.adherence import AdherenceReport, measure_adherence
 from ssmttm.evaluation.embedders import load_embedder
-from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder
+from ssmttm.evaluation.embedders.base import Embedder, JointEmbedder, Scorer
 from ssmttm.evaluation.metrics.compute import Clip, compute_metrics
 from ssmttm.evaluation.metrics.frechet import FEW_SAMPLES, negative_note
 from ssmttm.evaluation.metrics.metric import Metric, table
@@ -286,7 +286,7 @@ def _check(data: ProtocolData, references: Sequence[Path], embedders: Sequence[E
             raise UserError(f"the window of {embedder.name} is {embedder.seconds:g} s: raise eval.seconds to it")
     if len(references) == 1:
         raise UserError(f"one reference, {references[0]}, has no distribution: give some hundreds, or none")
-    if not references and not any(isinstance(embedder, JointEmbedder) for embedder in embedders):
+    if not references and not any(isinstance(embedder, JointEmbedder | Scorer) for embedder in embedders):
         raise UserError("no reference audio, and no embedder of captions: give references=DIR, or the embedder tiny")
 
 

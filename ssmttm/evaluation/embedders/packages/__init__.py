@@ -1,0 +1,1 @@
+"""Embedders behind packages that ssmttm does not install, one each."""
