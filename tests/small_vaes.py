@@ -1,9 +1,11 @@
-"""VAEs with random weights, small enough for tests."""
+"""VAEs with random weights, small enough for tests, and a config that trains one."""
 
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
+from ssmttm import config
 from ssmttm.codecs import build_codec
 from ssmttm.codecs.vae import OobleckVAE, load_vae
 
@@ -28,3 +30,16 @@ def small_vae(folder: Path | None = None, seed: int = 5, **fields) -> OobleckVAE
         return vae
     vae.save(folder)
     return load_vae(folder)
+
+
+def vae_config(store: Path, run_dir: Path, *overrides: str) -> DictConfig:
+    """A very small VAE on a store of tones."""
+    fields = [f"codec.{key}={str(value).replace(' ', '')}" for key, value in vae_fields().items()]
+    sizes = (
+        "data.batch_size=2", "data.seconds=1.0", "train.precision=fp32", "train.log_every=1",
+        "train.eval_every=4", "train.eval_batches=1", "train.checkpoint_every=100", "codec_training.restart_every=2",
+        "schedule.warmup_steps=1",
+    )  # fmt: skip
+    return config.load(
+        "experiment=tiny_oobleck", *fields, *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
+    )

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import assert_same_runs, metric_rows, run_contents, train_with_stops
 from small_stores import SAMPLE_RATE, write_audio_store
-from small_vaes import LATENT_CHANNELS, small_vae, vae_fields
+from small_vaes import LATENT_CHANNELS, small_vae, vae_config, vae_fields
 
 from data_prep.cli import main
-from ssmttm import audio, config
+from ssmttm import audio
 from ssmttm.codecs import build_codec, load_codec
 from ssmttm.codecs.losses import heard_signals, reconstruction_losses, spectral_distances
 from ssmttm.codecs.vae import PatchedVAE, frames_per_code, from_patches, load_vae, to_patches
@@ -156,19 +156,6 @@ def test_losses_of_stereo_hear_the_phase_between_the_channels():
     output = build_codec(vae_fields(channels=2))(equal)
     assert reconstruction_losses(output._replace(audio=inverted), equal, 24000)["mel"] > 0.5
     assert torch.equal(heard_signals(mono), mono[:, 0])
-
-
-def vae_config(store, run_dir, *overrides):
-    """A very small VAE on a store of tones."""
-    fields = [f"codec.{key}={str(value).replace(' ', '')}" for key, value in vae_fields().items()]
-    sizes = (
-        "data.batch_size=2", "data.seconds=1.0", "train.precision=fp32", "train.log_every=1",
-        "train.eval_every=4", "train.eval_batches=1", "train.checkpoint_every=100", "codec_training.restart_every=2",
-        "schedule.warmup_steps=1",
-    )  # fmt: skip
-    return config.load(
-        "experiment=tiny_oobleck", *fields, *sizes, f"data.store={store}", f"run_dir={run_dir}", *overrides
-    )
 
 
 @pytest.fixture(scope="module")
