@@ -109,8 +109,9 @@ def kill_when(words: Sequence[str], ready: Callable[[], bool], log: Path) -> boo
 
 
 def measured(out: Path) -> dict[str, Any]:
-    """The content of metrics.json."""
+    """The content of metrics.json, without the music metrics of single clips."""
     found: dict[str, Any] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    found["music_metrics"] = {name: of["summary"] for name, of in found["music_metrics"].items()}  # without paths
     return found
 
 
