@@ -26,6 +26,6 @@ for noise in (True, False):
     differences[noise] = float((first - second).abs().max())
     peak = float(first.abs().max())
     default = " (the default)" if noise else ""
-    print(f"noise={noise}{default}: two decodes of the same codes differ by up to {differences[noise]:.2f}, peak {peak:.2f}")
+    print(f"noise={noise}{default}: decodes of equal codes differ by up to {differences[noise]:.2f} (peak {peak:.2f})")
 sys.exit(0 if differences[True] > 0.01 and differences[False] == 0 else 1)
 PYTHON
