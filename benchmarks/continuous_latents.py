@@ -108,7 +108,7 @@ def train(experiment: str, store: Path, run_dir: Path, *overrides: str) -> Path:
 def measure(
     arguments: argparse.Namespace, store: Path, vae_run: Path, runs: list[Path]
 ) -> tuple[list[list[str]], dict[str, Any]]:
-    """The table: KAD and level errors of true music, reconstructions, the sketch, noise and the samples."""
+    """The table: KAD and level errors of true music, reconstructions, the coarse codes alone, noise and the samples."""
     denoisers = [open_model_folder(run, task="diffusion") for run in runs]
     model = denoisers[0].config.model
     held_out = HeldOut(store, model.n_coarse_codebooks, arguments.pieces)
@@ -128,7 +128,7 @@ def measure(
         "true music": [lambda: held_out.wav],
         "the VAE's reconstruction": [lambda: held_out.decode(vae.decode, latents)],
         "noise latents, decoded": [lambda: held_out.decode(vae.decode, noise)],
-        "the sketch: coarse codes, decoded": [lambda: held_out.decode(held_out.codec.decode, held_out.codes)],
+        "the coarse codes alone, decoded": [lambda: held_out.decode(held_out.codec.decode, held_out.codes)],
         "samples from the coarse codes": [
             lambda seed=seed: held_out.decode(vae.decode, generated(seed)) for seed in range(len(runs))
         ],

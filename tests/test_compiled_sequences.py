@@ -18,6 +18,7 @@ from ssmttm.generation.request import Sampling
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.mixers import Mamba2
 from ssmttm.ops import backend
+from ssmttm.ops.ssd import ssd_reference
 from ssmttm.patterns import get_pattern
 
 T, CPU = 21, torch.device("cpu")
@@ -118,3 +119,14 @@ def test_without_a_library_sequences_stay_with_torch(calls, monkeypatch):
     with compiled_sequences(CPU), torch.no_grad():
         Mamba2(16, d_state=8, headdim=8)(torch.randn(1, 4, 16))
     assert not calls
+
+
+def test_scan_of_one_position_with_any_strides():
+    """`contiguous()` leaves the stride of an axis of length 1 as it is; the library steps from row to row by it."""
+    heads, width, n = 2, 4, 3
+    x, B, C = (torch.randn(1, 3, *inner).transpose(0, 1) for inner in ((heads, width), (1, n), (1, n)))  # [3, 1, ...]
+    dt, A = torch.rand(3, 1, heads), -torch.rand(heads)
+    found, state = sequences.scan(x, dt, A, B, C, None, None)
+    expected, last = ssd_reference(x, dt, A, B, C)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)

@@ -33,6 +33,11 @@ def test_import_of_the_package_is_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_data_preparation_imports_no_package_that_few_stores_need():
+    code = "import sys, data_prep.pipeline; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("package", ["ssmttm", "ssmttm.audio", "data_prep.builtin"])
 def test_attribute_error_inside_a_module_imported_on_first_use_keeps_its_cause(package, monkeypatch):
     """From `__getattr__` an AttributeError would read "cannot import name", without its cause."""

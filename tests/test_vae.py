@@ -15,7 +15,7 @@ from small_vaes import LATENT_CHANNELS, small_vae, vae_config, vae_fields
 from data_prep.cli import main
 from ssmttm import audio
 from ssmttm.codecs import build_codec, load_codec
-from ssmttm.codecs.losses import heard_signals, reconstruction_losses, spectral_distances
+from ssmttm.codecs.losses import channel_signals, reconstruction_losses, spectral_distances
 from ssmttm.codecs.vae import PatchedVAE, frames_per_code, from_patches, load_vae, to_patches
 from ssmttm.data import open_store
 from ssmttm.errors import UserError
@@ -38,6 +38,14 @@ def test_shapes_for_any_ratios_channels_and_lengths(ratios, channels, items, sam
     assert vae.decode(latents).shape == (items, channels, n_frames * vae.hop_length)
     output = vae.train()(wav)
     assert output.audio.shape == wav.shape and output.codes.shape == latents.shape and output.losses["kl"] >= 0
+
+
+def test_kl_is_the_divergence_from_a_standard_normal():
+    vae, wav = small_vae(channels=2), 0.1 * torch.randn(2, 2, 100)
+    posterior = vae.model.encode(vae.pad(wav)).latent_dist
+    normal = torch.distributions.Normal(posterior.mean, posterior.std)
+    own = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0))  # [B, c, T]
+    torch.testing.assert_close(vae(wav).losses["kl"], own.sum(1).mean())
 
 
 def test_equals_diffusers_own_class_from_the_same_files(tmp_path):
@@ -155,7 +163,7 @@ def test_losses_of_stereo_hear_the_phase_between_the_channels():
     assert spectral_distances(equal.flatten(0, 1), inverted.flatten(0, 1), 24000)["mel"] == 0
     output = build_codec(vae_fields(channels=2))(equal)
     assert reconstruction_losses(output._replace(audio=inverted), equal, 24000)["mel"] > 0.5
-    assert torch.equal(heard_signals(mono), mono[:, 0])
+    assert torch.equal(channel_signals(mono), mono[:, 0])
 
 
 @pytest.fixture(scope="module")

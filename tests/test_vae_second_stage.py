@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import pairwise
 
 import numpy as np
@@ -26,8 +27,9 @@ from ssmttm.data import open_store
 from ssmttm.data.tensorfile import map_tensors, write_tensors
 from ssmttm.diffusion.samplers import SamplerSettings
 from ssmttm.errors import UserError
-from ssmttm.export.model_folder import export
+from ssmttm.export.model_folder import export, export_two_stages
 from ssmttm.generation import pretrained
+from ssmttm.generation.loading import HUB_FILES
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig, SecondStageInputs
 from ssmttm.models import LatentDenoiser
 from ssmttm.models.latent_denoiser import Conditions
@@ -186,7 +188,7 @@ def test_items_are_the_same_alone_and_in_a_batch(vae, codec):
 
 
 def test_overlapping_frames_are_known_to_the_next_window(vae, codec):
-    """The regression of an identity-like denoiser: windows join at frames that the later one does not change."""
+    """Windows join at frames that the later one does not change."""
     stage = stage_of(vae, codec)
     coarse = torch.randint(0, 16, (1, 1, 16))
     inputs = SecondStageInputs(captions(4), captions(1), seeds=[3])
@@ -288,7 +290,10 @@ def test_export_has_the_vae_beside_and_copies_keep_it(exported, pipe, vae, first
     assert torch.equal(copied("a march", duration=0.9, seeds=5).audios, expected.audios)
     runs = MusicPipeline.from_pretrained(first_stage, second_stage=second_stage)
     assert runs.sample_rate == 4800 and runs.decoder.fingerprint == vae.fingerprint
-    alone = MusicPipeline.from_pretrained(first_stage, second_stage=export(second_stage, tmp_path / "two"))
+    two = export(second_stage, tmp_path / "two")
+    names = [path.relative_to(two).as_posix() for path in two.rglob("*") if path.is_file()]
+    assert all(any(fnmatch(name, pattern) for pattern in HUB_FILES) for name in names)  # a download has all files
+    alone = MusicPipeline.from_pretrained(first_stage, second_stage=two)
     assert torch.equal(alone("a march", duration=0.9, seeds=5).audios, expected.audios)
 
 
@@ -308,7 +313,7 @@ def test_no_clip_is_continued_repainted_or_looped(pipe):
 # --- what is refused
 
 
-def test_another_vae_is_refused(root, store, exported, second_stage, tmp_path):
+def test_another_vae_is_refused(root, store, exported, first_stage, second_stage, tmp_path):
     moved = shutil.copytree(exported, tmp_path / "copy")
     small_vae(seed=6, **VAE).save(moved / "second_stage" / "vae")
     with pytest.raises(UserError, match=r"was trained with the latents of VAE './vae' \(\w+\), got \w+: restore"):
@@ -322,6 +327,8 @@ def test_another_vae_is_refused(root, store, exported, second_stage, tmp_path):
             DiffusionTask(config_of(store, tmp_path))
         with pytest.raises(UserError, match=r"was trained with the latents of VAE .*, which is now \w+: restore the"):
             export(second_stage, tmp_path / "out")
+        with pytest.raises(UserError, match="restore the original"):
+            export_two_stages(first_stage, second_stage, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     finally:
         shutil.rmtree(root / "vae", ignore_errors=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from data_prep.shard_task import Counts
 from data_prep.stages.encode import CodecOptions, Windows, encode_all, read_audio
 from data_prep.stages.segments import Segments
-from ssmttm.codecs.vae import OobleckVAE, frames_per_code, load_vae
 from ssmttm.data.tensorfile import write_tensors
 from ssmttm.errors import UserError
+
+if TYPE_CHECKING:
+    from ssmttm.codecs.vae import OobleckVAE
 
 LATENTS_FILE = "latents.safetensors"
 
@@ -40,7 +42,7 @@ class LatentOptions:
         codec = self.codec.metadata()
         names = ("name", "fingerprint", "sample_rate", "frame_rate", "latent_channels", "channels")
         windows = {"seconds": self.windows.seconds, "margin_seconds": self.windows.margin_seconds, "dtype": "float32"}
-        ratio = frames_per_code(vae.frame_rate, codec["frame_rate"], vae.name, codec["name"])
+        ratio = _frames_per_code(vae, codec["frame_rate"], codec["name"])
         return {name: getattr(vae, name) for name in names} | {"frames_per_code": ratio, "windows": windows}
 
     def exact_metadata(self) -> dict[str, Any]:
@@ -52,7 +54,7 @@ class LatentOptions:
         _load(self.name, "cpu").check_channels(channels, f"--latents {self.name}")
 
     @property
-    def vae(self) -> OobleckVAE:
+    def vae(self) -> "OobleckVAE":
         """The VAE on its device."""
         return _load(self.name, self.device)
 
@@ -60,7 +62,7 @@ class LatentOptions:
         """Latent frames of a segment of `duration` seconds: those of all its codes."""
         codec = self.codec.codec
         n_samples = math.ceil(round(duration * self.sample_rate) * codec.sample_rate / self.sample_rate)
-        ratio = frames_per_code(self.vae.frame_rate, codec.frame_rate, self.vae.name, codec.name)
+        ratio = _frames_per_code(self.vae, codec.frame_rate, codec.name)
         return ratio * -(-n_samples // codec.hop_length)
 
 
@@ -89,6 +91,14 @@ def latents_shard(options: LatentOptions, segments: Segments, folder: Path) -> C
     return {"segments": len(rows), "seconds": sum(row["duration"] for row in rows)}
 
 
+def _frames_per_code(vae: "OobleckVAE", frame_rate: float, codec_name: str) -> int:
+    from ssmttm.codecs.vae import frames_per_code
+
+    return frames_per_code(vae.frame_rate, frame_rate, vae.name, codec_name)
+
+
 @lru_cache(maxsize=1)
-def _load(name: str, device: str) -> OobleckVAE:
+def _load(name: str, device: str) -> "OobleckVAE":
+    from ssmttm.codecs.vae import load_vae  # diffusers is slow to import
+
     return load_vae(name).to(device)

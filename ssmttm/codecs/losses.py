@@ -34,18 +34,18 @@ def reconstruction_losses(
     """All losses of a codec except the adversarial terms.
 
     Args:
-        wav: the encoded audio, [B, C, S]; of stereo, `heard_signals` are compared.
+        wav: the encoded audio, [B, C, S]; of stereo, `channel_signals` are compared.
         scales: STFT resolutions; those longer than S are skipped.
 
     Returns:
         Scalars: `mel` and `spectrum` of `spectral_distances`, and the quantiser's `codebook` and `commitment`, or a
         VAE's `kl`.
     """
-    signals = heard_signals(output.audio), heard_signals(wav)
+    signals = channel_signals(output.audio), channel_signals(wav)
     return {**spectral_distances(*signals, sample_rate, scales), **output.losses}
 
 
-def heard_signals(wav: Tensor) -> Tensor:
+def channel_signals(wav: Tensor) -> Tensor:
     """The signals [B', S] of audio [B, C, S] whose spectra are compared: the one channel of mono; of stereo left,
     right, mid and side, (left + right) / 2 and (left - right) / 2, as the phase between the channels is in these."""
     if wav.shape[1] == 1:

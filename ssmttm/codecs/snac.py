@@ -7,6 +7,7 @@ pattern applies. Shapes: N levels, F frames of the finest level.
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +25,7 @@ from ssmttm.hub import checkpoint_folder, with_commit
 
 PREFIX = "snac"
 _NOISE_SEED = 0
+_NOISE_LOCK = threading.Lock()  # the noise comes from the process's generator
 
 
 class SnacCodec(Codec):
@@ -73,7 +75,8 @@ class SnacCodec(Codec):
             vectors = quantiser.out_proj(quantiser.decode_code(level))  # [B, D, F / stride]
             hidden = hidden + vectors.repeat_interleave(quantiser.stride, dim=-1)  # [B, D, F]
         decoded = []
-        with torch.random.fork_rng():
+        devices = [codes.device] if codes.device.type == "cuda" else []
+        with _NOISE_LOCK, torch.random.fork_rng(devices):
             for item in hidden:
                 torch.manual_seed(_NOISE_SEED)
                 decoded.append(self.model.decoder(item[None])[..., :samples])

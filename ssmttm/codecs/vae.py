@@ -60,7 +60,8 @@ class OobleckVAE(Autoencoder):
         posterior = OobleckDiagonalGaussianDistribution(self.model.encoder(self.pad(wav)).float())
         latents = posterior.sample() if self.training else posterior.mean  # [B, c, T]
         audio = self._pad_to_frames(self.model.decoder(latents), latents.shape[-1])
-        return CodecOutput(audio[..., : wav.shape[-1]], latents, {"kl": posterior.kl()})
+        kl = 0.5 * posterior.kl()  # diffusers leaves out the half
+        return CodecOutput(audio[..., : wav.shape[-1]], latents, {"kl": kl})
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class CodecLosses:
     flux: float = 5.0  # change of magnitudes from frame to frame, likewise
     codebook: float = 1.0
     commitment: float = 0.25
-    kl: float = 1.0e-4  # of a VAE's latents from a standard normal, summed over channels
+    kl: float = 2.0e-4  # of a VAE's latents from a standard normal, summed over channels
     adversarial: float = 0.5
     feature: float = 2.0
     discriminator: float = 1.0

@@ -177,9 +177,10 @@ class Store:
         """Name, fingerprint, rates and sizes of the VAE of the latents. Raises UserError if there are none."""
         info: dict[str, Any] | None = self.info.get("latents")
         if info is None:
+            names = {kind: (self.info.get(kind) or {}).get("name", "none") for kind in ("codec", "text")}
             raise UserError(
                 f"{self.path} holds no latents of a VAE: encode it with `python -m data_prep pack --root {self.path} "
-                "--out NEW --latents VAE`"
+                f"--out NEW --codec {names['codec']} --text {names['text']} --latents VAE`"
             )
         return info
 

@@ -1,7 +1,7 @@
 """Export of a run or a checkpoint to a model folder: what sampling needs, and a card with its provenance."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -25,6 +25,9 @@ from ssmttm.model_folder import (
 from ssmttm.text.encoders import load_text_encoder, quiet_transformers
 from ssmttm.text.student import student_from_description
 
+if TYPE_CHECKING:
+    from ssmttm.codecs.vae import OobleckVAE
+
 
 def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool = False) -> Path:
     """Write a run or a checkpoint as a model folder without paths of this machine. Raises UserError if there is no good
@@ -33,9 +36,9 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool 
     A training with an adapter is written as an adapter folder (`ssmttm.adapters`) or, with `merge`, as a whole model.
 
     A language model or a denoiser: config.yaml, model.safetensors (averaged weights if there are any) and card.json;
-    of a denoiser of a VAE's latents also that VAE, in the subfolder `vae`. A
-    codec or a student of one: config.json and model.safetensors as `load_codec` reads them, and card.json. A text
-    student: its language model, with the student in the subfolder `text_encoder`.
+    of a denoiser of a VAE's latents also that VAE, in the subfolder `vae`. A codec, a VAE or a student of a codec:
+    config.json and weights as `load_codec` or `load_vae` reads them, and card.json. A text student: its language model,
+    with the student in the subfolder `text_encoder`.
 
     Args:
         run_dir: a run folder (its newest good checkpoint) or a checkpoint.
@@ -65,7 +68,9 @@ def export(run_dir: str | Path, out: str | Path, half: bool = True, merge: bool 
             card |= _write_text_student(source, folder, card["data"], half)
         else:
             if "vae" in card["data"]:
-                card["data"] |= {"vae": _write_vae(card["data"]["vae"], folder)}
+                vae = _load_vae(card["data"]["vae"])
+                vae.save(folder / VAE)
+                card["data"] |= {"vae": {"name": f"./{VAE}", "fingerprint": vae.fingerprint}}
             write_model_folder(folder, to_half(weights) if half else weights, _shared_config(config, state))
         write_card(folder, card)
     return out
@@ -89,6 +94,8 @@ def export_two_stages(first_stage: str | Path, second_stage: str | Path, out: st
     if "adapter" in first.card["data"] and not merge:
         raise UserError(f"{first_stage} trains an adapter: export it alone, or with --merge as a part of this model")
     loading.check_stages(first, loading.load_language_model(first), loading.load_denoiser(second))
+    if "vae" in second.card["data"]:
+        _load_vae(second.card["data"]["vae"])
     _check_no_second_stage(Path(out))
     export(first_stage, out, merge=merge)
     export(second_stage, Path(out) / SECOND_STAGE)
@@ -152,9 +159,8 @@ def _write_text_student(source: Path, folder: Path, data: dict[str, Any], half: 
     return {"parameters": sum(value.numel() for value in weights.values()), "data": data}
 
 
-def _write_vae(vae: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the VAE of a denoiser into its folder, in float32. Returns its entry of the card. Raises UserError if it is
-    not the one that the denoiser was trained with."""
+def _load_vae(vae: dict[str, Any]) -> "OobleckVAE":
+    """The VAE of a denoiser's training data. Raises UserError if it is not the one that it was trained with."""
     from ssmttm.codecs.vae import load_vae
 
     loaded = load_vae(vae["name"])
@@ -163,8 +169,7 @@ def _write_vae(vae: dict[str, Any], folder: Path) -> dict[str, Any]:
             f"the denoiser was trained with the latents of VAE {vae['name']!r} ({vae['fingerprint']}), which is now "
             f"{loaded.fingerprint}: restore the original"
         )
-    loaded.save(folder / VAE)
-    return {"name": f"./{VAE}", "fingerprint": loaded.fingerprint}
+    return loaded
 
 
 def _check_no_second_stage(out: Path) -> None:

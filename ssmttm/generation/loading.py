@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ASSETS / "tiny_lm"
 GUIDANCE_SCALE = 3.0
-HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", f"{SECOND_STAGE}/*"]
+HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", "vae/*", f"{SECOND_STAGE}/*"]
 KINDS = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec", "distill_codec": "a codec's decoder"}
 
 

@@ -37,7 +37,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor) -> Te
     """`causal_conv` with SiLU: x [B, T, C] -> [B, T, C]. `past` [B, K-1, C], contiguous, takes in the last inputs."""
     if x.stride(2) != 1:
         x = x.contiguous()
-    taps, y = weight.t().contiguous(), torch.empty(x.shape)
+    taps, y = weight.t().contiguous(), x.new_empty(x.shape)
     batch, length, channels = x.shape
     library().ssmttm_convolve(
         taps.data_ptr(), None if bias is None else bias.data_ptr(), len(taps), channels, past.data_ptr(), x.data_ptr(),
@@ -58,8 +58,8 @@ def scan(
     dt, A = dt.contiguous(), A.contiguous()
     D = None if D is None else D.contiguous()
     shape = batch, heads, width, n
-    state = torch.zeros(shape) if initial_state is None else initial_state.clone(memory_format=torch.contiguous_format)
-    y = torch.empty(batch, length, heads, width)
+    state = x.new_zeros(shape) if initial_state is None else initial_state.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(batch, length, heads, width)
     settings = _Scan(length, heads, width, groups, n, x.stride(1), B.stride(1))
     at = [tensor.data_ptr() for tensor in (x, dt, A, B, C)]
     library().ssmttm_scan(
@@ -71,4 +71,6 @@ def scan(
 def _by_position(tensor: Tensor) -> Tensor:
     """[B, T, n, m] with contiguous positions at equal distances over all rows."""
     inner = tensor.stride()[2:] == (tensor.shape[3], 1)
-    return tensor if inner and tensor.stride(0) == tensor.shape[1] * tensor.stride(1) else tensor.contiguous()
+    if inner and tensor.stride(0) == tensor.shape[1] * tensor.stride(1):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps odd strides of an axis of length 1

@@ -19,10 +19,10 @@ from ssmttm.codecs import EMBEDDED, Autoencoder, Codec, CodecOutput, TinyCodec, 
 from ssmttm.codecs.discriminators import DiscriminatorOutput, MultiResolutionDiscriminator
 from ssmttm.codecs.losses import (
     adversarial_losses,
+    channel_signals,
     discriminator_accuracy,
     discriminator_loss,
     fast_distances,
-    heard_signals,
     reconstruction_losses,
 )
 from ssmttm.codecs.metrics import chroma_similarity, onset_f_measure
@@ -153,7 +153,7 @@ class CodecTask(Task):
     def reconstruction(self, output: CodecOutput, wav: Tensor) -> Losses:
         """The losses of an output of the codec for the encoded audio [b, C, S], except the adversarial ones."""
         if self.fast_losses:
-            signals = heard_signals(output.audio), heard_signals(wav)
+            signals = channel_signals(output.audio), channel_signals(wav)
             return fast_distances(*signals, self.codec.sample_rate) | output.losses
         return reconstruction_losses(output, wav, self.codec.sample_rate)
 
