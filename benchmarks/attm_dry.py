@@ -1,8 +1,9 @@
 """The dry run of the ICME 2026 challenge (`ssmttm evaluate eval=attm_dry`) on a look-alike of its data: what each stage
 costs, and whether a run that is killed twice gives the results of an unbroken one.
 
-    python -m benchmarks.attm_dry --out runs/attm_dry
+    python -m benchmarks.attm_dry --out runs
 
+Everything is written to OUT/attm_dry_benchmark, which is deleted first.
 The look-alike has the layout of Song Describer (its table, audio/NN/ID.2min.mp3) and pieces of the built-in composer;
 CLAP is a small one with random weights, so that only times and agreement are results, no value of a metric.
 """
@@ -29,6 +30,7 @@ from ssmttm import audio
 from ssmttm.reports.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "attm_dry.json"
+FOLDER = "attm_dry_benchmark"  # in OUT
 _RATE, _COMPOSER_RATE, _EXCERPTS = 44_100, 24_000, 3  # excerpts of a piece are tracks of one artist
 _COLUMNS = (
     "caption_id", "track_id", "caption", "is_valid_subset", "familiarity", "artist_id", "album_id", "path", "duration"
@@ -117,19 +119,20 @@ def measured(out: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/attm_dry"))
+    parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--tracks", type=int, default=36)
     arguments = parser.parse_args(argv)
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    data = arguments.out / "data"
+    out = arguments.out / FOLDER
+    shutil.rmtree(out, ignore_errors=True)
+    data = out / "data"
     overrides = [*write_look_alike(data, arguments.tracks, 12.0), f"eval.weights.clap={write_clap(data / 'clap', 10)}"]
-    whole, broken = arguments.out / "whole", arguments.out / "broken"
+    whole, broken = out / "whole", out / "broken"
     begun = time.perf_counter()
     subprocess.run(command(overrides, whole), check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     wall = time.perf_counter() - begun
     half = arguments.tracks // 2
     again = command(overrides, broken)
-    log = arguments.out / "killed.log"
+    log = out / "killed.log"
     kills = [
         kill_when(again, lambda: len(list((broken / "audio").glob("[!.]*.json"))) >= half, log),
         kill_when(again, lambda: bool(list((broken / "embeddings").glob("clap-*"))), log),

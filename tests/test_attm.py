@@ -5,17 +5,22 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from small_captioner import write_captioner
 
+from benchmarks import attm_dry
 from benchmarks.attm_dry import measured, write_clap, write_look_alike
 from ssmttm import audio, config
 from ssmttm.cli.main import main
 from ssmttm.errors import UserError
 from ssmttm.evaluation.embedders import laion_clap, load_embedder
+from ssmttm.evaluation.embedders import weights as embedder_weights
+from ssmttm.evaluation.embedders.packages import passt
 from ssmttm.evaluation.metrics.compute import Clip
 from ssmttm.evaluation.protocol import embed_files, evaluate, generate
 from ssmttm.evaluation.protocol.concept_coverage import QUESTION, concept_coverage, verdict
@@ -25,6 +30,7 @@ from ssmttm.generation.pipeline import MusicPipeline
 from ssmttm.text.captioner import AudioCaptioner
 
 N, SECONDS = 24, 2
+MODEL = {"name": "model", "weights_sha256": "a" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +53,11 @@ def run_killed(arguments, module, name, calls):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*given)
 
-        setattr(module, name, counted)
-        main(arguments)
-        os._exit(1)
+        try:
+            setattr(module, name, counted)
+            main(arguments)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
@@ -171,6 +179,105 @@ def test_evaluate_judges_concepts(overrides, tmp_path):
         evaluate.evaluate(config.load("eval=attm_dry", *words, "eval.concepts=null", root="eval"))
     with pytest.raises(UserError, match="no column 'words'"):
         evaluate.evaluate(config.load("eval=attm_dry", *words, "eval.concepts=words", root="eval"))
+
+
+class Level:
+    """A Scorer of one axis: the level of a clip."""
+
+    name, sample_rate, seconds, dim, settings, axes = "level", 16_000, 1.0, 1, {}, ("loud",)
+    fingerprint = "l" * 16
+
+    def embed(self, wav):
+        return wav.unfold(-1, 16_000, 16_000).abs().mean(-1, keepdim=True)  # [B, W, 1]
+
+
+@pytest.fixture
+def existing(tmp_path, monkeypatch):
+    """Overrides for existing audio of N prompts with references of their own; two prompts have concepts."""
+    prompts = [{"path": f"track-{i}", "caption": f"prompt {i}", "tags": ["rock"] if i < 2 else []} for i in range(N)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    for i in range(N):
+        for folder in ("audio", "true"):
+            noise = 0.1 * torch.randn(1, 48_000, generator=torch.Generator().manual_seed(len(folder) * i))
+            audio.write(tmp_path / folder / f"track-{i}.wav", noise, 24_000)
+    monkeypatch.setattr(evaluate, "load_embedder", lambda name, weights: Level())
+    monkeypatch.setattr(evaluate, "captioner_folder", lambda path: path)
+    return ["eval=attm_dry", f"prompts={tmp_path / 'prompts.json'}", f"references={tmp_path / 'true'}",
+            f"audio={tmp_path / 'audio'}", f"out={tmp_path / 'out'}", "music_metrics=false", "eval.seconds=2",
+            "eval.audio=['{path}']"]  # fmt: skip
+
+
+def test_notes_on_concepts_say_whose_clips_and_nothing_is_judged_without_concepts(existing, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "AudioCaptioner", lambda *rest, **more: Judge())
+    settings = config.load(*existing, "eval.judge=folder", root="eval")
+    found = evaluate.evaluate(settings)
+    note = f"{N - 2} prompts without concepts are left out of ccs"
+    assert [text for text in found["notes"] if "ccs" in text] == [f"model: {note}", f"reference: {note}"]
+    for i in range(2):
+        (tmp_path / "audio" / f"track-{i}.wav").write_bytes(b"broken")
+    found = evaluate.evaluate(settings)
+    assert "ccs is left out: all prompts with concepts were skipped" in found["notes"]
+    assert [metric["name"] for metric in found["metrics"]] == ["loud_level"]
+
+
+@pytest.mark.parametrize("unpaired", [True, False])
+def test_scorer_embeds_no_references_that_no_metric_uses(existing, tmp_path, monkeypatch, unpaired):
+    """References that belong to no prompt, and those of some prompts only, which are not measured on their own."""
+    embed, embedded = embed_files._embed_clip, []
+    monkeypatch.setattr(embed_files, "_embed_clip", lambda *of: embedded.append(of[1]) or embed(*of))
+    if unpaired:
+        existing.append("eval.audio=[]")
+    else:
+        (tmp_path / "true" / "track-0.wav").write_bytes(b"broken")
+    assert not evaluate.evaluate(config.load(*existing, root="eval"))["reference"]
+    assert sorted(embedded) == sorted((tmp_path / "audio").glob("*.wav"))
+
+
+def test_model_with_a_vae_has_no_music_metrics_of_the_codec(existing, tmp_path, monkeypatch):
+    """The codec does not make its clips, so that what the codec decodes is no bound for them."""
+    clips = sorted((tmp_path / "audio").glob("*.wav"), key=lambda path: int(path.stem.removeprefix("track-")))
+    made = SimpleNamespace(name="latents")
+    pipeline = SimpleNamespace(codec=SimpleNamespace(), decoder=made, guidance_scale=1.0, metadata={"model": MODEL})
+    monkeypatch.setattr(evaluate.MusicPipeline, "from_pretrained", lambda checkpoint, second_stage: pipeline)
+    monkeypatch.setattr(evaluate, "generate", lambda *rest: clips)
+    monkeypatch.setattr(evaluate, "decoded_files", lambda *rest: pytest.fail("decoded by the codec"))
+    protocol_data = evaluate._protocol_data
+    monkeypatch.setattr(evaluate, "_protocol_data", lambda settings: replace(protocol_data(settings), store=object()))
+    words = [*existing, "audio=null", "music_metrics=true", "adherence=false"]
+    found = evaluate.evaluate(config.load(*words, root="eval"))
+    assert set(found["music_metrics"]) == {"model", "reference"} and not found["music_comparison"]
+    assert "no music metrics of codec: the clips are decoded by the VAE latents" in found["notes"]
+
+
+def test_passt_without_network_is_one_line(monkeypatch):
+    def unreachable(mode):
+        raise URLError("")
+
+    monkeypatch.setattr(passt, "import_package", lambda *names: SimpleNamespace(get_basic_model=unreachable))
+    with pytest.raises(UserError, match=r"^the weights of passt cannot be downloaded .*eval\.weights\.passt=FILE$"):
+        load_embedder("passt")
+
+
+def test_package_whose_error_has_no_message_is_one_line(monkeypatch):
+    def fails(name):
+        raise ImportError
+
+    monkeypatch.setattr(embedder_weights, "import_module", fails)
+    with pytest.raises(UserError, match=r"needs the package p \(ImportError\)"):
+        embedder_weights.import_package("e", "p", "p.module")
+
+
+def test_benchmark_deletes_only_its_own_folder(tmp_path, monkeypatch):
+    def stop(*rest):
+        raise InterruptedError
+
+    monkeypatch.setattr(attm_dry, "write_look_alike", stop)
+    stale = tmp_path / attm_dry.FOLDER / "whole"
+    stale.mkdir(parents=True)
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(InterruptedError):
+        attm_dry.main(["--out", str(tmp_path)])
+    assert (tmp_path / "mine.txt").read_text() == "kept" and not stale.exists()
 
 
 def test_concepts_of_a_table_are_lists_or_separated_by_commas(tmp_path):

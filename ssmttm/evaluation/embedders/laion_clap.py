@@ -58,7 +58,8 @@ def load_laion_clap(path: Path) -> tuple["ClapModel", "ClapProcessor"]:
         model = ClapModel(_config(tensors))
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is not a CLAP of LAION without fusion: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a CLAP of LAION without fusion: {reason}") from error
     if wrong := [*(name for name in missing if name not in _COMPUTED), *unexpected]:
         raise UserError(f"{path} is not a CLAP of LAION without fusion: {wrong[0]} does not fit")
     own = (path.parent / "tokenizer.json").is_file() or (path.parent / "vocab.json").is_file()
@@ -116,4 +117,5 @@ def _tensors(path: Path) -> dict[str, Tensor]:
                 tensors[name] = value
         return tensors
     except (RuntimeError, AttributeError, ValueError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint of CLAP: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a checkpoint of CLAP: {reason}") from error

@@ -43,7 +43,7 @@ def import_package(embedder: str, package: str, module: str) -> Any:
             warnings.simplefilter("ignore")
             return import_module(module)
     except (ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"embedder {embedder} needs the package {package} ({reason}): pip install {package}") from error
 
 

@@ -117,31 +117,37 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         notes.append("prompt adherence is measured only on clips generated here, not on existing audio")
     metrics, reference_metrics = [], []
     music = [Clip(clip.reference, clip.caption, concepts=clip.concepts) for clip in clips if clip.reference is not None]
-    sets = [(metrics, clips, decoding)]
+    sets = [("model", metrics, clips, decoding)]
     if len(music) == len(clips):
-        sets.append((reference_metrics, music, {"decoding": "none"}))
+        sets.append(("reference", reference_metrics, music, {"decoding": "none"}))
     for embedder in embedders:
         with _timed(seconds, "embedding"):
-            for files_of_one in ([clip.path for clip in clips], references, [clip.path for clip in music]):
-                if files_of_one:
-                    embed_clips(embedder, files_of_one, protocol.seconds, out / "embeddings")
+            embedded = [[clip.path for clip in of] for _, _, of, _ in sets]
+            if references and not isinstance(embedder, Scorer):
+                embedded.insert(1, references)
+            for files_of_one in embedded:
+                embed_clips(embedder, files_of_one, protocol.seconds, out / "embeddings")
         with _timed(seconds, "metrics"):
-            for found, of, how in sets:
+            for _, found, of, how in sets:
                 found += compute_metrics(of, references, embedder, protocol.seconds, how, out / "embeddings")
-    if protocol.judge is not None:
+    if protocol.judge is not None and not any(clip.concepts for clip in clips):
+        notes.append("ccs is left out: all prompts with concepts were skipped")
+    elif protocol.judge is not None:
         with _timed(seconds, "judging concepts"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
             judge = AudioCaptioner(protocol.judge, device, max_new_tokens=ANSWER_TOKENS)
-            for found, of, how in sets:
+            for whose, found, of, how in sets:
                 metric, found_notes = concept_coverage(of, judge, protocol.seconds, how, out / "embeddings")
                 found.append(metric)
-                notes += found_notes
+                notes += [f"{whose}: {note}" for note in found_notes]
     files = {"model": [clip.path for clip in clips], "reference": references} if settings.music_metrics else {}
     if files and data.store is not None and pipeline is not None:
-        own = [clip.reference for clip in clips if clip.reference is not None]
-        files["codec"] = decoded_files(own, pipeline.codec, protocol.seconds, out / "codec")
-    notes += [f"{of}: {note}" for of, found in (("model", metrics), ("reference", reference_metrics))
-              for note in _negative_notes(found)]  # fmt: skip
+        if pipeline.decoder is pipeline.codec:
+            own = [clip.reference for clip in clips if clip.reference is not None]
+            files["codec"] = decoded_files(own, pipeline.codec, protocol.seconds, out / "codec")
+        else:
+            notes.append(f"no music metrics of codec: the clips are decoded by the VAE {pipeline.decoder.name}")
+    notes += [f"{whose}: {note}" for whose, found, _, _ in sets for note in _negative_notes(found)]
     with _timed(seconds, "music metrics"):
         music_metrics = {name: measure_files(paths, protocol.seconds) for name, paths in files.items() if paths}
     adherence = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmttm.errors import UserError
 from ssmttm.evaluation.embedders.base import windows
 from ssmttm.evaluation.embedders.weights import import_package, load_weights, model_fingerprint
 
@@ -29,7 +30,13 @@ class PasstEmbedder:
         base = import_package("passt", "hear21passt", "hear21passt.base")
         with _quiet():
             if weights is None:
-                self.model = base.get_basic_model(mode="all")
+                try:
+                    self.model = base.get_basic_model(mode="all")
+                except OSError as error:
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise UserError(
+                        f"the weights of passt cannot be downloaded ({reason}): set eval.weights.passt=FILE"
+                    ) from error
             else:
                 mel = base.AugmentMelSTFT(
                     n_mels=128, sr=self.sample_rate, win_length=800, hopsize=320, n_fft=1024, freqm=48, timem=192,
