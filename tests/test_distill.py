@@ -353,7 +353,7 @@ def test_teacher_runs_in_precision_of_the_training(precision, config_of, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("k", "tolerance", "precision"), [(CODEBOOK_SIZE, 2e-3, "fp32"), (CODEBOOK_SIZE, 2e-3, "bf16"), (4, None, "fp32")]
+    ("k", "tolerance", "precision"), [(CODEBOOK_SIZE, 2e-3, "fp32"), (CODEBOOK_SIZE, 5e-3, "bf16"), (4, None, "fp32")]
 )
 def test_cached_run_equals_online_run(k, tolerance, precision, config_of, tmp_path, fresh_accelerator):
     """With all codes kept, up to rounding to float16, over several epochs."""
