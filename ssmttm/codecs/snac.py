@@ -129,6 +129,6 @@ def load_snac(name: str, revision: str | None = None) -> SnacCodec:
         )  # fmt: skip
         model.load_state_dict(weights)
     except (OSError, ValueError, TypeError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} holds no SNAC ({reason}): give config.json and its weights") from error
     return SnacCodec(model, f"{PREFIX}:{name if Path(name).is_dir() else with_commit(name, folder)}").eval()
