@@ -86,6 +86,8 @@ def run_program(arguments: Sequence[str], folder: Path) -> tuple[int, str]:
 
 
 def _run_main(arguments: list[str]) -> None:
+    if "accelerate" in sys.modules:
+        _reset_accelerate()  # a program has none of the state that a training in this process left
     is_module = arguments[0] == "-m"
     sys.argv = arguments[1:] if is_module else arguments
     if is_module:
@@ -95,15 +97,19 @@ def _run_main(arguments: list[str]) -> None:
 
 
 def _run_rank(rank: int, count: int, port: int, train: Callable[[int], None], output: Path) -> int:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
+    _reset_accelerate()
+    return _forked(partial(train, rank), output)
+
+
+def _reset_accelerate() -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    return _forked(partial(train, rank), output)
 
 
 def _forked(function: Callable[[], None], output: Path) -> int:
