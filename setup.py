@@ -16,6 +16,7 @@ EXTRAS = {
     "web": ["fastapi>=0.120", "uvicorn>=0.35", "websockets>=14", "python-multipart>=0.0.20"],
     "track": ["wandb>=0.20", "trackio>=0.20"],
     "lora": ["peft>=0.17"],
+    "snac": ["snac>=1.2.1"],
     "dev": [
         "pytest>=8",
         "pytest-xdist",
@@ -29,6 +30,7 @@ EXTRAS = {
         "librosa>=0.11",
         "pyloudnorm>=0.1.1",
         "optuna>=4",
+        "snac>=1.2.1",
     ],
 }
 

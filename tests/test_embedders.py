@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_music import DEGRADATIONS, RATE, clips
 from torch import nn
 
+from benchmarks.attm_dry import write_clap
 from ssmttm import audio
 from ssmttm.audio.features import mel_filterbank
 from ssmttm.cli import train_embedder
@@ -30,38 +31,10 @@ from ssmttm.files import file_sha256
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Small random checkpoints of transformers' CLAP and AST, and weights of VGGish and CNN14."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        ASTConfig,
-        ASTFeatureExtractor,
-        ASTForAudioClassification,
-        ClapAudioConfig,
-        ClapConfig,
-        ClapFeatureExtractor,
-        ClapModel,
-        ClapProcessor,
-        ClapTextConfig,
-        PreTrainedTokenizerFast,
-    )  # fmt: skip
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
-    words = Tokenizer(models.WordLevel({"<pad>": 1, "<unk>": 0, "<s>": 2, "</s>": 3, "slow": 4, "fast": 5}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=20, **special)
-    audio_config = ClapAudioConfig(
-        hidden_size=64, patch_embeds_hidden_size=16, depths=[1, 1], num_attention_heads=[2, 2], num_hidden_layers=2,
-        spec_size=256, num_mel_bins=64, patch_stride=[4, 4], patch_size=4, window_size=8, projection_dim=24,
-    )  # fmt: skip
-    text_config = ClapTextConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=8,
-        projection_dim=24, max_position_embeddings=40,
-    )  # fmt: skip
-    audio_config.hidden_size = 32
-    config = ClapConfig(text_config=text_config.to_dict(), audio_config=audio_config.to_dict(), projection_dim=24)
-    ClapModel(config).save_pretrained(folder / "clap")
-    ClapProcessor(ClapFeatureExtractor(truncation="rand_trunc"), tokenizer).save_pretrained(folder / "clap")
+    write_clap(folder / "clap", 10)
     ast = ASTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=5, max_length=1024
     )
@@ -225,7 +198,7 @@ def test_clap_window_is_the_clip_of_the_checkpoint(folder, tmp_path, max_length)
 
     shutil.copytree(folder / "clap", tmp_path / "clap")
     tokenizer = ClapProcessor.from_pretrained(folder / "clap").tokenizer
-    extractor = ClapFeatureExtractor(truncation="rand_trunc", max_length_s=max_length)
+    extractor = ClapFeatureExtractor(truncation="rand_trunc", max_length_s=max_length, frequency_min=50)
     ClapProcessor(extractor, tokenizer).save_pretrained(tmp_path / "clap")
     embedder, usual = load_embedder("clap", str(tmp_path / "clap")), load_embedder("clap", str(folder / "clap"))
     assert embedder.seconds == max_length and (embedder.fingerprint == usual.fingerprint) == (max_length == 10)

@@ -16,6 +16,7 @@ from ssmttm.errors import UserError
 from ssmttm.generation import engines
 from ssmttm.generation.engine import CodeSampler, TextConditions, draw_uniforms, generate
 from ssmttm.generation.engines import captured, fused, library
+from ssmttm.generation.engines.base import AddedEmbeddings
 from ssmttm.generation.engines.fused import FusedEngine
 from ssmttm.generation.engines.library import INSTRUCTION_SETS, Unavailable, instruction_set
 from ssmttm.generation.engines.reference import TorchEngine
@@ -586,3 +587,14 @@ def test_source_compiles_for_arm():
         pytest.skip(f"{compiler} is not installed")
     command = [compiler, *library.FLAGS, "-fsyntax-only", str(library.SOURCE)]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_embeddings_of_a_block_are_computed_again_for_other_controls():
+    model = randomised(small_token_lm(tempo=True))
+    state, _ = processed(model, rows=1, length=5, controls=Controls(bpm=torch.tensor([90.0])))
+    steps = FusedEngine(model).bind(state, 1)
+    slow, fast = (Controls(bpm=torch.tensor([bpm])) for bpm in (90.0, 160.0))
+    added = AddedEmbeddings(model)
+    found = [added.compute(steps, controls, 0, 4) for controls in (slow, fast, slow)]
+    assert torch.equal(found[1], AddedEmbeddings(model).compute(steps, fast, 0, 4)) and torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])

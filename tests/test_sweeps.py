@@ -160,6 +160,13 @@ def test_jobs_run_once_and_are_skipped_afterwards(tmp_path, fake, capsys):
     assert len(folder.jobs()) == 6 and all(starts(folder, job.name) == 1 for job in folder.jobs())
 
 
+def test_progress_is_written_when_a_step_is_new(tmp_path, fake, capsys):
+    """The steps are read fifty times a second; a log must not grow by a line each time."""
+    run_sweep(settings(tmp_path, RATES, steps=3))
+    redrawn = [part for part in capsys.readouterr().err.split("\r") if "seed0" in part]
+    assert 1 <= len(redrawn) <= 2 * (3 + 2)  # of two jobs: at most step 0, each step, and the end of the other job
+
+
 def test_jobs_run_in_parallel_up_to_the_limit(tmp_path, fake):
     def together(parallel, steps):
         folder = run_sweep(settings(tmp_path / str(parallel), RATES, steps=steps, parallel=parallel))
