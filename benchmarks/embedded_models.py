@@ -8,7 +8,7 @@
 
 `measure`: prompt adherence beside the rate of the classifiers on true and decoded music, FAD and KAD against other
 held-out music, and the music metrics beside those of decoded true music. `sweep`, on prompts of the validation split,
-chooses guidance, temperature and top-k. `structure` compares clips of 30 s with whole pieces. `page` writes one HTML
+chooses guidance, temperature, top-k and top-p. `structure` compares clips of 30 s with whole pieces. `page` writes one HTML
 page with its audio beside it. MODEL is a folder or an embedded name, NAME=MODEL@3 sets the guidance scale. A second run
 uses the clips, embeddings and measurements of the first; the results are in OUT/WHAT.json and OUT/WHAT.md.
 """
@@ -195,7 +195,7 @@ def rates(found: dict[str, dict[str, float]]) -> list[str]:
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Adherence, KAD and music metrics by guidance scale, temperature and top-k, on the validation split."""
+    """Adherence, KAD and music metrics by guidance scale, temperature, top-k and top-p, on the validation split."""
     arguments.models = [f"model={arguments.model}"]
     run = Run(arguments, "valid")
     references = reference_files(run.store, "valid", run.prompts, arguments.references)
@@ -203,24 +203,25 @@ def sweep(arguments: argparse.Namespace) -> None:
     embedder, cache = load_embedder("tiny"), run.out / "embeddings"
     decoded = measure(run.base()["codec"], SECONDS, classifiers, run.out / "measured").music
     against = embed_clips(embedder, references, SECONDS, cache)
-    titles = ["guidance", "temperature", "top-k", "lead's family", "tempo class", "mode", "key", "mean of three", "KAD"]
-    rows = [[*titles, *SWEPT]]
+    attributes = ["lead's family", "tempo class", "mode", "key"]
+    rows = [["guidance", "temperature", "top-k", "top-p", *attributes, "mean of three", "KAD", *SWEPT]]
     found = []
-    grid = list(product(arguments.guidance, arguments.temperature, arguments.top_k))
-    for guidance, temperature, top_k in tqdm(grid, desc="sweep", unit="setting"):
-        decoding = run.decoding(pipe, guidance, temperature=temperature, top_k=top_k)
-        paths = model_clips(pipe, run.prompts, decoding, run.out / f"audio/g{guidance:g}-t{temperature:g}-k{top_k}")
+    grid = list(product(arguments.guidance, arguments.temperature, arguments.top_k, arguments.top_p))
+    for guidance, temperature, top_k, top_p in tqdm(grid, desc="sweep", unit="setting"):
+        decoding = run.decoding(pipe, guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        folder = run.out / f"audio/g{guidance:g}-t{temperature:g}-k{top_k}-p{top_p:g}"
+        paths = model_clips(pipe, run.prompts, decoding, folder)
         measured = measure(paths, SECONDS, classifiers, run.out / "measured")
         accuracy = right(run.prompts, measured.predicted)
         vectors = embed_clips(embedder, paths, SECONDS, cache)
         kad = next(interval.value for name, interval, _ in set_distances(vectors, against) if name == "kad")
         mean = float(np.mean([accuracy[name]["rate"] for name in RIGHT[:3]]))
         change = differences(decoded, measured.music)
-        settings = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k}
+        settings = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         found.append({**settings, "right": accuracy, "mean": mean, "kad": kad,
                       "music": {name: asdict(value) for name, value in change.items()}})  # fmt: skip
         musical = [f"{100 * change[name].relative:+.0f} %" for name in SWEPT]
-        rows.append([f"{guidance:g}", f"{temperature:g}", str(top_k), *rates(accuracy), f"{100 * mean:.1f} %",
+        rows.append([f"{guidance:g}", f"{temperature:g}", str(top_k), f"{top_p:g}", *rates(accuracy), f"{100 * mean:.1f} %",
                      f"{kad:.2f}", *musical])  # fmt: skip
         run.write("sweep", {"model": pipe.metadata["model"], "settings": found}, [Section("Sampling", rows=rows)])
 
@@ -367,6 +368,7 @@ def main() -> None:
     added["sweep"].add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0])
     added["sweep"].add_argument("--temperature", type=float, nargs="+", default=[1.0])
     added["sweep"].add_argument("--top-k", type=int, nargs="+", default=[250])
+    added["sweep"].add_argument("--top-p", type=float, nargs="+", default=[1.0])
     added["page"].add_argument("--page", type=Path, default=Path("demo/models.html"), help="default: %(default)s")
     added["page"].add_argument("--examples", type=int, default=6, help="prompts on the page (default: %(default)s)")
     arguments = parser.parse_args()
