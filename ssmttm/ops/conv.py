@@ -16,7 +16,7 @@ from ssmttm.ops.common import check_shapes, unsupported_dtype
 
 Activation = Literal["silu"] | None
 
-_BLOCK = 2**16  # elements of a block of positions: 256 KiB in float32
+_BLOCK = 2**18  # elements of a block of positions: 1 MiB in float32, about the second-level cache of a core
 
 
 def causal_conv_reference(
