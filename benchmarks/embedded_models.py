@@ -8,9 +8,9 @@
 
 `measure`: prompt adherence beside the rate of the classifiers on true and decoded music, FAD and KAD against other
 held-out music, and the music metrics beside those of decoded true music. `sweep`, on prompts of the validation split,
-chooses guidance, temperature, top-k and top-p. `structure` compares clips of 30 s with whole pieces. `page` writes one HTML
-page with its audio beside it. MODEL is a folder or an embedded name, NAME=MODEL@3 sets the guidance scale. A second run
-uses the clips, embeddings and measurements of the first; the results are in OUT/WHAT.json and OUT/WHAT.md.
+chooses guidance, temperature, top-k and top-p. `structure` compares clips of 30 s with whole pieces. `page` writes one
+HTML page with its audio beside it. MODEL is a folder or an embedded name, NAME=MODEL@3 sets the guidance scale. A
+second run uses the clips, embeddings and measurements of the first; the results are in OUT/WHAT.json and OUT/WHAT.md.
 """
 
 import argparse
@@ -221,8 +221,8 @@ def sweep(arguments: argparse.Namespace) -> None:
         found.append({**settings, "right": accuracy, "mean": mean, "kad": kad,
                       "music": {name: asdict(value) for name, value in change.items()}})  # fmt: skip
         musical = [f"{100 * change[name].relative:+.0f} %" for name in SWEPT]
-        rows.append([f"{guidance:g}", f"{temperature:g}", str(top_k), f"{top_p:g}", *rates(accuracy), f"{100 * mean:.1f} %",
-                     f"{kad:.2f}", *musical])  # fmt: skip
+        values = [f"{value:g}" for value in (guidance, temperature, top_k, top_p)]
+        rows.append([*values, *rates(accuracy), f"{100 * mean:.1f} %", f"{kad:.2f}", *musical])
         run.write("sweep", {"model": pipe.metadata["model"], "settings": found}, [Section("Sampling", rows=rows)])
 
 
