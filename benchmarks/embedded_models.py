@@ -9,13 +9,14 @@
 `measure`: prompt adherence beside the rate of the classifiers on true and decoded music, FAD and KAD against other
 held-out music, and the music metrics beside those of decoded true music. `sweep`, on prompts of the validation split,
 chooses guidance, temperature, top-k and top-p. `structure` compares clips of 30 s with whole pieces. `page` writes one
-HTML page with its audio beside it. MODEL is a folder or an embedded name, NAME=MODEL@3 sets the guidance scale. A
-second run uses the clips, embeddings and measurements of the first; the results are in OUT/WHAT.json and OUT/WHAT.md.
+HTML page with its audio beside it. MODEL is a folder or an embedded name, NAME=MODEL@3 sets the guidance scale and
+NAME=MODEL@3,0.9 the top-p, too. A second run uses the clips, embeddings and measurements of the first; the results are
+in OUT/WHAT.json and OUT/WHAT.md.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -56,6 +57,7 @@ from ssmttm.evaluation.protocol.generate import Decoding
 from ssmttm.files import write_text
 from ssmttm.generation.output import write_with_sidecar
 from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.generation.request import Sampling
 from ssmttm.reports import charts
 from ssmttm.reports.page import write_page
 from ssmttm.reports.tables import Rows, Section, markdown_report
@@ -86,13 +88,11 @@ class Run:
         decoded = decoded_clips(true, load_codec(self.codec_name), seconds, self.out / "audio/codec")
         return {"true music": true, "codec": decoded}
 
-    def decoding(
-        self, pipe: MusicPipeline, guidance: float | None, seconds: float = SECONDS, **changes: Any
-    ) -> Decoding:
+    def decoding(self, pipe: MusicPipeline, changes: Mapping[str, float], seconds: float = SECONDS) -> Decoding:
         """The sampling settings of a model, by default those of a call."""
-        scale = pipe.guidance_scale if guidance is None else guidance
-        settings = {"temperature": 1.0, "top_k": 250, "top_p": 1.0, **changes}
-        return Decoding(seconds, scale, **settings, first_seed=1_000_003 * self.seed % 2**31)
+        sampling = asdict(pipe.sampling(Sampling.temperature, Sampling.top_k, Sampling.top_p, None, 0.0))
+        del sampling["min_p"]
+        return Decoding(seconds, **sampling | changes, first_seed=1_000_003 * self.seed % 2**31)
 
     def write(self, name: str, document: dict[str, Any], sections: Sequence[Section]) -> None:
         """OUT/NAME.json and OUT/NAME.md; the tables are printed, too."""
@@ -109,16 +109,17 @@ class Run:
         print(f"{text}\n{self.out / f'{name}.json'}")
 
 
-def parse_model(word: str) -> tuple[str, tuple[str, float | None]]:
-    """NAME=MODEL or NAME=MODEL@GUIDANCE -> name, (model, guidance scale)."""
+def parse_model(word: str) -> tuple[str, tuple[str, dict[str, float]]]:
+    """NAME=MODEL, NAME=MODEL@GUIDANCE or NAME=MODEL@GUIDANCE,TOP_P -> name, (model, sampling settings)."""
     name, equals, model = word.partition("=")
-    model, at, scale = model.partition("@")
+    model, at, values = model.partition("@")
     if not (name and equals and model) or name in ("true", "codec"):
         raise UserError(f"--models must be NAME=MODEL, the name neither true nor codec, got {word}")
     try:
-        return name, (model, float(scale) if at else None)
+        numbers = [float(value) for value in values.split(",")] if at else []
+        return name, (model, dict(zip(("guidance_scale", "top_p")[: len(numbers)], numbers, strict=True)))
     except ValueError as error:
-        raise UserError(f"--models: {scale!r} in {word} is no guidance scale") from error
+        raise UserError(f"--models: {values!r} in {word} is no guidance scale and no GUIDANCE,TOP_P") from error
 
 
 def measure_models(arguments: argparse.Namespace) -> None:
@@ -127,9 +128,9 @@ def measure_models(arguments: argparse.Namespace) -> None:
     free = paraphrase_prompts(run.store, run.prompts, arguments.paraphrases, run.seed) if arguments.paraphrases else []
     references = reference_files(run.store, run.split, run.prompts, arguments.references)
     systems, free_clips, sampling = run.base(), {}, {}
-    for name, (model, guidance) in run.models.items():
+    for name, (model, settings) in run.models.items():
         pipe = MusicPipeline.from_pretrained(model)
-        decoding = run.decoding(pipe, guidance)
+        decoding = run.decoding(pipe, settings)
         sampling[name] = {"model": pipe.metadata["model"], **decoding.settings()}
         systems[name] = model_clips(pipe, run.prompts, decoding, run.out / f"audio/{name}")
         if free:
@@ -208,7 +209,8 @@ def sweep(arguments: argparse.Namespace) -> None:
     found = []
     grid = list(product(arguments.guidance, arguments.temperature, arguments.top_k, arguments.top_p))
     for guidance, temperature, top_k, top_p in tqdm(grid, desc="sweep", unit="setting"):
-        decoding = run.decoding(pipe, guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        settings = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        decoding = run.decoding(pipe, settings)
         folder = run.out / f"audio/g{guidance:g}-t{temperature:g}-k{top_k}-p{top_p:g}"
         paths = model_clips(pipe, run.prompts, decoding, folder)
         measured = measure(paths, SECONDS, classifiers, run.out / "measured")
@@ -217,7 +219,6 @@ def sweep(arguments: argparse.Namespace) -> None:
         kad = next(interval.value for name, interval, _ in set_distances(vectors, against) if name == "kad")
         mean = float(np.mean([accuracy[name]["rate"] for name in RIGHT[:3]]))
         change = differences(decoded, measured.music)
-        settings = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         found.append({**settings, "right": accuracy, "mean": mean, "kad": kad,
                       "music": {name: asdict(value) for name, value in change.items()}})  # fmt: skip
         musical = [f"{100 * change[name].relative:+.0f} %" for name in SWEPT]
@@ -241,9 +242,9 @@ def measure_structure(arguments: argparse.Namespace) -> None:
         systems[DECODED].append(structure(*audio.read(through)))
     lengths = dict.fromkeys(systems, 0.0) | {WHOLE: 40.0, DECODED: 40.0}
     lengths[EXCERPTS] = MIDDLE[1] - MIDDLE[0]
-    for name, (model, guidance) in run.models.items():
+    for name, (model, settings) in run.models.items():
         pipe = MusicPipeline.from_pretrained(model)
-        decoding = run.decoding(pipe, guidance, LONG)
+        decoding = run.decoding(pipe, settings, LONG)
         paths = model_clips(pipe, run.prompts, decoding, run.out / f"audio/{name}-{LONG:g}s")
         systems[name] = [structure(*audio.read(path)) for path in tqdm(paths, desc=f"structure of {name}", unit="clip")]
         lengths[name] = LONG
@@ -292,9 +293,9 @@ def page(arguments: argparse.Namespace) -> None:
     """One HTML page: prompts, players, spectrograms with bar lines, and what was measured, from OUT/measure.json."""
     run = Run(arguments, arguments.split)
     systems = run.base()
-    for name, (model, guidance) in run.models.items():
+    for name, (model, settings) in run.models.items():
         pipe = MusicPipeline.from_pretrained(model)
-        systems[name] = model_clips(pipe, run.prompts, run.decoding(pipe, guidance), run.out / f"audio/{name}")
+        systems[name] = model_clips(pipe, run.prompts, run.decoding(pipe, settings), run.out / f"audio/{name}")
     file = run.out / "measure.json"
     if not file.is_file():
         raise UserError(f"{file} is missing: run `measure` with the same store, folder and models first")
@@ -357,7 +358,8 @@ def main() -> None:
         command.add_argument("--codec", default="tiny", help="of the row `codec` (default: %(default)s)")
         command.set_defaults(run=run)
     for name in ("measure", "structure", "page"):
-        added[name].add_argument("--models", nargs="+", default=[], metavar="NAME=MODEL", help="NAME=MODEL@GUIDANCE")
+        settings = "NAME=MODEL@GUIDANCE,TOP_P"
+        added[name].add_argument("--models", nargs="+", default=[], metavar="NAME=MODEL", help=settings)
         added[name].add_argument("--split", default="all", help="train, valid, test or all (default: %(default)s)")
     for name in ("measure", "sweep"):
         added[name].add_argument("--references", type=int, default=400, help="segments for FAD and KAD")

@@ -134,12 +134,11 @@ def test_decoded_clips_keep_the_prompt_and_are_written_once(tmp_path, monkeypatc
         evaluation_set.decoded_clips([tmp_path / "true/0.wav"], codec, 2.0, tmp_path / "codec")
 
 
-def test_models_are_named_with_an_optional_guidance_scale():
-    assert parse_model("new=runs/a@2.5") == ("new", ("runs/a", 2.5)) and parse_model("old=tiny_lm")[1] == (
-        "tiny_lm",
-        None,
-    )
-    for word in ("tiny_lm", "a=b@x", "codec=tiny_lm"):
+def test_models_are_named_with_optional_sampling_settings():
+    assert parse_model("old=tiny_lm") == ("old", ("tiny_lm", {}))
+    assert parse_model("new=runs/a@2.5") == ("new", ("runs/a", {"guidance_scale": 2.5}))
+    assert parse_model("new=runs/a@2.5,0.9")[1][1] == {"guidance_scale": 2.5, "top_p": 0.9}
+    for word in ("tiny_lm", "a=b@x", "a=b@1,2,3", "a=b@", "codec=tiny_lm"):
         with pytest.raises(UserError, match="--models"):
             parse_model(word)
 
