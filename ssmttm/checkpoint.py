@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssmttm import config as configs
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.files import atomic_folder, file_entry, file_sha256
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -223,7 +223,7 @@ class TensorFiles(Mapping[str, Tensor]):
         try:
             self._files = [safe_open(path, "pt") for path in paths]
         except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"cannot read {paths[0]} ({reason}): it is missing or damaged, use another checkpoint"
             ) from error

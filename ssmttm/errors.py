@@ -20,6 +20,11 @@ class Preempted(Exception):
     """A signal stopped the work; the message explains how to continue it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not blank; without a message, the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def check_sizes(**sizes: int) -> None:
     """Raises UserError for a size below 1."""
     for name, size in sizes.items():

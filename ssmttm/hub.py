@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.files import file_sha256
 
 
@@ -60,7 +60,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool, revision: str | Non
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
         )  # fmt: skip
     except (OSError, HFValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"cannot upload to {repo_id} ({reason}): check the name, the network and `hf auth login`"
         ) from error

@@ -339,6 +339,11 @@ def test_package_that_does_not_load_is_passed_over(package, tmp_path):
         audio.read(tmp_path / "x.m4a")
 
 
+def test_package_that_does_not_load_without_a_message_is_named_by_its_error(package):
+    package("torchaudio", "raise OSError")
+    assert "torchaudio passed over, it does not load here (OSError)" in torchaudio_adapter.describe()
+
+
 DECODERS = """
 import torch
 class AudioDecoder:

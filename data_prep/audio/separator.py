@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssmttm import audio
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import checkpoint_folder, fingerprint_of, split_revision
 
 _VOCALS = "vocals"
@@ -184,7 +184,7 @@ def _load(file: Path) -> Any:
         model = maker(*arguments, **{key: value for key, value in named.items() if key in known_names})
         model.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"the separator {file} cannot be loaded: {reason}") from error
     if getattr(model, "crosstransformer", None) is not None:
         model.crosstransformer.sin_random_shift = 0  # otherwise its positions are random at every call

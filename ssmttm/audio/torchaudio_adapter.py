@@ -14,6 +14,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ssmttm.errors import first_line
+
 _RESAMPLING, _DECODING = "torchaudio.functional", "torchcodec.decoders"
 # A Kaiser window as steep as that of soxr's HQ filter, from torchaudio's documentation ("kaiser best").
 _FILTER = {"lowpass_filter_width": 64, "rolloff": 0.9475937167399596, "resampling_method": "sinc_interp_kaiser",
@@ -29,7 +31,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         return None, "not installed"
     except (ImportError, OSError, RuntimeError) as error:  # a build for another torch, or no FFmpeg
-        return None, f"passed over, it does not load here ({str(error).strip().splitlines()[0]})"
+        return None, f"passed over, it does not load here ({first_line(error)})"
 
 
 def describe() -> str:

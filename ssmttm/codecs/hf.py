@@ -25,7 +25,7 @@ from transformers.models.encodec.modeling_encodec import EncodecLSTM, EncodecRes
 from ssmttm.codecs.base import Codec, CodecOutput, no_autocast
 from ssmttm.codecs.quantiser import reseed, unused_entries
 from ssmttm.codecs.receptive_field import upsampling_context
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import checkpoint_folder, with_commit
 
 _OVERLAP = 2  # frames of two chunks of EnCodec
@@ -295,7 +295,7 @@ def _load(folder: Path, name: str) -> TransformersCodec:
         codec_class, model_class, _ = CLASSES[kind]
         return codec_class(model_class.from_pretrained(folder), name).eval()
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"codec {name} cannot be loaded ({reason}): give a folder with config.json and model.safetensors, or use "
             "the embedded codec `tiny`"

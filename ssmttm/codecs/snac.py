@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmttm.codecs.base import Codec
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import checkpoint_folder, with_commit
 
 PREFIX = "snac"
@@ -129,6 +129,6 @@ def load_snac(name: str, revision: str | None = None) -> SnacCodec:
         )  # fmt: skip
         model.load_state_dict(weights)
     except (OSError, ValueError, TypeError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{name} holds no SNAC ({reason}): give config.json and its weights") from error
     return SnacCodec(model, f"{PREFIX}:{name if Path(name).is_dir() else with_commit(name, folder)}").eval()

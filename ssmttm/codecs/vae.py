@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ssmttm.codecs.autoencoder import Autoencoder
 from ssmttm.codecs.base import CodecOutput, no_autocast
 from ssmttm.codecs.receptive_field import upsampling_context
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import checkpoint_folder, split_revision, with_commit
 
 CLASS_NAME = "AutoencoderOobleck"  # in config.json
@@ -197,7 +197,7 @@ def load_vae(name_or_path: str | Path, revision: str | None = None) -> OobleckVA
         vae = OobleckVAE(AutoencoderOobleck.from_config(config), name)
         vae.model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(
             f"VAE {name} cannot be loaded ({reason}): give a folder with config.json and {WEIGHTS}"
         ) from error

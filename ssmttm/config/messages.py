@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ssmttm import config as configs
 from ssmttm.config.commands import LAUNCHERS
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 
 _TYPES: dict[Any, str] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", list: "a list", tuple: "a list",
@@ -51,7 +51,7 @@ def describe(error: Exception, root: str, overrides: Sequence[str]) -> str:
         return _missing_config(error.missing_cfg_file or "")
     if isinstance(error, OverrideParseException):
         return _cannot_parse(error.override, overrides, root)
-    text = _first_line(error)
+    text = first_line(error)
     if found := re.match("Ambiguous value for argument '(.*)'", text):
         return _cannot_parse(found[1], overrides, root)
     cause: Any = error.__cause__ or error.__context__
@@ -120,7 +120,7 @@ def _wrong_type(error: Any, key: str, overrides: Sequence[str]) -> str:
     root = error.parent_node._get_root()
     wanted = _type_hint(OmegaConf.select(root, key.rpartition(".")[0]) if "." in key else root, key)
     if wanted is None or not given:
-        return f"{key}: {_first_line(error)}"
+        return f"{key}: {first_line(error)}"
     message = f"{key} must be {_type_name(wanted)}, got {given[-1]}"
     if _plain_type(wanted) is str and re.match(r"[\[{]", given[-1]):
         message += f": quote it, as {quoted_override(f'{key}={given[-1]}')}"
@@ -212,7 +212,3 @@ def _keys(config: DictConfig) -> set[str]:
     nested: Any = OmegaConf.to_container(config)
     keys = set(configs.flatten({key: value for key, value in nested.items() if key != "hydra"}))
     return keys | {".".join(key.split(".")[:n]) for key in keys for n in range(1, key.count(".") + 1)}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

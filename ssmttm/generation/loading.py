@@ -15,7 +15,7 @@ from ssmttm.adapters import without_adapter
 from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.empty_weights import EmptyWeights
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import split_revision
 from ssmttm.model_folder import (
     CODEC,
@@ -288,7 +288,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"no folder {name}, nor on the hub ({reason}): check the name or the network") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import checkpoint_folder, fingerprint_of
 from ssmttm.text.encoders import quiet_transformers
 
@@ -119,7 +119,7 @@ def _load(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
             processor = Qwen2AudioProcessor.from_pretrained(folder, trust_remote_code=False)
             model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"the audio captioner in {folder} cannot be loaded: {reason}") from error
     processor.tokenizer.padding_side = "left"
     generation = model.generation_config

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.files import file_sha256
 from ssmttm.hub import checkpoint_folder, fingerprint_of, with_commit
 from ssmttm.text.bert import load_bert
@@ -169,7 +169,7 @@ def _load_by_transformers(folder: Path) -> tuple[Any, Any]:
             else:
                 model = BertModel.from_pretrained(folder, add_pooling_layer=False, **options)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the text encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the text encoder in {folder} cannot be loaded: {first_line(error)}") from error
     tokenizer.model_max_length = 1 << 30  # `max_tokens` truncates, with our own warning
     return model, tokenizer
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.text.bert import EncoderOutput
 from ssmttm.text.vocabulary import plain_tokenizer, tokenizer_json, trim
 
@@ -74,7 +74,7 @@ class StudentEncoder(nn.Module):
             student = cls(model, len(weights["bias"]))
             student.projection.load_state_dict(weights)
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"{folder / PROJECTION} does not fit the encoder in its folder ({reason}): export it again"
             ) from error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.hub import checkpoint_folder, fingerprint_of
 from ssmttm.text.encoders import quiet_transformers
 
@@ -70,6 +70,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
                 folder, use_safetensors=True, dtype=torch.float32, **options
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"cannot load the audio classifier in {folder}: {reason}") from error
     return extractor, model

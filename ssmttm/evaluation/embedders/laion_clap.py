@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.evaluation.embedders.weights import load_pretrained
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_laion_clap(path: Path) -> tuple["ClapModel", "ClapProcessor"]:
         model = ClapModel(_config(tensors))
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (KeyError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path} is not a CLAP of LAION without fusion: {reason}") from error
     if wrong := [*(name for name in missing if name not in _COMPUTED), *unexpected]:
         raise UserError(f"{path} is not a CLAP of LAION without fusion: {wrong[0]} does not fit")
@@ -117,5 +117,5 @@ def _tensors(path: Path) -> dict[str, Tensor]:
                 tensors[name] = value
         return tensors
     except (RuntimeError, AttributeError, ValueError, EOFError, UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read as a checkpoint of CLAP: {reason}") from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.evaluation.embedders.base import fingerprint
 from ssmttm.files import file_sha256
 from ssmttm.hub import split_revision
@@ -32,7 +32,7 @@ def load_weights(module: nn.Module, weights: str | None, name: str, ignore: tupl
             tensors = tensors.get("model", tensors)
         module.load_state_dict({key: value for key, value in tensors.items() if not key.startswith(ignore)})
     except (SafetensorError, RuntimeError, AttributeError, ValueError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path} does not contain the weights of {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} does not contain the weights of {name}: {first_line(error)}") from error
     return file_sha256(path)[:16]
 
 
@@ -43,7 +43,7 @@ def import_package(embedder: str, package: str, module: str) -> Any:
             warnings.simplefilter("ignore")
             return import_module(module)
     except (ImportError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"embedder {embedder} needs the package {package} ({reason}): pip install {package}") from error
 
 

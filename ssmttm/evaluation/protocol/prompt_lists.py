@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmttm.audio import WRITERS
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.generation.output import slug
 
 
@@ -110,7 +110,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             text = path.read_text(encoding="utf-8").strip()
             rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
     except (ValueError, csv.Error, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read ({reason}): use CSV, TSV, JSON or Parquet") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} has no rows with named columns: use the benchmark's table")

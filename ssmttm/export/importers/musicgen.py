@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ssmttm.codecs import load_codec
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.export.importers.card import imported_card, imported_config
 from ssmttm.export.importers.names import load_renamed, renamed_views
 from ssmttm.files import new_folder
@@ -148,7 +148,7 @@ def _load(source: str) -> tuple[Any, Any]:
             )
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{source} cannot be loaded ({reason}): give a complete MusicGen of transformers") from error
     musicgen, report = loaded
     if report["missing_keys"]:

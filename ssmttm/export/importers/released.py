@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ssmttm.codecs import load_codec
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.export.importers.card import imported_card, imported_config
 from ssmttm.export.importers.names import load_renamed
 from ssmttm.files import new_folder
@@ -81,7 +81,7 @@ def _load(path: Path) -> Any:
             "execute code: save its state_dict and hyper_parameters alone with torch.save"
         ) from error
     except (OSError, EOFError, *MALFORMED, RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"cannot read {path} ({reason}): give a .ckpt file of arXiv 2601.14786's code") from error
 
 

@@ -16,6 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
 from torch import Tensor, nn
 
+from ssmttm.errors import first_line
 from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps, check_parts
 from ssmttm.generation.engines.library import Unavailable
 from ssmttm.mixers import Mamba2
@@ -64,7 +65,8 @@ class OrtEngine(Engine):
         try:
             self.session = ort.InferenceSession(document, options, providers=["CPUExecutionProvider"])
         except ONNX_ERRORS as error:
-            raise Unavailable(f"onnxruntime {ort.__version__} does not run the graph ({_first_line(error)})") from error
+            reason = first_line(error)[:200]
+            raise Unavailable(f"onnxruntime {ort.__version__} does not run the graph ({reason})") from error
         self._arrays = graph.weights  # read in place
         self.states, self.n_bytes = graph.states, graph.n_bytes
         self.reason = f"onnxruntime {ort.__version__}, 1 thread"
@@ -273,7 +275,3 @@ def _check(model: TokenLM, weights: str) -> None:
     inputs = {module.in_features for module in model.blocks.modules() if isinstance(module, nn.Linear)}
     if weights == "int8" and any(size % BLOCK for size in inputs | {c.d_model}):
         raise Unavailable(f"int8 weights need layers whose width is a multiple of {BLOCK}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]

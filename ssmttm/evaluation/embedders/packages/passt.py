@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmttm.errors import UserError
+from ssmttm.errors import UserError, first_line
 from ssmttm.evaluation.embedders.base import windows
 from ssmttm.evaluation.embedders.weights import import_package, load_weights, model_fingerprint
 
@@ -33,7 +33,7 @@ class PasstEmbedder:
                 try:
                     self.model = base.get_basic_model(mode="all")
                 except OSError as error:
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    reason = first_line(error)
                     raise UserError(
                         f"the weights of passt cannot be downloaded ({reason}): set eval.weights.passt=FILE"
                     ) from error
