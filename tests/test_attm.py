@@ -233,20 +233,38 @@ def test_scorer_embeds_no_references_that_no_metric_uses(existing, tmp_path, mon
     assert sorted(embedded) == sorted((tmp_path / "audio").glob("*.wav"))
 
 
-def test_model_with_a_vae_has_no_music_metrics_of_the_codec(existing, tmp_path, monkeypatch):
-    """The codec does not make its clips, so that what the codec decodes is no bound for them."""
+@pytest.fixture
+def vae_pipeline(existing, tmp_path, monkeypatch):
+    """A model whose clips, those that exist, are decoded by a VAE, evaluated on the prompts of a store."""
     clips = sorted((tmp_path / "audio").glob("*.wav"), key=lambda path: int(path.stem.removeprefix("track-")))
     made = SimpleNamespace(name="latents")
     pipeline = SimpleNamespace(codec=SimpleNamespace(), decoder=made, guidance_scale=1.0, metadata={"model": MODEL})
     monkeypatch.setattr(evaluate.MusicPipeline, "from_pretrained", lambda checkpoint, second_stage: pipeline)
     monkeypatch.setattr(evaluate, "generate", lambda *rest: clips)
-    monkeypatch.setattr(evaluate, "decoded_files", lambda *rest: pytest.fail("decoded by the codec"))
     protocol_data = evaluate._protocol_data
-    monkeypatch.setattr(evaluate, "_protocol_data", lambda settings: replace(protocol_data(settings), store=object()))
+
+    def of_a_store(settings):
+        data = protocol_data(settings)
+        return replace(data, store=object(), labelled=[prompt.name for prompt in data.prompts])
+
+    monkeypatch.setattr(evaluate, "_protocol_data", of_a_store)
+    return pipeline
+
+
+def test_model_with_a_vae_has_no_music_metrics_of_the_codec(existing, vae_pipeline, monkeypatch):
+    """The codec does not make its clips, so that what the codec decodes is no bound for them."""
+    monkeypatch.setattr(evaluate, "decoded_files", lambda *rest: pytest.fail("decoded by the codec"))
     words = [*existing, "audio=null", "music_metrics=true", "adherence=false"]
     found = evaluate.evaluate(config.load(*words, root="eval"))
     assert set(found["music_metrics"]) == {"model", "reference"} and not found["music_comparison"]
     assert "no music metrics of codec: the clips are decoded by the VAE latents" in found["notes"]
+
+
+def test_prompt_adherence_of_a_model_with_a_vae_is_measured_with_its_vae(existing, vae_pipeline, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate, "measure_adherence", lambda *rest: given.append(rest))
+    evaluate.evaluate(config.load(*existing, "audio=null", "adherence=true", root="eval"))
+    assert given[0][1] == [f"track-{i}" for i in range(N)] and given[0][3] is vae_pipeline.decoder
 
 
 def test_passt_without_network_is_one_line(monkeypatch):

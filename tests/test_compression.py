@@ -10,14 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_stores import TEXT_DIM, lm_config, second_stage_config, small_codec, write_codes_store
+from small_denoisers import denoiser
+from small_pipelines import small_pipeline
+from small_stores import (
+    CODEBOOK_DIM,
+    CODEBOOK_SIZE,
+    TEXT_DIM,
+    lm_config,
+    second_stage_config,
+    small_codec,
+    write_codes_store,
+)
+from small_vaes import LATENT_CHANNELS, small_vae
 from small_word_encoder import WordEncoder
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.end_to_end import random_system
 from ssmttm import MusicPipeline, config
 from ssmttm.cli.main import main
 from ssmttm.codecs import StudentCodec
+from ssmttm.codecs.vae import PatchedVAE
 from ssmttm.compress import recipe
 from ssmttm.compress.assemble import assemble
 from ssmttm.compress.sizes import Component, comparison, components, total
@@ -26,6 +39,7 @@ from ssmttm.export.model_folder import export, export_two_stages
 from ssmttm.files import directory_lock
 from ssmttm.generation import pretrained
 from ssmttm.generation.loading import ASSETS, open_model_folder, open_second_stage_folder
+from ssmttm.generation.second_stage import SecondStage
 from ssmttm.ops.int8 import Int8Linear
 from ssmttm.training import loop
 
@@ -239,6 +253,26 @@ def test_component_sizes(teacher):
     carried = sum(t.numel() * 4 for s in state.blocks for b in s if b.inner is not None for _, t in b.inner._tensors())
     positions = pipe.pattern.sequence_length(250) / 10
     assert language.read - once.read == pytest.approx(2 * carried * positions)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sizes_of_a_model_with_a_vae_are_those_of_the_decoder_of_its_vae(tmp_path, channels):
+    """And of the codebook of the coarse codes, which the second stage reads."""
+    pipe = small_pipeline(tmp_path, two_stages=True)
+    pipe.text_encoder.model = Encoder.model
+    by_codec = components(pipe)
+    stage, vae = pipe.second_stage, small_vae(sample_rate=2400, ratios=(4, 4, 3), channels=channels)
+    model = denoiser(n_codebooks=1, vae_channels=LATENT_CHANNELS, vae_frames=2)
+    pipe.second_stage = SecondStage(model, stage.codec, stage.settings, PatchedVAE(vae, 2))
+    text, language, decoder, second = components(pipe)
+    assert (text, language) == tuple(by_codec[:2])
+    with FlopCounterMode(display=False) as counter:
+        vae.decode(vae.zeros(100))  # 2 s
+    assert decoder.name == "VAE decoder" and decoder.flops == counter.get_total_flops() / 2
+    assert decoder.parameters == sum(p.numel() for p in vae.model.decoder.parameters()) == decoder.stored / 4
+    book = CODEBOOK_SIZE * CODEBOOK_DIM
+    assert second.parameters == sum(p.numel() for p in model.parameters()) + book == second.stored / 4
+    assert by_codec[3].parameters == sum(p.numel() for p in stage.model.parameters())
 
 
 def test_comparison_table_and_total():

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from small_music import clips
+from small_vaes import small_vae
 
 from ssmttm import audio
 from ssmttm.audio import features
 from ssmttm.cli import demo, train_attribute_classifiers
 from ssmttm.codecs import load_codec
+from ssmttm.codecs.vae import PatchedVAE
 from ssmttm.data.writer import StoreWriter
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes import adherence
-from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_labels
+from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, expected_labels, reconstruct_with_codec
 from ssmttm.evaluation.attributes.classifiers import MODES, AttributeClassifiers, pitch_class, tempo_class, windows
 from ssmttm.evaluation.metrics.statistics import label_accuracy
 from ssmttm.evaluation.music.audio_checks import (
@@ -249,7 +251,7 @@ def test_adherence_of_unconditional_model_is_chance(monkeypatch, tmp_path):
     for seed in range(24):
         noise = 0.1 * torch.randn(1, 4 * RATE, generator=torch.Generator().manual_seed(seed))
         paths.append(audio.write(tmp_path / f"{seed}.wav", noise, RATE))
-    codec = namedtuple("NoCodec", "fingerprint")("none")
+    codec = namedtuple("NoCodec", "kind fingerprint")("codec", "none")
     report = adherence.measure_adherence(
         FakeStore(), balanced_prompts(FakeStore(), 24, 0), paths, codec, {"weights": "f" * 16, "seed": 0}
     )
@@ -261,6 +263,17 @@ def test_adherence_of_unconditional_model_is_chance(monkeypatch, tmp_path):
     assert saved["fingerprint"]["seed"] == 0 and saved["fingerprint"]["classifiers"]
     rows = report.section().rows
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1 and "90.0 %" in rows[1]
+
+
+@pytest.mark.parametrize("decoder", ["tiny", "tiny_stereo", "vae", "stereo vae"])
+def test_mono_music_is_reconstructed_by_any_codec_or_vae(decoder):
+    wav = tone(60, 1.0)
+    if "vae" in decoder:
+        codec = PatchedVAE(small_vae(sample_rate=RATE, channels=2 if "stereo" in decoder else 1), 3)
+    else:
+        codec = load_codec(decoder)
+    decoded = codec.decode(codec.encode(wav.expand(codec.channels, -1)[None]))[0, :, : wav.shape[-1]]
+    torch.testing.assert_close(reconstruct_with_codec(codec, wav, RATE), decoded.mean(0, keepdim=True))
 
 
 def test_check_audio_detects_silence_clipping_and_noise():

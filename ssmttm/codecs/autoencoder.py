@@ -72,6 +72,14 @@ class Autoencoder(nn.Module, ABC):
         """Frames [B, ..., T], the first at position `first` of a stream -> wav float [B, C, T * hop_length]."""
 
     @abstractmethod
+    def zeros(self, n_frames: int) -> Tensor:
+        """Frames [1, ..., T] of zeros that `decode` takes."""
+
+    @abstractmethod
+    def _decode(self, frames: Tensor) -> Tensor:
+        """`decode` with gradients, without checks."""
+
+    @abstractmethod
     def check_frames(self, frames: Tensor) -> None:
         """Raise UserError unless `decode` takes these frames."""
 

@@ -46,6 +46,9 @@ class Codec(Autoencoder):
         self.n_codebooks = n
         return self
 
+    def zeros(self, n_frames: int) -> Tensor:
+        return torch.zeros(1, self.n_codebooks, n_frames, dtype=torch.int64)
+
     def decoder_stages(self) -> list[nn.Module]:
         """Decoder modules, in order, whose outputs can be distilled: [B, D, T'] each, or [B, T', D] of a `Stack`."""
         return []
@@ -57,10 +60,6 @@ class Codec(Autoencoder):
     @abstractmethod
     def _encode(self, wav: Tensor) -> Tensor:
         """[B, C, T * hop] -> codes [B, K, T]."""
-
-    @abstractmethod
-    def _decode(self, codes: Tensor) -> Tensor:
-        """Codes [B, K, T] -> [B, C, T * hop]."""
 
     def _decode_at(self, codes: Tensor, first: int) -> Tensor:
         """`_decode` of codes that begin at frame `first` of a stream, for codecs whose output depends on it."""

@@ -79,7 +79,10 @@ class OobleckVAE(Autoencoder):
         """Latents float [B, c, T] -> wav float [B, C, T * hop]. Raises UserError as `check_frames`."""
         self.check_frames(frames)
         with no_autocast(frames):
-            return self._pad_to_frames(self.model.decode(frames.float()).sample, frames.shape[-1])
+            return self._decode(frames.float())
+
+    def zeros(self, n_frames: int) -> Tensor:
+        return torch.zeros(1, self.latent_channels, n_frames)
 
     def check_frames(self, frames: Tensor) -> None:
         """Raise UserError unless these are finite latents, float [B, c, T]."""
@@ -96,6 +99,9 @@ class OobleckVAE(Autoencoder):
 
     def weights(self) -> dict[str, Tensor]:
         return self.model.state_dict()
+
+    def _decode(self, frames: Tensor) -> Tensor:
+        return self._pad_to_frames(self.model.decode(frames).sample, frames.shape[-1])
 
     def _pad_to_frames(self, wav: Tensor, frames: int) -> Tensor:
         """Pad with zeros to full frames: with odd ratios the model's output is a few samples short."""
@@ -123,11 +129,17 @@ class PatchedVAE(Autoencoder):
         self.check_frames(frames)
         return self.vae.decode(from_patches(frames, self.patch))
 
+    def zeros(self, n_frames: int) -> Tensor:
+        return to_patches(self.vae.zeros(n_frames * self.patch), self.patch)
+
     def check_frames(self, frames: Tensor) -> None:
         check_latents(frames, self.vae.latent_channels * self.patch, self.title)
 
     def weights(self) -> dict[str, Tensor]:
         return self.vae.weights()
+
+    def _decode(self, frames: Tensor) -> Tensor:
+        return self.vae._decode(from_patches(frames, self.patch))
 
 
 def to_patches(latents: Tensor, patch: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Size and cost of each part of a system, computed in the same way for teacher and student.
 
 Counted as in TinyTTM (arXiv 2406.17159): text encoder, language model and codec decoder, without the codec's encoder; a
-second stage beside them.
+second stage beside them, and the decoder is that of the VAE whose latents it generates, if it does.
 """
 
 from collections.abc import Sequence
@@ -41,8 +41,8 @@ def components(pipe: MusicPipeline) -> list[Component]:
         text = pipe.text_encoder.encode([PROMPT])
     count, stored = _count_weights(pipe.text_encoder.model)
     encoder = Component("text encoder", count, stored, counter.get_total_flops() / SECONDS, stored / SECONDS)
-    count, flops = decoding_cost(pipe.codec)
-    decoder = Component("codec decoder", count, 4 * count, flops, 4 * count / SECONDS)
+    count, flops = decoding_cost(pipe.decoder)
+    decoder = Component(f"{pipe.decoder.kind} decoder", count, 4 * count, flops, 4 * count / SECONDS)
     parts = [encoder, _language_model(pipe, text), decoder]
     return parts if pipe.second_stage is None else [*parts, _second_stage(pipe.second_stage, text)]
 
@@ -76,8 +76,12 @@ def _language_model(pipe: MusicPipeline, text: TextCondition) -> Component:
 
 
 def _second_stage(stage: SecondStage, text: TextCondition) -> Component:
-    """Of full windows, whose known frames are computed again in each."""
+    """Of full windows, whose known frames are computed again in each. The codebooks that it reads are counted here if
+    no codec decodes."""
     settings, (count, stored) = stage.settings, _count_weights(stage.model)
+    if stage.vae is not None:
+        books = stage.codec.codebook_vectors()[: stage.model.config.n_coarse_codebooks]
+        count, stored = count + books.numel(), stored + 4 * books.numel()
     scale, coarse_scale = settings.guidance_scale, settings.coarse_guidance_scale
     passes = sum(map(bool, (scale, coarse_scale - scale, 1 - coarse_scale)))  # those of `guided_predictor`
     windows = stage.codec.frame_rate / (settings.window - settings.overlap)  # a second

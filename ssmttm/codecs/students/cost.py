@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of decoding, for any codec."""
+"""Parameters and FLOPs of decoding, for any codec or VAE."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssmttm.codecs.autoencoder import Autoencoder
 from ssmttm.codecs.base import Codec
 
 
@@ -20,18 +21,18 @@ class DecodingCost(NamedTuple):
     flops: float
 
 
-def decoding_cost(codec: Codec, seconds: float = 2.0) -> DecodingCost:
+def decoding_cost(decoder: Autoencoder, seconds: float = 2.0) -> DecodingCost:
     """Measured by decoding `seconds` of audio; the parameters counted are those that receive a gradient."""
-    frames = -int(-seconds * codec.frame_rate // 1)
-    codes = torch.zeros(1, codec.n_codebooks, frames, dtype=torch.int64)
-    parameters = [parameter for parameter in codec.parameters() if parameter.requires_grad]
+    frames = decoder.zeros(-int(-seconds * decoder.frame_rate // 1))
+    parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     with torch.enable_grad(), counted_flops() as flops:
-        wav = codec._decode(codes)
+        wav = decoder._decode(frames)
     reached = torch.autograd.grad(wav.sum(), parameters, allow_unused=True)
     count = sum(p.numel() for p, gradient in zip(parameters, reached, strict=True) if gradient is not None)
-    books = codec.codebook_vectors()[: codec.n_codebooks]
-    frozen_books = 0 if books.requires_grad else books.numel()
-    return DecodingCost(count + frozen_books, flops() * codec.frame_rate / frames)
+    if isinstance(decoder, Codec):
+        books = decoder.codebook_vectors()[: decoder.n_codebooks]
+        count += 0 if books.requires_grad else books.numel()
+    return DecodingCost(count, flops() * decoder.frame_rate / frames.shape[-1])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Accuracy of the attribute classifiers on held-out music, directly and after codec reconstruction."""
+"""Accuracy of the attribute classifiers on held-out music, directly and after the reconstruction by a codec or VAE."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ssmttm import audio
 from ssmttm.audio import features
-from ssmttm.codecs import Codec, encoder_of
+from ssmttm.codecs import Autoencoder, Codec, encoder_of
 from ssmttm.data.store import Store
 from ssmttm.errors import UserError
 from ssmttm.evaluation.attributes.classifiers import (
@@ -24,12 +24,17 @@ from ssmttm.evaluation.attributes.classifiers import (
 ATTRIBUTES = ("family", "tempo_class", "mode")
 
 
-def reconstruct_with_codec(codec: Codec, wav: Tensor, sample_rate: int, encoder: Codec | None = None) -> Tensor:
-    """Encode (with `encoder`, by default the codec) and decode mono audio: [1, S] at `sample_rate` -> [1, S]."""
-    resampled = audio.resample(wav, sample_rate, codec.sample_rate)
+def reconstruct_with_codec(
+    codec: Autoencoder, wav: Tensor, sample_rate: int, encoder: Autoencoder | None = None
+) -> Tensor:
+    """Encode (with `encoder`, by default the codec itself) and decode mono audio: [1, S] at `sample_rate` -> [1, S]. A
+    codec or VAE of two channels gets the same on both, and their mean is returned."""
+    encoder = encoder or codec
+    resampled = audio.resample(wav, sample_rate, codec.sample_rate).expand(codec.channels, -1)
     with torch.inference_mode():
-        decoded = codec.decode((encoder or codec).encode(resampled[None]))[0]
-    return audio.resample(decoded.clone(), codec.sample_rate, sample_rate)[:, : wav.shape[-1]]
+        frames = encoder.encode(resampled[None].to(next(encoder.parameters()).device))
+        decoded = codec.decode(frames.to(next(codec.parameters()).device))[0].mean(0, keepdim=True)
+    return audio.resample(decoded.cpu().clone(), codec.sample_rate, sample_rate)[:, : wav.shape[-1]]
 
 
 def window_of(store: Store, row: int, seconds: float = WINDOW) -> Tensor:
@@ -70,14 +75,14 @@ def accuracy(
     classifiers: AttributeClassifiers,
     store: Store,
     rows: np.ndarray,
-    codec: Codec | None = None,
+    codec: Autoencoder | None = None,
     seconds: float = WINDOW,
 ) -> dict[str, Any]:
     """Accuracy over one window of each row.
 
     Returns:
-        `true`, and `reconstructed` if a codec is given: each with `n`, the accuracy of every key of `correct`, and
-        `confusion`, a table {attribute: {true class: {predicted class: count}}}.
+        `true`, and `reconstructed` if a codec or VAE is given: each with `n`, the accuracy of every key of `correct`,
+        and `confusion`, a table {attribute: {true class: {predicted class: count}}}.
     """
     found = {"true": _accuracy(classifiers, store, rows, None, seconds)}
     if codec is not None:
@@ -86,11 +91,12 @@ def accuracy(
 
 
 def _accuracy(
-    classifiers: AttributeClassifiers, store: Store, rows: np.ndarray, codec: Codec | None, seconds: float
+    classifiers: AttributeClassifiers, store: Store, rows: np.ndarray, codec: Autoencoder | None, seconds: float
 ) -> dict[str, Any]:
     results: list[dict[str, bool]] = []
     confusion: dict[str, dict[str, dict[str, int]]] = {name: {} for name in ATTRIBUTES}
-    source, encoder = ("true audio", None) if codec is None else ("codec reconstruction", encoder_of(codec))
+    source = "true audio" if codec is None else f"{codec.kind} reconstruction"
+    encoder = encoder_of(codec) if isinstance(codec, Codec) else None
     for row in tqdm(rows.tolist(), desc=f"held-out accuracy ({source})", unit="clip"):
         wav, annotations = window_of(store, row, seconds), annotations_of(store, row)
         if codec is not None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ssmttm import audio
 from ssmttm.audio.features import SAMPLE_RATE
-from ssmttm.codecs import Codec
+from ssmttm.codecs import Autoencoder
 from ssmttm.data.store import Store
 from ssmttm.evaluation.attributes.accuracy import ATTRIBUTES, accuracy, window_of
 from ssmttm.evaluation.attributes.classifiers import MODES, TEMPO_CLASSES, AttributeClassifiers, third
@@ -34,7 +34,7 @@ class AdherenceReport:
     accuracy: dict[str, LabelAccuracy]  # by attribute: family, tempo_class, mode, third
     classifier_accuracy: dict[str, dict[str, Any]]  # on the store's held-out audio, `true` and `reconstructed`
     checks: dict[str, int]  # number of good, silent, clipped and noisy clips
-    fingerprint: dict[str, Any]  # model, codec, classifiers, store, seed, n, decoding
+    fingerprint: dict[str, Any]  # model, its codec or VAE, classifiers, store, seed, n, decoding
     clips: list[dict[str, Any]]  # caption, expected and predicted labels
 
     def section(self) -> Section:
@@ -57,19 +57,20 @@ def measure_adherence(
     store: Store,
     prompts: Sequence[Prompt],
     paths: Sequence[Path],
-    codec: Codec,
+    decoder: Autoencoder,
     settings: Mapping[str, Any],
     seed: int = 0,
     classifiers: AttributeClassifiers | None = None,
 ) -> AdherenceReport:
     """Measure how well clips, an audio file of 4 s or more for each prompt, follow the held-out prompts of a store.
 
-    The classifiers' own accuracy is measured on the store's valid and test splits. `settings`, of model and decoding,
-    are part of the fingerprint.
+    The classifiers' own accuracy is measured on the store's valid and test splits, also after reconstruction by
+    `decoder`, the codec or VAE that decodes the model's clips. `settings`, of model and decoding, are part of the
+    fingerprint.
     """
     classifiers = classifiers or AttributeClassifiers.from_pretrained()
     held_out = np.concatenate([store.indices("valid"), store.indices("test")])
-    classifier_accuracy = accuracy(classifiers, store, held_out, codec)
+    classifier_accuracy = accuracy(classifiers, store, held_out, decoder)
     reference = music_flatness(store, held_out)
     predictions, checks = [], []
     for path in tqdm(paths, desc="classifying", unit="clip"):
@@ -89,7 +90,7 @@ def measure_adherence(
         checks={name: sum(getattr(check, name) for check in checks) for name in ("good", "silent", "clipped", "noisy")},
         fingerprint={
             **settings,
-            "codec": codec.fingerprint,
+            decoder.kind: decoder.fingerprint,
             "classifiers": classifiers.fingerprint,
             "store": store.fingerprint,
             "n": len(prompts),

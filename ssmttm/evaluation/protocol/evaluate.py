@@ -156,7 +156,7 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
         of_model = {"model": model["name"], "weights": model["weights_sha256"][:16], **decoding}
         kept = [labelled[clip.path.stem] for clip in clips]
         adherence = measure_adherence(
-            data.store, kept, [clip.path for clip in clips], pipeline.codec, of_model, settings.seed
+            data.store, kept, [clip.path for clip in clips], pipeline.decoder, of_model, settings.seed
         )
     for name, folder in music_metrics.items():
         notes += [f"{name}: {note}" for note in folder.notes()]
