@@ -14,7 +14,8 @@ import soundfile as sf
 import torch
 
 from ssmttm import audio
-from ssmttm.audio import flac, torchaudio_adapter
+from ssmttm.audio import torchaudio_adapter
+from ssmttm.audio.containers import flac
 from ssmttm.errors import UserError
 from ssmttm.files import DiskFull
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from data_prep.audio import decoder_process
 from data_prep.audio.decode import AudioInfo, Decoder, Limits, probe
 from data_prep.track import KINDS, Rejected
-from ssmttm.audio.lengths import left_out
+from ssmttm.audio.containers.lengths import left_out
 
 RATE = 44_100
 FFMPEG = decoder_process._ffmpeg()

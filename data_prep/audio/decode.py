@@ -26,8 +26,8 @@ import numpy as np
 
 import ssmttm
 from data_prep.track import Rejected
-from ssmttm.audio import mpeg
-from ssmttm.audio.lengths import audio_bytes, is_truncated, left_out
+from ssmttm.audio.containers import mpeg
+from ssmttm.audio.containers.lengths import audio_bytes, is_truncated, left_out
 from ssmttm.errors import UserError
 
 _BLOCK = 1 << 18  # samples over all channels

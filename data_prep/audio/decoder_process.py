@@ -1,10 +1,11 @@
 """The program started by `data_prep.audio.decode`, the only one that parses audio files.
 
-It is run by its path, imports only `ssmttm.audio.mpeg` of this project, may write no file, has a memory limit, and dies
-with its parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor is sent along), R
-(read a block) or C (close). The reply to O and R is a message: a byte (its kind), its length and its content. Kinds: S,
-the header in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a rejection in JSON; F,
-a rejection by FFmpeg, which runs as a process of its own, with the same limits, for formats unknown to libsndfile.
+It is run by its path, imports only `ssmttm.audio.containers` of this project, may write no file, has a memory limit,
+and dies with its parent. Standard input is a socket. A request is one byte: O (open the file whose descriptor is sent
+along), R (read a block) or C (close). The reply to O and R is a message: a byte (its kind), its length and its content.
+Kinds: S, the header in JSON; B, a block of samples, interleaved float32, empty at the end of the file; X, a rejection
+in JSON; F, a rejection by FFmpeg, which runs as a process of its own, with the same limits, for formats unknown to
+libsndfile.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import IO, Any
 
 import soundfile
 
-from ssmttm.audio.mpeg import Pipe, after_id3, states_its_length
+from ssmttm.audio.containers.mpeg import Pipe, after_id3, states_its_length
 
 HEADER = struct.Struct("<cI")
 CONTAINERS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "SVX", "VOC"}

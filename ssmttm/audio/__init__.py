@@ -1,6 +1,6 @@
 """Audio files and signal processing: reading, writing, resampling, loudness, features, fingerprints.
 
-Names are imported on first use: the decoder process of `data_prep` needs `ssmttm.audio.lengths` without torch.
+Names are imported on first use: the decoder process of `data_prep` needs `ssmttm.audio.containers` without torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmttm.audio import mpeg, torchaudio_adapter
-from ssmttm.audio.lengths import audio_bytes, is_truncated, left_out
+from ssmttm.audio import torchaudio_adapter
+from ssmttm.audio.containers import mpeg
+from ssmttm.audio.containers.lengths import audio_bytes, is_truncated, left_out
 from ssmttm.errors import UserError
 from ssmttm.files import atomic_write
 

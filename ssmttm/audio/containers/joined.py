@@ -7,7 +7,7 @@ import io
 import re
 import struct
 
-from ssmttm.audio.flac import states_too_few_samples
+from ssmttm.audio.containers.flac import states_too_few_samples
 
 _PIECE = 1 << 20  # bytes
 _FIRST_PAGES = 1000  # logical streams of an Ogg file

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ssmttm.audio.joined import several_files
+from ssmttm.audio.containers.joined import several_files
 
 _SLACK, _SLACK_SAMPLES = 0.02, 4096  # tolerance for an estimated length, as in some MP3 files
 _UNTIL_THE_END = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}  # written by programs whose output is a pipe
