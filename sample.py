@@ -60,10 +60,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loop", action="store_true", help="the end of a clip leads into its start")
     add("--seed", type=int, default=0, metavar="N", help="clip i, from 0, uses seed N + i (default: 0)")
     add("--guidance", type=float, help="classifier-free guidance scale; 1: none (default: the model's, mostly 3)")
-    add("--temperature", type=float, default=1.0, help="below 1 sharper, above 1 more random (default: 1)")
-    add("--top-k", type=int, default=250, help="sample among the K most likely codes; 0: all (default: 250)")
-    add("--top-p", type=float, default=1.0, help="sample among the most likely codes of this mass (default: 1)")
-    add("--min-p", type=float, default=0.0, help="drop codes below this fraction of the most likely one (default: 0)")
+    add("--temperature", type=float, help="below 1 sharper, above 1 more random (default: the model's, mostly 1)")
+    add("--top-k", type=int, help="sample among the K most likely codes; 0: all (default: the model's, mostly 250)")
+    add("--top-p", type=float, help="sample among the most likely codes of this mass (default: the model's, mostly 1)")
+    add("--min-p", type=float, help="drop codes below this fraction of the most likely one's probability (default: the "
+        "model's, mostly 0)")  # fmt: skip
     add("--engine", default="auto", help="of the language model's steps: auto, fused, ort or torch (default: auto)")
     add("--weights", default="fp32", help="format that the steps read: fp32, bf16 or int8 (default: fp32)")
     add("--batch-size", type=int, metavar="N", help="clips generated together (default: 4)")
@@ -100,11 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     length = {"duration": args.duration}
     if args.bars is not None:
         args.duration, length = bars_duration(args.bars, args.bpm, args.metre), {"bars": args.bars}
-    guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, min_p=args.min_p, **guidance)
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    given = {name: value for name, value in (given | {"guidance_scale": args.guidance}).items() if value is not None}
     request = Request.create(
-        prompts, args.duration, args.seed, sampling, args.max_duration, args.bpm, negative_prompts=args.negative,
-        key=args.key, metre=args.metre, schedule=parse_schedule(args.at),
+        prompts, args.duration, args.seed, Sampling(**given), args.max_duration, args.bpm,
+        negative_prompts=args.negative, key=args.key, metre=args.metre, schedule=parse_schedule(args.at),
     )  # fmt: skip
     region = None if args.repaint is None else parse_region(args.repaint)
 
@@ -122,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     pipe.max_duration = args.max_duration
     for adapter in args.adapter:
         pipe.load_adapter(*parse_adapter(adapter))
-    settings = {**asdict(sampling), "guidance_scale": pipe.guidance_scale, **guidance}
-    settings |= {"engine": args.engine, "weights": args.weights}
+    settings = asdict(pipe.sampling(**given)) | {"engine": args.engine, "weights": args.weights}
     controls = {
         "bpm": args.bpm, "key": args.key, "metre": args.metre, "diffusion_steps": args.diffusion_steps,
     }  # fmt: skip

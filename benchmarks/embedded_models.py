@@ -57,7 +57,6 @@ from ssmttm.evaluation.protocol.generate import Decoding
 from ssmttm.files import write_text
 from ssmttm.generation.output import write_with_sidecar
 from ssmttm.generation.pipeline import MusicPipeline
-from ssmttm.generation.request import Sampling
 from ssmttm.reports import charts
 from ssmttm.reports.page import write_page
 from ssmttm.reports.tables import Rows, Section, markdown_report
@@ -90,9 +89,7 @@ class Run:
 
     def decoding(self, pipe: MusicPipeline, changes: Mapping[str, float], seconds: float = SECONDS) -> Decoding:
         """The sampling settings of a model, by default those of a call."""
-        sampling = asdict(pipe.sampling(Sampling.temperature, Sampling.top_k, Sampling.top_p, None, 0.0))
-        del sampling["min_p"]
-        return Decoding(seconds, **sampling | changes, first_seed=1_000_003 * self.seed % 2**31)
+        return Decoding.of(pipe, seconds, 1_000_003 * self.seed % 2**31, **changes)
 
     def write(self, name: str, document: dict[str, Any], sections: Sequence[Section]) -> None:
         """OUT/NAME.json and OUT/NAME.md; the tables are printed, too."""

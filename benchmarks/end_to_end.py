@@ -57,7 +57,7 @@ def random_system(recipe: str) -> MusicPipeline:
     fields = {name: codec.codec_student[name] for name in ("kind", "width", "blocks")}
     decoder = StudentCodec.from_teacher(from_config("encodec", dict(ENCODEC)), fields)
     pattern = get_pattern(lm.pattern, n_codebooks=lm.model.n_codebooks)
-    return MusicPipeline(build_model(lm.model), decoder, text, pattern, guidance_scale=1.0)
+    return MusicPipeline(build_model(lm.model), decoder, text, pattern, sampling_defaults=Sampling(guidance_scale=1.0))
 
 
 @torch.inference_mode()
@@ -88,7 +88,7 @@ def variants(system: str) -> dict[str, MusicPipeline]:
     if system not in config.names("recipe") or (Path(system).exists() or system == "tinyttm_tiny"):
         return {system: MusicPipeline.from_pretrained(system, "cpu")}
     whole, guided, int8 = (random_system(system) for _ in range(3))
-    guided.guidance_scale = 3.0
+    guided.sampling_defaults = Sampling()
     quantise(int8.model)
     return {system: whole, f"{system}, guidance in two passes": guided, f"{system}, int8": int8}
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ssmttm.errors import UserError
+from ssmttm.generation.pretrained import PipelineParts
+from ssmttm.generation.request import Sampling
 
 RATE = 8000
 PROMPT = "a waltz on a harp"
@@ -59,8 +61,10 @@ class SinePipeline:
     """What the server uses of `MusicPipeline`. `may_go_on` holds generations; `turns` are their prompts, in order;
     `pace` is the time of a chunk in seconds."""
 
+    sampling, guidance_scale = PipelineParts.sampling, PipelineParts.guidance_scale
+
     def __init__(self, name="sine"):
-        self.sample_rate, self.guidance_scale, self.second_stage = RATE, 3.0, None
+        self.sample_rate, self.sampling_defaults, self.second_stage = RATE, Sampling(top_p=0.8), None
         self.metadata = {"model": {"name": name}, "training_data_licences": {"CC0-1.0": 1}}
         self.model = SimpleNamespace(config=SimpleNamespace(tempo=False))
         self.may_go_on = threading.Event()

@@ -27,6 +27,7 @@ from ssmttm.evaluation.protocol.concept_coverage import QUESTION, concept_covera
 from ssmttm.evaluation.protocol.prompt_lists import read_prompt_list
 from ssmttm.files import file_sha256
 from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.generation.request import Sampling
 from ssmttm.text.captioner import AudioCaptioner
 
 N, SECONDS = 24, 2
@@ -238,7 +239,9 @@ def vae_pipeline(existing, tmp_path, monkeypatch):
     """A model whose clips, those that exist, are decoded by a VAE, evaluated on the prompts of a store."""
     clips = sorted((tmp_path / "audio").glob("*.wav"), key=lambda path: int(path.stem.removeprefix("track-")))
     made = SimpleNamespace(name="latents")
-    pipeline = SimpleNamespace(codec=SimpleNamespace(), decoder=made, guidance_scale=1.0, metadata={"model": MODEL})
+    pipeline = SimpleNamespace(
+        codec=SimpleNamespace(), decoder=made, sampling=lambda **given: Sampling(), metadata={"model": MODEL}
+    )
     monkeypatch.setattr(evaluate.MusicPipeline, "from_pretrained", lambda checkpoint, second_stage: pipeline)
     monkeypatch.setattr(evaluate, "generate", lambda *rest: clips)
     protocol_data = evaluate._protocol_data

@@ -21,6 +21,8 @@ from ssmttm.evaluation.metrics.metric import Metric, check_comparable, compare, 
 from ssmttm.evaluation.protocol import evaluate
 from ssmttm.evaluation.protocol.embed_files import embed_clips, set_hash
 from ssmttm.evaluation.protocol.prompt_lists import read_prompt_list
+from ssmttm.generation.pretrained import PipelineParts
+from ssmttm.generation.request import Sampling
 
 N = 24
 Output = namedtuple("Output", "audios sample_rate")
@@ -29,9 +31,11 @@ Output = namedtuple("Output", "audios sample_rate")
 class Model:
     """A fake pipeline that generates a tone with seeded noise and records its prompts."""
 
+    sampling = PipelineParts.sampling
+
     def __init__(self, name="model", weights="a" * 64):
         self.metadata, self.prompts = {"model": {"name": name, "weights_sha256": weights}}, []
-        self.guidance_scale = 3.0
+        self.sampling_defaults = Sampling()
 
     def __call__(self, prompts, seeds, duration, **settings):
         self.prompts += prompts
@@ -123,10 +127,13 @@ def test_evaluate_rejects_clips_of_another_model(benchmark, tmp_path, model):
     evaluate.evaluate(settings(benchmark, tmp_path))
     with pytest.raises(UserError, match="guidance_scale differ"):
         evaluate.evaluate(settings(benchmark, tmp_path, "guidance=5"))
-    model.guidance_scale = 1.0  # a guidance-distilled student
+    model.sampling_defaults = Sampling(guidance_scale=1.0)  # a guidance-distilled student
     with pytest.raises(UserError, match="guidance_scale differ"):
         evaluate.evaluate(settings(benchmark, tmp_path))
-    model.guidance_scale, model.metadata = 3.0, {"model": {"name": "model", "weights_sha256": "b" * 64}}
+    model.sampling_defaults = Sampling(top_p=0.9)
+    with pytest.raises(UserError, match="top_p differ"):
+        evaluate.evaluate(settings(benchmark, tmp_path))
+    model.sampling_defaults, model.metadata = Sampling(), {"model": {"name": "model", "weights_sha256": "b" * 64}}
     with pytest.raises(UserError, match="model differ"):
         evaluate.evaluate(settings(benchmark, tmp_path))
 

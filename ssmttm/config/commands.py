@@ -55,10 +55,10 @@ class EvaluateConfig:
     references: str | None = None  # table: folder of the benchmark's audio; null: only metrics without references
     n: int | None = None  # number of prompts; null: the protocol's
     seed: int = 0  # of the choice of prompts and of sampling
-    guidance: float | None = None  # guidance scale; null: the model's, 3 or, for a guidance-distilled student, 1
-    temperature: float = 1.0
-    top_k: int = 250
-    top_p: float = 1.0
+    guidance: float | None = None  # guidance scale; null, also of the next three: the model's
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     batch: int = 10  # clips sampled together
     adherence: bool = True  # builtin: prompt adherence by attribute classifiers
     music_metrics: bool = True  # music metrics of the clips and of the references

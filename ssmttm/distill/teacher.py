@@ -1,6 +1,7 @@
 """A frozen language model as a teacher."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ssmttm.errors import UserError
 from ssmttm.generation.loading import ModelFolder, load_language_model, open_model_folder
+from ssmttm.generation.request import Sampling
 from ssmttm.models import TokenLM
 from ssmttm.models.controls import Controls
 from ssmttm.text.condition import TextCondition
@@ -77,9 +79,10 @@ class Teacher:
         return {**metadata, "licences": licences, "text": text, "teacher": entry | extra}
 
     @property
-    def student_guidance_scale(self) -> float:
-        """Guidance scale for sampling the student; 1 if guidance is distilled into it."""
-        return self.folder.guidance_scale if self.guidance_scale == 1 else 1.0
+    def student_sampling(self) -> Sampling:
+        """Settings for sampling the student: the teacher's, without guidance if that is distilled into the student."""
+        sampling = self.folder.sampling
+        return sampling if self.guidance_scale == 1 else replace(sampling, guidance_scale=1.0)
 
     def check_student(self, config: Mapping[str, Any], pattern: str, store_info: Mapping[str, Any]) -> None:
         """Check a student's model config, interleaving pattern and store against the teacher's."""

@@ -1,7 +1,7 @@
 """Opening a model: find its folder, check that its parts belong together, build it and load its weights."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ssmttm.codecs import Codec
 from ssmttm.codecs.latents import LatentStatistics
 from ssmttm.empty_weights import EmptyWeights
 from ssmttm.errors import UserError, first_line
+from ssmttm.generation.request import Sampling
 from ssmttm.hub import split_revision
 from ssmttm.model_folder import (
     CODEC,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ASSETS / "tiny_lm"
-GUIDANCE_SCALE = 3.0
 HUB_FILES = ["config.yaml", "model.safetensors", "card.json", "codec/*", "text_encoder/*", "vae/*", f"{SECOND_STAGE}/*"]
 KINDS = {"lm": "a language model", "diffusion": "a denoiser", "codec": "a codec", "distill_codec": "a codec's decoder"}
 
@@ -82,9 +82,15 @@ class ModelFolder:
         return str((self.path / name).resolve()) if name.startswith("./") else name
 
     @property
-    def guidance_scale(self) -> float:
-        """The default guidance scale: 1 for a model with distilled guidance."""
-        return GUIDANCE_SCALE if self.distilled_guidance_scale == 1 else 1.0
+    def sampling(self) -> Sampling:
+        """The sampling settings of a call that gives none: those of the card's `sampling`; the others are the usual
+        ones, but without guidance if that is distilled. Raises UserError if the card's are no such settings."""
+        usual = {} if self.distilled_guidance_scale == 1 else {"guidance_scale": 1.0}
+        given = usual | (self.card.get("sampling") or {})
+        try:
+            return Sampling(**given)
+        except (TypeError, UserError) as error:
+            raise UserError(f"the card of {self.path} has no valid sampling settings, {given}: {error}") from error
 
     @property
     def distilled_guidance_scale(self) -> float:
@@ -294,13 +300,14 @@ def _download(name: str, revision: str | None) -> Path:
 
 def copy_model_folder(
     folder: ModelFolder, second: ModelFolder | None, out: Path, merged: dict[str, Tensor] | None,
-    adapters: list[dict[str, Any]] | None,
+    adapters: list[dict[str, Any]] | None, sampling: Sampling,
 ) -> None:  # fmt: skip
     """Write an exported folder again, with its parts, and the second stage in its subfolder.
 
     Args:
         merged: the weights to write; None: those of the folder.
         adapters: what is merged into them, for the card.
+        sampling: the settings of a call that gives none, for the card if they are not the folder's.
 
     Raises:
         UserError: a folder is a run or a checkpoint, or `out` is in it.
@@ -311,7 +318,7 @@ def copy_model_folder(
     if out.resolve().is_relative_to(folder.path.resolve()):
         raise UserError(f"{out} is inside the model's own folder {folder.path}: give another place")
     with folder_to_write(out) as target:
-        for part in ("config.yaml", "model.safetensors", "card.json", CODEC, TEXT_ENCODER):
+        for part in ("config.yaml", "model.safetensors", CODEC, TEXT_ENCODER):
             _copy(folder.path / part, target / part)
         if second is not None:
             (target / SECOND_STAGE).mkdir()
@@ -320,7 +327,10 @@ def copy_model_folder(
         if merged is not None:
             half = any(value.dtype == torch.float16 for value in checkpoint.load_weights(folder.path).values())
             save_file(to_half(merged) if half else merged, target / "model.safetensors")
-            write_card(target, folder.card | {"adapters": adapters})
+        changes: dict[str, Any] = {} if merged is None else {"adapters": adapters}
+        if sampling != folder.sampling:
+            changes["sampling"] = asdict(sampling)
+        write_card(target, folder.card | changes)
 
 
 def _copy(source: Path, target: Path) -> None:

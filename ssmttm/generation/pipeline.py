@@ -29,7 +29,6 @@ from ssmttm.generation.request import (
     MusicOptions,
     Prompt,
     Request,
-    Sampling,
     bars_duration,
     blend_weights,
 )
@@ -51,12 +50,11 @@ class MusicPipeline(PipelineParts):
 
     def __call__(
         self, prompts: Prompt | Sequence[Prompt], duration: float | Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        seeds: int | Sequence[int] = 0, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
-        bpm: float | None = None, melody: Tensor | None = None, diffusion_steps: int | None = None,
-        progress: Callable[[float], None] | None = None, *, min_p: float = 0.0,
-        negative_prompts: str | Sequence[str] | None = None, key: str | None = None, metre: str | None = None,
-        bars: float | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
+        guidance_scale: float | None = None, seeds: int | Sequence[int] = 0, temperature: float | None = None,
+        top_k: int | None = None, top_p: float | None = None, bpm: float | None = None, melody: Tensor | None = None,
+        diffusion_steps: int | None = None, progress: Callable[[float], None] | None = None, *,
+        min_p: float | None = None, negative_prompts: str | Sequence[str] | None = None, key: str | None = None,
+        metre: str | None = None, bars: float | None = None, schedule: Sequence[tuple[float, Mapping[str, Any]]] = (),
         continue_from: AudioInput | None = None, loop: bool = False, engine: str = "auto", weights: str = "fp32",
     ) -> PipelineOutput:  # fmt: skip
         """Generate one clip per prompt, those of one duration in one batch. Raises UserError if one is out of range.
@@ -66,10 +64,11 @@ class MusicPipeline(PipelineParts):
             duration: of each clip, in seconds (default: 10), or one per prompt: the shorter clips end in zeros, and
                 `lengths` of the output has their samples.
             guidance_scale: 1 samples without guidance, higher values follow the prompt more closely; None: the model's
-                default, 3, or 1 for a student with distilled guidance.
+                (mostly 3, or 1 for a student with distilled guidance).
             seeds: one per prompt; a single number s means s, s + 1, ... The same prompt, settings and seed give the
                 same clip, alone or in a batch.
-            temperature, top_k, top_p, min_p: see `ssmttm.generation.request.Sampling`.
+            temperature, top_k, top_p, min_p: see `ssmttm.generation.request.Sampling`; None: the model's, see
+                `sampling_defaults`.
             bpm: beats per minute; key: such as "D minor"; metre: such as "3/4"; melody: audio [channels, S] at
                 `sample_rate` whose chroma is followed. Each needs a stage that was trained with it. A model with a
                 control predictor draws those of bpm, key and metre that are not given from each caption, unless a clip
@@ -187,12 +186,9 @@ class MusicPipeline(PipelineParts):
         duration, bpm, metre = options.duration, options.bpm, options.metre
         if options.bars is not None:
             duration, bpm, metre = self._bars(options.bars, duration, bpm, metre)
-        sampling = self.sampling(
-            options.temperature, options.top_k, options.top_p, options.guidance_scale, options.min_p
-        )
         request = Request.create(
-            prompts, duration, seeds, sampling, self.max_duration, bpm, options.melody, negative_prompts, options.key,
-            metre, options.schedule,
+            prompts, duration, seeds, self.sampling(**options.sampling), self.max_duration, bpm, options.melody,
+            negative_prompts, options.key, metre, options.schedule,
         )  # fmt: skip
         second_stage = self.check_request(request, options.diffusion_steps)
         source = options.continue_from
@@ -325,12 +321,6 @@ class MusicPipeline(PipelineParts):
             _log.warning("this model was not trained with tempo: bpm gives the length of %g bars only", bars)
         known = (bpm if self.supports("tempo") else None), ((metre or "4/4") if self.supports("metre") else None)
         return duration, *known
-
-    def sampling(
-        self, temperature: float, top_k: int, top_p: float, guidance_scale: float | None, min_p: float
-    ) -> Sampling:
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return Sampling(temperature, top_k, top_p, scale, min_p)
 
     def check_request(self, request: Request, diffusion_steps: int | None) -> SecondStage | None:
         """Check that the model supports the request's controls; the second stage with its number of steps. Raises

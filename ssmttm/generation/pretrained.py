@@ -5,6 +5,7 @@ Shapes: C channels, S samples, K codebooks, T frames.
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +19,8 @@ from ssmttm.errors import UserError
 from ssmttm.generation import loading
 from ssmttm.generation.engines import Engine, EngineCache
 from ssmttm.generation.item_controls import describe_controls
-from ssmttm.generation.loading import GUIDANCE_SCALE, ModelFolder
-from ssmttm.generation.request import MAX_DURATION, Request
+from ssmttm.generation.loading import ModelFolder
+from ssmttm.generation.request import MAX_DURATION, Request, Sampling
 from ssmttm.generation.second_stage import SecondStage, SecondStageConfig
 from ssmttm.hub import commit_of, upload_folder
 from ssmttm.models.controls import SupportsControls
@@ -39,7 +40,7 @@ class PipelineParts:
         metadata: model and weights hash, codec, text encoder, licences of the training data, software: what goes into
             the sidecar of each audio file.
         second_stage: None for a one-stage model.
-        guidance_scale: the default of a call.
+        sampling_defaults: the sampling settings of a call that gives none; `save_pretrained` keeps them.
         max_duration: longest clip that a call accepts, in seconds; may be raised.
     """
 
@@ -47,7 +48,7 @@ class PipelineParts:
         self, model: TokenLM, codec: Codec, text_encoder: TextEncoder, pattern: Pattern,
         metadata: dict[str, Any] | None = None, max_duration: float = MAX_DURATION,
         null_condition: str = "empty_caption", second_stage: SecondStage | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
+        sampling_defaults: Sampling | None = None,
     ) -> None:  # fmt: skip
         self.model = model.eval()
         self.codec = codec.eval()
@@ -56,7 +57,7 @@ class PipelineParts:
         self.metadata = metadata or {}
         self.max_duration = max_duration
         self.second_stage = second_stage
-        self.guidance_scale = guidance_scale
+        self.sampling_defaults = sampling_defaults or Sampling()
         self._encode_caption = build_null_condition(null_condition, text_encoder)
         self._engines = EngineCache()
         self._folders: tuple[ModelFolder, ModelFolder | None] | None = None  # that it was loaded from
@@ -101,7 +102,7 @@ class PipelineParts:
             model.to(device), loaded_codec, loaded_encoder,
             get_pattern(folder.config.pattern, n_codebooks=model.config.n_codebooks),
             _metadata(folder, loaded_codec, loaded_encoder, second_folder, stage),
-            null_condition=folder.null_condition, second_stage=stage, guidance_scale=folder.guidance_scale,
+            null_condition=folder.null_condition, second_stage=stage, sampling_defaults=folder.sampling,
         )  # fmt: skip
         pipeline._folders = (folder, second_folder)
         return pipeline if dtype is None else pipeline.to(dtype=dtype)
@@ -161,7 +162,8 @@ class PipelineParts:
         if self._folders is None:
             raise UserError("only a pipeline that was loaded from a folder can be saved: use from_pretrained")
         merged = self.model.state_dict() if self._adapters else None
-        loading.copy_model_folder(*self._folders, Path(folder), merged, self.metadata.get("adapters"))
+        adapters = self.metadata.get("adapters")
+        loading.copy_model_folder(*self._folders, Path(folder), merged, adapters, self.sampling_defaults)
         return Path(folder)
 
     def push_to_hub(
@@ -171,6 +173,15 @@ class PipelineParts:
         the commit. Raises UserError as `save_pretrained`, or if the hub cannot be reached or refuses."""
         with tempfile.TemporaryDirectory() as temporary:
             return upload_folder(self.save_pretrained(Path(temporary) / "model"), repo_id, private, revision, message)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of a call that gives none."""
+        return self.sampling_defaults.guidance_scale
+
+    def sampling(self, **given: Any) -> Sampling:
+        """The settings that are given, and the model's for those that are None. Raises UserError as `Sampling`."""
+        return replace(self.sampling_defaults, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def decoder(self) -> Autoencoder:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits of a seed
 MAX_DURATION = 600.0  # seconds
 Prompt = str | Mapping[str, float]  # a caption, or captions and their weights in a blend
-_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "min_p")
 CONTROLS = ("bpm", "key", "metre")
-CHANGEABLE = ("prompt", "negative_prompt", *_SAMPLING, *CONTROLS)  # while the music plays
+CHANGEABLE = ("prompt", "negative_prompt", *SAMPLING, *CONTROLS)  # while the music plays
 _EXAMPLE = "'a slow waltz in D minor on a music box'"
 
 
@@ -56,14 +56,14 @@ class Sampling:
 @dataclass(frozen=True, kw_only=True)
 class MusicOptions:
     """What calls and streams have in common besides prompts and seeds; see `MusicPipeline.__call__`. They are checked
-    when a `Request` is made of them."""
+    when a `Request` is made of them. Settings of the sampling that are None are the model's."""
 
     duration: float | Sequence[float] | None = None
     guidance_scale: float | None = None
-    temperature: float = 1.0
-    top_k: int = 250
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     bpm: float | None = None
     key: str | None = None
     metre: str | None = None
@@ -72,6 +72,11 @@ class MusicOptions:
     schedule: Sequence[tuple[float, Mapping[str, Any]]] = ()
     diffusion_steps: int | None = None
     continue_from: "AudioInput | None" = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of the sampling, None where they are the model's."""
+        return {name: getattr(self, name) for name in SAMPLING}
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class Request:
             prompts = [changes["prompt"]] * n_items
         if "negative_prompt" in changes:
             negatives = [changes["negative_prompt"]] * n_items
-        sampling = replace(self.sampling, **{name: changes[name] for name in _SAMPLING if name in changes})
+        sampling = replace(self.sampling, **{name: changes[name] for name in SAMPLING if name in changes})
         controls = {name: changes.get(name, getattr(self, name)) for name in CONTROLS}
         request = Request.create(
             prompts, self.duration, self.seeds, sampling, math.inf, melody=self.melody, negative_prompts=negatives,

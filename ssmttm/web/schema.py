@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any, Literal
 
 from ssmttm.errors import UserError
-from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.request import Request, Sampling
 from ssmttm.web.limits import Limits
 
@@ -51,8 +50,8 @@ class MusicRequest:
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt or "")):
             if len(text) > limits.prompt_characters:
                 raise UserError(f"the {name} has {len(text)} characters: at most {limits.prompt_characters}")
-        guidance = GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
-        sampling = Sampling(temperature=self.temperature, guidance_scale=guidance)
+        given = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
+        sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
         Request.create(
             self.prompt, self.duration, self.seed or 0, sampling, limits.duration, self.bpm,
             negative_prompts=self.negative_prompt,

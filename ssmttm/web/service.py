@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ssmttm.errors import UserError
@@ -69,9 +69,9 @@ class Service:
         pipe = self.pipelines[model]
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         clip = None if request.continue_from is None else self.clips.get(request.continue_from)
-        guidance = pipe.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        named = replace(request, guidance_scale=guidance, continue_from=None if clip is None else clip.name)
-        settings = {item.name: getattr(named, item.name) for item in fields(MusicRequest)}
+        sampling = asdict(pipe.sampling(guidance_scale=request.guidance_scale, temperature=request.temperature))
+        named = replace(request, continue_from=None if clip is None else clip.name)
+        settings = {item.name: getattr(named, item.name) for item in fields(MusicRequest)} | sampling
         settings = {name: value for name, value in settings.items() if value is not None}
         for name in ("prompt", "seed", "model"):
             settings.pop(name, None)
@@ -81,9 +81,8 @@ class Service:
 
         def open_session() -> "StreamSession":
             return pipe.session(
-                request.prompt, seed=seed, duration=request.duration, guidance_scale=guidance,
-                temperature=request.temperature, bpm=request.bpm, negative_prompt=request.negative_prompt,
-                continue_from=audio, chunk_seconds=CHUNK_SECONDS,
+                request.prompt, seed=seed, duration=request.duration, bpm=request.bpm,
+                negative_prompt=request.negative_prompt, continue_from=audio, chunk_seconds=CHUNK_SECONDS, **sampling,
             )  # fmt: skip
 
         return Plan(pipe, model, seed, content, open_session)

@@ -297,14 +297,11 @@ def _check(data: ProtocolData, references: Sequence[Path], embedders: Sequence[E
 
 
 def _decoding(settings: DictConfig, pipeline: MusicPipeline) -> Decoding:
-    return Decoding(
-        duration=float(settings.eval.seconds),
-        guidance_scale=pipeline.guidance_scale if settings.guidance is None else float(settings.guidance),
-        temperature=float(settings.temperature),
-        top_k=settings.top_k,
-        top_p=float(settings.top_p),
-        first_seed=settings.seed * 1_000_003 % 2**31,
-    )
+    given = {
+        "guidance_scale": settings.guidance,
+        **{name: settings[name] for name in ("temperature", "top_k", "top_p")},
+    }
+    return Decoding.of(pipeline, float(settings.eval.seconds), settings.seed * 1_000_003 % 2**31, **given)
 
 
 def _clips(data: ProtocolData, paths: Mapping[str, Path], references: set[Path]) -> list[Clip]:

@@ -1,7 +1,7 @@
 """Generate a clip for each prompt, with a metadata sidecar; existing clips are kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,16 @@ class Decoding:
     top_k: int
     top_p: float
     first_seed: int
+    min_p: float = 0.0
+
+    @classmethod
+    def of(cls, pipeline: MusicPipeline, duration: float, first_seed: int, **given: Any) -> "Decoding":
+        """The sampling settings that are given, and the model's for those that are None."""
+        return cls(duration=duration, first_seed=first_seed, **asdict(pipeline.sampling(**given)))
 
     def settings(self) -> dict[str, Any]:
-        """The settings without the seed, as in sidecars and fingerprints."""
-        names = ("duration", "guidance_scale", "temperature", "top_k", "top_p")
+        """The settings without the seed, as in sidecars and fingerprints, where there is a min_p only if it is used."""
+        names = ("duration", "guidance_scale", "temperature", "top_k", "top_p", *(("min_p",) if self.min_p else ()))
         return {name: getattr(self, name) for name in names}
 
 

@@ -35,8 +35,9 @@ _LOOP_CANDIDATES = 4
 
 def repaint(
     pipeline: "MusicPipeline", prompt: Prompt, clip: AudioInput, region: tuple[float, float], *, candidates: int = 4,
-    seed: int = 0, guidance_scale: float | None = None, temperature: float = 1.0, top_k: int = 250, top_p: float = 1.0,
-    min_p: float = 0.0, negative_prompt: str | None = None, bpm: float | None = None, key: str | None = None,
+    seed: int = 0, guidance_scale: float | None = None, temperature: float | None = None, top_k: int | None = None,
+    top_p: float | None = None, min_p: float | None = None, negative_prompt: str | None = None,
+    bpm: float | None = None, key: str | None = None,
     diffusion_steps: int | None = None, engine: str = "auto", weights: str = "fp32",
 ) -> PipelineOutput:  # fmt: skip
     """Generate a region of a clip again. Outside it the samples are the clip's own, mono at `sample_rate`, but for
@@ -57,7 +58,9 @@ def repaint(
     """
     if candidates < 1:
         raise UserError(f"candidates must be at least 1, got {candidates}")
-    sampling = pipeline.sampling(temperature, top_k, top_p, guidance_scale, min_p)
+    sampling = pipeline.sampling(
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     request = Request.create(prompt, None, seed, sampling, bpm=bpm, negative_prompts=negative_prompt, key=key)
     request = replace(request, is_whole=False)
     seeds = _candidate_seeds(seed, candidates)

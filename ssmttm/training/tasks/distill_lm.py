@@ -58,7 +58,7 @@ class DistillTask(LanguageModelTask):
         null = TextCondition.stack([torch.from_numpy(self.store.text("").astype(np.float32))])
         self.teacher = Teacher(config.teacher, settings.guidance_scale, null)
         self.frozen, self.null_condition = [self.teacher.model], self.teacher.folder.null_condition
-        self.guidance_scale = self.teacher.student_guidance_scale
+        self.sampling_defaults = self.teacher.student_sampling
         self.teacher.check_student(config.model, config.pattern, self.store.info)
         teacher = self.teacher.model.config
         self.teacher_blocks = layer_map(settings.layer_map, config.model.n_layers, teacher.n_layers)

@@ -59,7 +59,7 @@ class TextDistillTask(LanguageModelTask):
         if "weights" in folder.card:
             kind = folder.card["weights"]
             raise UserError(f"the weights of the teacher {folder.name} are {kind}: use the model it was quantised from")
-        self.null_condition, self.guidance_scale = folder.null_condition, folder.guidance_scale
+        self.null_condition, self.sampling_defaults = folder.null_condition, folder.sampling
         config = config.copy()
         OmegaConf.set_struct(config, False)
         config.model = {"kind": "token_lm", **asdict(self.teacher.model.config)}

@@ -17,8 +17,8 @@ from ssmttm.data.loader import Field
 from ssmttm.data.step_values import StepValues
 from ssmttm.data.store import open_store
 from ssmttm.errors import UserError
-from ssmttm.generation.loading import GUIDANCE_SCALE
 from ssmttm.generation.pipeline import MusicPipeline
+from ssmttm.generation.request import Sampling
 from ssmttm.models import TokenLM, build_model
 from ssmttm.models.control_predictor import prediction_losses
 from ssmttm.models.controls import Controls
@@ -52,7 +52,7 @@ class LanguageModelTask(Task):
             losses.tags), `seed`. The store must have codes and captions, and a codec and a text encoder that fit.
     """
 
-    guidance_scale: float = GUIDANCE_SCALE  # of the samples
+    sampling_defaults = Sampling()  # of the samples
     null_condition: str = "empty_caption"
 
     def __init__(self, config: DictConfig) -> None:
@@ -183,7 +183,7 @@ class LanguageModelTask(Task):
         """`train.prompts`, with the same seeds each time."""
         assert self._codec is not None and self._text_encoder is not None  # loaded when train.sample_every is set
         device = next(self.model.parameters()).device
-        settings: dict[str, Any] = {"null_condition": self.null_condition, "guidance_scale": self.guidance_scale}
+        settings: dict[str, Any] = {"null_condition": self.null_condition, "sampling_defaults": self.sampling_defaults}
         pipe = MusicPipeline(self.model, self._codec.to(device), self._text_encoder, self.pattern, **settings)
         prompts = list(self.config.train.prompts)
         out = pipe(prompts, duration=self.config.train.sample_seconds, seeds=list(range(len(prompts))))
