@@ -226,7 +226,7 @@ def test_state_after_a_call_goes_on_from_its_end(pipe, clip, tmp_path, options):
     torch.testing.assert_close(chunk, expected[:, : chunk.shape[-1]], rtol=0, atol=1e-5)
 
 
-# --- what stays of the codes
+# --- the codes of both stages
 
 
 def test_clip_codes_are_cut_and_joined_together():
