@@ -1,10 +1,10 @@
-"""The dry run of the ICME 2026 challenge (`ssmttm evaluate eval=attm_dry`) on a look-alike of its data: what each stage
-costs, and whether a run that is killed twice gives the results of an unbroken one.
+"""The dry run of the ICME 2026 challenge (`ssmttm evaluate eval=attm_dry`) on synthetic data in its format: what each
+stage costs, and whether a run that is killed twice gives the results of an unbroken one.
 
     python -m benchmarks.attm_dry --out runs
 
 Everything is written to OUT/attm_dry_benchmark, which is deleted first.
-The look-alike has the layout of Song Describer (its table, audio/NN/ID.2min.mp3) and pieces of the built-in composer;
+The data have the layout of Song Describer (its table, audio/NN/ID.2min.mp3) and pieces of the built-in composer;
 CLAP is a small one with random weights, so that only times and agreement are results, no value of a metric.
 """
 
@@ -37,7 +37,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_look_alike(folder: Path, n: int, seconds: float) -> list[str]:
+def write_synthetic_data(folder: Path, n: int, seconds: float) -> list[str]:
     """Write FOLDER/song_describer.csv with its audio, n tracks, and FOLDER/prompts.json with as many prompts.
 
     Returns:
@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out / FOLDER
     shutil.rmtree(out, ignore_errors=True)
     data = out / "data"
-    overrides = [*write_look_alike(data, arguments.tracks, 12.0), f"eval.weights.clap={write_clap(data / 'clap', 10)}"]
+    overrides = write_synthetic_data(data, arguments.tracks, 12.0)
+    overrides.append(f"eval.weights.clap={write_clap(data / 'clap', 10)}")
     whole, broken = out / "whole", out / "broken"
     begun = time.perf_counter()
     subprocess.run(command(overrides, whole), check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})

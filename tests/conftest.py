@@ -8,8 +8,9 @@ for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKEN
     os.environ.setdefault(name, value)
 
 # The slowest files, which `make test` starts first, so that its processes end together.
-SLOWEST = ("prep_kills", "readme", "sweeps", "prep_ray", "training", "onnx", "protocol", "embedders", "prep_pipeline",
-           "compression", "prep_slurm", "data_prep", "music_metrics", "distill", "resume", "controls")  # fmt: skip
+SLOWEST = ("prep_kills", "readme", "sweep_kills", "sweeps", "sweep_launchers", "prep_ray", "lm_training", "training",
+           "onnx", "protocol", "embedders", "prep_pipeline", "compression", "prep_slurm", "data_prep", "music_metrics",
+           "distill", "resume", "controls")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

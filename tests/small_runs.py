@@ -11,9 +11,19 @@ from ssmttm import checkpoint
 from ssmttm.errors import Preempted
 from ssmttm.training import loop
 
+TAGS = ("losses.tags=1", "tag_head.block=1")
+
 
 def metric_rows(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [row["loss"] for row in metric_rows(run_dir) if "loss" in row]
+
+
+def weights(run_dir, ema=False):
+    return checkpoint.load_weights(checkpoint.latest_good(run_dir), ema=ema)
 
 
 def train_with_stops(config, task_class, stops, monkeypatch):
@@ -41,8 +51,8 @@ def run_contents(run_dir):
         for path in folder.glob("*.safetensors")
     }
     state = {key: checkpoint.read_state(folder)[key] for key in ("step", "samples_seen", "flops", "valid")}
-    losses = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in metric_rows(run_dir) if "loss" in row]
-    return tensors, checkpoint.read_document(folder, "rng"), state, losses
+    curve = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in metric_rows(run_dir) if "loss" in row]
+    return tensors, checkpoint.read_document(folder, "rng"), state, curve
 
 
 def assert_same_runs(first, second):

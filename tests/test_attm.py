@@ -1,5 +1,5 @@
-"""The dry run of the ICME 2026 challenge on a look-alike of its data: one command, resumed after two kills; the concept
-score; LAION's checkpoints of CLAP."""
+"""The dry run of the ICME 2026 challenge on synthetic data in its format: one command, resumed after two kills; the
+concept score; LAION's checkpoints of CLAP."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from small_captioner import write_captioner
 
 from benchmarks import attm_dry
-from benchmarks.attm_dry import measured, write_clap, write_look_alike
+from benchmarks.attm_dry import measured, write_clap, write_synthetic_data
 from ssmttm import audio, config
 from ssmttm.cli.main import main
 from ssmttm.errors import UserError
@@ -39,7 +39,7 @@ def overrides(tmp_path_factory):
     """The dry run at a small scale, as overrides of its protocol."""
     folder = tmp_path_factory.mktemp("song_describer")
     clap = f"eval.weights.clap={write_clap(folder / 'clap', SECONDS)}"
-    return [*write_look_alike(folder, N, 2.5), clap, f"eval.seconds={SECONDS}", "batch=4", "music_metrics=false"]
+    return [*write_synthetic_data(folder, N, 2.5), clap, f"eval.seconds={SECONDS}", "batch=4", "music_metrics=false"]
 
 
 def run_killed(arguments, module, name, calls):
@@ -292,7 +292,7 @@ def test_benchmark_deletes_only_its_own_folder(tmp_path, monkeypatch):
     def stop(*rest):
         raise InterruptedError
 
-    monkeypatch.setattr(attm_dry, "write_look_alike", stop)
+    monkeypatch.setattr(attm_dry, "write_synthetic_data", stop)
     stale = tmp_path / attm_dry.FOLDER / "whole"
     stale.mkdir(parents=True)
     (tmp_path / "mine.txt").write_text("kept")

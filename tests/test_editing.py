@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from small_pipelines import small_pipeline
+from small_vaes import small_vae
 
 from ssmttm import audio
 from ssmttm.errors import UserError
-from ssmttm.generation.editing.continuation import encode_clip
+from ssmttm.generation.clip_codes import ClipCodes
 from ssmttm.generation.editing.loop import decode_loop
 from ssmttm.generation.editing.repaint import known_around, mix_region, score_following
 from ssmttm.generation.request import MAX_SEED
@@ -26,6 +27,7 @@ def pipes(tmp_path_factory):
         "flatten": small_pipeline(folder / "flatten", "flatten"),
         "coarse_first": small_pipeline(folder / "coarse", "coarse_first"),
         "two": small_pipeline(folder / "two", two_stages=True),
+        "vae": small_pipeline(folder / "vae", two_stages=True, vae=small_vae(ratios=(4, 4, 3))),
     }
 
 
@@ -40,7 +42,7 @@ def clip(pipe):
     return pipe("a harp", duration=2.0, seeds=9, **ENGINE).audios[0, :, : 2 * RATE - 17]
 
 
-kinds = pytest.mark.parametrize("kind", ["one", "flatten", "coarse_first", "two"])
+kinds = pytest.mark.parametrize("kind", ["one", "flatten", "coarse_first", "two", "vae"])
 
 
 def mean_flux(wav):
@@ -57,10 +59,11 @@ def test_continuation_is_the_clip_and_then_new_music(pipes, kind, clip):
     pipe, n = pipes[kind], clip.shape[-1]
     out = pipe(["drums", "drums"], duration=0.8, seeds=[3, 4], continue_from=clip, **ENGINE)
     assert out.audios.shape == (2, 1, n + round(0.8 * RATE))
-    encoded = encode_clip(clip, pipe.codec)
-    assert torch.equal(out.codes[:, :, :50], encoded.codes.expand(2, -1, -1))
-    rendered = pipe.codec.decode(encoded.codes)[0, :, encoded.n_padding :]
-    torch.testing.assert_close(out.audios[0, :, : n - 8 * HOP], rendered[:, : n - 8 * HOP], rtol=0, atol=1e-5)
+    encoded = pipe.encode_clip(clip)
+    assert torch.equal(out.codes[:, :, :50], encoded.codes.full.expand(2, -1, -1))
+    rendered = pipe.decoder.decode(encoded.codes.full)[0, :, encoded.n_padding :]
+    before_seam = slice(0, n - pipe.decoder.context[1] * HOP)
+    torch.testing.assert_close(out.audios[0, :, before_seam], rendered[:, before_seam], rtol=0, atol=1e-5)
     assert not torch.equal(out.codes[0, :, 50:], out.codes[1, :, 50:])
     alone = pipe("drums", duration=0.8, seeds=4, continue_from=clip, **ENGINE)
     assert torch.equal(alone.codes[0], out.codes[1])
@@ -84,9 +87,9 @@ def test_seam_of_a_continuation_is_no_change_beyond_those_of_the_codec(pipe, cli
 def test_last_frame_of_a_clip_ends_with_it(pipe):
     """Silence within the last frame would be heard at the seam."""
     wav = pipe("a harp", duration=3.0, seeds=2, **ENGINE).audios[0]
-    cut = encode_clip(wav[:, 30 : 50 * HOP], pipe.codec)
+    cut = pipe.encode_clip(wav[:, 30 : 50 * HOP])
     assert cut.n_padding == 30 and torch.equal(
-        cut.codes[..., 8:], encode_clip(wav[:, : 50 * HOP], pipe.codec).codes[..., 8:]
+        cut.codes.full[..., 8:], pipe.encode_clip(wav[:, : 50 * HOP]).codes.full[..., 8:]
     )
 
 
@@ -94,16 +97,17 @@ def test_clips_of_any_rate_channels_and_length_and_files(pipe, clip, tmp_path):
     path = audio.write(tmp_path / "clip.wav", clip.clamp(-1, 1), RATE)
     stereo = torch.cat([clip, clip])
     same = [clip, clip[0], (clip, RATE), stereo, path, str(path)]
-    codes = [encode_clip(source, pipe.codec) for source in same]
+    codes = [pipe.encode_clip(source) for source in same]
     for found in codes[:4]:
-        assert torch.equal(found.codes, codes[0].codes)
+        assert torch.equal(found.codes.full, codes[0].codes.full)
     for found in codes[4:]:  # 16 bit
-        assert found.n_samples == codes[0].n_samples and (found.codes != codes[0].codes).float().mean() < 0.1
+        differs = found.codes.full != codes[0].codes.full
+        assert found.n_samples == codes[0].n_samples and differs.float().mean() < 0.1
     faster = audio.resample(clip, RATE, 5512)
-    assert abs(encode_clip((faster, 5512), pipe.codec).n_samples - clip.shape[-1]) <= 1
+    assert abs(pipe.encode_clip((faster, 5512)).n_samples - clip.shape[-1]) <= 1
     for n in (HOP, HOP + 1, 5 * HOP - 1):
-        found = encode_clip(clip[:, :n], pipe.codec)
-        assert (found.codes.shape[-1], found.n_padding) == (-(-n // HOP), -n % HOP)
+        found = pipe.encode_clip(clip[:, :n])
+        assert (found.codes.n_frames, found.n_padding) == (-(-n // HOP), -n % HOP)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +141,17 @@ def test_repaint_keeps_the_rest_bit_for_bit(pipes, kind, clip):
     out = pipe.repaint("drums", clip, region, candidates=2, **ENGINE)
     wav = out.audios[0]
     assert wav.shape == clip.shape
-    history, look_ahead = pipe.codec.context
+    history, look_ahead = pipe.decoder.context
     n_padding = -clip.shape[-1] % HOP
-    first, last = (15 - look_ahead) * HOP - n_padding, (32 + history) * HOP - n_padding  # the codec's reach
+    first, last = (15 - look_ahead) * HOP - n_padding, (32 + history) * HOP - n_padding  # the decoder's reach
     changed = (wav != clip)[0].nonzero()[:, 0]
     assert first <= changed[0] and changed[-1] <= last
     inside = slice(round(0.65 * RATE), round(1.25 * RATE))
     assert (wav - clip)[:, inside].abs().amax() > 1e-3
-    codes = encode_clip(clip, pipe.codec).codes
+    codes = pipe.encode_clip(clip).codes.full
     frames = slice(15, 32)
     assert torch.equal(out.codes[..., :15], codes[..., :15]) and torch.equal(out.codes[..., 32:], codes[..., 32:])
-    assert not torch.equal(out.codes[..., frames], codes[..., frames])
+    assert not torch.equal(out.codes[:, :1, frames], codes[:, :1, frames])  # of both stages
     about = out.metadata["repaint"]
     assert about["seed"] == max(zip(about["scores"], (0, 1), strict=True))[1]
     again = pipe.repaint("drums", clip, region, candidates=1, seed=about["seed"], **ENGINE)
@@ -226,7 +230,7 @@ def test_edits_tell_the_engine_and_the_diffusion_steps_that_made_them(pipes, cli
 
 def test_audio_to_audio_keeps_the_coarse_codes_and_less_of_the_others_with_strength(pipes, clip):
     pipe = pipes["two"]
-    codes = encode_clip(clip, pipe.codec).codes
+    codes = pipe.encode_clip(clip).codes.full
     kept = []
     for strength in (0.34, 0.67, 1.0):
         out = pipe.audio_to_audio("drums", clip, strength)
@@ -248,13 +252,13 @@ def test_audio_to_audio_keeps_the_coarse_codes_and_less_of_the_others_with_stren
 # --- loops
 
 
-@pytest.mark.parametrize("kind", ["one", "two"])
+@pytest.mark.parametrize("kind", ["one", "two", "vae"])
 def test_loop_ends_where_it_begins(pipes, kind):
-    """Twice in a row it is decoded as one piece: the codec hears no end."""
+    """Twice in a row it is decoded as one piece: the decoder hears no end."""
     pipe = pipes[kind]
     out = pipe("drums", duration=4.0, seeds=3, loop=True, **ENGINE)
     assert out.audios.shape == (1, 1, 4 * RATE)
-    twice = pipe.codec.decode(torch.cat([out.codes] * 3, -1))[0, :, 2 * RATE : 10 * RATE]
+    twice = pipe.decoder.decode(torch.cat([out.codes] * 3, -1))[0, :, 2 * RATE : 10 * RATE]
     repeated = torch.cat([out.audios[0]] * 3, -1)[:, 2 * RATE : 10 * RATE]
     torch.testing.assert_close(repeated, twice, rtol=0, atol=1e-5)
     plain = pipe("drums", duration=4.0, seeds=3, **ENGINE)
@@ -287,13 +291,13 @@ def test_schedule_changes_what_a_session_would(pipe):
     plain = pipe("a harp", duration=2.0, seeds=5, **ENGINE)
     assert torch.equal(out.codes[:, 0, :15], plain.codes[:, 0, :15]) and not torch.equal(out.codes, plain.codes)
     session = pipe.session("a harp", duration=2.0, seed=5, chunk_seconds=0.6, **ENGINE)
-    assert session.generator.next_codes(15).shape[-1] == 15
+    assert session.generator.next_codes(15).n_frames == 15
     session.change(**schedule[1][1])
     codes = [session.generator.next_codes(15)]
     session.change(**schedule[0][1])
     while (chunk := session.generator.next_codes(15)) is not None:
         codes.append(chunk)
-    assert torch.equal(torch.cat(codes, -1), out.codes[..., 15:])
+    assert torch.equal(ClipCodes.cat(codes).full, out.codes[..., 15:])
     streamed = torch.cat(list(pipe.stream("a harp", 2.0, seed=5, schedule=schedule, **ENGINE)), -1)
     torch.testing.assert_close(streamed, out.audios[0], rtol=0, atol=1e-5)
 

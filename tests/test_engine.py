@@ -163,7 +163,7 @@ def test_packed_weights_change_logits_by_their_rounding(weights, tolerance):
 
 @pytest.mark.parametrize("weights", engines.WEIGHTS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
-def test_row_has_the_same_bits_alone_and_in_company(weights, rows):
+def test_row_has_the_same_bits_alone_and_in_a_batch(weights, rows):
     model = randomised(small_token_lm(layers=["mamba2", "attention", "mamba1"], n_layers=3, positions="rotary")).eval()
     state, codes = processed(model, 7)
     engine = FusedEngine(model, weights)

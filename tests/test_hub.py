@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_codecs import hf_codec
+from small_codecs import hf_codec
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ssmttm.codecs import StudentCodec, encoder_of, load_codec

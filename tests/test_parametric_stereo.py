@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from planted import music
-from test_codecs import small_codec
+from small_codecs import small_codec
 
 from ssmttm.codecs import load_codec
 from ssmttm.codecs.metrics import stereo_errors

@@ -79,7 +79,7 @@ def model(monkeypatch):
 
 
 def test_evaluate_takes_all_audio_of_a_folder_as_references_of_unpaired_prompts(benchmark, tmp_path, model):
-    """The dry run of the ICME 2026 challenge, on a look-alike: prompts of one corpus, references of another."""
+    """The dry run of the ICME 2026 challenge, on synthetic data: prompts of one corpus, references of another."""
     prompts = [{"path": f"{i % 100:02d}/{1000 + i}.mp3", "caption": f"prompt {i}"} for i in range(N)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     references = tmp_path / "song_describer"

@@ -215,7 +215,7 @@ class _Removal:
         return wav / 2
 
 
-def test_vocal_stages_hear_channels_that_cancel_and_keep_stereo(store, tmp_path):
+def test_vocal_stages_analyse_channels_that_cancel_and_keep_stereo(store, tmp_path):
     rows = [row | {"shard": -1} for row in store.manifest.to_pylist()]
     write_segments(tmp_path, rows)
     segments = Segments("0", tmp_path / "rows.parquet", store.path, "x")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from small_codecs import hf_codec
 from small_pipelines import small_pipeline
 from small_stores import small_codec, write_audio_store
-from test_codecs import hf_codec
 
 from ssmttm.codecs import ChannelwiseCodec, build_codec, load_codec
 from ssmttm.codecs.base import Codec

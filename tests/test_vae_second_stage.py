@@ -1,10 +1,12 @@
-"""A second stage of a VAE's latents: statistics, training, windows, pipelines, export, and what is refused."""
+"""A second stage of a VAE's latents: statistics, training, windows, pipelines, export, the command, and what is
+refused."""
 
 import json
 import shutil
 from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from small_stores import CODEBOOK_DIM, lm_config, second_stage_config, small_cod
 from small_vaes import LATENT_CHANNELS, small_vae
 from small_word_encoder import WordEncoder
 
-from ssmttm import MusicPipeline, checkpoint
+import sample
+from ssmttm import MusicPipeline, audio, checkpoint
 from ssmttm.cli import main
 from ssmttm.codecs import load_codec
 from ssmttm.codecs.latents import channel_statistics
@@ -297,17 +300,28 @@ def test_export_has_the_vae_beside_and_copies_keep_it(exported, pipe, vae, first
     assert torch.equal(alone("a march", duration=0.9, seeds=5).audios, expected.audios)
 
 
-def test_no_clip_is_continued_repainted_or_looped(pipe):
-    wav = 0.1 * torch.randn(2, 4800)
-    for edit in (
-        lambda: pipe("x", duration=1.0, continue_from=wav), lambda: pipe.repaint("x", wav, (0.2, 0.5)),
-        lambda: pipe.audio_to_audio("x", wav), lambda: pipe("x", duration=5.0, loop=True),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=r"generates latents of the VAE .*: it makes clips and streams, but cannot"):
-            edit()
-    pipe("x", duration=0.5)
-    with pytest.raises(UserError, match="cannot continue"):
-        pipe.save_state("nowhere")
+def test_command_continues_repaints_loops_and_streams(exported, tmp_path, monkeypatch, capfdbinary):
+    """Of the exported model; how: tests/test_vae_editing.py."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        assert sample.main(["x", "--checkpoint", str(exported), "--seed", "3", *arguments]) == 0
+
+    run("--duration", "1", "--out", "clip.wav")
+    run("--continue", "clip.wav", "--duration", "0.5", "--out", "longer.wav")
+    run("--continue", "clip.wav", "--repaint", "0.4:0.8", "--out", "repaired.wav")
+    run("--duration", "4", "--loop", "--out", "loop.wav")
+    capfdbinary.readouterr()
+    run("--continue", "clip.wav", "--duration", "0.5", "--stream", "-", "--format", "pcm")
+    streamed = np.frombuffer(capfdbinary.readouterr().out, "<i2")
+    clip, longer, repaired, loop = (
+        audio.read(f"{name}.wav", 4800, mono=False)[0] for name in ("clip", "longer", "repaired", "loop")
+    )
+    assert (longer.shape, repaired.shape, loop.shape) == ((2, 7200), (2, 4800), (2, 19200))
+    np.testing.assert_allclose(streamed.reshape(-1, 2).T / 2**15, longer.numpy(), atol=2 / 2**15)
+    differs = (repaired != clip).any(0)
+    assert differs[1920:3840].float().mean() > 0.9 and not differs[:1536].any() and not differs[4224:].any()
+    assert json.loads(Path("repaired.json").read_text())["repaint"]
 
 
 # --- what is refused

@@ -1,4 +1,4 @@
-"""Voices: an audio classifier that tells them, a separator that takes them out, both small and of random weights."""
+"""Voices: an audio classifier that detects them, a separator that takes them out, both small and of random weights."""
 
 import json
 import pickle

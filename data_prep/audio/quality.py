@@ -57,13 +57,13 @@ def measure(channels: np.ndarray, rate: int, mixed: bool = True) -> Quality:
     Bandwidth and loudness are those of the mono mix if `mixed`, else those of the channels together.
     """
     mono = channels.mean(axis=0)
-    heard = mono[None] if mixed else channels
+    measured = mono[None] if mixed else channels
     return Quality(
         silence=_silence(channels, rate),
         clipped=float(np.mean([_clipped(channel) for channel in channels])),
         stereo=_stereo(channels, mono),
-        bandwidth=_bandwidth(heard, rate),
-        loudness=integrated_loudness(heard, rate),
+        bandwidth=_bandwidth(measured, rate),
+        loudness=integrated_loudness(measured, rate),
     )
 
 
@@ -85,13 +85,13 @@ def check_quality(quality: Quality, filters: Filters) -> Rejected | None:
     return None
 
 
-def _bandwidth(heard: np.ndarray, rate: int) -> float:
+def _bandwidth(measured: np.ndarray, rate: int) -> float:
     """Highest frequency in Hz at which the average spectrum of [C, S] is above the floor; 0 for silence."""
     from scipy.fft import rfft
 
-    n_samples = heard.shape[1]
+    n_samples = measured.shape[1]
     length = min(2 * max(1, round(_FRAME * rate / 2)), n_samples)
-    frames = heard[:, : n_samples // length * length].reshape(-1, length)
+    frames = measured[:, : n_samples // length * length].reshape(-1, length)
     frames = frames * np.hanning(length + 2)[1:-1].astype(np.float32)
     power = np.zeros(length // 2 + 1)
     for first in range(0, len(frames), _CHUNK):

@@ -1,6 +1,6 @@
 """Codes of all codebooks, from the first stage and, in a two-stage model, the second.
 
-Shapes: B items, K codebooks, N coarse codebooks, t frames.
+Shapes: n clips, K codebooks, C channels of a VAE's patches, T frames, S samples.
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssmttm.generation.clip_codes import ClipCodes
 from ssmttm.generation.engine import CodeSampler, TextConditions
 from ssmttm.generation.request import Request, Sampling
 from ssmttm.generation.second_stage import SecondStageInputs, SecondStageStream
@@ -101,29 +102,29 @@ class CodeGenerator:
 
     def __init__(
         self, request: Request, sampler: CodeSampler, second_stage: SecondStageStream | None,
-        clip_codes: Tensor | None = None, schedule: Sequence[Change] = (),
+        clip: ClipCodes | None = None, schedule: Sequence[Change] = (),
     ) -> None:  # fmt: skip
-        """`clip_codes`: [B, K, P], the codes that the sampler continues; they are returned first."""
+        """`clip`: the codes that both stages continue; they are returned first."""
         self.request, self.schedule = request, list(schedule)
         self.sampler, self.second_stage = sampler, second_stage
-        self.n_clip_frames = 0 if clip_codes is None else clip_codes.shape[-1]
-        self._ready = [] if clip_codes is None else [clip_codes]
+        self.n_clip_frames = 0 if clip is None else clip.n_frames
+        self._ready = [] if clip is None else [clip]
         self._finished = False
         sampler.skip(self.n_clip_frames)
 
-    def next_codes(self, chunk_frames: int) -> Tensor | None:
-        """The next codes, [B, K, t]; None after the end. A second stage returns those of a window."""
+    def next_codes(self, chunk_frames: int) -> ClipCodes | None:
+        """The next codes; None after the end. A second stage returns those of a window."""
         while not self._ready:
             if self._finished:
                 return None
-            frames = self.sampler.next_frames(self._until_next_change(chunk_frames))  # [B, N, t]
+            coarse = self.sampler.next_frames(self._until_next_change(chunk_frames))  # [n, N, t]
             if self.second_stage is None:
-                return frames
-            if frames is None:
+                return None if coarse is None else ClipCodes(coarse, coarse)
+            if coarse is None:
                 self._finished = True
                 self._ready = [self.second_stage.finish()]
             else:
-                self._ready = self.second_stage.push(frames)
+                self._ready = self.second_stage.push(coarse)
         return self._ready.pop(0)
 
     def change(self, change: Change) -> None:
@@ -162,8 +163,8 @@ class CodeGenerator:
         second = self.second_stage
         return {
             "sampler": self.sampler.state(), "second_stage": None if second is None else second.state(),
-            "n_scheduled": len(self.schedule), "ready": list(self._ready), "finished": self._finished,
-            "n_clip_frames": self.n_clip_frames,
+            "n_scheduled": len(self.schedule), "ready": [vars(codes) for codes in self._ready],
+            "finished": self._finished, "n_clip_frames": self.n_clip_frames,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any], fill: Callable[[LMState, Any], LMState]) -> None:
@@ -173,7 +174,7 @@ class CodeGenerator:
         if self.second_stage is not None:
             self.second_stage.restore(state["second_stage"])
         self._finished, self.n_clip_frames = state["finished"], state["n_clip_frames"]
-        self._ready = [codes.to(self.sampler.device) for codes in state["ready"]]
+        self._ready = [ClipCodes(**codes).to(self.sampler.device) for codes in state["ready"]]
 
     def clone(self, seeds: Sequence[int] | None = None) -> "CodeGenerator":
         """A copy that goes on independently: exactly as this one, or with other seeds."""

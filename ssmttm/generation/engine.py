@@ -170,13 +170,13 @@ class CodeSampler:
         _check_finite(self._rows[-1].logits)
         frames = self._gather(self.n_yielded, n_ready)
         self.n_yielded = n_ready
-        self._forget()
+        self._drop_old_positions()
         return frames
 
     def skip(self, n_frames: int) -> None:
         """Do not return that many frames of the prompt."""
         self.n_yielded += n_frames
-        self._forget()
+        self._drop_old_positions()
 
     @torch.inference_mode()
     def change(
@@ -433,7 +433,7 @@ class CodeSampler:
         index = (positions - lowest).to(self.device).unsqueeze(1).expand(-1, self._batch, -1)  # [t, B, K]
         return sequence.gather(0, index).permute(1, 2, 0)
 
-    def _forget(self) -> None:
+    def _drop_old_positions(self) -> None:
         """Drop positions that neither frames to come nor a change of the conditions need."""
         if any(self.pattern.passes):
             return

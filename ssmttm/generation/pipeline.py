@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ssmttm.audio.defects import check_music
 from ssmttm.errors import UserError
+from ssmttm.generation.clip_codes import ClipCodes
 from ssmttm.generation.code_generation import Change, CodeGenerator, PipelineOutput, second_stage_inputs
-from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
+from ssmttm.generation.editing.continuation import AudioInput, EncodedClip
 from ssmttm.generation.editing.edits import audio_to_audio, close_loop, repaint
 from ssmttm.generation.editing.loop import check_loop, decode_loop
 from ssmttm.generation.engine import CodeSampler, TextConditions
@@ -82,8 +83,8 @@ class MusicPipeline(PipelineParts):
             negative_prompts: what to lead away from, one for all or one per prompt; it takes the place of the null
                 condition, so it needs guidance.
             continue_from: audio to go on from, of at least a frame: a file, a waveform [S] or [C, S] at `sample_rate`,
-                or a waveform and its rate. The output is this clip, as the codec renders it, and then `duration`
-                seconds of new music; a melody accompanies the new music.
+                or a waveform and its rate. The output is this clip, as the codec (or the VAE) renders it, and then
+                `duration` seconds of new music; a melody accompanies the new music.
             loop: the end of each clip leads into its start: its last two seconds are generated again with the start as
                 what follows them.
             engine, weights: of the language model's steps, see `ssmttm.generation.engines.build`. "auto" takes the
@@ -96,7 +97,6 @@ class MusicPipeline(PipelineParts):
         )  # fmt: skip
         request, second_stage, clip = self._prepare(prompts, seeds, negative_prompts, options)
         if loop:
-            self.check_codes()
             check_loop(request.durations or [request.duration], continue_from is not None)
             request = replace(request, is_whole=False)
         parts = []
@@ -115,23 +115,24 @@ class MusicPipeline(PipelineParts):
         step_engine = self.engine(*engine)
         generator = self._generator(request, second_stage, clip, step_engine)
         n_clip_frames, started = generator.n_clip_frames, generator.request
-        chunks: list[Tensor] = []
+        chunks: list[ClipCodes] = []
         while (chunk := generator.next_codes(math.ceil(self.codec.frame_rate / 2))) is not None:
             chunks.append(chunk)
             if progress is not None and (len(chunks) > 1 or not n_clip_frames):
-                progress(chunk.shape[0] * chunk.shape[-1] / self.codec.frame_rate)
-        codes = torch.cat(chunks, dim=-1)
+                progress(len(request.prompts) * chunk.n_frames / self.codec.frame_rate)
+        codes = ClipCodes.cat(chunks)
         self._last_session = lambda: self._session_after(generator.request, codes, second_stage, self.engine(*engine))
         # One item at a time, so that memory and rounding do not depend on the batch.
         n_samples, n_skipped = self._n_samples(request, clip)
         if loop:
             codes = close_loop(self, generator.request, codes, second_stage, step_engine)
-            audios = torch.stack([decode_loop(self.codec, item, n_samples) for item in codes.split(1)])
+            audios = torch.stack([decode_loop(self.decoder, item, n_samples) for item in codes.full.split(1)])
         else:
-            audios = torch.cat([self.decode(item)[..., n_skipped : n_skipped + n_samples] for item in codes.split(1)])
+            decoded = (self.decode(item) for item in codes.full.split(1))
+            audios = torch.cat([wav[..., n_skipped : n_skipped + n_samples] for wav in decoded])
         metadata = self.metadata_of_call(second_stage, step_engine, started)
         lengths = [audios.shape[-1]] * len(audios)
-        return PipelineOutput(audios, self.sample_rate, codes.cpu(), metadata, lengths=lengths)
+        return PipelineOutput(audios, self.sample_rate, codes.full.cpu(), metadata, lengths=lengths)
 
     repaint = repaint
     audio_to_audio = audio_to_audio
@@ -192,7 +193,7 @@ class MusicPipeline(PipelineParts):
         )  # fmt: skip
         second_stage = self.check_request(request, options.diffusion_steps)
         source = options.continue_from
-        return request, second_stage, None if source is None else encode_clip(source, self.encoding_codec())
+        return request, second_stage, None if source is None else self.encode_clip(source)
 
     def resume(self, snapshot: Snapshot, seed: int | None = None) -> StreamSession:
         """Go on from a moment of a stream, at no cost of prefill: exactly as that stream did, or with another seed.
@@ -344,8 +345,8 @@ class MusicPipeline(PipelineParts):
         """Both stages, ready to generate the request's clips after the clip that they continue. With `draws`, controls
         are drawn from the captions, unless there is a clip, which has a tempo and a key of its own."""
         n_items = len(request.prompts)
-        clip_codes = None if clip is None else clip.codes.expand(n_items, -1, -1)
-        n_clip_frames = 0 if clip_codes is None else clip_codes.shape[-1]
+        codes = None if clip is None else clip.codes.expand(n_items)
+        n_clip_frames = 0 if codes is None else codes.n_frames
         n_frames = None
         if request.duration is not None:
             n_frames = n_clip_frames + math.ceil(self._n_samples(request, None)[0] / self.decoder.hop_length)
@@ -354,27 +355,26 @@ class MusicPipeline(PipelineParts):
             request = self._draw_controls(request, conditions)
         controls = self.controls(request, n_clip_frames, n_frames)
         schedule = self.scheduled_changes(request, n_clip_frames, n_frames, len(request.schedule))
-        coarse = None if clip_codes is None else clip_codes[:, : self.model.config.n_codebooks]
         sampler = CodeSampler(
-            self.model, conditions, self.pattern, n_frames, request.sampling, request.seeds, coarse,
+            self.model, conditions, self.pattern, n_frames, request.sampling, request.seeds,
+            None if codes is None else codes.coarse,
             controls.supported_by(self.model.config), math.ceil(CONTEXT_SECONDS * self.codec.frame_rate), engine,
         )  # fmt: skip
         if second_stage is None:
-            return CodeGenerator(request, sampler, None, clip_codes, schedule)
+            return CodeGenerator(request, sampler, None, codes, schedule)
         own = controls.supported_by(second_stage.model.config)
         inputs = second_stage_inputs(conditions, request.seeds, own, sampler.device)
-        second = SecondStageStream(second_stage, inputs, clip_codes)
-        return CodeGenerator(request, sampler, second, clip_codes, schedule)
+        second = SecondStageStream(second_stage, inputs, codes)
+        return CodeGenerator(request, sampler, second, codes, schedule)
 
     def _session_after(
-        self, request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine
+        self, request: Request, codes: ClipCodes, second_stage: SecondStage | None, engine: Engine
     ) -> StreamSession:
-        """A session without an end that goes on from the end of a clip of these codes, [1, K, T]."""
-        if len(codes) > 1:
-            _refuse_state(len(codes))
+        """A session without an end that goes on from the end of the clip of these codes."""
+        if (n_clips := len(codes.full)) > 1:
+            _refuse_state(n_clips)
         request = replace(request, duration=None, schedule=())
-        self.check_codes()
-        n_samples = codes.shape[-1] * self.codec.hop_length
+        n_samples = codes.n_frames * self.decoder.hop_length
         clip = EncodedClip(codes, torch.zeros(1, n_samples), 0)  # of which only the codes are used
         generator = self._generator(request, second_stage, clip, engine)
         return StreamSession(self, generator, math.ceil(self.codec.frame_rate / 2), None, n_samples)

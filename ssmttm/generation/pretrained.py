@@ -17,6 +17,7 @@ from ssmttm.adapters import Adapter, check_base, merge, read_adapter, unmerge
 from ssmttm.codecs import Autoencoder, Codec, encoder_of, load_codec
 from ssmttm.errors import UserError
 from ssmttm.generation import loading
+from ssmttm.generation.editing.continuation import AudioInput, EncodedClip, encode_clip
 from ssmttm.generation.engines import Engine, EngineCache
 from ssmttm.generation.item_controls import describe_controls
 from ssmttm.generation.loading import ModelFolder
@@ -221,20 +222,13 @@ class PipelineParts:
             stages.append(self.second_stage.model.config)
         return any(getattr(config, key) for config in stages)
 
-    def encoding_codec(self) -> Codec:
-        """The codec, or the teacher of one that only decodes. Raises UserError as `check_codes`."""
-        self.check_codes()
+    def encode_clip(self, source: AudioInput) -> EncodedClip:
+        """Encode audio that generation starts from with the codec, or the teacher of one that only decodes, and with
+        the VAE whose latents are generated, if there is one. Raises UserError as `continuation.encode_clip`."""
         if self._encoder is None:
             self._encoder = encoder_of(self.codec).to(next(self.model.parameters()).device)
-        return self._encoder
-
-    def check_codes(self) -> None:
-        """Raises UserError if what is generated are a VAE's latents: clips to be continued or changed are codes."""
-        if self.decoder is not self.codec:
-            raise UserError(
-                f"this model generates latents of the VAE {self.decoder.name}: it makes clips and streams, but cannot "
-                "continue, repaint or loop clips"
-            )
+        vae = None if self.second_stage is None else self.second_stage.vae
+        return encode_clip(source, self._encoder, self.model.config.n_codebooks, vae)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:

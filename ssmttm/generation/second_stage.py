@@ -21,6 +21,7 @@ from ssmttm.codecs import Autoencoder, Codec
 from ssmttm.diffusion.guidance import guided_predictor
 from ssmttm.diffusion.samplers import SamplerSettings, sample
 from ssmttm.errors import UserError
+from ssmttm.generation.clip_codes import ClipCodes
 from ssmttm.generation.engines.sequences import compiled_sequences
 from ssmttm.models.controls import Controls
 from ssmttm.models.latent_denoiser import Conditions, LatentDenoiser
@@ -121,34 +122,36 @@ class SecondStage:
         """
         stream = SecondStageStream(self, inputs)
         for chunk in chunks:
-            yield from stream.push(chunk)
-        yield stream.finish()
+            yield from (codes.full for codes in stream.push(chunk))
+        yield stream.finish().full
 
     def regenerate(
-        self, codes: Tensor, region: tuple[int, int], inputs: SecondStageInputs, strength: float = 1.0
-    ) -> Tensor:
-        """Codes [B, K, T] with all but the coarse codes of the frames `region` (start, stop) generated again; the
-        frames around them are known to the sampler (inpainting). Raises UserError as `diffusion.samplers.sample`.
+        self, codes: ClipCodes, region: tuple[int, int], inputs: SecondStageInputs, strength: float = 1.0
+    ) -> ClipCodes:
+        """Generate the frames `region` (start, stop) again from their coarse codes; the frames around them are known to
+        the sampler (inpainting) and stay as they are. Raises UserError as `diffusion.samplers.sample`.
 
         Args:
+            codes: B clips; in the region only the coarse codes are used, unless the strength is below 1.
             strength: below 1, sampling starts from the codes that are there.
         """
         window, overlap = self.settings.window, self.settings.overlap
-        n_coarse, (start, stop) = self.model.config.n_coarse_codebooks, region
-        codes, done, index = codes.clone(), start, 0
+        full, (done, stop), index = codes.full.clone(), region, 0
         while done < stop:
             first = max(0, done - overlap)
-            frames = slice(first, min(first + window, codes.shape[-1], stop + overlap))
+            frames = slice(first, min(first + window, codes.n_frames, stop + overlap))
             n_after = max(0, frames.stop - stop)
-            known = codes[..., first:done] if done > first else None
-            after = codes[..., stop : frames.stop] if n_after else None
-            original = codes[..., frames] if strength < 1 else None
-            codes[..., frames] = self.generate_window(
-                codes[:, :n_coarse, frames], known, inputs, index, first - index * (window - overlap), after, original,
+            known = full[..., first:done] if done > first else None
+            after = full[..., stop : frames.stop] if n_after else None
+            original = full[..., frames] if strength < 1 else None
+            made = self.generate_window(
+                codes.coarse[..., frames], known, inputs, index, first - index * (window - overlap), after, original,
                 strength,
             )  # fmt: skip
-            done, index = frames.stop - n_after, index + 1
-        return codes
+            end = frames.stop - n_after
+            full[..., done:end] = made[..., done - first : end - first]
+            done, index = end, index + 1
+        return ClipCodes(codes.coarse, full)
 
     def generate_window(
         self, coarse_codes: Tensor, known: Tensor | None, inputs: SecondStageInputs, index: int, first_frame: int = 0,
@@ -215,37 +218,37 @@ class SecondStageStream:
         inputs: of the windows to come; may be replaced.
     """
 
-    def __init__(self, stage: SecondStage, inputs: SecondStageInputs, known: Tensor | None = None) -> None:
-        """`known`: codes [B, K, P] before the first chunk, of which the last `overlap` frames are continued."""
+    def __init__(self, stage: SecondStage, inputs: SecondStageInputs, clip: ClipCodes | None = None) -> None:
+        """`clip`: codes before the first chunk, of which the last `overlap` frames are known to the first window."""
         self.stage, self.inputs = stage, inputs
         self.index = 0  # of the next window
         self.coarse_codes: Tensor | None = None  # [B, N, t] from the next window's first frame on
         self.known: Tensor | None = None  # codes [B, K, t] that the next window begins with
-        self.first_frame = 0 if known is None else known.shape[-1]  # of window 0
-        if known is not None and stage.settings.overlap:
-            self.known = known[..., -stage.settings.overlap :]
-            self.coarse_codes = self.known[:, : stage.model.config.n_coarse_codebooks]
-            self.first_frame -= self.known.shape[-1]
+        self.first_frame = 0 if clip is None else clip.n_frames  # of window 0
+        if clip is not None and stage.settings.overlap:
+            last = clip.frames(-stage.settings.overlap)
+            self.coarse_codes, self.known = last.coarse, last.full
+            self.first_frame -= last.n_frames
 
-    def push(self, chunk: Tensor) -> list[Tensor]:
-        """Coarse codes [B, N, t] -> the codes [B, K, t'] of each window that the clip does not end with."""
+    def push(self, chunk: Tensor) -> list[ClipCodes]:
+        """Coarse codes [B, N, t] -> the codes of the new frames of each window that the clip does not end with."""
         window, overlap = self.stage.settings.window, self.stage.settings.overlap
         coarse_codes = chunk if self.coarse_codes is None else torch.cat([self.coarse_codes, chunk], -1)
         new = []
         while coarse_codes.shape[-1] > window:
-            codes = self._generate_window(coarse_codes[..., :window])
-            new.append(codes[..., 0 if self.known is None else self.known.shape[-1] :])
-            coarse_codes, self.known = coarse_codes[..., window - overlap :], codes[..., window - overlap :]
+            codes, n_known = self._generate_window(coarse_codes[..., :window])
+            new.append(codes.frames(n_known))
+            coarse_codes, self.known = coarse_codes[..., window - overlap :], codes.full[..., window - overlap :]
             self.index += 1
         self.coarse_codes = coarse_codes
         return new
 
-    def finish(self) -> Tensor:
-        """The codes [B, K, t] of the last window. Raises UserError without coarse codes."""
+    def finish(self) -> ClipCodes:
+        """The codes of the new frames of the last window. Raises UserError without coarse codes."""
         if self.coarse_codes is None:
             raise UserError("the second stage got no coarse codes")
-        codes = self._generate_window(self.coarse_codes)
-        return codes[..., 0 if self.known is None else self.known.shape[-1] :]
+        codes, n_known = self._generate_window(self.coarse_codes)
+        return codes.frames(n_known)
 
     def clone(self) -> "SecondStageStream":
         """A copy that goes on independently."""
@@ -261,8 +264,10 @@ class SecondStageStream:
         for name, value in state.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
 
-    def _generate_window(self, coarse_codes: Tensor) -> Tensor:
-        return self.stage.generate_window(coarse_codes, self.known, self.inputs, self.index, self.first_frame)
+    def _generate_window(self, coarse_codes: Tensor) -> tuple[ClipCodes, int]:
+        """The codes of the next window, and how many of its frames were known."""
+        full = self.stage.generate_window(coarse_codes, self.known, self.inputs, self.index, self.first_frame)
+        return ClipCodes(coarse_codes, full), 0 if self.known is None else self.known.shape[-1]
 
 
 def _select_rows(text: TextCondition, rows: slice) -> TextCondition:

@@ -1,1 +1,1 @@
-"""How many samples an audio file really holds, by its container; decoders believe its header. Imports no torch."""
+"""How many samples an audio file really holds, by its container; decoders trust its header. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Containers other than WAV and its kin that hold several files in a row: decoders stop at the end of the first.
+"""Containers other than WAV and similar ones that hold several files in a row: decoders stop at the end of the first.
 
 This module imports no torch.
 """

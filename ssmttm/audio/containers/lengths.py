@@ -121,7 +121,7 @@ def _after_audio(file: io.BufferedReader, size: int, place: int, head: bytes) ->
         file.seek(place)
         start = file.read(32)
         if not _is_name(start[padding : padding + 4]):
-            padding = 0  # of programs that forget it
+            padding = 0  # of programs that leave it out
         start, place = start[padding:], place + padding
         if size - place <= _SPARE_BYTES or start.startswith(_TAGS):
             return ""

@@ -1,6 +1,6 @@
 """What an MP3 file holds, counted frame by frame, and reading it whole.
 
-libsndfile believes the first frame: it stops at the length stated there, and guesses one from the first frames if none
+libsndfile trusts the first frame: it stops at the length stated there, and guesses one from the first frames if none
 is stated. Through a pipe it guesses nothing and reads to the end. This module imports no torch.
 """
 

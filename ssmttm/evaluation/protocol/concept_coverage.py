@@ -1,6 +1,6 @@
-"""Concept coverage: the share of a prompt's concepts that an audio language model hears in the clip (arXiv 2605.21538).
+"""Concept coverage: the share of a prompt's concepts that an audio language model finds in the clip (arXiv 2605.21538).
 
-The model is asked about one concept of one clip at a time and knows neither the prompt nor the system.
+The model is asked about one concept of one clip at a time and is given neither the prompt nor the system's name.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Audio that generation starts from: read, encoded, and cut to whole frames at its end.
 
-Shapes: C channels, S samples, K codebooks, P frames.
+Shapes: C channels, S samples, P frames.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ from torch.nn import functional as F
 from ssmttm import audio
 from ssmttm.audio.defects import check_music
 from ssmttm.audio.stereo import with_channels
-from ssmttm.codecs import Codec
+from ssmttm.codecs import Autoencoder, Codec
 from ssmttm.errors import UserError
+from ssmttm.generation.clip_codes import ClipCodes
 
-AudioInput = Tensor | tuple[Tensor, int] | str | Path  # [S] or [C, S] at the codec's rate, with its rate, or a file
+AudioInput = Tensor | tuple[Tensor, int] | str | Path  # [S] or [C, S] at the model's rate, with its rate, or a file
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """codes: int64 [1, K, P], whose last frame ends with the clip. wav: the clip at the codec's rate, [C, S]; the codes
-    hold `n_padding` samples more before it."""
+    """codes: of one clip, P frames of which the last ends with it. wav: the clip at the rate of what decodes them, [C,
+    S]; the codes hold `n_padding` samples more before it."""
 
-    codes: Tensor
+    codes: ClipCodes
     wav: Tensor
     n_padding: int
 
@@ -55,21 +56,27 @@ def _on_channels(wav: Tensor, channels: int) -> Tensor:
     return torch.from_numpy(with_channels(wav.numpy(), channels, "the audio"))
 
 
-def encode_clip(source: AudioInput, codec: Codec) -> EncodedClip:
+def encode_clip(source: AudioInput, codec: Codec, n_coarse: int, vae: Autoencoder | None = None) -> EncodedClip:
     """Encode the audio that generation starts from. Raises UserError if it is shorter than a frame, or as
     `read_audio_input`.
 
     Args:
-        codec: one that encodes, with the codebooks of the model.
+        codec: one that encodes, with the codebooks of the model, of which the first `n_coarse` are the language
+            model's.
+        vae: that of a model that generates its latents. The audio is then read at its rate and with its channels, and
+            the codec encodes the same samples, at its own.
     """
-    wav, hop = read_audio_input(source, codec.sample_rate, codec.channels), codec.hop_length
+    encoder = codec if vae is None else vae
+    wav, hop = read_audio_input(source, encoder.sample_rate, encoder.channels), encoder.hop_length
     n_samples = wav.shape[-1]
     if n_samples < hop:
-        seconds = f"{n_samples / codec.sample_rate:.3f} s"
-        raise UserError(f"the audio of {seconds} is shorter than a frame of {1 / codec.frame_rate:.3f} s: give more")
+        seconds = f"{n_samples / encoder.sample_rate:.3f} s"
+        raise UserError(f"the audio of {seconds} is shorter than a frame of {1 / encoder.frame_rate:.3f} s: give more")
     n_padding = -n_samples % hop
-    padded = F.pad(wav[None], (n_padding, 0))  # [1, C, P * hop]
+    padded = F.pad(wav, (n_padding, 0))  # [C, P * hop]
+    of_codec = audio.resample(_on_channels(padded, codec.channels), encoder.sample_rate, codec.sample_rate)
     device = next(codec.parameters()).device
     with torch.inference_mode():
-        codes = codec.encode(padded.to(device))
-    return EncodedClip(codes, wav, n_padding)
+        codes = codec.encode(of_codec[None].to(device))  # [1, K, P]
+        full = codes if vae is None else vae.encode(padded[None].to(device))
+    return EncodedClip(ClipCodes(codes[:, :n_coarse], full), wav, n_padding)

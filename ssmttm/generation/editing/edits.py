@@ -1,17 +1,17 @@
 """A clip edited by a pipeline: a region generated again, audio-to-audio, the end of a loop.
 
-Shapes: n clips, K codebooks, T frames, C channels, S samples.
+Shapes: T frames, C channels, S samples.
 """
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ssmttm.errors import UserError
+from ssmttm.generation.clip_codes import ClipCodes
 from ssmttm.generation.code_generation import PipelineOutput, second_stage_inputs
-from ssmttm.generation.editing.continuation import AudioInput, encode_clip
+from ssmttm.generation.editing.continuation import AudioInput
 from ssmttm.generation.editing.loop import unrolled
 from ssmttm.generation.editing.repaint import (
     Repainted,
@@ -40,8 +40,8 @@ def repaint(
     bpm: float | None = None, key: str | None = None,
     diffusion_steps: int | None = None, engine: str = "auto", weights: str = "fp32",
 ) -> PipelineOutput:  # fmt: skip
-    """Generate a region of a clip again. Outside it the samples are the clip's own, mono at `sample_rate`, but for
-    a short mix at its edges, within the codec's reach.
+    """Generate a region of a clip again. Outside it the samples are the clip's own, at the pipeline's `sample_rate` and
+    on its channels, but for a short mix at its edges, within the decoder's reach.
 
     Args:
         clip: as `continue_from` of a call.
@@ -65,19 +65,18 @@ def repaint(
     request = replace(request, is_whole=False)
     seeds = _candidate_seeds(seed, candidates)
     second_stage = pipeline.check_request(request, diffusion_steps)
-    encoded = encode_clip(clip, pipeline.encoding_codec())
-    hop = pipeline.codec.hop_length
+    encoded = pipeline.encode_clip(clip)
+    hop = pipeline.decoder.hop_length
     frames = region_frames(region, encoded, pipeline.sample_rate, hop)
     step_engine = pipeline.engine(engine, weights)
-    controls = pipeline.controls(request, 0, encoded.codes.shape[-1])
+    controls = pipeline.controls(request, 0, encoded.codes.n_frames)
     codes, found = _regenerate(pipeline, request, encoded.codes, controls, frames, seeds, second_stage, step_engine)
     first, last = (frame * hop - encoded.n_padding for frame in frames)
-    decoded = pipeline.decode(codes)[0, :, encoded.n_padding :]  # [C, S]
-    fade = fade_samples(pipeline.codec.context, hop)
-    wav = mix_region(encoded.wav.expand(len(decoded), -1), decoded, max(0, first), last, fade)
+    decoded = pipeline.decode(codes.full)[0, :, encoded.n_padding :]  # [C, S]
+    wav = mix_region(encoded.wav, decoded, max(0, first), last, fade_samples(pipeline.decoder.context, hop))
     about = {"region": list(region), "seed": seeds[found.best], "scores": found.scores}
     metadata = pipeline.metadata_of_call(second_stage, step_engine) | {"repaint": about}
-    return PipelineOutput(wav[None], pipeline.sample_rate, codes.cpu(), metadata, lengths=[wav.shape[-1]])
+    return PipelineOutput(wav[None], pipeline.sample_rate, codes.full.cpu(), metadata, lengths=[wav.shape[-1]])
 
 
 def audio_to_audio(
@@ -101,30 +100,30 @@ def audio_to_audio(
         raise UserError("the second stage, which alone runs here, was not trained with bpm: leave it out")
     if negative_prompt and second_stage.settings.guidance_scale <= 1:
         raise UserError("a negative prompt acts through guidance, which the second stage has none of: leave it out")
-    encoded = encode_clip(clip, pipeline.encoding_codec())
-    n_frames = encoded.codes.shape[-1]
+    encoded = pipeline.encode_clip(clip)
+    n_frames = encoded.codes.n_frames
     own = pipeline.controls(request, 0, n_frames).supported_by(second_stage.model.config)
     device = next(pipeline.model.parameters()).device
     inputs = second_stage_inputs(pipeline.text_conditions(request), [seed], own, device)
-    codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength)
+    codes = second_stage.regenerate(encoded.codes, (0, n_frames), inputs, strength).full
     wav = pipeline.decode(codes)[..., encoded.n_padding :]
     metadata = pipeline.metadata_of_call(second_stage) | {"strength": strength}
     return PipelineOutput(wav, pipeline.sample_rate, codes.cpu(), metadata, lengths=[wav.shape[-1]])
 
 
 def close_loop(
-    pipeline: "MusicPipeline", request: Request, codes: Tensor, second_stage: SecondStage | None, engine: Engine
-) -> Tensor:
-    """Codes [n, K, T] whose last frames lead into the first ones, which come again with their own controls."""
-    closed, n_frames = [], codes.shape[-1]
-    around = torch.arange(2 * n_frames, device=codes.device) % n_frames
-    for own, alone in zip(codes.split(1), request.batches(1), strict=True):
+    pipeline: "MusicPipeline", request: Request, codes: ClipCodes, second_stage: SecondStage | None, engine: Engine
+) -> ClipCodes:
+    """The clips' codes with last frames that lead into the first ones, which come again with their own controls."""
+    closed, n_frames = [], codes.n_frames
+    around = torch.arange(2 * n_frames, device=codes.coarse.device) % n_frames
+    for own, alone in zip(codes.items(), request.batches(1), strict=True):
         both, frames = unrolled(own, pipeline.codec.frame_rate)
         controls = pipeline.controls(alone, 0, n_frames).gather_frames(around)
         seeds = _candidate_seeds(alone.seeds[0] + 1, _LOOP_CANDIDATES)
         made, _ = _regenerate(pipeline, alone, both, controls, frames, seeds, second_stage, engine)
-        closed.append(made[..., :n_frames])
-    return torch.cat(closed)
+        closed.append(made.frames(0, n_frames))
+    return ClipCodes.cat(closed, dim=0)
 
 
 def _candidate_seeds(first: int, n: int) -> list[int]:
@@ -133,23 +132,20 @@ def _candidate_seeds(first: int, n: int) -> list[int]:
 
 
 def _regenerate(
-    pipeline: "MusicPipeline", request: Request, codes: Tensor, controls: Controls, frames: tuple[int, int],
+    pipeline: "MusicPipeline", request: Request, codes: ClipCodes, controls: Controls, frames: tuple[int, int],
     seeds: list[int], second_stage: SecondStage | None, engine: Engine,
-) -> tuple[Tensor, Repainted]:  # fmt: skip
-    """Codes [1, K, T] with the frames (start, stop) generated again, once with each seed, and the choice of one;
+) -> tuple[ClipCodes, Repainted]:  # fmt: skip
+    """Codes of one clip with the frames (start, stop) generated again, once with each seed, and the choice of one;
     `controls` by frame."""
-    n_coarse = pipeline.model.config.n_codebooks
-    coarse = codes[:, :n_coarse]
-    given = known_around(coarse, frames, pipeline.pattern)
+    given = known_around(codes.coarse, frames, pipeline.pattern)
     conditions = pipeline.text_conditions(request)
     sampler = CodeSampler(
         pipeline.model, conditions, pipeline.pattern, given.shape[-1], request.sampling, seeds[:1], given,
         controls.supported_by(pipeline.model.config), 0, engine,
     )  # fmt: skip
-    found = repaint_codes(sampler, coarse, frames, seeds, pipeline.codec.frame_rate)
-    codes = torch.cat([found.codes, codes[:, n_coarse:]], 1)
-    if second_stage is not None:
-        own = controls.supported_by(second_stage.model.config)
-        inputs = second_stage_inputs(conditions, [seeds[found.best]], own, sampler.device)
-        codes = second_stage.regenerate(codes, frames, inputs)
-    return codes, found
+    found = repaint_codes(sampler, codes.coarse, frames, seeds, pipeline.codec.frame_rate)
+    if second_stage is None:
+        return ClipCodes(found.codes, found.codes), found
+    own = controls.supported_by(second_stage.model.config)
+    inputs = second_stage_inputs(conditions, [seeds[found.best]], own, sampler.device)
+    return second_stage.regenerate(ClipCodes(found.codes, codes.full), frames, inputs), found

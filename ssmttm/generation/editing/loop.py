@@ -1,7 +1,7 @@
 """A clip that repeats without a seam: its last frames are generated again with the first ones as what follows them, and
 it is decoded as a circle.
 
-Shapes: K codebooks, T frames, C channels, S samples.
+Shapes: T frames, C channels, S samples.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssmttm.codecs import Codec
+from ssmttm.codecs import Autoencoder
 from ssmttm.errors import UserError
+from ssmttm.generation.clip_codes import ClipCodes
 
 REGION_SECONDS = 2.0  # at the end of the clip, generated again
 MIN_SECONDS = 2 * REGION_SECONDS
@@ -27,21 +28,22 @@ def check_loop(durations: Sequence[float | None], has_clip: bool) -> None:
             raise UserError(f"a loop must be of at least {MIN_SECONDS:g} s, {found}")
 
 
-def unrolled(codes: Tensor, frame_rate: float) -> tuple[Tensor, tuple[int, int]]:
-    """Codes [1, K, T] followed by themselves, and the frames (start, stop) to generate again."""
-    n_frames = codes.shape[-1]
-    return torch.cat([codes, codes], -1), (n_frames - round(REGION_SECONDS * frame_rate), n_frames)
+def unrolled(codes: ClipCodes, frame_rate: float) -> tuple[ClipCodes, tuple[int, int]]:
+    """Codes of T frames followed by themselves, and the frames (start, stop) to generate again."""
+    n_frames = codes.n_frames
+    return ClipCodes.cat([codes, codes]), (n_frames - round(REGION_SECONDS * frame_rate), n_frames)
 
 
 @torch.inference_mode()
-def decode_loop(codec: Codec, codes: Tensor, n_samples: int) -> Tensor:
-    """Decode codes [1, K, T] as a circle: [C, S], whose end leads into its start. If S is no whole number of frames,
+def decode_loop(decoder: Autoencoder, frames: Tensor, n_samples: int) -> Tensor:
+    """Decode frames [1, ..., T] as a circle: [C, S], whose end leads into its start. If S is no whole number of frames,
     the last samples are mixed with those before the circle's start."""
-    n_frames, hop = codes.shape[-1], codec.hop_length
-    n_mixed = round(_MIX_SECONDS * codec.sample_rate)
-    before, after = codec.context or (n_frames, n_frames)
+    n_frames, hop = frames.shape[-1], decoder.hop_length
+    n_mixed = round(_MIX_SECONDS * decoder.sample_rate)
+    before, after = decoder.context or (n_frames, n_frames)
     before, after = min(before, n_frames), min(after + 1 + n_mixed // hop, n_frames)
-    wav = codec.decode(torch.cat([codes[..., n_frames - before :], codes, codes[..., :after]], -1))[0].float().cpu()
+    around = torch.cat([frames[..., n_frames - before :], frames, frames[..., :after]], -1)
+    wav = decoder.decode(around)[0].float().cpu()
     circle = wav[:, before * hop : (before + n_frames) * hop].clone()  # [C, T * hop]
     fade_in = torch.linspace(0, 1, n_mixed)
     # A codec may depend on the position in the clip: the start then differs a little from what follows the end.

@@ -39,7 +39,7 @@ def region_frames(region: tuple[float, float], clip: EncodedClip, sample_rate: i
     if not 0 <= start < stop or not stop <= seconds + 1 / sample_rate:
         raise UserError(f"the region {start:g}:{stop:g} s must be within the clip of {seconds:.2f} s, its start first")
     first = int(start * sample_rate + clip.n_padding) // hop
-    return first, min(-int(-(stop * sample_rate + clip.n_padding) // hop), clip.codes.shape[-1])
+    return first, min(-int(-(stop * sample_rate + clip.n_padding) // hop), clip.codes.n_frames)
 
 
 def repaint_codes(

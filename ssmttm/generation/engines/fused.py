@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmttm.generation.engines.base import AddedEmbeddings, Engine, Steps, check_parts
-from ssmttm.generation.engines.library import Unavailable, instruction_set, library
+from ssmttm.generation.engines.library import Pool, Unavailable, instruction_set, library
 from ssmttm.generation.engines.sequences import compiled_sequences
 from ssmttm.generation.request import Sampling
 from ssmttm.mixers import Attention, Mamba1, Mamba2
@@ -206,17 +206,6 @@ class FusedEngine(Engine):
     def _mlp(self, struct: _Sublayer, mlp: MLP) -> None:
         struct.kind = 4
         struct.linears[0], struct.linears[1] = self._linear(mlp.fc1), self._linear(mlp.fc2)
-
-
-class Pool:
-    """The library's worker threads, which sleep between steps."""
-
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
-        self._close = library.ssmttm_close
-        self.address = library.ssmttm_open(threads)
-
-    def __del__(self) -> None:
-        self._close(self.address)
 
 
 class FusedSteps(Steps):

@@ -57,11 +57,22 @@ def library(name: str | None = None) -> ctypes.CDLL:
     lib.ssmttm_draw.argtypes, lib.ssmttm_draw.restype = [pointer, pointer, number, pointer, pointer], None
     lib.ssmttm_run.argtypes = [*[pointer] * 6, number, pointer, pointer, number, number, ctypes.c_int, pointer, pointer]
     lib.ssmttm_run.restype = ctypes.c_int
-    lib.ssmttm_convolve.argtypes = [pointer, pointer, number, number, pointer, pointer, *[number] * 4, pointer]
+    lib.ssmttm_convolve.argtypes = [*[pointer] * 3, number, number, pointer, pointer, *[number] * 4, pointer]
     lib.ssmttm_convolve.restype = None
-    lib.ssmttm_scan.argtypes, lib.ssmttm_scan.restype = [*[pointer] * 8, number, pointer], None
+    lib.ssmttm_scan.argtypes, lib.ssmttm_scan.restype = [*[pointer] * 9, number, pointer], None
     lib.ssmttm_read.argtypes, lib.ssmttm_read.restype = [pointer, number], ctypes.c_float
     return lib
+
+
+class Pool:
+    """The library's worker threads, which start with the first work that is worth it and sleep between jobs."""
+
+    def __init__(self, lib: ctypes.CDLL, threads: int) -> None:
+        self._close = lib.ssmttm_close
+        self.address = lib.ssmttm_open(threads)
+
+    def __del__(self) -> None:
+        self._close(self.address)
 
 
 def cache_folder() -> Path:

@@ -1,16 +1,18 @@
 """Convolution and scan of Mamba-2 over whole sequences in the compiled library (step.cpp), position after position.
 
 They take the place of torch's in a prefill and in the second stage, whose sequences are short: there the chunks of
-`ssmttm.ops.ssd` cost many calls for little work, and a row has the same bits in any batch. Shapes as in `ssmttm.ops`.
+`ssmttm.ops.ssd` cost many calls for little work. Channels and heads are shared among as many threads as torch uses; a
+row has the same bits in any batch and with any number of threads. Shapes as in `ssmttm.ops`.
 """
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ssmttm.generation.engines.library import Unavailable, library
+from ssmttm.generation.engines.library import Pool, Unavailable, library
 from ssmttm.ops import backend
 
 
@@ -27,27 +29,27 @@ def compiled_sequences(device: torch.device) -> AbstractContextManager[None]:
     if device.type != "cpu":
         return nullcontext()
     try:
-        library()
+        pool = Pool(library(), torch.get_num_threads())
     except Unavailable:
         return nullcontext()
-    return backend.cpu_kernels({"causal_conv": convolve, "ssd": scan})
+    return backend.cpu_kernels({"causal_conv": partial(convolve, pool), "ssd": partial(scan, pool)})
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor) -> Tensor:
+def convolve(pool: Pool, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor) -> Tensor:
     """`causal_conv` with SiLU: x [B, T, C] -> [B, T, C]. `past` [B, K-1, C], contiguous, takes in the last inputs."""
     if x.stride(2) != 1:
         x = x.contiguous()
     taps, y = weight.t().contiguous(), x.new_empty(x.shape)
     batch, length, channels = x.shape
     library().ssmttm_convolve(
-        taps.data_ptr(), None if bias is None else bias.data_ptr(), len(taps), channels, past.data_ptr(), x.data_ptr(),
-        x.stride(0), x.stride(1), batch, length, y.data_ptr(),
+        pool.address, taps.data_ptr(), None if bias is None else bias.data_ptr(), len(taps), channels, past.data_ptr(),
+        x.data_ptr(), x.stride(0), x.stride(1), batch, length, y.data_ptr(),
     )  # fmt: skip
     return y
 
 
 def scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
+    pool: Pool, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`ssd`."""
     batch, length, heads, width = x.shape
@@ -61,10 +63,9 @@ def scan(
     state = x.new_zeros(shape) if initial_state is None else initial_state.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(batch, length, heads, width)
     settings = _Scan(length, heads, width, groups, n, x.stride(1), B.stride(1))
-    at = [tensor.data_ptr() for tensor in (x, dt, A, B, C)]
-    library().ssmttm_scan(
-        ctypes.addressof(settings), *at, None if D is None else D.data_ptr(), state.data_ptr(), batch, y.data_ptr()
-    )
+    at: list[int | None] = [tensor.data_ptr() for tensor in (x, dt, A, B, C)]
+    at += [None if D is None else D.data_ptr(), state.data_ptr()]
+    library().ssmttm_scan(pool.address, ctypes.addressof(settings), *at, batch, y.data_ptr())
     return y, state
 
 

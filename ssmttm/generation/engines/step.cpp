@@ -3,7 +3,7 @@
 //
 // Vectors are GCC's and Clang's vector extension, W floats wide by the instruction set this file is compiled for; only
 // the int8 product and the reading of bfloat16 have code of their own for each. Every output is summed in an order that
-// does not depend on the batch or on the number of threads, so that a row has the same bits alone and in company.
+// does not depend on the batch or on the number of threads, so that a row has the same bits alone and in a batch.
 // Shapes: R rows, K codebooks, D model width, C channels, H heads, P head width, N state, S slots, V codes.
 #include <algorithm>
 #include <cmath>
@@ -236,8 +236,10 @@ static void add_scaled(float* y, const float* x, float a, int64_t n) {
 }
 
 // ---- threads ----
-// Workers that sleep between jobs. A job is called once for each part, 0 to n - 1; part 0 runs in the caller.
+// Workers that sleep between jobs, started with the first. A job is called once for each part, 0 to n - 1; part 0 runs
+// in the caller.
 struct Pool {
+  const int parts;
   std::vector<std::thread> workers;
   std::mutex turn, mutex;  // turn: callers wait for each other
   std::condition_variable begin, end;
@@ -246,9 +248,7 @@ struct Pool {
   int running = 0;
   bool closing = false;
 
-  explicit Pool(int n) {
-    for (int part = 1; part < n; part++) workers.emplace_back([this, part] { work(part); });
-  }
+  explicit Pool(int n) : parts(n) {}
   ~Pool() {
     {
       std::lock_guard<std::mutex> lock(mutex);
@@ -257,7 +257,7 @@ struct Pool {
     begin.notify_all();
     for (auto& worker : workers) worker.join();
   }
-  int size() const { return (int)workers.size() + 1; }
+  int size() const { return parts; }
   void work(int part) {
     uint64_t seen = 0;
     for (;;) {
@@ -273,8 +273,9 @@ struct Pool {
     }
   }
   void run(const std::function<void(int)>& function) {
-    if (workers.empty()) return function(0);
+    if (parts == 1) return function(0);
     std::lock_guard<std::mutex> mine(turn);
+    for (int part = (int)workers.size() + 1; part < parts; part++) workers.emplace_back([this, part] { work(part); });
     {
       std::lock_guard<std::mutex> lock(mutex);
       job = &function;
@@ -287,6 +288,13 @@ struct Pool {
     end.wait(lock, [&] { return running == 0; });
   }
 };
+constexpr int64_t WORTH_WAKING = 1 << 20;  // multiply-adds of a convolution or scan: 0.1 ms of a scan on Zen 4
+// f(first, end) for all of n tasks, shared among the threads if these are worth waking.
+template <class F>
+static void share(Pool& pool, int64_t n, bool worth_waking, F f) {
+  if (pool.size() == 1 || !worth_waking) return f(0, n);
+  pool.run([&](int part) { f(n * part / pool.size(), n * (part + 1) / pool.size()); });
+}
 
 // ---- matrix and vectors ----
 struct Fp32 {
@@ -491,13 +499,9 @@ static void linear(Pool& pool, Arena& arena, const Linear& l, const float* x, in
     q = {values, scale};
   }
   const int64_t apart = l.out / STREAMS;
-  const auto part = [&](int64_t first, int64_t last) {
-    for (int64_t o = first; o < last; o++) all_rows<STREAMS>(l, x, q, rows, y, o, apart);
-  };
-  if (pool.size() == 1 || l.out * l.in < 65536)
-    part(0, apart);
-  else
-    pool.run([&](int n) { part(apart * n / pool.size(), apart * (n + 1) / pool.size()); });
+  share(pool, apart, l.out * l.in >= 65536, [&](int64_t first, int64_t end) {
+    for (int64_t o = first; o < end; o++) all_rows<STREAMS>(l, x, q, rows, y, o, apart);
+  });
   for (int64_t o = apart * STREAMS; o < l.out; o++) all_rows<1>(l, x, q, rows, y, o, 0);
   for (int row = 0; row < rows; row++) {
     float* out = y + row * l.out;
@@ -528,21 +532,22 @@ static void normalise(int64_t kind, const float* x, const float* weight, const f
   map(y, n, y, weight, [&](vf v, vf w) { return v * scale * w; });
   map(y, n, y, bias, [&](vf v, vf b) { return v + b; });
 }
-// The causal convolution's step with SiLU: past [taps - 1, C], oldest first, takes in x [C]; y [C].
-static void convolve(const Sublayer& l, float* past, const float* x, float* y) {
+// The causal convolution's step with SiLU: past [taps - 1, C], oldest first, takes in x [C]; y [C]. Of n channels, the
+// first of which all pointers but those of `l` are at.
+static void convolve(const Sublayer& l, int64_t first, int64_t n, float* past, const float* x, float* y) {
   const int64_t C = l.channels, last = l.taps - 1;
-  const float* w = l.conv_weight;
-  map(y, C, x, w + last * C, [](vf v, vf a) { return v * a; });
+  const float* w = l.conv_weight + first;
+  map(y, n, x, w + last * C, [](vf v, vf a) { return v * a; });
   for (int64_t k = 0; k < last; k++) {
     const float* column = past + k * C;
     int64_t c = 0;
-    for (; c + W <= C; c += W) store(y + c, load(y + c) + load(column + c) * load(w + k * C + c));
-    for (; c < C; c++) y[c] += column[c] * w[k * C + c];
+    for (; c + W <= n; c += W) store(y + c, load(y + c) + load(column + c) * load(w + k * C + c));
+    for (; c < n; c++) y[c] += column[c] * w[k * C + c];
   }
-  if (l.conv_bias) map(y, C, y, l.conv_bias, [](vf v, vf b) { return v + b; });
-  map(y, C, y, y, [](vf v, vf) { return silu(v); });
-  if (last > 1) std::memmove(past, past + C, (last - 1) * C * sizeof(float));
-  if (last > 0) std::memcpy(past + (last - 1) * C, x, C * sizeof(float));
+  if (l.conv_bias) map(y, n, y, l.conv_bias + first, [](vf v, vf b) { return v + b; });
+  map(y, n, y, y, [](vf v, vf) { return silu(v); });
+  for (int64_t k = 0; k < last; k++)
+    std::memcpy(past + k * C, k + 1 < last ? past + (k + 1) * C : x, n * sizeof(float));
 }
 // For S rows of a state [S, n]: state = decay * state + u * b, and y = the sum of state * c.
 template <int S, bool BY_ROW = STATE_BY_ROW>
@@ -595,7 +600,7 @@ static void scan_head(const Scan& l, const float* x, const float* dt, float A, c
 // One row of a Mamba-2 mixer between its projections: u [z, x, B, C, dt] -> y [I].
 static void mamba2(const Sublayer& l, const float* u, float* conv, float* ssm, float* xBC, float* dt, float* y) {
   const int64_t I = l.inner, N = l.d_state, P = l.headdim, heads_per_group = l.heads / l.groups;
-  convolve(l, conv, u + I, xBC);
+  convolve(l, 0, l.channels, conv, u + I, xBC);
   map(dt, l.heads, u + I + l.channels, l.dt_bias, [](vf v, vf b) { return softplus(v + b); });
   for (int64_t h = 0; h < l.heads; h++) {
     const float* B = xBC + I + h / heads_per_group * N;
@@ -717,7 +722,7 @@ static void apply(Pool& pool, Arena& arena, const Sublayer& l, const State& stat
     auto *operands = arena.get<float>(rows * projected), *rank = arena.get<float>(rows * l.dt_rank);
     auto *dt = arena.get<float>(rows * I), *t = arena.get<float>(I);
     linear(pool, arena, m[0], h, rows, xz);
-    for (int r = 0; r < rows; r++) convolve(l, state.first + r * (l.taps - 1) * I, xz + r * 2 * I, x + r * I);
+    for (int r = 0; r < rows; r++) convolve(l, 0, I, state.first + r * (l.taps - 1) * I, xz + r * 2 * I, x + r * I);
     linear(pool, arena, m[2], x, rows, operands);
     for (int r = 0; r < rows; r++)
       std::memcpy(rank + r * l.dt_rank, operands + r * projected, l.dt_rank * sizeof(float));
@@ -969,26 +974,32 @@ int ssmttm_run(void* pool, const Model* model, const State* states, const Draw* 
 }
 // The causal convolution of T positions with SiLU: x [R, T, C] with the given strides, weight [taps, C], bias [C] or null
 // and past [R, taps - 1, C], which takes in the last inputs -> y [R, T, C].
-void ssmttm_convolve(const float* weight, const float* bias, int64_t taps, int64_t channels, float* past,
+void ssmttm_convolve(void* pool, const float* weight, const float* bias, int64_t taps, int64_t channels, float* past,
                      const float* x, int64_t row_stride, int64_t stride, int64_t rows, int64_t length, float* y) {
   Sublayer l = {};
   l.conv_weight = weight, l.conv_bias = bias, l.taps = taps, l.channels = channels;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t t = 0; t < length; t++)
-      convolve(l, past + r * (taps - 1) * channels, x + r * row_stride + t * stride, y + (r * length + t) * channels);
+  const int64_t vectors = (channels + W - 1) / W;
+  share(*(Pool*)pool, vectors, rows * length * taps * channels >= WORTH_WAKING, [&](int64_t first, int64_t end) {
+    first *= W, end = std::min(channels, end * W);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t t = 0; t < length; t++)
+        convolve(l, first, end - first, past + r * (taps - 1) * channels + first,
+                 x + r * row_stride + t * stride + first, y + (r * length + t) * channels + first);
+  });
 }
 // The scan of Mamba-2: x [R, T, H, P], dt [R, T, H], B and C [R, T, G, N], D [H] or null, and state [R, H, P, N], which
 // takes the final one -> y [R, T, H, P]. Positions of x, B and C lie apart by the strides of `scan`, rows T times that.
-void ssmttm_scan(const Scan* scan, const float* x, const float* dt, const float* A, const float* B, const float* C,
-                 const float* D, float* state, int64_t rows, float* y) {
+void ssmttm_scan(void* pool, const Scan* scan, const float* x, const float* dt, const float* A, const float* B,
+                 const float* C, const float* D, float* state, int64_t rows, float* y) {
   const Scan& l = *scan;
   const int64_t T = l.length, H = l.heads, P = l.headdim, N = l.d_state;
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t h = 0; h < H; h++) {
-      const int64_t bc = r * T * l.bc_stride + h / (H / l.groups) * N;
+  share(*(Pool*)pool, rows * H, rows * T * H * P * N >= WORTH_WAKING, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i++) {
+      const int64_t r = i / H, h = i % H, bc = r * T * l.bc_stride + h / (H / l.groups) * N;
       scan_head(l, x + r * T * l.x_stride + h * P, dt + r * T * H + h, A[h], B + bc, C + bc, D ? D[h] : 0.f,
-                state + (r * H + h) * P * N, y + (r * T * H + h) * P);
+                state + i * P * N, y + (r * T * H + h) * P);
     }
+  });
 }
 float ssmttm_read(const float* p, int64_t n) {  // reads n floats in four streams: the limit that a step is measured by
   vf acc[4][2] = {};

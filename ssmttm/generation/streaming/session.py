@@ -90,7 +90,7 @@ class StreamSession:
                 self.finished = True
                 wav = self.decoder.finish()
             else:
-                wav = self.decoder.push(codes)
+                wav = self.decoder.push(codes.full)
             if wav is not None and (chunk := self._trim(wav[0].float().cpu())).shape[-1]:
                 self.n_returned += chunk.shape[-1]
                 return chunk

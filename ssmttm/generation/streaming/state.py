@@ -26,7 +26,7 @@ from ssmttm.models.token_lm import LMState
 if TYPE_CHECKING:
     from ssmttm.generation.pipeline import MusicPipeline
 
-_FORMAT = "ssmttm state 2"
+_FORMAT = "ssmttm state 3"
 _TENSOR = "__tensor__"  # in place of a tensor in the JSON
 
 

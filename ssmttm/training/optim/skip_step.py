@@ -51,7 +51,7 @@ class SkipStep:
         return int(total), int(in_a_row)
 
     def start_again(self) -> None:
-        """Forget the recent steps, but not the number of skipped ones."""
+        """Clear the statistics of recent steps, but not the number of skipped ones."""
         self._counts[1] = 0
         self._seen.zero_()
 
