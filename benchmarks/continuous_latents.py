@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.continuous_latents", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hours", type=float, default=1.0, help="of music (default: %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=4000, help="(default: %(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=6000, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="of the denoisers (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the denoisers (default: 0 1 2)")
     parser.add_argument("--pieces", type=int, default=20, help="of the reference music (default: %(default)s)")

@@ -11,11 +11,13 @@ from tokenizers import Tokenizer
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path)
 parser.add_argument("prompt")
-parser.add_argument("--guidance", type=float, help="default: the model's")
-for name, default in {"out": "out.wav", "duration": 10.0, "seed": 0, "temperature": 1.0, "top-k": 250}.items():
+for name, default in {"out": "out.wav", "duration": 10.0, "seed": 0}.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
+for name, kind in {"guidance-scale": float, "temperature": float, "top-k": int, "top-p": float}.items():
+    parser.add_argument(f"--{name}", type=kind, help="default: the model's")
 args = parser.parse_args()
 system = json.loads((args.folder / "system.json").read_text())
+sampling = system["sampling"] | {name: value for name, value in vars(args).items() if value is not None}
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1  # the steps are small: more threads only wait for each other
 graphs = {path.stem: onnxruntime.InferenceSession(path, options) for path in args.folder.glob("*.onnx")}
@@ -44,7 +46,7 @@ def concatenate(parts: list) -> np.ndarray:  # rows, zero-padded to the longest 
     return np.concatenate([np.pad(part, [(0, n) for n in shape - part.shape]) for part in parts])
 
 prompt = Tokenizer.from_file(str(args.folder / "tokenizer.json")).encode(args.prompt).ids
-scale, pattern = system["guidance_scale"] if args.guidance is None else args.guidance, system["pattern"]
+scale, pattern = sampling["guidance_scale"], system["pattern"]
 rows = [prefill(ids) for ids in ([prompt] if scale == 1 else [prompt, system["null_ids"]])]
 states, random = {name: concatenate([row[name] for row in rows]) for name in rows[0]}, np.random.default_rng(args.seed)
 n_samples = round(args.duration * system["sample_rate"])
@@ -54,9 +56,13 @@ positions = starts[:, None] + pattern["stride"] * frames  # [K, T], of each code
 sequence = np.full((len(positions), positions.max() + 1), system["special_token_id"])
 for position in range(1, sequence.shape[1]):
     logits, states = step(states, np.tile(sequence[:, position - 1], (len(rows), 1)))
-    logits = (logits[-1] + scale * (logits[0] - logits[-1])) / args.temperature  # [K, V], guided by the null row
-    kept = np.where(logits < np.sort(logits)[:, [-min(args.top_k, logits.shape[1])]], -np.inf, logits)
-    codes = (kept + random.gumbel(size=kept.shape)).argmax(1)  # samples softmax(kept)
+    logits = (logits[-1] + scale * (logits[0] - logits[-1])) / sampling["temperature"]  # [K, V], guided by the null row
+    order = np.argsort(-logits)[:, : sampling["top_k"] or None]  # the most likely codes first
+    logits = np.take_along_axis(logits, order, 1)
+    mass = np.exp(logits - logits[:, :1])
+    logits[mass.cumsum(1) - mass >= sampling["top_p"] * mass.sum(1, keepdims=True)] = -np.inf
+    drawn = (logits + random.gumbel(size=logits.shape)).argmax(1)  # samples softmax(logits)
+    codes = np.take_along_axis(order, drawn[:, None], 1)[:, 0]
     sequence[:, position] = np.where((positions == position).any(1), codes, system["special_token_id"])
 (wav,) = graphs["codec_decoder"].run(None, {"codes": np.take_along_axis(sequence, positions, 1)[None]})
 soundfile.write(args.out, wav[0, 0, :n_samples], system["sample_rate"])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ssmttm.export.onnx import export_onnx, write
 from ssmttm.export.onnx.graphs import ConditionGraph, DecoderGraph, EncoderGraph, StepGraph
 from ssmttm.export.onnx.states import named_tensors
 from ssmttm.generation.loading import ModelFolder
+from ssmttm.generation.request import Sampling
 from ssmttm.model_folder import write_model_folder
 from ssmttm.models import TokenLM, TokenLMConfig, build_model
 from ssmttm.ops.int8 import Int8Linear, quantise
@@ -211,7 +213,7 @@ def test_onnx_folder_has_files_and_metadata(folder, small_model):
     pipe = MusicPipeline.from_pretrained(small_model)
     assert system["metadata"]["model"] == pipe.metadata["model"]
     assert set(system["card"]["data"]["licences"]) == {"CC0-1.0"}
-    assert system["sample_rate"] == 24000 and system["guidance_scale"] == 3.0
+    assert system["sample_rate"] == 24000 and system["sampling"] == asdict(Sampling())
     assert system["states"]["block1.branch0.ssm_state"] == {"shape": ["batch", 4, 32, 16], "dtype": "float32"}
 
 
@@ -232,24 +234,24 @@ def test_onnx_embedded_encoder_and_codec_equal_torch(folder):
         np.testing.assert_allclose(wav, codec.decode(codes).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("guidance", [None, "1"])
-def test_onnx_example_gives_the_pipelines_audio_without_torch(folder, small_model, guidance, tmp_path):
-    """With top-k 1 sampling is deterministic."""
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_k": 1, "guidance_scale": 1.0}, {"top_p": 1e-9}])
+def test_onnx_example_gives_the_pipelines_audio_without_torch(folder, small_model, settings, tmp_path):
+    """With one code left sampling is deterministic."""
     prompt, out = "a slow waltz on a flute", tmp_path / "x.wav"
     block = "import runpy, sys; sys.modules.update(dict.fromkeys(['torch', 'ssmttm', 'transformers']))"
     code = f"{block}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [str(folder), prompt, "--duration", "1.23", "--top-k", "1", "--out", str(out)]
-    arguments += [] if guidance is None else ["--guidance", guidance]
+    arguments = [str(folder), prompt, "--duration", "1.23", "--out", str(out)]
+    arguments += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     subprocess.run([sys.executable, "-c", code, str(EXAMPLE), *arguments], check=True)
     pipe = MusicPipeline.from_pretrained(small_model, device="cpu")
-    expected = pipe(prompt, duration=1.23, top_k=1, guidance_scale=None if guidance is None else float(guidance))
+    expected = pipe(prompt, duration=1.23, **settings)
     wav, rate = soundfile.read(out)
     assert rate == 24000 and wav.shape == expected.audios[0, 0].shape
     np.testing.assert_allclose(wav, expected.audios[0, 0].clamp(-1, 1).numpy(), atol=1e-4)
 
 
 def test_onnx_example_is_short():
-    assert len(EXAMPLE.read_text().splitlines()) <= 62
+    assert len(EXAMPLE.read_text().splitlines()) <= 68
 
 
 def test_onnx_export_errors(folder, small_model, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ PROMPTS = (
     "a slow, solemn hymn in C major on a church organ",
     "a fast jazz swing tune in Bb major on a tenor saxophone",
 )
-DURATION, GUIDANCE, SEED = 10.0, 3.0, 7
+DURATION, SEED = 10.0, 7
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads.use_threads(1)  # small models
     seeds = [SEED + i for i in range(len(PROMPTS))]
     audios = {
-        name: pipe(PROMPTS, duration=DURATION, guidance_scale=GUIDANCE, seeds=seeds).audios
+        name: pipe(PROMPTS, duration=DURATION, seeds=seeds).audios
         for name, pipe in pipelines.items()
     }
     _print_stage(4, "measure the samples and write the page")

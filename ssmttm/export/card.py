@@ -39,6 +39,7 @@ def describe_card(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{card['parameters']:,}" if "parameters" in card else None),
         ("data", f"{data.get('store', 'unnamed')}, {hours:g} h to train on; {licences}" if hours else licences or None),
         ("training", _training(card)),
+        ("sampling", ", ".join(f"{name} {value:g}" for name, value in (card.get("sampling") or {}).items())),
         *(("recipe", command) for command in card.get("recipe", ())),
         *((f"figure: {name}", str(value)) for name, value in card.get("figures", {}).items()),
     ]

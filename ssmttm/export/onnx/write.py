@@ -115,7 +115,7 @@ def _sizes(pipe: MusicPipeline) -> dict[str, Any]:
         "sample_rate": codec.sample_rate, "hop_length": codec.hop_length, "frame_rate": codec.frame_rate,
         "n_codebooks": codec.n_codebooks, "codebook_size": codec.codebook_size,
         "special_token_id": pipe.model.special_token_id, "pattern": asdict(pipe.pattern),
-        "guidance_scale": pipe.guidance_scale, "conditioning": config.conditioning, "positions": config.positions,
+        "sampling": asdict(pipe.sampling_defaults), "conditioning": config.conditioning, "positions": config.positions,
     }  # fmt: skip
 
 
