@@ -87,7 +87,7 @@ class Worker:
         environment = os.environ | {
             "PYTHONPATH": str(folder),
             "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "1000",  # spinning as a training does, too short to disturb the other one
         }
         self._process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
