@@ -254,13 +254,18 @@ def vae_pipeline(existing, tmp_path, monkeypatch):
     return pipeline
 
 
-def test_model_with_a_vae_has_no_music_metrics_of_the_codec(existing, vae_pipeline, monkeypatch):
-    """The codec does not make its clips, so that what the codec decodes is no bound for them."""
-    monkeypatch.setattr(evaluate, "decoded_files", lambda *rest: pytest.fail("decoded by the codec"))
+def test_music_metrics_of_a_model_with_a_vae_are_compared_with_its_vae(existing, vae_pipeline, monkeypatch):
+    """Its codec does not make its clips, so that what the codec decodes is no bound for them."""
+    given = []
+
+    def decoded(paths, decoder, *rest):
+        given.append(decoder)
+        return paths
+
+    monkeypatch.setattr(evaluate, "decoded_files", decoded)
     words = [*existing, "audio=null", "music_metrics=true", "adherence=false"]
     found = evaluate.evaluate(config.load(*words, root="eval"))
-    assert set(found["music_metrics"]) == {"model", "reference"} and not found["music_comparison"]
-    assert "no music metrics of codec: the clips are decoded by the VAE latents" in found["notes"]
+    assert given == [vae_pipeline.decoder] and set(found["music_metrics"]) == {"model", "reference", "codec"}
 
 
 def test_prompt_adherence_of_a_model_with_a_vae_is_measured_with_its_vae(existing, vae_pipeline, monkeypatch):

@@ -504,7 +504,8 @@ def test_distilled_guidance_is_inherited_and_not_applied_twice(config_of, monkey
     guided = loop.train(config_of("distill.guidance_scale=2", "train.steps=1", name="guided"))
     grandchild = loop.train(config_of(f"teacher={guided}", "train.steps=1", name="grandchild"))
     for run in (guided, grandchild):
-        assert open_model_folder(run).distilled_guidance_scale == 2 and open_model_folder(run).sampling.guidance_scale == 1
+        folder = open_model_folder(run)
+        assert folder.distilled_guidance_scale == 2 and folder.sampling.guidance_scale == 1
     with pytest.raises(UserError, match="guidance 2 is already distilled into"):
         DistillTask(config_of(f"teacher={guided}", "distill.guidance_scale=3"))
 

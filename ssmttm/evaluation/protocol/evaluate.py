@@ -142,11 +142,8 @@ def evaluate(settings: DictConfig) -> dict[str, Any]:
                 notes += [f"{whose}: {note}" for note in found_notes]
     files = {"model": [clip.path for clip in clips], "reference": references} if settings.music_metrics else {}
     if files and data.store is not None and pipeline is not None:
-        if pipeline.decoder is pipeline.codec:
-            own = [clip.reference for clip in clips if clip.reference is not None]
-            files["codec"] = decoded_files(own, pipeline.codec, protocol.seconds, out / "codec")
-        else:
-            notes.append(f"no music metrics of codec: the clips are decoded by the VAE {pipeline.decoder.name}")
+        own = [clip.reference for clip in clips if clip.reference is not None]
+        files["codec"] = decoded_files(own, pipeline.decoder, protocol.seconds, out / "codec")
     notes += [f"{whose}: {note}" for whose, found, _, _ in sets for note in _negative_notes(found)]
     with _timed(seconds, "music metrics"):
         music_metrics = {name: measure_files(paths, protocol.seconds) for name, paths in files.items() if paths}
