@@ -510,8 +510,8 @@ def test_distilled_guidance_is_inherited_and_not_applied_twice(config_of, monkey
         DistillTask(config_of(f"teacher={guided}", "distill.guidance_scale=3"))
 
     class Pipeline:
-        def __init__(self, *parts, null_condition, guidance_scale):
-            sampled.append((null_condition, guidance_scale))
+        def __init__(self, *parts, null_condition, sampling_defaults):
+            sampled.append((null_condition, sampling_defaults.guidance_scale))
 
         def __call__(self, prompts, **options):
             return SimpleNamespace(audios=[torch.zeros(1, 4)] * len(prompts), sample_rate=8)
