@@ -177,8 +177,12 @@ class PipelineParts:
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of a call that gives none."""
+        """The guidance scale of a call that gives none; it may be set."""
         return self.sampling_defaults.guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self.sampling_defaults = replace(self.sampling_defaults, guidance_scale=scale)
 
     def sampling(self, **given: Any) -> Sampling:
         """The settings that are given, and the model's for those that are None. Raises UserError as `Sampling`."""
