@@ -63,7 +63,7 @@ def random_system(recipe: str) -> MusicPipeline:
 @torch.inference_mode()
 def timed(pipe: MusicPipeline, rounds: int) -> dict[str, float]:
     """Median seconds of each stage per second of music; the first round is a warm-up."""
-    sampling = Sampling(guidance_scale=pipe.guidance_scale)
+    sampling = pipe.sampling_defaults
     frames = round(SECONDS * pipe.codec.frame_rate)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for seed in range(rounds + 1):

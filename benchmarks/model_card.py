@@ -34,6 +34,9 @@ def figures_of(document: Mapping[str, Any], system: str) -> dict[str, str]:
         true, codec = (document["systems"][other]["distances"][name]["value"] for other in ("true music", "codec"))
         value = found["distances"][name]["value"]
         figures[name.upper()] = f"{value:.4g} (true music {true:.4g}, codec {codec:.4g})"
+    settings = document["sampling"].get(system, {})
+    names = [name for name in ("guidance_scale", "top_p") if name in settings]
+    figures["sampling"] = ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in names)
     return figures | {"command": COMMAND}
 
 

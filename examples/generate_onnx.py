@@ -13,7 +13,7 @@ parser.add_argument("folder", type=Path)
 parser.add_argument("prompt")
 for name, default in {"out": "out.wav", "duration": 10.0, "seed": 0}.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
-for name, kind in {"guidance-scale": float, "temperature": float, "top-k": int, "top-p": float}.items():
+for name, kind in {"guidance-scale": float, "temperature": float, "top-k": int, "top-p": float, "min-p": float}.items():
     parser.add_argument(f"--{name}", type=kind, help="default: the model's")
 args = parser.parse_args()
 system = json.loads((args.folder / "system.json").read_text())
@@ -61,6 +61,7 @@ for position in range(1, sequence.shape[1]):
     logits = np.take_along_axis(logits, order, 1)
     mass = np.exp(logits - logits[:, :1])
     logits[mass.cumsum(1) - mass >= sampling["top_p"] * mass.sum(1, keepdims=True)] = -np.inf
+    logits[mass < sampling["min_p"]] = -np.inf
     drawn = (logits + random.gumbel(size=logits.shape)).argmax(1)  # samples softmax(logits)
     codes = np.take_along_axis(order, drawn[:, None], 1)[:, 0]
     sequence[:, position] = np.where((positions == position).any(1), codes, system["special_token_id"])

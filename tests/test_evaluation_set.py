@@ -192,7 +192,7 @@ def test_figures_of_a_card_are_those_that_were_measured(tmp_path, capsys):
     systems = {name: {"right": {"family": rate}, "distances": distances} for name in ("true music", "codec", "new")}
     systems["new"]["paraphrases"] = {"mode": rate | {"rate": 0.5, "n": 100}}
     results = tmp_path / "measure.json"
-    results.write_text(json.dumps({"systems": systems, "prompts": 200, "seed": 0}))
+    results.write_text(json.dumps({"systems": systems, "prompts": 200, "seed": 0, "sampling": {"new": {"top_p": 0.9}}}))
     folder = tmp_path / "model"
     folder.mkdir()
     data = {"store": "builtin, seed 1", "hours": {"train": 2.0}, "licences": {"CC0-1.0": 360}}
@@ -202,6 +202,7 @@ def test_figures_of_a_card_are_those_that_were_measured(tmp_path, capsys):
     card = json.loads((folder / "card.json").read_text())
     assert card["figures"]["lead's family"] == "87.5 % of 200" and card["step"] == 10 and card["licence"] == "CC0-1.0"
     assert card["figures"]["mode, free-form prompts"] == "50.0 % of 100"
+    assert card["figures"]["sampling"] == "top p 0.9"
     assert card["figures"]["KAD"] == "1.5 (true music 1.5, codec 1.5)"
     assert "python train.py experiment=x" in capsys.readouterr().out
     with pytest.raises(UserError, match="no system old"):

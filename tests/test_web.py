@@ -13,6 +13,7 @@ from small_web import ADDRESS, PROMPT, RATE, SinePipeline, SineSession, pitch, w
 from starlette.testclient import TestClient
 
 from ssmttm.errors import UserError
+from ssmttm.generation.request import Sampling
 from ssmttm.web.app import create_app
 from ssmttm.web.limits import Limits
 
@@ -50,6 +51,16 @@ def test_generate_gives_a_file_and_its_sidecar(server, format):
     sidecar = json.loads(answer.headers["x-sidecar"])
     assert sidecar["prompt"] == PROMPT and sidecar["seed"] == 5 and sidecar["guidance_scale"] == 3.0
     assert sidecar["training_data_licences"] == {"CC0-1.0": 1}
+
+
+def test_settings_that_are_not_given_are_the_models(server, pipe):
+    pipe.sampling_defaults = Sampling(temperature=0.7, top_p=0.8, guidance_scale=2.0)
+    described = server.get("/v1/models").json()["data"][0]
+    assert (described["guidance_scale"], described["temperature"]) == (2.0, 0.7)
+    for given, temperature in (({}, 0.7), ({"temperature": None}, 0.7), ({"temperature": 1.2}, 1.2)):
+        answer = server.post("/v1/generate", json={"prompt": PROMPT, "duration": 0.5, "response": "json", **given})
+        expected = {"temperature": temperature, "top_p": 0.8, "guidance_scale": 2.0}
+        assert expected.items() <= pipe.opened[-1].items() and expected.items() <= answer.json()["sidecar"].items()
 
 
 def test_generate_as_json(server):

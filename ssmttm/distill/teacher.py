@@ -1,7 +1,7 @@
 """A frozen language model as a teacher."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ class Teacher:
             "name": self.folder.name, "weights_sha256": self.folder.weights_sha256,
             "guidance_scale": self.guidance_scale, "distilled_guidance_scale": self.folder.distilled_guidance_scale,
         }  # fmt: skip
+        if self.folder.sampling != Sampling():
+            entry["sampling"] = asdict(self.folder.sampling)
         licences = (self.folder.licences or {}) | metadata["licences"]
         text = metadata["text"] | {"null_condition": self.folder.null_condition}
         return {**metadata, "licences": licences, "text": text, "teacher": entry | extra}

@@ -3,6 +3,7 @@
 An export writes data, licences, steps and validation metrics. `complete_card` adds what only its author knows:
 
 licence   SPDX id of the weights
+sampling  settings of a call that gives none; those that it leaves out are the usual ones
 recipe    commands from an empty folder to the model, in order
 figures   {what was measured: value}, and `command`, which measures them
 """
@@ -39,11 +40,17 @@ def describe_card(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{card['parameters']:,}" if "parameters" in card else None),
         ("data", f"{data.get('store', 'unnamed')}, {hours:g} h to train on; {licences}" if hours else licences or None),
         ("training", _training(card)),
-        ("sampling", ", ".join(f"{name} {value:g}" for name, value in (card.get("sampling") or {}).items())),
+        ("sampling", _sampling(card.get("sampling"))),
         *(("recipe", command) for command in card.get("recipe", ())),
         *((f"figure: {name}", str(value)) for name, value in card.get("figures", {}).items()),
     ]
     return [(name, text) for name, text in rows if text]
+
+
+def _sampling(settings: Any) -> str | None:
+    if not isinstance(settings, Mapping):
+        return None
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def _training(card: Mapping[str, Any]) -> str | None:

@@ -83,14 +83,18 @@ class ModelFolder:
 
     @property
     def sampling(self) -> Sampling:
-        """The sampling settings of a call that gives none: those of the card's `sampling`; the others are the usual
-        ones, but without guidance if that is distilled. Raises UserError if the card's are no such settings."""
-        usual = {} if self.distilled_guidance_scale == 1 else {"guidance_scale": 1.0}
-        given = usual | (self.card.get("sampling") or {})
+        """The sampling settings of a call that gives none: those of the card's `sampling`; else of the model that it
+        was initialised from or distilled from, but without guidance if that is distilled; else the usual ones. Raises
+        UserError if the card's are no such settings."""
+        own = self.card.get("sampling") or {}
+        sources = (self.card.get("init"), (self.card.get("data") or {}).get("teacher"))
+        found = [source["sampling"] for source in sources if source and source.get("sampling")]
+        inherited: dict[str, Any] = found[0] if found else {}
+        distilled = {} if self.distilled_guidance_scale == 1 else {"guidance_scale": 1.0}
         try:
-            return Sampling(**given)
+            return Sampling(**{**inherited, **distilled, **own})
         except (TypeError, UserError) as error:
-            raise UserError(f"the card of {self.path} has no valid sampling settings, {given}: {error}") from error
+            raise UserError(f"the card of {self.path} has no valid sampling settings, {own}: {error}") from error
 
     @property
     def distilled_guidance_scale(self) -> float:

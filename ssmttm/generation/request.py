@@ -4,6 +4,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from operator import index, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in SAMPLING:
+            value, kind = getattr(self, name), (Integral if name == "top_k" else Real)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise UserError(f"{name} must be a {'whole ' if kind is Integral else ''}number, got {value!r}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UserError(f"temperature must be above 0, got {self.temperature} (greedy sampling is top_k 1)")
         if self.top_k < 0:

@@ -226,7 +226,8 @@ def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, 
         codec: name and fingerprint of the codec of the new run's codes; None if it uses no codes.
 
     Returns:
-        `Progress.init`: name, step, hash of the weights and licences of the data of that model.
+        `Progress.init`: name, step, hash of the weights, licences of the data and sampling settings of that model, the
+        last only if it has some of its own.
     """
     folder = checkpoint.find_model(find_folder(model))
     card = read_card(folder)
@@ -238,11 +239,13 @@ def load_initial_weights(model: str | Path, module: nn.Module, codec: dict[str, 
         )
     checkpoint.load_into(module, adapters.without_adapter(checkpoint.load_weights(folder), card), folder)
     licences = card["data"]["licences"] | card.get("init", {}).get("licences", {})
+    sampling = card.get("sampling") or card.get("init", {}).get("sampling")
     return {
         "name": card.get("name", Path(model).name),
         "step": card["step"],
         "weights_sha256": checkpoint.weights_sha256(folder),
         "licences": licences,
+        **({"sampling": sampling} if sampling else {}),
     }
 
 

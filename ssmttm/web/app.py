@@ -182,7 +182,8 @@ def _describe(name: str, pipe: "MusicPipeline") -> dict[str, Any]:
     controls = ["bpm"] if any(config.tempo for config in stages) else []
     return {
         "id": name, "object": "model", "sample_rate": pipe.sample_rate, "guidance_scale": pipe.guidance_scale,
-        "controls": controls, "training_data_licences": pipe.metadata.get("training_data_licences"),
+        "temperature": pipe.sampling_defaults.temperature, "controls": controls,
+        "training_data_licences": pipe.metadata.get("training_data_licences"),
     }  # fmt: skip
 
 

@@ -38,7 +38,9 @@ class MusicRequest:
     guidance_scale: float | None = field(
         default=None, metadata=_about("1: none; higher follows the prompt more closely.")
     )
-    temperature: float = field(default=1.0, metadata=_about("Below 1 sharper, above 1 more random."))
+    temperature: float | None = field(
+        default=None, metadata=_about("Below 1 sharper, above 1 more random; null, as of guidance_scale: the model's.")
+    )
     bpm: float | None = field(default=None, metadata=_about("Beats per minute, for models trained with a tempo."))
     negative_prompt: str | None = field(
         default=None, metadata=_about("What the music should not be; takes the place of the empty caption.")

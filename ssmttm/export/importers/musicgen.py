@@ -4,6 +4,7 @@ The decoder is a TokenLM tensor by tensor. Its null condition has no token: tran
 of zeros, and keys and values without biases are then zero ("no_tokens" in `ssmttm.text.null_condition`).
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -124,8 +125,9 @@ def export_musicgen(
     decoder = MusicgenForCausalLM(_decoder_config(lm))
     musicgen = MusicgenForConditionalGeneration(audio_encoder=parts[0], text_encoder=parts[1], decoder=decoder)
     musicgen.load_state_dict(musicgen.state_dict() | tensors)
+    settings = {name: value for name, value in asdict(pipe.sampling_defaults).items() if name != "min_p" or value}
     special = {f"{name}_token_id": lm.codebook_size for name in ("decoder_start", "pad", "bos")}
-    musicgen.generation_config = GenerationConfig(do_sample=True, guidance_scale=3.0, max_length=1500, **special)
+    musicgen.generation_config = GenerationConfig(do_sample=True, max_length=1500, **settings, **special)
     with new_folder(Path(out)) as temporary:
         musicgen.save_pretrained(temporary)
         pipe.text_encoder.tokenizer.save_pretrained(temporary)

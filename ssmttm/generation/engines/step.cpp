@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__AVX2__)
@@ -258,8 +259,7 @@ struct Pool {
     for (auto& worker : workers) worker.join();
   }
   int size() const { return parts; }
-  void work(int part) {
-    uint64_t seen = 0;
+  void work(int part, uint64_t seen) {
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex);
       begin.wait(lock, [&] { return closing || number != seen; });
@@ -275,15 +275,21 @@ struct Pool {
   void run(const std::function<void(int)>& function) {
     if (parts == 1) return function(0);
     std::lock_guard<std::mutex> mine(turn);
-    for (int part = (int)workers.size() + 1; part < parts; part++) workers.emplace_back([this, part] { work(part); });
+    try {
+      for (int part = (int)workers.size() + 1; part < parts; part++)
+        workers.emplace_back([this, part, seen = number] { work(part, seen); });
+    } catch (const std::system_error&) {  // no more threads: the caller does the parts of those that are missing
+    }
+    const int started = (int)workers.size();
     {
       std::lock_guard<std::mutex> lock(mutex);
       job = &function;
       number++;
-      running = (int)workers.size();
+      running = started;
     }
     begin.notify_all();
     function(0);
+    for (int part = started + 1; part < parts; part++) function(part);
     std::unique_lock<std::mutex> lock(mutex);
     end.wait(lock, [&] { return running == 0; });
   }

@@ -76,7 +76,7 @@ function model() {
 }
 
 function onModel() {
-  $("guidance_scale").value = model().guidance_scale;
+  for (const id of ["guidance_scale", "temperature"]) $(id).value = model()[id];
   $("bpm").disabled = !model().controls.includes("bpm");
   $("bpm").title = $("bpm").disabled ? "This model was not trained with a tempo." : "";
   LIVE.forEach(showSlider);
