@@ -877,11 +877,16 @@ static void keep_nucleus(Candidates& c, double p, std::vector<std::pair<float, d
   order.clear();
   double sum = 0;
   for (int64_t i = 0; i < c.n; i++) order.push_back({c.logits[i], c.weights[i]}), sum += c.weights[i];
-  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  const auto less = [](const auto& a, const auto& b) { return a.first < b.first; };
+  std::make_heap(order.begin(), order.end(), less);  // the first few are enough: no need to sort all
   double before = 0;
-  size_t last = 0;
-  for (size_t i = 0; i < order.size() && before / sum < p; i++) last = i, before += order[i].second;
-  keep_from(c, order[last].first);
+  float least = order.front().first;
+  for (auto end = order.end(); end != order.begin() && before / sum < p; end--) {
+    std::pop_heap(order.begin(), end, less);
+    least = end[-1].first;
+    before += end[-1].second;
+  }
+  keep_from(c, least);
 }
 static void run_draw(Arena& arena, const Draw& d, const float* logits, int64_t items, const double* uniforms,
                      int64_t* codes) {
