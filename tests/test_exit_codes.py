@@ -124,6 +124,14 @@ def test_compression_exits_as_its_training_ends(capsys, ends, code, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible():
+    """Also where the tests run in the background, where a shell lets programs ignore Ctrl-C."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize(
     ("action", "code"),
     [
@@ -135,7 +143,7 @@ def test_compression_exits_as_its_training_ends(capsys, ends, code, message):
     ],
     ids=["finished", "user error", "SIGTERM", "SIGUSR1", "Ctrl-C"],
 )
-def test_data_preparation_exits_as_its_stage_ends(tmp_path, monkeypatch, capsys, action, code):
+def test_data_preparation_exits_as_its_stage_ends(tmp_path, monkeypatch, capsys, interruptible, action, code):
     """A crash is a traceback; killed workers are in test_prep_engine.py."""
     monkeypatch.setattr("data_prep.pipeline.prepare", lambda *_: action())
     monkeypatch.setattr("data_prep.stages.pack.summary", lambda store: "summary")
