@@ -185,6 +185,9 @@ def test_encoder_graph_equals_t5(tmp_path):
         assert_close_arrays(encode(input_ids=ids, attention_mask=mask)["text"][valid.numpy()], expected[valid])
 
 
+SAMPLING = Sampling(temperature=0.9, top_k=100, top_p=0.95, guidance_scale=2.0, min_p=0.001)
+
+
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """A model of one stage with random weights, the embedded codec's first four codebooks and the usual encoder."""
@@ -195,7 +198,8 @@ def small_model(tmp_path_factory):
     data = {"codec": {"name": "tiny", "fingerprint": load_codec().fingerprint}, "licences": {"CC0-1.0": 1},
             "text": {"name": "minilm", "fingerprint": encoder.fingerprint}}  # fmt: skip
     folder = tmp_path_factory.mktemp("small") / "one_stage"
-    write_model_folder(folder, model.state_dict(), settings, {"name": "one_stage", "task": "lm", "data": data})
+    card = {"name": "one_stage", "task": "lm", "data": data, "sampling": asdict(SAMPLING)}
+    write_model_folder(folder, model.state_dict(), settings, card)
     return folder
 
 
@@ -213,7 +217,7 @@ def test_onnx_folder_has_files_and_metadata(folder, small_model):
     pipe = MusicPipeline.from_pretrained(small_model)
     assert system["metadata"]["model"] == pipe.metadata["model"]
     assert set(system["card"]["data"]["licences"]) == {"CC0-1.0"}
-    assert system["sample_rate"] == 24000 and system["sampling"] == asdict(Sampling())
+    assert system["sample_rate"] == 24000 and system["sampling"] == asdict(SAMPLING)
     assert system["states"]["block1.branch0.ssm_state"] == {"shape": ["batch", 4, 32, 16], "dtype": "float32"}
 
 

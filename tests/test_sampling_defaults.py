@@ -47,6 +47,7 @@ def test_calls_streams_and_evaluations_take_the_models_settings(folder, tmp_path
     assert not torch.equal(own(PROMPT, duration=0.5, top_k=250).codes, expected)
     assert own.session(PROMPT, duration=0.5).request.sampling == Sampling(top_k=1)
     assert own.session(PROMPT, duration=0.5, temperature=0.5).request.sampling == Sampling(0.5, top_k=1)
+    assert Decoding.of(own, 0.5, 7, min_p=0.1).settings() == {"min_p": 0.1} | Decoding.of(own, 0.5, 7).settings()
     assert Decoding.of(own, 0.5, 7, top_p=None).settings() == Decoding.of(plain, 0.5, 7, top_k=1).settings()
 
 
