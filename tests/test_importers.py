@@ -351,6 +351,8 @@ def test_musicgen_folder_is_self_contained_and_movable(imported, tmp_path, monke
 def test_musicgen_import_and_export_round_trip(musicgen, musicgen_folder, tmp_path, capsys):
     ours, back = tmp_path / "ours", tmp_path / "back"
     assert main(["import", "musicgen", str(musicgen_folder), str(ours)]) == 0
+    card = json.loads((ours / "card.json").read_text())
+    (ours / "card.json").write_text(json.dumps(card | {"sampling": {"guidance_scale": 2.0, "top_k": 50, "top_p": 0.9}}))
     assert main(["export-musicgen", str(ours), str(back)]) == 0
     assert capsys.readouterr().out.split() == [str(ours), str(back)]
     again = MusicgenForConditionalGeneration.from_pretrained(back).eval()
@@ -361,7 +363,8 @@ def test_musicgen_import_and_export_round_trip(musicgen, musicgen_folder, tmp_pa
     inputs = PreTrainedTokenizerFast.from_pretrained(back)(
         "slow piano", return_tensors="pt", return_token_type_ids=False
     )
-    assert again.generation_config.guidance_scale == 3.0 and again.generation_config.do_sample
+    settings = again.generation_config
+    assert (settings.guidance_scale, settings.top_k, settings.top_p, settings.do_sample) == (2.0, 50, 0.9, True)
     greedy = inputs | {"do_sample": False, "guidance_scale": 3.0, "max_new_tokens": 12}
     torch.testing.assert_close(again.generate(**greedy), musicgen.generate(**greedy))
 
